@@ -1,0 +1,64 @@
+"""The command line: python -m dapo train CONFIG.yaml [section.key=value …]; under torchrun for more than one process."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+
+from dapo import config
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="dapo", description="DAPO (arXiv:2503.14476) on Megatron-core")
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="run Algorithm 1, going on from the run's newest checkpoint")
+    train.add_argument("config", help="YAML file; every option is in dapo/config.py")
+    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="later wins")
+    args = parser.parse_args(argv)
+    try:
+        options = config.load(args.config, args.overrides)
+    except config.ConfigError as error:
+        return _fail(error, is_told=os.environ.get("RANK", "0") == "0")
+    return _train(options)
+
+
+def _train(options: config.Config) -> int:
+    from dapo.mesh import FailedElsewhere, Mesh  # torch and Megatron take seconds: not before the config is known to be good
+    from dapo.policy.megatron import PolicyError
+    from dapo.rollout import RolloutError
+    from dapo.train import train
+    from dapo.types import Interrupted
+
+    mesh = None
+    try:
+        mesh = Mesh(options.parallel)
+        train(options, mesh)
+        mesh.close()
+        return 0
+    except FailedElsewhere:
+        return 1
+    except Interrupted:
+        if mesh is None or mesh.is_main:
+            print(f"interrupted; saved in {options.run.dir}; the same command goes on from there", file=sys.stderr)
+        return 130
+    except (config.ConfigError, PolicyError, RolloutError, OSError) as error:
+        return _fail(error, is_told=mesh is None and os.environ.get("RANK", "0") == "0" or mesh is not None and mesh.is_first_to_fail())
+    except Exception:  # noqa: BLE001  # a bug: its traceback, once, not once per rank that it takes along
+        if mesh is None or mesh.is_first_to_fail():
+            traceback.print_exc()
+        return 1
+
+
+def _fail(error: Exception, is_told: bool) -> int:
+    if is_told:
+        print(f"error: {error}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # past the collectives that other ranks may be waiting in

@@ -1,0 +1,125 @@
+"""Groups → minibatches (one update each) → packed microbatches (one forward-backward each), balanced over data-parallel ranks.
+
+T = tokens packed into a microbatch, S = sequences in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import count
+
+import numpy as np
+
+from dapo.config import Config
+from dapo.objective import token_weights
+from dapo.types import Group, Prompt, Sample
+
+ATTENTION_SPAN = 32_768  # sequence length at which attention costs as much as the rest of a layer, roughly
+
+
+@dataclass
+class Microbatch:
+    """Sequences packed end to end. Position t predicts targets[t]; the shift to the next token stays inside each sequence."""
+
+    tokens: np.ndarray  # int64 [T]
+    targets: np.ndarray  # int64 [T]
+    positions: np.ndarray  # int64 [T], within the sequence
+    cu_seqlens: np.ndarray  # int32 [S + 1]: sequence i is cu_seqlens[i] : cu_seqlens[i + 1]
+    mask: np.ndarray  # bool [T]: the target is a token the policy wrote
+    weights: np.ndarray  # float32 [T]: see objective.py
+    advantages: np.ndarray  # float32 [T]
+    behavior_logprobs: np.ndarray  # float32 [T]
+
+
+@dataclass
+class Batch:
+    """What one rank learns from in one step: minibatches[update][microbatch], and the rollout's metrics."""
+
+    minibatches: list[list[Microbatch]]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    prompt: Prompt
+    sample: Sample
+    weight: float
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt.tokens) + self.sample.length - 1  # the last token predicts nothing
+
+
+def plan(groups: list[Group], config: Config, num_ranks: int, metrics: dict[str, float]) -> list[Batch]:
+    """The step's work, one Batch per data-parallel rank, the same number of microbatches on each.
+
+    Minibatches are whole groups in asking order. A short step makes fewer updates of about the same size; none for no groups.
+    """
+    if not groups:
+        return [Batch([], metrics) for _ in range(num_ranks)]
+    num_updates = max(1, round(len(groups) / config.optim.prompts_per_minibatch))
+    minibatches: list[list[list[Microbatch]]] = [[] for _ in range(num_ranks)]
+    for indices in np.array_split(np.arange(len(groups)), num_updates):
+        minibatch = [groups[i] for i in indices]
+        weights = token_weights(minibatch, config.objective.normaliser, config.objective.overlong_filtering)
+        sequences = [
+            _Sequence(group.prompt, sample, weight)
+            for group, group_weights in zip(minibatch, weights, strict=True)
+            for sample, weight in zip(group.samples, group_weights, strict=True)
+        ]
+        bins = pack([s.length for s in sequences], config.policy.tokens_per_microbatch, num_ranks)
+        for rank in range(num_ranks):
+            microbatches = [build([sequences[i] for i in bins[b]], config.parallel.tensor) for b in range(rank, len(bins), num_ranks)]
+            minibatches[rank].append(microbatches)
+    return [Batch(work, metrics) for work in minibatches]
+
+
+def pack(lengths: list[int], budget: int, num_ranks: int) -> list[list[int]]:
+    """Indices of sequences in bins of at most `budget` tokens; as few bins as fit, a multiple of num_ranks, of like cost.
+
+    Longest first, each to the cheapest bin with room; cost = linear + attention (n + n²/span). Within a bin the order is kept.
+    """
+    assert max(lengths) <= budget, f"a sequence of {max(lengths)} tokens in microbatches of {budget}"
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for num_bins in count(num_ranks * max(1, -(-sum(lengths) // (budget * num_ranks))), num_ranks):
+        bins: list[list[int]] = [[] for _ in range(num_bins)]
+        tokens, costs = np.zeros(num_bins, dtype=np.int64), np.zeros(num_bins)
+        for i in order:
+            room = tokens + lengths[i] <= budget
+            if not room.any():
+                break
+            b = int(np.where(room, costs, np.inf).argmin())
+            bins[b].append(i)
+            tokens[b] += lengths[i]
+            costs[b] += lengths[i] + lengths[i] ** 2 / ATTENTION_SPAN
+        else:
+            return [sorted(b) for b in bins]
+    raise AssertionError("unreachable: one sequence a bin always fits")
+
+
+def build(sequences: list[_Sequence], multiple: int) -> Microbatch:
+    """Pack the sequences; pad the whole to a multiple (sequence parallelism splits it), as one more sequence that weighs nothing."""
+    lengths = [s.length for s in sequences]
+    padding = -sum(lengths) % multiple if lengths else multiple  # a rank without work still takes part in every collective
+    total = sum(lengths) + padding
+    microbatch = Microbatch(
+        tokens=np.zeros(total, np.int64),
+        targets=np.zeros(total, np.int64),
+        positions=np.concatenate([np.arange(n) for n in [*lengths, padding]]),
+        cu_seqlens=np.cumsum([0, *lengths, *([padding] if padding else [])], dtype=np.int32),
+        mask=np.zeros(total, bool),
+        weights=np.zeros(total, np.float32),
+        advantages=np.zeros(total, np.float32),
+        behavior_logprobs=np.zeros(total, np.float32),
+    )
+    for start, sequence in zip(microbatch.cu_seqlens, sequences, strict=False):
+        whole = np.concatenate([sequence.prompt.tokens, sequence.sample.tokens])
+        end = start + sequence.length
+        microbatch.tokens[start:end] = whole[:-1]
+        microbatch.targets[start:end] = whole[1:]
+        response = slice(start + len(sequence.prompt.tokens) - 1, end)  # from the position that predicts the first response token
+        microbatch.mask[response] = sequence.sample.loss_mask
+        microbatch.weights[response] = sequence.weight
+        microbatch.advantages[response] = sequence.sample.advantage
+        microbatch.behavior_logprobs[response] = sequence.sample.behavior_logprobs
+    return microbatch

@@ -1,0 +1,70 @@
+"""The dynamic-sampling buffer (Algorithm 1, lines 6–9): what it holds, what it turned away and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dapo.types import Group, Prompt, Sample
+
+
+@dataclass
+class Buffer:
+    """Holds at most `capacity` groups. Offered in asking order, so that short answers gain nothing by finishing first."""
+
+    capacity: int
+    is_dynamic: bool  # False: every group is kept
+    kept: list[Group] = field(default_factory=list)
+    all_correct: list[Group] = field(default_factory=list)
+    all_wrong: list[Group] = field(default_factory=list)
+    surplus: list[Group] = field(default_factory=list)  # came after the buffer was full: its prompt is still unused
+
+    def offer(self, group: Group) -> None:
+        """Keep the group if there is room and it carries a gradient (Eq. 11)."""
+        if self.is_full:
+            self.surplus.append(group)
+        elif group.is_mixed or not self.is_dynamic:
+            self.kept.append(group)
+        elif group.num_correct:
+            self.all_correct.append(group)
+        else:
+            self.all_wrong.append(group)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.kept) >= self.capacity
+
+    @property
+    def unused_prompts(self) -> list[Prompt]:
+        return [group.prompt for group in self.surplus]
+
+    @property
+    def asked(self) -> list[Group]:
+        return self.kept + self.all_correct + self.all_wrong + self.surplus
+
+    def ledger(self) -> dict[str, float]:
+        """The step's account: groups by kind; of all samples asked for, accuracy, reward and lengths (tokens)."""
+        samples = _samples(self.asked)
+        lengths = [sample.length for sample in samples]
+        return {
+            "groups/asked": len(self.asked),
+            "groups/kept": len(self.kept),
+            "groups/all_correct": len(self.all_correct),
+            "groups/all_wrong": len(self.all_wrong),
+            "groups/surplus": len(self.surplus),
+            "rollout/accuracy": _mean([sample.is_correct for sample in samples]),
+            "rollout/reward": _mean([sample.reward for sample in samples]),
+            "rollout/truncated": _mean([sample.is_truncated for sample in samples]),
+            "rollout/length": _mean(lengths),
+            "rollout/length_max": max(lengths, default=0),
+            "rollout/length_kept": _mean([sample.length for sample in _samples(self.kept)]),
+            "rollout/length_turned_away": _mean([sample.length for sample in _samples(self.all_correct + self.all_wrong)]),
+            "rollout/tokens": sum(lengths),
+        }
+
+
+def _samples(groups: list[Group]) -> list[Sample]:
+    return [sample for group in groups for sample in group.samples]
+
+
+def _mean(values: list[bool] | list[int] | list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

@@ -1,0 +1,38 @@
+"""Where a step's seconds go: `@timed("update")` on a method, one `take()` per step."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_seconds: Counter[str] = Counter()
+
+
+def timed(phase: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Add the wall time of every call to `phase`. A phase inside another counts in both."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _seconds[phase] += time.perf_counter() - start
+
+        return call
+
+    return decorate
+
+
+def take() -> dict[str, float]:
+    """Seconds by phase since the last call, on this rank: {"time/rollout": 1.2, …}."""
+    taken = {f"time/{phase}": seconds for phase, seconds in _seconds.items()}
+    _seconds.clear()
+    return taken

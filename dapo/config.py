@@ -1,0 +1,210 @@
+"""Every option of a run. The defaults are the paper's recipe for Qwen2.5-32B (arXiv:2503.14476, section 4.1)."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+AboveZero = Annotated[float, Field(gt=0)]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 1e-6 for a string: here it is the number."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+class ConfigError(ValueError):
+    """Something the user wrote, or pointed at, cannot be used. The message is one line: what, where, and what to do."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Run(Section):
+    dir: Path  # everything the run writes goes below it
+    steps: Count = 400  # rollout steps, each of prompts_per_step / prompts_per_minibatch updates
+    seed: int = 0
+    resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest whole checkpoint below `dir`
+    save_every: Positive = 10  # steps between checkpoints; the last step is always saved
+    keep_checkpoints: Positive = 2
+    wandb_project: str | None = None
+
+
+class Data(Section):
+    train: Path  # .jsonl of {prompt, answer}, or .parquet in the DAPO-Math-17k schema
+    max_prompt_length: Positive = 2048  # tokens
+    too_long: Literal["error", "drop", "truncate"] = "truncate"  # truncate cuts on the left, as the released recipe does
+
+
+class Rollout(Section):
+    prompts_per_step: Positive = 512  # N: groups that a step learns from
+    group_size: Annotated[int, Field(ge=2)] = 16  # G: samples per prompt
+    prompts_per_round: Positive = 1536  # prompts asked for at a time, until N mixed groups are in
+    max_rounds: Positive = 10
+    dynamic_sampling: bool = True  # Eq. 11; false keeps every group
+    at_cap: Literal["train", "stop"] = "train"  # after max_rounds with fewer than N mixed groups
+    max_empty_steps: Positive = 3  # steps in a row without one mixed group before the run stops
+    temperature: AboveZero = 1.0
+    max_response_length: Positive = 20480  # L_max of Eq. 13, tokens
+
+
+class Reward(Section):
+    function: str = "dapo.reward:is_correct"  # module:name of f(response, answer) -> bool, or a float that is correct above 0
+    truncated_is_wrong: bool = False
+    soft_overlong_punishment: bool = True  # Eq. 13
+    overlong_cache: Positive = 4096  # L_cache of Eq. 13, tokens
+
+
+class Objective(Section):
+    normaliser: Literal["token_mean", "group_token_mean", "sample_mean"] = "token_mean"
+    clip_low: NonNegative = 0.2
+    clip_high: NonNegative = 0.28  # Clip-Higher
+    dual_clip: Annotated[float, Field(gt=1)] | None = None  # the released code has 10, the paper none
+    overlong_filtering: bool = False  # truncated samples give no gradient
+
+
+class Optim(Section):
+    lr: NonNegative = 1e-6
+    warmup_steps: Count = 20  # rollout steps, linear, starting at the first warm-up value
+    prompts_per_minibatch: Positive = 32  # × group_size = samples per update
+    weight_decay: NonNegative = 0.1
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    clip_grad: AboveZero = 1.0
+
+
+class Parallel(Section):
+    tensor: Positive = 8  # with sequence parallelism whenever > 1
+    pipeline: Positive = 1
+
+
+class Policy(Section):
+    model: Path  # Hugging Face directory: config.json, *.safetensors, tokenizer
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    tokens_per_microbatch: Positive = 32768  # budget of one packed forward-backward per data-parallel rank
+    megatron: dict[str, Any] = {}  # fields of Megatron's TransformerConfig, OptimizerConfig, DistributedDataParallelConfig
+
+
+class Engine(Section):
+    kind: Literal["embedded"] = "embedded"
+    max_concurrent: Positive = 256  # samples generated together
+
+
+class Eval(Section):
+    data: Path | None = None  # same formats as data.train; null: no evaluation
+    every: Positive = 5  # steps; also before the first and after the last
+    samples: Positive = 32  # k per problem: mean@k
+    temperature: AboveZero = 1.0
+    top_p: Share = 0.7
+
+
+class Config(Section):
+    run: Run
+    data: Data
+    rollout: Rollout = Rollout()
+    reward: Reward = Reward()
+    objective: Objective = Objective()
+    optim: Optim = Optim()
+    parallel: Parallel = Parallel()
+    policy: Policy
+    engine: Engine = Engine()
+    eval: Eval = Eval()
+
+    @property
+    def updates_per_step(self) -> int:
+        """Updates of a full step; a step that came up short makes fewer."""
+        return self.rollout.prompts_per_step // self.optim.prompts_per_minibatch
+
+    def check(self) -> None:
+        """What one field cannot know of another.
+
+        Raises:
+            ConfigError: two options contradict each other.
+        """
+        rollout, reward, optim = self.rollout, self.reward, self.optim
+        if rollout.prompts_per_step % optim.prompts_per_minibatch:
+            raise ConfigError(
+                f"rollout.prompts_per_step={rollout.prompts_per_step} is not a multiple of "
+                f"optim.prompts_per_minibatch={optim.prompts_per_minibatch}: every update takes the same number of groups"
+            )
+        longest = self.data.max_prompt_length + rollout.max_response_length
+        if longest > self.policy.tokens_per_microbatch:
+            raise ConfigError(
+                f"policy.tokens_per_microbatch={self.policy.tokens_per_microbatch} cannot hold one sample of data.max_prompt_length="
+                f"{self.data.max_prompt_length} + rollout.max_response_length={rollout.max_response_length} = {longest} tokens: raise it to that"
+            )
+        if reward.soft_overlong_punishment and reward.overlong_cache >= rollout.max_response_length:
+            raise ConfigError(
+                f"reward.overlong_cache={reward.overlong_cache} leaves nothing of rollout.max_response_length="
+                f"{rollout.max_response_length} unpunished: make it smaller, or set reward.soft_overlong_punishment=false"
+            )
+
+    def dump(self) -> str:
+        """The resolved config as YAML: what `load` reads back to an equal Config."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML config, then apply overrides in order: `load("run.yaml", ["optim.lr=2e-6"])`.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key or value is not valid; the message names it and the nearest key.
+    """
+    try:
+        values = yaml.load(Path(path).read_text(), _Loader) or {}
+    except OSError as error:
+        raise ConfigError(f"config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"config {path}: expected sections (run:, data:, …), got {type(values).__name__}")
+    for override in overrides or []:
+        _apply(values, override)
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"config {path}: " + "; ".join(_explain(e, values) for e in error.errors())) from None
+    config.check()
+    return config
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """A hint for a misspelt name: `nearest("lrr", ["lr", "seed"])` → "did you mean lr?"."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"override {override!r}: expected section.key=value")
+    *sections, name = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"override {override!r}: {section} is not a section")
+    values[name] = yaml.load(text, _Loader)
+
+
+def _explain(error: Any, values: dict[str, Any]) -> str:
+    path = [str(part) for part in error["loc"]]
+    name = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        model: Any = Config
+        for part in path[:-1]:
+            model = model.model_fields[part].annotation
+        return f"unknown key {name}: {nearest(path[-1], list(model.model_fields))}"
+    if error["type"] == "missing":
+        return f"missing key {name}"
+    return f"{name}={error['input']!r}: {error['msg'].lower()}"

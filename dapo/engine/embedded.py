@@ -1,0 +1,121 @@
+"""The engine without a server: Hugging Face `generate`, in the main rank's process. For one machine and small models.
+
+B = samples generated together, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
+
+from dapo.types import Request, Sample, Sampling
+
+
+class EmbeddedEngine:
+    """Generates what was submitted, `max_concurrent` samples at a time, when `completed` is read."""
+
+    def __init__(self, model: Path, dtype: torch.dtype, device: torch.device, max_concurrent: int):
+        config = transformers.AutoConfig.from_pretrained(model)
+        self.model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").to(device).eval()
+        self.model.generation_config = GenerationConfig()  # nothing is inherited: no repetition penalty, no top_k of the model's authors
+        self.device, self.max_concurrent = device, max_concurrent
+        self.version = -1
+        self.queue: list[Request] = []
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        self.queue.extend(requests)
+
+    def completed(self) -> Iterator[Sample]:
+        """Samples in the order of their requests."""
+        while self.queue:
+            sampling = self.queue[0].sampling
+            size = next((i for i, r in enumerate(self.queue) if r.sampling != sampling), len(self.queue))
+            batch, self.queue = self.queue[: min(size, self.max_concurrent)], self.queue[min(size, self.max_concurrent) :]
+            yield from self._generate(batch, sampling)
+
+    def abort(self, ids: Iterable[str]) -> None:
+        gone = set(ids)
+        self.queue = [request for request in self.queue if request.id not in gone]
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Copy the weights in; every parameter must be among them."""
+        params = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in weights:
+                params.pop(name).copy_(tensor)
+        assert not params, f"weights not sent: {sorted(params)}"
+        self.version = version
+
+    def close(self) -> None:
+        self.queue.clear()
+
+    @torch.no_grad()
+    def _generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
+        longest = max(len(request.tokens) for request in requests)
+        prompts = np.zeros((len(requests), longest), np.int64)  # padded on the left
+        is_real = np.zeros_like(prompts)
+        for row, request in enumerate(requests):
+            prompts[row, longest - len(request.tokens) :] = request.tokens
+            is_real[row, longest - len(request.tokens) :] = 1
+        sampler = SeededSampling([request.seed for request in requests], sampling, longest)
+        out = self.model.generate(
+            torch.from_numpy(prompts).to(self.device),
+            attention_mask=torch.from_numpy(is_real).to(self.device),
+            logits_processor=LogitsProcessorList([sampler]),
+            generation_config=GenerationConfig(
+                do_sample=False,  # the processor has already drawn: greedy takes what it drew
+                max_new_tokens=sampling.max_tokens,
+                eos_token_id=list(sampling.stop_ids),
+                pad_token_id=sampling.stop_ids[0],
+            ),
+        )
+        tokens = out[:, longest:].to(torch.int32).cpu().numpy()
+        logprobs = torch.stack(sampler.logprobs, dim=1).cpu().numpy()  # [B, n]
+        return [self._sample(*row, sampling) for row in zip(requests, tokens, logprobs, strict=True)]
+
+    def _sample(self, request: Request, tokens: np.ndarray, logprobs: np.ndarray, sampling: Sampling) -> Sample:
+        """Cut at the first stop token, inclusive; never by looking for padding, which may be a stop token itself."""
+        stops = np.flatnonzero(np.isin(tokens, sampling.stop_ids))
+        length = int(stops[0]) + 1 if len(stops) else len(tokens)
+        return Sample(
+            group=request.group,
+            index=request.index,
+            tokens=tokens[:length].copy(),
+            behavior_logprobs=logprobs[:length].astype(np.float32),
+            loss_mask=np.ones(length, bool),
+            versions=((self.version, 0, length),),
+            finish_reason="stop" if len(stops) else "length",
+        )
+
+
+class SeededSampling(LogitsProcessor):  # type: ignore[misc]
+    """Draws each row's next token from the row's own seed, so that a sample does not depend on what it was batched with.
+
+    Keeps log softmax(logits / T) of what it drew, before top_p; leaves only the drawn token to choose.
+    """
+
+    def __init__(self, seeds: list[int], sampling: Sampling, prompt_length: int):
+        draws = [np.random.Generator(np.random.Philox(key=seed)).random(sampling.max_tokens) for seed in seeds]
+        self.uniforms = torch.from_numpy(np.stack(draws))  # float64 [B, max_tokens]
+        self.sampling, self.prompt_length = sampling, prompt_length
+        self.top_p = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        scaled = scores.float() / self.sampling.temperature  # [B, V]
+        logprobs = scaled.log_softmax(-1)
+        drawn_from = self.top_p(input_ids, scaled).log_softmax(-1) if self.top_p else logprobs
+        cumulative = drawn_from.double().exp().cumsum(-1)
+        position = input_ids.shape[1] - self.prompt_length
+        uniform = self.uniforms[:, position].to(scores.device)
+        token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)  # [B, 1], never of probability 0
+        token = token.clamp(max=scores.shape[-1] - 1)  # where u · total rounded up to the total
+        self.logprobs.append(logprobs.gather(-1, token)[:, 0])
+        return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)

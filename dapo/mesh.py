@@ -1,0 +1,127 @@
+"""Who is who among the ranks, and how the main rank speaks to the others.
+
+Two kinds of traffic. Tensors of the policy travel in Megatron's own groups. Everything here is control: Python objects and a few numbers,
+over gloo, with a time limit long enough for any rollout (NCCL's watchdog would end a run whose rollout takes an hour).
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dapo.config import ConfigError, Parallel
+from dapo.types import Interrupted
+
+T = TypeVar("T")
+CONTROL_TIMEOUT = timedelta(hours=24)  # how long ranks wait for the main rank's rollouts
+
+
+class FailedElsewhere(Exception):
+    """The main rank failed and has said why."""
+
+
+class Mesh:
+    """The ranks of this run: world = tensor × data × pipeline, tensor ranks adjacent (Megatron's order tp-dp-pp).
+
+    Raises:
+        ConfigError: the world size does not divide by tensor × pipeline.
+    """
+
+    def __init__(self, parallel: Parallel):
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+            os.environ.setdefault(name, value)  # one process, without torchrun
+        self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        model_size = parallel.tensor * parallel.pipeline
+        if self.world % model_size:
+            raise ConfigError(
+                f"world size {self.world} is not a multiple of parallel.tensor={parallel.tensor} × parallel.pipeline={parallel.pipeline}: "
+                f"launch {model_size} processes, or a multiple, or change the layout"
+            )
+        self.tensor, self.pipeline, self.data = parallel.tensor, parallel.pipeline, self.world // model_size
+        self.data_rank = self.data_rank_of(self.rank)
+        self.is_main = self.rank == 0
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(self.device)
+        self._store, rank, world = next(iter(dist.rendezvous("env://")))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", store=self._store, rank=rank, world_size=world)
+        self.control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+
+    def data_rank_of(self, rank: int) -> int:
+        return rank // self.tensor % self.data
+
+    def scatter(self, function: Callable[..., Sequence[T]], *args: Any) -> T:
+        """Run `function` on the main rank; it returns one share per data-parallel rank, and each rank receives its own share only.
+
+        Raises, on every rank: Interrupted if the function does; its own exception on the main rank, FailedElsewhere on the others.
+        """
+        if not self.is_main:
+            return self._receive()
+        try:
+            shares = function(*args)
+        except BaseException as error:
+            for rank in range(1, self.world):
+                self._send(error if isinstance(error, Interrupted) else FailedElsewhere(str(error)), rank)
+            raise
+        assert len(shares) == self.data, f"{len(shares)} shares for {self.data} data-parallel ranks"
+        for rank in range(1, self.world):
+            self._send(shares[self.data_rank_of(rank)], rank)
+        return shares[0]
+
+    def on_main(self, function: Callable[..., T], *args: Any) -> T:
+        """Run `function` on the main rank; every rank returns its result. Raises as `scatter` does."""
+        return self.scatter(lambda: [function(*args)] * self.data)
+
+    def on_main_only(self, function: Callable[..., T], *args: Any) -> T | None:
+        """Run `function` on the main rank; the result stays there, the others have None. Raises as `scatter` does."""
+        made: list[T] = []
+        self.on_main(lambda: made.append(function(*args)))
+        return made[0] if made else None
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        """The sum over all ranks, in float64, on every rank."""
+        total = torch.from_numpy(np.asarray(values, dtype=np.float64).copy())
+        dist.all_reduce(total, group=self.control)
+        return total.numpy()
+
+    def max(self, value: float) -> float:
+        """The largest value of all ranks, on every rank."""
+        largest = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
+        return float(largest)
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.control)
+
+    def is_first_to_fail(self) -> bool:
+        """True for one rank only: an error that several ranks meet, or that one rank's end causes in the others, is told once."""
+        try:
+            return self._store.add("dapo/failed", 1) == 1
+        except (RuntimeError, dist.DistError):  # the store went with the rank that failed
+            return False
+
+    def close(self) -> None:
+        dist.destroy_process_group()
+
+    def _send(self, value: Any, rank: int) -> None:
+        data = torch.frombuffer(bytearray(pickle.dumps(value, protocol=5)), dtype=torch.uint8)
+        dist.send(torch.tensor([len(data)]), rank, group=self.control)
+        dist.send(data, rank, group=self.control)
+
+    def _receive(self) -> Any:
+        size = torch.zeros(1, dtype=torch.int64)
+        dist.recv(size, 0, group=self.control)
+        data = torch.empty(int(size), dtype=torch.uint8)
+        dist.recv(data, 0, group=self.control)
+        value = pickle.loads(data.numpy().tobytes())
+        if isinstance(value, BaseException):
+            raise value
+        return value

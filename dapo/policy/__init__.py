@@ -1,0 +1,12 @@
+"""π_θ: Megatron-core, the same code on a laptop's CPU and on many GPUs. The only room that imports Megatron."""
+
+import logging
+import warnings
+
+from dapo.policy import cpu
+
+cpu.install()
+# Megatron tells of optional packages at every import, and of its own deprecations at every call
+warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+logging.getLogger("megatron.core").setLevel(logging.WARNING)

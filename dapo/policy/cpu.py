@@ -1,0 +1,189 @@
+"""Megatron-core on machines without CUDA, or without Transformer Engine: the one place where an upstream is adapted.
+
+Megatron-core 0.16.1 spells "cuda" in some 460 places and expects Transformer Engine's FusedAdam wherever optimizer state is saved. `install`
+puts a finder before Python's own that rewrites those spellings while megatron.core's modules are imported; nothing on disk changes. On a GPU
+machine with Transformer Engine it does nothing. The version is pinned, and tests/dapo/test_cpu.py counts every rule's hits over the
+package, so that an upgrade shows.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import CodeType, ModuleType
+from typing import Any
+
+import torch
+from torch.optim.adamw import adamw
+
+MEGATRON_VERSION = "0.16.1"
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW whose `step` counts in the parameter groups, as Transformer Engine's FusedAdam does: what Megatron's checkpoints expect.
+
+    torch.optim.AdamW keeps a step per parameter, and Megatron's distributed optimizer cannot load that back. The arithmetic is torch's own.
+    """
+
+    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+                 weight_decay: float = 0.0, adam_w_mode: bool = True):  # fmt: skip
+        assert adam_w_mode, "decoupled weight decay only"
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            adamw(
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                [torch.tensor(float(group.get("step", 0)), device=p.device) for p in params],
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            group["step"] = int(group.get("step", 0)) + 1
+
+
+class NoCuda:
+    """What rewritten Megatron modules call in place of torch.cuda."""
+
+    @staticmethod
+    def device() -> torch.device:
+        return torch.device("cpu")
+
+    @staticmethod
+    def nothing() -> None:
+        pass
+
+    class Null:
+        """Stands in for CUDA events and streams, and for the stream context."""
+
+        def __init__(self, *args: Any, **kwargs: Any): ...
+
+        def __enter__(self) -> NoCuda.Null:
+            return self
+
+        def __exit__(self, *args: Any) -> None: ...
+
+        def __getattr__(self, name: str) -> Callable[..., Any]:
+            return lambda *args, **kwargs: 0.0 if name == "elapsed_time" else NoCuda.Null()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Replace `pattern` by `replacement` in one module, or in all of megatron.core."""
+
+    pattern: str
+    replacement: str
+    module: str | None = None
+
+    def apply(self, source: str, module: str) -> tuple[str, int]:
+        return re.subn(self.pattern, self.replacement, source) if self.module in (None, module) else (source, 0)
+
+
+NO_CUDA = [
+    Rule(r"\btorch\.cuda\.current_device\(\)", "_cpu.device()"),
+    Rule(r"\btorch\.cuda\.synchronize\([^()]*\)", "_cpu.nothing()"),
+    Rule(r"\btorch\.cuda\.empty_cache\(\)", "_cpu.nothing()"),
+    Rule(r"""device\s*=\s*(['"])cuda\1""", "device=_cpu.device()"),
+    Rule(r"""\.to\((['"])cuda\1\)""", ".to(_cpu.device())"),
+    Rule(r"\.cuda\((?:_cpu\.device\(\)|[^()]*)\)", ".to(_cpu.device())"),
+    Rule(r"torch\.cuda\.(Float|Half|BFloat16)Tensor", r"torch.\1Tensor"),
+    Rule(r"\btorch\.cuda\.(manual_seed|get_rng_state|set_rng_state)\b", r"torch.\1"),
+    Rule(r"pin_memory=True", "pin_memory=False"),
+    Rule(r"\btorch\.cuda\.(Event|Stream|current_stream|default_stream|stream)\b", "_cpu.Null"),
+    Rule(r"device_ids=\[[^\]]*\],?", ""),
+    Rule(
+        r"\ndef convert_cuda_rng_state\(",
+        "\ndef _get_cuda_rng_state(device='cpu', clone=False, graph_safe=False):\n    return torch.get_rng_state()\n"
+        "\ndef _set_cuda_rng_state(new_state, device=-1, graph_safe=False):\n    torch.set_rng_state(new_state)\n"
+        r"\g<0>",
+        "megatron.core.tensor_parallel.random",
+    ),
+    # the tracker warns when a fork consumes CPU randomness: here that is the only randomness there is
+    Rule(r"if not torch\.all\(cpu_rng_state == torch\.get_rng_state\(\)\)\.item\(\):", "if False:", "megatron.core.tensor_parallel.random"),
+    # jit_fuser is torch.compile: 10-40 s per function on a CPU
+    Rule(r"\nenable_jit_fuser\(\)", "\ndisable_jit_fuser()", "megatron.core.jit"),
+]
+NO_TRANSFORMER_ENGINE = [
+    Rule(r"from torch\.optim import AdamW as Adam\b", "from dapo.policy.cpu import AdamW as Adam", "megatron.core.optimizer"),
+    Rule(r"USING_PYTORCH_OPTIMIZER = True", "USING_PYTORCH_OPTIMIZER = False", "megatron.core.optimizer"),
+    Rule(r"from torch\.optim import Adam as Adam\b", "from dapo.policy.cpu import AdamW as Adam", "megatron.core.optimizer.distrib_optimizer"),
+    Rule(r"HAVE_APEX_OR_TE = False", "USING_TE_OPTIMIZER = True  # in its ways", "megatron.core.optimizer.distrib_optimizer"),
+]
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    rules: Sequence[Rule] = ()
+
+    def get_code(self, fullname: str) -> CodeType:  # never the .pyc, which holds the source as it is on disk
+        path = self.get_filename(fullname)
+        source = self.get_data(path).decode()
+        for rule in self.rules:
+            source, _ = rule.apply(source, fullname)
+        return self.source_to_code(source, path)  # type: ignore[no-any-return]
+
+    def exec_module(self, module: ModuleType) -> None:
+        module._cpu = NoCuda  # type: ignore[attr-defined]
+        super().exec_module(module)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def __init__(self, rules: Sequence[Rule]):
+        self.rules = rules
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if fullname != "megatron.core" and not fullname.startswith("megatron.core."):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is None or not isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            return spec
+        spec.loader = _Loader(spec.loader.name, spec.loader.path)
+        spec.loader.rules = self.rules
+        return spec
+
+
+def has_transformer_engine() -> bool:
+    """Transformer Engine is installed and there is a GPU for it: without one its import fails."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def install() -> None:
+    """Adapt Megatron-core to what this machine lacks. Before the first import of megatron.core; a second call changes nothing.
+
+    Raises:
+        ImportError: another Megatron-core than the one the rules were written for.
+    """
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    rules = ([] if torch.cuda.is_available() else NO_CUDA) + ([] if has_transformer_engine() else NO_TRANSFORMER_ENGINE)
+    if not rules:
+        return
+    version = importlib.metadata.version("megatron-core")
+    if version != MEGATRON_VERSION:
+        raise ImportError(f"megatron-core {version} is installed; without CUDA and Transformer Engine dapo needs {MEGATRON_VERSION}")
+    assert "megatron.core" not in sys.modules, "dapo.policy must be imported before megatron.core"
+    if not has_transformer_engine():
+        sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]  # ImportError, which Megatron expects, not TE's RuntimeError
+    sys.meta_path.insert(0, _Finder(rules))

@@ -1,0 +1,110 @@
+"""The two modules that Megatron-core takes from Transformer Engine, in plain torch: norm and packed attention.
+
+With Transformer Engine on a GPU machine its own layers are used and nothing here runs. S = sequences, T = packed tokens, h = heads, g = KV heads.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from dapo.policy.cpu import has_transformer_engine
+
+MAX_PADDING = 0.25  # of a padded batch of sequences
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm as Hugging Face computes it: statistics in float32, the weight applied in the input's type."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # its gradient is summed over tensor ranks
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+class PackedAttention(MegatronModule):
+    """Causal attention within each packed sequence; grouped KV heads. The constructor is that of Transformer Engine's module."""
+
+    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: Any, attention_type: str,
+                 softmax_scale: float | None = None, **_: Any):  # fmt: skip
+        super().__init__(config=config)
+        self.scale = softmax_scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+                packed_seq_params: PackedSeqParams, **_: Any) -> Tensor:  # fmt: skip
+        """query [T, h, d], key and value [T, g, d] → [T, h·d]."""
+        if query.is_cuda:
+            out = self._varlen(query, key, value, packed_seq_params)
+        else:
+            out = self._padded(query, key, value, packed_seq_params)
+        return out.flatten(1)
+
+    def _varlen(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        repeat = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+        cu, longest = packed.cu_seqlens_q, packed.max_seqlen_q
+        return varlen_attn(query, key, value, cu, cu, longest, longest, is_causal=True, scale=self.scale)  # type: ignore[no-any-return]
+
+    def _padded(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
+        """Sequences of like length together, padded on the right, where causality hides the padding."""
+        parts, batches = [], padded_batches(tuple(packed.cu_seqlens_q.tolist()))
+        for places, is_real in batches:
+            q, k, v = (x[places].transpose(1, 2) for x in (query, key, value))  # [S, h or g, longest, d]
+            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
+            parts.append(o.transpose(1, 2)[is_real])
+        order = torch.cat([places[is_real] for places, is_real in batches])  # where each computed row belongs in the pack
+        return torch.cat(parts)[order.argsort()]
+
+
+@functools.lru_cache(maxsize=16)
+def padded_batches(cu_seqlens: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+    """The packed sequences as padded batches of like length, at most MAX_PADDING of each padding.
+
+    Returns per batch: places in the pack, int64 [S, longest], padding repeats a sequence's last place; and which are real, bool [S, longest].
+    """
+    starts, lengths = np.array(cu_seqlens[:-1]), np.diff(cu_seqlens)
+    batches: list[list[int]] = []
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        if batches and lengths[batches[-1]].sum() + lengths[i] >= (1 - MAX_PADDING) * lengths[batches[-1][0]] * (len(batches[-1]) + 1):
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    padded = []
+    for batch in batches:
+        steps = np.arange(lengths[batch[0]])
+        places = starts[batch, None] + np.minimum(steps, lengths[batch, None] - 1)
+        padded.append((torch.from_numpy(places), torch.from_numpy(steps < lengths[batch, None])))
+    return padded
+
+
+def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> ModuleSpec | TransformerBlockSubmodules:
+    """Megatron's layers with Transformer Engine where there is one, else with the modules above."""
+    if has_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

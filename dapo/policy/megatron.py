@@ -1,0 +1,286 @@
+"""π_θ on Megatron-core: build it, score with it, update it, read its weights, save and load it.
+
+T = packed tokens of a microbatch, V/tp = this rank's shard of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from dapo_kernels import reference
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from dapo.batch import Batch, Microbatch
+from dapo.clock import timed
+from dapo.config import Config
+from dapo.mesh import Mesh
+from dapo.policy import hf_weights
+from dapo.policy.hf_weights import Weights
+from dapo.policy.model import build_model, read_shape, split_passthrough, transformer_config
+
+
+class PolicyError(RuntimeError):
+    """Training met numbers it cannot learn from. Every rank raises it, before the parameters are touched."""
+
+
+@dataclass
+class _Tensors:
+    """A Microbatch on this rank's device, and π_θold's view of it."""
+
+    tokens: Tensor  # [1, T]
+    positions: Tensor  # [1, T]
+    targets: Tensor  # [T]
+    mask: Tensor  # [T]
+    weights: Tensor  # [T]
+    advantages: Tensor  # [T]
+    behavior_logprobs: Tensor  # [T]
+    packed: PackedSeqParams
+    old_logprobs: Tensor | None = None  # [T], last pipeline stage only
+
+
+class Policy:
+    """The trained model. Every method but `is_last_stage` is collective: all ranks call it together.
+
+    Raises:
+        ConfigError: the model directory or the layout cannot be used; the message says what to change.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh):
+        self.config, self.mesh = config, mesh
+        self.shape = read_shape(config.policy.model)
+        self.transformer = transformer_config(self.shape, config)
+        parallel_state.initialize_model_parallel(config.parallel.tensor, config.parallel.pipeline)
+        assert parallel_state.get_data_parallel_rank() == mesh.data_rank, "mesh and Megatron disagree on who holds which data"
+        model_parallel_cuda_manual_seed(config.run.seed)
+        self.tensor_group = parallel_state.get_tensor_model_parallel_group()
+        self.is_last_stage = parallel_state.is_pipeline_last_stage()
+        self.reports = self.is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0  # metrics are summed over these ranks
+
+        _, optimizer_fields, ddp_fields = split_passthrough(config.policy.megatron)
+        model = build_model(self.shape, self.transformer).to(mesh.device)
+        self._weights = Weights(model, self.shape)
+        self._weights.load(config.policy.model)
+        ddp = dict(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+        self.model = DistributedDataParallel(
+            self.transformer,
+            DistributedDataParallelConfig(**ddp | ddp_fields),
+            Float16Module(self.transformer, model) if self.transformer.bf16 else model,
+        )
+        optim = dict(
+            optimizer="adam",
+            lr=config.optim.lr,
+            weight_decay=config.optim.weight_decay,
+            adam_beta1=config.optim.betas[0],
+            adam_beta2=config.optim.betas[1],
+            clip_grad=config.optim.clip_grad,
+            bf16=self.transformer.bf16,
+            params_dtype=self.transformer.params_dtype,
+            use_distributed_optimizer=True,
+        )
+        self.optimizer = get_megatron_optimizer(OptimizerConfig(**optim | optimizer_fields), [self.model])
+        self.scheduler = self._make_scheduler()
+        self.transformer.finalize_model_grads_func = finalize_model_grads
+        self.transformer.grad_scale_func = self.optimizer.scale_loss
+        self.transformer.no_sync_func = self.model.no_sync if self.model.ddp_config.overlap_grad_reduce else None
+        self._on_device: dict[int, _Tensors] = {}
+
+    @timed("old_logprobs")
+    def set_old_logprobs(self, batch: Batch) -> dict[str, float]:
+        """log π_θold of every token of the batch, by the trainer's own numerics and the updates' own packing: the ratio's denominator.
+
+        Returns the mismatch |old − behavior| over response tokens, mean and max: the alarm for a weight sync that went wrong.
+
+        Raises:
+            PolicyError: a log-prob is not finite.
+        """
+        self._on_device = {id(m): self._tensors(m) for minibatch in batch.minibatches for m in minibatch}
+        work = list(self._on_device.values())
+        if not work:
+            return {}
+        sums, largest = np.zeros(3), 0.0  # tokens, Σ|old − behavior|, not finite
+        for tensors, logprobs in zip(work, self._run(work, self._score, forward_only=True), strict=False):  # results on the last stage only
+            tensors.old_logprobs = logprobs
+            gap = (logprobs - tensors.behavior_logprobs)[tensors.mask].abs()
+            if self.reports and len(gap):
+                sums += [len(gap), float(gap.sum()), int((~logprobs.isfinite()).sum())]
+                largest = max(largest, float(gap.max()))
+        tokens, gaps, broken = self.mesh.sum(sums)
+        if broken:
+            raise PolicyError(f"{broken:.0f} of {tokens:.0f} log-probs of the policy are not finite: its weights are damaged; resume from a checkpoint")
+        return {"policy/mismatch": gaps / tokens, "policy/mismatch_max": self.mesh.max(largest)}
+
+    @timed("update")
+    def update(self, minibatch: list[Microbatch]) -> dict[str, float]:
+        """One optimizer step on one minibatch (Eq. 8). `set_old_logprobs` came before.
+
+        Raises:
+            PolicyError: the loss is not finite; the parameters are as they were.
+        """
+        metrics = self.backward(minibatch)
+        self.scheduler.step(1)  # before the update: the first one has the first warm-up value, not lr 0
+        _, grad_norm, _ = self.optimizer.step()
+        if not math.isfinite(grad_norm):
+            raise PolicyError(f"gradient norm is {grad_norm}: the update destroyed the policy; resume from the last checkpoint")
+        return metrics | {"policy/grad_norm": float(grad_norm), "policy/lr": self.scheduler.get_lr({})}
+
+    def backward(self, minibatch: list[Microbatch]) -> dict[str, float]:
+        """Gradients of the minibatch's loss, summed over microbatches and data-parallel ranks; and its metrics, means over response tokens."""
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        work = [self._on_device[id(microbatch)] for microbatch in minibatch]
+        sums = sum(self._run(work, self._loss, forward_only=False), start=torch.zeros(len(SUMS), dtype=torch.float64))
+        totals = dict(zip(SUMS, self.mesh.sum(sums.numpy() if self.reports else np.zeros(len(SUMS))), strict=True))
+        if not math.isfinite(totals["loss"]):
+            raise PolicyError(f"the loss is {totals['loss']}: stopped before the update; the last checkpoint is whole")
+        tokens = max(totals["tokens"], 1)
+        return {
+            "policy/loss": totals["loss"],  # the weights hold the normaliser: the sum is the loss
+            "policy/entropy": totals["entropy"] / tokens,
+            "policy/probability": totals["probability"] / tokens,
+            "policy/clip_low": totals["clipped_low"] / tokens,
+            "policy/clip_high": totals["clipped_high"] / tokens,
+            "policy/clip_high_probability": totals["clipped_high_probability"] / max(totals["clipped_high"], 1),
+        }
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, full tensor) of the whole model, one at a time, on every rank: every rank drains it."""
+        return self._weights.export()
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """As `weights`, the gradients of the last `backward` (whole on every rank only without data parallelism)."""
+        return self._weights.export(lambda p: p.main_grad)  # type: ignore[attr-defined]
+
+    @timed("export")
+    def save_hf(self, target: Path) -> None:
+        """Write the model as a Hugging Face directory, which appears whole or not at all."""
+        if self.mesh.is_main:
+            hf_weights.save_hf(self.weights(), self.config.policy.model, target)
+        else:
+            for _ in self.weights():
+                pass
+
+    def save(self, directory: Path) -> None:
+        """Model, optimizer and scheduler as a Megatron distributed checkpoint, in an existing, empty directory."""
+        dist_checkpointing.save(self._sharded_state(is_loading=False), str(directory))
+
+    def load(self, directory: Path) -> None:
+        state = dist_checkpointing.load(self._sharded_state(is_loading=True), str(directory))
+        self.model.load_state_dict(state["model"])
+        with torch.no_grad():
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.num_steps = 0
+        self.scheduler.step(state["num_updates"])
+
+    def _make_scheduler(self) -> OptimizerParamScheduler:
+        optim = self.config.optim
+        warmup = optim.warmup_steps * self.config.updates_per_step  # warm-up is counted in rollout steps
+        return OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=optim.lr,
+            min_lr=0.0,
+            lr_warmup_steps=warmup,
+            lr_decay_steps=warmup + 1,
+            lr_decay_style="constant",
+            start_wd=optim.weight_decay,
+            end_wd=optim.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+
+    def _sharded_state(self, is_loading: bool) -> dict[str, Any]:
+        # fully_reshardable: the optimizer's state can be loaded into another layout
+        metadata = {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        }
+        model = self.model.sharded_state_dict(metadata=metadata)
+        optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+        return {"model": model, "optimizer": optimizer, "num_updates": self.scheduler.num_steps}
+
+    def _run(self, work: list[_Tensors], finish: Any, forward_only: bool) -> list[Any]:
+        """Megatron's pipeline schedule over the microbatches. Returns what `finish` reported for each, on the last stage; else nothing."""
+
+        def forward_step(data: Iterator[_Tensors], model: torch.nn.Module) -> tuple[Tensor, Any]:
+            tensors = next(data)
+            logits = model(tensors.tokens, tensors.positions, None, packed_seq_params=tensors.packed)  # [1, T, V/tp] on the last stage
+            return logits, lambda output: finish(tensors, output[0])
+
+        return get_forward_backward_func()(  # type: ignore[no-any-return]
+            forward_step_func=forward_step,
+            data_iterator=iter(work),
+            model=self.model,
+            num_microbatches=len(work),
+            seq_length=work[0].tokens.shape[1],  # not used: lengths travel with the activations
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _score(self, tensors: _Tensors, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logprobs = reference.logprobs(logits, tensors.targets, tensors.mask, **self._vocabulary)
+        return logprobs.sum(), torch.zeros((), dtype=torch.int, device=logits.device), logprobs
+
+    def _loss(self, tensors: _Tensors, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss as a sum over this microbatch's tokens, "0 tokens" (Megatron then divides by nothing), and SUMS."""
+        objective = self.config.objective
+        out = reference.policy_loss(
+            logits,
+            tensors.targets,
+            tensors.old_logprobs,  # type: ignore[arg-type]
+            tensors.advantages,
+            tensors.mask,
+            clip_low=objective.clip_low,
+            clip_high=objective.clip_high,
+            weights=tensors.weights,
+            dual_clip=objective.dual_clip,
+            **self._vocabulary,
+        )
+        probability = out.logprobs[tensors.mask].exp()
+        high = out.clipped_high[tensors.mask]
+        sums = [tensors.mask.sum(), out.loss.detach(), out.entropy.sum(), probability.sum(), out.clipped_low.sum(), high.sum(), probability[high].sum()]
+        return out.loss, torch.zeros((), dtype=torch.int, device=logits.device), torch.stack([s.double() for s in sums]).cpu()
+
+    @property
+    def _vocabulary(self) -> dict[str, Any]:
+        return {
+            "temperature": self.config.rollout.temperature,  # π_θ is the distribution that was sampled from
+            "tp_group": self.tensor_group if self.config.parallel.tensor > 1 else None,
+            "valid_vocab": self.shape.vocab_size,
+        }
+
+    def _tensors(self, microbatch: Microbatch) -> _Tensors:
+        def place(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(self.mesh.device, non_blocking=True)
+
+        cu_seqlens = place(microbatch.cu_seqlens)
+        longest = int(np.diff(microbatch.cu_seqlens).max())
+        return _Tensors(
+            tokens=place(microbatch.tokens)[None],
+            positions=place(microbatch.positions)[None],
+            targets=place(microbatch.targets),
+            mask=place(microbatch.mask),
+            weights=place(microbatch.weights),
+            advantages=place(microbatch.advantages),
+            behavior_logprobs=place(microbatch.behavior_logprobs),
+            packed=PackedSeqParams(
+                qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest
+            ),
+        )
+
+
+# what one microbatch adds up over its response tokens, in this order
+SUMS = ("tokens", "loss", "entropy", "probability", "clipped_low", "clipped_high", "clipped_high_probability")

@@ -1,0 +1,35 @@
+"""What installs: `dapo`, and from kernels/ `dapo_kernels`. The folder kernels/ itself must never be importable."""
+
+from setuptools import setup
+
+setup(
+    name="dapo",
+    version="0.1.0",
+    description="DAPO (arXiv:2503.14476) on Megatron-core: reinforcement learning that teaches language models to reason",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["dapo", "dapo.engine", "dapo.policy", "dapo.reward", "dapo_kernels"],
+    package_dir={"dapo_kernels": "kernels/dapo_kernels"},
+    package_data={"dapo": ["py.typed"], "dapo_kernels": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "megatron-core==0.16.1",  # pinned: policy/cpu.py adapts this very version
+        "transformers>=5,<6",
+        "numpy>=1.26",
+        "safetensors>=0.5",
+        "pyarrow>=15",
+        "psutil>=5.9",  # without it torch_dist checkpoints hang while saving
+        "tensorboard>=2.16",
+        "rich>=13",
+        "matplotlib>=3.8",
+        "pydantic>=2.7",
+        "pyyaml>=6",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]>=2.9,<2.12", "triton"],
+        "sglang": ["sglang==0.5.23", "sglang-router"],
+        "wandb": ["wandb"],
+        "test": ["pytest>=8", "hypothesis>=6.100"],
+        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "types-psutil"],
+    },
+)
