@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import sys
 import traceback
@@ -61,4 +62,6 @@ if __name__ == "__main__":
     status = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
+    for child in multiprocessing.active_children():  # Megatron's checkpoint writer keeps one
+        child.terminate()
     os._exit(status)  # past the collectives that other ranks may be waiting in
