@@ -6,6 +6,7 @@ over gloo, with a time limit long enough for any rollout (NCCL's watchdog would 
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 from collections.abc import Callable, Sequence
@@ -27,6 +28,20 @@ class FailedElsewhere(Exception):
     """The main rank failed and has said why."""
 
 
+@functools.cache
+def _connect(device: torch.device) -> tuple[dist.Store, dist.ProcessGroup]:
+    """Join the other ranks, once per process: the store they share, and the control group."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        os.environ.setdefault(name, value)  # one process, without torchrun
+    store, rank, world = next(iter(dist.rendezvous("env://")))
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    return store, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+
+
 class Mesh:
     """The ranks of this run: world = tensor × data × pipeline, tensor ranks adjacent (Megatron's order tp-dp-pp).
 
@@ -35,9 +50,7 @@ class Mesh:
     """
 
     def __init__(self, parallel: Parallel):
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
-            os.environ.setdefault(name, value)  # one process, without torchrun
-        self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         model_size = parallel.tensor * parallel.pipeline
         if self.world % model_size:
             raise ConfigError(
@@ -47,13 +60,8 @@ class Mesh:
         self.tensor, self.pipeline, self.data = parallel.tensor, parallel.pipeline, self.world // model_size
         self.data_rank = self.data_rank_of(self.rank)
         self.is_main = self.rank == 0
-        self.device = torch.device("cpu")
-        if torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(self.device)
-        self._store, rank, world = next(iter(dist.rendezvous("env://")))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", store=self._store, rank=rank, world_size=world)
-        self.control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+        self._store, self.control = _connect(self.device)
 
     def data_rank_of(self, rank: int) -> int:
         return rank // self.tensor % self.data

@@ -172,6 +172,7 @@ class Policy:
         else:
             for _ in self.weights():
                 pass
+        self.mesh.barrier()
 
     def save(self, directory: Path) -> None:
         """Model, optimizer and scheduler as a Megatron distributed checkpoint, in an existing, empty directory."""

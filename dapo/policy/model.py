@@ -169,7 +169,12 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         moe_token_dispatcher_type="alltoall",  # what variable_seq_lengths insists on, dense models included
         batch_p2p_comm=False,
         use_cpu_initialization=not has_cuda,
-        perform_initialization=False,  # the weights are loaded
+        # the weights are loaded; but Megatron marks a parameter as tensor-parallel while it initialises it, and unmarked ones are missing from
+        # the gradient norm: so initialise, with nothing
+        perform_initialization=True,
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
         gradient_accumulation_fusion=False,  # needs an Apex extension
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
@@ -181,6 +186,10 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         return TransformerConfig(**fields | split_passthrough(config.policy.megatron)[0])
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"policy.megatron={config.policy.megatron}: Megatron refuses it: {error}") from error
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    return weight
 
 
 def padded_vocab(shape: ModelShape, tensor: int) -> int:

@@ -1,0 +1,41 @@
+"""The layouts and models that parity.py measures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Case:
+    world: int
+    tensor: int
+    pipeline: int
+    model: str
+    is_tied: bool = False
+    budget: int = 64  # tokens per microbatch: several of them
+    normaliser: str = "token_mean"
+    filtering: bool = False
+
+    @property
+    def name(self) -> str:
+        data = self.world // (self.tensor * self.pipeline)
+        extras = [self.model, "tied" if self.is_tied else "", f"b{self.budget}", self.normaliser, "filtered" if self.filtering else ""]
+        return "-".join([f"tp{self.tensor}pp{self.pipeline}dp{data}", *filter(None, extras)])
+
+
+CASES = [
+    Case(1, 1, 1, "qwen2"),
+    Case(1, 1, 1, "qwen2", budget=4096),
+    Case(1, 1, 1, "qwen3", normaliser="group_token_mean", filtering=True),
+    Case(1, 1, 1, "llama", is_tied=True, normaliser="sample_mean"),
+    Case(2, 2, 1, "qwen2", is_tied=True),
+    Case(2, 2, 1, "llama", normaliser="group_token_mean"),
+    Case(2, 1, 2, "qwen3"),
+    Case(2, 1, 2, "qwen2", is_tied=True),
+    Case(2, 1, 1, "qwen2", filtering=True),
+    Case(2, 1, 1, "llama", normaliser="sample_mean"),
+    Case(4, 2, 2, "qwen3"),
+    Case(4, 2, 2, "qwen2", is_tied=True, normaliser="group_token_mean"),
+    Case(4, 2, 1, "qwen2", filtering=True),
+    Case(4, 1, 2, "llama", budget=4096),
+]

@@ -1,0 +1,31 @@
+"""One torchrun launch for many cases: importing torch and Megatron costs every process ten seconds."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(num_processes: int, *command: str, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a script or `-m module` on `num_processes` ranks, one thread each; everything it printed is in stdout."""
+    arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes), *command]
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | env
+    return subprocess.run(arguments, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout)
+
+
+@functools.cache
+def measured(module: str, num_processes: int) -> dict[str, Any]:
+    """The results by name of `python -m module OUT.json`, launched once per number of processes."""
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / "out.json"
+        done = torchrun(num_processes, "-m", module, str(out))
+        assert done.returncode == 0, done.stdout[-6000:]
+        return {result["name"]: result for result in json.loads(out.read_text())}

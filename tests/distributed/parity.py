@@ -1,0 +1,207 @@
+"""Policy against a plain Hugging Face model trained by the same equations, case after case in one launch.
+
+torchrun --nproc-per-node WORLD -m tests.distributed.parity OUT.json: every case of that world size; the main rank writes what it measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from dapo_kernels import reference
+from safetensors.torch import load_file
+
+from dapo import batch as batches
+from dapo import config as configs
+from dapo.mesh import Mesh
+from dapo.objective import token_weights
+from dapo.policy import megatron as policy_module
+from dapo.policy.megatron import Policy
+from dapo.rollout import group_advantages
+from dapo.types import Group, Prompt, Sample
+from tests.distributed.cases import CASES, Case
+
+EPS = 1e-6  # Adam divides by |g| + eps: at 1e-8 it would turn the rounding of all but vanishing gradients into steps
+LR, NUM_UPDATES, GROUPS_PER_UPDATE, GROUP_SIZE, VOCAB = 1e-3, 3, 2, 4, 250  # 250 is padded at every tensor size
+
+
+def make_hf(model: str, is_tied: bool, directory: Path) -> None:
+    """A random model in which biases and norms matter."""
+    kinds = {
+        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
+        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {"head_dim": 16}),  # ≠ hidden / heads
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {"rms_norm_eps": 1e-5}),
+    }
+    config, cls, extra = kinds[model]
+    shape = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)
+    torch.manual_seed(5)
+    hf = cls(config(**shape, tie_word_embeddings=is_tied, **extra))
+    with torch.no_grad():
+        for name, param in hf.named_parameters():
+            if "norm" in name:
+                param.add_(0.1 * torch.randn_like(param))
+            else:
+                param.normal_(0, 0.3 if "bias" in name else 0.08)
+    hf.save_pretrained(directory)
+
+
+def make_groups(rng: np.random.Generator) -> list[Group]:
+    groups = []
+    for g in range(NUM_UPDATES * GROUPS_PER_UPDATE):
+        group = Group(g, Prompt(g, rng.integers(0, VOCAB, rng.integers(1, 9)).astype(np.int32), "0"))
+        for i in range(GROUP_SIZE):
+            n = int(rng.integers(1, 24))
+            sample = Sample(g, i, rng.integers(0, VOCAB, n).astype(np.int32), rng.normal(-5, 1, n).astype(np.float32), rng.random(n) < 0.9,
+                            ((0, 0, n),), "length" if rng.random() < 0.3 else "stop", reward=float(rng.normal()))  # fmt: skip
+            sample.loss_mask[0] = True
+            group.samples.append(sample)
+        for sample, advantage in zip(group.samples, group_advantages([s.reward for s in group.samples]), strict=True):
+            sample.advantage = float(advantage)
+        groups.append(group)
+    return groups
+
+
+class HFTrainer:
+    """The same equations in the plainest torch: one unpacked sample at a time, torch's AdamW and gradient clipping."""
+
+    def __init__(self, directory: Path, config: configs.Config):
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+        self.config = config
+        matrices, vectors = ([p for p in self.model.parameters() if (p.dim() > 1) == is_matrix] for is_matrix in (True, False))
+        groups = [{"params": matrices, "weight_decay": config.optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=LR, betas=config.optim.betas, eps=EPS)
+
+    def logprobs(self, group: Group, sample: Sample) -> torch.Tensor:
+        tokens = torch.from_numpy(np.concatenate([group.prompt.tokens, sample.tokens])).long()
+        logits = self.model(tokens[None, :-1]).logits[0, len(group.prompt.tokens) - 1 :] / self.config.rollout.temperature
+        return logits.log_softmax(-1).gather(-1, torch.from_numpy(sample.tokens).long()[:, None])[:, 0]
+
+    def backward(self, groups: list[Group], old: dict[tuple[int, int], torch.Tensor]) -> None:
+        objective = self.config.objective
+        self.optimizer.zero_grad()
+        for group, weights in zip(groups, token_weights(groups, objective.normaliser, objective.overlong_filtering), strict=True):
+            for sample, weight in zip(group.samples, weights, strict=True):
+                ratio = (self.logprobs(group, sample) - old[group.id, sample.index]).exp()
+                clipped = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
+                loss = -torch.min(ratio * sample.advantage, clipped * sample.advantage)
+                (weight * loss[torch.from_numpy(sample.loss_mask)]).sum().backward()
+
+    def step(self) -> float:
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
+        self.optimizer.step()
+        return float(norm)
+
+
+def run(case: Case, directory: Path) -> dict[str, Any]:
+    mesh_options = configs.Parallel(tensor=case.tensor, pipeline=case.pipeline)
+    config = configs.Config(
+        run=configs.Run(dir=directory / "run"),
+        data=configs.Data(train=directory / "none"),
+        rollout=configs.Rollout(prompts_per_step=NUM_UPDATES * GROUPS_PER_UPDATE, group_size=GROUP_SIZE, temperature=0.9),
+        objective=configs.Objective(normaliser=case.normaliser, overlong_filtering=case.filtering),
+        optim=configs.Optim(lr=LR, warmup_steps=0, prompts_per_minibatch=GROUPS_PER_UPDATE, clip_grad=0.5),
+        parallel=mesh_options,
+        policy=configs.Policy(model=directory / "hf", dtype="float32", tokens_per_microbatch=case.budget, megatron={"adam_eps": EPS}),
+    )
+    mesh = Mesh(mesh_options)
+    if mesh.is_main:
+        make_hf(case.model, case.is_tied, directory / "hf")
+    mesh.barrier()
+    policy, hf = Policy(config, mesh), HFTrainer(directory / "hf", config)
+    groups = make_groups(np.random.default_rng(3))
+    batch = batches.plan(groups, config, mesh.data, metrics={})[mesh.data_rank]
+    result: dict[str, Any] = {"case": asdict(case), "microbatches": len(batch.minibatches[0])}
+
+    policy.save_hf(directory / "exported")
+    before, after = load_file(directory / "hf" / "model.safetensors"), load_file(directory / "exported" / "model.safetensors")
+    result["round_trip"] = set(before) == set(after) and all(torch.equal(before[k], after[k]) for k in before)
+
+    with torch.no_grad():
+        old = {(g.id, s.index): hf.logprobs(g, s).detach() for g in groups for s in g.samples}
+    policy.set_old_logprobs(batch)
+    result["logprobs"] = mesh.max(_logprob_error(policy, batch, groups, old))
+
+    ratio_gaps: list[float] = []
+    _watch_ratios(ratio_gaps)
+    finalize = policy.transformer.finalize_model_grads_func
+    policy.transformer.finalize_model_grads_func = lambda *a, **k: finalize(
+        *a, **k | {"force_all_reduce": True}
+    )  # whole gradients on every rank
+    policy.backward(batch.minibatches[0])
+    policy.transformer.finalize_model_grads_func = finalize
+    result["ratio"] = mesh.max(max(ratio_gaps, default=0.0))
+    policy_module.reference.policy_loss = _plain_policy_loss
+    hf.backward(groups[:GROUPS_PER_UPDATE], old)
+    params = dict(hf.model.named_parameters())
+    gaps, norms = zip(*((float((g - params[n].grad).norm()), float(params[n].grad.norm())) for n, g in policy.gradients()), strict=True)
+    result["gradients"] = float(np.linalg.norm(gaps) / np.linalg.norm(norms))
+
+    start = {name: param.detach().clone() for name, param in params.items()}
+    result["grad_norms"] = []
+    for i, minibatch in enumerate(batch.minibatches):
+        norm = policy.update(minibatch)["policy/grad_norm"]
+        hf.backward(groups[i * GROUPS_PER_UPDATE : (i + 1) * GROUPS_PER_UPDATE], old)
+        result["grad_norms"].append([norm, hf.step()])
+    result["params"], result["worst"] = max((float((w - params[n].detach()).abs().max()), n) for n, w in policy.weights())
+    result["moved"] = max(float((params[n].detach() - start[n]).abs().max()) for n in params)
+    return result
+
+
+def _logprob_error(policy: Policy, batch: batches.Batch, groups: list[Group], old: dict[tuple[int, int], torch.Tensor]) -> float:
+    """Found by the advantages' sequences: every masked log-prob of this rank, against the Hugging Face model's."""
+    if not policy.is_last_stage:
+        return 0.0
+    by_tokens = {
+        np.concatenate([g.prompt.tokens, s.tokens]).tobytes(): old[g.id, s.index][torch.from_numpy(s.loss_mask)]
+        for g in groups
+        for s in g.samples
+    }
+    worst = 0.0
+    for minibatch in batch.minibatches:
+        for microbatch in minibatch:
+            ours = policy._on_device[id(microbatch)].old_logprobs
+            for start, end in zip(microbatch.cu_seqlens[:-1], microbatch.cu_seqlens[1:], strict=True):
+                mask = microbatch.mask[start:end]
+                if mask.any():
+                    whole = np.append(microbatch.tokens[start:end], microbatch.targets[end - 1]).astype(np.int32)
+                    worst = max(worst, float((ours[start:end][torch.from_numpy(mask)] - by_tokens[whole.tobytes()]).abs().max()))
+    return worst
+
+
+_plain_policy_loss = reference.policy_loss
+
+
+def _watch_ratios(gaps: list[float]) -> None:
+    def watched(logits: Any, targets: Any, old_logprobs: Any, advantages: Any, mask: Any, **options: Any) -> Any:
+        out = _plain_policy_loss(logits, targets, old_logprobs, advantages, mask, **options)
+        gaps.append(float((out.logprobs - old_logprobs).abs().max()))
+        return out
+
+    policy_module.reference.policy_loss = watched
+
+
+def main(out: str) -> None:
+    from megatron.core import parallel_state
+
+    torch.set_num_threads(1)
+    results = []
+    for case in CASES:
+        if case.world != int(os.environ["WORLD_SIZE"]):
+            continue
+        directory = Path(out).parent / case.name
+        results.append({"name": case.name, **run(case, directory)})
+        parallel_state.destroy_model_parallel()
+        if dist.get_rank() == 0:
+            Path(out).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
