@@ -19,7 +19,9 @@ RESULTS = Path(__file__).parent / "results"
 def heading(title: str) -> str:
     """A Markdown heading with machine, date, commit, versions and the command."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
-    changed = subprocess.run(["git", "status", "--porcelain", "dapo", "kernels"], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", "dapo", "kernels"], capture_output=True, text=True, cwd=RESULTS.parent
+    ).stdout.strip()
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores, {_cpu_model()}"
     return (
         f"# {title}\n\n"

@@ -36,9 +36,13 @@ def main(steps: int) -> None:
         seconds, samples = measure(policy, rollouts, steps)
     rows = [[phase, spread(values)] for phase, values in seconds.items()]
     text = heading("Step time: the arithmetic recipe on one process")
-    text += f"\nCPU seconds, median (min–max) of {steps} steps after {WARM_UP}; OMP threads 1; 16 groups of 8 samples, 4 updates a step.\n\n"
+    text += (
+        f"\nCPU seconds, median (min–max) of {steps} steps after {WARM_UP}; OMP threads 1; 16 groups of 8 samples, 4 updates a step.\n\n"
+    )
     text += table(["phase", "CPU s"], rows) + f"\nSamples per generation round: {samples}.\n\n"
-    text += "## Costliest operators of one step's policy part\n\nSelf CPU time, torch.profiler.\n\n" + table(["operator", "calls", "ms"], profile(policy, rollouts))
+    text += "## Costliest operators of one step's policy part\n\nSelf CPU time, torch.profiler.\n\n" + table(
+        ["operator", "calls", "ms"], profile(policy, rollouts)
+    )
     save("step_time_cpu.md", text)
 
 

@@ -45,7 +45,7 @@ def _train(options: config.Config) -> int:
             print(f"interrupted; saved in {options.run.dir}; the same command goes on from there", file=sys.stderr)
         return 130
     except (config.ConfigError, PolicyError, RolloutError, OSError) as error:
-        return _fail(error, is_told=mesh is None and os.environ.get("RANK", "0") == "0" or mesh is not None and mesh.is_first_to_fail())
+        return _fail(error, is_told=(mesh is None and os.environ.get("RANK", "0") == "0") or (mesh is not None and mesh.is_first_to_fail()))
     except Exception:  # noqa: BLE001  # a bug: its traceback, once, not once per rank that it takes along
         if mesh is None or mesh.is_first_to_fail():
             traceback.print_exc()

@@ -1,7 +1,7 @@
 """Save and resume everything: policy, optimizer, prompt position, counters.
 
 <run.dir>/checkpoints/step-000010/ holds policy/ (Megatron's torch_dist format), rollouts.json and manifest.json (every file and its size).
-It is written under a name that starts with a dot and renamed when it is whole: what bears the name is whole, unless the disk damaged it later.
+It is written under a name that starts with a dot and renamed when whole: what bears the name is whole, unless damaged later.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dapo.clock import timed
 from dapo.config import ConfigError
 from dapo.mesh import Mesh
 from dapo.policy.megatron import Policy
-from dapo.rollout import Rollouts
+from dapo.rollout import Rollouts, RolloutsElsewhere
 
 
 class Checkpoints:
@@ -28,7 +28,7 @@ class Checkpoints:
         self.root = options.dir / "checkpoints"
         self.saved = -1  # the step last saved or loaded
 
-    def load(self, policy: Policy, rollouts: Rollouts) -> int:
+    def load(self, policy: Policy, rollouts: Rollouts | RolloutsElsewhere) -> int:
         """Restore the newest whole checkpoint; the step to go on with, 0 where there is none.
 
         Raises:
@@ -38,18 +38,18 @@ class Checkpoints:
         if step is None:
             return 0
         policy.load(self._path(step) / "policy")
-        if self.mesh.is_main:
+        if isinstance(rollouts, Rollouts):
             rollouts.load_state_dict(json.loads((self._path(step) / "rollouts.json").read_text()))
         self.saved = step
         return step
 
-    def maybe_save(self, step: int, policy: Policy, rollouts: Rollouts) -> None:
+    def maybe_save(self, step: int, policy: Policy, rollouts: Rollouts | RolloutsElsewhere) -> None:
         """Save if `step` steps are a multiple of run.save_every, or all of them."""
         if step % self.options.save_every == 0 or step == self.options.steps:
             self.save(step, policy, rollouts)
 
     @timed("checkpoint")
-    def save(self, step: int, policy: Policy, rollouts: Rollouts) -> None:
+    def save(self, step: int, policy: Policy, rollouts: Rollouts | RolloutsElsewhere) -> None:
         """Save the state after `step` steps. On failure nothing is left behind, and older checkpoints stay."""
         if step == self.saved:
             return
@@ -69,7 +69,10 @@ class Checkpoints:
 
     def _publish(self, step: int, partial: Path, rollouts: Rollouts) -> None:
         (partial / "rollouts.json").write_text(json.dumps(rollouts.state_dict()))
-        manifest = {"step": step, "files": {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}}
+        manifest = {
+            "step": step,
+            "files": {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()},
+        }
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
         for path in (partial, *partial.rglob("*")):  # on the disk before it bears the name
             descriptor = os.open(path, os.O_RDONLY)
@@ -88,7 +91,9 @@ class Checkpoints:
         steps = self._steps()
         if self.options.resume == "never":
             if steps:
-                raise ConfigError(f"run.dir={self.options.dir} already holds a run and run.resume=never: choose another directory, or run.resume=auto")
+                raise ConfigError(
+                    f"run.dir={self.options.dir} already holds a run and run.resume=never: choose another directory, or run.resume=auto"
+                )
             return None
         for step in steps:
             damage = _damage(self._path(step))

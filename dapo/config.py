@@ -142,7 +142,7 @@ class Config(Section):
         if longest > self.policy.tokens_per_microbatch:
             raise ConfigError(
                 f"policy.tokens_per_microbatch={self.policy.tokens_per_microbatch} cannot hold one sample of data.max_prompt_length="
-                f"{self.data.max_prompt_length} + rollout.max_response_length={rollout.max_response_length} = {longest} tokens: raise it to that"
+                f"{self.data.max_prompt_length} + rollout.max_response_length={rollout.max_response_length} = {longest} tokens: raise it"
             )
         if reward.soft_overlong_punishment and reward.overlong_cache >= rollout.max_response_length:
             raise ConfigError(

@@ -36,7 +36,9 @@ class PromptStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ConfigError if the data has changed under the run: the positions would mean other prompts."""
         if state["num_prompts"] != len(self.prompts):
-            raise ConfigError(f"data.train has {len(self.prompts)} prompts, the checkpoint was made with {state['num_prompts']}: use the same file")
+            raise ConfigError(
+                f"data.train has {len(self.prompts)} prompts, the checkpoint was made with {state['num_prompts']}: use the same file"
+            )
         self.epoch, self.position, self.returned = state["epoch"], state["position"], list(state["returned"])
         self._order = self._shuffle()
 
@@ -65,12 +67,14 @@ def load_prompts(path: Path, tokenizer: Any, max_length: int, too_long: str) -> 
     Raises:
         ConfigError: no such file, a missing column (with its line), an unknown format, or nothing left.
     """
-    prompts = []
+    prompts: list[Prompt] = []
     for place, prompt, answer in _rows(path):
         tokens = np.asarray(_encode(prompt, tokenizer, place), dtype=np.int32)
         if len(tokens) > max_length:
             if too_long == "error":
-                raise ConfigError(f"{place}: prompt of {len(tokens)} tokens, data.max_prompt_length={max_length}: raise it, or set data.too_long=drop")
+                raise ConfigError(
+                    f"{place}: prompt of {len(tokens)} tokens, data.max_prompt_length={max_length}: raise it, or set data.too_long=drop"
+                )
             if too_long == "drop":
                 continue
             tokens = tokens[-max_length:]
@@ -120,7 +124,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any, str]]:
         raise ConfigError(f"data file {path}: not parquet: {error}") from None
     for column in ("prompt", "reward_model"):
         if column not in file.schema_arrow.names:
-            raise ConfigError(f"{path}: no column {column!r}; expected prompt and reward_model.ground_truth, found {file.schema_arrow.names}")
+            raise ConfigError(
+                f"{path}: no column {column!r}; expected prompt and reward_model.ground_truth, found {file.schema_arrow.names}"
+            )
     number = 0
     for batch in file.iter_batches(columns=["prompt", "reward_model"]):
         for row in batch.to_pylist():

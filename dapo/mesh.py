@@ -11,11 +11,12 @@ import os
 import pickle
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from dapo.config import ConfigError, Parallel
 from dapo.types import Interrupted
@@ -29,11 +30,11 @@ class FailedElsewhere(Exception):
 
 
 @functools.cache
-def _connect(device: torch.device) -> tuple[dist.Store, dist.ProcessGroup]:
+def _connect(device: torch.device) -> tuple[Any, dist.ProcessGroup]:
     """Join the other ranks, once per process: the store they share, and the control group."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         os.environ.setdefault(name, value)  # one process, without torchrun
-    store, rank, world = next(iter(dist.rendezvous("env://")))
+    store, rank, world = next(iter(rendezvous("env://")))
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -72,7 +73,7 @@ class Mesh:
         Raises, on every rank: Interrupted if the function does; its own exception on the main rank, FailedElsewhere on the others.
         """
         if not self.is_main:
-            return self._receive()
+            return cast(T, self._receive())
         try:
             shares = function(*args)
         except BaseException as error:
@@ -112,7 +113,7 @@ class Mesh:
     def is_first_to_fail(self) -> bool:
         """True for one rank only: an error that several ranks meet, or that one rank's end causes in the others, is told once."""
         try:
-            return self._store.add("dapo/failed", 1) == 1
+            return bool(self._store.add("dapo/failed", 1) == 1)
         except (RuntimeError, dist.DistError):  # the store went with the rank that failed
             return False
 

@@ -154,7 +154,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, (key, title) in zip(figure.subplots(2, 3).flat, CURVES.items(), strict=True):
         points = [(row["step"], row[key]) for row in rows if key in row]
-        axes.plot(*zip(*points, strict=True) if points else ([], []), marker="o" if key.startswith("eval") else None, linewidth=1.6, color="#2a5c8a")
+        axes.plot(
+            *zip(*points, strict=True) if points else ([], []),
+            marker="o" if key.startswith("eval") else None,
+            linewidth=1.6,
+            color="#2a5c8a",
+        )
         axes.set_title(title, fontsize=11, loc="left")
         axes.set_xlabel("step", fontsize=9)
         axes.grid(alpha=0.25)

@@ -26,10 +26,10 @@ class RolloutError(RuntimeError):
 
 
 class Rollouts:
-    """The sampler's side of the loop: engine, prompts, reward. Lives on the main rank; elsewhere `engine` is None and only weights pass."""
+    """The sampler's side of the loop: engine, prompts, reward. Lives on the main rank."""
 
-    def __init__(self, options: config.Config, num_data_ranks: int, engine: Engine | None = None, prompts: PromptStream | None = None,
-                 reward: Reward | None = None, decode: Callable[[np.ndarray], str] | None = None, stop_ids: tuple[int, ...] = ()):  # fmt: skip
+    def __init__(self, options: config.Config, num_data_ranks: int, engine: Engine, prompts: PromptStream, reward: Reward,
+                 decode: Callable[[np.ndarray], str], stop_ids: tuple[int, ...]):  # fmt: skip
         self.options, self.num_data_ranks = options, num_data_ranks
         self.engine, self.prompts, self.reward, self.decode, self.stop_ids = engine, prompts, reward, decode, stop_ids
         self.num_empty_steps = 0
@@ -39,11 +39,7 @@ class Rollouts:
     @timed("sync")
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """π_θold ← π_θ. Collective: every rank drains the generator, the main rank hands it to the engine."""
-        if self.engine is None:
-            for _ in weights:
-                pass
-        else:
-            self.engine.load_weights(weights, version)
+        self.engine.load_weights(weights, version)
 
     @timed("rollout")
     def next_batch(self, step: int) -> list[Batch]:
@@ -113,8 +109,7 @@ class Rollouts:
         self.num_empty_steps = state["num_empty_steps"]
 
     def close(self) -> None:
-        if self.engine is not None:
-            self.engine.close()
+        self.engine.close()
 
     def _score(self, prompt: Prompt, sample: Sample) -> None:
         sample.text = self.decode(sample.tokens)
@@ -125,14 +120,28 @@ class Rollouts:
         options = self.options.rollout
         self.num_empty_steps = 0 if buffer.kept else self.num_empty_steps + 1
         asked = len(buffer.asked)
+        right, wrong = len(buffer.all_correct) / asked, len(buffer.all_wrong) / asked
         shares = (
-            f"{len(buffer.kept)} of {buffer.capacity} mixed groups among {asked} sampled: {len(buffer.all_correct) / asked:.0%} all correct, "
-            f"{len(buffer.all_wrong) / asked:.0%} all wrong; use easier or harder data, or check reward.function={self.options.reward.function}"
+            f"{len(buffer.kept)} of {buffer.capacity} mixed groups among {asked} sampled ({right:.0%} all correct, {wrong:.0%} all wrong): "
+            f"use harder or easier data, or check reward.function={self.options.reward.function}"
         )
         if not buffer.is_full and options.at_cap == "stop":
             raise RolloutError(f"rollout.max_rounds={options.max_rounds} reached with {shares}")
         if self.num_empty_steps >= options.max_empty_steps:
             raise RolloutError(f"rollout.max_empty_steps={options.max_empty_steps} steps in a row without a mixed group, now {shares}")
+
+
+class RolloutsElsewhere:
+    """What the other ranks hold in place of Rollouts: they take part in the weight sync and wait for their share of the batch."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        for _ in weights:
+            pass
+
+    def next_batch(self, step: int) -> list[Batch]:
+        raise AssertionError("only the main rank samples")
+
+    def close(self) -> None: ...
 
 
 def group_advantages(rewards: Sequence[float]) -> np.ndarray:
@@ -141,7 +150,8 @@ def group_advantages(rewards: Sequence[float]) -> np.ndarray:
     `group_advantages([1, 1, 1, -1])` → [0.5, 0.5, 0.5, -1.5]; equal rewards → zeros.
     """
     values = np.asarray(rewards, dtype=np.float64)
-    return ((values - values.mean()) / (values.std(ddof=1) + 1e-6)).astype(np.float32)
+    advantages: np.ndarray = (values - values.mean()) / (values.std(ddof=1) + 1e-6)
+    return advantages.astype(np.float32)
 
 
 def sample_seed(run_seed: int, group: int, index: int) -> int:

@@ -1,6 +1,6 @@
 """DAPO (arXiv:2503.14476), Algorithm 1. Every rank runs this same program; the main rank also samples.
 
-    torchrun --nproc-per-node 2 -m dapo train examples/arithmetic/config.yaml
+torchrun --nproc-per-node 2 -m dapo train examples/arithmetic/config.yaml
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dapo.mesh import Mesh
 from dapo.metrics import Log, SilentLog, mean
 from dapo.policy.megatron import Policy
 from dapo.reward.pool import Reward
-from dapo.rollout import Rollouts
+from dapo.rollout import Rollouts, RolloutsElsewhere
 from dapo.types import Interrupted, Prompt
 
 
@@ -33,12 +33,12 @@ def train(config: Config, mesh: Mesh) -> None:
     policy = Policy(config, mesh)  # π_θ
     checkpoints = Checkpoints(config.run, mesh)
     step = checkpoints.load(policy, rollouts)
-    log = make_log(config, mesh, rollouts, start=step)
+    log = make_log(config, rollouts, start=step)
     try:
         for step in range(step, config.run.steps):  # noqa: B020  # 1
             rollouts.load_weights(policy.weights(), version=step)  # 3: π_θold ← π_θ
             scores = mesh.on_main(evaluate.maybe, step, rollouts, problems, config)
-            batch = mesh.scatter(rollouts.next_batch, step)  # 2, 4–9: the main rank collects; each rank receives its own packed microbatches
+            batch = mesh.scatter(rollouts.next_batch, step)  # 2, 4–9: the main rank collects; each rank receives its own share
             mismatch = policy.set_old_logprobs(batch)  # log π_θold, in the trainer's numerics and the updates' own packing
             updates = [policy.update(minibatch) for minibatch in batch.minibatches]  # 10–11: Eq. 8
             log(step, scores | batch.metrics | mismatch | mean(updates))
@@ -55,14 +55,14 @@ def train(config: Config, mesh: Mesh) -> None:
         rollouts.close()
 
 
-def make_rollouts(config: Config, mesh: Mesh) -> tuple[Rollouts, list[Prompt]]:
-    """The sampler's side, and the held-out problems. Engine, prompts and reward live on the main rank; elsewhere Rollouts is hollow.
+def make_rollouts(config: Config, mesh: Mesh) -> tuple[Rollouts | RolloutsElsewhere, list[Prompt]]:
+    """The sampler's side, and the held-out problems: on the main rank. Elsewhere what takes part in the weight sync, and no problems.
 
     Raises:
         ConfigError, FailedElsewhere: the tokenizer, a data file or the reward function cannot be used.
     """
     made = mesh.on_main_only(_make_rollouts, config, mesh)
-    return made if made else (Rollouts(config, mesh.data), [])
+    return made if made else (RolloutsElsewhere(), [])
 
 
 def _make_rollouts(config: Config, mesh: Mesh) -> tuple[Rollouts, list[Prompt]]:
@@ -106,8 +106,8 @@ def stop_ids(model: Path, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
-def make_log(config: Config, mesh: Mesh, rollouts: Rollouts, start: int) -> Log | SilentLog:
-    if not mesh.is_main:
+def make_log(config: Config, rollouts: Rollouts | RolloutsElsewhere, start: int) -> Log | SilentLog:
+    if isinstance(rollouts, RolloutsElsewhere):
         return SilentLog()
     log = Log(config, start)
     rollouts.on_progress = log.console.progress

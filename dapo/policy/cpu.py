@@ -1,9 +1,9 @@
 """Megatron-core on machines without CUDA, or without Transformer Engine: the one place where an upstream is adapted.
 
-Megatron-core 0.16.1 spells "cuda" in some 460 places and expects Transformer Engine's FusedAdam wherever optimizer state is saved. `install`
-puts a finder before Python's own that rewrites those spellings while megatron.core's modules are imported; nothing on disk changes. On a GPU
-machine with Transformer Engine it does nothing. The version is pinned, and tests/dapo/test_cpu.py counts every rule's hits over the
-package, so that an upgrade shows.
+Megatron-core 0.16.1 spells "cuda" in some 460 places, and expects Transformer Engine's FusedAdam wherever optimizer state is saved.
+`install` puts a finder before Python's own that rewrites those spellings while megatron.core's modules are imported; nothing on disk
+changes. On a GPU machine with Transformer Engine it does nothing. The version is pinned, and tests/dapo/test_cpu.py counts every rule's
+hits over the package, so that an upgrade shows.
 """
 
 from __future__ import annotations
@@ -129,7 +129,9 @@ NO_CUDA = [
 NO_TRANSFORMER_ENGINE = [
     Rule(r"from torch\.optim import AdamW as Adam\b", "from dapo.policy.cpu import AdamW as Adam", "megatron.core.optimizer"),
     Rule(r"USING_PYTORCH_OPTIMIZER = True", "USING_PYTORCH_OPTIMIZER = False", "megatron.core.optimizer"),
-    Rule(r"from torch\.optim import Adam as Adam\b", "from dapo.policy.cpu import AdamW as Adam", "megatron.core.optimizer.distrib_optimizer"),
+    Rule(
+        r"from torch\.optim import Adam as Adam\b", "from dapo.policy.cpu import AdamW as Adam", "megatron.core.optimizer.distrib_optimizer"
+    ),
     Rule(r"HAVE_APEX_OR_TE = False", "USING_TE_OPTIMIZER = True  # in its ways", "megatron.core.optimizer.distrib_optimizer"),
 ]
 

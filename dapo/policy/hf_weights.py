@@ -33,7 +33,7 @@ SHARD_BYTES = 4 * 2**30  # of an exported safetensors file
 
 @dataclass(frozen=True)
 class Entry:
-    """One Megatron parameter and the Hugging Face tensors it holds. `layer` counts from 0 over the whole model; None: outside the layers."""
+    """One Megatron parameter and the Hugging Face tensors it holds. `layer` counts over the whole model; None: outside the layers."""
 
     megatron: str
     hf: tuple[str, ...]
@@ -130,7 +130,7 @@ class Weights:
     def stage_of(self, entry: Entry) -> int:
         if entry.layer is None:
             return 0 if entry.stage == "first" else self.num_stages - 1
-        return entry.layer // self.layers_per_stage
+        return int(entry.layer // self.layers_per_stage)
 
     def local_name(self, entry: Entry) -> str | None:
         """The parameter's name in this rank's model, None if it lives on another pipeline stage."""
@@ -216,7 +216,9 @@ def read_tensor(path: Path, name: str) -> Tensor:
 def _check_names(directory: Path, found: set[str], expected: set[str], allowed: set[str]) -> None:
     missing, extra = sorted(expected - found), sorted(found - expected - allowed)
     if missing:
-        raise ConfigError(f"{directory}: {len(missing)} tensors are missing, first {missing[0]}; config.json does not describe these weights")
+        raise ConfigError(
+            f"{directory}: {len(missing)} tensors are missing, first {missing[0]}; config.json does not describe these weights"
+        )
     if extra:
         raise ConfigError(f"{directory}: {len(extra)} tensors have no place in this architecture, first {extra[0]}")
 
@@ -248,7 +250,10 @@ def save_hf(weights: Iterable[tuple[str, Tensor]], source: Path, target: Path) -
     for i, name in enumerate(names):
         os.rename(partial / f"{i}.safetensors", partial / name)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": {key: name for keys, name in zip(shards, names, strict=True) for key in keys}}
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {key: name for keys, name in zip(shards, names, strict=True) for key in keys},
+        }
         (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     shutil.rmtree(target, ignore_errors=True)
     os.rename(partial, target)

@@ -1,6 +1,7 @@
 """The two modules that Megatron-core takes from Transformer Engine, in plain torch: norm and packed attention.
 
-With Transformer Engine on a GPU machine its own layers are used and nothing here runs. S = sequences, T = packed tokens, h = heads, g = KV heads.
+With Transformer Engine on a GPU machine its own layers are used and nothing here runs.
+S = sequences, T = packed tokens, h = heads, g = KV heads, d = head size.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class RMSNorm(torch.nn.Module):
         return self.weight * y.to(x.dtype)
 
 
-class PackedAttention(MegatronModule):
+class PackedAttention(MegatronModule):  # type: ignore[misc]
     """Causal attention within each packed sequence; grouped KV heads. The constructor is that of Transformer Engine's module."""
 
     def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: Any, attention_type: str,
@@ -50,11 +51,9 @@ class PackedAttention(MegatronModule):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
                 packed_seq_params: PackedSeqParams, **_: Any) -> Tensor:  # fmt: skip
         """query [T, h, d], key and value [T, g, d] → [T, h·d]."""
-        if query.is_cuda:
-            out = self._varlen(query, key, value, packed_seq_params)
-        else:
-            out = self._padded(query, key, value, packed_seq_params)
-        return out.flatten(1)
+        has_kernel = query.is_cuda and query.dtype != torch.float32  # torch's flash attention for packed sequences
+        attend = self._varlen if has_kernel else self._padded
+        return attend(query, key, value, packed_seq_params).flatten(1)
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
@@ -62,11 +61,11 @@ class PackedAttention(MegatronModule):
         repeat = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
         cu, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-        return varlen_attn(query, key, value, cu, cu, longest, longest, is_causal=True, scale=self.scale)  # type: ignore[no-any-return]
+        return varlen_attn(query, key, value, cu, cu, longest, longest, scale=self.scale, window_size=(-1, 0))  # type: ignore[return-value]
 
     def _padded(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
         """Sequences of like length together, padded on the right, where causality hides the padding."""
-        parts, batches = [], padded_batches(tuple(packed.cu_seqlens_q.tolist()))
+        parts, batches = [], padded_batches(tuple(packed.cu_seqlens_q.tolist()), query.device)
         for places, is_real in batches:
             q, k, v = (x[places].transpose(1, 2) for x in (query, key, value))  # [S, h or g, longest, d]
             o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
@@ -76,10 +75,10 @@ class PackedAttention(MegatronModule):
 
 
 @functools.lru_cache(maxsize=16)
-def padded_batches(cu_seqlens: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+def padded_batches(cu_seqlens: tuple[int, ...], device: torch.device) -> list[tuple[Tensor, Tensor]]:
     """The packed sequences as padded batches of like length, at most MAX_PADDING of each padding.
 
-    Returns per batch: places in the pack, int64 [S, longest], padding repeats a sequence's last place; and which are real, bool [S, longest].
+    Returns per batch: places in the pack, int64 [S, longest], padding repeats a sequence's last; which are real, bool [S, longest].
     """
     starts, lengths = np.array(cu_seqlens[:-1]), np.diff(cu_seqlens)
     batches: list[list[int]] = []
@@ -92,7 +91,7 @@ def padded_batches(cu_seqlens: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
     for batch in batches:
         steps = np.arange(lengths[batch[0]])
         places = starts[batch, None] + np.minimum(steps, lengths[batch, None] - 1)
-        padded.append((torch.from_numpy(places), torch.from_numpy(steps < lengths[batch, None])))
+        padded.append((torch.from_numpy(places).to(device), torch.from_numpy(steps < lengths[batch, None]).to(device)))
     return padded
 
 

@@ -71,7 +71,7 @@ class Policy:
         self.reports = self.is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0  # metrics are summed over these ranks
 
         _, optimizer_fields, ddp_fields = split_passthrough(config.policy.megatron)
-        model = build_model(self.shape, self.transformer).to(mesh.device)
+        self._module = model = build_model(self.shape, self.transformer).to(mesh.device)
         self._weights = Weights(model, self.shape)
         self._weights.load(config.policy.model)
         ddp = dict(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
@@ -120,7 +120,9 @@ class Policy:
                 largest = max(largest, float(gap.max()))
         tokens, gaps, broken = self.mesh.sum(sums)
         if broken:
-            raise PolicyError(f"{broken:.0f} of {tokens:.0f} log-probs of the policy are not finite: its weights are damaged; resume from a checkpoint")
+            raise PolicyError(
+                f"{broken:.0f} of {tokens:.0f} log-probs of the policy are not finite: its weights are damaged; resume from a checkpoint"
+            )
         return {"policy/mismatch": gaps / tokens, "policy/mismatch_max": self.mesh.max(largest)}
 
     @timed("update")
@@ -138,7 +140,7 @@ class Policy:
         return metrics | {"policy/grad_norm": float(grad_norm), "policy/lr": self.scheduler.get_lr({})}
 
     def backward(self, minibatch: list[Microbatch]) -> dict[str, float]:
-        """Gradients of the minibatch's loss, summed over microbatches and data-parallel ranks; and its metrics, means over response tokens."""
+        """Gradients of the minibatch's loss, summed over microbatches and data-parallel ranks; its metrics, means over response tokens."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         work = [self._on_device[id(microbatch)] for microbatch in minibatch]
@@ -180,7 +182,7 @@ class Policy:
 
     def load(self, directory: Path) -> None:
         state = dist_checkpointing.load(self._sharded_state(is_loading=True), str(directory))
-        self.model.load_state_dict(state["model"])
+        self._module.load_state_dict(state["model"])
         with torch.no_grad():
             self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.num_steps = 0
@@ -209,7 +211,7 @@ class Policy:
             "distrib_optim_sharding_type": "fully_reshardable",
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         }
-        model = self.model.sharded_state_dict(metadata=metadata)
+        model = self._module.sharded_state_dict(metadata=metadata)
         optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
         return {"model": model, "optimizer": optimizer, "num_updates": self.scheduler.num_steps}
 
@@ -252,7 +254,15 @@ class Policy:
         )
         probability = out.logprobs[tensors.mask].exp()
         high = out.clipped_high[tensors.mask]
-        sums = [tensors.mask.sum(), out.loss.detach(), out.entropy.sum(), probability.sum(), out.clipped_low.sum(), high.sum(), probability[high].sum()]
+        sums = [
+            tensors.mask.sum(),
+            out.loss.detach(),
+            out.entropy.sum(),
+            probability.sum(),
+            out.clipped_low.sum(),
+            high.sum(),
+            probability[high].sum(),
+        ]
         return out.loss, torch.zeros((), dtype=torch.int, device=logits.device), torch.stack([s.double() for s in sums]).cpu()
 
     @property

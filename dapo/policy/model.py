@@ -109,13 +109,15 @@ def _check_field(path: Path, name: str, value: Any) -> None:
     elif name == "sliding_window":
         pass  # in force only with use_sliding_window, which is checked
     elif name not in FIXED:
-        raise ConfigError(f"{path}: field {name!r} is not understood, so the model might be computed wrongly; remove it if it has no effect")
+        raise ConfigError(
+            f"{path}: field {name!r} is not understood, so the model might be computed wrongly; remove it if it has no effect"
+        )
     elif value not in FIXED[name]:
         raise ConfigError(f"{path}: {name}={value!r} is not supported; supported: {FIXED[name][0]!r}")
 
 
 def split_passthrough(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """policy.megatron's fields for (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig); a shared name goes to each that has it.
+    """policy.megatron's fields for (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig); a shared name goes to each.
 
     Raises:
         ConfigError: none of the three has such a field.
@@ -169,8 +171,8 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         moe_token_dispatcher_type="alltoall",  # what variable_seq_lengths insists on, dense models included
         batch_p2p_comm=False,
         use_cpu_initialization=not has_cuda,
-        # the weights are loaded; but Megatron marks a parameter as tensor-parallel while it initialises it, and unmarked ones are missing from
-        # the gradient norm: so initialise, with nothing
+        # the weights are loaded; but Megatron marks a parameter as tensor-parallel while it initialises it, and unmarked ones are missing
+        # from the gradient norm: so initialise, with functions that do nothing
         perform_initialization=True,
         init_method=_leave,
         output_layer_init_method=_leave,

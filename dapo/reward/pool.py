@@ -33,7 +33,9 @@ class Reward:
         """
         verdict = self.function(sample.text, prompt.answer)
         if not isinstance(verdict, bool | int | float) or not math.isfinite(verdict):
-            raise ConfigError(f"reward.function={self.options.function} returned {verdict!r} for prompt {prompt.index}; expected bool or finite float")
+            raise ConfigError(
+                f"reward.function={self.options.function} returned {verdict!r} for prompt {prompt.index}; expected bool or finite float"
+            )
         if self.options.truncated_is_wrong and sample.is_truncated:
             verdict = min(verdict, False) if isinstance(verdict, bool) else min(verdict, -1.0)
         sample.is_correct = verdict > 0

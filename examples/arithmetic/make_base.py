@@ -62,8 +62,10 @@ def make_model() -> Qwen2ForCausalLM:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character. Spelt as a byte-level BPE without merges, newline as Ċ and space as Ġ: whatever tokenizer class a reader builds
-    for a Qwen2 model, the ids are the same."""
+    """One token per character, the same ids whatever tokenizer class a reader builds for a Qwen2 model.
+
+    Hence a byte-level BPE without merges, which spells newline Ċ and space Ġ.
+    """
     spelling = {"\n": "Ċ", " ": "Ġ"}
     tokenizer = Tokenizer(models.BPE(vocab={spelling.get(token, token): i for i, token in enumerate(VOCABULARY)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -43,7 +43,7 @@ def policy_loss(
     tp_group: dist.ProcessGroup | None = None,
     valid_vocab: int | None = None,
 ) -> PolicyLoss:
-    """Σ_t mask_t · w_t · l_t with l_t = max(−r_t·A_t, −clip(r_t, 1 − clip_low, 1 + clip_high)·A_t), r_t = exp(log π_θ − log π_θold)  (Eq. 8).
+    """Σ_t mask_t · w_t · l_t, l_t = max(−r_t·A_t, −clip(r_t, 1 − clip_low, 1 + clip_high)·A_t), r_t = exp(log π_θ − log π_θold)  (Eq. 8).
 
     Positive weights commute with min and clip, so one function serves every normaliser, and nothing depends on how tokens were split into
     microbatches or ranks.

@@ -1,0 +1,41 @@
+# make quickstart · test · lint · bench · gpu-check. Each makes .venv if it is not there; nothing else is needed.
+#   TORCH="torch==2.13.0"     which torch: any requirement pip understands, or a wheel's path
+#   PIP_ARGS="--index-url …"  where from (a CPU-only or CUDA build)
+#   EXTRAS=dev,gpu            optional parts, see setup.py
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PIP_ARGS ?=
+EXTRAS ?= dev
+NPROC ?= 2
+RUN ?= runs/arithmetic
+export OMP_NUM_THREADS ?= 1
+
+quickstart: $(VENV)/.ready
+	$(VENV)/bin/python -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m dapo train examples/arithmetic/config.yaml \
+		parallel.tensor=$(NPROC) run.dir=$(RUN)
+	@echo "curves: $(RUN)/curves.png   model: $(RUN)/hf   metrics: $(RUN)/metrics.jsonl"
+
+test: $(VENV)/.ready
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.ready
+	$(VENV)/bin/python benchmarks/step_time.py
+	$(VENV)/bin/python benchmarks/arithmetic_seeds.py
+
+gpu-check: $(VENV)/.ready
+	$(VENV)/bin/python -m pytest -m gpu
+
+# torch first: another requirement would choose its build
+$(VENV)/.ready: setup.py
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet $(PIP_ARGS) "$(TORCH)"
+	$(VENV)/bin/python -m pip install --quiet --editable ".[$(EXTRAS)]"
+	touch $@
+
+.PHONY: quickstart test lint bench gpu-check

@@ -1,0 +1,47 @@
+"""Does it learn, every time? The quickstart's run for several seeds: accuracy on held-out problems before and after, and the time it took.
+
+python benchmarks/arithmetic_seeds.py [seeds] [processes]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from record import heading, save, table
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(seed: int, processes: int, directory: Path) -> tuple[dict[int, float], float, dict[str, float]]:
+    """Accuracy by step, wall seconds from launch to end, and the last step's metrics."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "dapo", "train"]
+    options = [f"run.seed={seed}", f"run.dir={directory}", f"parallel.tensor={processes}"]
+    start = time.perf_counter()
+    subprocess.run([*command, "examples/arithmetic/config.yaml", *options], check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    seconds = time.perf_counter() - start
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    accuracy = {row["step"]: row["eval/accuracy"] for row in rows if "eval/accuracy" in row}
+    return accuracy, seconds, [row for row in rows if "policy/entropy" in row][-1]
+
+
+def main(num_seeds: int, processes: int) -> None:
+    rows = []
+    for seed in range(num_seeds):
+        with tempfile.TemporaryDirectory() as directory:
+            accuracy, seconds, last = run(seed, processes, Path(directory))
+        steps = sorted(accuracy)
+        rows.append([seed, *(f"{accuracy[step]:.3f}" for step in steps), f"{last['policy/entropy']:.3f}", f"{seconds:.0f}"])
+    text = heading("The arithmetic example, seed by seed")
+    text += f"\nmean@k on held-out problems (`eval/accuracy`) after so many steps; {processes} processes, tensor parallel; "
+    text += "entropy of the last step; wall seconds from launch to end, evaluation and export included.\n\n"
+    save("arithmetic_seeds.md", text + table(["seed", *(f"step {step}" for step in steps), "entropy", "seconds"], rows))
+
+
+if __name__ == "__main__":
+    main(*(int(x) for x in [*sys.argv[1:], *["3", "2"][len(sys.argv) - 1 :]]))

@@ -1,0 +1,85 @@
+"""k + m steps against k, stop, damage, resume, m steps; every layout in one launch.
+
+torchrun --nproc-per-node 2 -m tests.distributed.resume OUT.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from dapo import config as configs
+from dapo.mesh import Mesh
+from dapo.train import train
+from tests.distributed.launch import ROOT
+
+OPTIONS = [
+    "run.save_every=1",
+    "eval.data=null",
+    "rollout.prompts_per_step=8",
+    "rollout.prompts_per_round=8",
+    "optim.warmup_steps=2",
+    "optim.weight_decay=0.1",
+]
+LAYOUTS = {"data-parallel": ["parallel.tensor=1"], "tensor-parallel": ["parallel.tensor=2"], "pipeline-parallel": ["parallel.pipeline=2"]}
+
+
+def run(directory: Path, *options: str) -> None:
+    from megatron.core import parallel_state  # after dapo.policy, which adapts it
+
+    config = configs.load(ROOT / "examples/arithmetic/config.yaml", [f"run.dir={directory}", *OPTIONS, *options])
+    mesh = Mesh(config.parallel)
+    train(config, mesh)
+    mesh.barrier()
+    parallel_state.destroy_model_parallel()
+
+
+def rows(directory: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl says of every step but its times."""
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(("time/", "perf/"))} for line in lines]
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def is_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def main(out: str) -> None:
+    torch.set_num_threads(1)
+    results = []
+    for name, layout in LAYOUTS.items():
+        through, stopped = Path(out).parent / name / "through", Path(out).parent / name / "stopped"
+        run(through, "run.steps=4", *layout)
+        run(stopped, "run.steps=2", *layout)
+        mesh = Mesh(configs.Parallel(tensor=1))
+        mesh.on_main(cut_short, stopped / "checkpoints" / "step-000002" / "rollouts.json")
+        run(stopped, "run.steps=4", *layout)
+        results.append(
+            {
+                "name": name,
+                "rows": rows(through) == rows(stopped),
+                "steps": [row["step"] for row in rows(stopped)],
+                "weights": is_equal(weights(through / "hf"), weights(stopped / "hf")),
+                "moved": not is_equal(weights(through / "hf"), weights(ROOT / "examples/arithmetic/base")),
+                "checkpoints": sorted(path.name for path in (stopped / "checkpoints").iterdir()),
+            }
+        )
+        if mesh.is_main:
+            Path(out).write_text(json.dumps(results))
+
+
+def cut_short(path: Path) -> None:
+    path.write_text(path.read_text()[:-5])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
