@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import sys
 import traceback
+from typing import NoReturn
 
 from dapo import config
 
@@ -36,7 +37,6 @@ def _train(options: config.Config) -> int:
     try:
         mesh = Mesh(options.parallel)
         train(options, mesh)
-        mesh.close()
         return 0
     except FailedElsewhere:
         return 1
@@ -58,10 +58,14 @@ def _fail(error: Exception, is_told: bool) -> int:
     return 1
 
 
-if __name__ == "__main__":
-    status = main(sys.argv[1:])
+def end(status: int) -> NoReturn:
+    """Leave at once, past the collectives that other ranks may be waiting in, and take Megatron's checkpoint writer along."""
     sys.stdout.flush()
     sys.stderr.flush()
-    for child in multiprocessing.active_children():  # Megatron's checkpoint writer keeps one
+    for child in multiprocessing.active_children():
         child.terminate()
-    os._exit(status)  # past the collectives that other ranks may be waiting in
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    end(main(sys.argv[1:]))

@@ -138,6 +138,11 @@ class Config(Section):
                 f"rollout.prompts_per_step={rollout.prompts_per_step} is not a multiple of "
                 f"optim.prompts_per_minibatch={optim.prompts_per_minibatch}: every update takes the same number of groups"
             )
+        if rollout.prompts_per_round * rollout.max_rounds < rollout.prompts_per_step:
+            raise ConfigError(
+                f"rollout.prompts_per_round={rollout.prompts_per_round} × rollout.max_rounds={rollout.max_rounds} can never fill "
+                f"rollout.prompts_per_step={rollout.prompts_per_step}: raise one of them"
+            )
         longest = self.data.max_prompt_length + rollout.max_response_length
         if longest > self.policy.tokens_per_microbatch:
             raise ConfigError(
@@ -162,7 +167,9 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         ConfigError: the file cannot be read, or a key or value is not valid; the message names it and the nearest key.
     """
     try:
-        values = yaml.load(Path(path).read_text(), _Loader) or {}
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config {path}: not UTF-8 text: {error}") from error
     except OSError as error:
         raise ConfigError(f"config {path}: {error.strerror}") from error
     except yaml.YAMLError as error:
@@ -194,7 +201,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise ConfigError(f"override {override!r}: {section} is not a section")
-    values[name] = yaml.load(text, _Loader)
+    try:
+        values[name] = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: not YAML: {' '.join(str(error).split())}") from error
 
 
 def _explain(error: Any, values: dict[str, Any]) -> str:

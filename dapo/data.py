@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -31,14 +32,12 @@ class PromptStream:
         self.returned[:0] = [prompt.index for prompt in prompts]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "position": self.position, "returned": list(self.returned), "num_prompts": len(self.prompts)}
+        return {"epoch": self.epoch, "position": self.position, "returned": list(self.returned), "data": digest(self.prompts)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ConfigError if the data has changed under the run: the positions would mean other prompts."""
-        if state["num_prompts"] != len(self.prompts):
-            raise ConfigError(
-                f"data.train has {len(self.prompts)} prompts, the checkpoint was made with {state['num_prompts']}: use the same file"
-            )
+        if state["data"] != digest(self.prompts):
+            raise ConfigError("data.train is not what the checkpoint was made with: use the same file and tokenizer, or a new run.dir")
         self.epoch, self.position, self.returned = state["epoch"], state["position"], list(state["returned"])
         self._order = self._shuffle()
 
@@ -86,6 +85,14 @@ def load_prompts(path: Path, tokenizer: Any, max_length: int, too_long: str) -> 
     return prompts
 
 
+def digest(prompts: list[Prompt]) -> str:
+    """A hash of all prompts and answers, in order."""
+    state = hashlib.blake2b(digest_size=16)
+    for prompt in prompts:
+        state.update(prompt.tokens.tobytes() + b"\0" + prompt.answer.encode() + b"\1")
+    return state.hexdigest()
+
+
 def _rows(path: Path) -> Iterator[tuple[str, Any, str]]:
     """(place for error messages, prompt, answer) of every row."""
     if not path.is_file():
@@ -99,17 +106,17 @@ def _rows(path: Path) -> Iterator[tuple[str, Any, str]]:
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any, str]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             place = f"{path}, line {number}"
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:  # not JSON, or not UTF-8
                 raise ConfigError(f"{place}: not JSON: {error}") from None
             for column in ("prompt", "answer"):
-                if not isinstance(row, dict) or column not in row:
+                if not isinstance(row, dict) or row.get(column) is None:
                     raise ConfigError(f"{place}: no column {column!r}; expected {{prompt, answer}}")
             yield place, row["prompt"], str(row["answer"])
 
@@ -132,7 +139,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any, str]]:
         for row in batch.to_pylist():
             number += 1
             place = f"{path}, row {number}"
-            if not isinstance(row["reward_model"], dict) or "ground_truth" not in row["reward_model"]:
+            if not isinstance(row["reward_model"], dict) or row["reward_model"].get("ground_truth") is None:
                 raise ConfigError(f"{place}: no column 'reward_model.ground_truth'")
             yield place, row["prompt"], str(row["reward_model"]["ground_truth"])
 
@@ -140,9 +147,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any, str]]:
 def _encode(prompt: Any, tokenizer: Any, place: str) -> list[int]:
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
-    if isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt):
+    if isinstance(prompt, list) and prompt and all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in prompt):
         if tokenizer.chat_template is None:
             raise ConfigError(f"{place}: the prompt is a chat and the model's tokenizer has no chat template: give the prompt as text")
         text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    raise ConfigError(f"{place}: column 'prompt' is {type(prompt).__name__}; expected text or a list of chat messages")
+    raise ConfigError(f"{place}: column 'prompt' is {type(prompt).__name__}; expected text or a list of {{role, content}}")

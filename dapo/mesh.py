@@ -7,6 +7,7 @@ over gloo, with a time limit long enough for any rollout (NCCL's watchdog would 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import pickle
 from collections.abc import Callable, Sequence
@@ -50,6 +51,8 @@ class Mesh:
         ConfigError: the world size does not divide by tensor × pipeline.
     """
 
+    _numbers = itertools.count()
+
     def __init__(self, parallel: Parallel):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         model_size = parallel.tensor * parallel.pipeline
@@ -63,6 +66,7 @@ class Mesh:
         self.is_main = self.rank == 0
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
         self._store, self.control = _connect(self.device)
+        self._number = next(Mesh._numbers)  # the same on every rank
 
     def data_rank_of(self, rank: int) -> int:
         return rank // self.tensor % self.data
@@ -113,12 +117,9 @@ class Mesh:
     def is_first_to_fail(self) -> bool:
         """True for one rank only: an error that several ranks meet, or that one rank's end causes in the others, is told once."""
         try:
-            return bool(self._store.add("dapo/failed", 1) == 1)
+            return bool(self._store.add(f"dapo/failed/{self._number}", 1) == 1)
         except (RuntimeError, dist.DistError):  # the store went with the rank that failed
             return False
-
-    def close(self) -> None:
-        dist.destroy_process_group()
 
     def _send(self, value: Any, rank: int) -> None:
         data = torch.frombuffer(bytearray(pickle.dumps(value, protocol=5)), dtype=torch.uint8)

@@ -112,6 +112,10 @@ class Rollouts:
         self.engine.close()
 
     def _score(self, prompt: Prompt, sample: Sample) -> None:
+        if not np.isfinite(sample.behavior_logprobs).all():
+            raise RolloutError(
+                f"prompt {prompt.index}: the engine's log-probs are not finite: the policy is damaged; resume from a checkpoint"
+            )
         sample.text = self.decode(sample.tokens)
         self.reward.score(prompt, sample)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dapo.engine.embedded import EmbeddedEngine
 from dapo.mesh import Mesh
 from dapo.metrics import Log, SilentLog, mean
 from dapo.policy.megatron import Policy
+from dapo.policy.model import read_shape
 from dapo.reward.pool import Reward
 from dapo.rollout import Rollouts, RolloutsElsewhere
 from dapo.types import Interrupted, Prompt
@@ -28,8 +30,9 @@ from dapo.types import Interrupted, Prompt
 
 def train(config: Config, mesh: Mesh) -> None:
     """Run Algorithm 1 from the newest checkpoint to config.run.steps. Interrupted, it saves and raises Interrupted."""
+    is_interrupted = Interruption()
     mesh.on_main(_prepare, config)
-    rollouts, problems = make_rollouts(config, mesh)
+    rollouts, problems = make_rollouts(config, mesh, is_interrupted)
     policy = Policy(config, mesh)  # π_θ
     checkpoints = Checkpoints(config.run, mesh)
     step = checkpoints.load(policy, rollouts)
@@ -55,17 +58,19 @@ def train(config: Config, mesh: Mesh) -> None:
         rollouts.close()
 
 
-def make_rollouts(config: Config, mesh: Mesh) -> tuple[Rollouts | RolloutsElsewhere, list[Prompt]]:
+def make_rollouts(
+    config: Config, mesh: Mesh, is_interrupted: Callable[[], bool] = lambda: False
+) -> tuple[Rollouts | RolloutsElsewhere, list[Prompt]]:
     """The sampler's side, and the held-out problems: on the main rank. Elsewhere what takes part in the weight sync, and no problems.
 
     Raises:
         ConfigError, FailedElsewhere: the tokenizer, a data file or the reward function cannot be used.
     """
-    made = mesh.on_main_only(_make_rollouts, config, mesh)
+    made = mesh.on_main_only(_make_rollouts, config, mesh, is_interrupted)
     return made if made else (RolloutsElsewhere(), [])
 
 
-def _make_rollouts(config: Config, mesh: Mesh) -> tuple[Rollouts, list[Prompt]]:
+def _make_rollouts(config: Config, mesh: Mesh, is_interrupted: Callable[[], bool]) -> tuple[Rollouts, list[Prompt]]:
     tokenizer = load_tokenizer(config.policy.model)
     data = config.data
     prompts = load_prompts(data.train, tokenizer, data.max_prompt_length, data.too_long)
@@ -79,7 +84,7 @@ def _make_rollouts(config: Config, mesh: Mesh) -> tuple[Rollouts, list[Prompt]]:
         decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
         stop_ids=stop_ids(config.policy.model, tokenizer),
     )
-    rollouts.is_interrupted = Interruption()
+    rollouts.is_interrupted = is_interrupted
     return rollouts, problems
 
 
@@ -117,7 +122,7 @@ def make_log(config: Config, rollouts: Rollouts | RolloutsElsewhere, start: int)
 
 
 class Interruption:
-    """Ctrl-C or SIGTERM: `is_interrupted()` from then on. A second Ctrl-C, two seconds later or more, ends the process at once."""
+    """Ctrl-C or SIGTERM, caught on every rank: called, it says whether one has come. A second Ctrl-C, two seconds on, ends the process."""
 
     def __init__(self) -> None:
         self.since: float | None = None
@@ -134,7 +139,8 @@ class Interruption:
 
 
 def _prepare(config: Config) -> None:
-    """Make the run directory and keep the resolved config in it."""
+    """Refuse a model that will not do, before anything is built; make the run directory and keep the resolved config in it."""
+    read_shape(config.policy.model)
     try:
         config.run.dir.mkdir(parents=True, exist_ok=True)
         (config.run.dir / "config.yaml").write_text(config.dump())

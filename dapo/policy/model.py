@@ -142,6 +142,7 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
             raise ConfigError(f"parallel.tensor={by} does not divide the model's {what}={number}")
     if shape.num_layers % pipeline:
         raise ConfigError(f"parallel.pipeline={pipeline} does not divide the model's num_hidden_layers={shape.num_layers}")
+    passed, _, _ = split_passthrough(config.policy.megatron)
     dtype = getattr(torch, config.policy.dtype)
     has_cuda = torch.cuda.is_available()
     fields = dict(
@@ -185,7 +186,7 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         persist_layer_norm=False,
     )
     try:
-        return TransformerConfig(**fields | split_passthrough(config.policy.megatron)[0])
+        return TransformerConfig(**fields | passed)
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"policy.megatron={config.policy.megatron}: Megatron refuses it: {error}") from error
 

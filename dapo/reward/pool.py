@@ -6,6 +6,8 @@ import importlib
 import math
 from collections.abc import Callable
 
+import numpy as np
+
 from dapo import config
 from dapo.config import ConfigError
 from dapo.reward.overlong import soft_overlong_penalty
@@ -32,6 +34,8 @@ class Reward:
             ConfigError: the function returned neither bool nor finite float.
         """
         verdict = self.function(sample.text, prompt.answer)
+        if isinstance(verdict, np.generic):
+            verdict = verdict.item()
         if not isinstance(verdict, bool | int | float) or not math.isfinite(verdict):
             raise ConfigError(
                 f"reward.function={self.options.function} returned {verdict!r} for prompt {prompt.index}; expected bool or finite float"
@@ -48,7 +52,7 @@ def _import(path: str) -> Callable[[str, str], Verdict]:
     module, _, name = path.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"reward.function={path}: {error}; expected module:name of f(response, answer)") from error
     if not callable(function):
         raise ConfigError(f"reward.function={path} is {type(function).__name__}, not a function")

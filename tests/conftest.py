@@ -1,0 +1,59 @@
+"""Builders of small inputs. Token ids, log-probabilities and advantages are all different, so that one at a wrong place is seen."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dapo import config
+from dapo.types import Group, Prompt, Sample
+
+SMALL_RUN = """
+run: {dir: DIR/run, steps: 2}
+data: {train: DIR/train.jsonl, max_prompt_length: 16}
+rollout: {prompts_per_step: 4, group_size: 2, prompts_per_round: 4, max_rounds: 3, max_response_length: 32}
+reward: {overlong_cache: 8}
+optim: {prompts_per_minibatch: 2}
+parallel: {tensor: 1}
+policy: {model: DIR/model, tokens_per_microbatch: 64}
+"""
+
+
+def make_config(folder: Path, *overrides: str) -> config.Config:
+    """A run of four groups of two: `make_config(tmp_path, "rollout.group_size=4")`."""
+    path = folder / "small.yaml"
+    path.write_text(SMALL_RUN.replace("DIR", str(folder)))
+    return config.load(path, list(overrides))
+
+
+def make_prompt(index: int = 0, length: int = 3, answer: str = "1") -> Prompt:
+    return Prompt(index, np.arange(length, dtype=np.int32) + 100 * (index + 1), answer)
+
+
+def make_sample(length: int = 4, group: int = 0, index: int = 0, *, is_correct=False, is_truncated=False, text: str = "") -> Sample:
+    rng = np.random.default_rng([group, index, length])
+    return Sample(
+        group=group,
+        index=index,
+        tokens=rng.integers(1_000, 1_000_000, length, dtype=np.int32),
+        behavior_logprobs=-rng.random(length, dtype=np.float32),
+        loss_mask=np.ones(length, bool),
+        versions=((0, 0, length),),
+        finish_reason="length" if is_truncated else "stop",
+        text=text,
+        is_correct=is_correct,
+        reward=1.0 if is_correct else -1.0,
+        advantage=float(rng.normal()),
+    )
+
+
+def make_group(
+    correct: Sequence[int], lengths: Sequence[int] = (), *, truncated: Sequence[int] = (), id: int = 0, prompt_length: int = 3
+) -> Group:
+    """`make_group([1, 0, 0], [5, 7, 9], truncated=[2])`: three samples, the first one correct, the last one cut off."""
+    lengths = lengths or [4] * len(correct)
+    samples = [
+        make_sample(length, id, i, is_correct=bool(is_correct), is_truncated=i in truncated)
+        for i, (is_correct, length) in enumerate(zip(correct, lengths, strict=True))
+    ]
+    return Group(id, make_prompt(id, prompt_length), samples)

@@ -1,0 +1,156 @@
+import pytest
+import yaml
+
+from dapo.config import ConfigError, load
+from tests.conftest import make_config
+
+REQUIRED = "run: {dir: runs/x}\ndata: {train: t.jsonl}\npolicy: {model: m}\n"
+
+
+def load_text(tmp_path, text, *overrides):
+    (tmp_path / "c.yaml").write_text(text)
+    return load(tmp_path / "c.yaml", list(overrides))
+
+
+PAPER = {  # section 4.1 for Qwen2.5-32B; where the paper is silent, the released script
+    "rollout.prompts_per_step": 512,
+    "rollout.group_size": 16,
+    "rollout.prompts_per_round": 1536,
+    "rollout.max_rounds": 10,
+    "rollout.dynamic_sampling": True,
+    "rollout.temperature": 1.0,
+    "rollout.max_response_length": 20480,
+    "reward.soft_overlong_punishment": True,
+    "reward.overlong_cache": 4096,
+    "objective.normaliser": "token_mean",
+    "objective.clip_low": 0.2,
+    "objective.clip_high": 0.28,
+    "optim.lr": 1e-6,
+    "optim.warmup_steps": 20,
+    "optim.prompts_per_minibatch": 32,
+    "optim.weight_decay": 0.1,
+    "optim.clip_grad": 1.0,
+    "data.max_prompt_length": 2048,
+    "data.too_long": "truncate",
+    "eval.every": 5,
+    "eval.samples": 32,
+    "eval.temperature": 1.0,
+    "eval.top_p": 0.7,
+}
+
+
+@pytest.mark.parametrize("key", PAPER)
+def test_defaults_are_the_papers_recipe(tmp_path, key):
+    section, name = key.split(".")
+    assert getattr(getattr(load_text(tmp_path, REQUIRED), section), name) == PAPER[key]
+
+
+def test_a_step_of_the_paper_is_16_updates_of_512_responses(tmp_path):
+    config = load_text(tmp_path, REQUIRED)
+    assert config.updates_per_step == 16
+    assert config.optim.prompts_per_minibatch * config.rollout.group_size == 512
+    assert config.rollout.max_response_length - config.reward.overlong_cache == 16384  # where Eq. 13 begins to punish
+
+
+def test_later_overrides_win_and_reach_sections_that_the_file_leaves_out(tmp_path):
+    config = load_text(
+        tmp_path, REQUIRED, "optim.lr=1e-3", "eval.samples=4", "optim.lr=2e-6", "policy.megatron.num_layers=2", "eval.data=null"
+    )
+    assert (config.optim.lr, config.eval.samples, config.policy.megatron, config.eval.data) == (2e-6, 4, {"num_layers": 2}, None)
+
+
+@pytest.mark.parametrize("text", ["1e-6", "1E-6", "1.e-6", "1.0e-6", "+1e-6", "0.000001"])
+def test_exponents_are_numbers_in_files_and_overrides(tmp_path, text):
+    assert load_text(tmp_path, REQUIRED + f"optim: {{lr: {text}}}\n").optim.lr == 1e-6
+    assert load_text(tmp_path, REQUIRED, f"optim.lr={text}").optim.lr == 1e-6
+    assert load_text(tmp_path, REQUIRED, f"policy.megatron.layernorm_epsilon={text}").policy.megatron["layernorm_epsilon"] == 1e-6
+
+
+def test_only_our_own_loader_reads_exponents_as_numbers():
+    assert yaml.safe_load("1e-6") == "1e-6"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optim.lrr=1", ["optim.lrr", "did you mean lr?"]),
+        ("rolout.group_size=8", ["rolout", "did you mean rollout?"]),
+        ("rollout.group_sise=8", ["rollout.group_sise", "did you mean group_size?"]),
+        ("optim.zzzzzz=8", ["optim.zzzzzz", "known:", "warmup_steps"]),
+        ("rollout.group_size=many", ["rollout.group_size='many'", "integer"]),
+        ("rollout.group_size=1", ["rollout.group_size=1", "greater than or equal to 2"]),
+        ("optim.lr=fast", ["optim.lr='fast'", "number"]),
+        ("optim.lr=-1e-6", ["optim.lr=-1e-06"]),
+        ("optim.lr=.nan", ["optim.lr=nan", "finite"]),
+        ("rollout.temperature=0", ["rollout.temperature=0"]),
+        ("eval.top_p=1.1", ["eval.top_p=1.1"]),
+        ("objective.dual_clip=1.0", ["objective.dual_clip=1.0"]),
+        ("objective.normaliser=mean", ["objective.normaliser='mean'", "group_token_mean"]),
+        ("run.dir=null", ["run.dir=None"]),
+        ("rollout=8", ["rollout=8"]),
+        ("rollout.group_size", ["override 'rollout.group_size'", "section.key=value"]),
+        ("rollout.=8", ["override 'rollout.=8'"]),
+        ("run.dir.name=x", ["override 'run.dir.name=x'", "dir is not a section"]),
+        ("optim.lr=[", ["override 'optim.lr=['"]),
+    ],
+)
+def test_a_wrong_override_is_refused_in_one_line_that_names_it(tmp_path, override, words):
+    with pytest.raises(ConfigError) as error:
+        load_text(tmp_path, REQUIRED, override)
+    assert all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_every_mistake_of_a_file_is_told_at_once(tmp_path):
+    with pytest.raises(ConfigError, match=r"c\.yaml: .*missing key run\.dir.*missing key policy.*unknown key lr"):
+        load_text(tmp_path, "run: {}\ndata: {train: t}\nlr: 1\n")
+
+
+@pytest.mark.parametrize("text", ["- a\n", "just text", "run: [", "run: {dir: x}}"])
+def test_a_file_that_is_no_config_is_refused_by_name(tmp_path, text):
+    with pytest.raises(ConfigError, match=r"c\.yaml: (expected sections|not YAML)"):
+        load_text(tmp_path, text)
+
+
+def test_a_file_that_is_not_utf8_is_refused_by_name(tmp_path):
+    (tmp_path / "c.yaml").write_bytes(b"run: {dir: \xff}\n")
+    with pytest.raises(ConfigError, match=r"c\.yaml"):
+        load(tmp_path / "c.yaml")
+
+
+def test_a_file_that_is_not_there_is_refused_by_name(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: No such file"):
+        load(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["rollout.prompts_per_step=500"], ["prompts_per_step=500", "prompts_per_minibatch=32"]),
+        (["policy.tokens_per_microbatch=22527"], ["tokens_per_microbatch=22527", "max_response_length=20480", "= 22528 tokens"]),
+        (["reward.overlong_cache=20480"], ["overlong_cache=20480", "max_response_length=20480"]),
+    ],
+)
+def test_contradicting_options_are_refused_with_their_values(tmp_path, overrides, words):
+    with pytest.raises(ConfigError) as error:
+        load_text(tmp_path, REQUIRED, *overrides)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    "overrides", [["policy.tokens_per_microbatch=22528"], ["reward.overlong_cache=99999", "reward.soft_overlong_punishment=false"]]
+)
+def test_options_that_just_agree_are_taken(tmp_path, overrides):
+    load_text(tmp_path, REQUIRED, *overrides)
+
+
+def test_what_is_dumped_loads_to_an_equal_config(tmp_path):
+    config = make_config(
+        tmp_path, "optim.lr=3e-7", "objective.dual_clip=10", "policy.megatron={num_layers: 2, eps: 1e-6}", "eval.data=held.jsonl"
+    )
+    assert load_text(tmp_path, config.dump()) == config
+
+
+def test_a_config_cannot_be_changed_once_loaded(tmp_path):
+    with pytest.raises(ValueError, match="frozen"):
+        make_config(tmp_path).optim.lr = 1.0

@@ -1,0 +1,212 @@
+"""Everything a user can get wrong, one after the other in one launch: what each rank printed, and its exit status.
+
+torchrun --nproc-per-node 2 -m tests.distributed.failures OUT.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from dapo.__main__ import main as dapo
+from dapo.config import Parallel
+from dapo.mesh import Mesh
+from tests.distributed.launch import ROOT
+
+EXAMPLE = ROOT / "examples/arithmetic"
+CASES: dict[str, Callable[[Path], list[str]]] = {}  # name → (a scratch directory → the overrides that make it go wrong)
+
+
+def case(function: Callable[[Path], list[str]]) -> Callable[[Path], list[str]]:
+    CASES[function.__name__] = function
+    return function
+
+
+def broken_model(directory: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> list[str]:
+    """A copy of the base policy with its config.json and weights changed in place."""
+    shutil.copytree(EXAMPLE / "base", directory)
+    config, weights = json.loads((directory / "config.json").read_text()), load_file(directory / "model.safetensors")
+    change(config, weights)
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(weights, directory / "model.safetensors")
+    return [f"policy.model={directory}"]
+
+
+def data(directory: Path, text: str) -> list[str]:
+    directory.mkdir(parents=True)
+    (directory / "data.jsonl").write_text(text)
+    return [f"data.train={directory / 'data.jsonl'}"]
+
+
+@case
+def world_size(directory: Path) -> list[str]:
+    return ["parallel.tensor=4"]
+
+
+@case
+def heads_do_not_divide(directory: Path) -> list[str]:
+    return [*broken_model(directory, lambda config, weights: config.update(num_key_value_heads=1)), "parallel.tensor=2"]
+
+
+@case
+def no_model(directory: Path) -> list[str]:
+    return [f"policy.model={directory}"]
+
+
+@case
+def no_weights(directory: Path) -> list[str]:
+    options = broken_model(directory, lambda config, weights: None)
+    (directory / "model.safetensors").unlink()
+    return options
+
+
+@case
+def weights_cut_short(directory: Path) -> list[str]:
+    options = broken_model(directory, lambda config, weights: None)
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    return options
+
+
+@case
+def missing_tensor(directory: Path) -> list[str]:
+    return broken_model(directory, lambda config, weights: weights.pop("model.norm.weight"))
+
+
+@case
+def extra_tensor(directory: Path) -> list[str]:
+    return broken_model(directory, lambda config, weights: weights.update({"model.surprise.weight": torch.ones(2)}))
+
+
+@case
+def wrong_shape(directory: Path) -> list[str]:
+    return broken_model(directory, lambda config, weights: weights.update({"model.norm.weight": torch.ones(65)}))
+
+
+@case
+def nan_weights(directory: Path) -> list[str]:
+    return broken_model(directory, lambda config, weights: weights["model.norm.weight"].fill_(torch.nan))
+
+
+@case
+def unsupported_architecture(directory: Path) -> list[str]:
+    return broken_model(directory, lambda config, weights: config.update(model_type="mamba"))
+
+
+@case
+def field_not_understood(directory: Path) -> list[str]:
+    return broken_model(directory, lambda config, weights: config.update(logit_softcapping=30.0))
+
+
+@case
+def rope_scaling(directory: Path) -> list[str]:
+    return broken_model(directory, lambda config, weights: config.update(rope_scaling={"rope_type": "yarn", "factor": 4.0}))
+
+
+@case
+def misspelt_megatron_field(directory: Path) -> list[str]:
+    return ["policy.megatron.recompute_granularit=full"]
+
+
+@case
+def missing_column(directory: Path) -> list[str]:
+    return data(directory, '{"prompt": "1+1=", "answer": "2"}\n{"prompt": "1+2="}\n')
+
+
+@case
+def empty_data(directory: Path) -> list[str]:
+    return data(directory, "\n")
+
+
+@case
+def prompt_too_long(directory: Path) -> list[str]:
+    return [*data(directory, '{"prompt": "' + "1+" * 50 + '1=", "answer": "51"}\n'), "data.too_long=error"]
+
+
+@case
+def no_run_directory(directory: Path) -> list[str]:
+    directory.mkdir(parents=True)
+    (directory / "file").write_text("")
+    return [f"run.dir={directory / 'file' / 'run'}"]
+
+
+@case
+def reward_not_importable(directory: Path) -> list[str]:
+    return ["reward.function=dapo.reward:is_rihgt"]
+
+
+@case
+def reward_returns_nan(directory: Path) -> list[str]:
+    return ["reward.function=tests.distributed.failures:nan_reward"]
+
+
+@case
+def policy_destroyed(directory: Path) -> list[str]:
+    return ["optim.lr=1e35", "run.steps=3"]
+
+
+@case
+def nothing_correct(directory: Path) -> list[str]:
+    return ["reward.function=tests.distributed.failures:always_wrong", "rollout.max_rounds=1", "rollout.max_empty_steps=2"]
+
+
+@case
+def cap_reached(directory: Path) -> list[str]:
+    return ["reward.function=tests.distributed.failures:always_wrong", "rollout.max_rounds=1", "rollout.at_cap=stop"]
+
+
+@case
+def run_exists(directory: Path) -> list[str]:
+    (directory / "run" / "checkpoints" / "step-000001").mkdir(parents=True)
+    return ["run.resume=never", f"run.dir={directory / 'run'}"]
+
+
+def nan_reward(response: str, answer: str) -> float:
+    return float("nan")
+
+
+def always_wrong(response: str, answer: str) -> bool:
+    return False
+
+
+def attempt(options: list[str], run: Path) -> dict[str, Any]:
+    from megatron.core import parallel_state  # after dapo.policy, which adapts it
+
+    printed = io.StringIO()
+    fast = ["eval.data=null", "rollout.prompts_per_step=4", "rollout.prompts_per_round=4", f"run.dir={run}"]
+    with contextlib.redirect_stderr(printed):
+        status = dapo(["train", str(EXAMPLE / "config.yaml"), *fast, *options])
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    return {"status": status, "printed": printed.getvalue()}
+
+
+def main(out: str) -> None:
+    import dapo.policy  # noqa: F401
+
+    torch.set_num_threads(1)
+    root = Path(out).parent
+    mesh = Mesh(Parallel(tensor=1))
+    results = []
+    for name, make in CASES.items():
+        options = mesh.on_main(make, root / name)
+        mine = attempt(options, root / f"{name}-run")
+        ranks: list[Any] = [None] * mesh.world
+        torch.distributed.all_gather_object(ranks, mine)
+        left = [str(p.relative_to(root)) for p in (root / f"{name}-run").rglob("*") if "checkpoints" in str(p) or "partial" in str(p)]
+        results.append({"name": name, "ranks": ranks, "left": left})
+        if mesh.is_main:
+            Path(out).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

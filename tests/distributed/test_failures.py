@@ -1,0 +1,103 @@
+"""One clear line, a non-zero exit on every rank, nothing half-written: what failures.py met, and what only whole processes show."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launch import ROOT, measured, torchrun
+
+SAYS = {  # what went wrong → words that must be in the line
+    "world_size": ["world size 2", "parallel.tensor=4", "launch 4"],
+    "heads_do_not_divide": ["num_key_value_heads=1", "parallel.tensor=2"],
+    "no_model": ["policy.model=", "config.json"],
+    "no_weights": ["no *.safetensors"],
+    "weights_cut_short": ["model.safetensors", "cut short"],
+    "missing_tensor": ["missing", "model.norm.weight"],
+    "extra_tensor": ["no place", "model.surprise.weight"],
+    "wrong_shape": ["model.norm.weight", "(65,)", "(64,)"],
+    "nan_weights": ["model.norm.weight", "NaN"],
+    "unsupported_architecture": ["'mamba'", "qwen2"],
+    "field_not_understood": ["'logit_softcapping'", "not understood"],
+    "rope_scaling": ["rope_scaling", "yarn"],
+    "misspelt_megatron_field": ["did you mean recompute_granularity?"],
+    "missing_column": ["line 2", "'answer'"],
+    "empty_data": ["data.jsonl", "no prompts"],
+    "prompt_too_long": ["line 1", "102 tokens", "data.max_prompt_length=16"],
+    "no_run_directory": ["run.dir=", "cannot be written"],
+    "reward_not_importable": ["reward.function=dapo.reward:is_rihgt"],
+    "reward_returns_nan": ["returned nan", "prompt"],
+    "policy_destroyed": ["not finite", "checkpoint"],
+    "nothing_correct": ["0 of 4 mixed groups", "100% all wrong"],
+    "cap_reached": ["rollout.max_rounds=1", "0 of 4 mixed groups"],
+    "run_exists": ["run.resume=never", "already holds a run"],
+}
+
+
+@pytest.mark.parametrize("name", SAYS)
+def test_bad_input_is_one_clear_line_and_every_rank_stops(name: str) -> None:
+    result = measured("tests.distributed.failures", 2)[name]
+    assert [rank["status"] for rank in result["ranks"]] == [1, 1]
+    lines = "".join(rank["printed"] for rank in result["ranks"]).splitlines()
+    assert len(lines) == 1, lines
+    assert all(word in lines[0] for word in ["error: ", *SAYS[name]]), lines[0]
+    assert result["left"] == [], "something was left half-written"
+
+
+@pytest.mark.parametrize("argument", ["optim.lrr=1", "optim.lr=fast", "nonsense"])
+def test_a_bad_config_is_refused_before_anything_is_loaded(argument: str) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "dapo", "train", "examples/arithmetic/config.yaml", argument]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    printed = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert done.returncode == 1
+    assert len(printed) == 1
+    assert "| torch\n" not in done.stderr, "torch was imported to say so"
+
+
+def test_an_exception_on_one_rank_stops_all_and_is_told_once(tmp_path: Path) -> None:
+    done = torchrun(2, "-m", "tests.distributed.one_rank_fails", str(tmp_path / "run"), timeout=120)
+    assert done.returncode != 0
+    assert done.stdout.count("Traceback") - done.stdout.count("ChildFailedError: \n") == 1, done.stdout
+    assert "ZeroDivisionError: on rank 1" in done.stdout
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = [f"run.dir={run}", "run.steps=8", "run.save_every=100", "eval.data=null", "parallel.tensor=2"]
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "dapo",
+        "train",
+        "examples/arithmetic/config.yaml",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, *command, *options], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text().strip():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert printed.count("interrupted; saved in") == 1, printed
+    [saved] = (run / "checkpoints").glob("step-*")
+    step = int(saved.name.removeprefix("step-"))
+    assert 1 <= step < 8
+
+    done = torchrun(2, "-m", "dapo", "train", "examples/arithmetic/config.yaml", *options)
+    assert done.returncode == 0, done.stdout
+    assert f"going on from step {step} of 8" in done.stdout
+    assert [row["step"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())] == list(range(9))

@@ -1,0 +1,106 @@
+"""Who may import whom. Read from the source, so that a lazy import inside a function counts too."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = [path.relative_to(ROOT) for folder in ("dapo", "kernels/dapo_kernels") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+LEAVES = {"types", "config", "clock"}  # import nothing of ours
+PURE = {"buffer", "reward", "data", "objective", "batch", "rollout", "metrics"}  # no process groups: testable in milliseconds
+ALLOWED = {  # a room → the rooms it may see; those that are not named here see everything
+    **{room: frozenset() for room in LEAVES},
+    "mesh": {"config", "types"},
+    **{room: PURE | LEAVES for room in [*PURE, "evaluate"]},
+    **{room: PURE | LEAVES | {"mesh"} for room in ("policy", "engine")},  # and so never each other
+}
+
+
+def imports_of(source: str, package: str) -> set[str]:
+    """Dotted names of what a file imports, and torch.distributed where it is reached as an attribute.
+
+    `from dapo import config` → {"dapo", "dapo.config"}. `package` is where the file lies, for relative imports.
+    """
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
+            names.add("torch.distributed")
+    return names
+
+
+def imports_in(path: Path) -> set[str]:
+    return imports_of((ROOT / path).read_text(), ".".join(path.parent.parts))
+
+
+def room_of(path: Path) -> str:
+    """A module or subpackage of dapo: dapo/reward/pool.py → "reward"."""
+    return path.stem if len(path.parts) == 2 else path.parts[1]
+
+
+ROOMS = {room_of(path) for path in FILES if path.parts[0] == "dapo"}
+
+
+def is_below(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def in_rooms(rooms) -> list[Path]:
+    return [path for path in FILES if path.parts[0] == "dapo" and room_of(path) in rooms]
+
+
+def test_imports_are_read_wherever_they_stand():
+    source = """
+import a.b
+from dapo import config
+from . import x
+from ..y import z
+def f():
+    import lazy
+    torch.distributed.barrier()
+"""
+    ours = {"dapo", "dapo.config", "dapo.policy", "dapo.policy.x", "dapo.y", "dapo.y.z"}
+    assert imports_of(source, "dapo.policy") == ours | {"a.b", "lazy", "torch.distributed"}
+
+
+def test_every_room_of_the_rules_exists():
+    assert set(ALLOWED) <= ROOMS
+
+
+@pytest.mark.parametrize("path", in_rooms(ALLOWED), ids=str)
+def test_a_room_imports_only_from_the_rooms_it_may_see(path):
+    seen = {name.split(".")[1] for name in imports_in(path) if name.startswith("dapo.")} & ROOMS
+    assert seen <= ALLOWED[room_of(path)] | {room_of(path)}
+
+
+@pytest.mark.parametrize("path", in_rooms(PURE | LEAVES), ids=str)
+def test_pure_modules_know_nothing_of_process_groups(path):
+    assert not [name for name in imports_in(path) if is_below(name, "torch.distributed")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_only_the_policy_imports_megatron(path):
+    megatron = [name for name in imports_in(path) if is_below(name, "megatron")]
+    assert not megatron or path.is_relative_to("dapo/policy")
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parts[0] == "kernels"], ids=str)
+def test_the_kernels_know_nothing_of_the_trainer(path):
+    assert not [name for name in imports_in(path) if is_below(name, "dapo")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_nothing_that_installs_imports_what_does_not(path):
+    outside = ("examples", "benchmarks", "tools", "tests", "kernels")
+    assert not [name for name in imports_in(path) if name.split(".")[0] in outside]
+
+
+def test_the_kernels_folder_is_not_importable():  # it would shadow Hugging Face's package of that name
+    assert not (ROOT / "kernels/__init__.py").exists()
