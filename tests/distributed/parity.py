@@ -24,7 +24,7 @@ from dapo import config as configs
 from dapo.mesh import Mesh
 from dapo.objective import token_weights
 from dapo.policy import megatron as policy_module
-from dapo.policy.megatron import Policy
+from dapo.policy.megatron import Policy, PolicyError
 from dapo.rollout import group_advantages
 from dapo.types import Group, Prompt, Sample
 from tests.distributed.cases import CASES, Case
@@ -152,7 +152,19 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
         result["grad_norms"].append([norm, hf.step()])
     result["params"], result["worst"] = max((float((w - params[n].detach()).abs().max()), n) for n, w in policy.weights())
     result["moved"] = max(float((params[n].detach() - start[n]).abs().max()) for n in params)
+
+    with torch.no_grad():
+        next(policy._module.parameters()).fill_(torch.nan)
+    result["refused"] = [_refusal(policy.update, batch.minibatches[0]), _refusal(policy.set_old_logprobs, batch)]
     return result
+
+
+def _refusal(function: Any, argument: Any) -> str:
+    try:
+        function(argument)
+    except PolicyError as error:
+        return str(error)
+    return "accepted"
 
 
 def _logprob_error(policy: Policy, batch: batches.Batch, groups: list[Group], old: dict[tuple[int, int], torch.Tensor]) -> float:

@@ -24,3 +24,9 @@ def test_policy_equals_a_plain_model(result: dict[str, Any]) -> None:
         assert ours == pytest.approx(theirs, rel=1e-4)
     assert result["params"] <= 2e-5
     assert result["moved"] >= 100 * 2e-5
+
+
+def test_a_damaged_policy_is_refused_before_an_update(result: dict[str, Any]) -> None:
+    update, score = result["refused"]
+    assert "the loss is nan" in update
+    assert "log-probs of the policy are not finite" in score

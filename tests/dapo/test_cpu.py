@@ -1,0 +1,55 @@
+"""The adaptation of Megatron-core: how often each rule hits in the pinned version, so that an upgrade shows."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+from dapo.policy import cpu
+
+HITS = [175, 31, 11, 59, 1, 21, 18, 15, 9, 123, 2, 1, 1, 1, 1, 1, 1, 1]  # in the order of the rules
+
+
+def sources() -> dict[str, str]:
+    """Module name → source of all of megatron.core, as the finder would meet it."""
+    root = Path(str(importlib.metadata.distribution("megatron-core").locate_file("megatron/core")))
+    found = {}
+    for path in root.rglob("*.py"):
+        parts = ["megatron", "core", *path.relative_to(root).with_suffix("").parts]
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text()
+    return found
+
+
+def test_every_rule_hits_as_often_as_when_it_was_written() -> None:
+    hits = [0] * len(cpu.NO_CUDA + cpu.NO_TRANSFORMER_ENGINE)
+    for module, source in sources().items():
+        for i, rule in enumerate(cpu.NO_CUDA + cpu.NO_TRANSFORMER_ENGINE):
+            source, count = rule.apply(source, module)
+            hits[i] += count
+    assert hits == HITS, "Megatron-core has changed under the rules of policy/cpu.py: read each place anew"
+
+
+def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.99.0")
+    monkeypatch.setattr("sys.meta_path", [])
+    with pytest.raises(ImportError, match=r"megatron-core 0\.99\.0 is installed.*needs 0\.16\.1"):
+        cpu.install()
+
+
+def test_adamw_equals_torch_and_keeps_its_step_in_the_group() -> None:
+    torch.manual_seed(0)
+    start = torch.randn(5, 3)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    a = cpu.AdamW([ours], lr=1e-2, weight_decay=0.1)
+    b = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1)
+    for _ in range(4):
+        ours.grad = torch.randn(5, 3)
+        theirs.grad = ours.grad.clone()
+        a.step()
+        b.step()
+    torch.testing.assert_close(ours, theirs)
+    assert a.param_groups[0]["step"] == 4
+    assert set(a.state[ours]) == {"exp_avg", "exp_avg_sq"}

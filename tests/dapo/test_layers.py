@@ -1,0 +1,62 @@
+"""Packed attention and the norm, against the plainest form of each."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dapo.policy.layers import MAX_PADDING, PackedAttention, RMSNorm, padded_batches
+
+CPU = torch.device("cpu")
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """One sequence, causal: [n, h, d] with [n, g, d] → [n, h·d]."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, key) / query.shape[-1] ** 0.5
+    scores = scores.masked_fill(torch.ones(scores.shape[1:]).triu(1).bool(), -torch.inf)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), value).flatten(1)
+
+
+@pytest.mark.parametrize("lengths", [[5], [1, 1, 1], [7, 2, 30, 3, 29], [1, 64, 2]])
+def test_each_sequence_attends_to_itself_only(lengths: list[int]) -> None:
+    torch.manual_seed(0)
+    attention = PackedAttention.__new__(PackedAttention)
+    torch.nn.Module.__init__(attention)
+    attention.scale = None
+    total = sum(lengths)
+    query, key, value = (torch.randn(total, h, 8, requires_grad=True) for h in (4, 2, 2))
+    packed = SimpleNamespace(cu_seqlens_q=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32))
+    out = attention(query, key, value, None, packed_seq_params=packed)
+    expected = torch.cat([attend(*parts) for parts in zip(*(x.split(lengths) for x in (query, key, value)), strict=True)])
+    torch.testing.assert_close(out, expected)
+    direction = torch.randn_like(out)
+    ours = torch.autograd.grad((out * direction).sum(), (query, key, value))
+    theirs = torch.autograd.grad((expected * direction).sum(), (query, key, value))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=40))
+def test_padded_batches_hold_every_place_once_with_little_padding(lengths: list[int]) -> None:
+    batches = padded_batches(tuple(np.cumsum([0, *lengths]).tolist()), CPU)
+    places = torch.cat([places[is_real] for places, is_real in batches])
+    assert sorted(places.tolist()) == list(range(sum(lengths)))
+    assert all(1 - is_real.float().mean() <= MAX_PADDING for _, is_real in batches)
+
+
+def test_norm_equals_hugging_face() -> None:
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+    torch.manual_seed(0)
+    x, weight = torch.randn(6, 16), torch.randn(16)
+    ours = RMSNorm(SimpleNamespace(params_dtype=torch.float32, sequence_parallel=True), 16, eps=1e-6)
+    theirs = Qwen2RMSNorm(16, eps=1e-6)
+    ours.weight.data, theirs.weight.data = weight, weight
+    assert torch.equal(ours(x), theirs(x))
+    assert ours.weight.sequence_parallel
