@@ -27,7 +27,8 @@ def main(argv: list[str]) -> int:
 
 
 def _train(options: config.Config) -> int:
-    from dapo.mesh import FailedElsewhere, Mesh  # torch and Megatron take seconds: not before the config is known to be good
+    from dapo.checkpoint import CheckpointError  # torch and Megatron take seconds: not before the config is known to be good
+    from dapo.mesh import FailedElsewhere, Mesh
     from dapo.policy.megatron import PolicyError
     from dapo.rollout import RolloutError
     from dapo.train import train
@@ -44,7 +45,7 @@ def _train(options: config.Config) -> int:
         if mesh is None or mesh.is_main:
             print(f"interrupted; saved in {options.run.dir}; the same command goes on from there", file=sys.stderr)
         return 130
-    except (config.ConfigError, PolicyError, RolloutError, OSError) as error:
+    except (config.ConfigError, CheckpointError, PolicyError, RolloutError) as error:
         return _fail(error, is_told=(mesh is None and os.environ.get("RANK", "0") == "0") or (mesh is not None and mesh.is_first_to_fail()))
     except Exception:  # noqa: BLE001  # a bug: its traceback, once, not once per rank that it takes along
         if mesh is None or mesh.is_first_to_fail():

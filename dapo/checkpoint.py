@@ -20,6 +20,10 @@ from dapo.policy.megatron import Policy
 from dapo.rollout import Rollouts, RolloutsElsewhere
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written."""
+
+
 class Checkpoints:
     """The checkpoints below one run directory. Every method is collective."""
 
@@ -58,9 +62,14 @@ class Checkpoints:
         try:
             policy.save(partial / "policy")
             self.mesh.on_main(self._publish, step, partial, rollouts)
-        except BaseException:
+        except BaseException as error:
             if self.mesh.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError):
+                free = shutil.disk_usage(self.root).free / 2**30
+                raise CheckpointError(
+                    f"checkpoint {self._path(step)} cannot be written, {free:.1f} GiB free there: {error}; those before it are whole"
+                ) from error
             raise
         self.saved = step
 

@@ -10,3 +10,4 @@ cpu.install()
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 logging.getLogger("megatron.core").setLevel(logging.WARNING)
+logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.CRITICAL)  # what fails there is raised too

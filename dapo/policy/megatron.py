@@ -23,11 +23,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from dapo.batch import Batch, Microbatch
 from dapo.clock import timed
 from dapo.config import Config
-from dapo.mesh import Mesh
+from dapo.mesh import FailedElsewhere, Mesh
 from dapo.policy import hf_weights
 from dapo.policy.hf_weights import Weights
 from dapo.policy.model import build_model, read_shape, split_passthrough, transformer_config
@@ -177,8 +178,17 @@ class Policy:
         self.mesh.barrier()
 
     def save(self, directory: Path) -> None:
-        """Model, optimizer and scheduler as a Megatron distributed checkpoint, in an existing, empty directory."""
-        dist_checkpointing.save(self._sharded_state(is_loading=False), str(directory))
+        """Model, optimizer and scheduler as a Megatron distributed checkpoint, in an existing, empty directory.
+
+        Raises:
+            OSError: this rank could not write its part.
+            FailedElsewhere: another rank could not.
+        """
+        try:
+            dist_checkpointing.save(self._sharded_state(is_loading=False), str(directory))
+        except CheckpointException as error:  # a BaseException, and Megatron's way to tell of any failure while writing
+            reasons = [reason for reason, _ in error.failures.values()]
+            raise OSError(str(reasons[0])) if reasons else FailedElsewhere("a part of the checkpoint could not be written") from error
 
     def load(self, directory: Path) -> None:
         state = dist_checkpointing.load(self._sharded_state(is_loading=True), str(directory))

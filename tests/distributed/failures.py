@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import resource
 import shutil
 import sys
 from collections.abc import Callable
@@ -170,6 +171,11 @@ def run_exists(directory: Path) -> list[str]:
     return ["run.resume=never", f"run.dir={directory / 'run'}"]
 
 
+@case
+def disk_full(directory: Path) -> list[str]:
+    return ["run.steps=1"]  # see `attempt`: no file may be larger than 200 kB
+
+
 def nan_reward(response: str, answer: str) -> float:
     return float("nan")
 
@@ -183,8 +189,12 @@ def attempt(options: list[str], run: Path) -> dict[str, Any]:
 
     printed = io.StringIO()
     fast = ["eval.data=null", "rollout.prompts_per_step=4", "rollout.prompts_per_round=4", f"run.dir={run}"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if run.name == "disk_full-run":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
     with contextlib.redirect_stderr(printed):
         status = dapo(["train", str(EXAMPLE / "config.yaml"), *fast, *options])
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     return {"status": status, "printed": printed.getvalue()}
@@ -202,7 +212,7 @@ def main(out: str) -> None:
         mine = attempt(options, root / f"{name}-run")
         ranks: list[Any] = [None] * mesh.world
         torch.distributed.all_gather_object(ranks, mine)
-        left = [str(p.relative_to(root)) for p in (root / f"{name}-run").rglob("*") if "checkpoints" in str(p) or "partial" in str(p)]
+        left = [str(p.relative_to(root)) for p in (root / f"{name}-run").rglob("*") if "step-" in str(p) or "partial" in str(p)]
         results.append({"name": name, "ranks": ranks, "left": left})
         if mesh.is_main:
             Path(out).write_text(json.dumps(results))

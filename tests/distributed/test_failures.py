@@ -37,6 +37,7 @@ SAYS = {  # what went wrong → words that must be in the line
     "policy_destroyed": ["not finite", "checkpoint"],
     "nothing_correct": ["0 of 4 mixed groups", "100% all wrong"],
     "cap_reached": ["rollout.max_rounds=1", "0 of 4 mixed groups"],
+    "disk_full": ["step-000001 cannot be written", "GiB free", "those before it are whole"],
     "run_exists": ["run.resume=never", "already holds a run"],
 }
 
