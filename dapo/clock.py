@@ -14,12 +14,22 @@ R = TypeVar("R")
 _seconds: defaultdict[str, float] = defaultdict(float)
 
 
+_listener: Callable[[str], None] = lambda phase: None
+
+
+def listen(listener: Callable[[str], None]) -> None:
+    """Tell `listener` of every phase as it begins."""
+    global _listener
+    _listener = listener
+
+
 def timed(phase: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Add the wall time of every call to `phase`. A phase inside another counts in both."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            _listener(phase)
             start = time.perf_counter()
             try:
                 return function(*args, **kwargs)

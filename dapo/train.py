@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-from dapo import evaluate
+from dapo import clock, evaluate
 from dapo.checkpoint import Checkpoints
 from dapo.config import Config, ConfigError
 from dapo.data import PromptStream, load_prompts
@@ -116,6 +116,7 @@ def make_log(config: Config, rollouts: Rollouts | RolloutsElsewhere, start: int)
         return SilentLog()
     log = Log(config, start)
     rollouts.on_progress = log.console.progress
+    clock.listen(log.console.progress)
     if start:
         log.console.say(f"going on from step {start} of {config.run.steps} in {config.run.dir}")
     return log

@@ -7,7 +7,7 @@ from dapo.policy import cpu
 
 cpu.install()
 # Megatron tells of optional packages at every import, and of its own deprecations at every call
-warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
-warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+for category in (UserWarning, FutureWarning, DeprecationWarning):
+    warnings.filterwarnings("ignore", category=category, module=r"megatron\.core|torch\.distributed|dapo\.policy\.cpu")
 logging.getLogger("megatron.core").setLevel(logging.WARNING)
 logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.CRITICAL)  # what fails there is raised too
