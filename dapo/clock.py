@@ -14,13 +14,12 @@ R = TypeVar("R")
 _seconds: defaultdict[str, float] = defaultdict(float)
 
 
-_listener: Callable[[str], None] = lambda phase: None
+_listeners: list[Callable[[str], None]] = []
 
 
 def listen(listener: Callable[[str], None]) -> None:
     """Tell `listener` of every phase as it begins."""
-    global _listener
-    _listener = listener
+    _listeners.append(listener)
 
 
 def timed(phase: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -29,7 +28,8 @@ def timed(phase: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            _listener(phase)
+            for listener in _listeners:
+                listener(phase)
             start = time.perf_counter()
             try:
                 return function(*args, **kwargs)
