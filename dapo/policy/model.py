@@ -200,9 +200,24 @@ def padded_vocab(shape: ModelShape, tensor: int) -> int:
     return -(-shape.vocab_size // (16 * tensor)) * 16 * tensor
 
 
-def build_model(shape: ModelShape, config: TransformerConfig) -> GPTModel:
+class HeadlessGPTModel(GPTModel):  # type: ignore[misc]
+    """A GPTModel whose last stage returns hidden states [T, 1, H]: the loss takes them and the LM head, and logits [T, V] never exist."""
+
+    def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return hidden_states
+
+    @property
+    def head(self) -> torch.nn.Parameter:
+        """The LM head [V/tp, H] on the last pipeline stage."""
+        head: torch.nn.Parameter = (
+            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        )
+        return head
+
+
+def build_model(shape: ModelShape, config: TransformerConfig) -> HeadlessGPTModel:
     """This rank's part of the model, with uninitialised weights."""
-    return GPTModel(
+    return HeadlessGPTModel(
         config,
         layer_spec(config),
         vocab_size=padded_vocab(shape, config.tensor_model_parallel_size),

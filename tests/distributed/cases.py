@@ -15,11 +15,19 @@ class Case:
     budget: int = 64  # tokens per microbatch: several of them
     normaliser: str = "token_mean"
     filtering: bool = False
+    overlap: bool = False  # gradients are reduced while the backward pass runs
 
     @property
     def name(self) -> str:
         data = self.world // (self.tensor * self.pipeline)
-        extras = [self.model, "tied" if self.is_tied else "", f"b{self.budget}", self.normaliser, "filtered" if self.filtering else ""]
+        extras = [
+            self.model,
+            "tied" if self.is_tied else "",
+            f"b{self.budget}",
+            self.normaliser,
+            "filtered" if self.filtering else "",
+            "overlap" if self.overlap else "",
+        ]
         return "-".join([f"tp{self.tensor}pp{self.pipeline}dp{data}", *filter(None, extras)])
 
 
@@ -34,8 +42,11 @@ CASES = [
     Case(2, 1, 2, "qwen2", is_tied=True),
     Case(2, 1, 1, "qwen2", filtering=True),
     Case(2, 1, 1, "llama", normaliser="sample_mean"),
+    Case(2, 1, 1, "qwen2", is_tied=True, budget=40, overlap=True),
+    Case(2, 2, 1, "qwen3", overlap=True),
     Case(4, 2, 2, "qwen3"),
     Case(4, 2, 2, "qwen2", is_tied=True, normaliser="group_token_mean"),
     Case(4, 2, 1, "qwen2", filtering=True),
     Case(4, 1, 2, "llama", budget=4096),
+    Case(4, 1, 2, "qwen2", is_tied=True, budget=40, overlap=True),
 ]

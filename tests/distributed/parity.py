@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
-from dapo_kernels import reference
 from safetensors.torch import load_file
 
 from dapo import batch as batches
@@ -109,7 +108,12 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
         objective=configs.Objective(normaliser=case.normaliser, overlong_filtering=case.filtering),
         optim=configs.Optim(lr=LR, warmup_steps=0, prompts_per_minibatch=GROUPS_PER_UPDATE, clip_grad=0.5),
         parallel=mesh_options,
-        policy=configs.Policy(model=directory / "hf", dtype="float32", tokens_per_microbatch=case.budget, megatron={"adam_eps": EPS}),
+        policy=configs.Policy(
+            model=directory / "hf",
+            dtype="float32",
+            tokens_per_microbatch=case.budget,
+            megatron={"adam_eps": EPS, **({"overlap_grad_reduce": True, "bucket_size": 20_000} if case.overlap else {})},
+        ),
     )
     mesh = Mesh(mesh_options)
     if mesh.is_main:
@@ -138,7 +142,7 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     policy.backward(batch.minibatches[0])
     policy.transformer.finalize_model_grads_func = finalize
     result["ratio"] = mesh.max(max(ratio_gaps, default=0.0))
-    policy_module.reference.policy_loss = _plain_policy_loss
+    policy_module.linear_policy_loss = _plain_loss
     hf.backward(groups[:GROUPS_PER_UPDATE], old)
     params = dict(hf.model.named_parameters())
     gaps, norms = zip(*((float((g - params[n].grad).norm()), float(params[n].grad.norm())) for n, g in policy.gradients()), strict=True)
@@ -188,16 +192,16 @@ def _logprob_error(policy: Policy, batch: batches.Batch, groups: list[Group], ol
     return worst
 
 
-_plain_policy_loss = reference.policy_loss
+_plain_loss = policy_module.linear_policy_loss
 
 
 def _watch_ratios(gaps: list[float]) -> None:
-    def watched(logits: Any, targets: Any, old_logprobs: Any, advantages: Any, mask: Any, **options: Any) -> Any:
-        out = _plain_policy_loss(logits, targets, old_logprobs, advantages, mask, **options)
+    def watched(hidden: Any, weight: Any, targets: Any, old_logprobs: Any, *arguments: Any, **options: Any) -> Any:
+        out = _plain_loss(hidden, weight, targets, old_logprobs, *arguments, **options)
         gaps.append(float((out.logprobs - old_logprobs).abs().max()))
         return out
 
-    policy_module.reference.policy_loss = watched
+    policy_module.linear_policy_loss = watched
 
 
 def main(out: str) -> None:
