@@ -28,8 +28,15 @@ bench: $(VENV)/.ready
 	$(VENV)/bin/python benchmarks/step_time.py
 	$(VENV)/bin/python benchmarks/arithmetic_seeds.py
 
-gpu-check: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest -m gpu
+# On a machine with a CUDA GPU, without network: uses the Python that is there, and SITE for packages that it lacks
+#   pip install --target wheels --no-deps megatron-core==0.16.1 …; make gpu-check GPU_PYTHON=python3 SITE=wheels
+GPU_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
+SITE ?=
+gpu-check: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/benchmarks:$(SITE):$(PYTHONPATH)
+gpu-check:
+	$(GPU_PYTHON) -m pytest -m gpu tests/gpu
+	$(GPU_PYTHON) benchmarks/policy_loss.py --short
+	$(GPU_PYTHON) benchmarks/train_gpu.py
 
 # torch first: another requirement would choose its build
 $(VENV)/.ready: setup.py

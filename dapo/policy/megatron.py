@@ -228,9 +228,11 @@ class Policy:
     def _run(self, work: list[_Tensors], finish: Any, forward_only: bool) -> list[Any]:
         """Megatron's pipeline schedule over the microbatches. Returns what `finish` reported for each, on the last stage; else nothing."""
 
+        keep_dtype = {"fp32_output": False} if self.transformer.bf16 else {}  # Megatron's 16-bit wrapper would widen the hidden states
+
         def forward_step(data: Iterator[_Tensors], model: torch.nn.Module) -> tuple[Tensor, Any]:
             tensors = next(data)
-            hidden = model(tensors.tokens, tensors.positions, None, packed_seq_params=tensors.packed)  # [T, 1, H], T/tp of them here
+            hidden = model(tensors.tokens, tensors.positions, None, packed_seq_params=tensors.packed, **keep_dtype)  # [T, 1, H]
             return hidden, lambda hidden: finish(tensors, hidden[:, 0])
 
         return get_forward_backward_func()(  # type: ignore[no-any-return]

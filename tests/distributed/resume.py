@@ -26,7 +26,12 @@ OPTIONS = [
     "optim.warmup_steps=2",
     "optim.weight_decay=0.1",
 ]
-LAYOUTS = {"data-parallel": ["parallel.tensor=1"], "tensor-parallel": ["parallel.tensor=2"], "pipeline-parallel": ["parallel.pipeline=2"]}
+LAYOUTS = {
+    "data-parallel": ["parallel.tensor=1"],
+    "tensor-parallel": ["parallel.tensor=2"],
+    "pipeline-parallel": ["parallel.pipeline=2"],
+    "bfloat16": ["parallel.tensor=2", "policy.dtype=bfloat16"],
+}
 
 
 def run(directory: Path, *options: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.distributed.launch import measured
 
-LAYOUTS = ["data-parallel", "tensor-parallel", "pipeline-parallel"]
+LAYOUTS = ["data-parallel", "tensor-parallel", "pipeline-parallel", "bfloat16"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,0 +1,129 @@
+"""What only a GPU shows: races, 16-bit products, more than 2³¹ elements, the packed attention kernel, a whole training step.
+
+make gpu-check
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from dapo_kernels import linear_logprobs, linear_policy_loss, policy_loss, reference
+
+from tests.dapo.test_layers import attend
+from tests.distributed.launch import torchrun
+
+pytestmark = pytest.mark.gpu
+GPU = torch.device("cuda")
+CLIP = {"clip_low": 0.2, "clip_high": 0.28}
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+
+
+def tokens(T: int, V: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """targets, old log-probs, advantages, mask, weights of T tokens."""
+    generator = torch.Generator(GPU).manual_seed(seed)
+    rand = lambda: torch.rand(T, generator=generator, device=GPU)  # noqa: E731
+    return (rand() * V).long(), -3 - rand(), 2 * rand() - 1, rand() < 0.7, rand()
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("V", [25, 1000, 2052, 3001, 32000, 151936])
+def test_policy_loss_equals_the_float64_reference(V: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    logits = (3 * torch.randn(97, V, device=GPU)).to(dtype)
+    targets, old, advantages, mask, weights = tokens(97, V)
+    fused, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    a = policy_loss(fused, targets, old, advantages, mask, weights=weights, dual_clip=3.0, **CLIP)
+    b = reference.policy_loss(exact, targets, old.double(), advantages.double(), mask, weights=weights.double(), dual_clip=3.0, **CLIP)
+    a.loss.backward()
+    b.loss.backward()
+    assert relative(a.logprobs, b.logprobs) < 2e-5
+    assert relative(a.entropy, b.entropy) < 2e-5
+    assert torch.equal(a.clipped_low, b.clipped_low) and torch.equal(a.clipped_high, b.clipped_high)
+    assert relative(fused.grad, exact.grad) < TOLERANCE[dtype]
+
+
+def test_more_than_two_to_the_31_elements() -> None:
+    T, V = 15_000, 151_936
+    logits = torch.randn(T, V, device=GPU, dtype=torch.bfloat16)
+    last = logits[-8:].clone().double().requires_grad_()
+    given = tokens(T, V)
+    logits.requires_grad_()
+    fused = policy_loss(logits, *given[:4], weights=given[4], **CLIP)
+    fused.loss.backward()
+    exact = reference.policy_loss(last, *(x[-8:] for x in given[:4]), weights=given[4][-8:], **CLIP)
+    exact.loss.backward()
+    torch.testing.assert_close(fused.logprobs[-8:].double(), exact.logprobs, rtol=1e-5, atol=1e-5)
+    assert relative(logits.grad[-8:], last.grad) < 2e-2
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_two_runs_are_equal_to_the_bit_and_scoring_equals_learning(dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    hidden, head = torch.randn(3000, 512, device=GPU).to(dtype), (torch.randn(32000, 512, device=GPU) / 8).to(dtype)
+    targets, old, advantages, mask, weights = tokens(3000, 32000)
+    runs = []
+    for _ in range(2):
+        h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+        out = linear_policy_loss(h, w, targets, old, advantages, mask, weights=weights, fp32_logits=True, chunk_bytes=64 << 20, **CLIP)
+        out.loss.backward()
+        runs.append((out.loss.detach(), out.logprobs, h.grad, w.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    scored = linear_logprobs(hidden, head, targets, mask, fp32_logits=True, chunk_bytes=64 << 20)
+    assert torch.equal(scored, runs[0][1])
+
+
+@pytest.mark.parametrize("fp32_logits", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_linear_policy_loss_equals_the_float64_reference(dtype: torch.dtype, fp32_logits: bool) -> None:
+    torch.manual_seed(3)
+    hidden, head = torch.randn(700, 256, device=GPU).to(dtype), (torch.randn(5000, 256, device=GPU) / 4).to(dtype)
+    targets, old, advantages, mask, weights = tokens(700, 4990)
+    h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    total = torch.ones(5000, 256, device=GPU)
+    options = dict(weights=weights, valid_vocab=4990, temperature=0.8, **CLIP)
+    out = linear_policy_loss(
+        h, w, targets, old, advantages, mask, weight_grad=total, fp32_logits=fp32_logits, chunk_bytes=1 << 20, **options
+    )
+    out.loss.backward()
+    h64, w64 = hidden.double().requires_grad_(), head.double().requires_grad_()
+    exact = reference.policy_loss(h64 @ w64.t(), targets, old, advantages, mask, **options)
+    exact.loss.backward()
+    assert relative(out.logprobs, exact.logprobs) < (1e-5 if fp32_logits or dtype == torch.float32 else 2e-2)
+    assert relative(h.grad, h64.grad) < 2 * TOLERANCE[dtype]
+    assert relative(total - 1, w64.grad) < 2 * TOLERANCE[dtype]
+    assert not w.grad.any()
+
+
+def test_packed_attention_kernel_keeps_sequences_apart() -> None:
+    from dapo.policy.layers import PackedAttention
+
+    torch.manual_seed(4)
+    lengths = [7, 1, 130, 64]
+    attention = PackedAttention.__new__(PackedAttention)
+    torch.nn.Module.__init__(attention)
+    attention.scale = None
+    query, key, value = (torch.randn(sum(lengths), h, 64, device=GPU, dtype=torch.bfloat16) for h in (8, 2, 2))
+    cu_seqlens = torch.tensor([0, 7, 8, 138, 202], dtype=torch.int32, device=GPU)
+    out = attention(query, key, value, None, packed_seq_params=SimpleNamespace(cu_seqlens_q=cu_seqlens, max_seqlen_q=130))
+    parts = zip(*(x.double().split(lengths) for x in (query, key, value)), strict=True)
+    expected = torch.cat([attend(*(p.cpu() for p in part)) for part in parts])
+    assert relative(out.cpu(), expected) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_arithmetic_example_learns_on_a_gpu(dtype: str, tmp_path: Path) -> None:
+    options = ["run.steps=12", "eval.every=12", "parallel.tensor=1", f"policy.dtype={dtype}", f"run.dir={tmp_path}"]
+    done = torchrun(1, "-m", "dapo", "train", "examples/arithmetic/config.yaml", *options)
+    assert done.returncode == 0, done.stdout
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["eval/accuracy"] <= 0.45
+    assert rows[-1]["eval/accuracy"] >= 0.65
+    assert max(row.get("policy/mismatch", 0) for row in rows) < (1e-5 if dtype == "float32" else 2e-2)
