@@ -1,4 +1,4 @@
-# make quickstart · test · lint · bench · gpu-check. Each makes .venv if it is not there; nothing else is needed.
+# make quickstart · test · lint · bench · kernel-report · gpu-check. Each makes .venv if it is not there; nothing else is needed.
 #   TORCH="torch==2.13.0"     which torch: any requirement pip understands, or a wheel's path
 #   PIP_ARGS="--index-url …"  where from (a CPU-only or CUDA build)
 #   EXTRAS=dev,gpu            optional parts, see setup.py
@@ -28,6 +28,9 @@ bench: $(VENV)/.ready
 	$(VENV)/bin/python benchmarks/step_time.py
 	$(VENV)/bin/python benchmarks/arithmetic_seeds.py
 
+kernel-report: $(VENV)/.ready
+	$(VENV)/bin/python -m dapo_kernels.report
+
 # On a machine with a CUDA GPU, without network: uses the Python that is there, and SITE for packages that it lacks
 #   pip install --target wheels --no-deps megatron-core==0.16.1 …; make gpu-check GPU_PYTHON=python3 SITE=wheels
 GPU_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
@@ -45,4 +48,4 @@ $(VENV)/.ready: setup.py
 	$(VENV)/bin/python -m pip install --quiet --editable ".[$(EXTRAS)]"
 	touch $@
 
-.PHONY: quickstart test lint bench gpu-check
+.PHONY: quickstart test lint bench kernel-report gpu-check

@@ -130,11 +130,9 @@ class _Head:
 
     @property
     def rows_per_chunk(self) -> int:
-        on_gpu = self.weight.is_cuda
-        budget = self.chunk_bytes if self.chunk_bytes is not None else GPU_CHUNK_BYTES if on_gpu else CPU_CHUNK_BYTES
-        return max(
-            budget // (self.weight.shape[0] * self.logits_dtype.itemsize), self.slices
-        )  # a chunk has one position of every slice at least
+        default = GPU_CHUNK_BYTES if self.weight.is_cuda else CPU_CHUNK_BYTES
+        row_bytes = self.weight.shape[0] * self.logits_dtype.itemsize
+        return max((self.chunk_bytes or default) // row_bytes, self.slices)  # at least one position of every slice
 
     def check(self, hidden: Tensor) -> int:
         """The number of ids that targets may have."""

@@ -25,7 +25,10 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 _FLOOR = tl.constexpr(-1e30)  # stands for −inf where 0 · −inf or −inf − −inf would give NaN
 _MAX_LOG_RATIO = tl.constexpr(MAX_LOG_RATIO)
-_VARYING = ["num_rows", "start", "valid"]  # differ from call to call or rank to rank: compiled once for all values
+_ONCE = {  # what differs from call to call or rank to rank is compiled once for all values
+    "do_not_specialize": ["num_rows", "start", "valid"],
+    "do_not_specialize_on_alignment": ["TARGETS", "MASK", "STATISTICS", "OLD", "ADVANTAGES", "WEIGHTS", "REFERENCE", "VALUES", "FLAGS"],
+}
 
 
 @triton.jit
@@ -41,7 +44,7 @@ def _add_tile(z, peak, total, weighted, scale):
     return new_peak, total, weighted
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(**_ONCE)
 def row_statistics_kernel(
     LOGITS,
     TARGETS,
@@ -138,7 +141,7 @@ def _token_loss(logprob, old, advantage, clip_floor, clip_ceiling, dual_clip, HA
     return loss, slope, (advantage < 0) & (ratio < clip_floor), (advantage > 0) & (ratio > clip_ceiling)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(**_ONCE)
 def loss_gradient_kernel(
     LOGITS,
     GRADIENT,

@@ -31,6 +31,7 @@ from dapo_kernels.launch import TABLE, Launch
 ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 ITEMSIZE = {"bf16": 2, "fp32": 4}
+FORWARD_ONLY = "log-probs only"  # reads statistics, no logits
 ALIGNED = ("LOGITS", "GRADIENT", "logits_stride", "gradient_stride", "stride", "columns")  # what the caller's padding makes divisible by 16
 
 
@@ -68,7 +69,7 @@ class Compiled:
         found = []
         if self.stack or self.spills:
             found.append(f"{self.stack} bytes of stack, {self.spills} spilling instructions")
-        if not self.loads_128:
+        if not self.loads_128 and self.variant != FORWARD_ONLY:
             found.append("no 128-bit load")
         return [f"sm_{self.arch} {self.kernel} ({self.variant}, block {self.block}): {fault}" for fault in found]
 
@@ -89,6 +90,8 @@ def variants() -> list[Variant]:
             ("fp32 to bf16", "fp32", "bf16", plain, 1),
         ]
     ]
+    forward_only = dict.fromkeys(plain, False) | {"WORLD": 8}
+    loss.append(Variant("loss_gradient_kernel", FORWARD_ONLY, "bf16", "bf16", forward_only))
     return [*statistics, *loss, *(Variant("scale_kernel", dtype, dtype, dtype, {}) for dtype in ITEMSIZE)]
 
 
@@ -103,10 +106,15 @@ def compile_all(architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[Comp
 def compile_one(arch: int, variant: Variant, launch: Launch) -> Compiled:
     function = getattr(logits_triton, variant.kernel)
     constants = dict(variant.constants) | {"BLOCK": launch.block}
-    if constants.get("HAS_MASK") is False:
-        constants["MASK"] = None
-    if constants.get("HAS_REFERENCE") is False:
-        constants["REFERENCE"] = None
+    absent = {
+        "HAS_MASK": ["MASK"],
+        "HAS_REFERENCE": ["REFERENCE"],
+        "HAS_WEIGHTS": ["WEIGHTS"],
+        "HAS_LOSS": ["OLD", "ADVANTAGES"],
+        "HAS_GRADIENT": ["GRADIENT"],
+    }
+    for flag, pointers in absent.items():  # what the launch passes as None
+        constants |= {name: None for name in pointers if constants.get(flag) is False}
     names = list(function.arg_names)
     signature = {name: "constexpr" if name in constants else _type(name, variant) for name in names}
     source = ASTSource(

@@ -80,6 +80,28 @@ def test_two_runs_are_equal_to_the_bit_and_scoring_equals_learning(dtype: torch.
     assert torch.equal(scored, runs[0][1])
 
 
+def test_another_number_of_tokens_compiles_nothing() -> None:
+    from dapo_kernels import logits_triton
+
+    def call(T: int) -> None:
+        logits = torch.randn(T, 2048, device=GPU).requires_grad_()
+        given = tokens(T, 2048)
+        policy_loss(logits, *given[:4], weights=given[4], **CLIP).loss.backward()
+
+    def compiled() -> int:
+        return sum(
+            len(cache[0])
+            for k in (logits_triton.row_statistics_kernel, logits_triton.loss_gradient_kernel)
+            for cache in k.device_caches.values()
+        )
+
+    call(64)
+    before = compiled()
+    for T in (1, 2, 16, 17, 1000, 1024, 4095, 8192):
+        call(T)
+    assert compiled() == before
+
+
 @pytest.mark.parametrize("fp32_logits", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_linear_policy_loss_equals_the_float64_reference(dtype: torch.dtype, fp32_logits: bool) -> None:

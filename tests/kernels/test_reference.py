@@ -6,20 +6,7 @@ import pytest
 import torch
 from dapo_kernels.reference import MAX_LOG_RATIO, logprobs, logprobs_and_entropy, policy_loss
 
-CLIP = {"clip_low": 0.2, "clip_high": 0.28}
-T, V = 41, 37  # odd on purpose
-
-
-def random_inputs(seed=0, num_tokens=T, vocab=V, dtype=torch.float64, temperature=1.0):
-    """logits, targets, old_logprobs, advantages, mask. Log-ratios are ~ N(0, 0.5): a good part lies beyond either clip bound."""
-    g = torch.Generator().manual_seed(seed)
-    logits = 3 * torch.randn(num_tokens, vocab, generator=g, dtype=torch.float64)
-    targets = torch.randint(vocab, (num_tokens,), generator=g)
-    mask = torch.rand(num_tokens, generator=g) < 0.7
-    own = (logits / temperature).log_softmax(-1)[torch.arange(num_tokens), targets]
-    old = own + 0.5 * torch.randn(num_tokens, generator=g, dtype=torch.float64)
-    advantages = torch.randn(num_tokens, generator=g, dtype=torch.float64)
-    return logits.to(dtype), targets, old.to(dtype), advantages.to(dtype), mask
+from tests.kernels.inputs import CLIP, T, V, random_inputs, relative_error
 
 
 def brute_force(
@@ -293,10 +280,6 @@ def test_metrics_are_detached_and_logprobs_keeps_no_graph():
     assert not any(x.requires_grad for x in (result.logprobs, result.entropy, result.clipped_low, result.clipped_high))
     assert not logprobs(logits, rest[0], rest[3]).requires_grad
     assert torch.equal(logprobs(logits, rest[0], rest[3]), result.logprobs)
-
-
-def relative_error(x, truth):
-    return ((x.detach().double() - truth.detach()).norm() / truth.detach().norm()).item()
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0])

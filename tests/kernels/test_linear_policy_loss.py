@@ -1,0 +1,275 @@
+"""linear_policy_loss against the reference on the full logits: values, gradients, chunks, masks, accumulation, the forward-only half."""
+
+import gc
+import math
+import sys
+
+import pytest
+import torch
+from dapo_kernels import linear_logprobs, linear_policy_loss, reference
+from dapo_kernels.linear_policy_loss import MAX_SPAN, _spans
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.kernels.inputs import CLIP, double, options_for, relative_error
+
+T, H, V = 53, 24, 101
+FIELDS = ("loss", "logprobs", "entropy", "clipped_low", "clipped_high")
+
+
+def make(num_tokens=T, hidden_size=H, vocab=V, dtype=torch.float32, seed=0, temperature=1.0):
+    """hidden, weight, targets, old_logprobs, advantages, mask."""
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(num_tokens, hidden_size, generator=g).to(dtype)
+    weight = (torch.randn(vocab, hidden_size, generator=g) * 2 / hidden_size**0.5).to(dtype)
+    targets = torch.randint(vocab, (num_tokens,), generator=g)
+    mask = torch.rand(num_tokens, generator=g) < 0.7
+    own = reference.logprobs(hidden.double() @ weight.double().t(), targets, torch.ones_like(mask), temperature=temperature)
+    old = own + 0.4 * torch.randn(num_tokens, generator=g, dtype=torch.float64)
+    advantages = torch.randn(num_tokens, generator=g)
+    return hidden, weight, targets, old.to(torch.float64 if dtype == torch.float64 else torch.float32), advantages, mask
+
+
+def run(inputs, **options):
+    """(result, gradient of hidden, gradient of weight) on fresh leaves."""
+    hidden, weight = (x.clone().requires_grad_() for x in inputs[:2])
+    result = linear_policy_loss(hidden, weight, *inputs[2:], **CLIP, **options)
+    result.loss.backward()
+    return result, hidden.grad, weight.grad
+
+
+def truth_of(inputs, **options):
+    hidden, weight, *rest = (double(x) for x in inputs)
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    result = reference.policy_loss(hidden @ weight.t(), *rest, **CLIP, **{name: double(x) for name, x in options.items()})
+    result.loss.backward()
+    return result, hidden.grad, weight.grad
+
+
+def assert_close(ours, truth, tolerance):
+    for name in FIELDS[:3]:
+        assert relative_error(getattr(ours[0], name), getattr(truth[0], name)) < tolerance, name
+    assert relative_error(ours[1], truth[1]) < tolerance, "gradient of hidden"
+    assert relative_error(ours[2], truth[2]) < tolerance, "gradient of weight"
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 4 * V * 7, 4 * V * 20, None])
+@pytest.mark.parametrize("which", range(5))
+def test_values_and_gradients_are_the_references(which, chunk_bytes):
+    options = options_for(T)[which]
+    inputs = make(temperature=options.get("temperature", 1.0))
+    ours, truth = run(inputs, chunk_bytes=chunk_bytes, **options), truth_of(inputs, **options)
+    assert_close(ours, truth, 1e-5)
+    assert torch.equal(ours[0].clipped_low, truth[0].clipped_low) and torch.equal(ours[0].clipped_high, truth[0].clipped_high)
+    assert (ours[0].clipped_low | ours[0].clipped_high).any()
+
+
+def test_in_float64_it_is_the_reference_to_rounding():
+    inputs = make(dtype=torch.float64)
+    assert_close(run(inputs, chunk_bytes=8 * V * 10), truth_of(inputs), 1e-13)
+
+
+@pytest.mark.parametrize("fp32_logits", [False, True])
+def test_bfloat16(fp32_logits):
+    inputs = make(200, 64, 515, torch.bfloat16)
+    ours, truth = run(inputs, fp32_logits=fp32_logits, chunk_bytes=515 * 4 * 64), truth_of(inputs)
+    assert ours[1].dtype == ours[2].dtype == torch.bfloat16
+    assert relative_error(ours[0].logprobs, truth[0].logprobs) < (1e-6 if fp32_logits else 2e-2)
+    if fp32_logits:  # otherwise a token next to a clip bound may fall on its other side
+        assert_close(ours, truth, 2e-2)
+
+
+def test_fp32_logits_change_nothing_where_they_are_float32_anyway():
+    inputs = make()
+    (a, *grads_a), (b, *grads_b) = run(inputs), run(inputs, fp32_logits=True)
+    assert torch.equal(a.loss, b.loss) and all(map(torch.equal, grads_a, grads_b))
+
+
+def test_masked_rows_may_hold_nan_and_never_enter_a_product():
+    inputs = make()
+    weights = torch.rand(T)
+    expected, *expected_grads = run(inputs, weights=weights)
+    hidden, weight, targets, old, advantages, mask = (x.clone() for x in inputs)
+    for x in (hidden, old, advantages, weights):
+        x[~mask] = math.nan
+    result, *grads = run((hidden, weight, targets.masked_fill(~mask, -100), old, advantages, mask), weights=weights)
+    assert all(torch.equal(getattr(result, name), getattr(expected, name)) for name in FIELDS)
+    assert all(map(torch.equal, grads, expected_grads))
+    assert not grads[0][~mask].any()
+
+
+@pytest.mark.parametrize("num_tokens", [0, 5])
+def test_nothing_to_learn_from(num_tokens):
+    *inputs, mask = make(num_tokens)
+    result, hidden_grad, weight_grad = run((*inputs, torch.zeros_like(mask)))
+    assert result.loss == 0 and result.logprobs.shape == (num_tokens,)
+    assert hidden_grad.shape == (num_tokens, H) and not hidden_grad.any()
+    assert weight_grad.shape == (V, H) and not weight_grad.any()
+    assert linear_logprobs(*inputs[:3], torch.zeros_like(mask)).shape == (num_tokens,)
+
+
+@pytest.mark.parametrize("valid_vocab", [90, 101])
+def test_padded_columns_have_probability_zero_and_no_gradient(valid_vocab):
+    inputs = make(vocab=valid_vocab)
+    padded = torch.cat([inputs[1], torch.full((101 - valid_vocab + 3, H), 50.0)])
+    expected, hidden_grad, weight_grad = run(inputs)
+    result, padded_hidden_grad, padded_weight_grad = run((inputs[0], padded, *inputs[2:]), valid_vocab=valid_vocab)
+    assert relative_error(result.loss, expected.loss) < 1e-5
+    assert relative_error(padded_hidden_grad, hidden_grad) < 1e-5
+    assert relative_error(padded_weight_grad[:valid_vocab], weight_grad) < 1e-5 and not padded_weight_grad[valid_vocab:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk_bytes", [4 * V * 7, None])
+@pytest.mark.parametrize("fp32_logits", [False, True])
+def test_the_first_minibatch_has_ratio_exactly_one(dtype, chunk_bytes, fp32_logits):
+    hidden, weight, targets, _, advantages, mask = make(dtype=dtype)
+    options = {"temperature": 0.7, "chunk_bytes": chunk_bytes, "fp32_logits": fp32_logits}
+    own = linear_logprobs(hidden, weight, targets, mask, **options)
+    result, *_ = run((hidden, weight, targets, own, advantages, mask), **options)
+    assert torch.equal(result.logprobs, own)
+    assert result.loss == -torch.where(mask, advantages, 0).sum()
+    assert not result.clipped_low.any() and not result.clipped_high.any()
+
+
+def test_scoring_and_learning_multiply_the_same_chunks(monkeypatch):
+    """Otherwise a product may pick another kernel and round otherwise, which a CPU does not show."""
+    module, chunks = sys.modules["dapo_kernels.linear_policy_loss"], []
+    inputs = make()
+    evaluate = module.evaluate
+    monkeypatch.setattr(module, "evaluate", lambda kernels, logits, *rest: chunks.append(logits.shape) or evaluate(kernels, logits, *rest))
+    linear_logprobs(*inputs[:3], inputs[-1], chunk_bytes=4 * V * 10)
+    scored = list(chunks)
+    chunks.clear()
+    run(inputs, chunk_bytes=4 * V * 10)
+    assert scored == chunks and len(chunks) > 2
+
+
+def test_log_probs_need_no_graph_and_touch_no_gradient():
+    hidden, weight, targets, _, _, mask = make()
+    weight.requires_grad_()
+    weight.main_grad = torch.zeros(V, H)
+    logprobs = linear_logprobs(hidden.requires_grad_(), weight, targets, mask)
+    assert not logprobs.requires_grad and weight.grad is None and not weight.main_grad.any()
+    truth = reference.logprobs(hidden.double() @ weight.double().t(), targets, mask)
+    assert relative_error(logprobs, truth) < 1e-6 and not logprobs[~mask].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_calls_add_up_in_weight_grad(dtype):
+    first, second = make(seed=1, dtype=dtype), make(seed=2, dtype=dtype)
+    second = (second[0], first[1], *second[2:])
+    start = torch.randn(V, H, generator=torch.Generator().manual_seed(3))
+    main_grad, weight = start.clone(), first[1].clone().requires_grad_()
+    for hidden, _, *rest in (first, second):
+        leaf = hidden.clone().requires_grad_()
+        linear_policy_loss(leaf, weight, *rest, **CLIP, weight_grad=main_grad, fp32_logits=True).loss.backward()
+        assert weight.grad is not None and not weight.grad.any()  # there for hooks that ask for one, and nothing to add
+        assert torch.equal(leaf.grad, run((hidden, first[1], *rest), fp32_logits=True)[1])
+    expected = truth_of(first)[2] + truth_of(second)[2]
+    assert relative_error(main_grad - start, expected) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_a_tied_embedding_gets_its_own_gradient_beside_weight_grad():
+    """The head's share goes to main_grad; what autograd then holds for the shared weight is the embedding's share, whole."""
+    _, weight, *rest = make()
+    shared, main_grad, ids = weight.clone().requires_grad_(), torch.zeros(V, H), torch.arange(T)
+    linear_policy_loss(torch.nn.functional.embedding(ids, shared), shared, *rest, **CLIP, weight_grad=main_grad).loss.backward()
+    both = weight.clone().requires_grad_()
+    reference.policy_loss(torch.nn.functional.embedding(ids, both) @ both.t(), *rest, **CLIP).loss.backward()
+    assert relative_error(shared.grad + main_grad, both.grad) < 1e-5 and shared.grad.any()
+
+
+def test_weight_grad_is_not_touched_without_gradients():
+    hidden, weight, *rest = make()
+    main_grad = torch.zeros(V, H)
+    with torch.no_grad():
+        result = linear_policy_loss(hidden, weight.requires_grad_(), *rest, **CLIP, weight_grad=main_grad)
+    assert not main_grad.any() and not result.loss.requires_grad
+
+
+def test_a_scale_multiplies_the_gradients_but_may_not_where_weight_grad_is_given():
+    inputs = make()
+    _, hidden_grad, weight_grad = run(inputs)
+    hidden, weight = (x.clone().requires_grad_() for x in inputs[:2])
+    (0.25 * linear_policy_loss(hidden, weight, *inputs[2:], **CLIP).loss).backward()
+    assert torch.equal(hidden.grad, 0.25 * hidden_grad) and torch.equal(weight.grad, 0.25 * weight_grad)
+    loss = linear_policy_loss(hidden, weight, *inputs[2:], **CLIP, weight_grad=torch.zeros(V, H)).loss
+    with pytest.raises(RuntimeError, match=r"with a factor of 0.25.*put the factor into weights"):
+        (0.25 * loss).backward()
+
+
+def test_the_gradients_can_be_spent_once():
+    hidden, weight, *rest = make()
+    loss = linear_policy_loss(hidden.requires_grad_(), weight.requires_grad_(), *rest, **CLIP).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="already spent"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_what_needs_no_gradient_gets_none(frozen):
+    inputs = make()
+    hidden, weight = inputs[0].clone(), inputs[1].clone()
+    (weight if frozen == "hidden" else hidden).requires_grad_()
+    linear_policy_loss(hidden, weight, *inputs[2:], **CLIP).loss.backward()
+    _, hidden_grad, weight_grad = run(inputs)
+    assert (hidden.grad is None) if frozen == "hidden" else torch.equal(hidden.grad, hidden_grad)
+    assert (weight.grad is None) if frozen == "weight" else torch.equal(weight.grad, weight_grad)
+
+
+def test_no_tensor_is_larger_than_a_chunk():
+    """Neither the logits nor anything of their size: the largest new tensors are the chunk and the weight's gradient."""
+    inputs = make(1000, 8, 400)
+    hidden, weight = (x.clone().requires_grad_() for x in inputs[:2])
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        linear_policy_loss(hidden, weight, *inputs[2:], **CLIP, chunk_bytes=400 * 4 * 32).loss.backward()
+    gc.collect()
+    largest = max(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    assert 400 * 4 * 20 < largest <= 400 * 4 * 32, largest  # the full logits would be 1000 · 400 · 4
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.booleans(), max_size=60), st.sampled_from([1, 2, 4]), st.integers(4, 20))
+def test_chunks_cover_every_live_row_once_and_hold_no_more_than_asked(live, slices, limit):
+    mask = torch.tensor(live[: len(live) // slices * slices], dtype=torch.bool)
+    spans = _spans(mask, slices, limit)
+    rows = torch.cat([span.rows for span in spans]) if spans else torch.zeros(0, dtype=torch.int64)
+    assert sorted(rows.tolist()) == mask.nonzero()[:, 0].tolist()
+    assert all(0 < len(span.rows) <= limit for span in spans)
+    length = len(mask) // slices
+    for span in spans:  # `within` and `rows` name the same tokens
+        position = torch.arange(len(mask)).view(slices, length)[:, span.start : span.stop].flatten() if length else mask
+        assert torch.equal(position[span.within], span.rows)
+    assert all(slices * (span.stop - span.start) <= max(MAX_SPAN * limit, slices) for span in spans if slices > 1)  # what is gathered
+    if slices == 1 and spans:
+        sizes = [len(span.rows) for span in spans]
+        assert len(sizes) == -(-sum(live) // limit) and max(sizes) - min(sizes) < len(sizes)
+
+
+WRONG = [
+    (lambda a: a | {"hidden": a["hidden"][0]}, r"hidden has shape \[24\]; expected \[T, H\]"),
+    (lambda a: a | {"hidden": a["hidden"].bfloat16()}, "weight is torch.float32; expected torch.bfloat16, as hidden is"),
+    (lambda a: a | {"hidden": a["hidden"].t().contiguous().t()}, r"hidden has strides .*expected a contiguous tensor"),
+    (lambda a: a | {"weight": a["weight"][:, :20].contiguous()}, r"weight has shape \[101, 20\]; expected \[V/tp, 24\]"),
+    (lambda a: a | {"weight": a["weight"].to("meta")}, "weight is on meta; expected cpu"),
+    (lambda a: a | {"targets": a["targets"][:5]}, r"targets has shape \[5\]; expected \[53\]"),
+    (lambda a: a | {"targets": a["targets"] + 101}, r"targets holds \d+ inside the mask; expected 0 to 100"),
+    (lambda a: a | {"mask": a["mask"].long()}, "mask is torch.int64; expected torch.bool"),
+    (lambda a: a | {"valid_vocab": 102}, "valid_vocab is 102, but weight holds 101 columns and tp_group 1 ranks"),
+    (lambda a: a | {"chunk_bytes": 0}, "chunk_bytes is 0"),
+    (lambda a: a | {"sequence_parallel": True}, "sequence_parallel is True and tp_group is None"),
+    (
+        lambda a: a | {"weight_grad": torch.zeros(101, 24, dtype=torch.bfloat16)},
+        r"weight_grad is \[101, 24\] torch.bfloat16 on cpu; expected",
+    ),
+    (lambda a: a | {"weight_grad": torch.zeros(100, 24)}, r"weight_grad is \[100, 24\] torch.float32 on cpu; expected \[101, 24\]"),
+    (lambda a: a | {"weights": -torch.ones(53)}, "weights holds -1.0 inside the mask"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG)
+def test_wrong_input_is_named_before_anything_runs(change, message):
+    names = ("hidden", "weight", "targets", "old_logprobs", "advantages", "mask")
+    with pytest.raises(ValueError, match=f"^{message}"):
+        linear_policy_loss(**(CLIP | change(dict(zip(names, make(), strict=True)))))
