@@ -2,6 +2,9 @@
 
 from setuptools import setup
 
+# Triton ≥ 3.7: the interpreter of older ones needs numpy < 2.4
+TEST = ["pytest>=8", "hypothesis>=6.100", "triton>=3.7; sys_platform == 'linux'"]
+
 setup(
     name="dapo",
     version="0.1.0",
@@ -24,12 +27,13 @@ setup(
         "matplotlib>=3.8",
         "pydantic>=2.7",
         "pyyaml>=6",
+        "math-verify>=0.8",  # answers that are no integers
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.9,<2.12", "triton"],
         "sglang": ["sglang==0.5.23", "sglang-router"],
         "wandb": ["wandb"],
-        "test": ["pytest>=8", "hypothesis>=6.100"],
-        "dev": ["pytest>=8", "hypothesis>=6.100", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "types-psutil"],
+        "test": TEST,
+        "dev": [*TEST, "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "types-psutil"],
     },
 )

@@ -1,4 +1,4 @@
-"""The command line: python -m dapo train CONFIG.yaml [section.key=value …]; under torchrun for more than one process."""
+"""The command line: python -m dapo train|eval CONFIG.yaml [section.key=value …]; train under torchrun for more than one process."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import NoReturn
 
 from dapo import config
@@ -16,28 +17,32 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="dapo", description="DAPO (arXiv:2503.14476) on Megatron-core")
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="run Algorithm 1, going on from the run's newest checkpoint")
-    train.add_argument("config", help="YAML file; every option is in dapo/config.py")
-    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="later wins")
+    evaluate = commands.add_parser("eval", help="evaluate models on the config's eval.data, the later ones against the first; one process")
+    evaluate.add_argument("--model", action="append", type=Path, help="Hugging Face directory, may be repeated; default policy.model")
+    for command in (train, evaluate):
+        command.add_argument("config", help="YAML file; every option is in dapo/config.py")
+        command.add_argument("overrides", nargs="*", metavar="section.key=value", help="later wins")
     args = parser.parse_args(argv)
     try:
         options = config.load(args.config, args.overrides)
     except config.ConfigError as error:
         return _fail(error, is_told=os.environ.get("RANK", "0") == "0")
-    return _train(options)
+    return _run(options) if args.command == "train" else _run(options, args.model or [options.policy.model])
 
 
-def _train(options: config.Config) -> int:
+def _run(options: config.Config, models: list[Path] | None = None) -> int:
+    """Train, or evaluate `models`."""
     from dapo.checkpoint import CheckpointError  # torch and Megatron take seconds: not before the config is known to be good
     from dapo.mesh import FailedElsewhere, Mesh
     from dapo.policy.megatron import PolicyError
     from dapo.rollout import RolloutError
-    from dapo.train import train
+    from dapo.train import evaluate_models, train
     from dapo.types import Interrupted
 
     mesh = None
     try:
-        mesh = Mesh(options.parallel)
-        train(options, mesh)
+        mesh = Mesh(options.parallel if models is None else config.Parallel(tensor=1))
+        train(options, mesh) if models is None else evaluate_models(options, mesh, models)
         return 0
     except FailedElsewhere:
         return 1
@@ -46,7 +51,7 @@ def _train(options: config.Config) -> int:
             print(f"interrupted; saved in {options.run.dir}; the same command goes on from there", file=sys.stderr)
         return 130
     except (config.ConfigError, CheckpointError, PolicyError, RolloutError) as error:
-        return _fail(error, is_told=(mesh is None and os.environ.get("RANK", "0") == "0") or (mesh is not None and mesh.is_first_to_fail()))
+        return _fail(error, is_told=mesh.is_first_to_fail() if mesh else os.environ.get("RANK", "0") == "0")
     except Exception:  # noqa: BLE001  # a bug: its traceback, once, not once per rank that it takes along
         if mesh is None or mesh.is_first_to_fail():
             traceback.print_exc()

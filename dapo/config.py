@@ -43,9 +43,11 @@ class Run(Section):
 
 
 class Data(Section):
-    train: Path  # .jsonl of {prompt, answer}, or .parquet in the DAPO-Math-17k schema
+    # .jsonl of {prompt, answer}, or .parquet in the DAPO-Math-17k schema: one file, several as one, or {file: weight} to mix
+    train: Path | list[Path] | dict[Path, AboveZero]
     max_prompt_length: Positive = 2048  # tokens
     too_long: Literal["error", "drop", "truncate"] = "truncate"  # truncate cuts on the left, as the released recipe does
+    on_error: Literal["stop", "skip"] = "stop"  # a malformed row: stop, or count it and go on
 
 
 class Rollout(Section):
@@ -58,10 +60,18 @@ class Rollout(Section):
     max_empty_steps: Positive = 3  # steps in a row without one mixed group before the run stops
     temperature: AboveZero = 1.0
     max_response_length: Positive = 20480  # L_max of Eq. 13, tokens
+    dump_share: Annotated[float, Field(ge=0, le=1)] = 0.0  # of each step's groups, kept in run.dir/rollouts as parquet
+    only: bool = False  # write every step's batch and learn nothing
+    replay: Path | None = None  # learn from a directory of dumped batches instead of sampling
 
 
 class Reward(Section):
-    function: str = "dapo.reward:is_correct"  # module:name of f(response, answer) -> bool, or a float that is correct above 0
+    # module:name of f(response, answer) -> bool, or a float that is correct above 0; or http://host:port/path; or several with their
+    # weights, {"dapo.reward:is_correct": 1.0, "mine:format": 0.2}: the reward is their weighted sum, the first decides what is correct
+    function: str | Annotated[dict[str, float], Field(min_length=1)] = "dapo.reward:is_correct"
+    shadow: list[str] = []  # functions that change nothing: how often they disagree is logged, and where, kept in run.dir/disputes.jsonl
+    workers: Count = 4  # processes that call the functions; 0: this process calls them, and waits for as long as they take
+    time_limit: AboveZero = 5.0  # seconds for one answer; after them the worker is replaced, the answer is wrong and counted
     truncated_is_wrong: bool = False
     soft_overlong_punishment: bool = True  # Eq. 13
     overlong_cache: Positive = 4096  # L_cache of Eq. 13, tokens
@@ -102,7 +112,7 @@ class Engine(Section):
 
 
 class Eval(Section):
-    data: Path | None = None  # same formats as data.train; null: no evaluation
+    data: Path | dict[str, Path] | None = None  # same formats as data.train; {name: file} for several sets; null: no evaluation
     every: Positive = 5  # steps; also before the first and after the last
     samples: Positive = 32  # k per problem: mean@k
     temperature: AboveZero = 1.0

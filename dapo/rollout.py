@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dapo import batch, config
+from dapo import batch, config, dump
 from dapo.batch import Batch
 from dapo.buffer import Buffer
 from dapo.clock import timed
@@ -49,13 +49,17 @@ class Rollouts:
             RolloutError: the cap was reached and at_cap is "stop", or max_empty_steps steps in a row found no mixed group.
             Interrupted: the prompts are back in the stream; the step can be made anew.
         """
-        buffer = self.collect(step)
+        options = self.options.rollout
+        replayed = options.replay and dump.read(dump.path_of(options.replay, step), options.prompts_per_step)
+        buffer = replayed or self.collect(step)
         self._judge(buffer)
         for group in buffer.kept:
             rewards = [sample.reward for sample in group.samples]
             for sample, advantage in zip(group.samples, group_advantages(rewards), strict=True):
                 sample.advantage = float(advantage)
-        return batch.plan(buffer.kept, self.options, self.num_data_ranks, metrics=buffer.ledger())
+        dump.write(dump.path_of(self.options.run.dir / "rollouts", step), buffer, share=1.0 if options.only else options.dump_share)
+        metrics = buffer.ledger() | self.reward.take_metrics()
+        return batch.plan([] if options.only else buffer.kept, self.options, self.num_data_ranks, metrics)
 
     def collect(self, step: int) -> Buffer:
         """Ask for whole rounds of prompts until the buffer is full (lines 4–8), at most max_rounds of them."""
@@ -92,13 +96,13 @@ class Rollouts:
             if self.is_interrupted():
                 self.engine.abort(f"{group.id}.{index}" for group in groups.values() for index in range(group_size))
                 raise Interrupted
-            group = groups[sample.group]
-            self._score(group.prompt, sample)
-            group.samples.append(sample)
+            self._read(groups[sample.group].prompt, sample)
+            groups[sample.group].samples.append(sample)
             self.on_progress(f"{told}, sample {done}/{len(prompts) * group_size}")
         for group in groups.values():
             assert len(group.samples) == group_size, f"group {group.id} has {len(group.samples)} samples of {group_size}"
             group.samples.sort(key=lambda sample: sample.index)
+        self.reward.score([(group.prompt, sample) for group in groups.values() for sample in group.samples])
         return list(groups.values())
 
     def state_dict(self) -> dict[str, Any]:
@@ -110,14 +114,14 @@ class Rollouts:
 
     def close(self) -> None:
         self.engine.close()
+        self.reward.close()
 
-    def _score(self, prompt: Prompt, sample: Sample) -> None:
+    def _read(self, prompt: Prompt, sample: Sample) -> None:
         if not np.isfinite(sample.behavior_logprobs).all():
             raise RolloutError(
                 f"prompt {prompt.index}: the engine's log-probs are not finite: the policy is damaged; resume from a checkpoint"
             )
         sample.text = self.decode(sample.tokens)
-        self.reward.score(prompt, sample)
 
     def _judge(self, buffer: Buffer) -> None:
         """Stop where going on would teach nothing."""

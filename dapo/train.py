@@ -5,9 +5,11 @@ torchrun --nproc-per-node 2 -m dapo train examples/arithmetic/config.yaml
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import transformers
 from dapo import clock, evaluate
 from dapo.checkpoint import Checkpoints
 from dapo.config import Config, ConfigError
-from dapo.data import PromptStream, load_prompts
+from dapo.data import PromptStream, Summary, load_prompts, load_stream
 from dapo.engine.embedded import EmbeddedEngine
 from dapo.mesh import Mesh
 from dapo.metrics import Log, SilentLog, mean
@@ -32,7 +34,7 @@ def train(config: Config, mesh: Mesh) -> None:
     """Run Algorithm 1 from the newest checkpoint to config.run.steps. Interrupted, it saves and raises Interrupted."""
     is_interrupted = Interruption()
     mesh.on_main(_prepare, config)
-    rollouts, problems = make_rollouts(config, mesh, is_interrupted)
+    rollouts, sets = make_rollouts(config, mesh, is_interrupted)
     policy = Policy(config, mesh)  # π_θ
     checkpoints = Checkpoints(config.run, mesh)
     step = checkpoints.load(policy, rollouts)
@@ -40,7 +42,7 @@ def train(config: Config, mesh: Mesh) -> None:
     try:
         for step in range(step, config.run.steps):  # noqa: B020  # 1
             rollouts.load_weights(policy.weights(), version=step)  # 3: π_θold ← π_θ
-            scores = mesh.on_main(evaluate.maybe, step, rollouts, problems, config)
+            scores = mesh.on_main(evaluate.maybe, step, rollouts, sets, config)
             batch = mesh.scatter(rollouts.next_batch, step)  # 2, 4–9: the main rank collects; each rank receives its own share
             mismatch = policy.set_old_logprobs(batch)  # log π_θold, in the trainer's numerics and the updates' own packing
             updates = [policy.update(minibatch) for minibatch in batch.minibatches]  # 10–11: Eq. 8
@@ -48,7 +50,7 @@ def train(config: Config, mesh: Mesh) -> None:
             checkpoints.maybe_save(step + 1, policy, rollouts)
         step = config.run.steps
         rollouts.load_weights(policy.weights(), version=step)
-        log(step, mesh.on_main(evaluate.maybe, step, rollouts, problems, config))
+        log(step, mesh.on_main(evaluate.maybe, step, rollouts, sets, config))
         policy.save_hf(config.run.dir / "hf")
     except Interrupted:
         checkpoints.save(step, policy, rollouts)
@@ -60,32 +62,47 @@ def train(config: Config, mesh: Mesh) -> None:
 
 def make_rollouts(
     config: Config, mesh: Mesh, is_interrupted: Callable[[], bool] = lambda: False
-) -> tuple[Rollouts | RolloutsElsewhere, list[Prompt]]:
-    """The sampler's side, and the held-out problems: on the main rank. Elsewhere what takes part in the weight sync, and no problems.
+) -> tuple[Rollouts | RolloutsElsewhere, dict[str, list[Prompt]]]:
+    """The sampler's side, and the held-out sets: on the main rank. Elsewhere what takes part in the weight sync, and no sets.
 
     Raises:
         ConfigError, FailedElsewhere: the tokenizer, a data file or the reward function cannot be used.
     """
     made = mesh.on_main_only(_make_rollouts, config, mesh, is_interrupted)
-    return made if made else (RolloutsElsewhere(), [])
+    return made if made else (RolloutsElsewhere(), {})
 
 
-def _make_rollouts(config: Config, mesh: Mesh, is_interrupted: Callable[[], bool]) -> tuple[Rollouts, list[Prompt]]:
+def _make_rollouts(config: Config, mesh: Mesh, is_interrupted: Callable[[], bool]) -> tuple[Rollouts, dict[str, list[Prompt]]]:
     tokenizer = load_tokenizer(config.policy.model)
-    data = config.data
-    prompts = load_prompts(data.train, tokenizer, data.max_prompt_length, data.too_long)
-    problems = load_prompts(config.eval.data, tokenizer, data.max_prompt_length, "error") if config.eval.data else []
-    rollouts = Rollouts(
+    prompts, summaries = load_stream(config.data, tokenizer, config.run.seed)
+    sets, more = load_sets(config, tokenizer)
+    for summary in summaries + more:
+        print(summary, flush=True)
+    (config.run.dir / "data.json").write_text(json.dumps([asdict(s) for s in summaries + more], indent=1, default=str))
+    rollouts = build_rollouts(config, mesh, tokenizer, prompts)
+    rollouts.is_interrupted = is_interrupted
+    return rollouts, sets
+
+
+def build_rollouts(config: Config, mesh: Mesh, tokenizer: Any, prompts: PromptStream) -> Rollouts:
+    return Rollouts(
         config,
         mesh.data,
         engine=EmbeddedEngine(config.policy.model, getattr(torch, config.policy.dtype), mesh.device, config.engine.max_concurrent),
-        prompts=PromptStream(prompts, config.run.seed),
-        reward=Reward(config.reward, config.rollout.max_response_length),
+        prompts=prompts,
+        reward=Reward(config.reward, config.rollout.max_response_length, config.run.dir / "disputes.jsonl"),
         decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
         stop_ids=stop_ids(config.policy.model, tokenizer),
     )
-    rollouts.is_interrupted = is_interrupted
-    return rollouts, problems
+
+
+def load_sets(config: Config, tokenizer: Any) -> tuple[dict[str, list[Prompt]], list[Summary]]:
+    """The held-out problems of every set, by name. Rows that repeat (30 problems × 32 copies) are 30 problems; the summary says so."""
+    data = config.eval.data
+    paths = data if isinstance(data, dict) else {data.stem: data} if data else {}
+    options = config.data.model_copy(update={"too_long": "error"})
+    loaded = {name: load_prompts(path, tokenizer, options) for name, path in paths.items()}
+    return {name: prompts for name, (prompts, _) in loaded.items()}, [summary for _, summary in loaded.values()]
 
 
 def load_tokenizer(model: Path) -> Any:
@@ -109,6 +126,33 @@ def stop_ids(model: Path, tokenizer: Any) -> tuple[int, ...]:
     if not ids:
         raise ConfigError(f"policy.model={model}: neither the tokenizer nor generation_config.json names an EOS token")
     return tuple(sorted(ids))
+
+
+def evaluate_models(config: Config, mesh: Mesh, models: list[Path]) -> None:
+    """Evaluate Hugging Face directories on the sets of eval.data; each later one is compared with the first, problem by problem.
+
+    Results go to <run.dir>/eval.json.
+
+    Raises:
+        ConfigError: no eval.data, or a directory cannot be used.
+    """
+    tokenizer = load_tokenizer(config.policy.model)
+    sets, summaries = load_sets(config, tokenizer)
+    if not sets:
+        raise ConfigError("eval.data is not set: name a file, or {name: file} for several")
+    rollouts = build_rollouts(config, mesh, tokenizer, PromptStream([], config.run.seed))
+    results = {}
+    for summary in summaries:
+        print(summary)
+    for model in models:
+        rollouts.load_weights(evaluate.stored_weights(model), version=0)
+        results[str(model)] = evaluate.run(rollouts, sets, config, f"evaluating {model}")
+        for name, scores in results[str(model)].items():
+            print(f"{model}  {name}: {scores}", flush=True)
+    for later, comparisons in evaluate.write(results, config.run.dir / "eval.json").items():
+        for name, c in comparisons.items():
+            print(f"{later} against {models[0]}  {name}: {c['difference']:+.3f} ± {c['half_width']:.3f}, p = {c['p_value']:.2g}")
+    rollouts.close()
 
 
 def make_log(config: Config, rollouts: Rollouts | RolloutsElsewhere, start: int) -> Log | SilentLog:

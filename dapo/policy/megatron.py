@@ -222,6 +222,9 @@ class Policy:
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         }
         model = self._module.sharded_state_dict(metadata=metadata)
+        if not is_loading:
+            for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+                part.init_state_fn(part.optimizer, part.config)  # before the first update there are no moments, and saving wants them
         optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
         return {"model": model, "optimizer": optimizer, "num_updates": self.scheduler.num_steps}
 

@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dapo.config import ConfigError
-from dapo.data import PromptStream, load_prompts
+from dapo.config import ConfigError, Data
+from dapo.data import PromptStream, load_prompts, load_stream
 from tests.conftest import make_prompt
 
 
@@ -46,8 +46,13 @@ def dapo_math_row(index, question, truth="34"):
     }
 
 
-def load(path, max_length=100, too_long="error", tokenizer=None):
-    return load_prompts(path, tokenizer or Tokenizer(), max_length, too_long)
+def load_with_summary(path, max_length=100, too_long="error", tokenizer=None, on_error="stop"):
+    options = Data(train=path, max_prompt_length=max_length, too_long=too_long, on_error=on_error)
+    return load_prompts(path, tokenizer or Tokenizer(), options)
+
+
+def load(path, **options):
+    return load_with_summary(path, **options)[0]
 
 
 def test_jsonl_gives_text_and_chats_in_file_order_and_skips_empty_lines(tmp_path):
@@ -77,7 +82,9 @@ def test_parquet_in_the_schema_of_dapo_math_is_read_row_by_row(tmp_path):
     ("bad", "words"),
     [
         ("{not json", ["not JSON"]),
-        ("[1, 2]", ["'prompt'"]),
+        ("[1, 2]", ["list", "{prompt, answer}"]),
+        ({"prompt": "x", "answer": [2]}, ["'answer'", "list"]),
+        ({"prompt": [{"role": "wizard", "content": "x"}], "answer": "2"}, ["'wizard'", "user"]),
         ({"answer": "2"}, ["'prompt'"]),
         ({"prompt": "x"}, ["'answer'"]),
         ({"prompt": "x", "answer": None}, ["'answer'"]),
@@ -112,7 +119,7 @@ def test_a_chat_without_a_chat_template_is_refused_with_file_and_line(tmp_path):
     ("change", "words"),
     [
         (lambda row: row.pop("prompt"), ["'prompt'", "data_source"]),
-        (lambda row: row.pop("reward_model"), ["'reward_model'"]),
+        (lambda row: row.pop("reward_model"), ["reward_model.ground_truth", "data_source"]),
         (lambda row: row["reward_model"].pop("ground_truth"), ["row 1", "reward_model.ground_truth"]),
         (lambda row: row.update(reward_model="34"), ["row 1", "reward_model.ground_truth"]),
         (lambda row: row["reward_model"].update(ground_truth=None), ["row 1", "reward_model.ground_truth"]),
@@ -234,3 +241,60 @@ def test_resuming_on_a_file_of_other_prompts_is_refused(other):
     changed = PromptStream([replace(make_prompt(0), **other), *(make_prompt(i) for i in range(1, 7))], seed=3)
     with pytest.raises(ConfigError, match="checkpoint"):
         changed.load_state_dict(make_stream(7).state_dict())
+
+
+def test_copies_are_left_out_and_counted(tmp_path):
+    rows = [dapo_math_row(i, f"question {i % 3}", str(i % 3)) for i in range(300)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet", row_group_size=7)
+    prompts, summary = load_with_summary(tmp_path / "t.parquet")
+    assert [(text_of(p), p.answer) for p in prompts] == [(f"<user>question {i}<assistant>", str(i)) for i in range(3)]
+    assert (summary.rows, summary.prompts, summary.copies) == (300, 3, 297)
+    assert "300 rows, 3 prompts; left out: 297 copies" in str(summary)
+
+
+def test_prompts_whose_copies_disagree_are_dropped_and_listed(tmp_path):
+    lines = [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": 2}, {"prompt": "a", "answer": 3}, {"prompt": "a", "answer": "1"}]
+    prompts, summary = load_with_summary(write_lines(tmp_path / "t.jsonl", *lines))
+    assert [text_of(p) for p in prompts] == ["b"]
+    [conflict] = summary.conflicts
+    assert (conflict["prompt"], conflict["answers"], summary.conflicting) == ("a", {"1": 2, "3": 1}, 3)
+    assert conflict["place"].endswith("t.jsonl, line 1")
+
+
+def test_a_chat_and_a_text_of_the_same_words_are_two_prompts(tmp_path):
+    lines = [{"prompt": "x", "answer": 1}, {"prompt": [{"role": "user", "content": "x"}], "answer": 2}]
+    assert len(load(write_lines(tmp_path / "t.jsonl", *lines))) == 2
+
+
+def test_malformed_rows_can_be_skipped_and_every_row_is_accounted_for(tmp_path):
+    good = [{"prompt": p, "answer": "1"} for p in ("a", "a", "b", "c" * 20, "d" * 30)]
+    lines = [*good, "{not json", {"prompt": 3, "answer": 1}, {"prompt": "e", "answer": 1}, {"prompt": "e", "answer": 2}]
+    prompts, s = load_with_summary(write_lines(tmp_path / "t.jsonl", *lines), max_length=10, too_long="drop", on_error="skip")
+    assert [text_of(p) for p in prompts] == ["a", "b"]
+    assert (s.rows, s.prompts, s.copies, s.skipped, s.conflicting, s.dropped) == (9, 2, 1, 2, 2, 2)
+    assert s.rows == s.prompts + s.copies + s.skipped + s.conflicting + s.dropped
+
+
+def sources(tmp_path, **sizes):
+    return {
+        name: write_lines(tmp_path / f"{name}.jsonl", *({"prompt": f"{name}{i}", "answer": 1} for i in range(size)))
+        for name, size in sizes.items()
+    }
+
+
+def test_several_files_are_one_stream(tmp_path):
+    files = sources(tmp_path, a=4, b=3)
+    stream, summaries = load_stream(Data(train=list(files.values())), Tokenizer(), seed=0)
+    assert sorted(text_of(p) for p in stream.take(7)) == ["a0", "a1", "a2", "a3", "b0", "b1", "b2"]
+    assert [s.prompts for s in summaries] == [4, 3]
+
+
+def test_weights_mix_files_evenly_whatever_their_sizes(tmp_path):
+    files = sources(tmp_path, a=40, b=3)
+    stream, _ = load_stream(Data(train={files["a"]: 1.0, files["b"]: 3.0}), Tokenizer(), seed=0)
+    drawn = [text_of(p)[0] for p in stream.take(40)]
+    assert all(abs(drawn[:n].count("b") - 0.75 * n) <= 1 for n in range(1, 41))
+    stream.put_back(stream.take(2))
+    resumed, _ = load_stream(Data(train={files["a"]: 1.0, files["b"]: 3.0}), Tokenizer(), seed=0)
+    resumed.load_state_dict(stream.state_dict())
+    assert [text_of(p) for p in resumed.take(60)] == [text_of(p) for p in stream.take(60)]

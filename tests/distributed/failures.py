@@ -188,7 +188,7 @@ def attempt(options: list[str], run: Path) -> dict[str, Any]:
     from megatron.core import parallel_state  # after dapo.policy, which adapts it
 
     printed = io.StringIO()
-    fast = ["eval.data=null", "rollout.prompts_per_step=4", "rollout.prompts_per_round=4", f"run.dir={run}"]
+    fast = ["eval.data=null", "reward.workers=0", "rollout.prompts_per_step=4", "rollout.prompts_per_round=4", f"run.dir={run}"]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if run.name == "disk_full-run":
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))

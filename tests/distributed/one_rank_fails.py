@@ -20,4 +20,15 @@ def fail_on_rank_1(self: Policy, minibatch: list) -> dict[str, float]:
 if __name__ == "__main__":
     Policy.update = fail_on_rank_1  # type: ignore[method-assign]
     assert os.environ["WORLD_SIZE"] == "2"
-    end(main(["train", "examples/arithmetic/config.yaml", "eval.data=null", "parallel.tensor=2", f"run.dir={sys.argv[1]}"]))
+    end(
+        main(
+            [
+                "train",
+                "examples/arithmetic/config.yaml",
+                "eval.data=null",
+                "reward.workers=0",
+                "parallel.tensor=2",
+                f"run.dir={sys.argv[1]}",
+            ]
+        )
+    )

@@ -21,6 +21,7 @@ from tests.distributed.launch import ROOT
 OPTIONS = [
     "run.save_every=1",
     "eval.data=null",
+    "reward.workers=0",  # they would import this module, and torch with it
     "rollout.prompts_per_step=8",
     "rollout.prompts_per_round=8",
     "optim.warmup_steps=2",
@@ -58,9 +59,25 @@ def is_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def replay(directory: Path) -> dict[str, Any]:
+    """Sampling now and learning later, from what was dumped; and saving before anything was learnt."""
+    run(directory / "sampled", "run.steps=2", "rollout.dump_share=1.0")
+    run(directory / "replayed", "run.steps=2", f"rollout.replay={directory / 'sampled' / 'rollouts'}")
+    run(directory / "later", "run.steps=1", "rollout.only=true")
+    first = rows(directory / "sampled")[0]
+    return {
+        "name": "replay",
+        "rows": rows(directory / "sampled") == rows(directory / "replayed"),
+        "weights": is_equal(weights(directory / "sampled" / "hf"), weights(directory / "replayed" / "hf")),
+        "dumped_only": [row.get("policy/loss") for row in rows(directory / "later")] == [None, None],
+        "same_batch": all(rows(directory / "later")[0][key] == first[key] for key in first if key.startswith(("groups/", "rollout/"))),
+        "checkpoints": [path.name for path in (directory / "later" / "checkpoints").iterdir()],
+    }
+
+
 def main(out: str) -> None:
     torch.set_num_threads(1)
-    results = []
+    results = [replay(Path(out).parent / "replay")]
     for name, layout in LAYOUTS.items():
         through, stopped = Path(out).parent / name / "through", Path(out).parent / name / "stopped"
         run(through, "run.steps=4", *layout)

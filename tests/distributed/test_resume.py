@@ -6,6 +6,14 @@ import pytest
 
 from tests.distributed.launch import measured
 
+
+def test_learning_from_dumped_rollouts_equals_the_run_that_dumped_them() -> None:
+    result = measured("tests.distributed.resume", 2)["replay"]
+    assert result["rows"] and result["weights"]
+    assert result["dumped_only"] and result["same_batch"], "rollout.only samples the same and learns nothing"
+    assert result["checkpoints"] == ["step-000001"], "a run that has not learnt yet can be saved"
+
+
 LAYOUTS = ["data-parallel", "tensor-parallel", "pipeline-parallel", "bfloat16"]
 
 

@@ -1,0 +1,85 @@
+"""What runs in a worker process: this file, and the functions asked for. It must not import torch, nor anything that does."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import reprlib
+import signal
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+Verdict = bool | float
+
+
+class Failure(NamedTuple):
+    """What a function did in place of returning a verdict: "returned nan", "raised KeyError: 'x' (rules.py:7)"."""
+
+    what: str
+
+
+class Job(NamedTuple):
+    """A call wanted: `functions[function](response, answer)`."""
+
+    function: int
+    response: str
+    answer: str
+
+
+def serve(connection: Connection, paths: Sequence[str], limit: float) -> None:
+    """Import the functions, say so with None, then answer every list of jobs verdict by verdict, until the other side hangs up."""
+    os.setpgid(0, 0)  # Ctrl-C is the main process's to answer; and what a function starts ends with us
+    try:
+        try:
+            functions = [import_function(path) for path in paths]
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # the user's module may raise anything
+            connection.send(Failure(str(error)))
+            return
+        connection.send(None)
+        while True:
+            for job in connection.recv():
+                signal.setitimer(signal.ITIMER_REAL, 2 * limit + 1)  # the default action ends us, should the main process be gone
+                verdict = judge(functions[job.function], job.response, job.answer)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                connection.send(verdict)
+    except (EOFError, OSError):
+        return
+
+
+def judge(function: Callable[[str, str], Any], response: str, answer: str) -> Verdict | Failure:
+    """The function's verdict as a bool or a finite float, or how it failed."""
+    try:
+        return checked(function(response, answer))
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # the user's function may raise anything
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        text = " ".join(str(error).split())[:300]
+        return Failure(f"raised {type(error).__name__}: {text} ({place.filename}:{place.lineno})")
+
+
+def checked(verdict: Any) -> Verdict | Failure:
+    """`checked(np.float32(0.5))` → 0.5, `checked(None)` → Failure("returned None")."""
+    if getattr(verdict, "shape", None) == ():  # a scalar of NumPy or torch
+        verdict = verdict.item()
+    if isinstance(verdict, bool):
+        return verdict
+    if isinstance(verdict, int | float) and abs(verdict) <= 1e308:  # so neither NaN nor an integer beyond floats
+        return float(verdict)
+    return Failure(f"returned {reprlib.repr(verdict)}")
+
+
+def import_function(path: str) -> Callable[[str, str], Any]:
+    """`import_function("dapo.reward:is_correct")`.
+
+    Raises:
+        ValueError: there is no such function.
+    """
+    module, _, name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, TypeError, ValueError, SyntaxError) as error:
+        raise ValueError(f"{path}: {error}; expected module:name of f(response, answer), or http://host:port/path") from error
+    if not callable(function):
+        raise ValueError(f"{path} is {type(function).__name__}, not a function")
+    return function  # type: ignore[no-any-return]
