@@ -165,6 +165,15 @@ class Config(Section):
                 f"{rollout.max_response_length} unpunished: make it smaller, or set reward.soft_overlong_punishment=false"
             )
 
+    def warnings(self) -> list[str]:
+        """What is allowed and rarely meant."""
+        if self.reward.soft_overlong_punishment and not self.rollout.dynamic_sampling:
+            return [
+                "reward.soft_overlong_punishment without rollout.dynamic_sampling: in a group all right or all wrong the length penalty is "
+                "the only difference, and dividing by its small std (Eq. 9) makes full-size advantages of it"
+            ]
+        return []
+
     def dump(self) -> str:
         """The resolved config as YAML: what `load` reads back to an equal Config."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

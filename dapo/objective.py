@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from dapo.types import Group
+from dapo.types import Group, Sample
 
 Normaliser = Literal["token_mean", "group_token_mean", "sample_mean"]
 
@@ -37,5 +37,5 @@ def token_weights(groups: list[Group], normaliser: Normaliser, overlong_filterin
     return weights
 
 
-def _kept_tokens(sample, overlong_filtering: bool) -> int:  # type: ignore[no-untyped-def]
+def _kept_tokens(sample: Sample, overlong_filtering: bool) -> int:
     return 0 if overlong_filtering and sample.is_truncated else int(sample.loss_mask.sum())

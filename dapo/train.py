@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -186,6 +187,8 @@ class Interruption:
 def _prepare(config: Config) -> None:
     """Refuse a model that will not do, before anything is built; make the run directory and keep the resolved config in it."""
     read_shape(config.policy.model)
+    for warning in config.warnings():
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     try:
         config.run.dir.mkdir(parents=True, exist_ok=True)
         (config.run.dir / "config.yaml").write_text(config.dump())

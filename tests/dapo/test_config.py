@@ -2,6 +2,8 @@ import pytest
 import yaml
 
 from dapo.config import ConfigError, load
+from dapo.reward import soft_overlong_penalty
+from dapo.rollout import group_advantages
 from tests.conftest import make_config
 
 REQUIRED = "run: {dir: runs/x}\ndata: {train: t.jsonl}\npolicy: {model: m}\n"
@@ -154,3 +156,19 @@ def test_what_is_dumped_loads_to_an_equal_config(tmp_path):
 def test_a_config_cannot_be_changed_once_loaded(tmp_path):
     with pytest.raises(ValueError, match="frozen"):
         make_config(tmp_path).optim.lr = 1.0
+
+
+def test_soft_punishment_without_dynamic_sampling_is_warned_of(tmp_path):
+    off, on = "rollout.dynamic_sampling=false", "reward.soft_overlong_punishment=true"
+    [warning] = make_config(tmp_path, off, on).warnings()
+    assert "soft_overlong_punishment without rollout.dynamic_sampling" in warning
+    assert make_config(tmp_path, on).warnings() == []
+    assert make_config(tmp_path, off, "reward.soft_overlong_punishment=false").warnings() == []
+
+
+def test_why_a_hair_of_length_penalty_becomes_a_full_size_advantage_in_an_all_correct_group():
+    lengths = [30, 30, 30, 49]  # one response reaches one token into the punished range of 48 … 64
+    rewards = [1.0 + soft_overlong_penalty(length, 64, 16) for length in lengths]
+    assert max(rewards) - min(rewards) == 1 / 16
+    assert group_advantages(rewards)[3] == pytest.approx(-1.5, abs=1e-3), "as large as that of the one wrong answer among four"
+    assert group_advantages([1.0, 1.0, 1.0, -1.0])[3] == pytest.approx(-1.5, abs=1e-3)
