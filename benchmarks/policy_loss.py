@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from dapo_kernels import linear_policy_loss, policy_loss, reference
-from record import RESULTS, heading, save, table
+from dapo_kernels import linear_logprobs, linear_policy_loss, policy_loss, reference
+from record import RESULTS, heading, save, spread, table
 from torch import Tensor
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}
@@ -171,6 +171,16 @@ def make_cce(filter_eps: str | None) -> Contender:
     return contender
 
 
+def make_quack() -> Contender:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    def contender(problem: Problem) -> Result:
+        loss = chunked_linear_cross_entropy(problem.hidden, problem.weight, problem.targets, reduction="sum")
+        return loss, torch.full_like(problem.old, torch.nan), None  # cross entropy and no more: what three products cost at best
+
+    return contender
+
+
 def make_trl() -> Contender:
     from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
@@ -199,6 +209,7 @@ def contenders(on_gpu: bool) -> tuple[dict[str, Contender], dict[str, str]]:
             "Liger scaled CE": make_liger_scaled_ce,
             "verl linear_cross_entropy": make_verl,
             "CCE": lambda: make_cce("high"),
+            "quack (cross entropy only)": make_quack,
             "CCE, exact": lambda: make_cce(None),
         }
     ready, absent = {}, {}
@@ -295,6 +306,20 @@ def ceilings(device: torch.device) -> dict[str, float]:
     return {"copy B/s": 2 * source.nbytes / copy, "product FLOP/s": 2 * 8192**3 / product}
 
 
+def scoring(shape: Shape, device: torch.device, dtype: torch.dtype, rounds: int) -> list[list[str]]:
+    """Forward only: ms of log-probs alone, by `linear_logprobs` and by plain torch."""
+    times: dict[str, list[float]] = {"dapo": [], "plain torch": []}
+    for number in range(rounds + 1):
+        p = make(shape, device, dtype, seed=number)
+        with torch.no_grad():
+            ours = seconds(lambda p=p: linear_logprobs(p.hidden, p.weight, p.targets, p.mask), device)
+            plainly = seconds(lambda p=p: reference.logprobs(p.hidden @ p.weight.t(), p.targets, p.mask), device)
+        if number:
+            times["dapo"].append(1e3 * ours)
+            times["plain torch"].append(1e3 * plainly)
+    return [[name, spread(values, 1)] for name, values in times.items()]
+
+
 def on_logits(T: int, V: int, device: torch.device, copy_rate: float) -> dict[str, Any]:
     """policy_loss on bf16 logits alone: ms, and the share of copy bandwidth, counting two reads and one write."""
     times = []
@@ -349,6 +374,7 @@ def main() -> None:
             ["contender", "ms", "share of floor", "peak GiB", "entropy", "max error", "rms error"],
             [_cells(row, shape, limit) for row in rows],
         )
+    text += f"\n## Scoring alone, {shapes[0].name}\n\n" + table(["contender", "ms"], scoring(shapes[0], device, dtype, args.rounds))
     if device.type == "cuda":
         facts["on logits"] = [
             on_logits(T, V, device, facts["copy B/s"]) for T, V in ((8192, 151936), (16384, 151936), (32768, 151936), (32768, 18992))
