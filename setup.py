@@ -27,7 +27,7 @@ setup(
         "matplotlib>=3.8",
         "pydantic>=2.7",
         "pyyaml>=6",
-        "math-verify>=0.8",  # answers that are no integers
+        "math-verify>=0.9",  # answers that are no integers
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.9,<2.12", "triton"],

@@ -233,6 +233,7 @@ TEXT = r"""
 - 34 ¦ Answer: ~34
 - 34 ¦ Answer: 34 or so
 - 34 ¦ Answer: 34 I guess
+- 34 ¦ Answer: 34 the others being worth more than that here
 - 34 ¦ Answer: not 34
 - 34 ¦ Answer: 34 is wrong
 - 34 ¦ Answer: 34 apples and 35 pears

@@ -56,7 +56,7 @@ def test_verdicts_stay_with_their_samples_when_workers_are_lost_in_between(rewar
     texts = ["1" if i % 3 else "2" for i in range(120)]
     for i in (0, 17, 50, 51, 119):
         texts[i] = "sleep" if i % 2 else "die"
-    pool = reward("workers=2", f"function={FUNCTIONS}:obedient", "time_limit=0.3")
+    pool = reward("workers=2", f"function={FUNCTIONS}:obedient", "time_limit=1.0")
     assert score(pool, texts) == [RIGHT if text == "1" else WRONG for text in texts]
     assert pool.take_metrics() == {"reward/timeouts": 3, "reward/crashes": 2}
     assert pool.take_metrics() == {"reward/timeouts": 0, "reward/crashes": 0}
@@ -81,11 +81,11 @@ def test_nothing_to_score_is_no_work(reward):
 
 @pytest.mark.parametrize("text", ["sleep", "deaf", "die"])
 def test_a_call_that_never_returns_is_wrong_within_the_limit_and_the_others_keep_their_verdicts(reward, text):
-    pool = reward("workers=1", f"function={FUNCTIONS}:obedient", "time_limit=0.5")
+    pool = reward("workers=1", f"function={FUNCTIONS}:obedient", "time_limit=1.0")
     score(pool, ["1"])
     start = time.perf_counter()
     assert score(pool, ["1", text, "1", "2"]) == [RIGHT, WRONG, RIGHT, WRONG]
-    assert time.perf_counter() - start < 3
+    assert time.perf_counter() - start < 5
     metrics = pool.take_metrics()
     assert (metrics["reward/timeouts"], metrics["reward/crashes"]) == ((0, 1) if text == "die" else (1, 0))
 
@@ -100,7 +100,7 @@ def test_a_worker_that_was_killed_from_outside_between_two_steps_is_replaced(rew
 
 
 def test_a_catastrophic_pattern_is_cut_off(reward):
-    pool = reward("workers=2", f"function={FUNCTIONS}:catastrophic", "time_limit=0.5")
+    pool = reward("workers=2", f"function={FUNCTIONS}:catastrophic", "time_limit=1.0")
     assert score(pool, ["aab", "a" * 60 + "!", "b"]) == [RIGHT, WRONG, WRONG]
     assert pool.take_metrics()["reward/timeouts"] == 1
 
