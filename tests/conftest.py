@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from dapo import config
 from dapo.types import Group, Prompt, Sample
@@ -57,3 +58,11 @@ def make_group(
         for i, (is_correct, length) in enumerate(zip(correct, lengths, strict=True))
     ]
     return Group(id, make_prompt(id, prompt_length), samples)
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """One sequence, causal: [n, h, d] with [n, g, d] → [n, h·d]."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, key) / query.shape[-1] ** 0.5
+    scores = scores.masked_fill(torch.ones(scores.shape[1:]).triu(1).bool(), -torch.inf)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), value).flatten(1)

@@ -11,16 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dapo.policy.layers import MAX_PADDING, PackedAttention, RMSNorm, padded_batches
+from tests.conftest import attend
 
 CPU = torch.device("cpu")
-
-
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """One sequence, causal: [n, h, d] with [n, g, d] → [n, h·d]."""
-    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    scores = torch.einsum("qhd,khd->hqk", query, key) / query.shape[-1] ** 0.5
-    scores = scores.masked_fill(torch.ones(scores.shape[1:]).triu(1).bool(), -torch.inf)
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), value).flatten(1)
 
 
 @pytest.mark.parametrize("lengths", [[5], [1, 1, 1], [7, 2, 30, 3, 29], [1, 64, 2]])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from dapo_kernels import linear_logprobs, linear_policy_loss, policy_loss, reference
 
-from tests.dapo.test_layers import attend
+from tests.conftest import attend
 from tests.distributed.launch import torchrun
 
 pytestmark = pytest.mark.gpu
