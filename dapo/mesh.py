@@ -30,6 +30,17 @@ class FailedElsewhere(Exception):
     """The main rank failed and has said why."""
 
 
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} finds {torch.cuda.device_count()} GPUs on this machine, one a process is needed: "
+            "launch fewer processes, or set CUDA_VISIBLE_DEVICES= to run on the CPU"
+        )
+    return torch.device("cuda", local_rank)
+
+
 @functools.cache
 def _connect(device: torch.device) -> tuple[Any, dist.ProcessGroup]:
     """Join the other ranks, once per process: the store they share, and the control group."""
@@ -64,7 +75,7 @@ class Mesh:
         self.tensor, self.pipeline, self.data = parallel.tensor, parallel.pipeline, self.world // model_size
         self.data_rank = self.data_rank_of(self.rank)
         self.is_main = self.rank == 0
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+        self.device = _device(int(os.environ.get("LOCAL_RANK", 0)))
         self._store, self.control = _connect(self.device)
         self._number = next(Mesh._numbers)  # the same on every rank
 
