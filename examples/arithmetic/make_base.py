@@ -1,7 +1,8 @@
 """Make the base policy: a 76k-parameter Qwen2 that has read good worked sums, then, briefly, a careless corpus.
 
 The second phase matters. It leaves a model that knows how (greedy decoding is right far more often than sampling) but does not do it
-reliably: what reinforcement learning can sharpen. An under-trained model cannot be sharpened; it has to be taught.
+reliably: what reinforcement learning can sharpen. An under-trained model gained less
+from the same recipe (benchmarks/results/arithmetic_base.md).
 
     python examples/arithmetic/make_base.py        # about two minutes on one core
 """
