@@ -27,6 +27,8 @@ setup(
         "matplotlib>=3.8",
         "pydantic>=2.7",
         "pyyaml>=6",
+        "aiohttp>=3.9",  # the client of SGLang's servers
+        "orjson>=3.9",
         "math-verify>=0.9",  # answers that are no integers
     ],
     extras_require={

@@ -37,7 +37,7 @@ def _run(options: config.Config, models: list[Path] | None = None) -> int:
     from dapo.policy.megatron import PolicyError
     from dapo.rollout import RolloutError
     from dapo.train import evaluate_models, train
-    from dapo.types import Interrupted
+    from dapo.types import EngineError, Interrupted
 
     mesh = None
     try:
@@ -45,6 +45,10 @@ def _run(options: config.Config, models: list[Path] | None = None) -> int:
         train(options, mesh) if models is None else evaluate_models(options, mesh, models)
         return 0
     except FailedElsewhere:
+        return 1
+    except EngineError as error:
+        if mesh is None or mesh.is_main:
+            print(f"error: {error}; saved in {options.run.dir}, the same command goes on from there", file=sys.stderr)
         return 1
     except Interrupted:
         if mesh is None or mesh.is_main:

@@ -107,8 +107,17 @@ class Policy(Section):
 
 
 class Engine(Section):
-    kind: Literal["embedded"] = "embedded"
-    max_concurrent: Positive = 256  # samples generated together
+    kind: Literal["embedded", "sglang"] = "embedded"  # embedded: Hugging Face generate, in the main process
+    max_concurrent: Positive = 256  # samples generated together, by each server
+    # for sglang. A server's API key, if it wants one, is in the environment: DAPO_ENGINE_KEY
+    urls: list[str] = []  # servers that someone else has started; none: the run starts its own and stops them
+    servers: Positive = 1  # how many it starts
+    python: Path | None = None  # of the environment that has SGLang; null: this one
+    sglang: dict[str, Any] = {}  # server arguments, as on SGLang's command line: {tp-size: 2, mem-fraction-static: 0.8}
+    weight_sync: Literal["disk", "broadcast", "tensor"] = "broadcast"  # files · NCCL, or gloo on a CPU · same host only
+    bucket_mib: Positive = 512  # weights travel in buckets of this size
+    verify_weights: bool = False  # after every sync compare the servers' checksums with the policy's
+    stall_seconds: AboveZero = 300.0  # without any progress before the missing responses are asked for again; twice as long: save, stop
 
 
 class Eval(Section):

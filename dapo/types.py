@@ -16,6 +16,10 @@ class Interrupted(Exception):
     """The user, or the scheduler, asked the run to stop: every rank saves, then leaves."""
 
 
+class EngineError(Interrupted):
+    """The engine cannot go on, the policy could: every rank saves, then leaves with this one line."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A task and its ground truth. `index` is its row in the data, the same in every epoch."""
@@ -100,10 +104,12 @@ class Engine(Protocol):
     def submit(self, requests: Iterable[Request]) -> None: ...
 
     def completed(self) -> Iterator[Sample]:
-        """Samples as they finish, until nothing that was submitted is outstanding."""
+        """Samples as they finish, until nothing that was submitted is outstanding. More may be submitted, or aborted, meanwhile."""
         ...
 
-    def abort(self, ids: Iterable[str]) -> None: ...
+    def abort(self, ids: Iterable[str]) -> None:
+        """Forget these requests: nothing comes back for them."""
+        ...
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None: ...
 
