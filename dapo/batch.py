@@ -29,6 +29,7 @@ class Microbatch:
     weights: np.ndarray  # float32 [T]: see objective.py
     advantages: np.ndarray  # float32 [T]
     behavior_logprobs: np.ndarray  # float32 [T]
+    is_stale: np.ndarray  # bool [T]: the target was written by older weights than the policy's
 
 
 @dataclass
@@ -44,14 +45,15 @@ class _Sequence:
     prompt: Prompt
     sample: Sample
     weight: float
+    is_stale: np.ndarray  # bool [n]
 
     @property
     def length(self) -> int:
         return len(self.prompt.tokens) + self.sample.length - 1  # the last token predicts nothing
 
 
-def plan(groups: list[Group], config: Config, num_ranks: int, metrics: dict[str, float]) -> list[Batch]:
-    """The step's work, one Batch per data-parallel rank, the same number of microbatches on each.
+def plan(groups: list[Group], config: Config, num_ranks: int, metrics: dict[str, float], version: int = 0) -> list[Batch]:
+    """The step's work, one Batch per data-parallel rank, the same number of microbatches on each. `version` is that of the weights.
 
     Minibatches are whole groups in asking order. A short step makes fewer updates of about the same size; none for no groups.
     """
@@ -63,7 +65,7 @@ def plan(groups: list[Group], config: Config, num_ranks: int, metrics: dict[str,
         minibatch = [groups[i] for i in indices]
         weights = token_weights(minibatch, config.objective.normaliser, config.objective.overlong_filtering)
         sequences = [
-            _Sequence(group.prompt, sample, weight)
+            _Sequence(group.prompt, sample, weight, stale_tokens(sample, version))
             for group, group_weights in zip(minibatch, weights, strict=True)
             for sample, weight in zip(group.samples, group_weights, strict=True)
         ]
@@ -72,6 +74,14 @@ def plan(groups: list[Group], config: Config, num_ranks: int, metrics: dict[str,
             microbatches = [build([sequences[i] for i in bins[b]], config.parallel.tensor) for b in range(rank, len(bins), num_ranks)]
             minibatches[rank].append(microbatches)
     return [Batch(work, metrics) for work in minibatches]
+
+
+def stale_tokens(sample: Sample, version: int) -> np.ndarray:
+    """[n] bool: which of the sample's tokens were written by weights older than `version`."""
+    is_stale = np.zeros(sample.length, bool)
+    for written_by, start, end in sample.versions:
+        is_stale[start:end] = written_by < version
+    return is_stale
 
 
 def pack(lengths: list[int], budget: int, num_ranks: int) -> list[list[int]]:
@@ -111,6 +121,7 @@ def build(sequences: list[_Sequence], multiple: int) -> Microbatch:
         weights=np.zeros(total, np.float32),
         advantages=np.zeros(total, np.float32),
         behavior_logprobs=np.zeros(total, np.float32),
+        is_stale=np.zeros(total, bool),
     )
     for start, sequence in zip(microbatch.cu_seqlens, sequences, strict=False):
         whole = np.concatenate([sequence.prompt.tokens, sequence.sample.tokens])
@@ -122,4 +133,5 @@ def build(sequences: list[_Sequence], multiple: int) -> Microbatch:
         microbatch.weights[response] = sequence.weight
         microbatch.advantages[response] = sequence.sample.advantage
         microbatch.behavior_logprobs[response] = sequence.sample.behavior_logprobs
+        microbatch.is_stale[response] = sequence.is_stale
     return microbatch

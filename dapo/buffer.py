@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dapo.types import Group, Prompt, Sample
+from dapo.types import Group, Sample
 
 
 @dataclass
@@ -16,7 +16,8 @@ class Buffer:
     kept: list[Group] = field(default_factory=list)
     all_correct: list[Group] = field(default_factory=list)
     all_wrong: list[Group] = field(default_factory=list)
-    surplus: list[Group] = field(default_factory=list)  # came after the buffer was full: its prompt is still unused
+    surplus: list[Group] = field(default_factory=list)  # finished, and came after the buffer was full: its prompt is still unused
+    num_aborted: int = 0  # groups asked for that were not finished when the buffer was full
 
     def offer(self, group: Group) -> None:
         """Keep the group if there is room and it carries a gradient (Eq. 11)."""
@@ -34,16 +35,15 @@ class Buffer:
         return len(self.kept) >= self.capacity
 
     @property
-    def unused_prompts(self) -> list[Prompt]:
-        return [group.prompt for group in self.surplus]
-
-    @property
     def asked(self) -> list[Group]:
         return self.kept + self.all_correct + self.all_wrong + self.surplus
 
     def ledger(self) -> dict[str, float]:
-        """The step's account: groups by kind; of all samples asked for, accuracy, reward and lengths (tokens)."""
-        samples = _samples(self.asked)
+        """The step's account: groups by kind; accuracy, reward and lengths (tokens) of all samples but the surplus.
+
+        The surplus counts in asked and tokens only: streaming, it is what finished first, and short answers do.
+        """
+        samples = _samples(self.kept + self.all_correct + self.all_wrong)
         lengths = [sample.length for sample in samples]
         return {
             "groups/asked": len(self.asked),
@@ -58,7 +58,8 @@ class Buffer:
             "rollout/length_max": max(lengths, default=0),
             "rollout/length_kept": _mean([sample.length for sample in _samples(self.kept)]),
             "rollout/length_turned_away": _mean([sample.length for sample in _samples(self.all_correct + self.all_wrong)]),
-            "rollout/tokens": sum(lengths),
+            "rollout/tokens": sum(sample.length for sample in _samples(self.asked)),
+            "perf/groups_aborted": self.num_aborted,
         }
 
 

@@ -1,6 +1,7 @@
-"""Save and resume everything: policy, optimizer, prompt position, counters.
+"""Save and resume everything: policy, optimizer, prompt position, groups carried over, counters.
 
-<run.dir>/checkpoints/step-000010/ holds policy/ (Megatron's torch_dist format), rollouts.json and manifest.json (every file and its size).
+<run.dir>/checkpoints/step-000010/ holds policy/ (Megatron's torch_dist format), rollouts.json, carried.parquet if groups
+are carried over, and manifest.json (every file and its size).
 It is written under a name that starts with a dot and renamed when whole: what bears the name is whole, unless damaged later.
 """
 
@@ -43,7 +44,7 @@ class Checkpoints:
             return 0
         policy.load(self._path(step) / "policy")
         if isinstance(rollouts, Rollouts):
-            rollouts.load_state_dict(json.loads((self._path(step) / "rollouts.json").read_text()))
+            rollouts.load(self._path(step))
         self.saved = step
         return step
 
@@ -77,7 +78,7 @@ class Checkpoints:
         return self.root / f"step-{step:06}"
 
     def _publish(self, step: int, partial: Path, rollouts: Rollouts) -> None:
-        (partial / "rollouts.json").write_text(json.dumps(rollouts.state_dict()))
+        rollouts.save(partial)
         manifest = {
             "step": step,
             "files": {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()},

@@ -14,6 +14,21 @@ R = TypeVar("R")
 _seconds: defaultdict[str, float] = defaultdict(float)
 
 
+_phases: list[str] = []  # that this rank is in, innermost last
+_beats = 0
+
+
+def beat() -> None:
+    """Say that this rank gets on: a sample came in, a microbatch was computed, a tensor was sent."""
+    global _beats
+    _beats += 1
+
+
+def pulse() -> tuple[int, str]:
+    """Beats so far, the beginning and end of every phase among them, and the phase that this rank is in, "" between phases."""
+    return _beats, " > ".join(_phases)
+
+
 _listeners: list[Callable[[str], None]] = []
 
 
@@ -31,9 +46,13 @@ def timed(phase: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             for listener in _listeners:
                 listener(phase)
             start = time.perf_counter()
+            _phases.append(phase)
+            beat()
             try:
                 return function(*args, **kwargs)
             finally:
+                _phases.pop()
+                beat()
                 _seconds[phase] += time.perf_counter() - start
 
         return call

@@ -53,10 +53,13 @@ class Data(Section):
 class Rollout(Section):
     prompts_per_step: Positive = 512  # N: groups that a step learns from
     group_size: Annotated[int, Field(ge=2)] = 16  # G: samples per prompt
-    prompts_per_round: Positive = 1536  # prompts asked for at a time, until N mixed groups are in
+    prompts_per_round: Positive = 1536  # prompts asked for at a time, until N mixed groups are in; from servers as the groups come in
     max_rounds: Positive = 10
     dynamic_sampling: bool = True  # Eq. 11; false keeps every group
     at_cap: Literal["train", "stop"] = "train"  # after max_rounds with fewer than N mixed groups
+    # finished groups that a step has no room for are kept for the next, as long as they are at most so many steps old when they are learnt
+    # from; 0: they are thrown away, and their prompts asked anew
+    max_staleness: Count = 0
     max_empty_steps: Positive = 3  # steps in a row without one mixed group before the run stops
     temperature: AboveZero = 1.0
     max_response_length: Positive = 20480  # L_max of Eq. 13, tokens
@@ -83,6 +86,8 @@ class Objective(Section):
     clip_high: NonNegative = 0.28  # Clip-Higher
     dual_clip: Annotated[float, Field(gt=1)] | None = None  # the released code has 10, the paper none
     overlong_filtering: bool = False  # truncated samples give no gradient
+    # a token written by older weights counts min(exp(old − behavior log-prob), this); one of the current weights always counts 1
+    importance_cap: Annotated[float, Field(ge=1)] = 2.0
 
 
 class Optim(Section):
@@ -118,6 +123,16 @@ class Engine(Section):
     bucket_mib: Positive = 512  # weights travel in buckets of this size
     verify_weights: bool = False  # after every sync compare the servers' checksums with the policy's
     stall_seconds: AboveZero = 300.0  # without any progress before the missing responses are asked for again; twice as long: save, stop
+
+    @property
+    def is_streaming(self) -> bool:
+        """Groups are asked for ahead and scored as they come in; in-process generation gains more from whole rounds, at once."""
+        return self.kind == "sglang"
+
+    @property
+    def slots(self) -> int:
+        """Samples that all servers generate together."""
+        return self.max_concurrent * (len(self.urls) or self.servers)
 
 
 class Eval(Section):

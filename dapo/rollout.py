@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import struct
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,14 @@ import torch
 from dapo import batch, config, dump
 from dapo.batch import Batch
 from dapo.buffer import Buffer
-from dapo.clock import timed
+from dapo.clock import beat, timed
 from dapo.data import PromptStream
+from dapo.pending import Pending, enough
 from dapo.reward.pool import Reward
-from dapo.types import Engine, Group, Interrupted, Prompt, Request, Sample, Sampling
+from dapo.types import Engine, Group, Interrupted, Prompt, Sample, Sampling
 
 GROUPS_PER_STEP = 1 << 20  # group id = step × this + the place in asking order: unique in a run
+PRIOR = 16  # groups: what the estimate of the mixed share remembers of earlier steps
 
 
 class RolloutError(RuntimeError):
@@ -32,14 +34,19 @@ class Rollouts:
                  decode: Callable[[np.ndarray], str], stop_ids: tuple[int, ...]):  # fmt: skip
         self.options, self.num_data_ranks = options, num_data_ranks
         self.engine, self.prompts, self.reward, self.decode, self.stop_ids = engine, prompts, reward, decode, stop_ids
+        self.sampling = Sampling(options.rollout.temperature, options.rollout.max_response_length, stop_ids)
         self.num_empty_steps = 0
+        self.carried: list[Group] = []  # asked for in earlier steps and left over, in asking order; without samples if unfinished
+        self.mixed_share = min(1.0, options.rollout.prompts_per_step / options.rollout.prompts_per_round)  # before any group: as configured
+        self.pending = self._pending(options.rollout.group_size, self.sampling, is_streaming=False)
+        self.told: Callable[[], str] = lambda: ""
         self.is_interrupted: Callable[[], bool] = lambda: False
         self.on_progress: Callable[[str], None] = lambda text: None
 
     @timed("sync")
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """π_θold ← π_θ. Collective: every rank drains the generator, the main rank hands it to the engine."""
-        self.engine.load_weights(weights, version)
+        self.engine.load_weights(_beating(weights), version)
 
     @timed("rollout")
     def next_batch(self, step: int) -> list[Batch]:
@@ -58,70 +65,132 @@ class Rollouts:
             for sample, advantage in zip(group.samples, group_advantages(rewards), strict=True):
                 sample.advantage = float(advantage)
         dump.write(dump.path_of(self.options.run.dir / "rollouts", step), buffer, share=1.0 if options.only else options.dump_share)
-        metrics = buffer.ledger() | self.reward.take_metrics()
-        return batch.plan([] if options.only else buffer.kept, self.options, self.num_data_ranks, metrics)
+        metrics = buffer.ledger() | self.reward.take_metrics() | self._staleness(buffer, step)
+        return batch.plan([] if options.only else buffer.kept, self.options, self.num_data_ranks, metrics, version=step)
 
     def collect(self, step: int) -> Buffer:
-        """Ask for whole rounds of prompts until the buffer is full (lines 4–8), at most max_rounds of them."""
+        """Offer groups in asking order until the buffer is full (lines 4–8), of at most prompts_per_round × max_rounds.
+
+        How far ahead of their turn groups are asked for decides how busy the engine is, and nothing of what is kept.
+        """
         options = self.options.rollout
         buffer = Buffer(options.prompts_per_step, options.dynamic_sampling)
-        sampling = Sampling(options.temperature, options.max_response_length, self.stop_ids)
-        taken: list[Prompt] = []
+        self.told = lambda: f"step {step}: {len(buffer.kept)}/{buffer.capacity} groups"
+        self.pending = pending = self._pending(options.group_size, self.sampling, self.options.engine.is_streaming)
+        fresh: list[Prompt] = []
+
+        def wanted() -> list[Group]:
+            prompts = self.prompts.take(self._num_wanted(buffer, pending))
+            first = step * GROUPS_PER_STEP + len(fresh)
+            fresh.extend(prompts)
+            return [Group(first + i, prompt) for i, prompt in enumerate(prompts)]
+
         try:
-            for _ in range(options.max_rounds):
-                count = options.prompts_per_round if options.dynamic_sampling else options.prompts_per_step
-                prompts = self.prompts.take(count)
-                first = step * GROUPS_PER_STEP + len(taken)
-                taken += prompts
-                told = f"step {step}: {len(buffer.kept)}/{buffer.capacity} groups"
-                for group in self.sample(prompts, options.group_size, sampling, first, told):
-                    buffer.offer(group)
+            pending.ask([group if _age(group, step) <= options.max_staleness else Group(group.id, group.prompt) for group in self.carried])
+            for group in pending.out(wanted):
+                buffer.offer(group)
                 if buffer.is_full:
                     break
+            if options.max_staleness:
+                pending.score()
         except Interrupted:
-            self.prompts.put_back(taken)
+            pending.give_up()
+            self.prompts.put_back(fresh)
             raise
-        self.prompts.put_back(buffer.unused_prompts)
+        left = pending.give_up()
+        buffer.num_aborted = sum(not group.samples for group in left)
+        if options.max_staleness:
+            self.carried = left
+        else:
+            buffer.surplus = [group for group in left if group.samples]
+            self.prompts.put_back(group.prompt for group in left)
+        self.mixed_share = self._mixed_share(buffer)
         return buffer
 
     def sample(self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, first_group: int, told: str) -> list[Group]:
         """One scored group per prompt, in asking order. `told` introduces the progress line."""
-        groups = {first_group + i: Group(first_group + i, prompt) for i, prompt in enumerate(prompts)}
-        self.engine.submit(
-            Request(group.id, index, group.prompt.tokens, sample_seed(self.options.run.seed, group.id, index), sampling)
-            for group in groups.values()
-            for index in range(group_size)
-        )
-        for done, sample in enumerate(self.engine.completed(), start=1):
-            if self.is_interrupted():
-                self.engine.abort(f"{group.id}.{index}" for group in groups.values() for index in range(group_size))
-                raise Interrupted
-            self._read(groups[sample.group].prompt, sample)
-            groups[sample.group].samples.append(sample)
-            self.on_progress(f"{told}, sample {done}/{len(prompts) * group_size}")
-        for group in groups.values():
-            assert len(group.samples) == group_size, f"group {group.id} has {len(group.samples)} samples of {group_size}"
-            group.samples.sort(key=lambda sample: sample.index)
-        self.reward.score([(group.prompt, sample) for group in groups.values() for sample in group.samples])
-        return list(groups.values())
+        self.told = lambda: told
+        self.pending = self._pending(group_size, sampling, is_streaming=False)
+        asked = iter([[Group(first_group + i, prompt) for i, prompt in enumerate(prompts)]])
+        try:
+            return list(self.pending.out(lambda: next(asked, [])))
+        except Interrupted:
+            self.pending.give_up()
+            raise
+
+    def waiting(self) -> str:
+        """Who is waited for, in words."""
+        return f"{self.pending}; {self.engine.waiting()}"
+
+    def save(self, directory: Path) -> None:
+        """Everything that the next step depends on, as files in `directory`."""
+        (directory / "rollouts.json").write_text(json.dumps(self.state_dict()))
+        dump.write_groups(directory / "carried.parquet", self.carried)
+
+    def load(self, directory: Path) -> None:
+        """What `save` wrote. Raises ConfigError if the data has changed under the run."""
+        self.load_state_dict(json.loads((directory / "rollouts.json").read_text()))
+        whole = {group.id: group for group in dump.read_groups(directory / "carried.parquet")}
+        self.carried = [whole.get(group.id, group) for group in self.carried]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"prompts": self.prompts.state_dict(), "num_empty_steps": self.num_empty_steps}
+        return {
+            "prompts": self.prompts.state_dict(),
+            "num_empty_steps": self.num_empty_steps,
+            "mixed_share": self.mixed_share,
+            "carried": [[group.id, group.prompt.index] for group in self.carried],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.prompts.load_state_dict(state["prompts"])
-        self.num_empty_steps = state["num_empty_steps"]
+        self.num_empty_steps, self.mixed_share = state["num_empty_steps"], state["mixed_share"]
+        self.carried = [Group(id, self.prompts.prompts[index]) for id, index in state["carried"]]
 
     def close(self) -> None:
         self.engine.close()
         self.reward.close()
 
-    def _read(self, prompt: Prompt, sample: Sample) -> None:
+    def _pending(self, group_size: int, sampling: Sampling, is_streaming: bool) -> Pending:
+        return Pending(self.engine, self.reward, self._read, self.options.run.seed, group_size, sampling, is_streaming)
+
+    def _num_wanted(self, buffer: Buffer, pending: Pending) -> int:
+        """How many more groups to ask for: a round when there is none; streaming, what the buffer probably lacks, before it is missed.
+
+        With max_staleness nothing finished is lost, so that idle slots are filled too, as far as what is left over will be young enough.
+        """
+        options, engine = self.options.rollout, self.options.engine
+        if not options.dynamic_sampling:
+            return max(0, options.prompts_per_step - pending.num_asked)
+        count = 0 if pending.groups else options.prompts_per_round
+        if engine.is_streaming:
+            lacking, share = buffer.capacity - len(buffer.kept) - pending.num_mixed, self._mixed_share(buffer)
+            count = enough(lacking, share) - pending.num_unknown
+            idle = (engine.slots - pending.num_outstanding) // options.group_size
+            later = enough(lacking + buffer.capacity * options.max_staleness, share) - pending.num_unknown
+            count = max(count, min(idle, later) if options.max_staleness else 0)
+        return max(0, min(count, options.prompts_per_round * options.max_rounds - pending.num_asked))
+
+    def _staleness(self, buffer: Buffer, step: int) -> dict[str, float]:
+        if not self.options.rollout.max_staleness:
+            return {}
+        ages = [_age(group, step) for group in buffer.kept]
+        return {"rollout/staleness": float(np.mean(ages or [0])), "rollout/staleness_max": max(ages, default=0)}
+
+    def _mixed_share(self, buffer: Buffer) -> float:
+        """The running estimate of the share of mixed groups: this step's, mixed with PRIOR groups of the steps before."""
+        num_decided = len(buffer.kept) + len(buffer.all_correct) + len(buffer.all_wrong)
+        return (len(buffer.kept) + PRIOR * self.mixed_share) / (num_decided + PRIOR)
+
+    def _read(self, group: Group, sample: Sample) -> None:
+        if self.is_interrupted():
+            raise Interrupted
+        beat()
         if not np.isfinite(sample.behavior_logprobs).all():
             raise RolloutError(
-                f"prompt {prompt.index}: the engine's log-probs are not finite: the policy is damaged; resume from a checkpoint"
+                f"prompt {group.prompt.index}: the engine's log-probs are not finite: the policy is damaged; resume from a checkpoint"
             )
         sample.text = self.decode(sample.tokens)
+        self.on_progress(f"{self.told()}, {self.pending.num_outstanding} samples to come")
 
     def _judge(self, buffer: Buffer) -> None:
         """Stop where going on would teach nothing."""
@@ -143,11 +212,14 @@ class RolloutsElsewhere:
     """What the other ranks hold in place of Rollouts: they take part in the weight sync and wait for their share of the batch."""
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        for _ in weights:
+        for _ in _beating(weights):
             pass
 
     def next_batch(self, step: int) -> list[Batch]:
         raise AssertionError("only the main rank samples")
+
+    def waiting(self) -> str:
+        return "the main rank"
 
     def close(self) -> None: ...
 
@@ -162,7 +234,12 @@ def group_advantages(rewards: Sequence[float]) -> np.ndarray:
     return advantages.astype(np.float32)
 
 
-def sample_seed(run_seed: int, group: int, index: int) -> int:
-    """The seed of one sample, 63 bits: a function of its names alone, so that neither order nor resuming changes what is drawn."""
-    digest = hashlib.blake2b(struct.pack("<qqq", run_seed, group, index), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+def _age(group: Group, step: int) -> int:
+    """Steps since the oldest weights that wrote a token of the group; 0 for a group without samples."""
+    return step - min((version for sample in group.samples for version, _, _ in sample.versions), default=step)
+
+
+def _beating(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    for weight in weights:
+        beat()
+        yield weight

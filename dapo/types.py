@@ -104,7 +104,10 @@ class Engine(Protocol):
     def submit(self, requests: Iterable[Request]) -> None: ...
 
     def completed(self) -> Iterator[Sample]:
-        """Samples as they finish, until nothing that was submitted is outstanding. More may be submitted, or aborted, meanwhile."""
+        """Samples as they finish, until nothing that was submitted is outstanding. More may be submitted, or aborted, meanwhile.
+
+        Whoever stops reading aborts what is outstanding, and can read again.
+        """
         ...
 
     def abort(self, ids: Iterable[str]) -> None:
@@ -112,5 +115,9 @@ class Engine(Protocol):
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None: ...
+
+    def waiting(self) -> str:
+        """What is outstanding, and where, for a person to read; called from another thread, when all seems stuck."""
+        ...
 
     def close(self) -> None: ...

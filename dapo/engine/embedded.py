@@ -5,6 +5,7 @@ B = samples generated together, V = vocabulary.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import transformers
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
+from dapo.clock import beat
 from dapo.types import Request, Sample, Sampling
 
 
@@ -28,21 +30,26 @@ class EmbeddedEngine:
         self.device, self.max_concurrent = device, max_concurrent
         self.version = -1
         self.queue: list[Request] = []
+        self.finished: deque[Sample] = deque()  # generated, and not read yet
 
     def submit(self, requests: Iterable[Request]) -> None:
         self.queue.extend(requests)
 
     def completed(self) -> Iterator[Sample]:
         """Samples in the order of their requests."""
-        while self.queue:
+        while self.queue or self.finished:
+            if self.finished:
+                yield self.finished.popleft()
+                continue
             sampling = self.queue[0].sampling
             size = next((i for i, r in enumerate(self.queue) if r.sampling != sampling), len(self.queue))
             batch, self.queue = self.queue[: min(size, self.max_concurrent)], self.queue[min(size, self.max_concurrent) :]
-            yield from self._generate(batch, sampling)
+            self.finished.extend(self._generate(batch, sampling))
 
     def abort(self, ids: Iterable[str]) -> None:
         gone = set(ids)
         self.queue = [request for request in self.queue if request.id not in gone]
+        self.finished = deque(sample for sample in self.finished if f"{sample.group}.{sample.index}" not in gone)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy the weights in; every parameter must be among them."""
@@ -52,6 +59,9 @@ class EmbeddedEngine:
                 params.pop(name).copy_(tensor)
         assert not params, f"weights not sent: {sorted(params)}"
         self.version = version
+
+    def waiting(self) -> str:
+        return f"{len(self.queue)} responses queued in this process"
 
     def close(self) -> None:
         self.queue.clear()
@@ -109,6 +119,7 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
+        beat()
         scaled = scores.float() / self.sampling.temperature  # [B, V]
         logprobs = scaled.log_softmax(-1)
         drawn_from = self.top_p(input_ids, scaled).log_softmax(-1) if self.top_p else logprobs

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dapo.batch import Batch, Microbatch
-from dapo.clock import timed
+from dapo.clock import beat, timed
 from dapo.config import Config
 from dapo.mesh import FailedElsewhere, Mesh
 from dapo.policy import hf_weights
@@ -49,6 +49,7 @@ class _Tensors:
     weights: Tensor  # [T]
     advantages: Tensor  # [T]
     behavior_logprobs: Tensor  # [T]
+    is_stale: Tensor  # [T]
     packed: PackedSeqParams
     old_logprobs: Tensor | None = None  # [T], last pipeline stage only
 
@@ -103,7 +104,11 @@ class Policy:
     def set_old_logprobs(self, batch: Batch) -> dict[str, float]:
         """log π_θold of every token of the batch, by the trainer's own numerics and the updates' own packing: the ratio's denominator.
 
-        Returns the mismatch |old − behavior| over response tokens, mean and max: the alarm for a weight sync that went wrong.
+        A stale token's weight is multiplied by the truncated importance weight min(exp(old − behavior), objective.importance_cap): older
+        weights than π_θold wrote it. The current weights' tokens keep theirs, for what differs there is rounding.
+
+        Returns the mismatch |old − behavior| over the current weights' tokens, mean and max: the alarm for a weight sync that went wrong;
+        over the stale ones the mean importance weight, and the share that was cut to the cap.
 
         Raises:
             PolicyError: a log-prob is not finite.
@@ -112,19 +117,28 @@ class Policy:
         work = list(self._on_device.values())
         if not work:
             return {}
-        sums, largest = np.zeros(3), 0.0  # tokens, Σ|old − behavior|, not finite
+        cap = self.config.objective.importance_cap
+        sums, largest = np.zeros(6), 0.0  # not finite; current tokens, Σ|old − behavior|; stale tokens, Σ importance, cut to the cap
         for tensors, logprobs in zip(work, self._run(work, self._score, forward_only=True), strict=False):  # results on the last stage only
             tensors.old_logprobs = logprobs
-            gap = (logprobs - tensors.behavior_logprobs)[tensors.mask].abs()
-            if self.reports and len(gap):
-                sums += [len(gap), float(gap.sum()), int((~logprobs.isfinite()).sum())]
-                largest = max(largest, float(gap.max()))
-        tokens, gaps, broken = self.mesh.sum(sums)
+            log_importance = logprobs - tensors.behavior_logprobs
+            importance = log_importance.exp().clamp(max=cap)
+            tensors.weights = torch.where(tensors.is_stale, tensors.weights * importance, tensors.weights)
+            gap, stale = log_importance[tensors.mask & ~tensors.is_stale].abs(), importance[tensors.mask & tensors.is_stale]
+            if self.reports:
+                bad, cut = (~logprobs.isfinite()).sum(), (stale >= cap).sum()
+                sums += [float(x) for x in (bad, len(gap), gap.sum(), len(stale), stale.sum(), cut)]
+                largest = max(largest, float(gap.max()) if len(gap) else 0.0)
+        broken, current, gaps, num_stale, importances, num_cut = self.mesh.sum(sums)
         if broken:
             raise PolicyError(
-                f"{broken:.0f} of {tokens:.0f} log-probs of the policy are not finite: its weights are damaged; resume from a checkpoint"
+                f"{broken:.0f} of {current + num_stale:.0f} log-probs of the policy are not finite: its weights are damaged; "
+                "resume from a checkpoint"
             )
-        return {"policy/mismatch": gaps / tokens, "policy/mismatch_max": self.mesh.max(largest)}
+        mismatch = {"policy/mismatch": gaps / current, "policy/mismatch_max": self.mesh.max(largest)} if current else {}
+        if not num_stale:
+            return mismatch
+        return mismatch | {"policy/importance": importances / num_stale, "policy/importance_cut": num_cut / num_stale}
 
     @timed("update")
     def update(self, minibatch: list[Microbatch]) -> dict[str, float]:
@@ -234,6 +248,7 @@ class Policy:
         keep_dtype = {"fp32_output": False} if self.transformer.bf16 else {}  # Megatron's 16-bit wrapper would widen the hidden states
 
         def forward_step(data: Iterator[_Tensors], model: torch.nn.Module) -> tuple[Tensor, Any]:
+            beat()
             tensors = next(data)
             hidden = model(tensors.tokens, tensors.positions, None, packed_seq_params=tensors.packed, **keep_dtype)  # [T, 1, H]
             return hidden, lambda hidden: finish(tensors, hidden[:, 0])
@@ -306,6 +321,7 @@ class Policy:
             weights=place(microbatch.weights),
             advantages=place(microbatch.advantages),
             behavior_logprobs=place(microbatch.behavior_logprobs),
+            is_stale=place(microbatch.is_stale),
             packed=PackedSeqParams(
                 qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest
             ),

@@ -120,7 +120,19 @@ def test_arrays_have_the_types_that_training_expects(tmp_path):
     [[m]] = batch.minibatches
     types = {name: value.dtype.name for name, value in vars(m).items()}
     floats = dict.fromkeys(["weights", "advantages", "behavior_logprobs"], "float32")
-    assert types == {"tokens": "int64", "targets": "int64", "positions": "int64", "cu_seqlens": "int32", "mask": "bool", **floats}
+    integers = {"tokens": "int64", "targets": "int64", "positions": "int64", "cu_seqlens": "int32"}
+    assert types == integers | floats | {"mask": "bool", "is_stale": "bool"}
+
+
+def test_a_token_is_stale_where_older_weights_wrote_it(tmp_path):
+    group = make_group([1, 0], [5, 4])
+    group.samples[0].versions = ((6, 0, 2), (7, 2, 5))
+    group.samples[1].versions = ((7, 0, 4),)
+    [batch] = plan([group], make_config(tmp_path), 1, {}, version=7)
+    [[m]] = batch.minibatches
+    stale = [m.is_stale[start:end][m.mask[start:end]].tolist() for start, end in sequences_of(m)]
+    assert sorted(stale) == [[False] * 4, [True, True, False, False, False]]
+    assert not m.is_stale[~m.mask].any()
 
 
 # plan

@@ -15,23 +15,24 @@ NUM_PROMPTS = 40
 
 
 class ScriptedEngine:
-    """Answers prompt i's samples as `script(i)` says: "10" is one right, one wrong answer. With `order` given, samples finish shuffled."""
+    """Answers prompt i's samples as `script(i)` says: "10" is one right, one wrong answer. With `order`, in a random order."""
 
     def __init__(self, script: Callable[[int], str], order: int | None = None, length: Callable[[Request], int] = lambda request: 4):
         self.script, self.length = script, length
-        self.shuffle = random.Random(order).shuffle if order is not None else lambda requests: None
+        self.random = random.Random(order) if order is not None else None
+        self.version = 0
         self.submitted: list[list[Request]] = []  # by call
         self.aborted: set[str] = set()
         self.outstanding: list[Request] = []
 
     def submit(self, requests: Iterable[Request]) -> None:
-        self.submitted.append(list(requests))
-        self.outstanding += self.submitted[-1]
+        if requests := list(requests):
+            self.submitted.append(requests)
+            self.outstanding += requests
 
     def completed(self):
-        self.shuffle(self.outstanding)
         while self.outstanding:
-            yield self.answer(self.outstanding.pop(0))
+            yield self.answer(self.outstanding.pop(self.random.randrange(len(self.outstanding)) if self.random else 0))
 
     def answer(self, request: Request) -> Sample:
         length = self.length(request)
@@ -41,15 +42,20 @@ class ScriptedEngine:
             tokens=np.full(length, int(self.script(prompt_of(request))[request.index]), np.int32),
             behavior_logprobs=-np.random.default_rng(request.seed).random(length, np.float32),
             loss_mask=np.ones(length, bool),
-            versions=((0, 0, length),),
+            versions=((self.version, 0, length),),
             finish_reason="length" if length == request.sampling.max_tokens else "stop",
         )
 
     def abort(self, ids):
-        self.aborted |= set(ids)
-        self.outstanding = [request for request in self.outstanding if request.id not in self.aborted]
+        gone = set(ids)
+        self.aborted |= gone
+        self.outstanding = [request for request in self.outstanding if request.id not in gone]
 
-    def load_weights(self, weights, version): ...
+    def load_weights(self, weights, version):
+        self.version = version
+
+    def waiting(self):
+        return f"{len(self.outstanding)} outstanding"
 
     def close(self): ...
 
@@ -175,7 +181,7 @@ def test_surplus_prompts_come_first_at_the_next_step(tmp_path):
     rollouts = make_rollouts(tmp_path, engine, "rollout.prompts_per_round=9")
     buffer = rollouts.collect(0)
     assert [group.prompt.index for group in buffer.kept] == [asking_order(9)[i] for i in (0, 2, 4, 5)]
-    assert [prompt.index for prompt in buffer.unused_prompts] == asking_order(9)[6:]
+    assert [group.prompt.index for group in buffer.surplus] == asking_order(9)[6:]
     rollouts.collect(1)
     assert engine.asked() == asking_order(9) + asking_order(15)[6:]
 
@@ -344,14 +350,15 @@ def test_the_ledger_accounts_for_every_group_and_token():
         "groups/all_correct": 2,
         "groups/all_wrong": 1,
         "groups/surplus": 1,
-        "rollout/accuracy": 8 / 12,
-        "rollout/reward": 4 / 12,
-        "rollout/truncated": 1 / 12,
-        "rollout/length": 100 / 12,
+        "rollout/accuracy": 6 / 10,
+        "rollout/reward": 2 / 10,
+        "rollout/truncated": 1 / 10,
+        "rollout/length": 78 / 10,
         "rollout/length_max": 32,
         "rollout/length_kept": (3 + 4 + 6 + 7) / 4,
         "rollout/length_turned_away": (1 + 2 + 9 + 9 + 5 + 32) / 6,
         "rollout/tokens": 100,
+        "perf/groups_aborted": 0,
     }
 
 

@@ -15,6 +15,7 @@ class Case:
     budget: int = 64  # tokens per microbatch: several of them
     normaliser: str = "token_mean"
     filtering: bool = False
+    stale: bool = False  # some tokens were written by older weights
     overlap: bool = False  # gradients are reduced while the backward pass runs
 
     @property
@@ -26,6 +27,7 @@ class Case:
             f"b{self.budget}",
             self.normaliser,
             "filtered" if self.filtering else "",
+            "stale" if self.stale else "",
             "overlap" if self.overlap else "",
         ]
         return "-".join([f"tp{self.tensor}pp{self.pipeline}dp{data}", *filter(None, extras)])
@@ -36,14 +38,15 @@ CASES = [
     Case(1, 1, 1, "qwen2", budget=4096),
     Case(1, 1, 1, "qwen3", normaliser="group_token_mean", filtering=True),
     Case(1, 1, 1, "llama", is_tied=True, normaliser="sample_mean"),
+    Case(1, 1, 1, "qwen2", stale=True),
     Case(2, 2, 1, "qwen2", is_tied=True),
     Case(2, 2, 1, "llama", normaliser="group_token_mean"),
     Case(2, 1, 2, "qwen3"),
-    Case(2, 1, 2, "qwen2", is_tied=True),
+    Case(2, 1, 2, "qwen2", is_tied=True, stale=True),
     Case(2, 1, 1, "qwen2", filtering=True),
     Case(2, 1, 1, "llama", normaliser="sample_mean"),
     Case(2, 1, 1, "qwen2", is_tied=True, budget=40, overlap=True),
-    Case(2, 2, 1, "qwen3", overlap=True),
+    Case(2, 2, 1, "qwen3", overlap=True, stale=True, filtering=True),
     Case(4, 2, 2, "qwen3"),
     Case(4, 2, 2, "qwen2", is_tied=True, normaliser="group_token_mean"),
     Case(4, 2, 1, "qwen2", filtering=True),

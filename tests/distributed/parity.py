@@ -30,6 +30,7 @@ from tests.distributed.cases import CASES, Case
 
 EPS = 1e-6  # Adam divides by |g| + eps: at 1e-8 it would turn the rounding of all but vanishing gradients into steps
 LR, NUM_UPDATES, GROUPS_PER_UPDATE, GROUP_SIZE, VOCAB = 1e-3, 3, 2, 4, 250  # 250 is padded at every tensor size
+VERSION = 2  # of the weights
 
 
 def make_hf(model: str, is_tied: bool, directory: Path) -> None:
@@ -52,15 +53,19 @@ def make_hf(model: str, is_tied: bool, directory: Path) -> None:
     hf.save_pretrained(directory)
 
 
-def make_groups(rng: np.random.Generator) -> list[Group]:
+def make_groups(rng: np.random.Generator, is_stale: bool) -> list[Group]:
+    """Random groups. Stale: of every other sample, older weights (version 1 of 2) wrote the first half."""
     groups = []
     for g in range(NUM_UPDATES * GROUPS_PER_UPDATE):
         group = Group(g, Prompt(g, rng.integers(0, VOCAB, rng.integers(1, 9)).astype(np.int32), "0"))
         for i in range(GROUP_SIZE):
             n = int(rng.integers(1, 24))
             sample = Sample(g, i, rng.integers(0, VOCAB, n).astype(np.int32), rng.normal(-5, 1, n).astype(np.float32), rng.random(n) < 0.9,
-                            ((0, 0, n),), "length" if rng.random() < 0.3 else "stop", reward=float(rng.normal()))  # fmt: skip
+                            ((VERSION, 0, n),), "length" if rng.random() < 0.3 else "stop", reward=float(rng.normal()))  # fmt: skip
             sample.loss_mask[0] = True
+            if is_stale:
+                half = (i % 2) * ((n + 1) // 2)
+                sample.versions = ((1, 0, half), (VERSION, half, n))
             group.samples.append(sample)
         for sample, advantage in zip(group.samples, group_advantages([s.reward for s in group.samples]), strict=True):
             sample.advantage = float(advantage)
@@ -88,10 +93,16 @@ class HFTrainer:
         self.optimizer.zero_grad()
         for group, weights in zip(groups, token_weights(groups, objective.normaliser, objective.overlong_filtering), strict=True):
             for sample, weight in zip(group.samples, weights, strict=True):
-                ratio = (self.logprobs(group, sample) - old[group.id, sample.index]).exp()
+                log_old = old[group.id, sample.index]
+                ratio = (self.logprobs(group, sample) - log_old).exp()
                 clipped = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
                 loss = -torch.min(ratio * sample.advantage, clipped * sample.advantage)
-                (weight * loss[torch.from_numpy(sample.loss_mask)]).sum().backward()
+                importance = torch.ones_like(loss)
+                for version, start, end in sample.versions:
+                    if version < VERSION:
+                        off = log_old[start:end] - torch.from_numpy(sample.behavior_logprobs[start:end])
+                        importance[start:end] = off.exp().clamp(max=objective.importance_cap)
+                (weight * (importance * loss)[torch.from_numpy(sample.loss_mask)]).sum().backward()
 
     def step(self) -> float:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
@@ -120,8 +131,8 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
         make_hf(case.model, case.is_tied, directory / "hf")
     mesh.barrier()
     policy, hf = Policy(config, mesh), HFTrainer(directory / "hf", config)
-    groups = make_groups(np.random.default_rng(3))
-    batch = batches.plan(groups, config, mesh.data, metrics={})[mesh.data_rank]
+    groups = make_groups(np.random.default_rng(3), case.stale)
+    batch = batches.plan(groups, config, mesh.data, metrics={}, version=VERSION)[mesh.data_rank]
     result: dict[str, Any] = {"case": asdict(case), "microbatches": len(batch.minibatches[0])}
 
     policy.save_hf(directory / "exported")
@@ -130,7 +141,8 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
 
     with torch.no_grad():
         old = {(g.id, s.index): hf.logprobs(g, s).detach() for g in groups for s in g.samples}
-    policy.set_old_logprobs(batch)
+    result["mismatch"] = policy.set_old_logprobs(batch)
+    result["expected_mismatch"] = expected_mismatch(groups, old, config.objective.importance_cap)
     result["logprobs"] = mesh.max(_logprob_error(policy, batch, groups, old))
 
     ratio_gaps: list[float] = []
@@ -161,6 +173,25 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
         next(policy._module.parameters()).fill_(torch.nan)
     result["refused"] = [_refusal(policy.update, batch.minibatches[0]), _refusal(policy.set_old_logprobs, batch)]
     return result
+
+
+def expected_mismatch(groups: list[Group], old: dict[tuple[int, int], torch.Tensor], cap: float) -> dict[str, float]:
+    """What set_old_logprobs reports, token by token."""
+    gaps, importances = [], []
+    for group in groups:
+        for sample in group.samples:
+            log_importance = (old[group.id, sample.index] - torch.from_numpy(sample.behavior_logprobs)).tolist()
+            for version, start, end in sample.versions:
+                written = [log_importance[t] for t in range(start, end) if sample.loss_mask[t]]
+                if version == VERSION:
+                    gaps += [abs(x) for x in written]
+                else:
+                    importances += [min(np.exp(x), cap) for x in written]
+    expected = {"policy/mismatch": float(np.mean(gaps)), "policy/mismatch_max": max(gaps)}
+    if importances:
+        expected["policy/importance"] = float(np.mean(importances))
+        expected["policy/importance_cut"] = float(np.mean([x == cap for x in importances]))
+    return expected
 
 
 def _refusal(function: Any, argument: Any) -> str:

@@ -19,6 +19,7 @@ def test_policy_equals_a_plain_model(result: dict[str, Any]) -> None:
     assert result["round_trip"], "Hugging Face → Megatron → Hugging Face is not bit-exact"
     assert result["logprobs"] <= 1e-5
     assert result["ratio"] == 0.0, "the first minibatch's ratio is exactly 1"
+    assert result["mismatch"] == pytest.approx(result["expected_mismatch"], rel=1e-5)
     assert result["gradients"] <= 1e-5
     for ours, theirs in result["grad_norms"]:
         assert ours == pytest.approx(theirs, rel=1e-4)
