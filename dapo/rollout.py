@@ -86,7 +86,7 @@ class Rollouts:
             return [Group(first + i, prompt) for i, prompt in enumerate(prompts)]
 
         try:
-            pending.ask([group if _age(group, step) <= options.max_staleness else Group(group.id, group.prompt) for group in self.carried])
+            pending.ask([self._renewed(group, step) for group in self.carried])
             for group in pending.out(wanted):
                 buffer.offer(group)
                 if buffer.is_full:
@@ -152,6 +152,11 @@ class Rollouts:
 
     def _pending(self, group_size: int, sampling: Sampling, is_streaming: bool) -> Pending:
         return Pending(self.engine, self.reward, self._read, self.options.run.seed, group_size, sampling, is_streaming)
+
+    def _renewed(self, group: Group, step: int) -> Group:
+        """A group carried over as it is, if it is whole and young enough; else to be asked for again, under its id and so its seeds."""
+        is_usable = group.samples and _age(group, step) <= self.options.rollout.max_staleness
+        return group if is_usable else Group(group.id, group.prompt)
 
     def _num_wanted(self, buffer: Buffer, pending: Pending) -> int:
         """How many more groups to ask for: a round when there is none; streaming, what the buffer probably lacks, before it is missed.
@@ -235,8 +240,8 @@ def group_advantages(rewards: Sequence[float]) -> np.ndarray:
 
 
 def _age(group: Group, step: int) -> int:
-    """Steps since the oldest weights that wrote a token of the group; 0 for a group without samples."""
-    return step - min((version for sample in group.samples for version, _, _ in sample.versions), default=step)
+    """Steps since the oldest weights that wrote a token of the group."""
+    return step - min(version for sample in group.samples for version, _, _ in sample.versions)
 
 
 def _beating(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

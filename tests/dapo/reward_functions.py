@@ -86,6 +86,11 @@ def process_id(response, answer):
     return os.getpid()
 
 
+def slow(response, answer):
+    time.sleep(0.02)
+    return response == f"Answer: {answer}"
+
+
 def one_or_two(response, answer):
     return response in ("1", "2")
 
