@@ -122,7 +122,9 @@ class Engine(Section):
     weight_sync: Literal["disk", "broadcast", "tensor"] = "broadcast"  # files · NCCL, or gloo on a CPU · same host only
     bucket_mib: Positive = 512  # weights travel in buckets of this size
     verify_weights: bool = False  # after every sync compare the servers' checksums with the policy's
-    stall_seconds: AboveZero = 300.0  # without any progress before the missing responses are asked for again; twice as long: save, stop
+    # without any progress on any rank: say who is waited for, keep stacks in run.dir/stalls, and ask again for missing responses; twice as
+    # long without one: save and stop; three times as long in a collective, where no rank can save: stop
+    stall_seconds: AboveZero = 300.0
 
     @property
     def is_streaming(self) -> bool:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from dapo.config import ConfigError, Parallel
@@ -131,6 +132,10 @@ class Mesh:
             return bool(self._store.add(f"dapo/failed/{self._number}", 1) == 1)
         except (RuntimeError, dist.DistError):  # the store went with the rank that failed
             return False
+
+    def store(self, name: str) -> Store:
+        """The store that all ranks share, under a name, by a connection of its own: for another thread than the main one."""
+        return PrefixStore(f"dapo/{name}/{self._number}", self._store.clone())
 
     def _send(self, value: Any, rank: int) -> None:
         data = torch.frombuffer(bytearray(pickle.dumps(value, protocol=5)), dtype=torch.uint8)

@@ -26,6 +26,7 @@ from dapo.mesh import Mesh
 from dapo.metrics import Log, SilentLog, mean
 from dapo.policy.megatron import Policy
 from dapo.policy.model import read_shape
+from dapo.recorder import Recorder
 from dapo.reward.pool import Reward
 from dapo.rollout import Rollouts, RolloutsElsewhere
 from dapo.types import Interrupted, Prompt
@@ -40,6 +41,7 @@ def train(config: Config, mesh: Mesh) -> None:
     checkpoints = Checkpoints(config.run, mesh)
     step = checkpoints.load(policy, rollouts)
     log = make_log(config, rollouts, start=step)
+    recorder = make_recorder(config, mesh, rollouts)
     try:
         for step in range(step, config.run.steps):  # noqa: B020  # 1
             rollouts.load_weights(policy.weights(), version=step)  # 3: π_θold ← π_θ
@@ -57,6 +59,7 @@ def train(config: Config, mesh: Mesh) -> None:
         checkpoints.save(step, policy, rollouts)
         raise
     finally:
+        recorder.close()
         log.close()
         rollouts.close()
 
@@ -168,6 +171,11 @@ def make_log(config: Config, rollouts: Rollouts | RolloutsElsewhere, start: int)
     if start:
         log.console.say(f"going on from step {start} of {config.run.steps} in {config.run.dir}")
     return log
+
+
+def make_recorder(config: Config, mesh: Mesh, rollouts: Rollouts | RolloutsElsewhere) -> Recorder:
+    stalls = config.run.dir / "stalls"
+    return Recorder(stalls, config.engine.stall_seconds, mesh.rank, mesh.world, mesh.store("stalls"), rollouts.waiting)
 
 
 class Interruption:
