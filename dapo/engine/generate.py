@@ -5,6 +5,9 @@ n = response tokens.
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -63,16 +66,18 @@ def read(answer: bytes, request: Request) -> Sample:
         EngineError: a response that this server will always end before its time: another EOS, or less room than max_tokens.
     """
     try:
-        parsed = orjson.loads(answer)
-        if not isinstance(parsed, dict):
-            raise BadAnswer(f"{len(parsed)} samples where one was asked for" if isinstance(parsed, list) else "JSON, but no object")
-        meta = parsed["meta_info"]
-        reason = meta["finish_reason"]["type"]
-        if reason == "abort":
-            raise BadAnswer(f"aborted by the server: {meta['finish_reason'].get('message', 'no reason given')}")
-        entries = meta["output_token_logprobs"]  # [(log-prob, id, None)], of log_softmax(logits / temperature), before top_p
-        logprobs = np.array([entry[0] for entry in entries], np.float32)
-        tokens = np.array([entry[1] for entry in entries], np.int32)
+        with _collector_paused():
+            parsed = orjson.loads(answer)
+            if not isinstance(parsed, dict):
+                raise BadAnswer(f"{len(parsed)} samples where one was asked for" if isinstance(parsed, list) else "JSON, but no object")
+            meta = parsed["meta_info"]
+            reason = meta["finish_reason"]["type"]
+            if reason == "abort":
+                raise BadAnswer(f"aborted by the server: {meta['finish_reason'].get('message', 'no reason given')}")
+            entries = meta.pop("output_token_logprobs")  # [(log-prob, id, None)], of log_softmax(logits / temperature), before top_p
+            logprobs = np.array([entry[0] for entry in entries], np.float32)
+            tokens = np.array([entry[1] for entry in entries], np.int32)
+            del entries
         output_ids = np.array(parsed["output_ids"], np.int32)
         versions = _versions(meta, len(tokens))
         matched = meta["finish_reason"].get("matched")
@@ -105,7 +110,7 @@ def _end(tokens: np.ndarray, reason: Any, request: Request) -> tuple[int, Finish
     if reason not in ("stop", "length"):
         raise BadAnswer(f"an unknown finish reason {reason!r}")
     sampling = request.sampling
-    stops = np.flatnonzero(np.isin(tokens, sampling.stop_ids))
+    stops = np.flatnonzero(np.any([tokens == stop for stop in sampling.stop_ids], axis=0))
     if len(stops):
         return int(stops[0]) + 1, "stop"
     if len(tokens) == sampling.max_tokens:
@@ -128,6 +133,18 @@ def _versions(meta: dict[str, Any], length: int) -> tuple[tuple[int, int, int], 
     if [start for _, start, _ in versions] + [length] != [0] + [end for _, _, end in versions]:
         raise ValueError(f"weight versions {spans} of {length} tokens")
     return versions
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """An answer is a list a token for a moment: n / 700 collections for nothing, which take as long as the parsing."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def version_of(name: str) -> int:

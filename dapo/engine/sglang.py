@@ -39,8 +39,30 @@ KEEP_ALIVE = 2.0  # seconds that an idle connection is kept: fewer than the serv
 FAULTS = (aiohttp.ClientError, OSError, TimeoutError, BadAnswer)  # of a server, in one request
 
 
+class Servers(Protocol):
+    """Who generates. `workers` take control calls; `generate_urls` take requests: the workers' own, or their router's."""
+
+    @property
+    def workers(self) -> Sequence[Server]: ...
+
+    @property
+    def generate_urls(self) -> Sequence[str]: ...
+
+    def refresh(self) -> object:
+        """Before a sync: count those that were restarted among the workers."""
+
+    def serve(self) -> None:
+        """After it: every worker has the weights, and may be asked."""
+
+    def close(self) -> None: ...
+
+
 class WeightSync(Protocol):
-    """How weights reach the servers."""
+    """How weights reach the workers."""
+
+    workers: Sequence[Server]
+
+    def prepare(self, version: int) -> None: ...
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None: ...
 
@@ -65,7 +87,6 @@ class Endpoint:
     """A URL that generates: a worker, or the router before several."""
 
     url: str
-    workers: Sequence[str]  # whom to tell what the router does not forward
     asked: dict[str, Job] = field(default_factory=dict)  # not answered yet, by the id of the attempt
     is_usable: bool = True
     usable_since: float = 0.0
@@ -73,38 +94,30 @@ class Endpoint:
     num_faults: int = 0  # since it last answered
     fault: str = ""  # the last one
 
-    @property
-    def is_router(self) -> bool:
-        return self.url not in self.workers
-
 
 class SGLangEngine:
     """The Engine protocol over servers that generate. Its methods may be called from any thread.
 
-    `workers` take the control calls, `generate_urls` the requests: the workers' own URLs, or their router's. Each worker is asked for
-    at most `max_concurrent` responses at a time. Where nothing has come for `stall_seconds` the missing responses are asked for again,
-    elsewhere if there is an elsewhere. `close_servers` is called by `close`, last.
+    Each worker is asked for at most `max_concurrent` responses at a time. Where nothing has come for `stall_seconds` the missing
+    responses are asked for again, elsewhere if there is an elsewhere. A worker that lacks the weights of the last sync is not listened to.
 
     Raises, from `completed`:
         EngineError: a refused request, one that failed MAX_ATTEMPTS times, no response at all for 2 × stall_seconds.
         Interrupted: `is_interrupted` said so, which is asked every half second of waiting.
     """
 
-    def __init__(self, workers: Sequence[Server], generate_urls: Sequence[str], sync: WeightSync, max_concurrent: int,
-                 stall_seconds: float, close_servers: Callable[[], None] = lambda: None):  # fmt: skip
-        urls = [worker.url for worker in workers]
-        self.endpoints = [Endpoint(url, [url] if url in urls else urls) for url in (url.rstrip("/") for url in generate_urls)]
-        self.max_asked = max(1, max_concurrent * len(workers) // len(generate_urls))  # at each endpoint
-        self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {workers[0].key}"} if workers[0].key else {})
-        self.sync, self.stall_seconds, self.close_servers = sync, stall_seconds, close_servers
+    def __init__(self, servers: Servers, sync: WeightSync, max_concurrent: int, stall_seconds: float):
+        self.servers, self.sync, self.max_concurrent, self.stall_seconds = servers, sync, max_concurrent, stall_seconds
         self.is_interrupted: Callable[[], bool] = lambda: False
         self.version = UNKNOWN_VERSION
+        self.prepared: int | None = None
         self.is_loading = self.is_closed = False
         self.jobs: dict[str, Job] = {}  # submitted, neither aborted nor taken from `completed`
         self.outcomes: queue.SimpleQueue[tuple[Job, Sample] | None] = queue.SimpleQueue()  # None: look again at `failure` and `jobs`
         self.failure: BaseException | None = None
         self.name = uuid.uuid4().hex[:8]  # servers may still work for a trainer that died
         # what follows belongs to the loop's thread
+        self.endpoints: list[Endpoint] = []
         self.ready: deque[Job] = deque()  # to be asked
         self.progressed_at = time.monotonic()
         self.loads: dict[str, Any] = {}  # each worker's own account of what it holds, when last asked
@@ -143,15 +156,27 @@ class SGLangEngine:
             self.outcomes.put(None)
             self.loop.call_soon_threadsafe(self._abandon, jobs)
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Hand the weights to every server. Responses that are outstanding go on, if the sync lets them, under the new weights."""
+    def prepare(self, version: int) -> None:
+        """Ready every server for weights: whoever refuses does so here, before any rank enters a collective."""
         asyncio.run_coroutine_threadsafe(self._settle(), self.loop).result()
+        self.servers.refresh()
+        self.sync.workers = self.servers.workers
+        self.sync.prepare(version)
+        self.prepared = version
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Hand the weights to every server, after `prepare`. Responses that are outstanding go on under the new weights."""
         self.is_loading = True
         try:
+            if self.prepared != version:
+                self.prepare(version)
+            self.prepared = None
             self.sync.load(weights, version)
+            self.servers.serve()
+            self.version = version
+            asyncio.run_coroutine_threadsafe(self._meet(), self.loop).result()
         finally:
             self.is_loading = False
-        self.version = version
 
     def waiting(self) -> str:
         """Who is waited for: responses, where they were asked for, for how long. For the log of a run that stands still."""
@@ -167,7 +192,7 @@ class SGLangEngine:
         return "\n".join([*lines, f"  not asked: {len(unsent)}{': ' if unsent else ''}{' '.join(unsent[:8])}{' …' if unsent[8:] else ''}"])
 
     def close(self) -> None:
-        """Forget what is outstanding, tell the servers, end the thread, the sync and our own servers. A second call does nothing."""
+        """Forget what is outstanding, tell the servers, end the thread, the sync and the servers. A second call does nothing."""
         if self.is_closed:
             return
         self.is_closed = True
@@ -181,7 +206,7 @@ class SGLangEngine:
             try:
                 self.sync.close()
             finally:
-                self.close_servers()
+                self.servers.close()
 
     # ---- in the loop's thread ----
 
@@ -192,11 +217,20 @@ class SGLangEngine:
     async def _open(self) -> None:
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE, socket_factory=_kept_alive)  # our own limits are below
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)  # a long response is no error
-        self.session = aiohttp.ClientSession(
-            connector=connector, timeout=timeout, headers=self.headers, cookie_jar=aiohttp.DummyCookieJar()
-        )
+        key = self.servers.workers[0].key
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        self.session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers, cookie_jar=aiohttp.DummyCookieJar())
         self.abort_slots = asyncio.Semaphore(32)
         self._spawn(self._watch())
+        await self._meet()
+
+    async def _meet(self) -> None:
+        """Take up those that have joined the servers, let go of those that have left."""
+        known = {endpoint.url: endpoint for endpoint in self.endpoints}
+        urls = [url.rstrip("/") for url in self.servers.generate_urls]
+        self.endpoints = [known.get(url) or Endpoint(url) for url in urls]
+        self.max_asked = max(1, self.max_concurrent * len(self.servers.workers) // len(urls))  # at each endpoint
+        self._send()
 
     async def _settle(self) -> None:
         """Wait until the servers know of every abort."""
@@ -309,7 +343,7 @@ class SGLangEngine:
         """It answers; a worker also says that it has the weights of the last sync."""
         if await self._get(endpoint.url + "/health") is None:
             return False
-        if endpoint.is_router or self.version == UNKNOWN_VERSION or self.is_loading:
+        if self._workers_at(endpoint) != [endpoint.url] or self.version == UNKNOWN_VERSION or self.is_loading:
             return True
         version = (await self._get(endpoint.url + "/model_info") or {}).get("weight_version")
         if version == str(self.version):
@@ -338,7 +372,7 @@ class SGLangEngine:
 
     async def _tell(self, endpoint: Endpoint, rid: str) -> None:
         """Abort `rid` at the server; at every worker behind a router. One that cannot be reached has nothing to abort."""
-        for url in endpoint.workers:
+        for url in self._workers_at(endpoint):
             async with self.abort_slots:
                 with contextlib.suppress(*FAULTS):
                     body, limit = orjson.dumps({"rid": rid}), aiohttp.ClientTimeout(total=10)
@@ -366,7 +400,7 @@ class SGLangEngine:
     async def _is_generating(self, endpoint: Endpoint) -> bool:
         """Whether a worker holds other numbers of tokens than when last asked: it may work on long responses, and that is no stall."""
         is_generating = False
-        for url in endpoint.workers:
+        for url in self._workers_at(endpoint):
             loads = (await self._get(url + "/v1/loads") or {}).get("loads", [])
             held = [(load.get("num_running_reqs"), load.get("num_used_tokens")) for load in loads]
             is_generating |= url in self.loads and self.loads[url] != held and any(running for running, _ in held)
@@ -381,6 +415,11 @@ class SGLangEngine:
         for job in jobs:
             self._ask_again(job)
         self._send()
+
+    def _workers_at(self, endpoint: Endpoint) -> list[str]:
+        """Whom to call for what a router does not forward: the endpoint itself, or every worker behind it."""
+        urls = [worker.url for worker in self.servers.workers]
+        return [endpoint.url] if endpoint.url in urls else urls
 
     def _is_wanted(self, job: Job) -> bool:
         return self.jobs.get(job.request.id) is job

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
@@ -49,6 +48,9 @@ class FakeServer:
         self._call(self._die())
 
     def stop(self) -> None:
+        """A second call does nothing."""
+        if not self.thread.is_alive():
+            return
         self.die()
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join(10)
@@ -227,7 +229,3 @@ def requests(count: int, sampling: Sampling | None = None, first: int = 0) -> li
     """Groups of two."""
     sampling = sampling or Sampling(1.0, 64, (STOP,))
     return [Request(i // 2, i % 2, np.arange(3, dtype=np.int32), 1000 + i, sampling) for i in range(first, first + count)]
-
-
-def count_by_id(ids: Iterable[str]) -> dict[str, int]:
-    return dict(Counter(ids))

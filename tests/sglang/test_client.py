@@ -29,31 +29,50 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sglang, "LONGEST_PAUSE", 0.2)
 
 
-class NoSync:
-    """Weights go nowhere; the servers are told the version."""
+class Fakes:
+    """Servers and weight sync of an engine over fake servers: weights go nowhere, the workers are told the version."""
 
-    def __init__(self, *servers: FakeServer):
-        self.servers, self.is_closed = servers, False
+    def __init__(self, *fakes: FakeServer, router: FakeServer | None = None):
+        self.fakes, self.router = list(fakes), router
+        self.workers = [Server(server.url) for server in fakes]
+        self.calls: list[str] = []
+
+    @property
+    def generate_urls(self) -> list[str]:
+        return [self.router.url] if self.router else [worker.url for worker in self.workers]
+
+    def refresh(self) -> None:
+        self.calls.append("refresh")
+        self.workers = [Server(server.url) for server in self.fakes]
+
+    def prepare(self, version: int) -> None:
+        self.calls.append(f"prepare {version}")
 
     def load(self, weights, version: int) -> None:
-        for server in self.servers:
+        self.calls.append(f"load {version}: {dict(weights)}")
+        for server in self.fakes:
             server.version = str(version)
 
+    def serve(self) -> None:
+        self.calls.append("serve")
+
     def close(self) -> None:
-        self.is_closed = True
+        self.calls.append("close")
+        for server in [*self.fakes, *([self.router] if self.router else [])]:
+            server.stop()
 
 
 @contextmanager
-def engine_of(*servers: FakeServer, max_concurrent: int = 4, stall_seconds: float = 60.0) -> Iterator[SGLangEngine]:
+def engine_of(
+    *fakes: FakeServer, router: FakeServer | None = None, max_concurrent: int = 4, stall_seconds: float = 60.0
+) -> Iterator[SGLangEngine]:
     """The engine over these servers; it and they are closed at the end."""
-    urls = [server.url for server in servers]
-    engine = SGLangEngine([Server(url) for url in urls], urls, NoSync(*servers), max_concurrent, stall_seconds)
+    both = Fakes(*fakes, router=router)
+    engine = SGLangEngine(both, both, max_concurrent, stall_seconds)
     try:
         yield engine
     finally:
         within_limit(engine.close)
-        for server in servers:
-            server.stop()
 
 
 def within_limit(work: Callable[[], object]) -> object:
@@ -74,6 +93,13 @@ def within_limit(work: Callable[[], object]) -> object:
     if error:
         raise error
     return value
+
+
+def wait_for(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def collect(engine: SGLangEngine) -> list[Sample]:
@@ -253,6 +279,25 @@ def test_a_restarted_server_is_not_used_until_it_has_the_weights(capfd: pytest.C
     assert "missed the last weight sync" in capfd.readouterr().err
 
 
+def test_a_server_that_joins_takes_part_after_the_next_sync() -> None:
+    first, second = FakeServer(seconds=0.02), FakeServer(seconds=0.02)
+    with engine_of(first) as engine:
+        engine.servers.fakes.append(second)
+        engine.load_weights({"w": 1}.items(), 3)
+        assert engine.servers.calls == ["refresh", "prepare 3", "load 3: {'w': 1}", "serve"]
+        wanted = requests(40)
+        engine.submit(wanted)
+        assert_answered(collect(engine), wanted)
+        assert len(second.bodies) >= 10
+        engine.servers.fakes.remove(first)
+        engine.load_weights([], 4)
+        more = requests(10, first=40)
+        engine.submit(more)
+        assert_answered(collect(engine), more)
+        assert len(first.bodies) + len(second.bodies) == 50 and len(first.bodies) <= 30
+    first.stop()
+
+
 def test_a_response_over_a_weight_update_tells_who_wrote_which_tokens() -> None:
     server = FakeServer()
     request = next(request for request in requests(20) if len(tokens_of(request)) > 10)
@@ -311,9 +356,7 @@ def test_nothing_comes_back_for_what_was_aborted_and_the_server_is_told() -> Non
         engine.submit(requests(24))  # 0.0, 0.1, … 11.1; two are answered, four are asked, the rest waits
         taken = engine.completed()
         first = next(taken)
-        deadline = time.monotonic() + LIMIT
-        while len(server.bodies) < 6 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for(lambda: len(server.bodies) == 6)
         time.sleep(0.2)  # the second answer lies there untaken: it must not come either
         engine.abort([request.id for request in requests(24)] + ["99.9"])
         assert within_limit(lambda: list(taken)) == []
@@ -340,20 +383,13 @@ def test_no_id_at_a_server_is_the_beginning_of_another() -> None:
 
 def test_behind_a_router_every_worker_is_told_of_an_abort() -> None:
     router, workers = FakeServer(afterwards=fake.nothing), [FakeServer(), FakeServer()]
-    engine = SGLangEngine([Server(worker.url) for worker in workers], [router.url], NoSync(), max_concurrent=3, stall_seconds=60)
-    try:
+    with engine_of(*workers, router=router, max_concurrent=3) as engine:
         engine.submit(requests(10))
-        deadline = time.monotonic() + LIMIT
-        while len(router.bodies) < 6 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for(lambda: len(router.bodies) == 6)
         engine.abort([request.id for request in requests(10)])
         engine.load_weights([], 0)
         assert len(router.bodies) == 6, "max_concurrent for each worker behind it"
         assert router.aborted == [] and {len(set(worker.aborted)) for worker in workers} == {6}
-    finally:
-        within_limit(engine.close)
-        for server in (router, *workers):
-            server.stop()
 
 
 def test_an_interruption_is_noticed_while_nothing_comes() -> None:
@@ -371,27 +407,24 @@ def test_an_interruption_is_noticed_while_nothing_comes() -> None:
 
 def test_close_is_quick_with_requests_outstanding_tells_the_servers_and_may_be_called_twice() -> None:
     server = FakeServer(afterwards=fake.nothing)
-    closed = []
-    sync = NoSync()
-    engine = SGLangEngine([Server(server.url)], [server.url], sync, 4, 60.0, close_servers=lambda: closed.append("servers"))
-    engine.submit(requests(9))
-    deadline = time.monotonic() + LIMIT
-    while len(server.bodies) < 4 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    within_limit(engine.close)
-    engine.close()
-    assert sync.is_closed and closed == ["servers"] and not engine.thread.is_alive()
-    assert len(server.aborted) == 4 and list(engine.completed()) == []
-    server.stop()
+    with engine_of(server) as engine:
+        engine.submit(requests(9))
+        wait_for(lambda: len(server.bodies) == 4)
+        within_limit(engine.close)
+        engine.close()
+        assert engine.servers.calls == ["close", "close"] and not engine.thread.is_alive()
+        assert len(server.aborted) == 4 and list(engine.completed()) == []
 
 
 def test_a_program_that_never_closes_the_engine_ends_all_the_same() -> None:
     server = FakeServer(afterwards=fake.nothing)
     code = f"""
+from types import SimpleNamespace
 from dapo.engine.server import Server
 from dapo.engine.sglang import SGLangEngine
 from tests.sglang.fake_server import requests
-engine = SGLangEngine([Server("{server.url}")], ["{server.url}"], None, 4, 60.0)
+servers = SimpleNamespace(workers=[Server("{server.url}")], generate_urls=["{server.url}"])
+engine = SGLangEngine(servers, None, 4, 60.0)
 engine.submit(requests(3))
 import time; time.sleep(0.5)
 """
