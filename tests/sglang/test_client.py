@@ -369,6 +369,17 @@ def test_nothing_comes_back_for_what_was_aborted_and_the_server_is_told() -> Non
         assert_answered(collect(engine), requests(6))
 
 
+def test_what_is_aborted_before_it_was_sent_leaves_its_place_to_others() -> None:
+    server = FakeServer()
+    with engine_of(server, max_concurrent=2) as engine:
+        for _ in range(5):
+            engine.submit(requests(3))
+            engine.abort([request.id for request in requests(3)])
+        wanted = requests(6)
+        engine.submit(wanted)
+        assert_answered(collect(engine), wanted)
+
+
 def test_no_id_at_a_server_is_the_beginning_of_another() -> None:
     """SGLang aborts every request whose id begins with the one that it is told."""
     server = FakeServer([fake.status(500)] * 12)
