@@ -27,7 +27,7 @@ setup(
         "matplotlib>=3.8",
         "pydantic>=2.7",
         "pyyaml>=6",
-        "aiohttp>=3.9",  # the client of SGLang's servers
+        "aiohttp>=3.12",  # the client of SGLang's servers
         "orjson>=3.9",
         "math-verify>=0.9",  # answers that are no integers
     ],

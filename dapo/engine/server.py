@@ -40,13 +40,13 @@ class Server:
             with urllib.request.urlopen(request, timeout=timeout) as answer:
                 text = answer.read()
         except urllib.error.HTTPError as error:
-            raise EngineError(f"{self.url}{path} answered {error.code}: {_one_line(error.read())}") from None
+            raise EngineError(f"{self.url}{path} answered {error.code}: {one_line(error.read())}") from None
         except (OSError, http.client.HTTPException) as error:
             raise EngineError(f"{self.url}{path}: {error or type(error).__name__}") from None
         try:
             value = json.loads(text) if text.strip().startswith((b"{", b"[")) else {}  # some calls answer in words, or with nothing
         except ValueError:
-            raise EngineError(f"{self.url}{path} answered what is not JSON: {_one_line(text)}") from None
+            raise EngineError(f"{self.url}{path} answered what is not JSON: {one_line(text)}") from None
         if isinstance(value, dict) and value.get("success") is False:
             raise EngineError(f"{self.url}{path} refused: {value.get('message', value)}")
         return value if isinstance(value, dict) else {"items": value}
@@ -58,5 +58,5 @@ def on_all(servers: Sequence[Server], call: Callable[[Server], T]) -> list[T]:
         return [future.result() for future in [pool.submit(call, server) for server in servers]]
 
 
-def _one_line(text: bytes) -> str:
+def one_line(text: bytes) -> str:
     return " ".join(text[:500].decode("utf-8", "replace").split())

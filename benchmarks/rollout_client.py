@@ -1,0 +1,193 @@
+"""How many tokens one trainer process takes in per second of its CPU time, through the engine of SGLang servers.
+
+Servers are processes of their own that send answers made beforehand. 1,000 requests are outstanding at a time, responses have 4,096 tokens.
+
+python benchmarks/rollout_client.py [responses]
+"""
+
+from __future__ import annotations
+
+import asyncio
+import cProfile
+import multiprocessing
+import os
+import pstats
+import random
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import ClassVar
+
+import numpy as np
+import orjson
+from record import heading, save, spread, table
+
+from dapo.engine import generate
+from dapo.engine.server import Server
+from dapo.engine.sglang import SGLangEngine
+from dapo.types import Request, Sampling
+
+TOKENS, CONCURRENT, SERVERS, RUNS = 4096, 1000, 2, 5
+VOCABULARY, STOP = 151_936, 151_643
+
+
+def make_answer(seed: int) -> bytes:
+    """As SGLang 0.5.23 answers: float32 log-probs written as doubles, ids of a vocabulary of 152 k, the text of the response."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, STOP, TOKENS).tolist()
+    logprobs = (-rng.exponential(0.5, TOKENS)).astype(np.float32).tolist()
+    meta = {
+        "id": f"{seed:032x}",
+        "finish_reason": {"type": "length", "length": TOKENS},
+        "prompt_tokens": 200,
+        "weight_version": "1",
+        "num_retractions": 0,
+        "input_token_logprobs": [],
+        "output_token_logprobs": [[logprob, id, None] for logprob, id in zip(logprobs, ids, strict=True)],
+        "completion_tokens": TOKENS,
+        "cached_tokens": 0,
+        "weight_versions": [{"version": "1", "start": 0, "end": TOKENS}],
+        "e2e_latency": 60.5,
+    }
+    return orjson.dumps({"text": "word " * TOKENS, "output_ids": ids, "meta_info": meta})
+
+
+class Answering(asyncio.Protocol):
+    """HTTP of a server that answers every POST with one of `answers`, half a second to one and a half later."""
+
+    answers: ClassVar[list[bytes]] = []
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport, self.received = transport, b""
+
+    def data_received(self, data: bytes) -> None:
+        self.received += data
+        head, separator, rest = self.received.partition(b"\r\n\r\n")
+        if separator and len(rest) >= _content_length(head):
+            self.received = b""
+            asyncio.get_running_loop().call_later(random.uniform(0.5, 1.5), self._answer)
+
+    def _answer(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.write(random.choice(self.answers))  # type: ignore[attr-defined]
+
+
+def _content_length(head: bytes) -> int:
+    for line in head.lower().split(b"\r\n"):
+        if line.startswith(b"content-length:"):
+            return int(line.split(b":")[1])
+    return 0
+
+
+def serve(pipe: Connection) -> None:
+    """A process: sends its port, ends when the pipe is closed."""
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    Answering.answers = [head % len(body) + body for body in map(make_answer, range(16))]
+
+    async def run() -> None:
+        server = await asyncio.get_running_loop().create_server(Answering, "127.0.0.1", 0, backlog=2048)
+        pipe.send(server.sockets[0].getsockname()[1])
+        await asyncio.get_running_loop().run_in_executor(None, _until_closed, pipe)
+        server.close()
+
+    asyncio.run(run())
+    os._exit(0)
+
+
+def _until_closed(pipe: Connection) -> None:
+    try:
+        pipe.recv()
+    except EOFError:
+        return
+
+
+class Bare:
+    """Servers that need no care, and no weights."""
+
+    def __init__(self, ports: list[int]):
+        self.generate_urls = [f"http://127.0.0.1:{port}" for port in ports]
+        self.workers = [Server(url) for url in self.generate_urls]
+
+    def refresh(self) -> None: ...
+
+    def prepare(self, version: int) -> None: ...
+
+    def load(self, weights: object, version: int) -> None: ...
+
+    def serve(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def through_engine(ports: list[int], num_responses: int) -> tuple[float, float]:
+    """CPU and wall seconds from `submit` to the last sample."""
+    servers = Bare(ports)
+    engine = SGLangEngine(servers, servers, CONCURRENT // len(ports), stall_seconds=300.0)
+    engine.load_weights([], 1)
+    prompt, sampling = np.arange(200, dtype=np.int32), Sampling(1.0, TOKENS, (STOP,))
+    wanted = [Request(i // 16, i % 16, prompt, i, sampling) for i in range(num_responses)]
+    cpu, wall = time.process_time(), time.perf_counter()
+    engine.submit(wanted)
+    num_tokens = sum(sample.length for sample in engine.completed())
+    taken = time.process_time() - cpu, time.perf_counter() - wall
+    assert num_tokens == num_responses * TOKENS
+    engine.close()
+    return taken
+
+
+def parsing_alone(num_responses: int, make: Callable[[bytes], object]) -> float:
+    """CPU seconds of `make` on as many answers, without HTTP."""
+    answers = [make_answer(seed) for seed in range(16)]
+    start = time.process_time()
+    for i in range(num_responses):
+        make(answers[i % 16])
+    return time.process_time() - start
+
+
+def orjson_and_numpy(answer: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """The least that any client must do."""
+    entries = orjson.loads(answer)["meta_info"]["output_token_logprobs"]
+    return np.array([e[0] for e in entries], np.float32), np.array([e[1] for e in entries], np.int32)
+
+
+def main(num_responses: int, profiled: bool) -> None:
+    context = multiprocessing.get_context("spawn")
+    pipes, ports = [], []
+    for _ in range(SERVERS):
+        ours, theirs = context.Pipe()
+        context.Process(target=serve, args=(theirs,), daemon=True).start()
+        pipes.append(ours)
+        ports.append(ours.recv())
+    if profiled:
+        profile_loop(ports, num_responses)
+        return
+    request = Request(0, 0, np.arange(200, dtype=np.int32), 0, Sampling(1.0, TOKENS, (STOP,)))
+    through_engine(ports, CONCURRENT)  # warm
+    tokens = num_responses * TOKENS
+    runs = [through_engine(ports, num_responses) for _ in range(RUNS)]
+    reading = [tokens / parsing_alone(num_responses, lambda answer: generate.read(answer, request)) / 1e6 for _ in range(RUNS)]
+    least = [tokens / parsing_alone(num_responses, orjson_and_numpy) / 1e6 for _ in range(RUNS)]
+    rows = [
+        ["the engine: HTTP, checks, samples", spread([tokens / cpu / 1e6 for cpu, _ in runs], 2), spread([wall for _, wall in runs], 1)],
+        ["of it `generate.read`, without HTTP", spread(reading, 2), ""],
+        ["orjson and numpy alone, nothing checked", spread(least, 2), ""],
+    ]
+    text = heading("Taking in responses from SGLang servers")
+    text += f"\n{num_responses} responses of {TOKENS} tokens with log-probs ({len(make_answer(0)) / 1024:.0f} KiB each), {CONCURRENT} "
+    text += f"requests outstanding, {SERVERS} server processes on the same machine; CPU time of the trainer's process, all its threads; "
+    text += f"median (range) of {RUNS}. The servers take 0.5 to 1.5 s for an answer.\n\n"
+    save("rollout_client.md", text + table(["", "million tokens per CPU second", "wall seconds"], rows))
+
+
+def profile_loop(ports: list[int], num_responses: int) -> None:
+    """Where the loop's thread spends its time."""
+    profile, run = cProfile.Profile(), SGLangEngine._run
+    SGLangEngine._run = lambda self: profile.runcall(run, self)  # type: ignore[method-assign]
+    print(through_engine(ports, num_responses))
+    pstats.Stats(profile).sort_stats("tottime").print_stats(25)
+
+
+if __name__ == "__main__":
+    arguments = [argument for argument in sys.argv[1:] if argument != "--profile"]
+    main(int(arguments[0]) if arguments else 2000, "--profile" in sys.argv)

@@ -1,0 +1,152 @@
+"""SGLang's generation call: a Request as its body, the answer as a Sample. Written for SGLang 0.5.23. Pure: tested without a server.
+
+n = response tokens.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import orjson
+
+from dapo.types import EngineError, FinishReason, Request, Sample
+
+UNKNOWN_VERSION = -1  # of weights that no sync has named: SGLang calls them "default"
+
+
+class BadAnswer(Exception):
+    """What came back is no response to what was asked. Generation changes nothing at the server: ask again, rather another one."""
+
+
+def body(request: Request, rid: str) -> bytes:
+    """What POST /generate is sent. Every sampling setting is named, so that no server's defaults have a say.
+
+    `ignore_eos` stays off, for it would also switch off `stop_token_ids`. The seed counts where the server runs with
+    --enable-deterministic-inference; others ignore it.
+    """
+    sampling = request.sampling
+    return orjson.dumps(
+        {
+            "rid": rid,
+            "input_ids": request.tokens,
+            "sampling_params": {
+                "max_new_tokens": sampling.max_tokens,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": -1,
+                "min_p": 0.0,
+                "frequency_penalty": 0.0,
+                "presence_penalty": 0.0,
+                "repetition_penalty": 1.0,
+                "min_new_tokens": 0,
+                "n": 1,
+                "stop_token_ids": sampling.stop_ids,
+                "ignore_eos": False,
+                "no_stop_trim": True,
+                "skip_special_tokens": False,
+                "sampling_seed": request.seed,
+            },
+            "return_logprob": True,
+            "logprob_start_len": -1,  # of the response alone
+            "stream": False,
+        },
+        option=orjson.OPT_SERIALIZE_NUMPY,
+    )
+
+
+def read(answer: bytes, request: Request) -> Sample:
+    """The sample in the body of a 200.
+
+    Raises:
+        BadAnswer: not JSON, not one response, tokens and log-probs that do not match or are not finite, aborted by the server.
+        EngineError: a response that this server will always end before its time: another EOS, or less room than max_tokens.
+    """
+    try:
+        with _collector_paused():
+            parsed = orjson.loads(answer)
+            if not isinstance(parsed, dict):
+                raise BadAnswer(f"{len(parsed)} samples where one was asked for" if isinstance(parsed, list) else "JSON, but no object")
+            meta = parsed["meta_info"]
+            reason = meta["finish_reason"]["type"]
+            if reason == "abort":
+                raise BadAnswer(f"aborted by the server: {meta['finish_reason'].get('message', 'no reason given')}")
+            entries = meta.pop("output_token_logprobs")  # [(log-prob, id, None)], of log_softmax(logits / temperature), before top_p
+            logprobs = np.array([entry[0] for entry in entries], np.float32)
+            tokens = np.array([entry[1] for entry in entries], np.int32)
+            del entries
+        output_ids = np.array(parsed["output_ids"], np.int32)
+        versions = _versions(meta, len(tokens))
+        matched = meta["finish_reason"].get("matched")
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError, AttributeError) as error:
+        raise BadAnswer(f"no answer of SGLang: {type(error).__name__}: {error}") from None
+    if not 0 < len(output_ids) <= request.sampling.max_tokens:
+        raise BadAnswer(f"{len(output_ids)} tokens, expected 1 to {request.sampling.max_tokens}")
+    if len(tokens) != len(output_ids):
+        raise BadAnswer(f"{len(tokens)} log-probs for {len(output_ids)} tokens")
+    if (tokens != output_ids).any() or tokens.min() < 0:
+        raise BadAnswer("log-probs of other tokens than output_ids")
+    if isinstance(matched, str):  # we ask for no stop strings; a server whose logits are NaN says so here, and writes EOS
+        raise BadAnswer(f"stopped by {matched!r}")
+    if not np.isfinite(logprobs).all():
+        raise BadAnswer("log-probs that are not finite: unless other servers do better the policy is damaged, resume from an earlier step")
+    length, finish_reason = _end(tokens, reason, request)
+    return Sample(
+        group=request.group,
+        index=request.index,
+        tokens=tokens[:length],
+        behavior_logprobs=logprobs[:length],
+        loss_mask=np.ones(length, bool),
+        versions=tuple((version, start, min(end, length)) for version, start, end in versions if start < length),
+        finish_reason=finish_reason,
+    )
+
+
+def _end(tokens: np.ndarray, reason: Any, request: Request) -> tuple[int, FinishReason]:
+    """Length and finish reason: up to the first of our stop ids, inclusive, whatever the server holds for an end."""
+    if reason not in ("stop", "length"):
+        raise BadAnswer(f"an unknown finish reason {reason!r}")
+    sampling = request.sampling
+    stops = np.flatnonzero(np.any([tokens == stop for stop in sampling.stop_ids], axis=0))
+    if len(stops):
+        return int(stops[0]) + 1, "stop"
+    if len(tokens) == sampling.max_tokens:
+        return len(tokens), "length"
+    if reason == "length":
+        raise EngineError(
+            f"response {request.id} was cut off after {len(tokens)} of {sampling.max_tokens} tokens: the server has no room for more; "
+            "raise its context-length or max-total-tokens, or lower rollout.max_response_length"
+        )
+    raise EngineError(
+        f"response {request.id} ended at token id {tokens[-1]}, which is not among the policy's stop ids {sampling.stop_ids}: "
+        "name it as eos_token_id in the model's generation_config.json"
+    )
+
+
+def _versions(meta: dict[str, Any], length: int) -> tuple[tuple[int, int, int], ...]:
+    """(weight version, start, end) by token range, without gaps. Servers before `weight_versions` know the last one only."""
+    spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0, "end": length}]
+    versions = tuple((version_of(span["version"]), int(span["start"]), int(span["end"])) for span in spans)
+    if [start for _, start, _ in versions] + [length] != [0] + [end for _, _, end in versions]:
+        raise ValueError(f"weight versions {spans} of {length} tokens")
+    return versions
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """An answer is a list a token for a moment: n / 700 collections for nothing, which take as long as the parsing."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def version_of(name: str) -> int:
+    """`version_of("12")` → 12; `version_of("default")` → UNKNOWN_VERSION."""
+    return int(name) if name.isdecimal() else UNKNOWN_VERSION
