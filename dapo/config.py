@@ -131,11 +131,6 @@ class Engine(Section):
         """Groups are asked for ahead and scored as they come in; in-process generation gains more from whole rounds, at once."""
         return self.kind == "sglang"
 
-    @property
-    def slots(self) -> int:
-        """Samples that all servers generate together."""
-        return self.max_concurrent * (len(self.urls) or self.servers)
-
 
 class Eval(Section):
     data: Path | dict[str, Path] | None = None  # same formats as data.train; {name: file} for several sets; null: no evaluation

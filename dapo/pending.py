@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dapo.reward.pool import Reward
 from dapo.types import Engine, Group, Request, Sample, Sampling
 
+DEVIATIONS = 1.0  # standard deviations of margin: fewer cost steps that wait for one more group, more cost tokens
 BRIEF = 0.05  # seconds: a scoring call that takes less is made for every group that is complete
 
 
@@ -123,14 +124,14 @@ class Pending:
             yield group
 
 
-def enough(mixed: int, share: float, deviations: float = 2.0) -> int:
-    """How many groups to ask for, if a `share` of them is mixed, to have `mixed` such ones but for bad luck of so many standard deviations.
+def enough(mixed: int, share: float) -> int:
+    """How many groups to ask for, if a `share` of them is mixed, to have `mixed` such ones even with bad luck of DEVIATIONS.
 
-    The smallest n with n·s − z·√(n·s·(1 − s)) ≥ mixed: `enough(100, 1.0)` → 100, `enough(100, 0.5)` → 231.
+    The smallest n with n·s − z·√(n·s·(1 − s)) ≥ mixed: `enough(100, 1.0)` → 100, `enough(100, 0.5)` → 215.
     """
     if mixed <= 0:
         return 0
-    spread = deviations * math.sqrt(share * (1 - share))
+    spread = DEVIATIONS * math.sqrt(share * (1 - share))
     return math.ceil(((spread + math.sqrt(spread**2 + 4 * share * mixed)) / (2 * share)) ** 2 - 1e-9)
 
 

@@ -159,21 +159,16 @@ class Rollouts:
         return group if is_usable else Group(group.id, group.prompt)
 
     def _num_wanted(self, buffer: Buffer, pending: Pending) -> int:
-        """How many more groups to ask for: a round when there is none; streaming, what the buffer probably lacks, before it is missed.
-
-        With max_staleness nothing finished is lost, so that idle slots are filled too, as far as what is left over will be young enough.
-        """
-        options, engine = self.options.rollout, self.options.engine
+        """How many more groups to ask for: a round when there is none; streaming, what the buffer probably lacks, before it is missed."""
+        options = self.options.rollout
         if not options.dynamic_sampling:
-            return max(0, options.prompts_per_step - pending.num_asked)
-        count = 0 if pending.groups else options.prompts_per_round
-        if engine.is_streaming:
-            lacking, share = buffer.capacity - len(buffer.kept) - pending.num_mixed, self._mixed_share(buffer)
-            count = enough(lacking, share) - pending.num_unknown
-            idle = (engine.slots - pending.num_outstanding) // options.group_size
-            later = enough(lacking + buffer.capacity * options.max_staleness, share) - pending.num_unknown
-            count = max(count, min(idle, later) if options.max_staleness else 0)
-        return max(0, min(count, options.prompts_per_round * options.max_rounds - pending.num_asked))
+            return options.prompts_per_step - pending.num_asked
+        if self.options.engine.is_streaming:
+            lacking = buffer.capacity - len(buffer.kept) - pending.num_mixed
+            count = max(0, enough(lacking, self._mixed_share(buffer)) - pending.num_unknown)
+        else:
+            count = 0 if pending.groups else options.prompts_per_round
+        return min(count, options.prompts_per_round * options.max_rounds - pending.num_asked)
 
     def _staleness(self, buffer: Buffer, step: int) -> dict[str, float]:
         if not self.options.rollout.max_staleness:
