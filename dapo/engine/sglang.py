@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import queue
 import random
 import socket
@@ -54,6 +55,9 @@ class Servers(Protocol):
     def serve(self) -> None:
         """After it: every worker has the weights, and may be asked."""
 
+    def check(self) -> None:
+        """Raises EngineError if nobody is left who could answer."""
+
     def close(self) -> None: ...
 
 
@@ -77,7 +81,7 @@ class Job:
     version: int  # of the weights when it was submitted: no older policy may answer
     attempts: int = 0
     endpoint: Endpoint | None = None  # where it was asked last
-    rid: str = ""  # the server's name for that attempt
+    rid: str = ""  # by which name
     task: asyncio.Task[None] | None = None  # the asking, while it lasts
     asked_at: float = 0.0
 
@@ -87,6 +91,7 @@ class Endpoint:
     """A URL that generates: a worker, or the router before several."""
 
     url: str
+    is_router: bool
     asked: dict[str, Job] = field(default_factory=dict)  # not answered yet, by the id of the attempt
     is_usable: bool = True
     usable_since: float = 0.0
@@ -121,6 +126,7 @@ class SGLangEngine:
         self.ready: deque[Job] = deque()  # to be asked
         self.progressed_at = time.monotonic()
         self.loads: dict[str, Any] = {}  # each worker's own account of what it holds, when last asked
+        self.numbers = itertools.count()
         self.tasks: set[asyncio.Task[None]] = set()
         self.aborts: set[asyncio.Task[None]] = set()  # of the tasks those that tell a server
         self.loop = asyncio.new_event_loop()
@@ -145,6 +151,7 @@ class SGLangEngine:
             try:
                 outcome = self.outcomes.get(timeout=0.5)
             except queue.Empty:
+                self.servers.check()
                 continue
             if outcome and self.jobs.get(outcome[0].request.id) is outcome[0]:  # else aborted since
                 del self.jobs[outcome[0].request.id]
@@ -170,10 +177,9 @@ class SGLangEngine:
         try:
             if self.prepared != version:
                 self.prepare(version)
-            self.prepared = None
+            self.prepared, self.version = None, version  # before the first answer of the new weights
             self.sync.load(weights, version)
             self.servers.serve()
-            self.version = version
             asyncio.run_coroutine_threadsafe(self._meet(), self.loop).result()
         finally:
             self.is_loading = False
@@ -196,12 +202,12 @@ class SGLangEngine:
         if self.is_closed:
             return
         self.is_closed = True
+        self.jobs.clear()
+        self.outcomes.put(None)
         try:
             asyncio.run_coroutine_threadsafe(self._shut_down(), self.loop).result()
             self.loop.call_soon_threadsafe(self.loop.stop)
             self.thread.join()
-            self.jobs.clear()
-            self.outcomes.put(None)
         finally:
             try:
                 self.sync.close()
@@ -227,9 +233,9 @@ class SGLangEngine:
     async def _meet(self) -> None:
         """Take up those that have joined the servers, let go of those that have left."""
         known = {endpoint.url: endpoint for endpoint in self.endpoints}
-        urls = [url.rstrip("/") for url in self.servers.generate_urls]
-        self.endpoints = [known.get(url) or Endpoint(url) for url in urls]
-        self.max_asked = max(1, self.max_concurrent * len(self.servers.workers) // len(urls))  # at each endpoint
+        urls, workers = [url.rstrip("/") for url in self.servers.generate_urls], [worker.url for worker in self.servers.workers]
+        self.endpoints = [known.get(url) or Endpoint(url, is_router=url not in workers) for url in urls]
+        self.max_asked = max(1, self.max_concurrent * len(workers) // len(urls))  # at each endpoint
         self._send()
 
     async def _settle(self) -> None:
@@ -267,8 +273,8 @@ class SGLangEngine:
             if not endpoint.asked:
                 endpoint.progressed_at = now
             job.endpoint, job.asked_at, job.attempts = endpoint, now, job.attempts + 1
-            # a server aborts every id that begins with the one it is told, so ours end with a mark: 5.1 must not take 5.10 along
-            job.rid = f"{self.name}-{job.request.id}-{job.attempts};"
+            # never used twice; and since a server aborts every id that begins with the one it is told, each ends with a mark
+            job.rid = f"{self.name}-{job.request.id}-{next(self.numbers)};"
             endpoint.asked[job.rid] = job
             job.task = self._spawn(self._ask(job, endpoint, job.rid))
             job.task.add_done_callback(partial(self._end_asking, endpoint, job.rid))  # also when it is cancelled before it has begun
@@ -343,7 +349,7 @@ class SGLangEngine:
         """It answers; a worker also says that it has the weights of the last sync."""
         if await self._get(endpoint.url + "/health") is None:
             return False
-        if self._workers_at(endpoint) != [endpoint.url] or self.version == UNKNOWN_VERSION or self.is_loading:
+        if endpoint.is_router or self.version == UNKNOWN_VERSION or self.is_loading:
             return True
         version = (await self._get(endpoint.url + "/model_info") or {}).get("weight_version")
         if version == str(self.version):
@@ -418,8 +424,7 @@ class SGLangEngine:
 
     def _workers_at(self, endpoint: Endpoint) -> list[str]:
         """Whom to call for what a router does not forward: the endpoint itself, or every worker behind it."""
-        urls = [worker.url for worker in self.servers.workers]
-        return [endpoint.url] if endpoint.url in urls else urls
+        return [worker.url for worker in self.servers.workers] if endpoint.is_router else [endpoint.url]
 
     def _is_wanted(self, job: Job) -> bool:
         return self.jobs.get(job.request.id) is job

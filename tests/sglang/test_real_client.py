@@ -29,6 +29,8 @@ class Alone:
     def __init__(self, server: Server):
         self.workers, self.generate_urls = [server], [server.url]
 
+    def check(self) -> None: ...
+
     def close(self) -> None: ...
 
 
