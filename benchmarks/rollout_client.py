@@ -26,8 +26,9 @@ import orjson
 from record import heading, save, spread, table
 
 from dapo.engine import generate
+from dapo.engine.dispatch import Dispatch, Endpoint
 from dapo.engine.server import Server
-from dapo.engine.sglang import Endpoint, SGLangEngine
+from dapo.engine.sglang import SGLangEngine
 from dapo.types import Request, Sampling
 
 TOKENS, CONCURRENT, SERVERS, RUNS = 4096, 1000, 2, 5
@@ -155,8 +156,8 @@ def orjson_and_numpy(answer: bytes) -> tuple[np.ndarray, np.ndarray]:
     return np.array([e[0] for e in entries], np.float32), np.array([e[1] for e in entries], np.int32)
 
 
-async def post_in_chunks(self: SGLangEngine, endpoint: Endpoint, request: Request, rid: str) -> bytes:
-    """In place of SGLangEngine._post: the body piece by piece, as it arrives."""
+async def post_in_chunks(self: Dispatch, endpoint: Endpoint, request: Request, rid: str) -> bytes:
+    """In place of Dispatch._post: the body piece by piece, as it arrives."""
     async with self.session.post(endpoint.url + "/generate", data=generate.body(request, rid)) as response:
         return b"".join([chunk async for chunk in response.content.iter_any()])
 
@@ -178,7 +179,7 @@ def main(num_responses: int, profiled: bool) -> None:
         engine.append(through_engine(ports, num_responses))
         with patch.object(generate, "_collector_paused", nullcontext):
             unpaused.append(through_engine(ports, num_responses))
-        with patch.object(SGLangEngine, "_post", post_in_chunks):
+        with patch.object(Dispatch, "_post", post_in_chunks):
             chunks.append(through_engine(ports, num_responses))
         reading.append(parsing_alone(num_responses, lambda answer: generate.read(answer, request)))
         least.append(parsing_alone(num_responses, orjson_and_numpy))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dapo.engine import sglang
+from dapo.engine import dispatch, generate
 from dapo.engine.server import Server
 from dapo.engine.sglang import SGLangEngine
 from dapo.types import EngineError, Interrupted, Request, Sample, Sampling
@@ -25,8 +25,8 @@ LIMIT = 30.0  # seconds for anything here; nothing takes so long, but nothing ma
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sglang, "FIRST_PAUSE", 0.02)
-    monkeypatch.setattr(sglang, "LONGEST_PAUSE", 0.2)
+    monkeypatch.setattr(dispatch, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(dispatch, "LONGEST_PAUSE", 0.2)
 
 
 class Fakes:
@@ -172,10 +172,10 @@ def test_a_fault_without_end_is_one_error_that_names_request_server_and_fault(fa
     server = FakeServer(afterwards=fault)
     with engine_of(server) as engine:
         engine.submit(requests(3))
-        with pytest.raises(EngineError, match=rf"request [01]\.[01] failed {sglang.MAX_ATTEMPTS} times.* at {server.url}: .+") as error:
+        with pytest.raises(EngineError, match=rf"request [01]\.[01] failed {dispatch.MAX_ATTEMPTS} times.* at {server.url}: .+") as error:
             collect(engine)
     assert "\n" not in str(error.value)
-    assert len(server.bodies) <= 3 * sglang.MAX_ATTEMPTS
+    assert len(server.bodies) <= 3 * dispatch.MAX_ATTEMPTS
 
 
 @pytest.mark.parametrize("code", [400, 401, 404, 422])
@@ -338,7 +338,7 @@ def test_a_response_over_a_weight_update_tells_who_wrote_which_tokens() -> None:
     with engine_of(server) as engine:
         engine.load_weights([], 3)
         engine.submit([request])
-        engine.version = 4  # as a sync underway leaves it
+        engine.dispatch.version = 4  # as a sync underway leaves it
         [sample] = collect(engine)
     assert sample.versions == ((3, 0, 4), (4, 4, n))
 
@@ -416,7 +416,7 @@ def test_what_is_aborted_before_it_was_sent_leaves_its_place_to_others() -> None
 
 def test_no_id_at_a_server_is_the_beginning_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang aborts every request whose id begins with the one that it is told."""
-    monkeypatch.setattr(sglang, "MAX_ATTEMPTS", 30)
+    monkeypatch.setattr(dispatch, "MAX_ATTEMPTS", 30)
     server = FakeServer([fake.status(500)] * 12)
     sampling = Sampling(1.0, 8, (fake.STOP,))
     with engine_of(server, max_concurrent=1) as engine:
@@ -490,7 +490,7 @@ def test_an_error_of_our_own_in_the_loop_reaches_the_caller(monkeypatch: pytest.
     def broken(answer: bytes, request: Request) -> Sample:
         raise ZeroDivisionError("a fault of the client")
 
-    monkeypatch.setattr(sglang.generate, "read", broken)
+    monkeypatch.setattr(generate, "read", broken)
     server = FakeServer()
     with engine_of(server) as engine:
         engine.submit(requests(2))
