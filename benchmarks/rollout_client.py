@@ -16,14 +16,17 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from typing import ClassVar
+from unittest.mock import patch
 
 import numpy as np
 import orjson
 from record import heading, save, spread, table
 
 from dapo.engine import generate
+from dapo.engine.dispatch import Dispatch, Endpoint
 from dapo.engine.server import Server
 from dapo.engine.sglang import SGLangEngine
 from dapo.types import Request, Sampling
@@ -117,11 +120,13 @@ class Bare:
 
     def serve(self) -> None: ...
 
+    def check(self) -> None: ...
+
     def close(self) -> None: ...
 
 
 def through_engine(ports: list[int], num_responses: int) -> tuple[float, float]:
-    """CPU and wall seconds from `submit` to the last sample."""
+    """CPU and wall seconds of the engine, from `submit` to the last sample."""
     servers = Bare(ports)
     engine = SGLangEngine(servers, servers, CONCURRENT // len(ports), stall_seconds=300.0)
     engine.load_weights([], 1)
@@ -136,19 +141,25 @@ def through_engine(ports: list[int], num_responses: int) -> tuple[float, float]:
     return taken
 
 
-def parsing_alone(num_responses: int, make: Callable[[bytes], object]) -> float:
-    """CPU seconds of `make` on as many answers, without HTTP."""
+def parsing_alone(num_responses: int, make: Callable[[bytes], object]) -> tuple[float, float]:
+    """CPU and wall seconds of `make` on as many answers, without HTTP."""
     answers = [make_answer(seed) for seed in range(16)]
-    start = time.process_time()
+    cpu, wall = time.process_time(), time.perf_counter()
     for i in range(num_responses):
         make(answers[i % 16])
-    return time.process_time() - start
+    return time.process_time() - cpu, time.perf_counter() - wall
 
 
 def orjson_and_numpy(answer: bytes) -> tuple[np.ndarray, np.ndarray]:
     """The least that any client must do."""
     entries = orjson.loads(answer)["meta_info"]["output_token_logprobs"]
     return np.array([e[0] for e in entries], np.float32), np.array([e[1] for e in entries], np.int32)
+
+
+async def post_in_chunks(self: Dispatch, endpoint: Endpoint, request: Request, rid: str) -> bytes:
+    """In place of Dispatch._post: the body piece by piece, as it arrives."""
+    async with self.session.post(endpoint.url + "/generate", data=generate.body(request, rid)) as response:
+        return b"".join([chunk async for chunk in response.content.iter_any()])
 
 
 def main(num_responses: int, profiled: bool) -> None:
@@ -160,24 +171,35 @@ def main(num_responses: int, profiled: bool) -> None:
         pipes.append(ours)
         ports.append(ours.recv())
     if profiled:
-        profile_loop(ports, num_responses)
-        return
-    request = Request(0, 0, np.arange(200, dtype=np.int32), 0, Sampling(1.0, TOKENS, (STOP,)))
+        return profile_loop(ports, num_responses)
     through_engine(ports, CONCURRENT)  # warm
-    tokens = num_responses * TOKENS
-    runs = [through_engine(ports, num_responses) for _ in range(RUNS)]
-    reading = [tokens / parsing_alone(num_responses, lambda answer: generate.read(answer, request)) / 1e6 for _ in range(RUNS)]
-    least = [tokens / parsing_alone(num_responses, orjson_and_numpy) / 1e6 for _ in range(RUNS)]
+    engine, unpaused, chunks, reading, least = [], [], [], [], []
+    request = Request(0, 0, np.arange(200, dtype=np.int32), 0, Sampling(1.0, TOKENS, (STOP,)))
+    for _ in range(RUNS):
+        engine.append(through_engine(ports, num_responses))
+        with patch.object(generate, "_collector_paused", nullcontext):
+            unpaused.append(through_engine(ports, num_responses))
+        with patch.object(Dispatch, "_post", post_in_chunks):
+            chunks.append(through_engine(ports, num_responses))
+        reading.append(parsing_alone(num_responses, lambda answer: generate.read(answer, request)))
+        least.append(parsing_alone(num_responses, orjson_and_numpy))
     rows = [
-        ["the engine: HTTP, checks, samples", spread([tokens / cpu / 1e6 for cpu, _ in runs], 2), spread([wall for _, wall in runs], 1)],
-        ["of it `generate.read`, without HTTP", spread(reading, 2), ""],
-        ["orjson and numpy alone, nothing checked", spread(least, 2), ""],
+        ["the engine: HTTP, checks, samples", engine],
+        ["the same, Python's garbage collector not paused while an answer is parsed", unpaused],
+        ["the same, bodies taken piece by piece (`iter_any`), not at once (`read`)", chunks],
+        ["`generate.read` alone, without HTTP", reading],
+        ["orjson and numpy alone, nothing checked, collector not paused", least],
     ]
     text = heading("Taking in responses from SGLang servers")
     text += f"\n{num_responses} responses of {TOKENS} tokens with log-probs ({len(make_answer(0)) / 1024:.0f} KiB each), {CONCURRENT} "
-    text += f"requests outstanding, {SERVERS} server processes on the same machine; CPU time of the trainer's process, all its threads; "
-    text += f"median (range) of {RUNS}. The servers take 0.5 to 1.5 s for an answer.\n\n"
-    save("rollout_client.md", text + table(["", "million tokens per CPU second", "wall seconds"], rows))
+    text += f"requests outstanding, {SERVERS} server processes on the same machine, which take 0.5 to 1.5 s for an answer. CPU time of the "
+    text += f"trainer's process, all its threads; median (range) of {RUNS}, in turns.\n\n"
+    millions = num_responses * TOKENS / 1e6
+    columns = ["", "million tokens per CPU second", "wall seconds"]
+    text += table(
+        columns, [[name, spread([millions / cpu for cpu, _ in runs], 2), spread([wall for _, wall in runs], 1)] for name, runs in rows]
+    )
+    save("rollout_client.md", text)
 
 
 def profile_loop(ports: list[int], num_responses: int) -> None:

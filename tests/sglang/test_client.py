@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dapo.engine import sglang
+from dapo.engine import dispatch, generate
 from dapo.engine.server import Server
 from dapo.engine.sglang import SGLangEngine
 from dapo.types import EngineError, Interrupted, Request, Sample, Sampling
@@ -25,8 +25,8 @@ LIMIT = 30.0  # seconds for anything here; nothing takes so long, but nothing ma
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sglang, "FIRST_PAUSE", 0.02)
-    monkeypatch.setattr(sglang, "LONGEST_PAUSE", 0.2)
+    monkeypatch.setattr(dispatch, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(dispatch, "LONGEST_PAUSE", 0.2)
 
 
 class Fakes:
@@ -55,6 +55,10 @@ class Fakes:
 
     def serve(self) -> None:
         self.calls.append("serve")
+
+    def check(self) -> None:
+        if not self.workers:
+            raise EngineError("no server is left")
 
     def close(self) -> None:
         self.calls.append("close")
@@ -168,10 +172,10 @@ def test_a_fault_without_end_is_one_error_that_names_request_server_and_fault(fa
     server = FakeServer(afterwards=fault)
     with engine_of(server) as engine:
         engine.submit(requests(3))
-        with pytest.raises(EngineError, match=rf"request [01]\.[01] failed {sglang.MAX_ATTEMPTS} times.* at {server.url}: .+") as error:
+        with pytest.raises(EngineError, match=rf"request [01]\.[01] failed {dispatch.MAX_ATTEMPTS} times.* at {server.url}: .+") as error:
             collect(engine)
     assert "\n" not in str(error.value)
-    assert len(server.bodies) <= 3 * sglang.MAX_ATTEMPTS
+    assert len(server.bodies) <= 3 * dispatch.MAX_ATTEMPTS
 
 
 @pytest.mark.parametrize("code", [400, 401, 404, 422])
@@ -279,6 +283,33 @@ def test_a_restarted_server_is_not_used_until_it_has_the_weights(capfd: pytest.C
     assert "missed the last weight sync" in capfd.readouterr().err
 
 
+def test_when_no_server_is_left_the_wait_ends() -> None:
+    server = FakeServer(afterwards=fake.nothing)
+    with engine_of(server) as engine:
+        engine.submit(requests(3))
+        wait_for(lambda: len(server.bodies) == 3)
+        engine.servers.workers = []
+        with pytest.raises(EngineError, match="no server is left"):
+            collect(engine)
+
+
+def test_an_answer_of_the_new_weights_may_come_before_the_sync_returns() -> None:
+    server = FakeServer(seconds=0.05)
+    with engine_of(server) as engine:
+        engine.load_weights([], 3)
+        wanted = requests(3)
+        engine.submit(wanted)
+
+        def serve() -> None:
+            time.sleep(0.3)  # the answers are in, of version 4
+
+        engine.servers.serve = serve
+        engine.load_weights([], 4)
+        samples = collect(engine)
+        assert_answered(samples, wanted)
+        assert len(server.bodies) == 3 and {sample.versions[0][0] for sample in samples} <= {3, 4}
+
+
 def test_a_server_that_joins_takes_part_after_the_next_sync() -> None:
     first, second = FakeServer(seconds=0.02), FakeServer(seconds=0.02)
     with engine_of(first) as engine:
@@ -307,7 +338,7 @@ def test_a_response_over_a_weight_update_tells_who_wrote_which_tokens() -> None:
     with engine_of(server) as engine:
         engine.load_weights([], 3)
         engine.submit([request])
-        engine.version = 4  # as a sync underway leaves it
+        engine.dispatch.version = 4  # as a sync underway leaves it
         [sample] = collect(engine)
     assert sample.versions == ((3, 0, 4), (4, 4, n))
 
@@ -350,23 +381,26 @@ def test_more_may_be_submitted_while_samples_are_taken() -> None:
 
 
 def test_nothing_comes_back_for_what_was_aborted_and_the_server_is_told() -> None:
-    server = FakeServer(afterwards=fake.nothing)
-    server.faults = [fake.well, fake.well]
+    server = FakeServer([fake.well, fake.well], afterwards=fake.nothing)
     with engine_of(server, max_concurrent=4) as engine:
-        engine.submit(requests(24))  # 0.0, 0.1, … 11.1; two are answered, four are asked, the rest waits
+        wanted = requests(24)
+        engine.submit(wanted)  # two are answered, four are asked, the rest waits
         taken = engine.completed()
-        first = next(taken)
+        samples = [next(taken)]
         wait_for(lambda: len(server.bodies) == 6)
         time.sleep(0.2)  # the second answer lies there untaken: it must not come either
-        engine.abort([request.id for request in requests(24)] + ["99.9"])
-        assert within_limit(lambda: list(taken)) == []
-        engine.load_weights([], 1)  # waits until the servers know
-        assert (first.group, first.index) in [(0, 0), (0, 1)]
-        assert sorted(server.aborted) == sorted(body["rid"] for body in server.bodies[2:])
-        assert len(server.bodies) == 6, "what waited was never sent"
         server.afterwards = fake.well
-        engine.submit(requests(6))
-        assert_answered(collect(engine), requests(6))
+        first = f"{samples[0].group}.{samples[0].index}"
+        gone = [request.id for request in wanted[:6] + wanted[20:] if request.id != first]
+        engine.abort([*gone, "99.9"])
+        within_limit(lambda: samples.extend(taken))
+        assert_answered(samples, [request for request in wanted if request.id not in gone])
+        engine.load_weights([], 1)  # waits until the servers know
+        assert sorted(server.aborted) == sorted(body["rid"] for body in server.bodies[2:6])
+        assert len(server.bodies) == 6 + 14, "what waited was never sent"
+        engine.submit(wanted[:6])  # the same ids may be asked for anew
+        assert_answered(collect(engine), wanted[:6])
+        assert len({body["rid"] for body in server.bodies}) == 26
 
 
 def test_what_is_aborted_before_it_was_sent_leaves_its_place_to_others() -> None:
@@ -380,16 +414,23 @@ def test_what_is_aborted_before_it_was_sent_leaves_its_place_to_others() -> None
         assert_answered(collect(engine), wanted)
 
 
-def test_no_id_at_a_server_is_the_beginning_of_another() -> None:
+def test_no_id_at_a_server_is_the_beginning_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang aborts every request whose id begins with the one that it is told."""
+    monkeypatch.setattr(dispatch, "MAX_ATTEMPTS", 30)
     server = FakeServer([fake.status(500)] * 12)
     sampling = Sampling(1.0, 8, (fake.STOP,))
+    with engine_of(server, max_concurrent=1) as engine:
+        engine.submit(requests(1))
+        collect(engine)
+    again = [body["rid"] for body in server.bodies]
+    assert len(again) == 13 and not [(a, b) for a in again for b in again if a != b and b.startswith(a)]
+    server = FakeServer()
     wanted = [Request(group, index, np.arange(3, dtype=np.int32), 1, sampling) for group in (1, 11) for index in (1, 10, 11, 110)]
     with engine_of(server) as engine:
         engine.submit(wanted)
         collect(engine)
     rids = [body["rid"] for body in server.bodies]
-    assert len(rids) == 20 and not [(a, b) for a in rids for b in rids if a != b and b.startswith(a)]
+    assert len(rids) == 8 and not [(a, b) for a in rids for b in rids if a != b and b.startswith(a)]
 
 
 def test_behind_a_router_every_worker_is_told_of_an_abort() -> None:
@@ -449,7 +490,7 @@ def test_an_error_of_our_own_in_the_loop_reaches_the_caller(monkeypatch: pytest.
     def broken(answer: bytes, request: Request) -> Sample:
         raise ZeroDivisionError("a fault of the client")
 
-    monkeypatch.setattr(sglang.generate, "read", broken)
+    monkeypatch.setattr(generate, "read", broken)
     server = FakeServer()
     with engine_of(server) as engine:
         engine.submit(requests(2))

@@ -29,6 +29,8 @@ class Alone:
     def __init__(self, server: Server):
         self.workers, self.generate_urls = [server], [server.url]
 
+    def check(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -145,7 +147,7 @@ def test_abort_ends_one_request_and_not_the_one_whose_id_begins_alike(engine, sh
         stops = np.flatnonzero(np.isin(sample.tokens, shape.stop_ids)).tolist()
         assert stops == ([sample.length - 1] if sample.finish_reason == "stop" else [])
         assert sample.finish_reason == "stop" or sample.length == sampling.max_tokens
-    assert len(engine.endpoints) == 1 and not engine.endpoints[0].fault, "none came back aborted and was asked again"
+    assert [endpoint.fault for endpoint in engine.dispatch.endpoints] == [""], "none came back aborted and was asked again"
 
 
 def test_an_aborted_response_comes_back_in_part_and_is_no_sample(shape, sglang_server, long_responses) -> None:
@@ -166,7 +168,7 @@ def test_an_aborted_response_comes_back_in_part_and_is_no_sample(shape, sglang_s
 
 def test_a_long_response_is_no_stall(engine, shape, long_responses, capfd: pytest.CaptureFixture[str]) -> None:
     """Nothing is completed for longer than stall_seconds, while the server generates."""
-    engine.stall_seconds = 0.4
+    engine.dispatch.stall_seconds = 0.4
     engine.submit(requests(8, shape, Sampling(1.0, shape.context // 2, shape.stop_ids)))
     assert len(list(engine.completed())) == 8
     assert "no progress" not in capfd.readouterr().err

@@ -1,0 +1,359 @@
+"""The engine's thread: which server is asked for which response, again where that is safe, and what is done about one that stands still.
+
+Generating changes nothing at a server, so whatever is lost is asked for again: after a connection that failed, a server that is not
+ready (429, 5xx), an answer that is no answer, an abort that nobody asked for. A refusal (another 4xx) would come again: it ends the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import random
+import socket
+import sys
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import aiohttp
+import orjson
+
+from dapo.engine import generate
+from dapo.engine.generate import UNKNOWN_VERSION, BadAnswer
+from dapo.engine.server import Server, one_line
+from dapo.types import EngineError, Request, Sample
+
+RETRIED = {408, 429, 500, 502, 503, 504}  # HTTP: not now; anything else but 200 is a refusal
+MAX_ATTEMPTS = 8  # for one response
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds for which a server that failed is left alone, doubled from failure to failure
+KEEP_ALIVE = 2.0  # seconds that an idle connection is kept: fewer than the server's 5, which would close it under a new request
+FAULTS = (aiohttp.ClientError, OSError, TimeoutError, BadAnswer)  # of a server, in one request
+
+
+class Servers(Protocol):
+    """Who generates. `workers` take control calls; `generate_urls` take requests: the workers' own, or their router's."""
+
+    @property
+    def workers(self) -> Sequence[Server]: ...
+
+    @property
+    def generate_urls(self) -> Sequence[str]: ...
+
+    def refresh(self) -> object:
+        """Before a sync: count those that were restarted among the workers."""
+
+    def serve(self) -> None:
+        """After it: every worker has the weights, and may be asked."""
+
+    def check(self) -> None:
+        """Raises EngineError if nobody is left who could answer."""
+
+    def close(self) -> None: ...
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """A request until its sample has left `completed`."""
+
+    request: Request
+    version: int  # of the weights when it was submitted: no older policy may answer
+    attempts: int = 0
+    endpoint: Endpoint | None = None  # where it was asked last
+    rid: str = ""  # by which name
+    task: asyncio.Task[None] | None = None  # the asking, while it lasts
+    asked_at: float = 0.0
+
+
+@dataclass(eq=False, slots=True)
+class Endpoint:
+    """A URL that generates: a worker, or the router before several."""
+
+    url: str
+    is_router: bool
+    asked: dict[str, Job] = field(default_factory=dict)  # not answered yet, by the id of the attempt
+    is_usable: bool = True
+    usable_since: float = 0.0
+    progressed_at: float = 0.0  # when it last answered, or was seen to generate
+    num_faults: int = 0  # since it last answered
+    fault: str = ""  # the last one
+
+
+class Dispatch:
+    """Asks the servers for what is added, until it is delivered, failed or abandoned. All in one event loop, unless stated.
+
+    A worker is asked for at most `max_concurrent` responses at a time. Where nothing has come for `stall_seconds` the missing responses
+    are asked for again, elsewhere if there is an elsewhere; after twice as long without any, anywhere, that is a failure.
+    """
+
+    def __init__(self, servers: Servers, max_concurrent: int, stall_seconds: float, is_wanted: Callable[[Job], bool],
+                 deliver: Callable[[Job, Sample], None], fail: Callable[[BaseException], None]):  # fmt: skip
+        self.servers, self.max_concurrent, self.stall_seconds = servers, max_concurrent, stall_seconds
+        self.is_wanted, self.deliver, self.fail = is_wanted, deliver, fail
+        self.version = UNKNOWN_VERSION  # of the weights that were last sent; both are set from outside
+        self.is_loading = False
+        self.name = uuid.uuid4().hex[:8]  # servers may still work for a trainer that died
+        self.numbers = itertools.count()  # of what was asked
+        self.endpoints: list[Endpoint] = []
+        self.ready: deque[Job] = deque()  # to be asked
+        self.progressed_at = time.monotonic()
+        self.loads: dict[str, Any] = {}  # each worker's own account of what it holds, when last asked
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.aborts: set[asyncio.Task[None]] = set()  # of the tasks those that tell a server
+
+    async def open(self) -> None:
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE, socket_factory=_kept_alive)  # our own limits are below
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)  # a long response is no error
+        key = self.servers.workers[0].key
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        self.session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers, cookie_jar=aiohttp.DummyCookieJar())
+        self.abort_slots = asyncio.Semaphore(32)
+        self._spawn(self._watch())
+        await self.meet()
+
+    async def meet(self) -> None:
+        """Take up those that have joined the servers, let go of those that have left."""
+        known = {endpoint.url: endpoint for endpoint in self.endpoints}
+        urls, workers = [url.rstrip("/") for url in self.servers.generate_urls], [worker.url for worker in self.servers.workers]
+        self.endpoints = [known.get(url) or Endpoint(url, is_router=url not in workers) for url in urls]
+        self.max_asked = max(1, self.max_concurrent * len(workers) // len(urls))  # at each endpoint
+        self._send()
+
+    async def settle(self) -> None:
+        """Wait until the servers know of every abort."""
+        await asyncio.gather(*self.aborts)
+
+    async def close(self) -> None:
+        self.ready.clear()
+        self.abandon([job for endpoint in self.endpoints for job in endpoint.asked.values()])
+        if self.aborts:
+            await asyncio.wait(self.aborts, timeout=2)
+        tasks = list(self.tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.session.close()
+
+    def waiting(self) -> str:
+        """Who is waited for: responses, where they were asked for, for how long. May be called from any thread."""
+        now, asked, lines = time.monotonic(), 0, []
+        for endpoint in self.endpoints:
+            jobs = sorted(list(endpoint.asked.values()), key=lambda job: job.asked_at)
+            state = f"{'usable' if endpoint.is_usable else 'left alone'}{f', last fault: {endpoint.fault}' if endpoint.fault else ''}"
+            named = [f"{job.request.id} for {now - job.asked_at:.0f} s" for job in jobs[:8]] + ["…"] * (len(jobs) > 8)
+            lines.append(f"  {endpoint.url} ({state}): {len(jobs)} asked{': ' if jobs else ''}{'; '.join(named)}")
+            asked += len(jobs)
+        unsent = [job.request.id for job in list(self.ready) if self.is_wanted(job)]
+        if unsent:
+            lines.append(f"  not asked: {len(unsent)}: {' '.join(unsent[:8] + ['…'] * (len(unsent) > 8))}")
+        last = f"the last one came {now - self.progressed_at:.0f} s ago"
+        return "\n".join([f"waiting for {asked + len(unsent)} responses; {last}", *lines])
+
+    def add(self, jobs: list[Job]) -> None:
+        if not self.ready and not any(endpoint.asked for endpoint in self.endpoints):
+            self.progressed_at = time.monotonic()  # nothing was waited for till now
+        self.ready.extend(jobs)
+        self._send()
+
+    def _send(self) -> None:
+        """Ask for what is ready, wherever there is room: not where it was asked for last, if possible; where the least is outstanding."""
+        now = time.monotonic()
+        while self.ready:
+            free = [endpoint for endpoint in self.endpoints if endpoint.is_usable and len(endpoint.asked) < self.max_asked]
+            if not free:
+                return
+            job = self.ready.popleft()
+            if not self.is_wanted(job):
+                continue
+            endpoint = min(free, key=lambda endpoint: (endpoint is job.endpoint, len(endpoint.asked)))
+            if not endpoint.asked:
+                endpoint.progressed_at = now
+            job.endpoint, job.asked_at, job.attempts = endpoint, now, job.attempts + 1
+            # never used twice; and since a server aborts every id that begins with the one it is told, each ends with a mark
+            job.rid = f"{self.name}-{job.request.id}-{next(self.numbers)};"
+            endpoint.asked[job.rid] = job
+            job.task = self._spawn(self._ask(job, endpoint, job.rid))
+            job.task.add_done_callback(partial(self._end_asking, endpoint, job.rid))  # also when it is cancelled before it has begun
+
+    async def _ask(self, job: Job, endpoint: Endpoint, rid: str) -> None:
+        try:
+            sample = generate.read(await self._post(endpoint, job.request, rid), job.request)
+            self._check_versions(job, sample)
+        except FAULTS as error:
+            self._note_fault(endpoint, f"{type(error).__name__}: {error}".removeprefix("BadAnswer: "), job.asked_at)
+            self._ask_again(job)
+        else:
+            endpoint.num_faults = 0
+            self._note_progress(endpoint)
+            self.deliver(job, sample)
+
+    def _end_asking(self, endpoint: Endpoint, rid: str, task: asyncio.Task[None]) -> None:
+        del endpoint.asked[rid]
+        self._send()
+
+    async def _post(self, endpoint: Endpoint, request: Request, rid: str) -> bytes:
+        async with self.session.post(endpoint.url + "/generate", data=generate.body(request, rid)) as response:
+            answer = await response.read()
+        if response.status in RETRIED:
+            raise BadAnswer(f"{response.status} {one_line(answer)}")
+        if response.status != 200:
+            raise EngineError(
+                f"{endpoint.url} refused request {request.id} ({len(request.tokens)} tokens of prompt, max_tokens "
+                f"{request.sampling.max_tokens}): {response.status} {one_line(answer)}"
+            )
+        return answer
+
+    def _check_versions(self, job: Job, sample: Sample) -> None:
+        """A server that was restarted, or missed a sync, answers well, and from another policy."""
+        if job.version != UNKNOWN_VERSION and not all(job.version <= version <= self.version for version, _, _ in sample.versions):
+            raise BadAnswer(f"generates with weight version {sample.versions[0][0]}, not {job.version}: it missed the last weight sync")
+
+    def _ask_again(self, job: Job) -> None:
+        assert job.endpoint
+        if job.attempts < MAX_ATTEMPTS:
+            self.ready.appendleft(job)
+        elif self.is_wanted(job):
+            self.fail(
+                EngineError(
+                    f"request {job.request.id} failed {job.attempts} times, the last time at {job.endpoint.url}: {job.endpoint.fault}"
+                )
+            )
+
+    def _note_progress(self, endpoint: Endpoint) -> None:
+        endpoint.progressed_at = self.progressed_at = time.monotonic()
+
+    def _note_fault(self, endpoint: Endpoint, fault: str, asked_at: float) -> None:
+        """Leave the server alone for a while. What was asked for before it was last found well belongs to the same failure."""
+        endpoint.fault = fault
+        if endpoint.is_usable and asked_at >= endpoint.usable_since:
+            endpoint.is_usable = False
+            endpoint.num_faults += 1
+            self._spawn(self._restore(endpoint))
+
+    async def _restore(self, endpoint: Endpoint) -> None:
+        pause = min(FIRST_PAUSE * 2.0 ** min(endpoint.num_faults - 1, 10), LONGEST_PAUSE)
+        _say(f"{endpoint.url} failed, {len(endpoint.asked)} more responses asked there: {endpoint.fault}")
+        await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+        while not await self._is_well(endpoint):
+            pause = min(2 * pause, LONGEST_PAUSE)
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+        endpoint.is_usable, endpoint.usable_since = True, time.monotonic()
+        _say(f"{endpoint.url} is asked again")
+        self._send()
+
+    async def _is_well(self, endpoint: Endpoint) -> bool:
+        """It answers; a worker also says that it has the weights of the last sync."""
+        if await self._get(endpoint.url + "/health") is None:
+            return False
+        if endpoint.is_router or self.version == UNKNOWN_VERSION or self.is_loading:
+            return True
+        version = (await self._get(endpoint.url + "/model_info") or {}).get("weight_version")
+        if version == str(self.version):
+            return True
+        endpoint.fault = f"has weight version {version}, not {self.version}: it missed the last weight sync"
+        return False
+
+    async def _get(self, url: str) -> dict[str, Any] | None:
+        """The JSON object at `url`, {} for other words; None if there is no 200 within 10 seconds."""
+        try:
+            async with self.session.get(url, timeout=aiohttp.ClientTimeout(total=10)) as response:
+                answer = await response.read()
+            value = orjson.loads(answer) if answer.startswith(b"{") else {}
+        except (aiohttp.ClientError, OSError, TimeoutError, orjson.JSONDecodeError):
+            return None
+        return value if response.status == 200 else None
+
+    def abandon(self, jobs: list[Job]) -> None:
+        """Stop asking, and tell the servers."""
+        for job in jobs:
+            if job.task and not job.task.done() and job.endpoint:
+                job.task.cancel()
+                task = self._spawn(self._tell(job.endpoint, job.rid))
+                self.aborts.add(task)
+                task.add_done_callback(self.aborts.discard)
+
+    async def _tell(self, endpoint: Endpoint, rid: str) -> None:
+        """Abort `rid` at the server; at every worker behind a router. One that cannot be reached has nothing to abort."""
+        for url in self._workers_at(endpoint):
+            async with self.abort_slots:
+                with contextlib.suppress(*FAULTS):
+                    body, limit = orjson.dumps({"rid": rid}), aiohttp.ClientTimeout(total=10)
+                    async with self.session.post(url + "/abort_request", data=body, timeout=limit) as response:
+                        await response.read()
+
+    async def _watch(self) -> None:
+        """Where a server has not progressed for stall_seconds, ask elsewhere; where nothing has for twice as long, give up."""
+        while True:
+            await asyncio.sleep(min(self.stall_seconds / 10, 10.0))
+            now = time.monotonic()
+            if self.is_loading or not (self.ready or any(endpoint.asked for endpoint in self.endpoints)):
+                self.progressed_at = now
+            for endpoint in self.endpoints:
+                if self.is_loading or not endpoint.asked:
+                    endpoint.progressed_at = now
+                if now - endpoint.progressed_at > self.stall_seconds / 2 and await self._is_generating(endpoint):
+                    self._note_progress(endpoint)
+                if now - endpoint.progressed_at > self.stall_seconds:
+                    self._move(endpoint)
+            if now - self.progressed_at > 2 * self.stall_seconds:
+                self.fail(EngineError(f"no progress for 2 × engine.stall_seconds={self.stall_seconds:g}: {_joined(self.waiting())}"))
+                return
+
+    async def _is_generating(self, endpoint: Endpoint) -> bool:
+        """Whether a worker holds other numbers of tokens than when last asked: it may work on long responses, and that is no stall."""
+        is_generating = False
+        for url in self._workers_at(endpoint):
+            loads = (await self._get(url + "/v1/loads") or {}).get("loads", [])
+            held = [(load.get("num_running_reqs"), load.get("num_used_tokens")) for load in loads]
+            is_generating |= url in self.loads and self.loads[url] != held and any(running for running, _ in held)
+            self.loads[url] = held
+        return is_generating
+
+    def _move(self, endpoint: Endpoint) -> None:
+        _say(f"no progress at {endpoint.url} for {self.stall_seconds:g} s, asking again\n{self.waiting()}")
+        jobs = list(endpoint.asked.values())
+        self._note_fault(endpoint, f"no progress for {self.stall_seconds:g} s", time.monotonic())
+        self.abandon(jobs)
+        for job in jobs:
+            self._ask_again(job)
+        self._send()
+
+    def _workers_at(self, endpoint: Endpoint) -> list[str]:
+        """Whom to call for what a router does not forward: the endpoint itself, or every worker behind it."""
+        return [worker.url for worker in self.servers.workers] if endpoint.is_router else [endpoint.url]
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """An EngineError, or a fault of ours: either must reach the caller, who would wait for ever."""
+        self.tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            self.fail(error)
+
+
+def _kept_alive(address: Any) -> socket.socket:
+    """A socket on which a host that vanished without a word is noticed after 75 seconds: nothing is sent while a response is generated."""
+    family, kind, protocol, *_ = address
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform == "linux":
+        for option, value in ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 3)):
+            made.setsockopt(socket.IPPROTO_TCP, option, value)
+    return made
+
+
+def _joined(text: str) -> str:
+    """Lines as one line."""
+    return "; ".join(line.strip() for line in text.splitlines())
+
+
+def _say(text: str) -> None:
+    print(f"engine: {text}", file=sys.stderr, flush=True)
