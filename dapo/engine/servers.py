@@ -104,6 +104,10 @@ class Servers:
         self.config, self.say, self.is_interrupted = config, say, is_interrupted
         self._lock = threading.Lock()
         engine = config.engine
+        if engine.urls and engine.sglang:
+            raise ConfigError(
+                "engine.sglang is for servers that the run starts: give those in engine.urls their arguments where they start"
+            )
         self.key = os.environ.get(KEY_VARIABLE) if engine.urls else secrets.token_urlsafe(24)
         self.local: list[_Process] = [] if engine.urls else self._start()
         self._workers = [Server(url, self.key) for url in engine.urls or [server.url for server in self.local]]

@@ -258,6 +258,11 @@ def test_a_wrong_argument_is_refused_before_anything_starts(tmp_path: Path, pass
     assert str(error.value) == words
 
 
+def test_arguments_for_other_peoples_servers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"engine.sglang is for servers that the run starts"):
+        Servers(server_config(tmp_path, tmp_path, urls=["http://127.0.0.1:1"], sglang={"tp-size": 2}))
+
+
 def test_arguments_become_a_command_line(tmp_path: Path) -> None:
     passed = {"tp_size": 2, "sleep-on-idle": False, "enable-tf32-matmul": False, "cuda-graph-bs-decode": [1, 2]}
     line = " ".join(command_line(server_options(server_config(tmp_path, tmp_path, sglang=passed), KNOWN, has_cuda=False)))
