@@ -108,7 +108,7 @@ class Servers:
             raise ConfigError(
                 "engine.sglang is for servers that the run starts: give those in engine.urls their arguments where they start"
             )
-        self.key = os.environ.get(KEY_VARIABLE) if engine.urls else secrets.token_urlsafe(24)
+        self.key = os.environ.get(KEY_VARIABLE) if engine.urls else secrets.token_hex(24)
         self.local: list[_Process] = [] if engine.urls else self._start()
         self._workers = [Server(url, self.key) for url in engine.urls or [server.url for server in self.local]]
         self.router = self._start_router() if len(self.local) > 1 else None
