@@ -102,13 +102,17 @@ class Servers:
 
     def __init__(self, config: Config, say: Callable[[str], None] = print, is_interrupted: Callable[[], bool] = lambda: False):
         self.config, self.say, self.is_interrupted = config, say, is_interrupted
-        engine = config.engine
-        self.key = os.environ.get(KEY_VARIABLE) if engine.urls else secrets.token_urlsafe(24)
-        self.local: list[_Process] = [] if engine.urls else self._start()
-        self.router: _Process | None = None
-        self._workers = [Server(url, self.key) for url in engine.urls or [server.url for server in self.local]]
-        self._has_changed = False
         self._lock = threading.Lock()
+        engine = config.engine
+        if engine.urls and engine.sglang:
+            raise ConfigError(
+                "engine.sglang is for servers that the run starts: give those in engine.urls their arguments where they start"
+            )
+        self.key = os.environ.get(KEY_VARIABLE) if engine.urls else secrets.token_hex(24)
+        self.local: list[_Process] = [] if engine.urls else self._start()
+        self._workers = [Server(url, self.key) for url in engine.urls or [server.url for server in self.local]]
+        self.router = self._start_router() if len(self.local) > 1 else None
+        self._has_changed = False
         self._is_closing = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="servers", daemon=True)
 
@@ -134,11 +138,9 @@ class Servers:
                 self.say(introduce(worker, self.config.policy.model))
             return
         try:
-            self._wait_for(self.local)
-            if len(self.local) > 1:
-                self.router = self._start_router()
-                self._wait_for([self.router])
-        except (ConfigError, Interrupted):
+            self._wait_for([*self.local, *([self.router] if self.router else [])])
+            self.serve()
+        except (ConfigError, EngineError, Interrupted):
             self.close()
             raise
         for server in self.local:
@@ -178,8 +180,8 @@ class Servers:
         if not self.router:
             return
         router, deadline = Server(self.router.url, self.key), time.monotonic() + ROUTER_LIMIT
-        wanted = {worker.url for worker in self.workers}
         while True:
+            wanted = {worker.url for worker in self.workers}  # one may die meanwhile
             known = {worker["url"]: worker for worker in router.get("/workers")["workers"]}
             if wanted == {url for url, worker in known.items() if worker["is_healthy"]}:
                 return
@@ -227,11 +229,18 @@ class Servers:
         ]
 
     def _start_router(self) -> _Process:
-        python = str(self.config.engine.python or sys.executable)
-        options = ROUTER | {"host": LOOPBACK, "prometheus-port": free_port(), "worker-urls": [server.url for server in self.local]}
-        command = [python, "-c", BOOT, "sglang_router.launch_router", *command_line(options)]
         environment = child_environment(has_cuda=True) | {KEY_VARIABLE: str(self.key)}
-        return _Process("router", command, self.config.run.dir / "servers/router.log", environment)
+        return _Process("router", self._router_command(), self.config.run.dir / "servers/router.log", environment)
+
+    def _router_command(self) -> list[str]:
+        options = ROUTER | {
+            "host": LOOPBACK,
+            "prometheus-port": free_port(),
+            "worker-urls": [worker.url for worker in self.workers],
+            "balance-abs-threshold": self.config.rollout.group_size,  # a prefix in the cache is not worth a longer queue than this
+            "balance-rel-threshold": 1.1,
+        }
+        return [str(self.config.engine.python or sys.executable), "-c", BOOT, "sglang_router.launch_router", *command_line(options)]
 
     def _wait_for(self, processes: Sequence[_Process]) -> None:
         told = time.monotonic()
@@ -257,21 +266,22 @@ class Servers:
                     self._restart(process)
             if self.router and self.router.has_ended():
                 self.say(f"{self.router.describe_failure()}; starting it again")
-                self.router.start(self.router.port)  # it knows nothing that could be out of date
+                self.router.command = self._router_command()
+                self.router.start(self.router.port)
 
     def _restart(self, process: _Process) -> None:
         process.failure = process.describe_failure()
+        had_served = process.state == "serving"
         with self._lock:
             self._workers = [worker for worker in self._workers if worker.url != process.url]
             self._has_changed = True
-        if process.state != "serving":
-            process.stop()
-            process.state = "dead"
+            process.state = "starting" if had_served else "dead"
+        process.stop()
+        if had_served:
+            self.say(f"{process.failure}; starting it again")
+            process.start(free_port(process.port))
+        else:
             self.say(f"{process.failure}; it had not served since it was started again, so it is given up")
-            return
-        process.state = "starting"
-        process.start(free_port(process.port))
-        self.say(f"{process.failure}; starting it again")
 
 
 class _Process:
