@@ -54,7 +54,7 @@ class Checksums:
                 digest = hashlib.sha256()
                 for module, tensor in parts:
                     shard = self._shard(module, tensor, rank, size).contiguous()
-                    digest.update(shard.view(-1).view(torch.uint8).cpu().numpy())
+                    digest.update(shard.view(-1).view(torch.uint8).cpu().numpy())  # type: ignore[arg-type]
                 checksums[name] = digest.hexdigest()[:16]
 
     def _shard(self, module: str, tensor: Tensor, rank: int, size: int) -> Tensor:

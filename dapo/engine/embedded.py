@@ -44,6 +44,8 @@ class EmbeddedEngine:
         gone = set(ids)
         self.queue = [request for request in self.queue if request.id not in gone]
 
+    def prepare_weights(self, version: int) -> None: ...
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy the weights in; every parameter must be among them."""
         params = dict(self.model.named_parameters())
@@ -52,6 +54,8 @@ class EmbeddedEngine:
                 params.pop(name).copy_(tensor)
         assert not params, f"weights not sent: {sorted(params)}"
         self.version = version
+
+    def release_memory(self) -> None: ...
 
     def close(self) -> None:
         self.queue.clear()

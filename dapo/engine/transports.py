@@ -41,6 +41,7 @@ class Peer:
     server: Server
     tensor_ranks: int
     has_sessions: bool  # it takes tensors and broadcasts between begin_weight_update and end_weight_update only
+    can_release: bool  # it was started to share its GPUs with the trainer, with --enable-memory-saver
 
 
 class Transport:

@@ -34,7 +34,8 @@ def meet(server: Server) -> Peer:
     info = server.get("/server_info")
     if info["dp_size"] * info["pp_size"] > 1:
         raise EngineError(f"{server.url} has dp-size {info['dp_size']}, pp-size {info['pp_size']}: start more servers, with tp-size alone")
-    return Peer(server, info["tp_size"], "/begin_weight_update" in server.get("/openapi.json")["paths"])
+    has_sessions = "/begin_weight_update" in server.get("/openapi.json")["paths"]
+    return Peer(server, info["tp_size"], has_sessions, can_release=info["enable_memory_saver"])
 
 
 class WeightSync:
@@ -44,25 +45,26 @@ class WeightSync:
     whose update broke off stay paused, for their weights are partly new; the next sync begins anew.
     """
 
-    def __init__(self, workers: Sequence[Server], transport: Transport, *, num_kv_heads: int, verify: bool, colocated: bool, limit: float):
-        self.workers, self.transport, self.num_kv_heads = workers, transport, num_kv_heads
-        self.verify, self.colocated, self.limit = verify, colocated, limit
+    def __init__(self, workers: Callable[[], Sequence[Server]], transport: Transport, *, num_kv_heads: int, verify: bool, limit: float):
+        self.find_workers, self.transport, self.num_kv_heads = workers, transport, num_kv_heads
+        self.verify, self.limit = verify, limit
+        self.workers: Sequence[Server] = []
         self.peers: list[Peer] = []
         self._synced: dict[str, str] = {}  # url → the version last set, if all went well
         self._prepared: int | None = None
-        self._is_released = False
+        self._released: list[Server] = []
 
     def prepare(self, version: int) -> None:
         """Have every server ready to take the weights of `version`."""
         self._prepared = None
-        if not self._synced or self._versions() != self._synced:  # the first sync, the one after a failure, or a server was restarted
+        self.workers = self.find_workers()
+        if not self._synced or self._versions() != self._synced:  # the first sync, the one after a failure, or not the same servers
             self.transport.forget()
             self.peers = on_all(self.workers, meet)
-        if self._is_released:
-            self._post("/resume_memory_occupation", {"tags": ["weights"]})
+        self._released = [server for server in self._released if server.url in self._synced]  # what was restarted holds its memory
+        self._post("/resume_memory_occupation", {"tags": ["weights"]}, to=self._released)
         self._post("/pause_generation", {"mode": "retract"})
-        if self.transport.needs_session:
-            on_all([peer.server for peer in self.peers if peer.has_sessions], self._begin)
+        on_all(self._in_session(), self._begin)
         self.transport.open(self.peers)
         self._prepared = version
 
@@ -83,22 +85,22 @@ class WeightSync:
         except EngineError:
             self.transport.abandon()
             raise
-        if self.transport.needs_session:
-            on_all([peer.server for peer in self.peers if peer.has_sessions], lambda s: s.post("/end_weight_update", timeout=self.limit))
-        if self._is_released:
-            self._post("/resume_memory_occupation", {"tags": ["kv_cache", "cuda_graph"]})
-            self._is_released = False
+        self._post("/end_weight_update", to=self._in_session())
+        self._post("/resume_memory_occupation", {"tags": ["kv_cache", "cuda_graph"]}, to=self._released)
+        self._released = []
         self._post("/flush_cache")  # the old weights' keys and values
         self._post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
         self._check(version, checksums)
         self._post("/continue_generation")
 
     def release(self) -> None:
-        """Colocated: the servers give their memory to the trainer, until the next `prepare`. Else nothing."""
-        if self.colocated and not self._is_released:
-            self._post("/pause_generation", {"mode": "retract"})  # release wants an idle server
-            self._post("/release_memory_occupation", {"tags": ["kv_cache", "weights", "cuda_graph"]})
-            self._is_released = True
+        """Servers that share the trainer's GPUs give their memory to it, until the next `prepare`."""
+        sharing = [peer.server for peer in self.peers if peer.can_release]
+        if self._released or not sharing:
+            return
+        self._post("/pause_generation", {"mode": "retract"}, to=sharing)  # only an idle server can
+        self._post("/release_memory_occupation", {"tags": ["kv_cache", "weights", "cuda_graph"]}, to=sharing)
+        self._released = sharing
 
     def close(self) -> None:
         self.transport.close()
@@ -130,27 +132,33 @@ class WeightSync:
     def _versions(self) -> dict[str, str]:
         return dict(on_all(self.workers, lambda server: (server.url, str(server.get("/model_info")["weight_version"]))))
 
-    def _post(self, path: str, body: dict[str, Any] | None = None) -> None:
-        on_all(self.workers, lambda server: server.post(path, body, self.limit))
+    def _in_session(self) -> list[Server]:
+        """Servers that take this transport's weights in a session only."""
+        return [peer.server for peer in self.peers if peer.has_sessions and self.transport.needs_session]
+
+    def _post(self, path: str, body: dict[str, Any] | None = None, to: Sequence[Server] | None = None) -> None:
+        on_all(self.workers if to is None else to, lambda server: server.post(path, body, self.limit))
 
 
 def make_sync(
     kind: Literal["disk", "broadcast", "tensor"],
-    workers: Sequence[Server],
+    workers: Callable[[], Sequence[Server]],
     *,
     bucket_bytes: int,
     device: torch.device,
     directory: Path,
     model: Path,
     verify: bool = False,
-    colocated: bool = False,
     limit: float = LIMIT,
 ) -> WeightSync:
-    """`device`: of the policy's weights. `directory`: disk's own. `model`: whose config.json, and for disk whose tokenizer, goes along."""
+    """`workers` is asked before every sync, for servers come and go; `device` is where the policy's weights are.
+
+    `directory` belongs to disk alone; the config.json of `model` says how the weights are laid out, and its small files go along on disk.
+    """
     kinds: dict[str, Callable[[], Transport]] = {
         "disk": lambda: Disk(bucket_bytes, limit, directory, model),
         "broadcast": lambda: Broadcast(bucket_bytes, limit, device),
         "tensor": lambda: Tensors(bucket_bytes, limit, device),
     }
     num_kv_heads = json.loads((model / "config.json").read_text())["num_key_value_heads"]
-    return WeightSync(workers, kinds[kind](), num_kv_heads=num_kv_heads, verify=verify, colocated=colocated, limit=limit)
+    return WeightSync(workers, kinds[kind](), num_kv_heads=num_kv_heads, verify=verify, limit=limit)
