@@ -1,4 +1,4 @@
-"""The order of calls and every fault, against servers in this process that take weights as SGLang does. tests/sglang has the real one."""
+"""The order of calls, and every fault, against servers of this process that take weights as SGLang does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from dapo.engine.checksums import Checksums
 from dapo.engine.server import Server
 from dapo.engine.weight_sync import WeightSync, make_sync
 from dapo.types import EngineError
-from tests.dapo.weight_server import WeightServer
+from tests.distributed.launch import measured
+from tests.sglang.weight_server import WeightServer
 
 KINDS = ["disk", "broadcast", "tensor"]
 UPDATE = {"disk": "/update_weights_from_disk", "broadcast": "/update_weights_from_distributed", "tensor": "/update_weights_from_tensor"}
@@ -287,3 +288,28 @@ def test_checksums_are_of_the_parameters_as_a_server_shards_them() -> None:
         expected[-1]["model.layers.0.input_layernorm.weight"] = "0"
         del expected[0]["model.embed_tokens.weight"]
         assert checksums.differences(expected) == ["model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("refused_at_first", "/begin_weight_update answered 400"),
+        ("refused_half_way", "/update_weights_from_distributed answered 400"),
+        ("silent_half_way", "took more than 5 s"),
+        ("dead_half_way", "/update_weights_from_distributed"),
+    ],
+)
+def test_a_sync_that_fails_ends_a_run_on_two_ranks_with_one_line_and_a_checkpoint(name: str, says: str) -> None:
+    result = measured("tests.sglang.sync_fails", 2)[name]
+    assert [rank["status"] for rank in result["ranks"]] == [1, 1]
+    lines = "".join(rank["printed"] for rank in result["ranks"]).splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert says in lines[0] and "http://127.0.0.1:" in lines[0] and "the same command goes on from there" in lines[0]
+    assert result["saved"] == ["step-000002"]
+
+
+def test_the_same_command_goes_on_after_a_sync_that_failed() -> None:
+    result = measured("tests.sglang.sync_fails", 2)["no_fault"]
+    assert [rank["status"] for rank in result["ranks"]] == [0, 0]
+    assert "step-000003" in result["saved"]
