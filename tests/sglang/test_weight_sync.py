@@ -128,7 +128,7 @@ def test_one_wrong_byte_is_noticed(kind: str, sglang_server: Any, variants: list
 def test_a_weight_that_does_not_fit_is_a_refusal_and_the_next_sync_works(sglang_server: Any, variants: list[Path], start: Any) -> None:
     sync = start("broadcast")  # not tensors: the server ends where one does not fit
     wrong = [(name, weight[:-1] if name == "model.norm.weight" else weight) for name, weight in stored(variants[0])]
-    with pytest.raises(EngineError, match="/update_weights_from_distributed answered 400.*Attempted to load weight"):
+    with pytest.raises(EngineError, match=r"/update_weights_from_distributed answered 400.*Attempted to load weight"):
         sync.load(iter(wrong), 7)
     sync.load(stored(variants[1]), 8)
     answer = generate(sglang_server.server, [4, 5, 6], 8)
