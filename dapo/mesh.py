@@ -111,6 +111,22 @@ class Mesh:
         self.on_main(lambda: made.append(function(*args)))
         return made[0] if made else None
 
+    def together(self, function: Callable[[], None]) -> None:
+        """Run `function` on every rank. Once all have, the main rank's exception, if any, is raised on every rank as `scatter` does."""
+        failure: Exception | None = None
+        try:
+            function()
+        except Exception as error:
+            if not self.is_main:
+                raise
+            failure = error
+
+        def tell() -> None:
+            if failure:
+                raise failure
+
+        self.on_main(tell)
+
     def sum(self, values: np.ndarray) -> np.ndarray:
         """The sum over all ranks, in float64, on every rank."""
         total = torch.from_numpy(np.asarray(values, dtype=np.float64).copy())

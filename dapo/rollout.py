@@ -44,6 +44,10 @@ class Rollouts:
         self.on_progress: Callable[[str], None] = lambda text: None
 
     @timed("sync")
+    def prepare_weights(self, version: int) -> None:
+        self.engine.prepare_weights(version)
+
+    @timed("sync")
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """π_θold ← π_θ. Collective: every rank drains the generator, the main rank hands it to the engine."""
         self.engine.load_weights(_beating(weights), version)
@@ -59,6 +63,7 @@ class Rollouts:
         options = self.options.rollout
         replayed = options.replay and dump.read(dump.path_of(options.replay, step), options.prompts_per_step)
         buffer = replayed or self.collect(step)
+        self.engine.release_memory()
         self._judge(buffer)
         for group in buffer.kept:
             rewards = [sample.reward for sample in group.samples]
@@ -210,6 +215,9 @@ class Rollouts:
 
 class RolloutsElsewhere:
     """What the other ranks hold in place of Rollouts: they take part in the weight sync and wait for their share of the batch."""
+
+    def prepare_weights(self, version: int) -> None:
+        raise AssertionError("only the main rank has an engine")
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         for _ in _beating(weights):

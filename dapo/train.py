@@ -44,7 +44,7 @@ def train(config: Config, mesh: Mesh) -> None:
     recorder = make_recorder(config, mesh, rollouts)
     try:
         for step in range(step, config.run.steps):  # noqa: B020  # 1
-            rollouts.load_weights(policy.weights(), version=step)  # 3: π_θold ← π_θ
+            sync(policy, rollouts, mesh, version=step)  # 3: π_θold ← π_θ
             scores = mesh.on_main(evaluate.maybe, step, rollouts, sets, config)
             batch = mesh.scatter(rollouts.next_batch, step)  # 2, 4–9: the main rank collects; each rank receives its own share
             mismatch = policy.set_old_logprobs(batch)  # log π_θold, in the trainer's numerics and the updates' own packing
@@ -52,7 +52,7 @@ def train(config: Config, mesh: Mesh) -> None:
             log(step, scores | batch.metrics | mismatch | mean(updates))
             checkpoints.maybe_save(step + 1, policy, rollouts)
         step = config.run.steps
-        rollouts.load_weights(policy.weights(), version=step)
+        sync(policy, rollouts, mesh, version=step)
         log(step, mesh.on_main(evaluate.maybe, step, rollouts, sets, config))
         policy.save_hf(config.run.dir / "hf")
     except Interrupted:
@@ -62,6 +62,25 @@ def train(config: Config, mesh: Mesh) -> None:
         recorder.close()
         log.close()
         rollouts.close()
+
+
+def sync(policy: Policy, rollouts: Rollouts | RolloutsElsewhere, mesh: Mesh, version: int) -> None:
+    """The engine's weights become the policy's. Every rank drains them to the end, whatever becomes of the engine.
+
+    Raises, on every rank:
+        EngineError: the engine refused, and no rank has entered a collective; or it failed on the way, and all have left the last one.
+    """
+    mesh.on_main(rollouts.prepare_weights, version)
+    weights = policy.weights()
+
+    def load() -> None:
+        try:
+            rollouts.load_weights(weights, version)
+        finally:
+            for _ in weights:
+                pass
+
+    mesh.together(load)
 
 
 def make_rollouts(

@@ -51,6 +51,8 @@ class EmbeddedEngine:
         self.queue = [request for request in self.queue if request.id not in gone]
         self.finished = deque(sample for sample in self.finished if f"{sample.group}.{sample.index}" not in gone)
 
+    def prepare_weights(self, version: int) -> None: ...
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy the weights in; every parameter must be among them."""
         params = dict(self.model.named_parameters())
@@ -62,6 +64,8 @@ class EmbeddedEngine:
 
     def waiting(self) -> str:
         return f"{len(self.queue)} responses queued in this process"
+
+    def release_memory(self) -> None: ...
 
     def close(self) -> None:
         self.queue.clear()

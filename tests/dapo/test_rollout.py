@@ -57,6 +57,10 @@ class ScriptedEngine:
     def waiting(self):
         return f"{len(self.outstanding)} outstanding"
 
+    def prepare_weights(self, version): ...
+
+    def release_memory(self): ...
+
     def close(self): ...
 
     def asked(self) -> list[int]:

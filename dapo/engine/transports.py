@@ -1,0 +1,330 @@
+"""What carries the weights to the servers, bucket by bucket: files, broadcasts, or memory of the same host."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import itertools
+import json
+import os
+import pickle
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing import reductions
+
+from dapo.engine.buckets import Bucket
+from dapo.engine.server import Server, on_all
+from dapo.types import EngineError
+
+GRACE = 5.0  # seconds that a server has to say why its broadcast broke, or to forget a group
+SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A server that takes weights."""
+
+    server: Server
+    tensor_ranks: int
+    has_sessions: bool  # it takes tensors and broadcasts between begin_weight_update and end_weight_update only
+    can_release: bool  # it was started to share its GPUs with the trainer, with --enable-memory-saver
+
+
+class Transport:
+    """`open`, then `start` for each bucket, then `commit`, or `abandon` when anything failed on the way. No wait beyond `limit` seconds.
+
+    Raises: EngineError.
+    """
+
+    needs_session = True
+
+    def __init__(self, bucket_bytes: int, limit: float, device: torch.device):
+        self.bucket_bytes, self.limit, self.device = bucket_bytes, limit, device  # buckets are filled on `device`
+        self.peers: list[Peer] = []
+        self.pool = ThreadPoolExecutor(max_workers=64, thread_name_prefix="weights")
+
+    def open(self, peers: list[Peer]) -> None:
+        self.peers = peers
+
+    def start(self, bucket: Bucket) -> Callable[[], object]:
+        """Set off with a bucket. Returns what waits until it has arrived."""
+        raise NotImplementedError
+
+    def commit(self, version: int) -> None:
+        """Every bucket has arrived."""
+
+    def abandon(self) -> None:
+        """Leave nothing that would hinder the next sync."""
+
+    def forget(self) -> None:
+        """Let go of what was set up with the servers as they were."""
+
+    def close(self) -> None:
+        self.forget()
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def urls(self) -> str:
+        return ", ".join(peer.server.url for peer in self.peers)
+
+
+class Disk(Transport):
+    """A Hugging Face directory below `directory`, which every server can read. It appears whole; then the one before is removed."""
+
+    needs_session = False
+
+    def __init__(self, bucket_bytes: int, limit: float, directory: Path, model: Path):
+        super().__init__(bucket_bytes, limit, torch.device("cpu"))
+        self.directory, self.model = directory.resolve(), model
+        self.partial = self.directory / ".partial"
+        self.files: list[list[str]] = []  # the tensors of each file
+        self.num_bytes = 0
+
+    def open(self, peers: list[Peer]) -> None:
+        super().open(peers)
+        self.files, self.num_bytes = [], 0
+        with _writing(self.partial):
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir(parents=True)
+            for path in self.model.iterdir():  # config and tokenizer: a server can start from this directory
+                if path.is_file() and path.suffix in {".json", ".txt", ".model", ".jinja"} and not path.name.endswith(".index.json"):
+                    shutil.copy2(path, self.partial / path.name)
+
+    def start(self, bucket: Bucket) -> Callable[[], object]:
+        self.files.append([part.name for part in bucket.parts])
+        self.num_bytes += len(bucket.data)
+        return self.pool.submit(_write, self.partial / _file_name(len(self.files)), bucket).result
+
+    def commit(self, version: int) -> None:
+        names = {name: _file_name(i) for i, file in enumerate(self.files, start=1) for name in file}
+        index = {"metadata": {"total_size": self.num_bytes}, "weight_map": names}
+        whole = self.directory / f"{version:06}"
+        with _writing(whole):
+            (self.partial / "model.safetensors.index.json").write_text(json.dumps(index))
+            shutil.rmtree(whole, ignore_errors=True)
+            os.rename(self.partial, whole)
+        call = {"model_path": str(whole), "flush_cache": False}
+        on_all([peer.server for peer in self.peers], lambda server: server.post("/update_weights_from_disk", call, self.limit))
+        for path in self.directory.iterdir():
+            if path != whole:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def abandon(self) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+class Broadcast(Transport):
+    """A process group of its own: this process is rank 0, the servers' tensor ranks come after. NCCL from a GPU, else gloo."""
+
+    def __init__(self, bucket_bytes: int, limit: float, device: torch.device):
+        super().__init__(bucket_bytes, limit, device)
+        self.backend = "nccl" if device.type == "cuda" else "gloo"
+        self.name = ""
+        self.group: Any = None  # ProcessGroupGloo or ProcessGroupNCCL
+        self.work: dist.Work | None = None  # the last broadcast
+
+    def open(self, peers: list[Peer]) -> None:
+        super().open(peers)
+        if self.group is None:
+            self._connect()
+
+    def start(self, bucket: Bucket) -> Callable[[], object]:
+        call = dict(
+            names=[part.name for part in bucket.parts],
+            dtypes=[str(part.dtype).removeprefix("torch.") for part in bucket.parts],
+            shapes=[part.shape for part in bucket.parts],
+            group_name=self.name,
+            load_format="flattened_bucket",
+            flush_cache=False,
+        )
+        answers = [self.pool.submit(peer.server.post, "/update_weights_from_distributed", call, self.limit) for peer in self.peers]
+        self.work = work = self.group.broadcast(bucket.data, 0)
+        return lambda: self._finish(work, answers)
+
+    def abandon(self) -> None:
+        if self.group is None:
+            return
+        if self.backend == "nccl":
+            self.group.abort()
+        threading.Thread(target=_outlive, args=(self.work, self.group), daemon=True).start()
+        self.group = self.work = None
+
+    def forget(self) -> None:
+        self.abandon()
+        if self.name:
+            with contextlib.suppress(EngineError):  # a server that was restarted does not know it
+                on_all([p.server for p in self.peers], lambda s: s.post("/destroy_weights_update_group", {"group_name": self.name}, GRACE))
+        self.name = ""
+
+    def _connect(self) -> None:
+        """Join with all servers. Each blocks until all have joined, so the calls are in flight while this rank joins."""
+        self.name = f"dapo-{os.getpid()}-{time.time_ns()}"  # no name twice: a server may still hold the old group
+        addresses = [_address_towards(peer.server) for peer in self.peers]
+        address = next((a for a in addresses if a not in ("127.0.0.1", "::1")), addresses[0])
+        store = dist.TCPStore(address, 0, is_master=True, timeout=timedelta(seconds=self.limit), wait_for_workers=False)  # type: ignore[attr-defined]
+        *offsets, world = itertools.accumulate([1, *(peer.tensor_ranks for peer in self.peers)])
+        call = dict(master_address=address, master_port=store.port, world_size=world, group_name=self.name, backend=self.backend)
+        joining = [
+            self.pool.submit(peer.server.post, "/init_weights_update_group", call | {"rank_offset": offset}, self.limit)
+            for peer, offset in zip(self.peers, offsets, strict=True)
+        ]
+        ours = self.pool.submit(_join, self.backend, store, self.name, world, self.limit)
+        try:
+            _settle([*joining, ours], self.limit, f"joining a {self.backend} group with {self.urls}")
+        except RuntimeError as error:
+            raise EngineError(f"no {self.backend} group with {self.urls}: {_first_line(error)}") from None
+        self.group = ours.result()
+
+    def _finish(self, work: dist.Work, answers: list[Future[Any]]) -> None:
+        """Wait for a broadcast and every server's answer; a refusal is seen while the broadcast still waits for that server."""
+        deadline = time.monotonic() + self.limit
+        while not work.is_completed():
+            for answer in answers:
+                if answer.done():
+                    answer.result()
+            if time.monotonic() > deadline:
+                raise EngineError(f"a broadcast of weights to {self.urls} took more than {self.limit:.0f} s")
+            time.sleep(0.0005)
+        try:
+            work.wait()
+        except RuntimeError as error:
+            wait(answers, GRACE, FIRST_EXCEPTION)  # whoever is the cause may say it better
+            for answer in answers:
+                if answer.done():
+                    answer.result()
+            raise EngineError(f"broadcast of weights to {self.urls}: {_first_line(error)}") from None
+        _settle(answers, self.limit, f"a bucket of weights at {self.urls}")
+
+
+class Tensors(Transport):
+    """In the call itself, to servers of this host: CUDA IPC handles from a GPU, the pickled bytes from a CPU."""
+
+    def __init__(self, bucket_bytes: int, limit: float, device: torch.device):
+        if device.type == "cpu":  # of two buckets' memory: both buckets, and four copies of one: pickled, in base64, as JSON, encoded
+            bucket_bytes //= 3
+        super().__init__(bucket_bytes, limit, device)
+
+    def start(self, bucket: Bucket) -> Callable[[], object]:
+        if bucket.data.is_cuda:
+            torch.cuda.synchronize(bucket.data.device)  # filled, before another process reads it
+        return self.pool.submit(self._send, bucket).result
+
+    def _send(self, bucket: Bucket) -> None:
+        for peer in self.peers:  # one after the other: together they would hold a copy each
+            payloads = _payloads(bucket, peer.tensor_ranks)
+            call = {"serialized_named_tensors": payloads, "load_format": "flattened_bucket", "flush_cache": False}
+            peer.server.post("/update_weights_from_tensor", call, self.limit)
+
+
+class _Handle:
+    """A CUDA tensor, pickled as an IPC handle that names its GPU by UUID: SGLang resolves it, however the server numbers its GPUs."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rebuild, arguments = reductions.reduce_tensor(self.tensor)
+        uuid = str(torch.cuda.get_device_properties(self.tensor.device).uuid)
+        return rebuild, (*arguments[:6], uuid, *arguments[7:])  # 6: the number of the storage's device
+
+
+def _payloads(bucket: Bucket, tensor_ranks: int) -> list[str]:
+    """What each of a server's tensor ranks reads."""
+    metadata = [
+        SimpleNamespace(name=p.name, shape=p.shape, dtype=p.dtype, start_idx=p.start, end_idx=p.end, numel=p.end - p.start)
+        for p in bucket.parts
+    ]
+
+    def encode(tensor: Any) -> str:
+        return base64.b64encode(pickle.dumps({"flattened_tensor": tensor, "metadata": metadata}, protocol=4)).decode()
+
+    if bucket.data.is_cuda:  # a handle for each: who opens one gives it back
+        return [encode(_Handle(bucket.data)) for _ in range(tensor_ranks)]
+    return [encode(bucket.data.clone())] * tensor_ranks  # a clone, for pickle takes all the memory that a slice lies in
+
+
+def _file_name(number: int) -> str:
+    return f"model-{number:05}.safetensors"
+
+
+def _write(path: Path, bucket: Bucket) -> None:
+    """One safetensors file: length of the header, header, the bucket as it is. Not forced onto the disk: it is read now or never."""
+    header: dict[str, Any] = {
+        part.name: {"dtype": SAFETENSORS[part.dtype], "shape": part.shape, "data_offsets": [part.start, part.end]} for part in bucket.parts
+    }
+    text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()
+    text += b" " * (-len(text) % 8)
+    with _writing(path), open(path, "wb", buffering=0) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        left = memoryview(bucket.data.numpy())  # type: ignore[arg-type]
+        while left:
+            left = left[file.write(left) :]  # 2 GiB at most in one go
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise EngineError(f"weights cannot be written to {path}: {error.strerror}") from None
+
+
+def _join(backend: str, store: Any, name: str, world: int, limit: float) -> Any:
+    """Rank 0 of the group: the backend by itself, for torch.distributed keeps book of groups within the trainer's own world only.
+
+    SGLang prefixes the store with the name; torch's helper, by which it joins, with "name/" and the backend's first device.
+    """
+    device = "cuda/" if backend == "nccl" else "cpu/"
+    seen = dist.PrefixStore(device, dist.PrefixStore(f"{name}/", dist.PrefixStore(name, store)))  # type: ignore[attr-defined]
+    if backend == "gloo":
+        return dist.ProcessGroupGloo(seen, 0, world, timedelta(seconds=limit))
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=limit)
+    return dist.ProcessGroupNCCL(seen, 0, world, options)
+
+
+def _settle(futures: Sequence[Future[Any]], limit: float, doing: str) -> None:
+    """Wait until all are done, or one has failed: its failure is raised."""
+    done, waiting = wait(futures, limit, FIRST_EXCEPTION)
+    for future in futures:
+        if future in done:
+            future.result()
+    if waiting:
+        raise EngineError(f"{doing}: not done after {limit:.0f} s")
+
+
+def _outlive(work: dist.Work | None, group: Any) -> None:
+    """Keep a group until its broadcast has ended, if only by the time limit: its destructor would wait for that, and stop every thread."""
+    if work is not None:
+        with contextlib.suppress(RuntimeError):
+            work.wait()
+
+
+def _address_towards(server: Server) -> str:
+    """This machine's address on the way to the server; nothing is sent."""
+    url = urlsplit(server.url)
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(url.hostname, url.port or 80, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise EngineError(f"{server.url} cannot be reached: {error}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0][:300]

@@ -1,0 +1,164 @@
+"""How π_θ reaches the servers, whatever carries it (transports.py). One order of calls:
+
+    prepare  ask every server, pause its generation, open its update: whoever refuses does so here, before a collective is entered
+    load     bucket by bucket; then flush the cache, set the weight version and read it back, compare checksums, continue generation
+
+What was being generated is retracted, not lost: it goes on with the new weights, and its `weight_versions` say which token is whose.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dapo.engine.buckets import buckets
+from dapo.engine.checksums import Checksums
+from dapo.engine.server import Server, on_all
+from dapo.engine.transports import Broadcast, Disk, Peer, Tensors, Transport
+from dapo.types import EngineError
+
+LIMIT = 600.0  # seconds: for an answer, for a bucket
+
+
+def meet(server: Server) -> Peer:
+    """Ask a server what it is; the one place that knows of differences between versions.
+
+    Raises:
+        EngineError: no answer, or a layout that weights cannot be sent to.
+    """
+    info = server.get("/server_info")
+    if info["dp_size"] * info["pp_size"] > 1:
+        raise EngineError(f"{server.url} has dp-size {info['dp_size']}, pp-size {info['pp_size']}: start more servers, with tp-size alone")
+    has_sessions = "/begin_weight_update" in server.get("/openapi.json")["paths"]
+    return Peer(server, info["tp_size"], has_sessions, can_release=info["enable_memory_saver"])
+
+
+class WeightSync:
+    """Takes all servers through an update.
+
+    Raises, in every method but `close`: EngineError naming the server and its answer. No wait is longer than `limit` seconds. Servers
+    whose update broke off stay paused, for their weights are partly new; the next sync begins anew.
+    """
+
+    def __init__(self, workers: Callable[[], Sequence[Server]], transport: Transport, *, num_kv_heads: int, verify: bool, limit: float):
+        self.find_workers, self.transport, self.num_kv_heads = workers, transport, num_kv_heads
+        self.verify, self.limit = verify, limit
+        self.workers: Sequence[Server] = []
+        self.peers: list[Peer] = []
+        self._synced: dict[str, str] = {}  # url → the version last set, if all went well
+        self._prepared: int | None = None
+        self._released: list[Server] = []
+
+    def prepare(self, version: int) -> None:
+        """Have every server ready to take the weights of `version`."""
+        self._prepared = None
+        self.workers = self.find_workers()
+        if not self._synced or self._versions() != self._synced:  # the first sync, the one after a failure, or not the same servers
+            self.transport.forget()
+            self.peers = on_all(self.workers, meet)
+        self._released = [server for server in self._released if server.url in self._synced]  # what was restarted holds its memory
+        self._post("/resume_memory_occupation", {"tags": ["weights"]}, to=self._released)
+        self._post("/pause_generation", {"mode": "retract"})
+        on_all(self._in_session(), self._begin)
+        self.transport.open(self.peers)
+        self._prepared = version
+
+    def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Send the weights to every server; on return all of them generate with them. Prepares, if that has not been done."""
+        if self._prepared != version:
+            self.prepare(version)
+        self._prepared, self._synced = None, {}
+        checksums = Checksums((peer.tensor_ranks for peer in self.peers), self.num_kv_heads)
+        watched = checksums.watch(weights) if self.verify else weights
+        finish: Callable[[], object] = dict  # waits for the bucket before; there is none yet
+        try:
+            for bucket in buckets(watched, self.transport.bucket_bytes, self.transport.device):
+                finish()
+                finish = self.transport.start(bucket)
+            finish()
+            self.transport.commit(version)
+        except EngineError:
+            self.transport.abandon()
+            raise
+        self._post("/end_weight_update", to=self._in_session())
+        self._post("/resume_memory_occupation", {"tags": ["kv_cache", "cuda_graph"]}, to=self._released)
+        self._released = []
+        self._post("/flush_cache")  # the old weights' keys and values
+        self._post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
+        self._check(version, checksums)
+        self._post("/continue_generation")
+
+    def release(self) -> None:
+        """Servers that share the trainer's GPUs give their memory to it, until the next `prepare`."""
+        sharing = [peer.server for peer in self.peers if peer.can_release]
+        if self._released or not sharing:
+            return
+        self._post("/pause_generation", {"mode": "retract"}, to=sharing)  # only an idle server can
+        self._post("/release_memory_occupation", {"tags": ["kv_cache", "weights", "cuda_graph"]}, to=sharing)
+        self._released = sharing
+
+    def close(self) -> None:
+        self.transport.close()
+
+    def _begin(self, server: Server) -> None:
+        """Open the update. A session that a broken sync left open is closed first."""
+        try:
+            server.post("/begin_weight_update", timeout=self.limit)
+        except EngineError as refusal:
+            try:
+                server.post("/end_weight_update", timeout=self.limit)
+            except EngineError:  # it was not that
+                raise refusal from None
+            server.post("/begin_weight_update", timeout=self.limit)
+
+    def _check(self, version: int, checksums: Checksums) -> None:
+        versions = self._versions()
+        for url, found in versions.items():
+            if found != str(version):
+                raise EngineError(f"{url} says that it holds weights {found}, after a sync of {version}")
+        if self.verify:
+            answers = on_all(self.workers, lambda server: server.post("/weights_checker", {"action": "checksum"}, self.limit))
+            for server, answer in zip(self.workers, answers, strict=True):
+                wrong = checksums.differences([rank["checksums"] for rank in answer["ranks"]])
+                if wrong:
+                    raise EngineError(f"{server.url}: after the sync of {version}, {len(wrong)} weights are not the policy's: {wrong[0]}")
+        self._synced = versions
+
+    def _versions(self) -> dict[str, str]:
+        return dict(on_all(self.workers, lambda server: (server.url, str(server.get("/model_info")["weight_version"]))))
+
+    def _in_session(self) -> list[Server]:
+        """Servers that take this transport's weights in a session only."""
+        return [peer.server for peer in self.peers if peer.has_sessions and self.transport.needs_session]
+
+    def _post(self, path: str, body: dict[str, Any] | None = None, to: Sequence[Server] | None = None) -> None:
+        on_all(self.workers if to is None else to, lambda server: server.post(path, body, self.limit))
+
+
+def make_sync(
+    kind: Literal["disk", "broadcast", "tensor"],
+    workers: Callable[[], Sequence[Server]],
+    *,
+    bucket_bytes: int,
+    device: torch.device,
+    directory: Path,
+    model: Path,
+    verify: bool = False,
+    limit: float = LIMIT,
+) -> WeightSync:
+    """`workers` is asked before every sync, for servers come and go; `device` is where the policy's weights are.
+
+    `directory` belongs to disk alone; the config.json of `model` says how the weights are laid out, and its small files go along on disk.
+    """
+    kinds: dict[str, Callable[[], Transport]] = {
+        "disk": lambda: Disk(bucket_bytes, limit, directory, model),
+        "broadcast": lambda: Broadcast(bucket_bytes, limit, device),
+        "tensor": lambda: Tensors(bucket_bytes, limit, device),
+    }
+    num_kv_heads = json.loads((model / "config.json").read_text())["num_key_value_heads"]
+    return WeightSync(workers, kinds[kind](), num_kv_heads=num_kv_heads, verify=verify, limit=limit)

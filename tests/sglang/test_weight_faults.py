@@ -1,0 +1,315 @@
+"""The order of calls, and every fault, against servers of this process that take weights as SGLang does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dapo.engine.buckets import buckets
+from dapo.engine.checksums import Checksums
+from dapo.engine.server import Server
+from dapo.engine.weight_sync import WeightSync, make_sync
+from dapo.types import EngineError
+from tests.distributed.launch import measured
+from tests.sglang.weight_server import WeightServer
+
+KINDS = ["disk", "broadcast", "tensor"]
+UPDATE = {"disk": "/update_weights_from_disk", "broadcast": "/update_weights_from_distributed", "tensor": "/update_weights_from_tensor"}
+CPU = torch.device("cpu")
+
+
+def make_weights(seed: int) -> list[tuple[str, torch.Tensor]]:
+    """Odd sizes, two dtypes, one tensor larger than a bucket, one that is a view."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(7,), (3, 5), (60, 9), (1,), (11, 2), (4, 4, 4), (5,), (40,)]
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    tensors[3], tensors[4] = tensors[3].bfloat16(), tensors[4].T
+    return [(f"model.w{i}.weight", tensor) for i, tensor in enumerate(tensors)]
+
+
+@pytest.fixture
+def servers() -> Iterator[list[WeightServer]]:
+    with WeightServer() as first, WeightServer() as second:
+        yield [first, second]
+
+
+@pytest.fixture
+def start(tmp_path: Path, servers: list[WeightServer]) -> Iterator[Any]:
+    """`start("disk")` → a WeightSync of those of `servers` that live."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"num_key_value_heads": 2}')
+    started: list[WeightSync] = []
+
+    def make(kind: Any, limit: float = 10.0) -> WeightSync:
+        def workers() -> list[Server]:
+            return [Server(server.url) for server in servers if not server.is_dead.is_set()]
+
+        started.append(make_sync(kind, workers, bucket_bytes=600, device=CPU, directory=tmp_path / "weights", model=model, limit=limit))
+        return started[-1]
+
+    yield make
+    for sync in started:
+        sync.close()
+
+
+def assert_holds(server: WeightServer, version: int) -> None:
+    expected = dict(make_weights(version))
+    assert server.weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert server.weights[name].dtype == tensor.dtype
+        assert torch.equal(server.weights[name], tensor), name
+    assert server.version == str(version)
+    assert not server.is_paused and not server.is_open
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_server_holds_the_weights_of_every_sync(kind: str, servers: list[WeightServer], start: Any) -> None:
+    sync = start(kind)
+    for version in (1, 2, 3):
+        sync.load(iter(make_weights(version)), version)
+        for server in servers:
+            assert_holds(server, version)
+            assert len(server.groups) == (kind == "broadcast")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generation_pauses_before_the_first_weight_and_goes_on_after_the_cache_is_flushed(
+    kind: str, servers: list[WeightServer], start: Any
+) -> None:
+    start(kind).load(iter(make_weights(1)), 1)
+    calls = [call for call in servers[0].calls if call != "/init_weights_update_group"]
+    session = kind != "disk"
+    updates = calls.count(UPDATE[kind])
+    assert calls == [
+        "/pause_generation",
+        *["/begin_weight_update"] * session,
+        *[UPDATE[kind]] * updates,
+        *["/end_weight_update"] * session,
+        "/flush_cache",
+        "/update_weight_version",
+        "/continue_generation",
+    ]
+    assert updates > 1 or kind == "disk"
+
+
+REFUSABLE = [(kind, "/pause_generation") for kind in KINDS] + [
+    ("broadcast", "/begin_weight_update"),
+    ("tensor", "/begin_weight_update"),
+    ("broadcast", "/init_weights_update_group"),
+]
+
+
+@pytest.mark.parametrize(("kind", "path"), REFUSABLE)
+def test_a_refusal_is_known_before_a_weight_is_asked_for(kind: str, path: str, servers: list[WeightServer], start: Any) -> None:
+    servers[1].faults[path] = ["refuse", "refuse"]
+    sync, drawn = start(kind, limit=3), []
+    with pytest.raises(EngineError, match=f"{servers[1].url}{path} answered 400.*not today"):
+        sync.load((drawn.append(name) or (name, tensor) for name, tensor in make_weights(1)), 1)
+    assert drawn == []
+    servers[1].faults.clear()
+    sync.load(iter(make_weights(2)), 2)
+    for server in servers:
+        assert_holds(server, 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fault", ["refuse", "silence", "die"])
+def test_a_server_that_fails_half_way_is_one_error_and_the_next_sync_works(
+    kind: str, fault: str, servers: list[WeightServer], start: Any
+) -> None:
+    sync = start(kind, limit=2)
+    sync.load(iter(make_weights(1)), 1)
+    servers[1].faults[UPDATE[kind]] = [fault] if kind == "disk" else [None, fault]
+    with pytest.raises(EngineError) as error:
+        sync.load(iter(make_weights(2)), 2)
+    assert servers[1].url in str(error.value)
+    assert "\n" not in str(error.value)
+    if fault == "refuse":
+        assert "not today" in str(error.value)
+    assert servers[0].is_paused, "its weights are partly new"
+    if fault == "silence":
+        servers[1].die()
+    sync.load(iter(make_weights(3)), 3)
+    assert_holds(servers[0], 3)
+    if fault == "refuse":
+        assert_holds(servers[1], 3)
+
+
+def test_a_session_that_a_broken_sync_left_open_is_closed(servers: list[WeightServer], start: Any) -> None:
+    servers[0].is_open = True
+    start("tensor").load(iter(make_weights(1)), 1)
+    assert_holds(servers[0], 1)
+
+
+def test_a_server_that_was_started_anew_joins_a_new_group(servers: list[WeightServer], start: Any) -> None:
+    sync = start("broadcast")
+    sync.load(iter(make_weights(1)), 1)
+    servers[1].groups.clear()  # as a new process at the same address
+    servers[1].version = "default"
+    sync.load(iter(make_weights(2)), 2)
+    for server in servers:
+        assert_holds(server, 2)
+        assert len(server.groups) == 1
+
+
+def test_a_version_that_did_not_arrive_is_noticed(servers: list[WeightServer], start: Any) -> None:
+    plain = servers[1].post
+    servers[1].post = lambda path, body: None if path == "/update_weight_version" else plain(path, body)  # type: ignore[method-assign]
+    with pytest.raises(EngineError, match=f"{servers[1].url} says that it holds weights default, after a sync of 1"):
+        start("tensor").load(iter(make_weights(1)), 1)
+
+
+def test_a_server_without_sessions_is_asked_for_none(start: Any, servers: list[WeightServer]) -> None:
+    servers[0].has_sessions = False
+    start("broadcast").load(iter(make_weights(1)), 1)
+    assert_holds(servers[0], 1)
+    assert not [call for call in servers[0].calls if call in ("/begin_weight_update", "/end_weight_update")]
+    assert "/begin_weight_update" in servers[1].calls
+
+
+def test_a_layout_that_cannot_be_served_is_refused(servers: list[WeightServer], start: Any) -> None:
+    about = servers[0].get("/server_info") | {"dp_size": 2}
+    plain = servers[0].get
+    servers[0].get = lambda path: about if path == "/server_info" else plain(path)  # type: ignore[method-assign]
+    with pytest.raises(EngineError, match=f"{servers[0].url} has dp-size 2"):
+        start("tensor").prepare(0)
+
+
+def test_memory_is_resumed_weights_first_and_the_cache_after_the_update(servers: list[WeightServer], start: Any) -> None:
+    servers[0].has_memory_saver = True
+    sync = start("tensor")
+    sync.release()
+    sync.load(iter(make_weights(1)), 1)
+    assert not [call for call in servers[0].calls if "memory" in call], "nothing is known of the servers yet"
+    servers[0].calls.clear()
+    sync.release()
+    sync.release()
+    sync.load(iter(make_weights(2)), 2)
+    assert_holds(servers[0], 2)
+    calls = [call for call in servers[0].calls if call != UPDATE["tensor"]]
+    assert calls == [
+        "/pause_generation",
+        "/release_memory_occupation kv_cache weights cuda_graph",
+        "/resume_memory_occupation weights",
+        "/pause_generation",
+        "/begin_weight_update",
+        "/end_weight_update",
+        "/resume_memory_occupation kv_cache cuda_graph",
+        "/flush_cache",
+        "/update_weight_version",
+        "/continue_generation",
+    ]
+    assert not [call for call in servers[1].calls if "memory" in call], "it does not share the trainer's GPUs"
+
+
+def test_disk_keeps_one_whole_directory_that_a_server_could_start_from(servers: list[WeightServer], start: Any, tmp_path: Path) -> None:
+    sync = start("disk")
+    for version in (7, 8):
+        sync.load(iter(make_weights(version)), version)
+    assert [path.name for path in (tmp_path / "weights").iterdir()] == ["000008"]
+    whole = tmp_path / "weights" / "000008"
+    assert json.loads((whole / "config.json").read_text()) == {"num_key_value_heads": 2}
+    index = json.loads((whole / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for _, tensor in make_weights(8))
+    assert len(set(index["weight_map"].values())) > 1
+
+
+def test_weights_that_cannot_be_written_are_one_error_before_a_weight_is_asked_for(
+    servers: list[WeightServer], start: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "weights").write_text("a file in the way")
+    with pytest.raises(EngineError, match=r"cannot be written to .*weights"):
+        start("disk").prepare(1)
+
+
+def test_buckets_hold_every_byte_in_order_within_their_size() -> None:
+    weights = make_weights(5)
+    for size in (1, 64, 600, 10**6):
+        seen = []
+        for bucket in buckets(iter(weights), size, CPU):
+            assert len(bucket.data) <= size or len(bucket.parts) == 1
+            assert [part.start for part in bucket.parts] == [0, *(part.end for part in bucket.parts[:-1])]
+            for part in bucket.parts:
+                seen.append((part.name, bucket.data[part.start : part.end].view(part.dtype).reshape(part.shape).clone()))
+        assert [name for name, _ in seen] == [name for name, _ in weights]
+        assert all(torch.equal(got, tensor) for (_, got), (_, tensor) in zip(seen, weights, strict=True))
+
+
+def test_a_bucket_is_left_alone_while_the_next_is_filled() -> None:
+    weights = [(f"w{i}", torch.full((4,), float(i))) for i in range(9)]
+    previous = None
+    for i, bucket in enumerate(buckets(iter(weights), 16, CPU)):
+        if previous is not None:
+            assert previous.data.view(torch.float32).tolist() == [float(i - 1)] * 4
+        previous = bucket
+    assert i == 8
+
+
+def sha(*arrays: np.ndarray) -> str:
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
+
+
+def test_checksums_are_of_the_parameters_as_a_server_shards_them() -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"self_attn.q_proj": (16, 8), "self_attn.k_proj": (8, 8), "self_attn.v_proj": (8, 8), "self_attn.o_proj": (8, 16),
+              "mlp.gate_proj": (12, 8), "mlp.up_proj": (12, 8), "mlp.down_proj": (8, 12), "input_layernorm": (8,)}  # fmt: skip
+    layer = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    vocab = rng.normal(size=(70, 8)).astype(np.float32)
+    checksums = Checksums([1, 2, 4], num_kv_heads=2)
+    for name in sorted(layer):  # not the order in which a server fuses them
+        checksums.add(f"model.layers.0.{name}.weight", torch.from_numpy(layer[name]))
+    checksums.add("model.embed_tokens.weight", torch.from_numpy(vocab))
+    q, k, v, o, gate, up, down, norm = layer.values()
+    padded = np.concatenate([vocab, np.zeros((58, 8), np.float32)])
+    for size in (1, 2, 4):
+        rows = [[np.split(x, size)[rank] for x in (q, gate, up, padded)] for rank in range(size)]
+        heads = [[np.split(x, min(size, 2))[rank * min(size, 2) // size] for x in (k, v)] for rank in range(size)]
+        columns = [[np.ascontiguousarray(np.split(x, size, axis=1)[rank]) for x in (o, down)] for rank in range(size)]
+        expected = [
+            {
+                "model.layers.0.self_attn.qkv_proj.weight": sha(rows[rank][0], *heads[rank]),
+                "model.layers.0.self_attn.o_proj.weight": sha(columns[rank][0]),
+                "model.layers.0.mlp.gate_up_proj.weight": sha(rows[rank][1], rows[rank][2]),
+                "model.layers.0.mlp.down_proj.weight": sha(columns[rank][1]),
+                "model.layers.0.input_layernorm.weight": sha(norm),
+                "model.embed_tokens.weight": sha(rows[rank][3]),
+            }
+            for rank in range(size)
+        ]
+        assert checksums.differences(expected) == []
+        expected[-1]["model.layers.0.input_layernorm.weight"] = "0"
+        del expected[0]["model.embed_tokens.weight"]
+        assert checksums.differences(expected) == ["model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("refused_at_first", "/begin_weight_update answered 400"),
+        ("refused_half_way", "/update_weights_from_distributed answered 400"),
+        ("silent_half_way", "took more than 5 s"),
+        ("dead_half_way", "/update_weights_from_distributed"),
+    ],
+)
+def test_a_sync_that_fails_ends_a_run_on_two_ranks_with_one_line_and_a_checkpoint(name: str, says: str) -> None:
+    result = measured("tests.sglang.sync_fails", 2)[name]
+    assert [rank["status"] for rank in result["ranks"]] == [1, 1]
+    lines = "".join(rank["printed"] for rank in result["ranks"]).splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert says in lines[0] and "http://127.0.0.1:" in lines[0] and "the same command goes on from there" in lines[0]
+    assert result["saved"] == ["step-000002"]
+
+
+def test_the_same_command_goes_on_after_a_sync_that_failed() -> None:
+    result = measured("tests.sglang.sync_fails", 2)["no_fault"]
+    assert [rank["status"] for rank in result["ranks"]] == [0, 0]
+    assert "step-000003" in result["saved"]
