@@ -1,7 +1,9 @@
-"""Rollouts as parquet, one file a step: to look at, and to train from again (rollout.replay)."""
+"""Rollouts as parquet, one file a step: to look at, and to train from again (rollout.replay); and what the updates saw of their tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +16,39 @@ from dapo.types import Group, Prompt, Sample
 KINDS = ("kept", "all_correct", "all_wrong", "surplus")
 
 
+@dataclass(frozen=True)
+class Trace:
+    """What the update that a sample took part in saw of its n response tokens. 0 and False where loss_mask is False."""
+
+    group: int
+    index: int
+    old_logprobs: np.ndarray  # float32 [n], log π_θold, the policy's own
+    logprobs: np.ndarray  # float32 [n], log π_θ when its minibatch came: the ratio's numerator
+    clipped_low: np.ndarray  # bool [n], A < 0 and the ratio below 1 − clip_low: no gradient
+    clipped_high: np.ndarray  # bool [n], A > 0 and the ratio above 1 + clip_high: no gradient
+
+
 def path_of(directory: Path, step: int) -> Path:
     return directory / f"step-{step:06}.parquet"
 
 
-def write(path: Path, buffer: Buffer, share: float) -> None:
-    """One row a sample, of the first `share` of the groups of each kind, in asking order. Appears whole or not at all."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def traces_path_of(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:06}.traces.parquet"
 
-    rows = []
-    for kind in KINDS:
-        groups = getattr(buffer, kind)
-        for group in groups[: round(share * len(groups))]:
-            rows += [_row(kind, group, sample) for sample in group.samples]
-    if not rows:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd")
-    partial.rename(path)
+
+def chosen(groups: Sequence[Group], share: float) -> Sequence[Group]:
+    """The first `share` of the groups: in asking order, so that which ones says nothing of what came out."""
+    return groups[: round(share * len(groups))]
+
+
+def write(path: Path, buffer: Buffer, share: float) -> None:
+    """One row a sample, of the chosen `share` of the groups of each kind. Appears whole or not at all."""
+    _write(path, [_row(kind, group, s) for kind in KINDS for group in chosen(getattr(buffer, kind), share) for s in group.samples])
+
+
+def write_traces(path: Path, traces: Iterable[Trace]) -> None:
+    """One row a sample, by (group, index) as in the dump of the same step. Appears whole or not at all."""
+    _write(path, [asdict(trace) for trace in sorted(traces, key=lambda trace: (trace.group, trace.index))])
 
 
 def read(path: Path, capacity: int) -> Buffer:
@@ -60,6 +75,18 @@ def read(path: Path, capacity: int) -> Buffer:
             getattr(buffer, row["kind"]).append(groups[row["group"]])
         groups[row["group"]].samples.append(_sample(row))
     return buffer
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not rows:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd")
+    partial.rename(path)
 
 
 def _row(kind: str, group: Group, sample: Sample) -> dict[str, Any]:

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dapo import clock
 from dapo.config import Config
 
@@ -140,6 +138,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def peak_memory_gib() -> float:
     """Of this process since it started: on a GPU what torch allocated there, else resident memory."""
+    import torch  # takes seconds: a report reads and plots metrics without it
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
