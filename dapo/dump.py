@@ -36,9 +36,10 @@ def traces_path_of(directory: Path, step: int) -> Path:
     return directory / f"step-{step:06}.traces.parquet"
 
 
-def chosen(groups: Sequence[Group], share: float) -> Sequence[Group]:
-    """The first `share` of the groups: in asking order, so that which ones says nothing of what came out."""
-    return groups[: round(share * len(groups))]
+def chosen(groups: Sequence[Group], share: float) -> list[Group]:
+    """About `share` of the groups, spread evenly: over asking order, which says nothing of what came out, and so over a step's updates."""
+    count = round(share * len(groups))
+    return [groups[(2 * i + 1) * len(groups) // (2 * count)] for i in range(count)]
 
 
 def write(path: Path, buffer: Buffer, share: float) -> None:

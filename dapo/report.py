@@ -166,13 +166,13 @@ def embed(run: Run, budget: int) -> Embedded:
         ConfigError: a dump cannot be read.
     """
     embedded = Embedded()
-    steps = dumped_steps(run.directory)
-    tokenizer = Tokenizer.of(run) if steps and budget else None
+    steps = dumped_steps(run.directory) if budget else []
+    tokenizer = Tokenizer.of(run) if steps else None
     for passed in (slice(0, 1), slice(1, None)):
         for i in spread(len(steps)):
             for group in read_groups(run.directory / "rollouts", steps[i], passed):
                 entry, content = describe(steps[i], group, tokenizer)
-                blob = base64.b64encode(gzip.compress(json.dumps(content).encode(), mtime=0)).decode()
+                blob = base64.b64encode(gzip.compress(json.dumps(content).encode(), compresslevel=5, mtime=0)).decode()
                 size = len(blob) + len(json.dumps(entry))
                 if embedded.num_bytes + size > budget:
                     return embedded.sorted()
@@ -307,7 +307,8 @@ class Tokenizer:
 
     def pieces(self, ids: list[int]) -> list[str] | None:
         """The text of each token; a character that several make is the last one's. None where the parts are not the whole text."""
-        pieces, pending = [], []
+        pieces: list[str] = []
+        pending: list[int] = []
         for i, token in enumerate(ids, start=1):
             piece = self._piece(token) if not pending else "\ufffd"
             if "\ufffd" in piece:
