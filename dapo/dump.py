@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,31 @@ from dapo.config import ConfigError
 from dapo.types import Group, Prompt, Sample
 
 KINDS = ("kept", "all_correct", "all_wrong", "surplus")
+COLUMNS = {  # of a dump, a row a sample; [x]: a list of x
+    "kind": "string",
+    "group": "int64",
+    "index": "int64",
+    "prompt_index": "int64",
+    "prompt_tokens": "[int32]",
+    "answer": "string",
+    "tokens": "[int32]",
+    "behavior_logprobs": "[float]",
+    "loss_mask": "[bool]",
+    "versions": "[[int64]]",
+    "finish_reason": "string",
+    "text": "string",
+    "is_correct": "bool",
+    "reward": "double",
+    "advantage": "double",
+}
+TRACE_COLUMNS = {
+    "group": "int64",
+    "index": "int64",
+    "old_logprobs": "[float]",
+    "logprobs": "[float]",
+    "clipped_low": "[bool]",
+    "clipped_high": "[bool]",
+}
 
 
 @dataclass(frozen=True)
@@ -44,12 +69,13 @@ def chosen(groups: Sequence[Group], share: float) -> list[Group]:
 
 def write(path: Path, buffer: Buffer, share: float) -> None:
     """One row a sample, of the chosen `share` of the groups of each kind. Appears whole or not at all."""
-    _write(path, [_row(kind, group, s) for kind in KINDS for group in chosen(getattr(buffer, kind), share) for s in group.samples])
+    rows = [_row(kind, group, sample) for kind in KINDS for group in chosen(getattr(buffer, kind), share) for sample in group.samples]
+    _write(path, rows, COLUMNS)
 
 
 def write_traces(path: Path, traces: Iterable[Trace]) -> None:
     """One row a sample, by (group, index) as in the dump of the same step. Appears whole or not at all."""
-    _write(path, [asdict(trace) for trace in sorted(traces, key=lambda trace: (trace.group, trace.index))])
+    _write(path, [asdict(trace) for trace in sorted(traces, key=lambda trace: (trace.group, trace.index))], TRACE_COLUMNS)
 
 
 def read(path: Path, capacity: int) -> Buffer:
@@ -58,15 +84,9 @@ def read(path: Path, capacity: int) -> Buffer:
     Raises:
         ConfigError: no such file, or it is not a dump.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        rows = pq.read_table(path).to_pylist()
-    except FileNotFoundError:
-        raise ConfigError(f"rollout.replay: {path} does not exist; run fewer steps, or dump more") from None
-    except pa.ArrowInvalid as error:
-        raise ConfigError(f"rollout.replay: {path} is not parquet, or cut short: {error}") from None
+    if not path.exists():
+        raise ConfigError(f"rollout.replay: {path} does not exist; run fewer steps, or dump more")
+    rows = read_rows(path, COLUMNS)
     buffer = Buffer(capacity, is_dynamic=True)
     groups: dict[int, Group] = {}
     for row in rows:
@@ -78,7 +98,36 @@ def read(path: Path, capacity: int) -> Buffer:
     return buffer
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+def read_rows(path: Path, columns: Mapping[str, str], groups: Sequence[int] | None = None) -> list[dict[str, Any]]:
+    """The rows, of `groups` only if they are named, with `columns` of COLUMNS or TRACE_COLUMNS.
+
+    Raises:
+        ConfigError: the file is damaged, or was not written here.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    filters = None if groups is None else [("group", "in", groups)]
+    try:
+        table = pq.read_table(path, columns=list(columns), filters=filters, page_checksum_verification=True)
+        if not table.schema.equals(_schema(columns)):
+            raise pa.ArrowInvalid(f"columns {', '.join(table.column_names) or 'other than'} in place of {', '.join(columns)}")
+        rows: list[dict[str, Any]] = table.to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is damaged, or no dump of rollouts: {' '.join(str(error).split())}") from None
+    return rows
+
+
+def _schema(columns: Mapping[str, str]) -> Any:
+    import pyarrow as pa
+
+    def kind_of(name: str) -> Any:
+        return pa.list_(kind_of(name[1:-1])) if name.startswith("[") else pa.type_for_alias(name)
+
+    return pa.schema([(name, kind_of(kind)) for name, kind in columns.items()])
+
+
+def _write(path: Path, rows: list[dict[str, Any]], columns: Mapping[str, str]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -86,7 +135,7 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    pq.write_table(pa.Table.from_pylist(rows), partial, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(rows, schema=_schema(columns)), partial, compression="zstd", write_page_checksum=True)
     partial.rename(path)
 
 

@@ -21,13 +21,11 @@ import yaml
 
 from dapo import metrics
 from dapo.config import ConfigError
-from dapo.dump import KINDS, path_of, traces_path_of
+from dapo.dump import COLUMNS, KINDS, TRACE_COLUMNS, path_of, read_rows, traces_path_of
 
 TEMPLATE = Path(__file__).with_name("report.html")
 PREVIEW = 160  # characters of a prompt in the list of groups
 MIB = 1 << 20
-PROMPT_COLUMNS = ("kind", "group", "index", "prompt_tokens", "answer")
-SAMPLE_COLUMNS = ("tokens", "behavior_logprobs", "loss_mask", "finish_reason", "text", "is_correct", "reward", "advantage")
 
 
 @dataclass
@@ -201,37 +199,20 @@ def read_groups(rollouts: Path, step: int, which: slice) -> list[list[dict[str, 
         ConfigError: a file is damaged or is no dump.
     """
     path, traces_path = path_of(rollouts, step), traces_path_of(rollouts, step)
-    rows = _read_rows(path, ["kind", "group"], None)
+    rows = read_rows(path, {name: COLUMNS[name] for name in ("kind", "group")})
     by_kind = {kind: list(dict.fromkeys(row["group"] for row in rows if row["kind"] == kind)) for kind in KINDS}
     wanted = [group for kind in KINDS for group in by_kind[kind][which]]
     if not wanted:
         return []
     traces = {}
     if traces_path.exists():
-        names = ["group", "index", "old_logprobs", "logprobs", "clipped_low", "clipped_high"]
-        traces = {(row["group"], row["index"]): row for row in _read_rows(traces_path, names, wanted)}
+        traces = {(row["group"], row["index"]): row for row in read_rows(traces_path, TRACE_COLUMNS, wanted)}
     groups: dict[int, list[dict[str, Any]]] = {group: [] for group in wanted}
-    for row in _read_rows(path, [*PROMPT_COLUMNS, *SAMPLE_COLUMNS], wanted):
+    for row in read_rows(path, COLUMNS, wanted):
         groups[row["group"]].append({"trace": traces.get((row["group"], row["index"])), **row})
+    if not all(groups.values()):
+        raise ConfigError(f"{path} is damaged: it names groups of which it holds no sample")
     return list(groups.values())
-
-
-def _read_rows(path: Path, names: list[str], groups: list[int] | None) -> list[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        filters = None if groups is None else [("group", "in", groups)]
-        rows: list[dict[str, Any]] = pq.read_table(path, columns=names, filters=filters).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise ConfigError(
-            f"{path} is damaged or no dump of rollouts: {' '.join(str(error).split())}; move it away, or --samples 0"
-        ) from None
-    if rows and set(rows[0]) != set(names):
-        raise ConfigError(
-            f"{path} is no dump of rollouts: it lacks {', '.join(sorted(set(names) - set(rows[0])))}; move it away, or --samples 0"
-        )
-    return rows
 
 
 def describe(step: int, rows: list[dict[str, Any]], tokenizer: Tokenizer | None) -> tuple[dict[str, Any], dict[str, Any]]:
