@@ -1,6 +1,6 @@
-"""The command line: python -m dapo train|eval CONFIG.yaml [section.key=value …]; train under torchrun for more than one process.
+"""The command line: python -m dapo train|eval|plan CONFIG.yaml [section.key=value …]; train under torchrun for more than one process.
 
-python -m dapo report RUN [RUN …] looks at what runs have left behind.
+python -m dapo report RUN [RUN …] shows what runs have left in their directories.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from dapo import config, report
+from dapo import config, report, semantics
 
 
 def main(argv: list[str]) -> int:
@@ -22,7 +22,9 @@ def main(argv: list[str]) -> int:
     train = commands.add_parser("train", help="run Algorithm 1, going on from the run's newest checkpoint")
     evaluate = commands.add_parser("eval", help="evaluate models on the config's eval.data, the later ones against the first; one process")
     evaluate.add_argument("--model", action="append", type=Path, help="Hugging Face directory, may be repeated; default policy.model")
-    for command in (train, evaluate):
+    plan = commands.add_parser("plan", help="what the run's numbers will mean, before anything is launched")
+    plan.add_argument("--diff", choices=["paper", "verl"], help="only where the config departs from it, with the reason one would")
+    for command in (train, evaluate, plan):
         command.add_argument("config", help="YAML file; every option is in dapo/config.py")
         command.add_argument("overrides", nargs="*", metavar="section.key=value", help="later wins")
     page = commands.add_parser("report", help="one HTML page of one run or several: curves, and a browser of dumped samples")
@@ -38,6 +40,8 @@ def main(argv: list[str]) -> int:
         options = config.load(args.config, args.overrides)
     except config.ConfigError as error:
         return _fail(error, is_told=os.environ.get("RANK", "0") == "0")
+    if args.command == "plan":
+        return _plan(options, args.diff)
     return _run(options) if args.command == "train" else _run(options, args.model or [options.policy.model])
 
 
@@ -47,6 +51,15 @@ def _report(args: argparse.Namespace) -> int:
         return 0
     except config.ConfigError as error:
         return _fail(error, is_told=True)
+
+
+def _plan(options: config.Config, source: semantics.Source | None) -> int:
+    if source:
+        lines = semantics.diff(options, source) or [f"nothing departs from {source}"]
+    else:
+        lines = [f"{choice.name}: {choice.value}" for choice in semantics.choices(options)]
+    print("\n".join(lines))
+    return 0
 
 
 def _run(options: config.Config, models: list[Path] | None = None) -> int:
