@@ -47,10 +47,13 @@ def main(argv: list[str]) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     try:
-        print(report.write(args.runs, args.out, args.samples))
-        return 0
+        made, warnings = report.write(args.runs, args.out, args.samples)
     except config.ConfigError as error:
         return _fail(error, is_told=True)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(made)
+    return 0
 
 
 def _plan(options: config.Config, source: semantics.Source | None) -> int:

@@ -14,6 +14,7 @@ from dapo.config import ConfigError
 from dapo.types import Group, Prompt, Sample
 
 KINDS = ("kept", "all_correct", "all_wrong", "surplus")
+TRACES = ".traces.parquet"
 COLUMNS = {  # of a dump, a row a sample; [x]: a list of x
     "kind": "string",
     "group": "int64",
@@ -58,7 +59,7 @@ def path_of(directory: Path, step: int) -> Path:
 
 
 def traces_path_of(directory: Path, step: int) -> Path:
-    return directory / f"step-{step:06}.traces.parquet"
+    return path_of(directory, step).with_suffix(TRACES)
 
 
 def chosen(groups: Sequence[Group], share: float) -> list[Group]:
@@ -70,6 +71,7 @@ def chosen(groups: Sequence[Group], share: float) -> list[Group]:
 def write(path: Path, buffer: Buffer, share: float) -> None:
     """One row a sample, of the chosen `share` of the groups of each kind. Appears whole or not at all."""
     rows = [_row(kind, group, sample) for kind in KINDS for group in chosen(getattr(buffer, kind), share) for sample in group.samples]
+    path.with_suffix(TRACES).unlink(missing_ok=True)  # of an earlier attempt at this step
     _write(path, rows, COLUMNS)
 
 

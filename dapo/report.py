@@ -54,8 +54,8 @@ class Embedded:
         return self
 
 
-def write(directories: Sequence[Path], out: Path | None, samples_mib: float) -> str:
-    """Make the page, and a PNG of the paper's curves beside it; returns what to tell of it.
+def write(directories: Sequence[Path], out: Path | None, samples_mib: float) -> tuple[str, list[str]]:
+    """Make the page, and a PNG of the paper's curves beside it; returns what was made, in a line, and warnings of what was left out.
 
     Args:
         out: the page; None: report.html in the first run's directory.
@@ -67,6 +67,8 @@ def write(directories: Sequence[Path], out: Path | None, samples_mib: float) -> 
     if not samples_mib >= 0:
         raise ConfigError(f"--samples={samples_mib}: how many MiB of samples the page may hold, 0 for none")
     out = out or directories[0] / "report.html"
+    if out.suffix == ".png" or out.is_dir():
+        raise ConfigError(f"--out {out}: cannot be written: it is to be an HTML file; the PNG goes beside it")
     runs = [read(directory, label) for directory, label in zip(directories, labels(directories), strict=True)]
     embedded = [embed(run, int(samples_mib * MIB / len(runs))) for run in runs]
     text = page(runs, embedded)
@@ -77,8 +79,8 @@ def write(directories: Sequence[Path], out: Path | None, samples_mib: float) -> 
         metrics.plot({run.label: run.rows for run in runs}, out.with_suffix(".png"))
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from error
-    warnings = "".join(f"warning: {warning}\n" for run in runs for warning in run.warnings)
-    return f"{warnings}{out} ({len(text) / MIB:.1f} MiB, {sum(e.num_samples for e in embedded)} samples) and {out.with_suffix('.png').name}"
+    made = f"{out} ({len(text) / MIB:.1f} MiB, {sum(e.num_samples for e in embedded)} samples) and {out.with_suffix('.png').name}"
+    return made, [warning for run in runs for warning in run.warnings]
 
 
 # what a run's directory says
@@ -300,7 +302,7 @@ class Tokenizer:
                     continue
                 pending = []
             pieces.append(piece)
-        return pieces if "".join(pieces) == self.text(ids) else None
+        return pieces if "".join(pieces) == self._after_anchor(ids) else None
 
     def _piece(self, token: int) -> str:
         if token not in self._pieces:

@@ -33,7 +33,9 @@ def make_groups(step: int, tokenizer: tokenizers.Tokenizer, responses: list[str]
     """Groups all correct, all wrong and mixed in turn; the last sample of each is cut off."""
     groups = []
     for place in range(num_groups):
-        group = Group((step << 20) + place, Prompt(place, np.array(tokenizer.encode(f"what is {place}?").ids, np.int32), "42"))
+        group = Group(
+            (step << 20) + place, Prompt(place, np.array(tokenizer.encode(f"what is {place}? {responses[0]}").ids, np.int32), "42")
+        )
         for index, response in enumerate(responses):
             tokens = np.array(tokenizer.encode(response).ids, np.int32)
             n, is_correct = len(tokens), [True, False, index == 0][place % 3]
@@ -142,10 +144,11 @@ def test_the_pieces_of_half_a_character_are_its_replacement(tmp_path):
 
 def test_a_decoder_that_strips_a_leading_space_keeps_it_between_tokens(tmp_path):
     tokenizer = tokenizers.SentencePieceBPETokenizer()
-    tokenizer.train_from_iterator(["0 the answer the answer"], vocab_size=40, show_progress=False)
+    tokenizer.train_from_iterator(["0 the answer the answer"], vocab_size=20, show_progress=False)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    pieces = report.Tokenizer(tmp_path / "tokenizer.json").pieces(tokenizer.encode("the answer the answer").ids)
-    assert pieces is None or "".join(pieces) == "the answer the answer"
+    ids = tokenizer.encode("the answer the answer").ids
+    pieces = report.Tokenizer(tmp_path / "tokenizer.json").pieces(ids)
+    assert pieces is not None and len(pieces) == len(ids) > 4 and "".join(pieces).strip() == "the answer the answer"
 
 
 # samples in the page
@@ -167,13 +170,20 @@ def test_a_group_says_of_each_sample_what_the_dump_and_its_traces_say(tmp_path):
     run = report.read(make_run(tmp_path / "run"), "run")
     mixed = report.read_groups(run.directory / "rollouts", 0, slice(0, 1))[0]
     entry, content = report.describe(0, mixed, report.Tokenizer.of(run))
-    assert entry["kind"] == "kept" and entry["outcomes"] == "cW" and entry["preview"] == content["prompt"] == "what is 2?"
+    assert entry["kind"] == "kept" and entry["outcomes"] == "cW" and entry["preview"] == content["prompt"] == "what is 2? the answer"
     first, second = content["samples"]
     assert "".join(first["pieces"]) == "the answer" and first["correct"] and not first["truncated"]
     assert "".join(second["pieces"]) == "is the number" and second["finish"] == "length"
     n = second["tokens"]
     assert second["surprise"] == [round(300 * i / (n - 1)) for i in range(n)]
     assert second["clips"] == [[1, "low", 0.367879], [2, "high", 2.71828]]
+
+
+def test_a_step_made_anew_has_lost_the_traces_of_the_attempt_before(tmp_path):
+    rollouts = make_run(tmp_path / "run") / "rollouts"
+    assert dump.traces_path_of(rollouts, 0).exists()
+    dump.write(dump.path_of(rollouts, 0), dump.read(dump.path_of(rollouts, 0), 8), share=1.0)
+    assert not dump.traces_path_of(rollouts, 0).exists()
 
 
 def test_a_group_without_traces_has_no_clips(tmp_path):
@@ -221,7 +231,8 @@ def test_a_torn_last_line_is_left_out_with_a_warning(tmp_path, capsys):
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "rollout/rew')
     assert main(["report", str(run)]) == 0
-    assert "warning: " in (told := capsys.readouterr().out) and "metrics.jsonl:4 is cut short" in told
+    told = capsys.readouterr()
+    assert told.err.startswith("warning: ") and "metrics.jsonl:4 is cut short" in told.err and "report.html" in told.out
     data = data_of(run / "report.html")["runs"][0]
     assert data["columns"]["step"] == [0, 1, 2] and "cut short" in data["warnings"][0]
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
@@ -247,7 +258,7 @@ def test_a_damaged_dump_is_refused_and_named(tmp_path, capsys, which):
     for at in range(0, len(whole), len(whole) // 40):  # a byte in the middle: either it does not matter, or it is said
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
         try:
-            report.write([run], None, 1)
+            report.embed(report.read(run, "run"), 1 << 20)
         except ConfigError as error:
             damaged += 1
             assert str(path) in str(error) and "\n" not in str(error)
@@ -263,7 +274,7 @@ def test_a_parquet_file_that_is_no_dump_is_refused(tmp_path, capsys):
 
 def test_an_output_that_cannot_be_written_is_refused(tmp_path, capsys):
     run = make_run(tmp_path / "run")
-    for out in (tmp_path / "nowhere" / "page.html", tmp_path):
+    for out in (tmp_path / "nowhere" / "page.html", tmp_path, tmp_path / "page.png"):
         assert "cannot be written" in refused([str(run), "--out", str(out)], capsys)
     assert "--samples=-1.0" in refused([str(run), "--samples", "-1"], capsys)
 
@@ -316,7 +327,7 @@ def test_a_page_of_two_runs_of_a_thousand_steps_is_drawn_without_complaint(tmp_p
     assert "optim.lr1e-062e-06" in words(dom, "differences")
     assert words(dom, "curves").startswith("response length (tokens)1,0991,099")
     assert words(dom, "held") == "all 240 dumped samples of 40 steps"
-    assert words(dom, "prompt") == "what is 2?" and words(dom, "response") == "the answer"
+    assert words(dom, "prompt") == "what is 2? the answer" and words(dom, "response") == "the answer"
     assert len(re.findall(r'<span[^>]*class="(?:up|down)"[^>]*>', re.search(r'id="response".*', dom, re.DOTALL)[0])) == 2
     assert re.search(r"<span style=\"background: rgba\(214, 122, 32|<span style=\"background: rgba\(var\(--heat\), 0\.\d+\)", dom)
 
