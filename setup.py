@@ -13,11 +13,12 @@ setup(
     python_requires=">=3.11",
     packages=["dapo", "dapo.engine", "dapo.policy", "dapo.reward", "dapo_kernels"],
     package_dir={"dapo_kernels": "kernels/dapo_kernels"},
-    package_data={"dapo": ["py.typed"], "dapo_kernels": ["py.typed"]},
+    package_data={"dapo": ["py.typed", "report.html"], "dapo_kernels": ["py.typed"]},
     install_requires=[
         "torch>=2.11",
         "megatron-core==0.16.1",  # pinned: policy/cpu.py adapts this very version
         "transformers>=5,<6",
+        "tokenizers>=0.21",
         "numpy>=1.26",
         "safetensors>=0.5",
         "pyarrow>=15",

@@ -1,4 +1,7 @@
-"""The command line: python -m dapo train|eval|plan CONFIG.yaml [section.key=value …]; train under torchrun for more than one process."""
+"""The command line: python -m dapo train|eval|plan CONFIG.yaml [section.key=value …]; train under torchrun for more than one process.
+
+python -m dapo report RUN [RUN …] shows what runs have left in their directories.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from dapo import config, semantics
+from dapo import config, report, semantics
 
 
 def main(argv: list[str]) -> int:
@@ -24,7 +27,15 @@ def main(argv: list[str]) -> int:
     for command in (train, evaluate, plan):
         command.add_argument("config", help="YAML file; every option is in dapo/config.py")
         command.add_argument("overrides", nargs="*", metavar="section.key=value", help="later wins")
+    page = commands.add_parser("report", help="one HTML page of one run or several: curves, and a browser of dumped samples")
+    page.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's directory (run.dir)")
+    page.add_argument(
+        "--out", type=Path, help="the page; default report.html in the first run's directory. A PNG of the curves goes beside it"
+    )
+    page.add_argument("--samples", type=float, default=16, metavar="MIB", help="how much of the page dumped samples may take; default 16")
     args = parser.parse_args(argv)
+    if args.command == "report":
+        return _report(args)
     try:
         options = config.load(args.config, args.overrides)
     except config.ConfigError as error:
@@ -32,6 +43,17 @@ def main(argv: list[str]) -> int:
     if args.command == "plan":
         return _plan(options, args.diff)
     return _run(options) if args.command == "train" else _run(options, args.model or [options.policy.model])
+
+
+def _report(args: argparse.Namespace) -> int:
+    try:
+        made, warnings = report.write(args.runs, args.out, args.samples)
+    except config.ConfigError as error:
+        return _fail(error, is_told=True)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(made)
+    return 0
 
 
 def _plan(options: config.Config, source: semantics.Source | None) -> int:

@@ -11,10 +11,20 @@ from itertools import count
 import numpy as np
 
 from dapo.config import Config
+from dapo.dump import chosen
 from dapo.objective import token_weights
 from dapo.types import Group, Prompt, Sample
 
 ATTENTION_SPAN = 32_768  # sequence length at which attention costs as much as the rest of a layer, roughly
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the response tokens of a dumped sample lie in a microbatch: they are targets[tokens]."""
+
+    group: int
+    index: int
+    tokens: slice
 
 
 @dataclass
@@ -30,6 +40,7 @@ class Microbatch:
     advantages: np.ndarray  # float32 [T]
     behavior_logprobs: np.ndarray  # float32 [T]
     is_stale: np.ndarray  # bool [T]: the target was written by older weights than the policy's
+    dumped: list[Place] = field(default_factory=list)  # the samples whose tokens the updates trace, for the dump
 
 
 @dataclass
@@ -46,6 +57,7 @@ class _Sequence:
     sample: Sample
     weight: float
     is_stale: np.ndarray  # bool [n]
+    is_dumped: bool
 
     @property
     def length(self) -> int:
@@ -59,13 +71,14 @@ def plan(groups: list[Group], config: Config, num_ranks: int, metrics: dict[str,
     """
     if not groups:
         return [Batch([], metrics) for _ in range(num_ranks)]
+    dumped = {group.id for group in chosen(groups, config.rollout.dump_share)}
     num_updates = max(1, round(len(groups) / config.optim.prompts_per_minibatch))
     minibatches: list[list[list[Microbatch]]] = [[] for _ in range(num_ranks)]
     for indices in np.array_split(np.arange(len(groups)), num_updates):
         minibatch = [groups[i] for i in indices]
         weights = token_weights(minibatch, config.objective.normaliser, config.objective.overlong_filtering)
         sequences = [
-            _Sequence(group.prompt, sample, weight, stale_tokens(sample, version))
+            _Sequence(group.prompt, sample, weight, stale_tokens(sample, version), group.id in dumped)
             for group, group_weights in zip(minibatch, weights, strict=True)
             for sample, weight in zip(group.samples, group_weights, strict=True)
         ]
@@ -134,4 +147,6 @@ def build(sequences: list[_Sequence], multiple: int) -> Microbatch:
         microbatch.advantages[response] = sequence.sample.advantage
         microbatch.behavior_logprobs[response] = sequence.sample.behavior_logprobs
         microbatch.is_stale[response] = sequence.is_stale
+        if sequence.is_dumped:
+            microbatch.dumped.append(Place(sequence.sample.group, sequence.sample.index, response))
     return microbatch

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from dapo import clock
 from dapo.config import Config
@@ -38,6 +36,9 @@ CURVES = {  # the paper's four monitors and accuracy (Figures 2 and 7)
     "policy/entropy": "entropy (nats)",
     "policy/probability": "mean probability",
 }
+
+
+COLORS = ("#2a5c8a", "#c8692b", "#3a8464", "#8b5a9e", "#a8893a", "#b54a5c", "#2b8a96", "#6b6f76")  # of several runs, as in report.html
 
 
 class Log:
@@ -74,7 +75,7 @@ class Log:
         self.tensorboard.close()
         rows = read(self.path)
         if rows:
-            plot(rows, self.config.run.dir / "curves.png")
+            plot({self.config.run.dir.name: rows}, self.config.run.dir / "curves.png")
         if self.wandb:
             self.wandb.finish()
         self.console.close()
@@ -140,30 +141,36 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def peak_memory_gib() -> float:
     """Of this process since it started: on a GPU what torch allocated there, else resident memory."""
+    import torch  # takes seconds: a report reads and plots metrics without it
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """The paper's monitors over steps, as a PNG."""
+def plot(runs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
+    """The paper's monitors over steps, as a PNG: the rows of each run, by the name that the legend has for it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 6.5), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (key, title) in zip(figure.subplots(2, 3).flat, CURVES.items(), strict=True):
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        axes.plot(
-            *zip(*points, strict=True) if points else ([], []),
-            marker="o" if key.startswith("eval") else None,
-            linewidth=1.6,
-            color="#2a5c8a",
-        )
+        for i, (name, rows) in enumerate(runs.items()):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            axes.plot(
+                *zip(*points, strict=True) if points else ([], []),
+                marker="o" if key.startswith("eval") else None,
+                linewidth=1.6,
+                color=COLORS[i % len(COLORS)],
+                label=name,
+            )
         axes.set_title(title, fontsize=11, loc="left")
         axes.set_xlabel("step", fontsize=9)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+    if len(runs) > 1:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(runs), 4), frameon=False)
     figure.savefig(path, dpi=110)
 
 

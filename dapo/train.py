@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 
-from dapo import clock, evaluate, semantics
+from dapo import clock, dump, evaluate, semantics
 from dapo.checkpoint import Checkpoints
 from dapo.config import Config, ConfigError
 from dapo.data import PromptStream, Summary, digest, load_prompts, load_stream
@@ -49,6 +49,7 @@ def train(config: Config, mesh: Mesh) -> None:
             batch = mesh.scatter(rollouts.next_batch, step)  # 2, 4–9: the main rank collects; each rank receives its own share
             mismatch = policy.set_old_logprobs(batch)  # log π_θold, in the trainer's numerics and the updates' own packing
             updates = [policy.update(minibatch) for minibatch in batch.minibatches]  # 10–11: Eq. 8
+            keep_traces(step, policy, mesh, config)
             log(step, scores | batch.metrics | mismatch | mean(updates))
             checkpoints.maybe_save(step + 1, policy, rollouts)
         step = config.run.steps
@@ -81,6 +82,13 @@ def sync(policy: Policy, rollouts: Rollouts | RolloutsElsewhere, mesh: Mesh, ver
                 pass
 
     mesh.together(load)
+
+
+def keep_traces(step: int, policy: Policy, mesh: Mesh, config: Config) -> None:
+    """Write beside the step's dump what the updates saw of its tokens; nothing is gathered where nothing is dumped."""
+    if config.rollout.dump_share:
+        traces = [trace for of_a_rank in mesh.gather(policy.take_traces()) for trace in of_a_rank]
+        dump.write_traces(dump.traces_path_of(config.run.dir / "rollouts", step), traces)
 
 
 def make_rollouts(

@@ -25,9 +25,10 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dapo.batch import Batch, Microbatch
+from dapo.batch import Batch, Microbatch, Place
 from dapo.clock import beat, timed
 from dapo.config import Config
+from dapo.dump import Trace
 from dapo.mesh import FailedElsewhere, Mesh
 from dapo.policy import hf_weights
 from dapo.policy.hf_weights import Weights
@@ -51,6 +52,7 @@ class _Tensors:
     behavior_logprobs: Tensor  # [T]
     is_stale: Tensor  # [T]
     packed: PackedSeqParams
+    dumped: list[Place]
     old_logprobs: Tensor | None = None  # [T], last pipeline stage only
 
 
@@ -99,6 +101,7 @@ class Policy:
         self.transformer.grad_scale_func = self.optimizer.scale_loss
         self.transformer.no_sync_func = self.model.no_sync if self.model.ddp_config.overlap_grad_reduce else None
         self._on_device: dict[int, _Tensors] = {}
+        self._traces: dict[tuple[int, int], Trace] = {}  # by (group, index), where this rank reports
 
     @timed("old_logprobs")
     def set_old_logprobs(self, batch: Batch) -> dict[str, float]:
@@ -172,6 +175,11 @@ class Policy:
             "policy/clip_high": totals["clipped_high"] / tokens,
             "policy/clip_high_probability": totals["clipped_high_probability"] / max(totals["clipped_high"], 1),
         }
+
+    def take_traces(self) -> list[Trace]:
+        """What the updates since the last call saw of each dumped sample, of those that this rank reports."""
+        traces, self._traces = list(self._traces.values()), {}
+        return traces
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, full tensor) of the whole model, one at a time, on every rank: every rank drains it."""
@@ -284,6 +292,12 @@ class Policy:
             weight_grad=self._module.head.main_grad,  # type: ignore[attr-defined]  # the head's gradient is added where Megatron keeps it
             **self._head_options,
         )
+        if tensors.dumped and self.reports:
+            per_token = [tensors.old_logprobs, out.logprobs, out.clipped_low, out.clipped_high]
+            old, new, low, high = torch.stack([x.float() for x in per_token]).cpu().numpy()  # type: ignore[union-attr]
+            for place in tensors.dumped:
+                t = place.tokens
+                self._traces[place.group, place.index] = Trace(place.group, place.index, old[t], new[t], low[t] > 0, high[t] > 0)
         probability = out.logprobs[tensors.mask].exp()
         high = out.clipped_high[tensors.mask]
         sums = [
@@ -325,6 +339,7 @@ class Policy:
             packed=PackedSeqParams(
                 qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest
             ),
+            dumped=microbatch.dumped,
         )
 
 

@@ -106,7 +106,7 @@ def test_padding_is_one_more_sequence_that_weighs_nothing(tmp_path, multiple):
         for m in (m for microbatches in batch.minibatches for m in microbatches):
             num_tokens = m.cu_seqlens[-1]
             assert num_tokens % multiple == 0
-            assert {len(value) for name, value in vars(m).items() if name != "cu_seqlens"} == {num_tokens}
+            assert {len(value) for name, value in vars(m).items() if name not in ("cu_seqlens", "dumped")} == {num_tokens}
             assert (np.diff(m.cu_seqlens) > 0).all()
             assert all(np.array_equal(m.positions[start:end], np.arange(end - start)) for start, end in sequences_of(m))
             real = [end - start for start, end in sequences_of(m) if m.mask[start:end].any()]
@@ -118,7 +118,7 @@ def test_padding_is_one_more_sequence_that_weighs_nothing(tmp_path, multiple):
 def test_arrays_have_the_types_that_training_expects(tmp_path):
     [batch] = plan([make_group([1, 0])], make_config(tmp_path), 1, {})
     [[m]] = batch.minibatches
-    types = {name: value.dtype.name for name, value in vars(m).items()}
+    types = {name: value.dtype.name for name, value in vars(m).items() if name != "dumped"}
     floats = dict.fromkeys(["weights", "advantages", "behavior_logprobs"], "float32")
     integers = {"tokens": "int64", "targets": "int64", "positions": "int64", "cu_seqlens": "int32"}
     assert types == integers | floats | {"mask": "bool", "is_stale": "bool"}
@@ -206,3 +206,26 @@ def test_filtered_samples_stay_in_the_batch_and_weigh_nothing(tmp_path):
     [[m]] = batch.minibatches
     assert m.mask.sum() == 37 and m.weights[m.mask].sum() == pytest.approx(1)
     assert np.count_nonzero(m.weights) == 5
+
+
+# dumped samples
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_the_places_of_dumped_samples_hold_their_tokens(tmp_path, num_ranks):
+    config = make_config(tmp_path, "rollout.dump_share=0.5", "rollout.prompts_per_step=4", "rollout.group_size=2")
+    groups = random_groups(4)
+    batches = plan(groups, config, num_ranks, metrics={})
+    placed = {
+        (place.group, place.index): m.targets[place.tokens].tolist()
+        for batch in batches
+        for minibatch in batch.minibatches
+        for m in minibatch
+        for place in m.dumped
+    }
+    assert placed == {(s.group, s.index): s.tokens.tolist() for group in (groups[1], groups[3]) for s in group.samples}
+
+
+def test_nothing_is_placed_where_nothing_is_dumped(tmp_path):
+    batch = plan(random_groups(4), make_config(tmp_path), 1, metrics={})[0]
+    assert not any(m.dumped for minibatch in batch.minibatches for m in minibatch)

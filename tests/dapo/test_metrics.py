@@ -37,7 +37,7 @@ def test_reading_where_nothing_was_written_gives_no_rows(tmp_path):
     ids=["empty", "one", "full"],
 )
 def test_plot_writes_a_png(tmp_path, rows):
-    plot(rows, tmp_path / "curves.png")
+    plot({"a": rows, "b": rows[1:]}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 

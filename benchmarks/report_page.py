@@ -1,0 +1,194 @@
+"""How long the report of a 1,000-step run takes to make, and to open in headless Chromium.
+
+python benchmarks/report_page.py. The runs are synthetic: curves of the paper's shape, dumps written by dapo/dump.py, long responses
+tokenized by a tokenizer trained here on this repository's own text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from record import heading, save, spread, table
+
+from dapo import dump, report
+from dapo.buffer import Buffer
+from dapo.types import Group, Prompt, Sample
+
+ROOT = Path(__file__).parents[1]
+STEPS, OPENINGS = 1000, 7
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+
+
+def train_tokenizer(folder: Path) -> tokenizers.Tokenizer:
+    files = [str(path) for pattern in ("*.md", "dapo/**/*.py", "kernels/**/*.py") for path in ROOT.glob(pattern)]
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train(files, vocab_size=8000, show_progress=False)
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def rows(rng: np.random.Generator) -> Iterator[dict[str, float]]:
+    """What metrics.jsonl holds of a long run: saturating accuracy, growing responses, falling entropy, each with noise."""
+    for step in range(STEPS):
+        done = 1 - math.exp(-step / 300)
+        noise = rng.normal(0, 1, 30)
+        asked = 1536 * (1 + (step > 600))
+        correct, wrong = round(asked * (0.05 + 0.4 * done)), round(asked * (0.35 - 0.25 * done))
+        rollout, update = 420 + 900 * done + 40 * noise[0], 300 + 500 * done + 20 * noise[1]
+        yield {
+            "step": step,
+            **({"eval/accuracy": 0.5 * done + 0.02 * noise[2], "eval/aime/pass": 0.75 * done + 0.03 * noise[3]} if step % 5 == 0 else {}),
+            "groups/asked": asked,
+            "groups/kept": 512,
+            "groups/all_correct": correct,
+            "groups/all_wrong": wrong,
+            "groups/surplus": max(0, asked - 512 - correct - wrong),
+            "rollout/accuracy": 0.1 + 0.5 * done + 0.02 * noise[4],
+            "rollout/reward": -0.8 + 1.0 * done + 0.03 * noise[5],
+            "rollout/truncated": max(0.0, 0.02 + 0.02 * noise[6]),
+            "rollout/length": 900 + 4200 * done + 120 * noise[7],
+            "rollout/length_max": 20480,
+            "rollout/tokens": 16 * asked * (900 + 4200 * done),
+            "policy/mismatch": 0.004 + 0.0005 * noise[8],
+            "policy/mismatch_max": 1.5 + 0.2 * noise[9],
+            "policy/loss": 0.002 * noise[10],
+            "policy/entropy": 0.3 + 0.9 * math.exp(-step / 120) + 0.02 * noise[11],
+            "policy/probability": 0.75 + 0.12 * done + 0.004 * noise[12],
+            "policy/clip_low": 0.0008 * math.exp(0.3 * noise[13]),
+            "policy/clip_high": 0.0006 * math.exp(0.3 * noise[14]),
+            "policy/grad_norm": 0.12 * math.exp(0.25 * noise[15]),
+            "policy/lr": 1e-6 * min(1, (step + 1) / 20),
+            "time/sync": 9 + noise[16],
+            "time/rollout": rollout,
+            "time/old_logprobs": 0.3 * update,
+            "time/update": update,
+            "time/step": rollout + 1.3 * update + 25,
+            "perf/tokens_per_second": 30000 + 900 * noise[17],
+            "perf/peak_memory_gib": 71.5,
+        }
+
+
+def write_run(
+    directory: Path, model: Path, tokenizer: tokenizers.Tokenizer, *, length: int, group_size: int, every: int, seed: int
+) -> None:
+    """A run of STEPS steps that dumped each `every`-th: a group of each kind and one more, of responses of about `length` tokens."""
+    rng = np.random.default_rng(seed)
+    directory.mkdir()
+    (directory / "config.yaml").write_text(f"run: {{dir: {directory}, seed: {seed}}}\npolicy: {{model: {model}}}\n")
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(rng)))
+    corpus = np.array(tokenizer.encode("\n".join(path.read_text() for path in sorted(ROOT.glob("*.md")))).ids, np.int32)
+    for step in range(0, STEPS, every):
+        buffer = Buffer(3, is_dynamic=True)
+        for place, num_correct in enumerate([group_size // 2, group_size // 4, group_size, 0]):
+            group = Group((step << 20) + place, Prompt(place, excerpt(rng, corpus, 120), "42"))
+            for index in range(group_size):
+                group.samples.append(make_sample(rng, corpus, tokenizer, group.id, index, length, is_correct=index < num_correct))
+            buffer.offer(group)
+        rollouts = directory / "rollouts"
+        dump.write(dump.path_of(rollouts, step), buffer, share=1.0)
+        dump.write_traces(dump.traces_path_of(rollouts, step), [trace(rng, s) for group in buffer.kept for s in group.samples])
+
+
+def make_sample(
+    rng: np.random.Generator, corpus: np.ndarray, tokenizer: tokenizers.Tokenizer, group: int, index: int, length: int, is_correct: bool
+) -> Sample:
+    tokens = excerpt(rng, corpus, int(length * rng.lognormal(0, 0.4)) + 1)
+    n = len(tokens)
+    logprobs = np.log(rng.beta(0.6, 0.1, n).clip(1e-6, 1)).astype(np.float32)  # most tokens all but certain, some not at all
+    return Sample(group, index, tokens, logprobs, np.ones(n, bool), ((0, 0, n),), "stop" if rng.random() < 0.95 else "length",
+                  tokenizer.decode(tokens.tolist()), is_correct, 1.0 if is_correct else -1.0, float(rng.normal()))  # fmt: skip
+
+
+def excerpt(rng: np.random.Generator, corpus: np.ndarray, length: int) -> np.ndarray:
+    """Pieces of the corpus, some sentences long, end to end."""
+    parts: list[np.ndarray] = []
+    while sum(map(len, parts)) < length:
+        start = int(rng.integers(0, len(corpus) - 60))
+        parts.append(corpus[start : start + int(rng.integers(10, 60))])
+    return np.concatenate(parts)[:length]
+
+
+def trace(rng: np.random.Generator, sample: Sample) -> dump.Trace:
+    low, high = rng.random((2, sample.length)) < 0.001
+    old = sample.behavior_logprobs
+    return dump.Trace(sample.group, sample.index, old, old + np.where(low, -0.3, np.where(high, 0.3, 0)).astype(np.float32), low, high)
+
+
+def open_page(chromium: str, page: Path, folder: Path) -> tuple[float, float]:
+    """Seconds until the page's script has drawn everything, counted from the navigation's start, by the page's own clock; and those of the
+    whole process: start the browser, open the page, paint it, leave.
+    """
+    command = [
+        chromium,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={folder / 'profile'}",
+        "--window-size=1500,1000",
+    ]
+    dom = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120, check=True).stdout
+    found = re.search(r'data-opened="(\d+)"', dom)
+    if found is None:
+        raise SystemExit(f"{page} did not open:\n{dom[:2000]}")
+    start = time.perf_counter()
+    picture = folder / f"{page.stem}.png"
+    subprocess.run([*command, f"--screenshot={picture}", page.as_uri()], capture_output=True, timeout=120, check=True)
+    return int(found[1]) / 1000, time.perf_counter() - start
+
+
+def main() -> None:
+    chromium = next((path for name in CHROMIUM if (path := shutil.which(name))), None)
+    if chromium is None:
+        raise SystemExit(f"none of {', '.join(CHROMIUM)} is on PATH")
+    version = subprocess.run([chromium, "--version"], capture_output=True, text=True).stdout.strip()
+    results = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = folder / "model"
+        tokenizer = train_tokenizer(model)
+        kinds = {
+            "long": dict(length=4000, group_size=16, every=40, seed=1),  # more than a page holds
+            "short": dict(length=40, group_size=8, every=1, seed=2),
+        }
+        for kind, options in kinds.items():
+            write_run(folder / kind, model, tokenizer, **options)
+        for title, names in {"long responses": ["long"], "short responses": ["short"], "both, side by side": ["long", "short"]}.items():
+            page = folder / f"{len(results)}.html"
+            start = time.perf_counter()
+            report.write([folder / name for name in names], page, samples_mib=16)
+            making = time.perf_counter() - start
+            num_samples = sum(len(entry["outcomes"]) for entry in page_data(page))
+            opened, process = zip(*(open_page(chromium, page, folder) for _ in range(OPENINGS)), strict=True)
+            results.append(
+                [title, f"{page.stat().st_size / 2**20:.1f}", num_samples, f"{making:.1f}", spread(opened, 2), spread(process, 2)]
+            )
+            print(results[-1], file=sys.stderr, flush=True)
+    text = heading(f"Opening the report of {STEPS:,} steps")
+    text += (
+        f"\n{version}, headless, without a GPU. Seconds: median (least–most) of {OPENINGS}. Opened: from the start of navigation until the "
+        "page's script has drawn every curve, by the page's clock. Process: start the browser, open, paint, write a screenshot, leave. "
+        "To hold: opened in at most 2 s.\n\n"
+    )
+    save("report_page.md", text + table(["1,000 steps", "MiB", "samples in it", "made in s", "opened", "process"], results))
+
+
+def page_data(page: Path) -> list[dict[str, str]]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text())
+    assert found is not None
+    return [entry for run in json.loads(found[1])["runs"] for entry in run["groups"]]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""What the updates saw of each dumped token reaches the main rank's files on every layout: what traces.py read there."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed.launch import measured
+
+
+@pytest.mark.parametrize("layout", ["data-parallel", "tensor-parallel", "pipeline-parallel"])
+def test_traces_say_of_every_token_what_follows_from_its_log_probs(layout: str) -> None:
+    result = measured("tests.distributed.traces", 2)[layout]
+    assert result["same_samples"], "a trace for each sample that was learnt from, in the dump's order"
+    assert result["mismatch"] < 1e-4, "a token's own π_θold, at its own place"
+    assert result["wrong_flags"] == 0
+    assert result["shares"] == pytest.approx(result["logged"], rel=1e-5), "of a whole dump, the shares that the step logged"
+    assert min(result["shares"]) > 0.001, "both bounds clipped, or nothing was tested"
+
+
+def test_only_the_groups_in_the_dump_are_traced() -> None:
+    result = measured("tests.distributed.traces", 2)["a part"]
+    assert result["groups"] == 2 and result["same_samples"] and result["mismatch"] < 1e-4
+
+
+def test_a_run_that_dumps_nothing_traces_nothing() -> None:
+    assert not measured("tests.distributed.traces", 2)["nothing"]["is_dumped"]

@@ -1,0 +1,83 @@
+"""Steps dumped with their traces, layout after layout in one launch.
+
+torchrun --nproc-per-node 2 -m tests.distributed.traces OUT.json: the main rank writes what the files say, beside what they should say.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from dapo import config as configs
+from dapo import dump
+from dapo.mesh import Mesh
+from dapo.train import train
+from tests.distributed.launch import ROOT
+from tests.distributed.resume import OPTIONS
+
+CLIPPING = ["run.steps=1", "optim.lr=2e-3", "optim.warmup_steps=0", "objective.clip_low=0.02", "objective.clip_high=0.04"]
+LAYOUTS = {
+    "data-parallel": ["parallel.tensor=1"],
+    "tensor-parallel": ["parallel.tensor=2"],
+    "pipeline-parallel": ["parallel.pipeline=2"],
+    "a part": ["parallel.tensor=2", "rollout.dump_share=0.25"],
+    "nothing": ["parallel.tensor=2", "rollout.dump_share=0"],
+}
+
+
+def run(directory: Path, layout: list[str]) -> configs.Config:
+    from megatron.core import parallel_state  # after dapo.policy, which adapts it
+
+    options = [f"run.dir={directory}", "rollout.dump_share=1.0", *OPTIONS, *CLIPPING, *layout]
+    config = configs.load(ROOT / "examples/arithmetic/config.yaml", options)
+    mesh = Mesh(config.parallel)
+    train(config, mesh)
+    mesh.barrier()
+    parallel_state.destroy_model_parallel()
+    return config
+
+
+def read(config: configs.Config) -> dict[str, Any]:
+    """What the two files of step 0 say, and what follows from the log-probs: Eq. 8's clipping, token by token."""
+    rollouts = config.run.dir / "rollouts"
+    traces = {(row["group"], row["index"]): row for row in pq.read_table(dump.traces_path_of(rollouts, 0)).to_pylist()}
+    groups = dump.read(dump.path_of(rollouts, 0), config.rollout.prompts_per_step).kept
+    samples = {(sample.group, sample.index): sample for group in groups for sample in group.samples}
+    result: dict[str, Any] = {"same_samples": list(traces) == list(samples), "groups": len(groups)}
+    mismatch, wrong, shares = 0.0, 0, []
+    for minibatch in np.array_split(np.array([group.id for group in groups]), 2):
+        counts = np.zeros(3)  # tokens, clipped low, clipped high
+        for key, sample in samples.items():
+            if key[0] in minibatch:
+                trace = {name: np.array(value) for name, value in traces[key].items()}
+                ratio = np.exp(trace["logprobs"].astype(np.float32) - trace["old_logprobs"].astype(np.float32))
+                low = (ratio < 1 - config.objective.clip_low) & (sample.advantage < 0)
+                high = (ratio > 1 + config.objective.clip_high) & (sample.advantage > 0)
+                wrong += int((low != trace["clipped_low"]).sum() + (high != trace["clipped_high"]).sum())
+                mismatch = max(mismatch, float(np.abs(trace["old_logprobs"] - sample.behavior_logprobs).max()))
+                counts += [sample.length, low.sum(), high.sum()]
+        shares.append((counts[1:] / counts[0]).tolist())
+    metrics = json.loads((config.run.dir / "metrics.jsonl").read_text().splitlines()[0])
+    logged = [metrics["policy/clip_low"], metrics["policy/clip_high"]]
+    return result | {"mismatch": mismatch, "wrong_flags": wrong, "shares": np.mean(shares, axis=0).tolist(), "logged": logged}
+
+
+def main(out: str) -> None:
+    torch.set_num_threads(1)
+    results = []
+    for name, layout in LAYOUTS.items():
+        config = run(Path(out).parent / name.replace(" ", "-"), layout)
+        is_dumped = (config.run.dir / "rollouts").exists()
+        results.append({"name": name, "is_dumped": is_dumped, **(read(config) if is_dumped and Mesh(config.parallel).is_main else {})})
+    if Mesh(configs.Parallel(tensor=1)).is_main:
+        Path(out).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
