@@ -98,6 +98,20 @@ class Parallel(Section):
     tensor: Positive = 8  # with sequence parallelism whenever > 1
     pipeline: Positive = 1
 
+    def data(self, world: int) -> int:
+        """Data-parallel ranks of `world` processes.
+
+        Raises:
+            ConfigError: the world size does not divide by tensor × pipeline.
+        """
+        model_size = self.tensor * self.pipeline
+        if world % model_size:
+            raise ConfigError(
+                f"world size {world} is not a multiple of parallel.tensor={self.tensor} × parallel.pipeline={self.pipeline}: "
+                f"launch {model_size} processes, or a multiple, or change the layout"
+            )
+        return world // model_size
+
 
 class Policy(Section):
     model: Path  # Hugging Face directory: config.json, *.safetensors, tokenizer
