@@ -197,6 +197,19 @@ class Config(Section):
             ]
         return []
 
+    def changed(self, overrides: list[str]) -> Config:
+        """This config with overrides applied as `load` does.
+
+        Raises:
+            ConfigError: two options contradict each other.
+        """
+        values = self.model_dump(mode="json")
+        for override in overrides:
+            _apply(values, override)
+        config = Config.model_validate(values)
+        config.check()
+        return config
+
     def dump(self) -> str:
         """The resolved config as YAML: what `load` reads back to an equal Config."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dapo.config import ConfigError, Parallel
+from dapo.config import Config, ConfigError
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 
@@ -120,18 +120,19 @@ def _check_field(path: Path, name: str, value: Any) -> None:
         raise ConfigError(f"{path}: {name}={value!r} is not supported; supported: {FIXED[name][0]!r}")
 
 
-def check_layout(shape: ModelShape, parallel: Parallel) -> None:
-    """Raises ConfigError: heads, KV heads, feed-forward columns or layers do not divide by the layout; all of them in one line."""
-    wrong = [
-        f"parallel.{option}={by} does not divide the model's {what}={number}"
-        for option, by, what, number in (
-            ("tensor", parallel.tensor, "num_attention_heads", shape.num_heads),
-            ("tensor", parallel.tensor, "num_key_value_heads", shape.num_kv_heads),
-            ("tensor", parallel.tensor, "intermediate_size", shape.ffn_size),
-            ("pipeline", parallel.pipeline, "num_hidden_layers", shape.num_layers),
-        )
-        if number % by
+def check_layout(shape: ModelShape, config: Config) -> None:
+    """Raises ConfigError: the layout does not divide heads, KV heads, feed-forward columns or layers; all that is wrong in one line."""
+    tensor, pipeline, megatron = config.parallel.tensor, config.parallel.pipeline, config.policy.megatron
+    divisions = [
+        (f"parallel.tensor={tensor}", tensor, "the model's num_attention_heads", shape.num_heads),
+        (f"parallel.tensor={tensor}", tensor, "the model's num_key_value_heads", shape.num_kv_heads),
+        (f"parallel.tensor={tensor}", tensor, "the model's intermediate_size", shape.ffn_size),
+        (f"parallel.pipeline={pipeline}", pipeline, "the model's num_hidden_layers", shape.num_layers),
     ]
+    unit = megatron.get("recompute_num_layers")
+    if unit and megatron.get("recompute_method") == "uniform":  # Megatron would meet the end of the layers in its first forward pass
+        divisions.append((f"policy.megatron.recompute_num_layers={unit}", unit, "a stage's layers", shape.num_layers // pipeline))
+    wrong = [f"{option} does not divide {what}={number}" for option, by, what, number in divisions if number % by]
     if wrong:
         raise ConfigError("; ".join(wrong))
 

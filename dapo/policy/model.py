@@ -35,7 +35,7 @@ def split_passthrough(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str
 def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
     """Raises ConfigError: heads, KV heads or layers do not divide by the layout, or Megatron refuses a passed-through field."""
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    check_layout(shape, config.parallel)
+    check_layout(shape, config)
     passed, _, _ = split_passthrough(config.policy.megatron)
     dtype = getattr(torch, config.policy.dtype)
     has_cuda = torch.cuda.is_available()
