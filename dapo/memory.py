@@ -10,7 +10,6 @@ tests/dapo/test_plan.py counts the same in a real backward pass. For Transformer
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from math import ceil
 from typing import Any, Literal
 
@@ -53,6 +52,74 @@ def num_parameters(shape: ModelShape) -> int:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """What one token's forward pass through a layer leaves for the backward pass, in bytes, on one of the tensor ranks."""
+
+    shape: ModelShape
+    tensor: int
+    value_bytes: int  # b
+    backend: Backend
+
+    @property
+    def q(self) -> int:
+        return self.shape.num_heads * self.shape.head_dim // self.tensor
+
+    @property
+    def kv(self) -> int:
+        return self.shape.num_kv_heads * self.shape.head_dim // self.tensor
+
+    @property
+    def ffn(self) -> int:
+        return self.shape.ffn_size // self.tensor
+
+    @property
+    def stream(self) -> float:
+        """The token's row of the residual stream, which tensor ranks share."""
+        return self.value_bytes * self.shape.hidden_size / self.tensor
+
+    @property
+    def norm(self) -> float:
+        """A norm of the residual stream."""
+        return self._norm(self.shape.hidden_size, rows=1) / self.tensor
+
+    def _norm(self, width: int, rows: int) -> int:
+        """The input, in float32 in the plain norm; the inverse root; in the plain norm also what the weight multiplies."""
+        b, is_plain = self.value_bytes, self.backend != "transformer_engine"
+        return (4 + b if is_plain else b) * width + 4 * rows
+
+    @property
+    def mlp(self) -> int:
+        return 5 * self.value_bytes * self.ffn  # gate and up, silu(gate), up + 0, their product
+
+    @property
+    def core_attention(self) -> float:
+        b, q, kv, heads = self.value_bytes, self.q, self.kv, self.q // self.shape.head_dim
+        if self.backend == "transformer_engine":
+            return b * (q + kv) + b * (q + 2 * kv) + 4 * heads  # v is a view of the fused q, k, v
+        if self.backend == "cuda":
+            return b * 3 * q + 4 * heads  # KV heads are repeated; the output is the projection's input
+        return ATTENTION_PADDING * (b * (2 * q + 2 * kv) + 4 * heads) + 8  # q, k, v, output; where each row belongs
+
+    @property
+    def core_attention_inputs(self) -> float:
+        return self.value_bytes * (2 * self.q + 3 * self.kv)  # q and k after RoPE; v is a view of the fused q, k, v
+
+    @property
+    def attention(self) -> float:
+        b, q, kv, width = self.value_bytes, self.q, self.kv, self.shape.head_dim
+        kept = b * q + 4 * b * width + self.core_attention  # the projection's input; cos and sin, for q and for k
+        if self.shape.has_qk_norm:
+            kept += self._norm(q, q // width) + self._norm(kv, kv // width)
+            if b == 4:  # k in float32 is a view of the fused q, k, v, and keeps them all; so is q where there is one KV head
+                kept += b * (kv if kv == width else q + kv)
+        return kept
+
+    @property
+    def everything(self) -> float:
+        return 2 * (self.norm + self.stream) + self.attention + self.mlp  # norms, and the inputs of the linears after them
+
+
+@dataclass(frozen=True)
 class Rank:
     """A rank of one pipeline stage. The properties are bytes, at the largest batch that the config allows."""
 
@@ -63,17 +130,16 @@ class Rank:
     stage: int = 0
 
     @property
+    def tensor(self) -> int:
+        return self.config.parallel.tensor
+
+    @property
     def pipeline(self) -> int:
         return self.config.parallel.pipeline
 
     @property
     def is_last(self) -> bool:
         return self.stage == self.pipeline - 1
-
-    @property
-    def holds_tied_table(self) -> bool:
-        """One table is embedding and head at once."""
-        return self.shape.is_tied and self.pipeline == 1
 
     @property
     def value_bytes(self) -> int:
@@ -83,6 +149,11 @@ class Rank:
     def longest(self) -> int:
         """Tokens of the longest sample."""
         return self.config.data.max_prompt_length + self.config.rollout.max_response_length
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return ceil(self.config.policy.tokens_per_microbatch / self.tensor) * self.tensor
 
     @property
     def microbatches(self) -> int:
@@ -95,9 +166,11 @@ class Rank:
         """Microbatches whose activations are held together, in the 1F1B schedule."""
         return min(self.microbatches, self.pipeline - self.stage)
 
-    @cached_property
+    @property
     def parameters(self) -> int:
-        return sum(stage_parameters(self.shape, self.config.parallel.tensor, self.pipeline, self.stage))
+        return sum(stage_parameters(self.shape, self.tensor, self.pipeline, self.stage))
+
+    # What is there all the time
 
     @property
     def params(self) -> int:
@@ -111,8 +184,8 @@ class Rank:
     def optimizer(self) -> int:
         """Adam's two moments, and the float32 parameters where the model's are 16-bit; each data-parallel rank holds its share."""
         kept = (8 if self.value_bytes == 4 else 12) * self.parameters // self.data
-        options = self.config.policy.megatron
-        return round(kept * (1 - options.get("optimizer_offload_fraction", 0.0))) if options.get("optimizer_cpu_offload") else kept
+        megatron = self.config.policy.megatron
+        return round(kept * (1 - megatron.get("optimizer_offload_fraction", 0.0))) if megatron.get("optimizer_cpu_offload") else kept
 
     @property
     def batch(self) -> int:
@@ -125,9 +198,52 @@ class Rank:
         is_here = self.config.engine.kind == "embedded" and self.stage == 0
         return self.value_bytes * num_parameters(self.shape) if is_here else 0
 
+    # What comes and goes
+
+    @property
+    def layer(self) -> Layer:
+        return Layer(self.shape, self.tensor, self.value_bytes, self.backend)
+
+    @property
+    def kept(self) -> int:
+        """What one microbatch's forward pass leaves on this stage for its backward pass."""
+        layer, layers = self.layer, self.shape.num_layers // self.pipeline
+        if self._recomputes("full"):
+            unit = min(self._megatron("recompute_num_layers") or 1, layers)
+            is_block = self._megatron("recompute_method") == "block"  # the first layers, each for itself; uniform: all, `unit` at a time
+            kept = unit * layer.stream + (layers - unit) * layer.everything if is_block else layers / unit * layer.stream
+        else:
+            kept = layers * layer.everything
+        if self._recomputes("mlp"):
+            kept -= layers * layer.mlp
+        if self._recomputes("core_attn"):
+            kept -= layers * (layer.core_attention - layer.core_attention_inputs)
+        # the final norm and the hidden states; or what was sent on, which is held until its gradient comes
+        kept += layer.norm + layer.stream if self.is_last else layer.stream
+        return round(kept * self.tokens)
+
     @property
     def activations(self) -> int:
-        return self.in_flight * self._kept
+        return self.in_flight * self.kept
+
+    @property
+    def working(self) -> int:
+        """One layer's backward pass beyond what was kept for it: what is recomputed, gradients on their way."""
+        layer, b, hidden, T = self.layer, self.value_bytes, self.shape.hidden_size, self.tokens
+        recomputed = 0.0
+        if self._recomputes("full"):
+            recomputed = layer.everything * (1 if self._megatron("recompute_method") == "block" else self._megatron("recompute_num_layers"))
+        recomputed += layer.mlp if self._recomputes("mlp") else 0
+        recomputed += layer.core_attention if self._recomputes("core_attn") else 0
+        gathered = b * T * hidden if self.tensor > 1 else 0  # the stream of all tensor ranks
+        gated = 2 * b * T * layer.ffn  # the gradients of gate and up, while the product's own is there
+        projected = b * T * layer.ffn + b * hidden * layer.ffn + 2 * gathered  # through the last matrix, and that matrix's own gradient
+        return round(recomputed * T + max(gated, projected) + 2 * layer.stream * T + gathered)
+
+    @property
+    def table(self) -> int:
+        """This rank's rows of the embedding, or of the head."""
+        return self.value_bytes * self._vocab * self.shape.hidden_size
 
     @property
     def logits(self) -> int:
@@ -135,45 +251,30 @@ class Rank:
         if not self.is_last:
             return 0
         b, hidden, columns = self.value_bytes, self.shape.hidden_size, self._vocab
-        rows = max(CHUNK_BYTES[self.backend] // (4 * columns), self.config.parallel.tensor)
-        rows = ceil(self._tokens / ceil(self._tokens / rows))  # chunks are of equal size
+        most = max(CHUNK_BYTES[self.backend] // (4 * columns), self.tensor)
+        rows = ceil(self.tokens / ceil(self.tokens / most))  # chunks are of equal size
         chunk = rows * columns * (4 if b == 4 else 6)
-        if self._slices > 1:  # two gathered chunks, the next one underway; the live rows, their gradient, what is sent of it
+        if self.tensor > 1:  # two gathered chunks, the next one underway; the live rows, their gradient, what is sent of it
             chunk += 5 * b * rows * hidden
         if self.backend == "cpu" and b == 2:  # 16-bit factors are widened
             chunk += 4 * columns * (hidden + rows)
         return chunk
 
     @property
-    def working(self) -> int:
-        """One layer's backward pass beyond what it was kept for: recomputed activations, gradients on their way."""
-        b, hidden, ffn = self.value_bytes, self.shape.hidden_size, self._ffn
-        recomputed, layer = 0, self._tokens * self._layer_bytes
-        if self._recompute == "full":
-            recomputed = layer * (self._recomputed_layers if self._option("recompute_method") == "uniform" else 1)
-        if self._recompute == "selective":
-            recomputed = self._tokens * self._recomputed_bytes
-        gathered = b * self._tokens * hidden if self._slices > 1 else 0
-        gated = 2 * b * self._tokens * ffn  # the gradients of gate and up, while the product's own is there
-        projected = b * self._tokens * ffn + b * hidden * ffn + 2 * gathered  # through the last matrix, and that matrix's gradient
-        return recomputed + max(gated, projected) + 2 * b * self._tokens * hidden // self._slices + gathered
-
-    @property
     def moments(self) -> dict[str, int]:
-        """What is there beyond parameters, gradients, optimizer, batch and engine, at each moment that can be the peak."""
-        b, kept = self.value_bytes, self._kept
-        table = b * self._vocab * self.shape.hidden_size
-        moments = {"a layer's backward pass": self.activations + self.working + (table if self.holds_tied_table else 0)}
+        """Each moment that can be the peak, and what is there beyond parameters, gradients, optimizer, batch and engine."""
+        is_one_table = self.shape.is_tied and self.pipeline == 1  # for embedding and head
+        # the head's gradient goes to main_grad; autograd wants one too and gets zeros, which a tied embedding's gradient is added to
+        zeros = self.table if is_one_table else 0
+        moments = {"a layer's backward pass": self.activations + self.working + zeros}
         if self.is_last:
-            hidden_grad = b * self._tokens * self.shape.hidden_size // self._slices
-            # the head's gradient goes to main_grad; autograd wants one too, and gets zeros
-            moments["the loss"] = self.activations + hidden_grad + max(self.logits, table)
+            moments["the loss"] = round(self.activations + self.layer.stream * self.tokens + max(self.logits, self.table))
         if self.stage == 0:
-            moments["the embedding's gradient"] = self.activations - kept + table * (2 if self.holds_tied_table else 1)
+            moments["the embedding's gradient"] = self.activations - self.kept + self.table + zeros
         # clipping writes each scaled gradient beside the old one; gloo sums a copy of all gradients
-        largest = max(self._vocab, 2 * self._ffn) * self.shape.hidden_size
-        summed = self.grads if self.backend == "cpu" and self.data > 1 else 0
-        moments["the optimizer's step"] = max(4 * largest // self.data, summed)
+        largest = max(self._vocab, 2 * self.layer.ffn) * self.shape.hidden_size
+        is_copied = self.backend == "cpu" and self.data > 1
+        moments["the optimizer's step"] = max(4 * largest // self.data, self.grads if is_copied else 0)
         return moments
 
     @property
@@ -184,116 +285,14 @@ class Rank:
     def peak_moment(self) -> str:
         return max(self.moments, key=self.moments.__getitem__)
 
-    # What one microbatch leaves behind
-
-    @property
-    def _tokens(self) -> int:
-        tensor = self.config.parallel.tensor
-        return ceil(self.config.policy.tokens_per_microbatch / tensor) * tensor
-
-    @property
-    def _slices(self) -> int:
-        """How many ranks share the tokens of the residual stream."""
-        return self.config.parallel.tensor
-
     @property
     def _vocab(self) -> int:
-        return padded_vocab(self.shape, self.config.parallel.tensor) // self.config.parallel.tensor
+        return padded_vocab(self.shape, self.tensor) // self.tensor
 
-    @property
-    def _ffn(self) -> int:
-        return self.shape.ffn_size // self.config.parallel.tensor
+    def _megatron(self, field: str) -> Any:
+        return self.config.policy.megatron.get(field)
 
-    def _option(self, name: str) -> Any:
-        return self.config.policy.megatron.get(name)
-
-    @property
-    def _recompute(self) -> str | None:
-        return self._option("recompute_granularity")  # type: ignore[no-any-return]
-
-    @property
-    def _recomputed_layers(self) -> int:
-        return min(self._option("recompute_num_layers") or 1, self.shape.num_layers // self.pipeline)
-
-    @property
-    def _recomputed_modules(self) -> set[str]:
-        return set(self._option("recompute_modules") or ["core_attn"]) if self._recompute == "selective" else set()
-
-    @property
-    def _kept(self) -> int:
-        """Bytes that one microbatch's forward pass leaves for its backward pass on this stage."""
-        b, hidden, layers = self.value_bytes, self.shape.hidden_size, self.shape.num_layers // self.pipeline
-        stream = b * hidden / self._slices  # the residual stream, a token
-        layer = self._layer_bytes - self._recomputed_bytes
-        if self._recompute == "full" and self._option("recompute_method") == "uniform":
-            kept = ceil(layers / self._recomputed_layers) * stream
-        elif self._recompute == "full":
-            kept = self._recomputed_layers * stream + (layers - self._recomputed_layers) * layer
-        else:
-            kept = layers * layer
-        if self.is_last:
-            kept += self._norm_bytes + stream  # the final norm and the hidden states
-        else:
-            kept += stream  # what was sent on is held until its gradient comes
-        return round(kept * self._tokens)
-
-    @property
-    def _norm_bytes(self) -> float:
-        """A norm's input in float32 and what it is multiplied with; a token of the residual stream."""
-        return self._norm(self.shape.hidden_size, rows=1) / self._slices
-
-    def _norm(self, width: int, rows: int) -> int:
-        if self.backend == "transformer_engine":
-            return self.value_bytes * width + 4 * rows
-        return (4 + self.value_bytes) * width + 4 * rows
-
-    @property
-    def _layer_bytes(self) -> float:
-        """A token of one layer, nothing recomputed: two norms and the inputs of the linears after them, attention, the gated unit."""
-        b = self.value_bytes
-        stream = 2 * (self._norm_bytes + b * self.shape.hidden_size / self._slices)
-        return stream + self._attention_bytes + self._mlp_bytes
-
-    @property
-    def _mlp_bytes(self) -> int:
-        return 5 * self.value_bytes * self._ffn  # gate and up, silu(gate), up + 0, their product
-
-    @property
-    def _columns(self) -> tuple[int, int]:
-        """(q, kv) of this rank."""
-        tensor, width = self.config.parallel.tensor, self.shape.head_dim
-        return self.shape.num_heads * width // tensor, self.shape.num_kv_heads * width // tensor
-
-    @property
-    def _attention_bytes(self) -> float:
-        b, (q, kv) = self.value_bytes, self._columns
-        heads, kv_heads = q // self.shape.head_dim, kv // self.shape.head_dim
-        kept = b * q + 4 * b * self.shape.head_dim + self._core_attention_bytes  # the projection's input; cos and sin for q and for k
-        if self.shape.has_qk_norm:
-            kept += self._norm(q, heads) + self._norm(kv, kv_heads)
-            if b == 4:  # k in float32 is a view of the fused q, k, v, and keeps them all; so is q where there is one KV head
-                kept += b * (kv if kv_heads == 1 else q + kv)
-        return kept
-
-    @property
-    def _core_attention_bytes(self) -> float:
-        b, (q, kv) = self.value_bytes, self._columns
-        heads = q // self.shape.head_dim
-        if self.backend == "transformer_engine":
-            return b * (q + kv) + b * (q + 2 * kv) + 4 * heads  # v is a view of the fused q, k, v
-        if self.backend == "cuda":
-            return b * 3 * q + 4 * heads  # KV heads are repeated; the output is the projection's input
-        return ATTENTION_PADDING * (b * (2 * q + 2 * kv) + 4 * heads) + 8  # q, k, v, output; where each row belongs
-
-    @property
-    def _recomputed_bytes(self) -> float:
-        """What selective recompute saves of a layer, a token."""
-        b, (q, kv), modules = self.value_bytes, self._columns, self._recomputed_modules
-        saved = 0.0
-        if "core_attn" in modules:
-            saved += self._core_attention_bytes - b * (q + kv) - b * (q + 2 * kv)  # its inputs; v is a view of the fused q, k, v
-        if "mlp" in modules:
-            saved += self._mlp_bytes
-        if "layernorm" in modules and self.backend != "transformer_engine":  # there the norm is part of the linear after it
-            saved += 2 * self._norm_bytes  # and the linears' inputs, but the norms' inputs are kept for them
-        return saved
+    def _recomputes(self, what: str) -> bool:
+        """`full`, or one of the modules that Megatron's selective recompute knows."""
+        granularity = self._megatron("recompute_granularity")
+        return granularity == what or (granularity == "selective" and what in (self._megatron("recompute_modules") or ["core_attn"]))

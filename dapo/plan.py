@@ -233,7 +233,7 @@ def describe(plan: Plan) -> list[str]:
         f"peak on stage {rank.stage}, during {rank.peak_moment}: {rank.peak / GIB:.1f} of {plan.room:.1f} GiB that are free for tensors",
         "",
         f"seconds   an update {plan.update_seconds:.3g}, a step's scores {plan.score_seconds:.3g} and updates "
-        f"{config.updates_per_step * plan.update_seconds:.3g}, at {plan.hardware.mfu:.0%} of the data sheet's FLOP/s; sampling is not in it",
+        f"{config.updates_per_step * plan.update_seconds:.3g}, at {plan.hardware.mfu:.0%} of the data sheet's FLOP/s; and the sampling",
         *[f"note      {note}" for note in _notes(plan)],
         "",
         *_verdict(plan),
