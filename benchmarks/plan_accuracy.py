@@ -32,7 +32,7 @@ from dapo.shape import read_shape
 from dapo.types import Group, Prompt, Sample
 
 GIB = 2**30
-UPDATES, PROMPT = 2, 16
+UPDATES, PROMPT = 2, 4
 SHARES = np.array([2, 3, 5, 6, 8, 10, 12, 18]) / 64  # lengths of a microbatch's samples, as shares of its tokens
 SHAPE = dict(hidden_size=1024, intermediate_size=2816, num_attention_heads=16, num_key_value_heads=4, vocab_size=32768)
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

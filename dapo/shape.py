@@ -121,7 +121,7 @@ def _check_field(path: Path, name: str, value: Any) -> None:
 
 
 def check_layout(shape: ModelShape, config: Config) -> None:
-    """Raises ConfigError, all that is wrong in one line: heads, KV heads, columns or layers do not divide; layers cannot be recomputed so."""
+    """Raises ConfigError, all that is wrong in one line: heads, KV heads, columns, layers do not divide; layers cannot be recomputed so."""
     tensor, pipeline, megatron = config.parallel.tensor, config.parallel.pipeline, config.policy.megatron
     divisions = [
         (f"parallel.tensor={tensor}", tensor, "the model's num_attention_heads", shape.num_heads),
@@ -133,9 +133,7 @@ def check_layout(shape: ModelShape, config: Config) -> None:
     if unit and megatron.get("recompute_method") == "uniform":  # Megatron would meet the end of the layers in its first forward pass
         divisions.append((f"policy.megatron.recompute_num_layers={unit}", unit, "a stage's layers", shape.num_layers // pipeline))
     wrong = [f"{option} does not divide {what}={number}" for option, by, what, number in divisions if number % by]
-    if "layernorm" in (
-        megatron.get("recompute_modules") or []
-    ):  # in Megatron it needs Transformer Engine, whose dense layers have no norm alone
+    if "layernorm" in (megatron.get("recompute_modules") or []):  # Megatron wants Transformer Engine, whose layers have no norm apart
         wrong.append("policy.megatron.recompute_modules: layernorm cannot be recomputed by itself; core_attn and mlp can")
     if wrong:
         raise ConfigError("; ".join(wrong))
