@@ -34,9 +34,9 @@ class Hardware:
     network: float  # bytes to other machines
 
 
-# NVIDIA's data sheets: A100 80GB SXM (DS-10031), H100 SXM, H200 SXM, B200 (DGX B200), H800 (an H100 with half the NVLink), H20.
-# Network: one InfiniBand port a GPU, HDR 200 Gb/s for A100, NDR 400 Gb/s for the others. MFU: 0.35-0.45 are usual for dense models of
-# this size in Megatron on H100; packed sequences of unlike length take the lower end, and newer devices reach less of their peak.
+# NVIDIA's data sheets: A100 80GB SXM, H100 SXM, H200 SXM, HGX B200; H800: an H100 with 400 GB/s of NVLink; H20. Memory: what torch reports,
+# as far as known, not the name's GB. Network: an InfiniBand port a GPU, 200 Gb/s for A100, 400 Gb/s for the others. MFU and runtime are
+# assumptions: Megatron's own reports have 0.40–0.48 for dense models on H100, packs of unlike sequences and short pipelines less.
 HARDWARE = {
     "a100": Hardware("A100 80GB", 312e12, 0.45, 79.2, 2.0, 2.04e12, 300e9, 25e9),
     "h100": Hardware("H100 80GB", 989e12, 0.35, 79.2, 2.0, 3.35e12, 450e9, 50e9),
@@ -134,10 +134,10 @@ class Plan:
 
 
 def forward_flops(shape: ModelShape, length: int) -> float:
-    """Of one token of a sequence of `length`: two for each weight of a matrix, two products of causal attention, the head."""
+    """Of one token of a sequence of `length`, forward: a multiplication and an addition for each weight, and for each cell of attention."""
     heads, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     matrices = shape.hidden_size * (2 * heads + 2 * kv + 3 * shape.ffn_size)
-    attention = length * heads  # half of 4 · length · heads, for causality hides half of it: 2 flops below
+    attention = length * heads  # a token sees half of the sequence on average, in two products
     return 2 * (shape.num_layers * (matrices + attention) + shape.vocab_size * shape.hidden_size)
 
 
@@ -145,13 +145,15 @@ def make_plan(config: Config, gpu: str, world: int | None = None, length: int | 
     """Raises ConfigError: the model's config.json, the layout or the world size will not do."""
     shape = read_shape(config.policy.model)
     check_layout(shape, config)
-    world = world or config.parallel.tensor * config.parallel.pipeline
-    config.parallel.data(world)
+    world = config.parallel.tensor * config.parallel.pipeline if world is None else world
+    if world < 1 or config.parallel.data(world) < 1:
+        raise ConfigError(f"a world of {world} processes; expected at least {config.parallel.tensor * config.parallel.pipeline}")
     backend: Backend = "cpu" if gpu == "cpu" else "transformer_engine" if has_te else "cuda"
     longest = config.data.max_prompt_length + config.rollout.max_response_length
-    if not 1 <= (length or longest // 2) <= longest:
+    length = longest // 2 if length is None else length
+    if not 1 <= length <= longest:
         raise ConfigError(f"a mean length of {length} tokens; the config allows 1 to {longest}")
-    return Plan(config, shape, HARDWARE[gpu], world, backend, length or longest // 2)
+    return Plan(config, shape, HARDWARE[gpu], world, backend, length)
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,7 @@ def describe(plan: Plan) -> list[str]:
         f"layout    {plan.world} × {plan.hardware.name} = tensor {parallel.tensor} × pipeline {parallel.pipeline} × data {plan.data}; "
         f"a rank has {shape.num_heads // parallel.tensor} of {shape.num_heads} heads, {shape.num_kv_heads // parallel.tensor} of "
         f"{shape.num_kv_heads} KV heads, {shape.num_layers // parallel.pipeline} of {shape.num_layers} layers",
-        f"an update {samples:,} samples of {plan.length:,} tokens (assumed, the longest has {rank.longest:,}) = {plan.tokens:,} tokens; "
+        f"an update {samples:,} samples of {plan.length:,} tokens (the longest has {rank.longest:,}) = {plan.tokens:,} tokens; "
         f"{plan.microbatches} microbatches of up to {config.policy.tokens_per_microbatch:,} on each data-parallel rank, "
         f"{rank.microbatches} if all are longest",
         f"a step    {config.updates_per_step} updates; a round of sampling asks for {asked:,} samples",
