@@ -129,10 +129,12 @@ def check_layout(shape: ModelShape, config: Config) -> None:
         (f"parallel.tensor={tensor}", tensor, "the model's intermediate_size", shape.ffn_size),
         (f"parallel.pipeline={pipeline}", pipeline, "the model's num_hidden_layers", shape.num_layers),
     ]
-    unit = megatron.get("recompute_num_layers")
-    if unit and megatron.get("recompute_method") == "uniform":  # Megatron would meet the end of the layers in its first forward pass
+    method, unit = megatron.get("recompute_method"), megatron.get("recompute_num_layers")
+    if unit and method == "uniform":  # Megatron would meet the end of the layers in its first forward pass
         divisions.append((f"policy.megatron.recompute_num_layers={unit}", unit, "a stage's layers", shape.num_layers // pipeline))
     wrong = [f"{option} does not divide {what}={number}" for option, by, what, number in divisions if number % by]
+    if megatron.get("recompute_granularity") == "full" and (method not in ("uniform", "block") or not unit):
+        wrong.append("policy.megatron.recompute_granularity=full wants recompute_method=uniform or block, and recompute_num_layers")
     if "layernorm" in (megatron.get("recompute_modules") or []):  # Megatron wants Transformer Engine, whose layers have no norm apart
         wrong.append("policy.megatron.recompute_modules: layernorm cannot be recomputed by itself; core_attn and mlp can")
     if wrong:

@@ -120,6 +120,9 @@ def test_what_is_not_understood_is_refused_by_name(changed: dict[str, Any], mess
         (["parallel.tensor=4"], 10, "world size 10 is not a multiple of parallel.tensor=4 × parallel.pipeline=1"),
         (["parallel.tensor=4", "policy.megatron.recompute_method=uniform", "policy.megatron.recompute_num_layers=5"], None,
          "policy.megatron.recompute_num_layers=5 does not divide a stage's layers=28"),
+        (["parallel.tensor=4", "policy.megatron.recompute_granularity=full"], None,
+         "policy.megatron.recompute_granularity=full wants recompute_method=uniform or block, and recompute_num_layers"),
+        (["parallel.tensor=4"], 0, "a world of 0 processes; expected at least 4"),
         (["parallel.tensor=4", "policy.megatron.recompute_modules=[layernorm]"], None, "layernorm cannot be recomputed by itself"),
     ],
 )  # fmt: skip

@@ -85,9 +85,10 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     )
     policy = Policy(config, mesh)
     rank = Rank(config, policy.shape, "cpu", mesh.data, stage=mesh.rank // case.tensor)
-    [[microbatch]] = batches.plan([make_group()], config, mesh.data, metrics={})[mesh.data_rank].minibatches
+    batch = batches.plan([make_group()], config, mesh.data, metrics={})[mesh.data_rank]
+    [[microbatch]] = batch.minibatches
     ranks: list[Any] = [None] * mesh.world
-    measured = {"measured": kept(policy, rank, microbatch), "planned": rank.kept}
+    measured = {"measured": kept(policy, rank, microbatch), "planned": rank.kept, "kept by scoring": kept_by_scoring(policy, batch)}
     measured |= {"parameters": sum(p.numel() for p in policy._module.parameters()), "planned_parameters": rank.parameters}
     dist.all_gather_object(ranks, measured, group=mesh.control)
     return {"name": case.name, "ranks": ranks}
@@ -121,6 +122,14 @@ def kept(policy: Policy, rank: Rank, microbatch: batches.Microbatch) -> int:
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         keep(policy.model(tensors.tokens, tensors.positions, None, packed_seq_params=tensors.packed, **options))
     return sum(storage.nbytes() for storage in storages.values())
+
+
+def kept_by_scoring(policy: Policy, batch: batches.Batch) -> int:
+    """How many tensors autograd keeps of the log-probs' forward pass."""
+    kept: list[torch.Size] = []
+    with saved_tensors_hooks(lambda tensor: (kept.append(tensor.shape), tensor)[1], lambda tensor: tensor):
+        policy.set_old_logprobs(batch)
+    return len(kept)
 
 
 def main(out: str) -> None:

@@ -13,6 +13,7 @@ def test_the_plan_counts_what_autograd_keeps(case):
     for rank in ranks:
         assert rank["planned"] == pytest.approx(rank["measured"], rel=0.03)
         assert rank["planned_parameters"] == rank["parameters"]
+        assert rank["kept by scoring"] == 0
 
 
 def test_nothing_is_kept_where_all_is_recomputed():
