@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dapo import config, report, semantics
+from dapo.plan import HARDWARE, describe, make_plan
 
 
 def main(argv: list[str]) -> int:
@@ -22,8 +23,13 @@ def main(argv: list[str]) -> int:
     train = commands.add_parser("train", help="run Algorithm 1, going on from the run's newest checkpoint")
     evaluate = commands.add_parser("eval", help="evaluate models on the config's eval.data, the later ones against the first; one process")
     evaluate.add_argument("--model", action="append", type=Path, help="Hugging Face directory, may be repeated; default policy.model")
-    plan = commands.add_parser("plan", help="what the run's numbers will mean, before anything is launched")
-    plan.add_argument("--diff", choices=["paper", "verl"], help="only where the config departs from it, with the reason one would")
+    plan = commands.add_parser("plan", help="memory, time and layout, and what the run's numbers will mean, before anything is launched")
+    plan.add_argument("--gpu", choices=list(HARDWARE), default="h100", help="the device to plan for; default h100")
+    plan.add_argument("--world-size", type=int, metavar="N", help="processes, one a device; default tensor × pipeline")
+    plan.add_argument("--mean-length", type=int, metavar="N", help="tokens of a sample, for the times; default half of the longest")
+    plan.add_argument("--transformer-engine", action="store_true", help="with its layers instead of the plain ones")
+    plan.add_argument("--choices", action="store_true", help="instead, every choice that a reader of the curves has to know")
+    plan.add_argument("--diff", choices=["paper", "verl"], help="instead, where the config departs from it, with the reason one would")
     for command in (train, evaluate, plan):
         command.add_argument("config", help="YAML file; every option is in dapo/config.py")
         command.add_argument("overrides", nargs="*", metavar="section.key=value", help="later wins")
@@ -41,7 +47,7 @@ def main(argv: list[str]) -> int:
     except config.ConfigError as error:
         return _fail(error, is_told=os.environ.get("RANK", "0") == "0")
     if args.command == "plan":
-        return _plan(options, args.diff)
+        return _plan(options, args)
     return _run(options) if args.command == "train" else _run(options, args.model or [options.policy.model])
 
 
@@ -56,13 +62,21 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(options: config.Config, source: semantics.Source | None) -> int:
-    if source:
-        lines = semantics.diff(options, source) or [f"nothing departs from {source}"]
-    else:
+def _plan(options: config.Config, args: argparse.Namespace) -> int:
+    """0: it fits, or only the choices were asked for."""
+    fits = True
+    if args.diff:
+        lines = semantics.diff(options, args.diff) or [f"nothing departs from {args.diff}"]
+    elif args.choices:
         lines = [f"{choice.name}: {choice.value}" for choice in semantics.choices(options)]
+    else:
+        try:
+            made = make_plan(options, args.gpu, args.world_size, args.mean_length, args.transformer_engine)
+        except config.ConfigError as error:
+            return _fail(error, is_told=True)
+        fits, lines = made.fits, describe(made)
     print("\n".join(lines))
-    return 0
+    return 0 if fits else 1
 
 
 def _run(options: config.Config, models: list[Path] | None = None) -> int:

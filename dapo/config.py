@@ -103,6 +103,20 @@ class Parallel(Section):
     tensor: Positive = 8  # with sequence parallelism whenever > 1
     pipeline: Positive = 1
 
+    def data(self, world: int) -> int:
+        """Data-parallel ranks of `world` processes.
+
+        Raises:
+            ConfigError: the world size does not divide by tensor × pipeline.
+        """
+        model_size = self.tensor * self.pipeline
+        if world % model_size:
+            raise ConfigError(
+                f"world size {world} is not a multiple of parallel.tensor={self.tensor} × parallel.pipeline={self.pipeline}: "
+                f"launch {model_size} processes, or a multiple, or change the layout"
+            )
+        return world // model_size
+
 
 class Policy(Section):
     model: Path  # Hugging Face directory: config.json, *.safetensors, tokenizer
@@ -194,6 +208,19 @@ class Config(Section):
                 "the only difference, and dividing by its small std (Eq. 9) makes full-size advantages of it"
             ]
         return []
+
+    def changed(self, overrides: list[str]) -> Config:
+        """This config with overrides applied as `load` does.
+
+        Raises:
+            ConfigError: two options contradict each other.
+        """
+        values = self.model_dump(mode="json")
+        for override in overrides:
+            _apply(values, override)
+        config = Config.model_validate(values)
+        config.check()
+        return config
 
     def dump(self) -> str:
         """The resolved config as YAML: what `load` reads back to an equal Config."""

@@ -67,13 +67,7 @@ class Mesh:
 
     def __init__(self, parallel: Parallel):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        model_size = parallel.tensor * parallel.pipeline
-        if self.world % model_size:
-            raise ConfigError(
-                f"world size {self.world} is not a multiple of parallel.tensor={parallel.tensor} × parallel.pipeline={parallel.pipeline}: "
-                f"launch {model_size} processes, or a multiple, or change the layout"
-            )
-        self.tensor, self.pipeline, self.data = parallel.tensor, parallel.pipeline, self.world // model_size
+        self.tensor, self.pipeline, self.data = parallel.tensor, parallel.pipeline, parallel.data(self.world)
         self.data_rank = self.data_rank_of(self.rank)
         self.is_main = self.rank == 0
         self.device = _device(int(os.environ.get("LOCAL_RANK", 0)))

@@ -25,10 +25,10 @@ from dapo.engine.embedded import EmbeddedEngine
 from dapo.mesh import Mesh
 from dapo.metrics import Log, SilentLog, mean
 from dapo.policy.megatron import Policy
-from dapo.policy.model import read_shape
 from dapo.recorder import Recorder
 from dapo.reward.pool import Reward
 from dapo.rollout import Rollouts, RolloutsElsewhere
+from dapo.shape import read_shape
 from dapo.types import Interrupted, Prompt
 
 

@@ -9,10 +9,14 @@ ROOT = Path(__file__).parent.parent
 FILES = [path.relative_to(ROOT) for folder in ("dapo", "kernels/dapo_kernels") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 LEAVES = {"types", "config", "clock"}  # import nothing of ours
-PURE = {"buffer", "reward", "data", "dump", "objective", "batch", "pending", "rollout", "metrics", "report"}  # no process groups
+PURE = {  # no process groups: testable in milliseconds
+    "buffer", "reward", "data", "dump", "objective", "batch", "pending", "rollout", "metrics", "report", "semantics", "shape",
+}  # fmt: skip
 ALLOWED = {  # a room → the rooms it may see; those that are not named here see everything
     **{room: frozenset() for room in LEAVES},
     "mesh": {"config", "types"},
+    "memory": {"config", "shape"},
+    "plan": {"config", "shape", "memory"},
     **{room: PURE | LEAVES for room in [*PURE, "evaluate"]},
     **{room: PURE | LEAVES | {"mesh"} for room in ("policy", "engine")},  # and so never each other
 }

@@ -14,11 +14,14 @@ import transformers
 import yaml
 
 from dapo import config
+from tests.dapo.test_plan import write_model
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [path.relative_to(ROOT) for path in [ROOT / "README.md", *sorted(ROOT.glob("examples/*/README.md"))]]
 NOT_RUN = {
     "git clone … && cd dapo": "what `clone` does",
+    "sbatch examples/qwen2.5_32b_paper/launch.sh": "wants SLURM and 128 GPUs; the script runs below",
+    "sbatch examples/qwen2.5_32b_paper/launch.sh run.steps=10 optim.lr=2e-6": "wants SLURM and 128 GPUs",
 }
 EDITOR = """#!/bin/sh
 sed -i 's|train: .*|train: mine/my_data.jsonl|; s|  steps: .*|  steps: 1|' mine/config.yaml
@@ -44,6 +47,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.utime(folder / "setup.py", (0, 0))  # older than the environment: make has nothing to install
     (folder / ".venv").symlink_to(sys.prefix)
     (folder / "base").symlink_to("examples/arithmetic/base")
+    (folder / "path/to/Qwen2.5-32B").mkdir(parents=True)
+    write_model(folder / "path/to/Qwen2.5-32B", "Qwen2.5-32B")
     my = yaml.safe_load((ROOT / "examples/arithmetic/config.yaml").read_text())
     my["run"] |= {"dir": "runs/mine", "steps": 1}
     my["eval"] |= {"every": 100, "samples": 2}
@@ -105,6 +110,12 @@ def test_every_command_of_the_document_runs(document: Path, clone: Path, quickst
     for command in found:
         if command not in NOT_RUN:
             run(clone, command)
+
+
+def test_the_launch_script_trains_where_there_is_no_slurm(clone: Path) -> None:
+    variables = "PATH=.venv/bin:$PATH CONFIG=examples/arithmetic/config.yaml NODES=1 GPUS=2 HEAD=localhost PORT=0"
+    run(clone, f"{variables} bash examples/qwen2.5_32b_paper/launch.sh run.dir=runs/launched run.steps=1 eval.data=null parallel.tensor=2")
+    assert (clone / "runs/launched/hf/config.json").is_file()
 
 
 def test_from_clone_to_an_own_reward_in_at_most_eight_commands() -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dapo.config import ConfigError
 from dapo.policy.cpu import has_transformer_engine
-from dapo.policy.model import ModelShape, padded_vocab
+from dapo.shape import ModelShape, padded_vocab
 
 Kind = Literal["whole", "rows", "columns", "qkv", "pair"]
 SHARD_BYTES = 4 * 2**30  # of an exported safetensors file

@@ -32,7 +32,8 @@ from dapo.dump import Trace
 from dapo.mesh import FailedElsewhere, Mesh
 from dapo.policy import hf_weights
 from dapo.policy.hf_weights import Weights
-from dapo.policy.model import build_model, read_shape, split_passthrough, transformer_config
+from dapo.policy.model import build_model, split_passthrough, transformer_config
+from dapo.shape import read_shape
 
 
 class PolicyError(RuntimeError):
@@ -104,6 +105,7 @@ class Policy:
         self._traces: dict[tuple[int, int], Trace] = {}  # by (group, index), where this rank reports
 
     @timed("old_logprobs")
+    @torch.no_grad()  # Megatron's schedule would keep a graph
     def set_old_logprobs(self, batch: Batch) -> dict[str, float]:
         """log π_θold of every token of the batch, by the trainer's own numerics and the updates' own packing: the ratio's denominator.
 

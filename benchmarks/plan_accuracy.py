@@ -1,0 +1,190 @@
+"""Does `dapo plan` foretell the memory? The peak of real updates, rank by rank, beside the plan's; on a CPU, or on one GPU.
+
+python benchmarks/plan_accuracy.py            # about ten minutes on two cores; at most 9 GiB. Numbers of cases: these only
+
+Each case is a torchrun of its own: Policy on random weights, the log-probs of two minibatches and two updates (the first one makes the
+optimizer's state). What counts on a CPU is the rise of the process's peak resident memory above what it held after the imports, on a GPU
+max_memory_allocated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from record import heading, save, table
+
+from dapo import batch as batches
+from dapo import config as configs
+from dapo.memory import Backend, Rank, num_parameters
+from dapo.mesh import Mesh
+from dapo.policy.cpu import has_transformer_engine
+from dapo.policy.megatron import Policy
+from dapo.types import Group, Prompt, Sample
+
+GIB = 2**30
+UPDATES, PROMPT = 2, 4
+SHARES = np.array([2, 3, 5, 6, 8, 10, 12, 18]) / 64  # lengths of a microbatch's samples, as shares of its tokens
+SHAPE = dict(hidden_size=1024, intermediate_size=2816, num_attention_heads=16, num_key_value_heads=4, vocab_size=32768)
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+@dataclass(frozen=True)
+class Case:
+    tokens: int
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    dtype: str = "float32"
+    recompute: str = "none"
+    microbatches: int = 1  # of an update, on each data-parallel rank
+    layers: int = 20
+
+    @property
+    def world(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def megatron(self) -> dict[str, Any]:
+        selective = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+        return {"none": {}, "full": FULL, "mlp": selective}[self.recompute]
+
+
+CASES = [
+    Case(16384, dtype="bfloat16"),
+    Case(32768, dtype="bfloat16", recompute="full"),
+    Case(16384, dtype="bfloat16", recompute="mlp"),
+] if torch.cuda.is_available() else [
+    Case(256),
+    Case(768),
+    Case(768, recompute="full"),
+    Case(768, recompute="mlp"),
+    Case(768, tensor=2),
+    Case(768, tensor=2, recompute="full"),
+    Case(384, pipeline=2, microbatches=3),
+    Case(384, pipeline=2, microbatches=3, recompute="full"),
+    Case(512, dtype="bfloat16"),
+    Case(256, data=2, layers=8),
+]  # fmt: skip
+
+
+def main(chosen: list[int]) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        rows = [row for i in chosen or range(len(CASES)) for row in measured(i, Path(directory))]
+    worst = max(abs(row["planned"] / row["measured"] - 1) for row in rows)
+    text = heading("What `dapo plan` foretells of memory, and what was measured")
+    text += (
+        "\nGiB of a rank at its peak, on a CPU above what the process held after the imports; random Qwen2-shaped models, "
+        f"{UPDATES} updates of packed sequences of mixed lengths. Largest deviation: {worst:.1%}.\n\n"
+    )
+    header = ["model", "layout", "rank", "type", "tokens a microbatch", "microbatches", "recomputed", "planned", "measured", "off", "peak"]
+    text += table(header, [cells(row) for row in rows])
+    save("plan_accuracy_gpu.md" if torch.cuda.is_available() else "plan_accuracy.md", text)
+
+
+def cells(row: dict[str, Any]) -> list[object]:
+    case = Case(**row["case"])
+    off = row["planned"] / row["measured"] - 1
+    return [
+        f"{row['parameters'] / 2**20:.0f} Mi", f"tp{case.tensor} pp{case.pipeline} dp{case.data}", row["rank"], case.dtype, case.tokens,
+        case.microbatches, case.recompute, f"{row['planned'] / GIB:.2f}", f"{row['measured'] / GIB:.2f}", f"{off:+.1%}", row["moment"],
+    ]  # fmt: skip
+
+
+def measured(number: int, directory: Path) -> list[dict[str, Any]]:
+    """One case's rows, a rank each."""
+    case, model = CASES[number], directory / f"{CASES[number].layers}"
+    if not model.exists():
+        make_model(model, case.layers)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.world), __file__, str(number), str(model)]
+    subprocess.run([sys.executable, *command], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=900)
+    rows = [json.loads((model / f"{rank}.json").read_text()) for rank in range(case.world)]
+    print(*(" ".join(map(str, cells(row))) for row in rows), sep="\n", flush=True)
+    return rows
+
+
+def make_model(directory: Path, layers: int) -> None:
+    """Random weights, in a process of its own: what it leaves behind is not the case's."""
+    source = (
+        "import torch, transformers as t\n"
+        f"config = t.Qwen2Config(**{SHAPE!r}, num_hidden_layers={layers}, tie_word_embeddings=False)\n"
+        f"t.Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained({str(directory)!r})\n"
+    )
+    subprocess.run([sys.executable, "-c", source], check=True)
+
+
+def worker(case: Case, model: Path) -> None:
+    torch.set_num_threads(1)
+    config = make_config(case, model)
+    mesh = Mesh(config.parallel)
+    before = held()
+    policy = Policy(config, mesh)
+    batch = batches.plan([make_group(case, i) for i in range(UPDATES)], config, mesh.data, metrics={})[mesh.data_rank]
+    assert [len(minibatch) for minibatch in batch.minibatches] == [case.microbatches] * UPDATES
+    policy.set_old_logprobs(batch)
+    for minibatch in batch.minibatches:
+        policy.update(minibatch)
+    backend: Backend = "cpu" if mesh.device.type == "cpu" else "transformer_engine" if has_transformer_engine() else "cuda"
+    planned = Rank(config, policy.shape, backend, mesh.data, stage=mesh.rank // (mesh.tensor * mesh.data))
+    row = {
+        "case": vars(case),
+        "rank": mesh.rank,
+        "parameters": num_parameters(policy.shape),
+        "planned": planned.peak,
+        "moment": planned.peak_moment,
+        "measured": peak() - before,
+    }
+    (model / f"{mesh.rank}.json").write_text(json.dumps(row))
+    mesh.barrier()
+
+
+def held() -> int:
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+
+
+def peak() -> int:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def make_config(case: Case, model: Path) -> configs.Config:
+    samples = len(SHARES) * case.microbatches * case.data
+    longest = case.tokens // case.microbatches  # so that the plan, too, sees as many microbatches
+    return configs.Config(
+        run=configs.Run(dir=model / "run"),
+        data=configs.Data(train=model / "none", max_prompt_length=PROMPT),
+        rollout=configs.Rollout(prompts_per_step=UPDATES, group_size=samples, max_response_length=longest - PROMPT),
+        optim=configs.Optim(prompts_per_minibatch=1),
+        parallel=configs.Parallel(tensor=case.tensor, pipeline=case.pipeline),
+        policy=configs.Policy(model=model, dtype=case.dtype, tokens_per_microbatch=case.tokens, megatron=case.megatron),
+        engine=configs.Engine(kind="sglang"),  # servers elsewhere: no model of the engine's here
+    )
+
+
+def make_group(case: Case, number: int) -> Group:
+    """Samples that fill the update's microbatches to 97 % or more."""
+    rng = np.random.default_rng(number)
+    lengths = np.floor(SHARES * case.tokens * 0.99).astype(int).tolist() * case.microbatches * case.data
+    samples = []
+    for i, length in enumerate(lengths):
+        n = length - PROMPT + 1  # a sample's last token is not fed
+        tokens = rng.integers(0, SHAPE["vocab_size"], n).astype(np.int32)
+        samples.append(Sample(number, i, tokens, np.full(n, -10.0, np.float32), np.ones(n, bool), ((0, 0, n),), "stop"))
+        samples[-1].advantage = float(rng.normal())
+    return Group(number, Prompt(number, rng.integers(0, SHAPE["vocab_size"], PROMPT).astype(np.int32), "0"), samples)
+
+
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        worker(CASES[int(sys.argv[1])], Path(sys.argv[2]))
+    else:
+        main([int(argument) for argument in sys.argv[1:]])

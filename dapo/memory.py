@@ -1,0 +1,298 @@
+"""The bytes that a rank holds while it learns, from the config alone: nothing is allocated and torch is not loaded.
+
+T = packed tokens of a microbatch, t = T/tp of them under sequence parallelism, H = hidden size. Of one tensor rank: q, kv = columns of
+all heads' queries and of all KV heads' keys, F = feed-forward columns, V = vocabulary rows. b = bytes of the parameters' type.
+
+Activations are what autograd keeps in dapo/policy/layers.py and in Megatron-core's local layers around it, tensor by tensor;
+tests/dapo/test_plan.py counts the same in a real backward pass. For Transformer Engine's layers the list is read from its source.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Any, Literal
+
+from dapo.config import Config
+from dapo.shape import ModelShape, padded_vocab
+
+Backend = Literal["cpu", "cuda", "transformer_engine"]  # cpu, cuda: the plain layers
+
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 2400 << 20, "transformer_engine": 2400 << 20}  # of logits, as in dapo_kernels.linear_policy_loss
+ATTENTION_PADDING = 1.12  # on a CPU, sequences of like length are padded to one: at most by a third, by an eighth on mixed lengths
+BATCH_BYTES = 41  # a token of the step's batch: ids, targets, positions of 8 bytes, four numbers of 4, the mask
+
+# fields of policy.megatron that change what is counted here, and those that change no memory worth counting
+COUNTED = {
+    "recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules", "optimizer_cpu_offload",
+    "optimizer_offload_fraction",
+}  # fmt: skip
+NEGLIGIBLE = {"adam_eps", "bucket_size", "overlap_grad_reduce", "overlap_param_gather", "attention_backend", "log_num_zeros_in_grad"}
+
+
+def stage_parameters(shape: ModelShape, tensor: int, pipeline: int, stage: int) -> tuple[int, int]:
+    """Parameters on a rank of a pipeline stage: (its shards of those that tensor ranks split, those that every tensor rank has whole)."""
+    hidden, heads, kv = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    matrices = hidden * (heads + 2 * kv) + heads * hidden + 3 * hidden * shape.ffn_size  # qkv, projection; gate, up, down
+    bias = heads + 2 * kv if shape.has_qkv_bias else 0
+    norms = 2 * hidden + (2 * shape.head_dim if shape.has_qk_norm else 0)
+    layers = shape.num_layers // pipeline
+    is_first, is_last = stage == 0, stage == pipeline - 1
+    # a tied head is the embedding itself where both are on one stage, else the last stage's own copy
+    tables = is_first + (is_last and not (shape.is_tied and is_first))
+    embedding = padded_vocab(shape, tensor) * hidden
+    return (layers * (matrices + bias) + tables * embedding) // tensor, layers * norms + (hidden if is_last else 0)
+
+
+def num_parameters(shape: ModelShape) -> int:
+    """Of the whole model, as its authors count: no padding, a tied head once."""
+    split, whole = stage_parameters(shape, 1, 1, 0)
+    padding = (padded_vocab(shape, 1) - shape.vocab_size) * shape.hidden_size
+    return split + whole - padding * (1 if shape.is_tied else 2)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one token's forward pass through a layer leaves for the backward pass, in bytes, on one of the tensor ranks."""
+
+    shape: ModelShape
+    tensor: int
+    value_bytes: int  # b
+    backend: Backend
+
+    @property
+    def q(self) -> int:
+        return self.shape.num_heads * self.shape.head_dim // self.tensor
+
+    @property
+    def kv(self) -> int:
+        return self.shape.num_kv_heads * self.shape.head_dim // self.tensor
+
+    @property
+    def ffn(self) -> int:
+        return self.shape.ffn_size // self.tensor
+
+    @property
+    def stream(self) -> float:
+        """The token's row of the residual stream, which tensor ranks share."""
+        return self.value_bytes * self.shape.hidden_size / self.tensor
+
+    @property
+    def norm(self) -> float:
+        """A norm of the residual stream."""
+        return self._norm(self.shape.hidden_size, rows=1) / self.tensor
+
+    def _norm(self, width: int, rows: int) -> int:
+        """The input, in float32 in the plain norm; the inverse root; in the plain norm also what the weight multiplies."""
+        b, is_plain = self.value_bytes, self.backend != "transformer_engine"
+        return (4 + b if is_plain else b) * width + 4 * rows
+
+    @property
+    def mlp(self) -> int:
+        return 5 * self.value_bytes * self.ffn  # gate and up, silu(gate), up + 0, their product
+
+    @property
+    def core_attention(self) -> float:
+        b, q, kv, heads = self.value_bytes, self.q, self.kv, self.q // self.shape.head_dim
+        if self.backend == "transformer_engine":
+            return b * (q + kv) + b * (q + 2 * kv) + 4 * heads  # v is a view of the fused q, k, v
+        if self.backend == "cuda":
+            return b * 3 * q + 4 * heads  # KV heads are repeated; the output is the projection's input
+        return ATTENTION_PADDING * (b * (2 * q + 2 * kv) + 4 * heads) + 8  # q, k, v, output; where each row belongs
+
+    @property
+    def core_attention_inputs(self) -> float:
+        return self.value_bytes * (2 * self.q + 3 * self.kv)  # q and k after RoPE; v is a view of the fused q, k, v
+
+    @property
+    def attention(self) -> float:
+        b, q, kv, width = self.value_bytes, self.q, self.kv, self.shape.head_dim
+        kept = b * q + 4 * b * width + self.core_attention  # the projection's input; cos and sin, for q and for k
+        if self.shape.has_qk_norm:
+            kept += self._norm(q, q // width) + self._norm(kv, kv // width)
+            if b == 4:  # k in float32 is a view of the fused q, k, v, and keeps them all; so is q where there is one KV head
+                kept += b * (kv if kv == width else q + kv)
+        return kept
+
+    @property
+    def everything(self) -> float:
+        return 2 * (self.norm + self.stream) + self.attention + self.mlp  # norms, and the inputs of the linears after them
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A rank of one pipeline stage. The properties are bytes, at the largest batch that the config allows."""
+
+    config: Config
+    shape: ModelShape
+    backend: Backend
+    data: int  # data-parallel ranks
+    stage: int = 0
+
+    @property
+    def tensor(self) -> int:
+        return self.config.parallel.tensor
+
+    @property
+    def pipeline(self) -> int:
+        return self.config.parallel.pipeline
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == self.pipeline - 1
+
+    @property
+    def value_bytes(self) -> int:
+        return 2 if self.config.policy.dtype == "bfloat16" else 4
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        return self.config.data.max_prompt_length + self.config.rollout.max_response_length
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return ceil(self.config.policy.tokens_per_microbatch / self.tensor) * self.tensor
+
+    @property
+    def microbatches(self) -> int:
+        """Of an update, on each data-parallel rank, when every sample is as long as it may be."""
+        samples = self.config.optim.prompts_per_minibatch * self.config.rollout.group_size
+        return ceil(samples / (self.data * (self.config.policy.tokens_per_microbatch // self.longest)))
+
+    @property
+    def in_flight(self) -> int:
+        """Microbatches whose activations are held together, in the 1F1B schedule."""
+        return min(self.microbatches, self.pipeline - self.stage)
+
+    @property
+    def parameters(self) -> int:
+        return sum(stage_parameters(self.shape, self.tensor, self.pipeline, self.stage))
+
+    # What is there all the time
+
+    @property
+    def params(self) -> int:
+        return self.value_bytes * self.parameters
+
+    @property
+    def grads(self) -> int:
+        return 4 * self.parameters  # Megatron's main_grad: float32, whole on every data-parallel rank
+
+    @property
+    def optimizer(self) -> int:
+        """Adam's two moments, and the float32 parameters where the model's are 16-bit; each data-parallel rank holds its share."""
+        kept = (8 if self.value_bytes == 4 else 12) * self.parameters // self.data
+        megatron = self.config.policy.megatron
+        return round(kept * (1 - megatron.get("optimizer_offload_fraction", 0.0))) if megatron.get("optimizer_cpu_offload") else kept
+
+    @property
+    def batch(self) -> int:
+        samples = self.config.rollout.prompts_per_step * self.config.rollout.group_size
+        return BATCH_BYTES * ceil(samples / self.data) * self.longest
+
+    @property
+    def engine(self) -> int:
+        """The embedded engine's own copy of the model, on the main rank."""
+        is_here = self.config.engine.kind == "embedded" and self.stage == 0
+        return self.value_bytes * num_parameters(self.shape) if is_here else 0
+
+    # What comes and goes
+
+    @property
+    def layer(self) -> Layer:
+        return Layer(self.shape, self.tensor, self.value_bytes, self.backend)
+
+    @property
+    def kept(self) -> int:
+        """What one microbatch's forward pass leaves on this stage for its backward pass."""
+        layer, layers = self.layer, self.shape.num_layers // self.pipeline
+        if self._recomputes("full"):
+            unit = min(self._megatron("recompute_num_layers") or 1, layers)
+            is_block = self._megatron("recompute_method") == "block"  # the first layers, each for itself; uniform: all, `unit` at a time
+            kept = unit * layer.stream + (layers - unit) * layer.everything if is_block else layers / unit * layer.stream
+        else:
+            kept = layers * layer.everything
+        if self._recomputes("mlp"):
+            kept -= layers * layer.mlp
+        if self._recomputes("core_attn"):
+            kept -= layers * (layer.core_attention - layer.core_attention_inputs)
+        # the final norm and the hidden states; or what was sent on, which is held until its gradient comes
+        kept += layer.norm + layer.stream if self.is_last else layer.stream
+        return round(kept * self.tokens)
+
+    @property
+    def activations(self) -> int:
+        return self.in_flight * self.kept
+
+    @property
+    def working(self) -> int:
+        """One layer's backward pass beyond what was kept for it: what is recomputed, gradients on their way."""
+        layer, b, hidden, T = self.layer, self.value_bytes, self.shape.hidden_size, self.tokens
+        recomputed = 0.0
+        if self._recomputes("full"):
+            recomputed = layer.everything * (1 if self._megatron("recompute_method") == "block" else self._megatron("recompute_num_layers"))
+        recomputed += layer.mlp if self._recomputes("mlp") else 0
+        recomputed += layer.core_attention if self._recomputes("core_attn") else 0
+        gathered = b * T * hidden if self.tensor > 1 else 0  # the stream of all tensor ranks
+        gated = 2 * b * T * layer.ffn  # the gradients of gate and up, while the product's own is there
+        projected = b * T * layer.ffn + b * hidden * layer.ffn + 2 * gathered  # through the last matrix, and that matrix's own gradient
+        return round(recomputed * T + max(gated, projected) + 2 * layer.stream * T + gathered)
+
+    @property
+    def table(self) -> int:
+        """This rank's rows of the embedding, or of the head."""
+        return self.value_bytes * self._vocab * self.shape.hidden_size
+
+    @property
+    def logits(self) -> int:
+        """The fused loss at work: a chunk of logits, its gradient where that is of another type, the chunk's hidden states."""
+        if not self.is_last:
+            return 0
+        b, hidden, columns = self.value_bytes, self.shape.hidden_size, self._vocab
+        most = max(CHUNK_BYTES[self.backend] // (4 * columns), self.tensor)
+        rows = ceil(self.tokens / ceil(self.tokens / most))  # chunks are of equal size
+        chunk = rows * columns * (4 if b == 4 else 6)
+        if self.tensor > 1:  # two gathered chunks, the next one underway; the live rows, their gradient, what is sent of it
+            chunk += 5 * b * rows * hidden
+        if self.backend == "cpu" and b == 2:  # 16-bit factors are widened
+            chunk += 4 * columns * (hidden + rows)
+        return chunk
+
+    @property
+    def moments(self) -> dict[str, int]:
+        """Each moment that can be the peak, and what is there beyond parameters, gradients, optimizer, batch and engine."""
+        is_one_table = self.shape.is_tied and self.pipeline == 1  # for embedding and head
+        # the head's gradient goes to main_grad; autograd wants one too and gets zeros, which a tied embedding's gradient is added to
+        zeros = self.table if is_one_table else 0
+        moments = {"a layer's backward pass": self.activations + self.working + zeros}
+        if self.is_last:
+            moments["the loss"] = round(self.activations + self.layer.stream * self.tokens + max(self.logits, self.table))
+        if self.stage == 0:
+            moments["the embedding's gradient"] = self.activations - self.kept + self.table + zeros
+        # clipping writes each scaled gradient beside the old one; gloo sums a copy of all gradients
+        largest = max(self._vocab, 2 * self.layer.ffn) * self.shape.hidden_size
+        is_copied = self.backend == "cpu" and self.data > 1
+        moments["the optimizer's step"] = max(4 * largest // self.data, self.grads if is_copied else 0)
+        return moments
+
+    @property
+    def peak(self) -> int:
+        return self.params + self.grads + self.optimizer + self.batch + self.engine + max(self.moments.values())
+
+    @property
+    def peak_moment(self) -> str:
+        return max(self.moments, key=self.moments.__getitem__)
+
+    @property
+    def _vocab(self) -> int:
+        return padded_vocab(self.shape, self.tensor) // self.tensor
+
+    def _megatron(self, field: str) -> Any:
+        return self.config.policy.megatron.get(field)
+
+    def _recomputes(self, what: str) -> bool:
+        """`full`, or one of the modules that Megatron's selective recompute knows."""
+        granularity = self._megatron("recompute_granularity")
+        return granularity == what or (granularity == "selective" and what in (self._megatron("recompute_modules") or ["core_attn"]))

@@ -1,0 +1,149 @@
+"""What autograd keeps of one microbatch, tensor by tensor, beside dapo.memory's count, case after case in one launch.
+
+torchrun --nproc-per-node WORLD -m tests.distributed.activations OUT.json: every case of that world size; the main rank writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from torch.autograd.graph import saved_tensors_hooks
+
+from dapo import batch as batches
+from dapo import config as configs
+from dapo.memory import Rank
+from dapo.mesh import Mesh
+from dapo.policy.megatron import Policy
+from dapo.types import Group, Prompt, Sample
+
+LENGTHS, PROMPT = (40, 75, 190, 60, 90, 120, 20, 200), 5
+SHAPE = dict(vocab_size=250, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2)
+MODELS = {
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {"head_dim": 48}),
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
+}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    tensor: int = 1
+    pipeline: int = 1
+    model: str = "qwen2"
+    dtype: str = "float32"
+    megatron: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = [
+    Case("float32"),
+    Case("bfloat16", dtype="bfloat16"),
+    Case("q and k norms", model="qwen3"),
+    Case("q and k norms in bfloat16", model="qwen3", dtype="bfloat16"),
+    Case("all layers recomputed", megatron=FULL),
+    Case("recomputed in twos", megatron=FULL | {"recompute_num_layers": 2}),
+    Case("one layer recomputed", model="llama", megatron=FULL | {"recompute_method": "block"}),
+    Case("attention recomputed", megatron={"recompute_granularity": "selective"}),
+    Case("attention and MLP recomputed", dtype="bfloat16",
+         megatron={"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}),
+    Case("tensor 2", tensor=2, model="qwen3"),
+    Case("tensor 2 in bfloat16", tensor=2, dtype="bfloat16"),
+    Case("pipeline 2", pipeline=2),
+    Case("pipeline 2, recomputed", pipeline=2, dtype="bfloat16", megatron=FULL),
+]  # fmt: skip
+
+
+def run(case: Case, directory: Path) -> dict[str, Any]:
+    parallel = configs.Parallel(tensor=case.tensor, pipeline=case.pipeline)
+    mesh = Mesh(parallel)
+    if mesh.is_main:
+        config, cls, extra = MODELS[case.model]
+        cls(config(**SHAPE, **extra)).save_pretrained(directory)
+    mesh.barrier()
+    config = configs.Config(
+        run=configs.Run(dir=directory / "run"),
+        data=configs.Data(train=directory / "none", max_prompt_length=PROMPT),
+        rollout=configs.Rollout(prompts_per_step=1, group_size=len(LENGTHS), max_response_length=max(LENGTHS)),
+        optim=configs.Optim(prompts_per_minibatch=1),
+        parallel=parallel,
+        policy=configs.Policy(
+            model=directory,
+            dtype=case.dtype,
+            tokens_per_microbatch=sum(LENGTHS) + len(LENGTHS) * (PROMPT - 1),  # all of them in one
+            megatron=case.megatron,
+        ),
+    )
+    policy = Policy(config, mesh)
+    rank = Rank(config, policy.shape, "cpu", mesh.data, stage=mesh.rank // case.tensor)
+    batch = batches.plan([make_group()], config, mesh.data, metrics={})[mesh.data_rank]
+    [[microbatch]] = batch.minibatches
+    ranks: list[Any] = [None] * mesh.world
+    measured = {"measured": kept(policy, rank, microbatch), "planned": rank.kept, "kept by scoring": kept_by_scoring(policy, batch)}
+    measured |= {"parameters": sum(p.numel() for p in policy._module.parameters()), "planned_parameters": rank.parameters}
+    dist.all_gather_object(ranks, measured, group=mesh.control)
+    return {"name": case.name, "ranks": ranks}
+
+
+def make_group() -> Group:
+    rng = np.random.default_rng(3)
+    samples = [
+        Sample(0, i, rng.integers(0, 250, n).astype(np.int32), np.zeros(n, np.float32), np.ones(n, bool), ((0, 0, n),), "stop")
+        for i, n in enumerate(LENGTHS)
+    ]
+    return Group(0, Prompt(0, rng.integers(0, 250, PROMPT).astype(np.int32), "0"), samples)
+
+
+def kept(policy: Policy, rank: Rank, microbatch: batches.Microbatch) -> int:
+    """Bytes of all storages that the forward pass leaves for the backward pass, and of what it takes from and hands to its neighbours."""
+    tensors = policy._tensors(microbatch)
+    parameters = {p.untyped_storage().data_ptr() for p in policy._module.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if (where := tensor.untyped_storage().data_ptr()) not in parameters:
+            storages[where] = tensor.untyped_storage()
+        return tensor
+
+    if rank.stage > 0:
+        dtype = getattr(torch, rank.config.policy.dtype)
+        received = torch.randn(len(microbatch.tokens), 1, SHAPE["hidden_size"], dtype=dtype, requires_grad=True)
+        policy._module.set_input_tensor(keep(received))
+    options = {"fp32_output": False} if policy.transformer.bf16 else {}
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        keep(policy.model(tensors.tokens, tensors.positions, None, packed_seq_params=tensors.packed, **options))
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def kept_by_scoring(policy: Policy, batch: batches.Batch) -> int:
+    """How many tensors autograd keeps of the log-probs' forward pass."""
+    kept: list[torch.Size] = []
+    with saved_tensors_hooks(lambda tensor: (kept.append(tensor.shape), tensor)[1], lambda tensor: tensor):
+        policy.set_old_logprobs(batch)
+    return len(kept)
+
+
+def main(out: str) -> None:
+    from megatron.core import parallel_state
+
+    torch.set_num_threads(1)
+    results = []
+    for number, case in enumerate(CASES):
+        if case.tensor * case.pipeline == int(os.environ["WORLD_SIZE"]):
+            results.append(run(case, Path(out).parent / str(number)))
+            parallel_state.destroy_model_parallel()
+    if dist.get_rank() == 0:
+        Path(out).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,22 @@
+"""What `dapo plan` counts, against what autograd keeps in a real forward pass; the largest part of a run's memory."""
+
+import pytest
+
+from tests.distributed.activations import CASES
+from tests.distributed.launch import measured
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_plan_counts_what_autograd_keeps(case):
+    """To 3 %: the plan takes a typical share of padding in attention, the sequences here have their own."""
+    ranks = measured("tests.distributed.activations", case.tensor * case.pipeline)[case.name]["ranks"]
+    for rank in ranks:
+        assert rank["planned"] == pytest.approx(rank["measured"], rel=0.03)
+        assert rank["planned_parameters"] == rank["parameters"]
+        assert rank["kept by scoring"] == 0
+
+
+def test_nothing_is_kept_where_all_is_recomputed():
+    """A check of the measure itself: one row of the residual stream a layer, a fifteenth of everything."""
+    results = measured("tests.distributed.activations", 1)
+    assert results["all layers recomputed"]["ranks"][0]["measured"] < results["float32"]["ranks"][0]["measured"] / 10
