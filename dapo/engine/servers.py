@@ -323,7 +323,8 @@ class _Process:
         return [line for line in re.split(r"[\r\n]+", text) if line.strip()]
 
     def describe_progress(self) -> str:
-        last = re.sub(r"^\[[^\]]*\] *", "", self.lines()[-1])[:100] if self.lines() else "nothing in its log yet"
+        told = [line for line in self.lines() if not line[0].isspace()]  # an indented one quotes the code that warns
+        last = re.sub(r"^\[[^\]]*\] *", "", told[-1])[:100] if told else "nothing in its log yet"
         return f"{self.name}, {time.time() - self.started:.0f} s: {last}"
 
     def describe_failure(self) -> str:
