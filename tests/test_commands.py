@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [path.relative_to(ROOT) for path in [ROOT / "README.md", *sorted(ROOT.glob("examples/*/README.md"))]]
 NOT_RUN = {
     "git clone … && cd dapo": "what `clone` does",
+    "bash examples/qwen2.5_7b/launch.sh": "wants eight GPUs; test_examples.py checks what can be checked without",
+    "sbatch examples/qwen2.5_7b/slurm.sbatch": "wants a cluster",
 }
 EDITOR = """#!/bin/sh
 sed -i 's|train: .*|train: mine/my_data.jsonl|; s|  steps: .*|  steps: 1|' mine/config.yaml
