@@ -393,8 +393,8 @@ def command_line(options: dict[str, Any]) -> list[str]:
 
 
 def last_error(lines: Sequence[str]) -> str:
-    """The line of a log that says why: the last exception's, or argparse's; else the last one."""
-    for line in reversed(lines):
+    """The line of a log that says why: the last exception's, or argparse's, if it is among the last lines; else the last one."""
+    for line in reversed(lines[-40:]):
         if re.match(r"[\w.]*(Error|Exception)\b|.*\berror: ", line):
             return line.strip()[:300]
     return lines[-1].strip()[:300] if lines else "its log is empty"
@@ -454,6 +454,8 @@ def _ask(python: str, code: str, has_cuda: bool) -> str:
         )
     except OSError as error:
         raise ConfigError(f"engine.python={python}: {error.strerror}") from error
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(f"engine.python={python} does not import SGLang within {error.timeout:.0f} s") from error
     if done.returncode:
         raise ConfigError(
             f"engine.python={python} has no SGLang that works: {last_error(done.stderr.splitlines())}; pip install dapo[sglang]"
