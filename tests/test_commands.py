@@ -22,6 +22,8 @@ NOT_RUN = {
     "git clone … && cd dapo": "what `clone` does",
     "sbatch examples/qwen2.5_32b_paper/launch.sh": "wants SLURM and 128 GPUs; the script runs below",
     "sbatch examples/qwen2.5_32b_paper/launch.sh run.steps=10 optim.lr=2e-6": "wants SLURM and 128 GPUs",
+    "bash examples/qwen2.5_7b/launch.sh": "wants eight GPUs; test_examples.py checks what can be checked without",
+    "sbatch examples/qwen2.5_7b/slurm.sbatch": "wants a cluster",
 }
 EDITOR = """#!/bin/sh
 sed -i 's|train: .*|train: mine/my_data.jsonl|; s|  steps: .*|  steps: 1|' mine/config.yaml

@@ -323,7 +323,8 @@ class _Process:
         return [line for line in re.split(r"[\r\n]+", text) if line.strip()]
 
     def describe_progress(self) -> str:
-        last = re.sub(r"^\[[^\]]*\] *", "", self.lines()[-1])[:100] if self.lines() else "nothing in its log yet"
+        told = [line for line in self.lines() if not line[0].isspace()]  # an indented one quotes the code that warns
+        last = re.sub(r"^\[[^\]]*\] *", "", told[-1])[:100] if told else "nothing in its log yet"
         return f"{self.name}, {time.time() - self.started:.0f} s: {last}"
 
     def describe_failure(self) -> str:
@@ -392,8 +393,8 @@ def command_line(options: dict[str, Any]) -> list[str]:
 
 
 def last_error(lines: Sequence[str]) -> str:
-    """The line of a log that says why: the last exception's, or argparse's; else the last one."""
-    for line in reversed(lines):
+    """The line of a log that says why: the last exception's, or argparse's, if it is among the last lines; else the last one."""
+    for line in reversed(lines[-40:]):
         if re.match(r"[\w.]*(Error|Exception)\b|.*\berror: ", line):
             return line.strip()[:300]
     return lines[-1].strip()[:300] if lines else "its log is empty"
@@ -453,6 +454,8 @@ def _ask(python: str, code: str, has_cuda: bool) -> str:
         )
     except OSError as error:
         raise ConfigError(f"engine.python={python}: {error.strerror}") from error
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(f"engine.python={python} does not import SGLang within {error.timeout:.0f} s") from error
     if done.returncode:
         raise ConfigError(
             f"engine.python={python} has no SGLang that works: {last_error(done.stderr.splitlines())}; pip install dapo[sglang]"

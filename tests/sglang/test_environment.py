@@ -1,9 +1,10 @@
-"""The environment of SGLang for CPU: made once, whole or not at all, and anew when what it is made of changes. What pip does is left out."""
+"""The environment of SGLang for CPU: made once, whole or not at all, and anew when what it is made of changes. Without what pip does."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     def run(*command: str) -> None:
         ran.append(" ".join(command))
+        time.sleep(0.05)  # so that two at once meet
         (folder / "lib/python3.11/site-packages").mkdir(parents=True, exist_ok=True)
 
     monkeypatch.setattr(environment, "FOLDER", folder)

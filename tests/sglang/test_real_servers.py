@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from dapo.config import ConfigError
-from dapo.engine.servers import Servers, known_arguments, server_options
+from dapo.engine.servers import OURS, Servers, known_arguments, server_options
 from tests.sglang.conftest import RunningServer, server_config
 from tests.sglang.two_servers import NUM_REQUESTS
 
@@ -27,7 +27,9 @@ def test_a_started_server_is_healthy_and_generates(sglang_server: RunningServer)
 
 def test_arguments_are_those_of_the_installed_sglang(sglang_python: Path, tmp_path: Path) -> None:
     known = known_arguments(str(sglang_python), has_cuda=False)
-    assert {"tp-size", "mem-fraction-static", "enable-memory-saver"} <= known.keys()
+    ours = server_options(server_config(tmp_path, tmp_path), {}, has_cuda=False)
+    for name in [*ours, *OURS, "tp-size", "pp-size", "dp-size", "enable-dp-attention", "enable-memory-saver"]:
+        assert known[name][0] == name, "servers.py asks for it by this spelling"
     with pytest.raises(
         ConfigError, match=r"engine.sglang.mem-fraction-statik: SGLang has no such argument; did you mean mem-fraction-static\?"
     ):

@@ -160,7 +160,7 @@ def test_a_server_that_cannot_start_again_is_given_up(start: Callable[..., Serve
     [
         ("model", ["server 0 ended with status 1", "OSError", "holds no model", "server-0.log"]),
         ("port", ["server 0 ended with status 1", "Address already in use"]),
-        ("argument", ["server 0 ended with status 2", "--tp-size: invalid int value: 'two'"]),
+        ("argument", ["server 0 ended with status 2", "--tensor-parallel-size: invalid int value: 'two'"]),
     ],
 )
 def test_a_server_that_does_not_start_is_one_clear_line(
@@ -218,7 +218,8 @@ def test_servers_of_other_people_are_checked_and_left_alone(
 KNOWN = {
     "model-path": ("model-path", "value"),
     "model": ("model-path", "value"),
-    "tp-size": ("tensor-parallel-size", "value"),
+    "tp-size": ("tp-size", "value"),
+    "tensor-parallel-size": ("tp-size", "value"),
     "sleep-on-idle": ("sleep-on-idle", "nothing"),
     "enable-tf32-matmul": ("enable-tf32-matmul", "yes or no"),
     "cuda-graph-bs-decode": ("cuda-graph-bs-decode", "list"),
@@ -227,7 +228,7 @@ KNOWN = {
 
 def test_arguments_are_asked_of_sglang_once(fake: Path) -> None:
     asked = known_arguments(sys.executable, has_cuda=False)
-    assert {name: asked[name] for name in KNOWN if name != "tensor-parallel-size"} == KNOWN
+    assert {name: asked[name] for name in KNOWN} == KNOWN
     [kept] = (fake / "cache/dapo").glob("sglang-arguments-*.json")
     kept.write_text('{"other": ["other", "value"]}')
     known_arguments.cache_clear()
@@ -264,9 +265,9 @@ def test_arguments_for_other_peoples_servers_are_refused(tmp_path: Path) -> None
 
 
 def test_arguments_become_a_command_line(tmp_path: Path) -> None:
-    passed = {"tp_size": 2, "sleep-on-idle": False, "enable-tf32-matmul": False, "cuda-graph-bs-decode": [1, 2]}
+    passed = {"tensor_parallel_size": 2, "sleep-on-idle": False, "enable-tf32-matmul": False, "cuda-graph-bs-decode": [1, 2]}
     line = " ".join(command_line(server_options(server_config(tmp_path, tmp_path, sglang=passed), KNOWN, has_cuda=False)))
-    for part in ("--tensor-parallel-size 2", "--cuda-graph-bs-decode 1 2", "--no-enable-tf32-matmul", "--device cpu", "--dtype float32"):
+    for part in ("--tp-size 2", "--cuda-graph-bs-decode 1 2", "--no-enable-tf32-matmul", "--device cpu", "--dtype float32"):
         assert part in line
     for part in ("--sleep-on-idle", "--enable-tf32-matmul"):
         assert f" {part}" not in line

@@ -41,7 +41,7 @@ def main(folder: Path, model: Path, python: str) -> None:
         scheduler(servers.local[0].process.pid).kill()
         seen["during"] = [answer.result() for answer in answers]
 
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while servers.local[0].state != "up" and time.monotonic() < deadline:
         time.sleep(0.5)
     seen["workers_before_sync"] = [worker.url for worker in servers.workers]

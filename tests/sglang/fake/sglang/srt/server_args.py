@@ -11,7 +11,7 @@ class ServerArgs:
         parser.add_argument("--host")
         parser.add_argument("--port", type=int)
         parser.add_argument("--api-key")
-        parser.add_argument("--tensor-parallel-size", "--tp-size", type=int)
+        parser.add_argument("--tp-size", "--tensor-parallel-size", type=int)
         parser.add_argument("--cuda-graph-bs-decode", type=int, nargs="+")
         parser.add_argument("--sleep-on-idle", action="store_true")
         parser.add_argument("--enable-tf32-matmul", action=argparse.BooleanOptionalAction)
