@@ -192,7 +192,7 @@ class Dispatch:
             self.deliver(job, sample)
 
     def _end_asking(self, endpoint: Endpoint, rid: str, task: asyncio.Task[None]) -> None:
-        del endpoint.asked[rid]
+        endpoint.asked.pop(rid, None)
         self._send()
 
     async def _post(self, endpoint: Endpoint, request: Request, rid: str) -> bytes:
@@ -272,6 +272,7 @@ class Dispatch:
         for job in jobs:
             if job.task and not job.task.done() and job.endpoint:
                 job.task.cancel()
+                job.endpoint.asked.pop(job.rid, None)
                 task = self._spawn(self._tell(job.endpoint, job.rid))
                 self.aborts.add(task)
                 task.add_done_callback(self.aborts.discard)
@@ -292,6 +293,9 @@ class Dispatch:
             now = time.monotonic()
             if self.is_loading or not (self.ready or any(endpoint.asked for endpoint in self.endpoints)):
                 self.progressed_at = now
+            if now - self.progressed_at > 2 * self.stall_seconds:
+                self.fail(EngineError(f"no progress for 2 × engine.stall_seconds={self.stall_seconds:g}: {_joined(self.waiting())}"))
+                return
             for endpoint in self.endpoints:
                 if self.is_loading or not endpoint.asked:
                     endpoint.progressed_at = now
@@ -299,9 +303,6 @@ class Dispatch:
                     self._note_progress(endpoint)
                 if now - endpoint.progressed_at > self.stall_seconds:
                     self._move(endpoint)
-            if now - self.progressed_at > 2 * self.stall_seconds:
-                self.fail(EngineError(f"no progress for 2 × engine.stall_seconds={self.stall_seconds:g}: {_joined(self.waiting())}"))
-                return
 
     async def _is_generating(self, endpoint: Endpoint) -> bool:
         """Whether a worker holds other numbers of tokens than when last asked: it may work on long responses, and that is no stall."""

@@ -353,6 +353,14 @@ def test_no_server_is_asked_for_more_than_it_should_and_both_work() -> None:
     assert min(len(server.bodies) for server in servers) >= 20
 
 
+def test_the_server_with_the_least_outstanding_is_asked_next() -> None:
+    servers = FakeServer(afterwards=fake.nothing), FakeServer(afterwards=fake.nothing)
+    with engine_of(*servers, max_concurrent=100) as engine:
+        engine.submit(requests(20))
+        wait_for(lambda: sum(len(server.bodies) for server in servers) == 20)
+    assert [len(server.bodies) for server in servers] == [10, 10]
+
+
 def test_samples_come_as_they_are_finished() -> None:
     server = FakeServer([fake.slow])
     wanted = requests(4)
