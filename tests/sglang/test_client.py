@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -205,7 +206,8 @@ def test_what_is_never_answered_is_asked_again_elsewhere_after_the_stall(capfd: 
         assert_answered(collect(engine), wanted)
         assert {body["rid"] for body in hung.bodies} == set(hung.aborted), "the old place is told"
     err = capfd.readouterr().err
-    assert f"no progress at {hung.url} for 1 s" in err and f"{hung.url} (usable): 2 asked: 0.0 for 1 s; 1.0 for 1 s" in err
+    assert f"no progress at {hung.url} for 1 s" in err
+    assert re.search(rf"{hung.url} \(usable\): 2 asked: 0\.0 for \d+ s; 1\.0 for \d+ s", err)
 
 
 def test_twice_the_stall_without_an_answer_is_an_error_that_says_who_is_waited_for() -> None:
