@@ -31,7 +31,7 @@ from dapo.engine.server import Server
 from dapo.engine.sglang import SGLangEngine
 from dapo.types import Request, Sampling
 
-TOKENS, CONCURRENT, SERVERS, RUNS = 4096, 1000, 2, 5
+TOKENS, CONCURRENT, SERVERS, RUNS = 4096, 1000, 2, 3
 VOCABULARY, STOP = 151_936, 151_643
 
 
@@ -212,4 +212,4 @@ def profile_loop(ports: list[int], num_responses: int) -> None:
 
 if __name__ == "__main__":
     arguments = [argument for argument in sys.argv[1:] if argument != "--profile"]
-    main(int(arguments[0]) if arguments else 2000, "--profile" in sys.argv)
+    main(int(arguments[0]) if arguments else 1500, "--profile" in sys.argv)

@@ -107,7 +107,7 @@ class Dispatch:
 
     async def open(self) -> None:
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE, socket_factory=_kept_alive)  # our own limits are below
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)  # a long response is no error
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=60)  # a long response is no error
         key = self.servers.workers[0].key
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self.session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers, cookie_jar=aiohttp.DummyCookieJar())
@@ -192,7 +192,7 @@ class Dispatch:
             self.deliver(job, sample)
 
     def _end_asking(self, endpoint: Endpoint, rid: str, task: asyncio.Task[None]) -> None:
-        del endpoint.asked[rid]
+        endpoint.asked.pop(rid, None)
         self._send()
 
     async def _post(self, endpoint: Endpoint, request: Request, rid: str) -> bytes:
@@ -272,6 +272,7 @@ class Dispatch:
         for job in jobs:
             if job.task and not job.task.done() and job.endpoint:
                 job.task.cancel()
+                job.endpoint.asked.pop(job.rid, None)
                 task = self._spawn(self._tell(job.endpoint, job.rid))
                 self.aborts.add(task)
                 task.add_done_callback(self.aborts.discard)
@@ -289,29 +290,27 @@ class Dispatch:
         """Where a server has not progressed for stall_seconds, ask elsewhere; where nothing has for twice as long, give up."""
         while True:
             await asyncio.sleep(min(self.stall_seconds / 10, 10.0))
+            await asyncio.gather(*(self._look(endpoint) for endpoint in self.endpoints if endpoint.asked))
             now = time.monotonic()
             if self.is_loading or not (self.ready or any(endpoint.asked for endpoint in self.endpoints)):
                 self.progressed_at = now
-            for endpoint in self.endpoints:
-                if self.is_loading or not endpoint.asked:
-                    endpoint.progressed_at = now
-                if now - endpoint.progressed_at > self.stall_seconds / 2 and await self._is_generating(endpoint):
-                    self._note_progress(endpoint)
-                if now - endpoint.progressed_at > self.stall_seconds:
-                    self._move(endpoint)
             if now - self.progressed_at > 2 * self.stall_seconds:
                 self.fail(EngineError(f"no progress for 2 × engine.stall_seconds={self.stall_seconds:g}: {_joined(self.waiting())}"))
                 return
+            for endpoint in self.endpoints:
+                if self.is_loading or not endpoint.asked:
+                    endpoint.progressed_at = now
+                if now - endpoint.progressed_at > self.stall_seconds:
+                    self._move(endpoint)
 
-    async def _is_generating(self, endpoint: Endpoint) -> bool:
-        """Whether a worker holds other numbers of tokens than when last asked: it may work on long responses, and that is no stall."""
-        is_generating = False
+    async def _look(self, endpoint: Endpoint) -> None:
+        """Progress is also a worker that holds another number of tokens than at the last look: it works on long responses."""
         for url in self._workers_at(endpoint):
             loads = (await self._get(url + "/v1/loads") or {}).get("loads", [])
             held = [(load.get("num_running_reqs"), load.get("num_used_tokens")) for load in loads]
-            is_generating |= url in self.loads and self.loads[url] != held and any(running for running, _ in held)
+            if held != self.loads.get(url) and any(running for running, _ in held):
+                self._note_progress(endpoint)
             self.loads[url] = held
-        return is_generating
 
     def _move(self, endpoint: Endpoint) -> None:
         _say(f"no progress at {endpoint.url} for {self.stall_seconds:g} s, asking again\n{self.waiting()}")

@@ -168,8 +168,8 @@ def test_an_aborted_response_comes_back_in_part_and_is_no_sample(shape, sglang_s
 
 def test_a_long_response_is_no_stall(engine, shape, long_responses, capfd: pytest.CaptureFixture[str]) -> None:
     """Nothing is completed for longer than stall_seconds, while the server generates."""
-    engine.dispatch.stall_seconds = 0.4
-    engine.submit(requests(8, shape, Sampling(1.0, shape.context // 2, shape.stop_ids)))
+    engine.dispatch.stall_seconds = 1.0
+    engine.submit(requests(8, shape, Sampling(1.0, shape.context * 3 // 4, shape.stop_ids)))
     assert len(list(engine.completed())) == 8
     assert "no progress" not in capfd.readouterr().err
 
