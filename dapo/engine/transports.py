@@ -40,6 +40,7 @@ class Peer:
 
     server: Server
     tensor_ranks: int
+    device: str
     has_sessions: bool  # it takes tensors and broadcasts between begin_weight_update and end_weight_update only
     can_release: bool  # it was started to share its GPUs with the trainer, with --enable-memory-saver
 
@@ -207,6 +208,7 @@ class Broadcast(Transport):
                 if answer.done():
                     answer.result()
             raise EngineError(f"broadcast of weights to {self.urls}: {_first_line(error)}") from None
+        self.work = None  # it holds the bucket's memory
         _settle(answers, self.limit, f"a bucket of weights at {self.urls}")
 
 
