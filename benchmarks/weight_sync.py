@@ -179,7 +179,7 @@ def measure(kind: Any, server: Server, weights: dict[str, Tensor], raw: list[Cal
     if kind == "broadcast":
         transports._settle = measured.wait(settle)  # after a broadcast: the server loads what it has
     else:  # the calls that carry, or name, weights
-        server.post = lambda path, *a: (measured.wait(post) if "weights_from" in path else post)(path, *a)  # type: ignore[method-assign]
+        server.post = lambda path, *a, **o: (measured.wait(post) if "weights_from" in path else post)(path, *a, **o)  # type: ignore[method-assign]
     raw_seconds = []
     for run in range(RUNS + 1):  # the first only warms up
         measured.once(run)

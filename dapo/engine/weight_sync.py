@@ -76,15 +76,11 @@ class WeightSync:
         checksums = Checksums((peer.tensor_ranks for peer in self.peers), self.num_kv_heads, self.peers[0].device)
         watched = checksums.watch(weights) if self.verify else weights
         finish: Callable[[], object] = dict  # waits for the bucket before; there is none yet
-        try:
-            for bucket in buckets(watched, self.transport.bucket_bytes, self.transport.device):
-                finish()
-                finish = self.transport.start(bucket)
+        for bucket in buckets(watched, self.transport.bucket_bytes, self.transport.device):
             finish()
-            self.transport.commit(version)
-        except EngineError:
-            self.transport.abandon()
-            raise
+            finish = self.transport.start(bucket)
+        finish()
+        self.transport.commit(version)
         self._post("/end_weight_update", to=self._in_session())
         self._post("/resume_memory_occupation", {"tags": ["kv_cache", "cuda_graph"]}, to=self._released)
         self._released = []
