@@ -1,4 +1,4 @@
-# make quickstart · test · lint · bench · kernel-report · gpu-check. Each makes .venv if it is not there; nothing else is needed.
+# make quickstart · test · lint · bench · kernel-report · gpu-check · sglang-cpu. Each makes .venv if it is not there; nothing else is needed.
 #   TORCH="torch==2.13.0"     which torch: any requirement pip understands, or a wheel's path
 #   PIP_ARGS="--index-url …"  where from (a CPU-only or CUDA build)
 #   EXTRAS=dev,gpu            optional parts, see setup.py
@@ -9,11 +9,15 @@ PIP_ARGS ?=
 EXTRAS ?= dev
 NPROC ?= 2
 RUN ?= runs/arithmetic
+#   ENGINE=sglang             sample from a real SGLang server: the one of SGLANG_PYTHON, or for CPU, in an environment that is made once
+ENGINE ?= embedded
+SGLANG_PYTHON ?=
+SGLANG_CPU = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/dapo/sglang-0.5.23-cpu/bin/python
 export OMP_NUM_THREADS ?= 1
 
-quickstart: $(VENV)/.ready
+quickstart: $(VENV)/.ready $(if $(filter sglang,$(ENGINE)),$(if $(SGLANG_PYTHON),,sglang-cpu))
 	$(VENV)/bin/python -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m dapo train examples/arithmetic/config.yaml \
-		parallel.tensor=$(NPROC) run.dir=$(RUN)
+		parallel.tensor=$(NPROC) run.dir=$(RUN) engine.kind=$(ENGINE) $(if $(filter sglang,$(ENGINE)),engine.python=$(or $(SGLANG_PYTHON),$(SGLANG_CPU)))
 	@echo "curves: $(RUN)/curves.png   model: $(RUN)/hf   metrics: $(RUN)/metrics.jsonl"
 
 test: $(VENV)/.ready
@@ -30,6 +34,10 @@ bench: $(VENV)/.ready
 
 kernel-report: $(VENV)/.ready
 	$(VENV)/bin/python -m dapo_kernels.report
+
+# SGLang 0.5.23 for CPU, outside the clone; the tests make it too
+sglang-cpu: $(VENV)/.ready
+	TORCH="$(TORCH)" PIP_ARGS="$(PIP_ARGS)" $(VENV)/bin/python tests/sglang/environment/build.py
 
 # On a machine with a CUDA GPU, without network: uses the Python that is there, and SITE for packages that it lacks
 #   pip install --target wheels --no-deps megatron-core==0.16.1 …; make gpu-check GPU_PYTHON=python3 SITE=wheels
@@ -48,4 +56,4 @@ $(VENV)/.ready: setup.py
 	$(VENV)/bin/python -m pip install --quiet --editable ".[$(EXTRAS)]"
 	touch $@
 
-.PHONY: quickstart test lint bench kernel-report gpu-check
+.PHONY: quickstart test lint bench kernel-report gpu-check sglang-cpu

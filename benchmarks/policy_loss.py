@@ -23,6 +23,14 @@ import torch
 from dapo_kernels import linear_logprobs, linear_policy_loss, policy_loss, reference
 from record import RESULTS, heading, save, spread, table
 from torch import Tensor
+from torch._dynamo.utils import counters
+
+try:
+    import triton
+
+    HAS_TRITON = True
+except ImportError:  # only on machines without a GPU
+    HAS_TRITON = False
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}
 CHECKED_TOKENS = 512  # the error is measured on so many, against float64
@@ -255,6 +263,36 @@ def peak_gib(contender: Contender, problem: Problem) -> float:
     return float(torch.cuda.max_memory_allocated() - before - gradients) / 2**30
 
 
+def is_reproducible(contender: Contender, problem: Problem) -> bool:
+    """Whether two runs on the same inputs give the same loss, log-probs and gradients, to the bit."""
+    runs = []
+    for _ in range(2):
+        loss, logprobs, _ = learn(contender, problem)
+        runs.append([x.detach().clone() for x in (loss, logprobs.nan_to_num(), problem.hidden.grad, problem.weight.grad)])
+    return all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def compilations(contender: Contender, device: torch.device, dtype: torch.dtype) -> int:
+    """Triton kernels and torch.compile graphs that 50 further numbers of tokens compile, after the first two."""
+    compiled = 0
+
+    def count(**_: Any) -> None:
+        nonlocal compiled
+        compiled += 1
+
+    lengths = [1024, 1536, *torch.randperm(256, generator=torch.Generator().manual_seed(0))[:50].mul(8).add(8).tolist()]
+    before = 0
+    for number, T in enumerate(lengths):
+        if number == 2:
+            if HAS_TRITON:
+                triton.knobs.runtime.jit_cache_hook = count
+            before = counters["stats"]["unique_graphs"]
+        learn(contender, make(Shape(T, 256, 4096), device, dtype, seed=number))
+    if HAS_TRITON:
+        triton.knobs.runtime.jit_cache_hook = None
+    return compiled + counters["stats"]["unique_graphs"] - before
+
+
 def errors(result: Result, problem: Problem) -> tuple[float, float]:
     """(max, rms) error of log-probs on the first masked tokens, against float64 products of the same inputs."""
     rows = problem.mask.nonzero()[:CHECKED_TOKENS, 0]
@@ -279,6 +317,7 @@ def compare(shape: Shape, device: torch.device, dtype: torch.dtype, rounds: int)
                     facts[name]["entropy"] = result[2] is not None
                     del result
                     facts[name]["peak GiB"] = peak_gib(contender, problem)
+                    facts[name]["same bits"] = is_reproducible(contender, problem)
                 else:
                     times[name].append(seconds(lambda c=contender, p=problem: learn(c, p), device))
             except torch.OutOfMemoryError:
@@ -306,31 +345,53 @@ def ceilings(device: torch.device) -> dict[str, float]:
     return {"copy B/s": 2 * source.nbytes / copy, "product FLOP/s": 2 * 8192**3 / product}
 
 
-def scoring(shape: Shape, device: torch.device, dtype: torch.dtype, rounds: int) -> list[list[str]]:
+def scoring(shape: Shape, device: torch.device, dtype: torch.dtype, rounds: int) -> list[str]:
     """Forward only: ms of log-probs alone, by `linear_logprobs` and by plain torch."""
-    times: dict[str, list[float]] = {"dapo": [], "plain torch": []}
+    ours: list[float] = []
+    plainly: list[float] = []
     for number in range(rounds + 1):
         p = make(shape, device, dtype, seed=number)
         with torch.no_grad():
-            ours = seconds(lambda p=p: linear_logprobs(p.hidden, p.weight, p.targets, p.mask), device)
-            plainly = seconds(lambda p=p: reference.logprobs(p.hidden @ p.weight.t(), p.targets, p.mask), device)
-        if number:
-            times["dapo"].append(1e3 * ours)
-            times["plain torch"].append(1e3 * plainly)
-    return [[name, spread(values, 1)] for name, values in times.items()]
+            ours.append(1e3 * seconds(lambda p=p: linear_logprobs(p.hidden, p.weight, p.targets, p.mask), device))
+            try:
+                plainly.append(1e3 * seconds(lambda p=p: reference.logprobs(p.hidden @ p.weight.t(), p.targets, p.mask), device))
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+    return [shape.name, spread(ours[1:], 1), spread(plainly[1:], 1) if len(plainly) == len(ours) else "out of memory"]
 
 
-def on_logits(T: int, V: int, device: torch.device, copy_rate: float) -> dict[str, Any]:
-    """policy_loss on bf16 logits alone: ms, and the share of copy bandwidth, counting two reads and one write."""
+def chunk_sweep(shape: Shape, device: torch.device, dtype: torch.dtype, rounds: int) -> list[list[str]]:
+    """linear_policy_loss by tokens a chunk: ms, and GiB above inputs and gradients."""
+    rows = []
+    for chunk in (256, 512, 1024, 2048, 4096, 8192, 16384):
+        if chunk > shape.T:
+            break
+
+        def contender(p: Problem, budget: int = chunk * shape.V * dtype.itemsize) -> Result:
+            out = linear_policy_loss(p.hidden, p.weight, *p.tokens, weights=p.weights, chunk_bytes=budget, **CLIP)
+            return out.loss, out.logprobs, out.entropy
+
+        times = []
+        for number in range(rounds + 1):
+            problem = make(shape, device, dtype, seed=number)
+            if number == 0:
+                peak = peak_gib(contender, problem)
+            times.append(1e3 * seconds(lambda c=contender, p=problem: learn(c, p), device))
+        rows.append([f"{chunk}", spread(times[1:], 1), f"{peak:.2f}" if peak == peak else ""])
+    return rows
+
+
+def on_logits(T: int, V: int, device: torch.device, dtype: torch.dtype, copy_rate: float) -> list[str]:
+    """policy_loss on given logits: ms, and the share of copy bandwidth, counting two reads and one write."""
     times = []
     for number in range(6):
         problem = make(Shape(T, 64, V), device, torch.bfloat16, number)
-        logits = (problem.hidden @ problem.weight.t()).detach().requires_grad_()
+        logits = (problem.hidden @ problem.weight.t()).detach().to(dtype).requires_grad_()
         call = lambda p=problem, x=logits: policy_loss(x, *p.tokens, weights=p.weights, **CLIP).loss.backward()  # noqa: E731
         times.append(seconds(call, device))
         del logits, problem, call
-    median = statistics.median(times[1:])
-    return {"T": T, "V": V, "ms": 1e3 * median, "share of copy bandwidth": 3 * 2 * T * V / median / copy_rate}
+    share = 3 * dtype.itemsize * T * V / statistics.median(times[1:]) / copy_rate
+    return [f"{T}", f"{V}", str(dtype).split(".")[1], spread([1e3 * t for t in times[1:]], 2), f"{share:.0%}"]
 
 
 def main() -> None:
@@ -366,30 +427,39 @@ def main() -> None:
         text += f"\nCeilings: copy {facts['copy B/s'] / 1e12:.2f} TB/s, bf16 product {limit / 1e12:.0f} TFLOP/s.\n"
     text += f"\nMedian (min–max) ms of {args.rounds} interleaved rounds, fresh inputs each; {dtype}.\n"
     text += "Share of floor: three products at the measured product rate. Peak: GiB above inputs and gradients. "
-    text += "Error: of log-probs, against float64. "
+    text += "Error: of log-probs, against float64. Same bits: two runs on the same inputs agree to the bit. "
     text += "Liger GRPO returns neither log-probs nor entropy and takes one advantage a row: less work, timed and not compared.\n"
     for shape in shapes:
         rows = compare(shape, device, dtype, args.rounds)
         facts["rows"] += rows
         text += f"\n## {shape.name}\n\n" + table(
-            ["contender", "ms", "share of floor", "peak GiB", "entropy", "max error", "rms error"],
+            ["contender", "ms", "share of floor", "peak GiB", "entropy", "same bits", "max error", "rms error"],
             [_cells(row, shape, limit) for row in rows],
         )
-    text += f"\n## Scoring alone, {shapes[0].name}\n\n" + table(["contender", "ms"], scoring(shapes[0], device, dtype, args.rounds))
+    text += "\n## Compiled anew while 50 further numbers of tokens come by\n\n"
+    works = [row["contender"] for row in facts["rows"] if row["shape"] == shapes[0].name and "failed" not in row]
+    ready, _ = contenders(device.type == "cuda")
+    facts["compilations"] = {name: compilations(ready[name], device, dtype) for name in works}
+    text += table(["contender", "kernels and graphs"], [[name, count] for name, count in facts["compilations"].items()])
+    facts["scoring"] = [scoring(shape, device, dtype, args.rounds) for shape in shapes]
+    text += "\n## Scoring alone\n\n" + table(["shape", "dapo, ms", "plain torch, ms"], facts["scoring"])
+    facts["chunks"] = chunk_sweep(shapes[0], device, dtype, args.rounds)
+    text += f"\n## Tokens a chunk, {shapes[0].name}\n\n" + table(["tokens", "ms", "peak GiB"], facts["chunks"])
     if device.type == "cuda":
+        sizes = [(T, V) for T in (8192, 16384, 32768) for V in (151936, 151936 // 2, 151936 // 4, 151936 // 8)]
+        sizes = [(T, V) for T, V in sizes if not args.short or T == 32768]
         facts["on logits"] = [
-            on_logits(T, V, device, facts["copy B/s"]) for T, V in ((8192, 151936), (16384, 151936), (32768, 151936), (32768, 18992))
+            on_logits(T, V, device, dtype, facts["copy B/s"]) for dtype in (torch.bfloat16, torch.float32) for T, V in sizes
         ]
-        text += "\n## On bf16 logits alone\n\n" + table(
-            list(facts["on logits"][0]), [[f"{v:.3g}" for v in row.values()] for row in facts["on logits"]]
-        )
+        text += "\n## On logits alone\n\nA part of the vocabulary is what a tensor-parallel rank computes, without the collective.\n\n"
+        text += table(["T", "V", "logits", "ms", "share of copy bandwidth"], facts["on logits"])
     (RESULTS / f"{name}.json").write_text(json.dumps(facts, indent=1))
     save(f"{name}.md", text)
 
 
 def _cells(row: dict[str, Any], shape: Shape, limit: float) -> list[str]:
     if "failed" in row:
-        return [row["contender"], row["failed"], "", "", "", "", ""]
+        return [row["contender"], row["failed"], *[""] * 6]
     median = statistics.median(row["ms"])
     return [
         row["contender"],
@@ -397,6 +467,7 @@ def _cells(row: dict[str, Any], shape: Shape, limit: float) -> list[str]:
         f"{shape.floor_flops / limit / (median / 1e3):.0%}" if limit == limit else "",
         f"{row['peak GiB']:.2f}" if row["peak GiB"] == row["peak GiB"] else "",
         "yes" if row["entropy"] else "no",
+        "yes" if row["same bits"] else "no",
         f"{row['max error']:.1e}",
         f"{row['rms error']:.1e}",
     ]

@@ -1,4 +1,4 @@
-"""The command line: python -m dapo train|eval CONFIG.yaml [section.key=value …]; train under torchrun for more than one process."""
+"""The command line: python -m dapo train|eval|plan CONFIG.yaml [section.key=value …]; train under torchrun for more than one process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from dapo import config
+from dapo import config, semantics
 
 
 def main(argv: list[str]) -> int:
@@ -19,7 +19,9 @@ def main(argv: list[str]) -> int:
     train = commands.add_parser("train", help="run Algorithm 1, going on from the run's newest checkpoint")
     evaluate = commands.add_parser("eval", help="evaluate models on the config's eval.data, the later ones against the first; one process")
     evaluate.add_argument("--model", action="append", type=Path, help="Hugging Face directory, may be repeated; default policy.model")
-    for command in (train, evaluate):
+    plan = commands.add_parser("plan", help="what the run's numbers will mean, before anything is launched")
+    plan.add_argument("--diff", choices=["paper", "verl"], help="only where the config departs from it, with the reason one would")
+    for command in (train, evaluate, plan):
         command.add_argument("config", help="YAML file; every option is in dapo/config.py")
         command.add_argument("overrides", nargs="*", metavar="section.key=value", help="later wins")
     args = parser.parse_args(argv)
@@ -27,7 +29,18 @@ def main(argv: list[str]) -> int:
         options = config.load(args.config, args.overrides)
     except config.ConfigError as error:
         return _fail(error, is_told=os.environ.get("RANK", "0") == "0")
+    if args.command == "plan":
+        return _plan(options, args.diff)
     return _run(options) if args.command == "train" else _run(options, args.model or [options.policy.model])
+
+
+def _plan(options: config.Config, source: semantics.Source | None) -> int:
+    if source:
+        lines = semantics.diff(options, source) or [f"nothing departs from {source}"]
+    else:
+        lines = [f"{choice.name}: {choice.value}" for choice in semantics.choices(options)]
+    print("\n".join(lines))
+    return 0
 
 
 def _run(options: config.Config, models: list[Path] | None = None) -> int:

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 import transformers
 
-from dapo import clock, evaluate
+from dapo import clock, evaluate, semantics
 from dapo.checkpoint import Checkpoints
 from dapo.config import Config, ConfigError
-from dapo.data import PromptStream, Summary, load_prompts, load_stream
+from dapo.data import PromptStream, Summary, digest, load_prompts, load_stream
 from dapo.engine.embedded import EmbeddedEngine
 from dapo.mesh import Mesh
 from dapo.metrics import Log, SilentLog, mean
@@ -98,6 +98,9 @@ def _make_rollouts(config: Config, mesh: Mesh, is_interrupted: Callable[[], bool
     sets, more = load_sets(config, tokenizer)
     for summary in summaries + more:
         print(summary, flush=True)
+    found = semantics.manifest(config, digest(prompts.prompts))
+    for change in semantics.keep(found, config.run.dir / "semantics.json"):
+        print(f"warning: {change}", file=sys.stderr, flush=True)
     (config.run.dir / "data.json").write_text(json.dumps([asdict(s) for s in summaries + more], indent=1, default=str))
     rollouts = build_rollouts(config, mesh, tokenizer, prompts)
     rollouts.is_interrupted = is_interrupted

@@ -33,6 +33,9 @@ class Server:
         data = json.dumps(body or {}).encode()
         return self._call(urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}), path, timeout)
 
+    def delete(self, path: str, timeout: float = 10) -> dict[str, Any]:
+        return self._call(urllib.request.Request(self.url + path, method="DELETE"), path, timeout)
+
     def _call(self, request: urllib.request.Request, path: str, timeout: float) -> dict[str, Any]:
         if self.key:
             request.add_header("Authorization", f"Bearer {self.key}")

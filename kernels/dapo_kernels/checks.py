@@ -1,7 +1,6 @@
-"""What the public functions accept. Everything is refused before the first launch or collective, by a ValueError with the numbers.
+"""What the public functions accept. Everything else is refused before the first kernel or collective, by a ValueError with the numbers.
 
-What can be read off a tensor's shape and type is always checked. Values (targets, weights) are checked on the CPU only: on a GPU that
-would wait for the device. There a target outside the vocabulary has log-prob −inf, and a NaN weight gives a NaN loss.
+Values are looked at too (targets, weights), on every device: that is the one wait for a GPU in a call, and brings the mask along.
 """
 
 from __future__ import annotations
@@ -29,8 +28,11 @@ def check_matrix(name: str, x: Tensor, axes: str) -> None:
 LOSS_INPUTS = ("old_logprobs", "advantages")
 
 
-def check_tokens(tokens: Tokens, num_tokens: int, device: torch.device, vocab: int, required: tuple[str, ...] = LOSS_INPUTS) -> None:
-    """Every per-token argument of [T] tokens whose targets are below `vocab`; `required`: what must be there beside targets and mask."""
+def check_tokens(tokens: Tokens, num_tokens: int, device: torch.device, vocab: int, required: tuple[str, ...] = LOSS_INPUTS) -> Tensor:
+    """Every per-token argument of [T] tokens whose targets are below `vocab`; `required`: what must be there beside targets and mask.
+
+    Returns the mask, on the CPU.
+    """
     for name in ("targets", "mask", *required, "weights", "ref_logprobs"):
         x = getattr(tokens, name)
         if x is None and name in ("weights", "ref_logprobs"):
@@ -47,8 +49,7 @@ def check_tokens(tokens: Tokens, num_tokens: int, device: torch.device, vocab: i
         if x.device != device:
             raise ValueError(f"{name} is on {x.device}; expected {device}, where the first argument is")
         _require_contiguous(name, x)
-    if device.type == "cpu":
-        _check_values(tokens, vocab)
+    return _check_values(tokens, vocab)
 
 
 def check_options(objective: Objective, has_reference: bool) -> None:
@@ -83,17 +84,20 @@ def check_vocabulary(name: str, columns: int, valid_vocab: int | None, temperatu
     return valid_vocab
 
 
-def _check_values(tokens: Tokens, vocab: int) -> None:
+def _check_values(tokens: Tokens, vocab: int) -> Tensor:
+    """Targets and weights inside the mask. Returns the mask on the CPU: the verdict on each token travels with it."""
     assert tokens.mask is not None
-    targets = tokens.targets[tokens.mask]
-    if targets.numel() and not (targets.min() >= 0 and targets.max() < vocab):
-        wrong = targets[(targets < 0) | (targets >= vocab)]
-        raise ValueError(f"targets holds {wrong[0].item()} inside the mask; expected 0 to {vocab - 1}")
+    is_wrong = {"targets": (tokens.targets < 0) | (tokens.targets >= vocab)}
     if tokens.weights is not None:
-        weights = tokens.weights[tokens.mask]
-        wrong = weights[~(weights >= 0)]  # NaN too
-        if wrong.numel():
-            raise ValueError(f"weights holds {wrong[0].item()} inside the mask; expected numbers ≥ 0")
+        is_wrong["weights"] = ~((tokens.weights >= 0) & (tokens.weights < math.inf))  # NaN too
+    verdicts = torch.stack([tokens.mask, *is_wrong.values()]).cpu()
+    mask, wrong = verdicts[0], verdicts[1:] & verdicts[0]
+    if wrong.any():
+        row, token = (int(i) for i in wrong.nonzero()[0])
+        name = list(is_wrong)[row]
+        expected = f"0 to {vocab - 1}" if name == "targets" else "finite numbers ≥ 0"
+        raise ValueError(f"{name} holds {getattr(tokens, name)[token].item()} inside the mask, at token {token}; expected {expected}")
+    return mask
 
 
 def _require_tensor(name: str, x: object) -> None:

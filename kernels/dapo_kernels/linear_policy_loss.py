@@ -52,7 +52,7 @@ def linear_policy_loss(
     """`reference.policy_loss(hidden @ weight.T, …)`, and the gradients of hidden and weight, without the logits.
 
     The gradients are computed in this call and handed out, scaled, by `backward`, which can run once. Rows outside the mask cost nothing:
-    they are removed before the first product. One wait for the device per call, to learn how many rows are left.
+    they are removed before the first product. One wait for the device per call, to check values and learn how many rows are left.
 
     Args:
         hidden: [T, H]; under sequence_parallel this rank's [T/tp, H]. Its gradient comes summed over tp_group (scattered under
@@ -60,9 +60,8 @@ def linear_policy_loss(
         weight: [V/tp, H], of hidden's type.
         targets … valid_vocab: see `reference.policy_loss`; [T] on every rank.
         sequence_parallel: hidden is rank r's tokens r·T/tp … (r + 1)·T/tp; gathered and scattered chunk by chunk.
-        weight_grad: [V/tp, H] float32 (Megatron's main_grad). This call ADDS weight's gradient to it, and backward gives weight a
-        gradient of
-            zeros, for hooks that insist on one. The sum is done before backward, so the loss must be differentiated with a factor of
+        weight_grad: [V/tp, H] float32 (Megatron's main_grad). This call ADDS weight's gradient to it, and backward gives weight a gradient
+            of zeros, for hooks that insist on one. The sum is done before backward, so the loss must be differentiated with a factor of
             exactly 1: put any loss scale into `weights`. Without gradients enabled it is not touched.
         fp32_logits: 16-bit operands, float32 logits: exact log-probs (rms error 1e-6 instead of 2e-2 at logits of σ = 4).
         chunk_bytes: how much memory a chunk's logits may take. None: 2400 MiB on a GPU, 64 MiB on a CPU.
@@ -75,10 +74,10 @@ def linear_policy_loss(
     head = _Head(weight, valid_vocab, temperature, tp_group, sequence_parallel, fp32_logits, chunk_bytes)
     vocab = head.check(hidden)
     check_options(objective, ref_logprobs is not None)
-    check_tokens(tokens, hidden.shape[0] * head.slices, hidden.device, vocab)
     _check_weight_grad(weight_grad, weight)
+    mask = check_tokens(tokens, hidden.shape[0] * head.slices, hidden.device, vocab)
     has_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return PolicyLoss(*_LinearPolicyLoss.apply(hidden, weight, head, tokens, objective, weight_grad, has_gradient))
+    return PolicyLoss(*_LinearPolicyLoss.apply(hidden, weight, head, tokens, mask, objective, weight_grad, has_gradient))
 
 
 def linear_logprobs(
@@ -102,9 +101,9 @@ def linear_logprobs(
     head = _Head(weight, valid_vocab, temperature, tp_group, sequence_parallel, fp32_logits, chunk_bytes)
     vocab = head.check(hidden)
     tokens = Tokens(targets, mask)
-    check_tokens(tokens, hidden.shape[0] * head.slices, hidden.device, vocab, required=())
+    mask = check_tokens(tokens, hidden.shape[0] * head.slices, hidden.device, vocab, required=())
     with torch.no_grad():
-        return _run(hidden.detach(), head, tokens, None, None).rows.logprobs
+        return _run(hidden.detach(), head, tokens, mask, None, None).rows.logprobs
 
 
 @dataclass(frozen=True)
@@ -166,12 +165,12 @@ class _Result(NamedTuple):
     hidden_grad: Tensor | None
 
 
-def _run(hidden: Tensor, head: _Head, tokens: Tokens, objective: Objective | None, gradients: _Gradients | None) -> _Result:
-    """All chunks, in order. The forward-only and the learning call differ in nothing that touches a log-prob."""
+def _run(hidden: Tensor, head: _Head, tokens: Tokens, mask: Tensor, objective: Objective | None, gradients: _Gradients | None) -> _Result:
+    """All chunks, in order; `mask` on the CPU. The forward-only and the learning call differ in nothing that touches a log-prob."""
     assert tokens.mask is not None
     shard = Shard.of(head.weight.shape[0], head.valid_vocab, head.temperature, head.group)
     kernels = kernels_for(hidden.device, head.logits_dtype) or logits_torch
-    spans = _spans(tokens.mask, head.slices, head.rows_per_chunk)
+    spans = _spans(mask, hidden.device, head.slices, head.rows_per_chunk)
     buffer = hidden.new_empty(max((len(span.rows) for span in spans), default=0), shard.columns, dtype=head.logits_dtype)
 
     out = _empty_rows(tokens.mask, torch.float64 if hidden.dtype == torch.float64 else torch.float32, objective is not None)
@@ -196,12 +195,12 @@ class _Span(NamedTuple):
     rows: Tensor  # [c], the same as indices of all T tokens
 
 
-def _spans(mask: Tensor, slices: int, rows_per_chunk: int) -> list[_Span]:
+def _spans(mask: Tensor, device: torch.device, slices: int, rows_per_chunk: int) -> list[_Span]:
     """Chunks of about equal size and at most `rows_per_chunk` live rows. Chunks without any do not appear.
 
     Chunk i holds the same positions of every rank's slice, so that what is gathered and scattered lies in one piece.
     """
-    table = mask.cpu().view(slices, -1)  # [slices, T / slices]; the one wait for the device
+    table = mask.view(slices, -1)  # [slices, T / slices]
     live = table.sum(0).cumsum(0)  # [T / slices], live rows up to and including this position
     length = table.shape[1]
     total = int(live[-1]) if length else 0
@@ -215,7 +214,7 @@ def _spans(mask: Tensor, slices: int, rows_per_chunk: int) -> list[_Span]:
         if int(live[stop - 1]) > before:
             within = table[:, start:stop].flatten().nonzero()[:, 0]
             rows = within // (stop - start) * length + within % (stop - start) + start
-            spans.append(_Span(start, stop, within.to(mask.device, non_blocking=True), rows.to(mask.device, non_blocking=True)))
+            spans.append(_Span(start, stop, within.to(device, non_blocking=True), rows.to(device, non_blocking=True)))
         start, before = stop, int(live[stop - 1])
     return spans
 
@@ -311,6 +310,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         weight: Tensor,
         head: _Head,
         tokens: Tokens,
+        mask: Tensor,
         objective: Objective,
         weight_grad: Tensor | None,
         has_gradient: bool,
@@ -321,7 +321,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
             if weight_grad is None and weight.requires_grad:
                 weight_grad = torch.zeros_like(weight, dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)
             gradients = _Gradients(hidden, head, hidden.requires_grad, weight_grad)
-        rows, hidden_grad = _run(hidden, head, tokens, objective, gradients)
+        rows, hidden_grad = _run(hidden, head, tokens, mask, objective, gradients)
         if has_gradient:
             ctx.hidden_grad, ctx.weight_grad = hidden_grad, None if ctx.is_given else weight_grad
             ctx.zeros = (weight.shape, weight.dtype, weight.device) if weight.requires_grad else None
@@ -343,7 +343,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
             shape, dtype, device = ctx.zeros
             # zeros, not anything: a tied embedding adds its own gradient to them
             weight_grad = torch.zeros(shape, dtype=dtype, device=device) if ctx.is_given else weight_grad.mul_(grad_loss).to(dtype)
-        return hidden_grad, weight_grad, None, None, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None, None, None
 
 
 def _require_one(grad_loss: Tensor) -> None:

@@ -64,6 +64,23 @@ def test_more_than_two_to_the_31_elements() -> None:
     assert relative(logits.grad[-8:], last.grad) < 2e-2
 
 
+def test_values_are_refused_on_a_gpu_too() -> None:
+    torch.manual_seed(4)
+    hidden, head = torch.randn(8, 64, device=GPU), torch.randn(100, 64, device=GPU)
+    targets, old, advantages, mask, weights = tokens(8, 100)
+    mask[:] = True
+    for name, wrong in (("targets", targets + 100), ("targets", targets - 100), ("weights", -weights), ("weights", weights * torch.nan)):
+        given = {"targets": targets, "old_logprobs": old, "advantages": advantages, "mask": mask, "weights": weights} | {name: wrong}
+        for call in (
+            lambda g=given: linear_policy_loss(hidden, head, **g, **CLIP),
+            lambda g=given: policy_loss(hidden @ head.t(), **g, **CLIP),
+        ):
+            with pytest.raises(ValueError, match=rf"^{name} holds .* inside the mask, at token \d; expected"):
+                call()
+        given["mask"] = torch.zeros_like(mask)
+        assert float(linear_policy_loss(hidden, head, **given, **CLIP).loss) == 0
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_two_runs_are_equal_to_the_bit_and_scoring_equals_learning(dtype: torch.dtype) -> None:
     torch.manual_seed(2)

@@ -233,7 +233,7 @@ def test_no_tensor_is_larger_than_a_chunk():
 @given(st.lists(st.booleans(), max_size=60), st.sampled_from([1, 2, 4]), st.integers(4, 20))
 def test_chunks_cover_every_live_row_once_and_hold_no_more_than_asked(live, slices, limit):
     mask = torch.tensor(live[: len(live) // slices * slices], dtype=torch.bool)
-    spans = _spans(mask, slices, limit)
+    spans = _spans(mask, mask.device, slices, limit)
     rows = torch.cat([span.rows for span in spans]) if spans else torch.zeros(0, dtype=torch.int64)
     assert sorted(rows.tolist()) == mask.nonzero()[:, 0].tolist()
     assert all(0 < len(span.rows) <= limit for span in spans)
@@ -254,7 +254,7 @@ WRONG = [
     (lambda a: a | {"weight": a["weight"][:, :20].contiguous()}, r"weight has shape \[101, 20\]; expected \[V/tp, 24\]"),
     (lambda a: a | {"weight": a["weight"].to("meta")}, "weight is on meta; expected cpu"),
     (lambda a: a | {"targets": a["targets"][:5]}, r"targets has shape \[5\]; expected \[53\]"),
-    (lambda a: a | {"targets": a["targets"] + 101}, r"targets holds \d+ inside the mask; expected 0 to 100"),
+    (lambda a: a | {"targets": a["targets"] + 101}, r"targets holds \d+ inside the mask, at token \d+; expected 0 to 100"),
     (lambda a: a | {"mask": a["mask"].long()}, "mask is torch.int64; expected torch.bool"),
     (lambda a: a | {"valid_vocab": 102}, "valid_vocab is 102, but weight holds 101 columns and tp_group 1 ranks"),
     (lambda a: a | {"chunk_bytes": 0}, "chunk_bytes is 0"),

@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# One node of 8 GPUs: the trainer on the first four, a server on each of the others. Arguments are overrides: launch.sh optim.lr=2e-6
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+exec torchrun --standalone --nproc-per-node "${TRAINER_GPUS:-4}" -m dapo train examples/qwen2.5_7b/config.yaml "$@"

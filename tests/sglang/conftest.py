@@ -1,0 +1,98 @@
+"""One real SGLang server for all tests of a session: a random Qwen2 of two layers in fp32. It takes a minute or two to start."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from dapo.config import Config
+from dapo.engine.server import Server
+from dapo.engine.servers import Servers
+from tests.sglang.environment.build import build
+
+BASE = Path(__file__).parents[2] / "examples/arithmetic/base"
+VOCAB = 64  # the tokenizer knows 25 of them
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """`server` makes control calls, with the key. Its weights are those in `model`: a test that loads others loads these again."""
+
+    url: str
+    model: Path
+    server: Server
+    config: Config
+
+
+@pytest.fixture(scope="session")
+def sglang_python() -> Path:
+    """The Python that has SGLang, made where it is missing."""
+    if sys.platform != "linux":
+        pytest.skip("SGLang runs on Linux")
+    return build()
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("random") / "model")
+
+
+@pytest.fixture(scope="session")
+def sglang_server(sglang_python: Path, random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    config = server_config(tmp_path_factory.mktemp("sglang"), random_model, python=str(sglang_python))
+    servers = Servers(config, say=lambda text: print(text, file=sys.stderr))
+    try:
+        servers.wait()
+        [server] = servers.workers
+        yield RunningServer(server.url, random_model, server, config)
+    finally:
+        servers.close()
+
+
+def make_model(folder: Path) -> Path:
+    """In a Hugging Face directory, with the arithmetic example's tokenizer: biases and norms matter, and so does every weight."""
+    folder.mkdir(parents=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(BASE / name, folder)
+    torch.manual_seed(5)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.Qwen2Config(
+        vocab_size=VOCAB,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+        **shape,
+    )
+    model = transformers.Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.add_(0.1 * torch.randn_like(weight))
+            else:
+                weight.normal_(0, 0.3 if "bias" in name else 0.1)
+    model.generation_config = transformers.GenerationConfig(eos_token_id=1, pad_token_id=0)
+    model.save_pretrained(folder)
+    return folder
+
+
+def server_config(folder: Path, model: Path, **engine: Any) -> Config:
+    """A run in `folder` whose engine is SGLang: `server_config(tmp_path, model, servers=2)`."""
+    return Config.model_validate(
+        {
+            "run": {"dir": folder / "run"},
+            "data": {"train": folder / "train.jsonl", "max_prompt_length": 256},
+            "rollout": {"max_response_length": 256},
+            "policy": {"model": model, "dtype": "float32"},
+            "engine": {"kind": "sglang", "max_concurrent": 64, **engine},
+        }
+    )

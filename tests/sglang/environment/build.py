@@ -1,0 +1,62 @@
+"""Make the environment of a real SGLang for CPU, outside the clone, and print its Python: `python build.py`, or `make sglang-cpu`.
+
+It lies in $XDG_CACHE_HOME/dapo/sglang-0.5.23-cpu, 2.8 GB, about three minutes; from then on nothing is done until what it is made of
+changes. TORCH and PIP_ARGS as in the Makefile: which torch, and where from. Cut short it is made anew, two at once wait for each other.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dapo/sglang-0.5.23-cpu"
+PYTHON = FOLDER / "bin/python"
+TORCH = os.environ.get("TORCH") or "torch==2.13.0"
+PIP_ARGS = shlex.split(os.environ.get("PIP_ARGS", ""))
+
+
+def build() -> Path:
+    """The environment's Python; the environment is there when this returns.
+
+    Raises:
+        CalledProcessError: pip failed; what it said is on stderr.
+    """
+    FOLDER.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{FOLDER}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when we end, however that may be
+        ready = FOLDER / ".ready"
+        if not ready.is_file() or ready.read_text() != key():
+            print(f"making {FOLDER}: about three minutes, once", file=sys.stderr, flush=True)
+            shutil.rmtree(FOLDER, ignore_errors=True)
+            run(sys.executable, "-m", "venv", str(FOLDER))
+            pip(*PIP_ARGS, TORCH)  # first: another requirement would choose its build
+            pip("--no-deps", "--requirement", str(HERE / "requirements.txt"))
+            ready.write_text(key())
+        [packages] = FOLDER.glob("lib/python*/site-packages")
+        shutil.copytree(HERE / "standins", packages, dirs_exist_ok=True)
+    return PYTHON
+
+
+def key() -> str:
+    """What the packages in it depend on: changed, it is made anew."""
+    made_of = f"{TORCH} {sys.version_info[:2]} ".encode() + (HERE / "requirements.txt").read_bytes()
+    return hashlib.sha256(made_of).hexdigest()[:16]
+
+
+def pip(*arguments: str) -> None:
+    run(str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments)
+
+
+def run(*command: str) -> None:
+    subprocess.run(command, check=True, stdout=sys.stderr)
+
+
+if __name__ == "__main__":
+    print(build())

@@ -1,0 +1,47 @@
+"""A server with a child of its own, like SGLang's scheduler. A model folder that holds a file `broken` ends it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from sglang.srt.server_args import ServerArgs
+
+parser = argparse.ArgumentParser(prog="sglang serve")
+ServerArgs.add_cli_args(parser)
+ARGUMENTS = parser.parse_args()
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.answer(
+            {"model_path": ARGUMENTS.model_path, "served_model_name": "fake", "is_generation": True, "version": "0.5.23"}
+            | {"architectures": ["Qwen2ForCausalLM"]}
+        )
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer({"port": ARGUMENTS.port, "authorization": self.headers["Authorization"]})
+
+    def answer(self, value: dict[str, object]) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+print(f"server_args={vars(ARGUMENTS)}", flush=True)
+if Path(ARGUMENTS.model_path, "broken").exists():
+    raise OSError(f"{ARGUMENTS.model_path} holds no model")
+server = ThreadingHTTPServer((ARGUMENTS.host, ARGUMENTS.port), Handler)
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+server.serve_forever()

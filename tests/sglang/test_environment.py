@@ -1,0 +1,70 @@
+"""The environment of SGLang for CPU: made once, whole or not at all, and anew when what it is made of changes. Without what pip does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.sglang.environment import build as environment
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="SGLang runs on Linux")
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """The commands of building it below tmp_path; none is run, but the folder appears."""
+    ran: list[str] = []
+    folder = tmp_path / "environment"
+
+    def run(*command: str) -> None:
+        ran.append(" ".join(command))
+        time.sleep(0.05)  # so that two at once meet
+        (folder / "lib/python3.11/site-packages").mkdir(parents=True, exist_ok=True)
+
+    monkeypatch.setattr(environment, "FOLDER", folder)
+    monkeypatch.setattr(environment, "PYTHON", folder / "bin/python")
+    monkeypatch.setattr(environment, "run", run)
+    return ran
+
+
+def test_it_is_made_once_torch_first_and_holds_the_standins(commands: list[str]) -> None:
+    python = environment.build()
+    venv, torch, rest = commands
+    assert "-m venv" in venv and "torch==2.13.0" in torch and "--no-deps" in rest
+    assert (python.parents[1] / "lib/python3.11/site-packages/sgl_kernel/__init__.py").is_file()
+    assert environment.build() == python and len(commands) == 3
+
+
+def test_two_at_once_make_it_once(commands: list[str]) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: environment.build(), range(4)))
+    assert len(commands) == 3
+
+
+def test_cut_short_it_is_made_anew(commands: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = environment.run
+
+    def cut(*command: str) -> None:
+        whole(*command)
+        (environment.FOLDER / "half").touch()
+        if "--no-deps" in command:
+            raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(environment, "run", cut)
+    with pytest.raises(subprocess.CalledProcessError):
+        environment.build()
+    monkeypatch.setattr(environment, "run", whole)
+    environment.build()
+    assert len(commands) == 6 and not (environment.FOLDER / "half").exists()
+
+
+def test_other_requirements_make_it_anew(commands: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    environment.build()
+    monkeypatch.setattr(environment, "TORCH", "torch==2.14.1")
+    environment.build()
+    assert len(commands) == 6 and "torch==2.14.1" in commands[4]

@@ -1,0 +1,299 @@
+"""Servers of a run: what they are started with, what is told when they fail, and that nothing of them is left, however the trainer ends.
+
+Most of it with a stand-in for SGLang that is up in half a second (fake/); real servers are in test_real_servers.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from dapo.config import ConfigError
+from dapo.engine import servers
+from dapo.engine.server import KEY_VARIABLE, Server
+from dapo.engine.servers import Servers, child_environment, command_line, gpu_sets, introduce, known_arguments, server_options
+from dapo.types import EngineError
+from tests.sglang.conftest import server_config
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="SGLang runs on Linux")
+ROOT = Path(__file__).parents[2]
+FAKE = Path(__file__).parent / "fake"
+TRAINER = """import pathlib, sys, time
+from dapo.engine.servers import Servers
+from tests.sglang.conftest import server_config
+folder = pathlib.Path(sys.argv[1])
+Servers(server_config(folder, folder)).wait()
+print("up", flush=True)
+time.sleep(600)"""
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder for a run, whose servers are the stand-in's; it serves as their model, too."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FAKE), str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    known_arguments.cache_clear()
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Qwen2ForCausalLM"]}))
+    return tmp_path
+
+
+@pytest.fixture
+def start(fake: Path) -> Iterator[Callable[..., Servers]]:
+    """Servers by options of the section engine, stopped in the end."""
+    started = []
+
+    def start(said: list[str] | None = None, **engine: Any) -> Servers:
+        started.append(Servers(server_config(fake, fake, **engine), say=(said if said is not None else []).append))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.close()
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """The guardians that log below `folder`, and everything under them."""
+    guardians = [
+        p for p in psutil.process_iter() if any(str(folder) in word for word in command_of(p)) and "supervise.py" in str(command_of(p))
+    ]
+    return [*guardians, *(child for guardian in guardians for child in guardian.children(recursive=True))]
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def survivors(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return psutil.wait_procs(processes, timeout=10)[1]
+
+
+def until(condition: Callable[[], Any], limit: float = 30) -> None:
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_nothing_survives_the_trainer(fake: Path, end: signal.Signals) -> None:
+    trainer = subprocess.Popen([sys.executable, "-c", TRAINER, str(fake)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert trainer.stdout and trainer.stdout.readline() == "up\n"
+    family = processes_of(fake)
+    assert len(family) == 3, "a guardian, a server, the server's child"
+    trainer.send_signal(end)
+    trainer.wait()
+    assert survivors(family) == []
+
+
+def test_nothing_survives_closing(start: Callable[..., Servers], fake: Path) -> None:
+    started = start()
+    started.wait()
+    family = processes_of(fake)
+    assert len(family) == 3
+    started.close()
+    assert survivors(family) == []
+
+
+def test_a_server_goes_with_its_guardian(start: Callable[..., Servers], fake: Path) -> None:
+    started = start()
+    started.wait()
+    guardian, server, child = processes_of(fake)
+    guardian.kill()
+    assert survivors([guardian, server]) == []
+    child.kill()  # SGLang's own children watch their parent
+
+
+def test_a_server_that_died_takes_part_from_the_next_sync_on(start: Callable[..., Servers], fake: Path) -> None:
+    said: list[str] = []
+    started = start(said)
+    started.wait()
+    assert started.refresh() is False
+    [before] = started.workers
+    processes_of(fake)[1].kill()
+    until(lambda: any("up again" in line for line in said))
+    assert "server 0 was killed by signal 9" in said[-2] and "starting it again" in said[-2]
+    assert started.generate_urls == [], "it has the initial weights"
+    with pytest.raises(EngineError, match="no server is left: server 0 was killed by signal 9"):
+        started.check()
+    assert started.refresh() is True
+    started.serve()
+    [after] = started.workers
+    assert after.url != before.url, "requests meant for the old one must not reach it"
+    assert started.generate_urls == [after.url]
+    assert after.post("/generate")["authorization"] == f"Bearer {started.key}"
+    assert started.refresh() is False
+
+
+def test_a_server_that_cannot_start_again_is_given_up(start: Callable[..., Servers], fake: Path) -> None:
+    said: list[str] = []
+    started = start(said)
+    started.wait()
+    (fake / "broken").touch()
+    processes_of(fake)[1].kill()
+    until(lambda: not started.workers)
+    with pytest.raises(
+        EngineError, match=r"no server is left: server 0 ended with status 1: OSError: .* holds no model; see .*server-0\.log"
+    ):
+        started.refresh()
+    assert "given up" in said[-1]
+    assert processes_of(fake) == []
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("model", ["server 0 ended with status 1", "OSError", "holds no model", "server-0.log"]),
+        ("port", ["server 0 ended with status 1", "Address already in use"]),
+        ("argument", ["server 0 ended with status 2", "--tensor-parallel-size: invalid int value: 'two'"]),
+    ],
+)
+def test_a_server_that_does_not_start_is_one_clear_line(
+    start: Callable[..., Servers], fake: Path, monkeypatch: pytest.MonkeyPatch, what: str, words: list[str]
+) -> None:
+    with socket.socket() as occupied:
+        occupied.bind(("127.0.0.1", 0))
+        occupied.listen()
+        if what == "model":
+            (fake / "broken").touch()
+        if what == "port":
+            monkeypatch.setattr(servers, "free_port", lambda avoid=0: occupied.getsockname()[1])
+        started = start(sglang={"tp-size": "two"} if what == "argument" else {})
+        with pytest.raises(ConfigError) as error:
+            started.wait()
+    assert all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value)
+    assert processes_of(fake) == []
+
+
+def test_the_key_is_wanted_and_shows_nowhere(start: Callable[..., Servers], fake: Path) -> None:
+    started = start()
+    started.wait()
+    assert started.workers[0].post("/generate")["authorization"] == f"Bearer {started.key}"
+    log = fake / "run/servers/server-0.log"
+    until(lambda: "server_args=" in log.read_text())
+    assert "'api_key': '***'" in log.read_text() and str(started.key) not in log.read_text()
+    assert log.stat().st_mode & 0o077 == 0
+    assert not [process for process in processes_of(fake) if str(started.key) in str(command_of(process))]
+
+
+def test_servers_of_other_people_are_checked_and_left_alone(
+    start: Callable[..., Servers], fake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = start()
+    theirs.wait()
+    monkeypatch.setenv(KEY_VARIABLE, str(theirs.key))
+    said: list[str] = []
+    url = theirs.workers[0].url
+    ours = start(said, urls=[url + "/"])
+    ours.wait()
+    assert said == [f"{url}: SGLang 0.5.23, {fake}"]
+    assert ours.generate_urls == [url]
+    ours.close()
+    assert theirs.workers[0].get("/health"), "still up"
+
+    (fake / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    with pytest.raises(ConfigError, match=rf"engine.urls: {url} serves \['Qwen2ForCausalLM'\], policy.model=.* is \['LlamaForCausalLM'\]"):
+        introduce(Server(url), fake)
+    theirs.close()
+    with pytest.raises(ConfigError, match=rf"engine.urls: {url}/model_info: .*refused.*is it up"):
+        introduce(Server(url), fake)
+
+
+KNOWN = {
+    "model-path": ("model-path", "value"),
+    "model": ("model-path", "value"),
+    "tp-size": ("tp-size", "value"),
+    "tensor-parallel-size": ("tp-size", "value"),
+    "sleep-on-idle": ("sleep-on-idle", "nothing"),
+    "enable-tf32-matmul": ("enable-tf32-matmul", "yes or no"),
+    "cuda-graph-bs-decode": ("cuda-graph-bs-decode", "list"),
+}
+
+
+def test_arguments_are_asked_of_sglang_once(fake: Path) -> None:
+    asked = known_arguments(sys.executable, has_cuda=False)
+    assert {name: asked[name] for name in KNOWN} == KNOWN
+    [kept] = (fake / "cache/dapo").glob("sglang-arguments-*.json")
+    kept.write_text('{"other": ["other", "value"]}')
+    known_arguments.cache_clear()
+    assert known_arguments(sys.executable, has_cuda=False) == {"other": ("other", "value")}
+
+
+def test_a_python_without_sglang_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PYTHONPATH", "")
+    known_arguments.cache_clear()
+    with pytest.raises(ConfigError, match=r"engine.python=.* has no SGLang that works: .*PackageNotFoundError"):
+        known_arguments(sys.executable, has_cuda=False)
+    with pytest.raises(ConfigError, match=r"engine.python=.*nowhere: No such file"):
+        known_arguments(str(tmp_path / "nowhere"), has_cuda=False)
+
+
+@pytest.mark.parametrize(
+    ("passed", "words"),
+    [
+        ({"tp-sise": 2}, "engine.sglang.tp-sise: SGLang has no such argument; did you mean tp-size?"),
+        ({"model": "x"}, "engine.sglang.model is set by the run: set policy.model"),
+        ({"sleep-on-idle": "please"}, "engine.sglang.sleep-on-idle='please': true or false is expected"),
+        ({"tp_size": True}, "engine.sglang.tp_size=True: a value is expected"),
+    ],
+)
+def test_a_wrong_argument_is_refused_before_anything_starts(tmp_path: Path, passed: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        server_options(server_config(tmp_path, tmp_path, sglang=passed), KNOWN, has_cuda=False)
+    assert str(error.value) == words
+
+
+def test_arguments_for_other_peoples_servers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"engine.sglang is for servers that the run starts"):
+        Servers(server_config(tmp_path, tmp_path, urls=["http://127.0.0.1:1"], sglang={"tp-size": 2}))
+
+
+def test_arguments_become_a_command_line(tmp_path: Path) -> None:
+    passed = {"tensor_parallel_size": 2, "sleep-on-idle": False, "enable-tf32-matmul": False, "cuda-graph-bs-decode": [1, 2]}
+    line = " ".join(command_line(server_options(server_config(tmp_path, tmp_path, sglang=passed), KNOWN, has_cuda=False)))
+    for part in ("--tp-size 2", "--cuda-graph-bs-decode 1 2", "--no-enable-tf32-matmul", "--device cpu", "--dtype float32"):
+        assert part in line
+    for part in ("--sleep-on-idle", "--enable-tf32-matmul"):
+        assert f" {part}" not in line
+    assert "--host 127.0.0.1" in line
+    assert f"--max-total-tokens {64 * 512}" in line, "what max_concurrent samples of the longest kind take"
+    with_cuda = " ".join(command_line(server_options(server_config(tmp_path, tmp_path), {}, has_cuda=True)))
+    assert "cpu" not in with_cuda and "--max-total-tokens" not in with_cuda
+    assert command_line({"preferred-sampling-params": {"top_k": 1}}) == ["--preferred-sampling-params", '{"top_k": 1}']
+
+
+def test_servers_take_the_gpus_after_the_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert gpu_sets(2, {"tp-size": 2}) == [["4", "5"], ["6", "7"]]
+    assert gpu_sets(4, {}) == [["4"], ["5"], ["6"], ["7"]]
+    assert gpu_sets(2, {"tp-size": 4, "enable-memory-saver": True}) == [["0", "1", "2", "3"], ["4", "5", "6", "7"]]
+    with pytest.raises(ConfigError, match=r"engine.servers=3 of 2 GPUs .* after the trainer's 4: here are 8"):
+        gpu_sets(3, {"tp-size": 2})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3,5,7,GPU-a,GPU-b")
+    assert gpu_sets(1, {"tp-size": 2}) == [["GPU-a", "GPU-b"]]
+
+
+def test_a_server_does_not_take_the_trainers_place_for_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in theirs.items():
+        monkeypatch.setenv(name, value)
+    assert not theirs.keys() & child_environment(has_cuda=True).keys()
+    assert "PATH" in child_environment(has_cuda=True)

@@ -1,0 +1,113 @@
+"""Every command that a README shows, run as it stands, in its order, in a fresh copy of the repository; and what the quickstart leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+import yaml
+
+from dapo import config
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [path.relative_to(ROOT) for path in [ROOT / "README.md", *sorted(ROOT.glob("examples/*/README.md"))]]
+NOT_RUN = {
+    "git clone … && cd dapo": "what `clone` does",
+    "bash examples/qwen2.5_7b/launch.sh": "wants eight GPUs; test_examples.py checks what can be checked without",
+    "sbatch examples/qwen2.5_7b/slurm.sbatch": "wants a cluster",
+}
+EDITOR = """#!/bin/sh
+sed -i 's|train: .*|train: mine/my_data.jsonl|; s|  steps: .*|  steps: 1|' mine/config.yaml
+"""
+
+
+def commands(document: Path) -> list[str]:
+    """The indented lines that a reader would type. Other indented text (a prompt, a sample) does not begin with a program's name."""
+    lines = [line[4:].partition(" #")[0].strip() for line in (ROOT / document).read_text().splitlines() if line.startswith("    ")]
+    programs = ("git", "make", "cp", "python", ".venv/", "PYTHONPATH=", "$EDITOR", "sbatch", "bash", "pip", "torchrun")
+    return [line for line in lines if line.startswith(programs)]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository's files, with the environment that runs the tests as .venv, and what the README's reader is said to have."""
+    folder = tmp_path_factory.mktemp("clone") / "dapo"
+    listed = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    os.utime(folder / "setup.py", (0, 0))  # older than the environment: make has nothing to install
+    (folder / ".venv").symlink_to(sys.prefix)
+    (folder / "base").symlink_to("examples/arithmetic/base")
+    my = yaml.safe_load((ROOT / "examples/arithmetic/config.yaml").read_text())
+    my["run"] |= {"dir": "runs/mine", "steps": 1}
+    my["eval"] |= {"every": 100, "samples": 2}
+    (folder / "my.yaml").write_text(yaml.safe_dump(my))
+    (folder / "edit").write_text(EDITOR)
+    (folder / "edit").chmod(0o755)
+    return folder
+
+
+def run(clone: Path, command: str) -> None:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "EDITOR": str(clone / "edit"), "PYTHONPATH": str(clone / "kernels")}
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=clone, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}"
+
+
+@pytest.fixture(scope="module")
+def quickstart(clone: Path) -> Path:
+    run(clone, "make quickstart")
+    return clone / "runs/arithmetic"
+
+
+def rows_of(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_quickstart_learns(quickstart: Path) -> None:
+    accuracy = {row["step"]: row["eval/accuracy"] for row in rows_of(quickstart) if "eval/accuracy" in row}
+    assert accuracy[0] <= 0.45
+    assert accuracy[40] >= 0.85
+
+
+def test_every_step_has_every_metric(quickstart: Path) -> None:
+    names = """groups/asked groups/kept groups/all_correct groups/all_wrong rollout/accuracy rollout/reward rollout/truncated rollout/length
+        rollout/length_max rollout/length_kept rollout/length_turned_away policy/loss policy/entropy policy/probability policy/clip_low
+        policy/clip_high policy/clip_high_probability policy/grad_norm policy/lr policy/mismatch time/rollout time/update time/sync
+        time/old_logprobs time/step perf/tokens_per_second perf/peak_memory_gib"""
+    for row in rows_of(quickstart)[:-1]:
+        assert set(names.split()) <= set(row)
+        assert row["policy/mismatch_max"] < 1e-4, "the sampler and the trainer disagree: a weight sync went wrong"
+        assert row["groups/asked"] == sum(row[f"groups/{kind}"] for kind in ("kept", "all_correct", "all_wrong", "surplus"))
+
+
+def test_the_run_directory_holds_curves_config_model_and_semantics(quickstart: Path) -> None:
+    assert (quickstart / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((quickstart / "tensorboard").iterdir())
+    assert config.load(quickstart / "config.yaml").run.steps == 40
+    assert json.loads((quickstart / "semantics.json").read_text())["choices"]["objective.normaliser"] == "token_mean"
+    model = transformers.AutoModelForCausalLM.from_pretrained(quickstart / "hf")
+    assert sum(p.numel() for p in model.parameters()) == 75_904
+    assert transformers.AutoTokenizer.from_pretrained(quickstart / "hf")("1+1=")["input_ids"] == [3, 12, 3, 14]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_every_command_of_the_document_runs(document: Path, clone: Path, quickstart: Path) -> None:
+    found = commands(document)
+    assert found, "no commands in it, or none that this test knows by its program's name"
+    for command in found:
+        if command not in NOT_RUN:
+            run(clone, command)
+
+
+def test_from_clone_to_an_own_reward_in_at_most_eight_commands() -> None:
+    assert len(commands(Path("examples/custom_reward/README.md"))) + 1 <= 8  # and git clone

@@ -1,0 +1,51 @@
+"""The examples' configs load, and their scripts are what bash and shellcheck accept."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dapo import config
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+CONFIGS = sorted(EXAMPLES.glob("*/config.yaml"))
+SCRIPTS = sorted([*EXAMPLES.glob("*/*.sh"), *EXAMPLES.glob("*/*.sbatch")])
+
+
+def test_there_are_examples() -> None:
+    assert len(CONFIGS) >= 3 and len(SCRIPTS) >= 4
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.parent.name)
+def test_an_examples_config_loads(path: Path) -> None:
+    assert config.load(path).warnings() == []
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_an_examples_script_is_sound(path: Path) -> None:
+    checkers = [["bash", "-n"], *([["shellcheck"]] if shutil.which("shellcheck") else [])]
+    for checker in checkers:
+        checked = subprocess.run([*checker, str(path)], capture_output=True, text=True)
+        assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert path.stat().st_mode & 0o100, "not executable"
+    assert "set -euo pipefail" in path.read_text()
+
+
+def test_a_trainer_apart_is_given_its_servers_urls(tmp_path: Path) -> None:
+    """trainer.sh, with a torchrun and a curl that only say what they were called with."""
+    for name, body in {"torchrun": 'printf "%s\\n" "$@"', "curl": "true"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HEAD": "node0", "NODES": "2", "NODE_RANK": "1", "DAPO_ENGINE_KEY": "key"}
+    env["SERVERS"] = "node2:30000 node3:30001"
+    script = EXAMPLES / "qwen2.5_7b/trainer.sh"
+    told = subprocess.run([script, "optim.lr=2e-6"], env=env, capture_output=True, text=True, check=True).stdout.splitlines()
+    path, *overrides = told[told.index("train") + 1 :]
+    loaded = config.load(EXAMPLES.parent / path, overrides)
+    assert loaded.engine.urls == ["http://node2:30000", "http://node3:30001"] and loaded.optim.lr == 2e-6
+    assert told[told.index("--node-rank") + 1] == "1"
+    del env["SERVERS"]
+    assert "SERVERS" in subprocess.run([script], env=env, capture_output=True, text=True).stderr
