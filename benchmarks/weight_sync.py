@@ -26,12 +26,14 @@ from record import heading, save, spread, table
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dapo.engine import transports
 from dapo.engine.server import Server
-from dapo.engine.weight_sync import make_sync
+from dapo.engine.weight_sync import WeightSync, make_sync
 
-RUNS = 7
+RUNS = 5
 BUCKET = 64 * 2**20
-TOKENIZER = Path(__file__).parents[1] / "examples/arithmetic/base"
+ROOT = Path(__file__).parents[1]
+TOKENIZER = ROOT / "examples/arithmetic/base"
 
 
 def make_model(directory: Path) -> None:
@@ -70,7 +72,7 @@ def receive(ports: Any, num_bytes: int, runs: int) -> None:
     """The other process of the raw broadcast."""
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", ports.get(), is_master=False, wait_for_workers=False)
-    group = dist.ProcessGroupGloo(store, 1, 2, timedelta(seconds=60))
+    group = dist.ProcessGroupGloo(store, 1, 2, timedelta(minutes=30))
     memory = torch.empty(BUCKET, dtype=torch.uint8)
     for _ in range(runs):
         for size in chunks(num_bytes):
@@ -84,11 +86,11 @@ class RawBroadcast:
     def __init__(self, num_bytes: int, runs: int):
         self.num_bytes, self.memory = num_bytes, torch.zeros(BUCKET, dtype=torch.uint8)
         ports = multiprocessing.get_context("spawn").Queue()
-        self.process = multiprocessing.get_context("spawn").Process(target=receive, args=(ports, num_bytes, runs))
+        self.process = multiprocessing.get_context("spawn").Process(target=receive, args=(ports, num_bytes, runs), daemon=True)
         self.process.start()
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         ports.put(self.store.port)
-        self.group = dist.ProcessGroupGloo(self.store, 0, 2, timedelta(seconds=60))
+        self.group = dist.ProcessGroupGloo(self.store, 0, 2, timedelta(minutes=30))
 
     def __call__(self) -> None:
         for size in chunks(self.num_bytes):
@@ -96,21 +98,102 @@ class RawBroadcast:
         self.group.barrier().wait()
 
 
-def raw_disk(directory: Path, num_bytes: int, memory: Tensor) -> None:
-    """Write the same bytes in files of a bucket's size, and read them."""
-    view = memoryview(memory.numpy())
-    for i, size in enumerate(chunks(num_bytes)):
-        with open(directory / str(i), "wb", buffering=0) as file:
-            file.write(view[:size])
-    for i, _ in enumerate(chunks(num_bytes)):
-        with open(directory / str(i), "rb", buffering=0) as file:
-            file.readinto(view)
+class RawDisk:
+    """The same bytes in files of a bucket's size: written, then read."""
+
+    def __init__(self, directory: Path, num_bytes: int):
+        self.files = [(directory / str(i), size) for i, size in enumerate(chunks(num_bytes))]
+        self.memory = memoryview(torch.zeros(BUCKET, dtype=torch.uint8).numpy())  # type: ignore[arg-type]
+
+    def write(self) -> None:
+        for path, size in self.files:
+            with open(path, "wb", buffering=0) as file:
+                file.write(self.memory[:size])
+
+    def read(self) -> None:
+        for path, size in self.files:
+            with open(path, "rb", buffering=0) as file:
+                file.readinto(self.memory[:size])
 
 
-def raw_pickle(num_bytes: int, memory: Tensor) -> None:
-    """Pickle the same bytes as tensors of a bucket's size, and unpickle them."""
-    for size in chunks(num_bytes):
-        pickle.loads(pickle.dumps(memory[:size].clone(), protocol=4))
+class RawPickle:
+    """The same bytes as tensors of a bucket's size: pickled, then unpickled."""
+
+    def __init__(self, num_bytes: int):
+        self.num_bytes, self.memory = num_bytes, torch.zeros(BUCKET, dtype=torch.uint8)
+        self.pickled = b""
+
+    def write(self) -> None:
+        for size in chunks(self.num_bytes):
+            self.pickled = pickle.dumps(self.memory[:size].clone(), protocol=4)
+
+    def read(self) -> None:
+        for _ in chunks(self.num_bytes):
+            pickle.loads(self.pickled)
+
+
+class Measured:
+    """Syncs to one server, with what is spent on carrying, and of that on waiting for the server."""
+
+    def __init__(self, sync: WeightSync, weights: dict[str, Tensor]):
+        self.sync, self.weights = sync, weights
+        self.whole, self.carry, self.server, self.extra = [], [], [], []  # type: ignore[var-annotated]
+        self.waited = self.carried = 0.0
+        commit = sync.transport.commit
+
+        def timed_commit(version: int) -> None:
+            commit(version)
+            self.carried = time.perf_counter()
+
+        sync.transport.commit = timed_commit  # type: ignore[method-assign]
+
+    def wait(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, its time counted as waiting for the server."""
+
+        def timed(*arguments: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*arguments, **options)
+            finally:
+                self.waited += time.perf_counter() - start
+
+        return timed
+
+    def once(self, version: int) -> None:
+        before = resident("VmRSS")
+        reset_peak()
+        start = time.perf_counter()
+        self.sync.prepare(version)
+        prepared, self.waited = time.perf_counter(), 0.0
+        self.sync.load(iter(self.weights.items()), version)
+        self.whole.append(time.perf_counter() - start)
+        self.carry.append(self.carried - prepared)
+        self.server.append(self.waited)
+        self.extra.append((resident("VmHWM") - before) / BUCKET)
+
+
+def measure(kind: Any, server: Server, weights: dict[str, Tensor], raw: list[Callable[[], None]], **options: Any) -> list[str]:
+    """A row of the table. `raw`: what the trainer's side is compared with, then what completes the copy."""
+    measured = Measured(make_sync(kind, lambda: [server], **options), weights)
+    settle, post = transports._settle, server.post
+    if kind == "broadcast":
+        transports._settle = measured.wait(settle)  # after a broadcast: the server loads what it has
+    else:  # the calls that carry, or name, weights
+        server.post = lambda path, *a, **o: (measured.wait(post) if "weights_from" in path else post)(path, *a, **o)  # type: ignore[method-assign]
+    raw_seconds = []
+    for run in range(RUNS + 1):  # the first only warms up
+        measured.once(run)
+        raw_seconds.append([seconds(function) for function in raw])
+    measured.sync.close()
+    transports._settle, server.post = settle, post  # type: ignore[method-assign]
+    num_bytes = sum(tensor.nbytes for tensor in weights.values())
+    ours = [c - s for c, s in zip(measured.carry, measured.server, strict=True)][1:]
+    send, copy = [row[0] for row in raw_seconds][1:], [sum(row) for row in raw_seconds][1:]
+    carry = measured.carry[1:]
+    shares = [f"{statistics.median(a) / statistics.median(b):.0%}, {min(a) / min(b):.0%}" for a, b in ((send, ours), (copy, carry))]
+    speed = spread([num_bytes / s / 1e9 for s in carry], 2)
+    times = [spread(values, 2) for values in (measured.whole[1:], carry, measured.server[1:], send, copy)]
+    return [kind, times[0], times[1], speed, *times[2:], *shares, spread(measured.extra[1:], 2)]
 
 
 def main(url: str, model: Path) -> None:
@@ -118,77 +201,36 @@ def main(url: str, model: Path) -> None:
     server = Server(url)
     weights = {name: tensor.clone() for name, tensor in load_file(model / "model.safetensors").items()}
     num_bytes = sum(tensor.nbytes for tensor in weights.values())
-    largest = max(tensor.nbytes for tensor in weights.values())
-    scratch, memory = Path(tempfile.mkdtemp(dir=model.parent)), torch.zeros(BUCKET, dtype=torch.uint8)
-    raw: dict[str, Callable[[], None]] = {
-        "disk": lambda: raw_disk(scratch, num_bytes, memory),
-        "broadcast": RawBroadcast(num_bytes, RUNS + 1),
-        "tensor": lambda: raw_pickle(num_bytes, memory),
+    scratch = Path(tempfile.mkdtemp(dir=model.parent))
+    disk, pickled = RawDisk(scratch, num_bytes), RawPickle(num_bytes)
+    raw: dict[str, list[Callable[[], None]]] = {
+        "broadcast": [RawBroadcast(num_bytes, RUNS + 1)],
+        "disk": [disk.write, disk.read],
+        "tensor": [pickled.write, pickled.read],
     }
+    options: dict[str, Any] = dict(bucket_bytes=BUCKET, device=torch.device("cpu"), directory=scratch / "weights", model=model)
     rows = []
-    for kind in ("disk", "broadcast", "tensor"):
-        sync = make_sync(
-            kind,  # type: ignore[arg-type]
-            lambda: [server],
-            bucket_bytes=BUCKET,
-            device=torch.device("cpu"),
-            directory=scratch / "weights",
-            model=model,
-        )
-        measured = Measured(sync, weights)
-        raw_seconds = []
-        for run in range(RUNS + 1):  # the first one only warms up
-            measured.once(run)
-            raw_seconds.append(seconds(raw[kind]))
-        sync.close()
-        rows.append([kind, *measured.columns(num_bytes, raw_seconds[1:])])
+    for kind, copies in raw.items():
+        rows.append(measure(kind, server, weights, copies, **options))
+        print(*rows[-1], flush=True)
     shutil.rmtree(scratch)
-    server_info = server.get("/server_info")
-    text = heading("Weights to a real SGLang server")
+    about = server.get("/server_info")
+    text = heading("Weights to a real SGLang server on the same machine")
     text += (
-        f"\nSGLang {server_info['version']} on {server_info['device']}, tp {server_info['tp_size']}, on the same machine; "
-        f"{os.getloadavg()[0]:.1f} processes wanted to run when it ended. {num_bytes / 1e9:.2f} GB of float32 in {len(weights)} tensors, the largest "
-        f"{largest / 2**20:.0f} MiB; buckets of {BUCKET >> 20} MiB. {RUNS} syncs and {RUNS} raw copies of each kind by turns: median "
-        "(least–most). The trainer is one process that has the full tensors: gathering them over ranks is not in this.\n\n"
-        "*sync*: from the first call to the last, prepare to continue. *carry*: of that from the first bucket until the last has been "
-        "loaded by the server. *raw*: the same bytes and nothing else: gloo broadcasts of a bucket's size to another process; files of a "
-        "bucket's size written and read; tensors of a bucket's size pickled and unpickled. *share*: raw / carry. *extra*: the trainer's "
-        "peak resident memory during a sync above that before it, in buckets.\n\n"
+        f"\nSGLang {about['version']} on {about['device']}, tp {about['tp_size']}. Load average when it ended: {os.getloadavg()[0]:.1f}. "
+        f"{num_bytes / 1e9:.2f} GB of float32 in {len(weights)} tensors, the largest {max(t.nbytes for t in weights.values()) >> 20} MiB; "
+        f"buckets of {BUCKET >> 20} MiB. {RUNS} syncs and {RUNS} raw copies by turns: median (least–most). "
+        "The trainer is one process that has the full tensors: gathering them over ranks is not in this.\n\n"
+        "*sync*: prepare to continue. *carry*: of that from the first tensor until the server has loaded the last. *server*: of that the "
+        "trainer's waiting for it: broadcast: after the bytes have gone over; disk: for it to read the files; tensor: for it to take the "
+        "call, some of it while the next bucket is filled. *raw send*: the same bytes and nothing else: gloo broadcasts of a bucket's size "
+        "to another process; files of that size written; tensors of that size pickled. *raw copy*: files also read, tensors also "
+        "unpickled. Shares: of the medians, of the least. *extra*: the trainer's peak resident memory during a sync above that before it, "
+        "in buckets.\n\n"
     )
-    save("weight_sync_cpu.md", text + table(["", "sync s", "carry s", "carry GB/s", "raw s", "raw GB/s", "share", "extra"], rows))
-
-
-class Measured:
-    """Syncs, timed, with the part that carries the weights by itself."""
-
-    def __init__(self, sync: Any, weights: dict[str, Tensor]):
-        self.sync, self.weights = sync, weights
-        self.whole: list[float] = []
-        self.carry: list[float] = []
-        self.extra: list[float] = []
-        commit = sync.transport.commit
-
-        def timed_commit(version: int) -> None:
-            commit(version)
-            self.carried = time.perf_counter()
-
-        sync.transport.commit = timed_commit
-
-    def once(self, version: int) -> None:
-        before = resident("VmRSS")
-        reset_peak()
-        start = time.perf_counter()
-        self.sync.prepare(version)
-        prepared = time.perf_counter()
-        self.sync.load(iter(self.weights.items()), version)
-        self.whole.append(time.perf_counter() - start)
-        self.carry.append(self.carried - prepared)
-        self.extra.append((resident("VmHWM") - before) / BUCKET)
-
-    def columns(self, num_bytes: int, raw: list[float]) -> list[str]:
-        carry, share = self.carry[1:], statistics.median(raw) / statistics.median(self.carry[1:])
-        speed = [spread([num_bytes / s / 1e9 for s in times], 2) for times in (carry, raw)]
-        return [spread(self.whole[1:], 2), spread(carry, 2), speed[0], spread(raw, 2), speed[1], f"{share:.0%}", spread(self.extra[1:], 2)]
+    header = ["", "sync s", "carry s", "carry GB/s", "server s", "raw send s", "raw copy s", "raw send / (carry − server)",
+              "raw copy / carry", "extra"]  # fmt: skip
+    save("weight_sync_cpu.md", text + table(header, rows))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The checksums that an SGLang server should have of the policy's weights, to compare with those it has.
 
 SGLang keeps q, k, v in one parameter, gate and up in another, the vocabulary padded with zeros to a multiple of 64, and shards every matrix
-over its tensor ranks. Of a parameter on a CPU `/weights_checker` gives the first 8 bytes of the SHA-256 of its memory.
+over its tensor ranks. `/weights_checker` gives 8 bytes for a parameter: on a CPU, the first of the SHA-256 of its memory; on a GPU, a hash
+of its own (`gpu_digest`).
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ from torch import Tensor
 
 VOCAB_MULTIPLE = 64
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+TILE, TILES_AT_ONCE = 8192, 128  # words; tiles whose intermediate values are in memory together
+LOW = 0xFFFFFFFF
+PLACES = ((0x27D4EB2D, 0x243F6A88, 15), (0x165667B1, ((0x243F6A88 * 0x9E3779B1) ^ 0xDEADBEEF) & LOW, 13))  # factor, seed, turn of each half
 FUSED_INTO = {part: whole for whole, parts in FUSED.items() for part in parts}
 
 
 class Checksums:
-    """Of weights as they pass by, for servers of each of these numbers of tensor ranks."""
+    """Of weights as they pass by, for servers of each of these numbers of tensor ranks, on one kind of device."""
 
-    def __init__(self, tensor_ranks: Iterable[int], num_kv_heads: int):
-        self.num_kv_heads = num_kv_heads
+    def __init__(self, tensor_ranks: Iterable[int], num_kv_heads: int, device: str = "cpu"):
+        self.num_kv_heads, self.digest = num_kv_heads, cpu_digest if device == "cpu" else gpu_digest
         self.of_ranks: dict[int, list[dict[str, str]]] = {size: [{} for _ in range(size)] for size in set(tensor_ranks)}
         self._waiting: dict[str, dict[str, Tensor]] = {}  # parts of a fused parameter whose others have not come by
 
@@ -51,11 +55,8 @@ class Checksums:
     def _enter(self, name: str, parts: list[tuple[str, Tensor]]) -> None:
         for size, ranks in self.of_ranks.items():
             for rank, checksums in enumerate(ranks):
-                digest = hashlib.sha256()
-                for module, tensor in parts:
-                    shard = self._shard(module, tensor, rank, size).contiguous()
-                    digest.update(shard.view(-1).view(torch.uint8).cpu().numpy())  # type: ignore[arg-type]
-                checksums[name] = digest.hexdigest()[:16]
+                shards = [self._shard(module, tensor, rank, size).reshape(-1).view(torch.uint8) for module, tensor in parts]
+                checksums[name] = self.digest(torch.cat(shards))
 
     def _shard(self, module: str, tensor: Tensor, rank: int, size: int) -> Tensor:
         if module in ("embed_tokens", "lm_head"):
@@ -67,3 +68,39 @@ class Checksums:
         elif module not in FUSED_INTO:
             return tensor  # a norm: whole on every rank
         return tensor.chunk(size)[rank]
+
+
+def cpu_digest(data: Tensor) -> str:
+    """uint8 [n] → 16 hexadecimal digits."""
+    return hashlib.sha256(data.cpu().numpy()).hexdigest()[:16]  # type: ignore[arg-type]
+
+
+def gpu_digest(data: Tensor) -> str:
+    """uint8 [n] → 16 hexadecimal digits, on any device: SGLang's hash of a CUDA tensor.
+
+    Each 32-bit word is mixed with its place, twice; the mixed words are summed in tiles, the finished tiles over all. Multiplication
+    wraps in int64, and its low 32 bits are the ones of uint32.
+    """
+    words = torch.nn.functional.pad(data, (0, -len(data) % 4)).view(torch.int32)
+    total = 0
+    for start in range(0, len(words), TILES_AT_ONCE * TILE):
+        word = words[start : start + TILES_AT_ONCE * TILE].long() & LOW
+        place = torch.arange(start, start + len(word), device=data.device) & LOW
+        halves = []
+        for factor, seed, turn in PLACES:
+            turned = (place << turn | place >> (32 - turn)) & LOW
+            mixed = _mix(word ^ (place * factor + seed & LOW) ^ turned)
+            tiles = torch.nn.functional.pad(mixed, (0, -len(mixed) % TILE)).view(-1, TILE).sum(1) & LOW
+            halves.append(_mix(tiles ^ (4 * len(words) & LOW)).tolist())
+        total += sum(high << 32 | low for high, low in zip(*halves, strict=True))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):  # the end of splitmix64
+        total &= 2**64 - 1
+        total = (total ^ total >> shift) * factor
+    return f"{total & 2**64 - 1:016x}"
+
+
+def _mix(word: Tensor) -> Tensor:
+    """The end of MurmurHash3, of 32-bit words in int64."""
+    word = (word ^ word >> 16) * 0x85EBCA6B & LOW
+    word = (word ^ word >> 13) * 0xC2B2AE35 & LOW
+    return word ^ word >> 16

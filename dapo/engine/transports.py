@@ -40,12 +40,13 @@ class Peer:
 
     server: Server
     tensor_ranks: int
+    device: str
     has_sessions: bool  # it takes tensors and broadcasts between begin_weight_update and end_weight_update only
     can_release: bool  # it was started to share its GPUs with the trainer, with --enable-memory-saver
 
 
 class Transport:
-    """`open`, then `start` for each bucket, then `commit`, or `abandon` when anything failed on the way. No wait beyond `limit` seconds.
+    """`open`, then `start` for each bucket, then `commit`; when anything has failed on the way, `forget`. No wait beyond `limit` seconds.
 
     Raises: EngineError.
     """
@@ -67,11 +68,8 @@ class Transport:
     def commit(self, version: int) -> None:
         """Every bucket has arrived."""
 
-    def abandon(self) -> None:
-        """Leave nothing that would hinder the next sync."""
-
     def forget(self) -> None:
-        """Let go of what was set up with the servers as they were."""
+        """Let go of what was set up with the servers as they were, and of what a broken sync left."""
 
     def close(self) -> None:
         self.forget()
@@ -123,7 +121,7 @@ class Disk(Transport):
             if path != whole:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def abandon(self) -> None:
+    def forget(self) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)
 
 
@@ -155,20 +153,16 @@ class Broadcast(Transport):
         self.work = work = self.group.broadcast(bucket.data, 0)
         return lambda: self._finish(work, answers)
 
-    def abandon(self) -> None:
-        if self.group is None:
-            return
-        if self.backend == "nccl":
-            self.group.abort()
-        threading.Thread(target=_outlive, args=(self.work, self.group), daemon=True).start()
-        self.group = self.work = None
-
     def forget(self) -> None:
-        self.abandon()
+        if self.group is not None and self.backend == "nccl":
+            self.group.abort()
+        if self.group is not None:
+            threading.Thread(target=_outlive, args=(self.work, self.group), daemon=True).start()
+            self.group = self.work = None
         if self.name:
             with contextlib.suppress(EngineError):  # a server that was restarted does not know it
                 on_all([p.server for p in self.peers], lambda s: s.post("/destroy_weights_update_group", {"group_name": self.name}, GRACE))
-        self.name = ""
+            self.name = ""
 
     def _connect(self) -> None:
         """Join with all servers. Each blocks until all have joined, so the calls are in flight while this rank joins."""
@@ -207,6 +201,7 @@ class Broadcast(Transport):
                 if answer.done():
                     answer.result()
             raise EngineError(f"broadcast of weights to {self.urls}: {_first_line(error)}") from None
+        self.work = None  # it holds the bucket's memory
         _settle(answers, self.limit, f"a bucket of weights at {self.urls}")
 
 

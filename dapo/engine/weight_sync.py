@@ -35,7 +35,7 @@ def meet(server: Server) -> Peer:
     if info["dp_size"] * info["pp_size"] > 1:
         raise EngineError(f"{server.url} has dp-size {info['dp_size']}, pp-size {info['pp_size']}: start more servers, with tp-size alone")
     has_sessions = "/begin_weight_update" in server.get("/openapi.json")["paths"]
-    return Peer(server, info["tp_size"], has_sessions, can_release=info["enable_memory_saver"])
+    return Peer(server, info["tp_size"], info["device"], has_sessions, can_release=info["enable_memory_saver"])
 
 
 class WeightSync:
@@ -73,18 +73,14 @@ class WeightSync:
         if self._prepared != version:
             self.prepare(version)
         self._prepared, self._synced = None, {}
-        checksums = Checksums((peer.tensor_ranks for peer in self.peers), self.num_kv_heads)
+        checksums = Checksums((peer.tensor_ranks for peer in self.peers), self.num_kv_heads, self.peers[0].device)
         watched = checksums.watch(weights) if self.verify else weights
         finish: Callable[[], object] = dict  # waits for the bucket before; there is none yet
-        try:
-            for bucket in buckets(watched, self.transport.bucket_bytes, self.transport.device):
-                finish()
-                finish = self.transport.start(bucket)
+        for bucket in buckets(watched, self.transport.bucket_bytes, self.transport.device):
             finish()
-            self.transport.commit(version)
-        except EngineError:
-            self.transport.abandon()
-            raise
+            finish = self.transport.start(bucket)
+        finish()
+        self.transport.commit(version)
         self._post("/end_weight_update", to=self._in_session())
         self._post("/resume_memory_occupation", {"tags": ["kv_cache", "cuda_graph"]}, to=self._released)
         self._released = []

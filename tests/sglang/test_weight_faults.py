@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dapo.engine.buckets import buckets
-from dapo.engine.checksums import Checksums
+from dapo.engine.checksums import Checksums, gpu_digest
 from dapo.engine.server import Server
 from dapo.engine.weight_sync import WeightSync, make_sync
 from dapo.types import EngineError
@@ -288,6 +288,24 @@ def test_checksums_are_of_the_parameters_as_a_server_shards_them() -> None:
         expected[-1]["model.layers.0.input_layernorm.weight"] = "0"
         del expected[0]["model.embed_tokens.weight"]
         assert checksums.differences(expected) == ["model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"]
+
+
+@pytest.mark.parametrize(
+    ("length", "dtype", "digest"),
+    [
+        (1, torch.float32, "f615cbc75aec9145"),
+        (7, torch.bfloat16, "9b6d2cf3c31e1e24"),  # not a whole number of words
+        (8193, torch.bfloat16, "04d7d9bf9ba91c15"),
+        (20001, torch.float32, "3347f73f142e128f"),  # several tiles
+    ],
+)
+def test_the_digest_for_gpus_is_what_sglangs_kernel_computes(
+    length: int, dtype: torch.dtype, digest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # the values: SGLang 0.5.23's own kernel, under Triton's interpreter
+    data = (torch.arange(length) * 0.37 - 5).to(dtype).view(torch.uint8)
+    assert gpu_digest(data) == digest
+    monkeypatch.setattr("dapo.engine.checksums.TILES_AT_ONCE", 1)
+    assert gpu_digest(data) == digest
 
 
 @pytest.mark.parametrize(

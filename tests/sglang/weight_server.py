@@ -55,7 +55,7 @@ class WeightServer:
 
     def get(self, path: str) -> dict[str, Any]:
         return {
-            "/server_info": {"tp_size": 1, "pp_size": 1, "dp_size": 1, "enable_memory_saver": self.has_memory_saver},
+            "/server_info": {"tp_size": 1, "pp_size": 1, "dp_size": 1, "device": "cpu", "enable_memory_saver": self.has_memory_saver},
             "/openapi.json": {"paths": dict.fromkeys(SESSION if self.has_sessions else ())},
             "/model_info": {"weight_version": self.version},
         }[path]
