@@ -2,9 +2,9 @@
 
 python benchmarks/plan_accuracy.py            # about ten minutes on two cores; at most 9 GiB. Numbers of cases: these only
 
-Each case is a torchrun of its own: Policy on random weights, the log-probs of two minibatches and two updates (the first one makes the
-optimizer's state). What counts on a CPU is the rise of the process's peak resident memory above what it held after the imports, on a GPU
-max_memory_allocated.
+Each case is a torchrun of its own: Policy on random weights, the log-probs of two minibatches and two updates (a small first one makes
+the optimizer's state). Compared is, on a CPU, the rise of the process's peak resident memory above what it held after the imports, on a
+GPU max_memory_allocated. The plan counts what is held: all cases but the last let malloc return what is freed (MALLOC_MMAP_THRESHOLD_).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dapo.policy.megatron import Policy
 from dapo.types import Group, Prompt, Sample
 
 GIB = 2**30
-UPDATES, PROMPT = 2, 4
+PROMPT, SMALL = 4, 128  # tokens; of the first minibatch, which is there to make the optimizer's state
 SHARES = np.array([2, 3, 5, 6, 8, 10, 12, 18]) / 64  # lengths of a microbatch's samples, as shares of its tokens
 SHAPE = dict(hidden_size=1024, intermediate_size=2816, num_attention_heads=16, num_key_value_heads=4, vocab_size=32768)
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -49,6 +49,7 @@ class Case:
     recompute: str = "none"
     microbatches: int = 1  # of an update, on each data-parallel rank
     layers: int = 20
+    returns_memory: bool = True  # what was freed; by default glibc keeps freed blocks of up to 32 MiB
 
     @property
     def world(self) -> int:
@@ -65,16 +66,16 @@ CASES = [
     Case(32768, dtype="bfloat16", recompute="full"),
     Case(16384, dtype="bfloat16", recompute="mlp"),
 ] if torch.cuda.is_available() else [
+    Case(1024),
+    Case(1024, tensor=2),
+    Case(512, pipeline=2, microbatches=3),
+    Case(1024, recompute="full"),
     Case(256),
-    Case(768),
-    Case(768, recompute="full"),
-    Case(768, recompute="mlp"),
-    Case(768, tensor=2),
-    Case(768, tensor=2, recompute="full"),
-    Case(384, pipeline=2, microbatches=3),
-    Case(384, pipeline=2, microbatches=3, recompute="full"),
-    Case(512, dtype="bfloat16"),
+    Case(1024, recompute="mlp"),
+    Case(512, pipeline=2, microbatches=3, recompute="full"),
+    Case(1024, dtype="bfloat16"),
     Case(256, data=2, layers=8),
+    Case(1024, returns_memory=False),
 ]  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def main(chosen: list[int]) -> None:
     text = heading("What `dapo plan` foretells of memory, and what was measured")
     text += (
         "\nGiB of a rank at its peak, on a CPU above what the process held after the imports; random Qwen2-shaped models, "
-        f"{UPDATES} updates of packed sequences of mixed lengths. Largest deviation: {worst:.1%}.\n\n"
+        f"updates of packed sequences of mixed lengths. Largest deviation: {worst:.1%}.\n\n"
     )
     header = ["model", "layout", "rank", "type", "tokens a microbatch", "microbatches", "recomputed", "planned", "measured", "off", "peak"]
     text += table(header, [cells(row) for row in rows])
@@ -95,9 +96,10 @@ def main(chosen: list[int]) -> None:
 def cells(row: dict[str, Any]) -> list[object]:
     case = Case(**row["case"])
     off = row["planned"] / row["measured"] - 1
+    recomputed = case.recompute + ("" if case.returns_memory else "; glibc's malloc as it is")
     return [
         f"{row['parameters'] / 2**20:.0f} Mi", f"tp{case.tensor} pp{case.pipeline} dp{case.data}", row["rank"], case.dtype, case.tokens,
-        case.microbatches, case.recompute, f"{row['planned'] / GIB:.2f}", f"{row['measured'] / GIB:.2f}", f"{off:+.1%}", row["moment"],
+        case.microbatches, recomputed, f"{row['planned'] / GIB:.2f}", f"{row['measured'] / GIB:.2f}", f"{off:+.1%}", row["moment"],
     ]  # fmt: skip
 
 
@@ -107,7 +109,8 @@ def measured(number: int, directory: Path) -> list[dict[str, Any]]:
     if not model.exists():
         make_model(model, case.layers)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.world), __file__, str(number), str(model)]
-    subprocess.run([sys.executable, *command], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=900)
+    env = {"MALLOC_MMAP_THRESHOLD_": str(2**20)} if case.returns_memory else {}
+    subprocess.run([sys.executable, *command], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | env, timeout=1200)
     rows = [json.loads((model / f"{rank}.json").read_text()) for rank in range(case.world)]
     print(*(" ".join(map(str, cells(row))) for row in rows), sep="\n", flush=True)
     return rows
@@ -124,13 +127,15 @@ def make_model(directory: Path, layers: int) -> None:
 
 
 def worker(case: Case, model: Path) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(max(1, 2 // case.world))
     config = make_config(case, model)
     mesh = Mesh(config.parallel)
     before = held()
     policy = Policy(config, mesh)
-    batch = batches.plan([make_group(case, i) for i in range(UPDATES)], config, mesh.data, metrics={})[mesh.data_rank]
-    assert [len(minibatch) for minibatch in batch.minibatches] == [case.microbatches] * UPDATES
+    batch = batches.plan([make_group(SMALL, 1), make_group(case.tokens, case.microbatches * case.data)], config, mesh.data, metrics={})[
+        mesh.data_rank
+    ]
+    assert len(batch.minibatches[1]) == case.microbatches
     policy.set_old_logprobs(batch)
     for minibatch in batch.minibatches:
         policy.update(minibatch)
@@ -162,7 +167,7 @@ def make_config(case: Case, model: Path) -> configs.Config:
     return configs.Config(
         run=configs.Run(dir=model / "run"),
         data=configs.Data(train=model / "none", max_prompt_length=PROMPT),
-        rollout=configs.Rollout(prompts_per_step=UPDATES, group_size=samples, max_response_length=longest - PROMPT),
+        rollout=configs.Rollout(prompts_per_step=2, group_size=samples, max_response_length=longest - PROMPT),
         optim=configs.Optim(prompts_per_minibatch=1),
         parallel=configs.Parallel(tensor=case.tensor, pipeline=case.pipeline),
         policy=configs.Policy(model=model, dtype=case.dtype, tokens_per_microbatch=case.tokens, megatron=case.megatron),
@@ -170,17 +175,17 @@ def make_config(case: Case, model: Path) -> configs.Config:
     )
 
 
-def make_group(case: Case, number: int) -> Group:
-    """Samples that fill the update's microbatches to 97 % or more."""
-    rng = np.random.default_rng(number)
-    lengths = np.floor(SHARES * case.tokens * 0.99).astype(int).tolist() * case.microbatches * case.data
+def make_group(tokens: int, microbatches: int) -> Group:
+    """Samples that fill as many microbatches to 97 % or more."""
+    rng = np.random.default_rng(tokens)
+    lengths = np.floor(SHARES * tokens * 0.99).astype(int).tolist() * microbatches
     samples = []
     for i, length in enumerate(lengths):
-        n = length - PROMPT + 1  # a sample's last token is not fed
-        tokens = rng.integers(0, SHAPE["vocab_size"], n).astype(np.int32)
-        samples.append(Sample(number, i, tokens, np.full(n, -10.0, np.float32), np.ones(n, bool), ((0, 0, n),), "stop"))
+        n = max(length - PROMPT + 1, 1)  # a sample's last token is not fed
+        tokens_of = rng.integers(0, SHAPE["vocab_size"], n).astype(np.int32)
+        samples.append(Sample(tokens, i, tokens_of, np.full(n, -10.0, np.float32), np.ones(n, bool), ((0, 0, n),), "stop"))
         samples[-1].advantage = float(rng.normal())
-    return Group(number, Prompt(number, rng.integers(0, SHAPE["vocab_size"], PROMPT).astype(np.int32), "0"), samples)
+    return Group(tokens, Prompt(0, rng.integers(0, SHAPE["vocab_size"], PROMPT).astype(np.int32), "0"), samples)
 
 
 if __name__ == "__main__":

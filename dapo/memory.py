@@ -271,10 +271,9 @@ class Rank:
             moments["the loss"] = round(self.activations + self.layer.stream * self.tokens + max(self.logits, self.table))
         if self.stage == 0:
             moments["the embedding's gradient"] = self.activations - self.kept + self.table + zeros
-        # clipping writes each scaled gradient beside the old one; gloo sums a copy of all gradients
+        # clipping writes each scaled gradient beside the old one; gloo, even among one, reduces a copy of all gradients
         largest = max(self._vocab, 2 * self.layer.ffn) * self.shape.hidden_size
-        is_copied = self.backend == "cpu" and self.data > 1
-        moments["the optimizer's step"] = max(4 * largest // self.data, self.grads if is_copied else 0)
+        moments["the optimizer's step"] = self.grads if self.backend == "cpu" else 4 * largest // self.data
         return moments
 
     @property

@@ -107,14 +107,17 @@ class Plan:
     @property
     def _learning_flops(self) -> float:
         """A token's forward and backward pass, and what is computed twice."""
-        forward = forward_flops(self.shape, self.length)
-        options = self.config.policy.megatron
-        share = 0.0
-        if options.get("recompute_granularity") == "full":
-            layers = self.shape.num_layers // self.config.parallel.pipeline
-            is_block = options.get("recompute_method") == "block"
-            share = min(options.get("recompute_num_layers", 1) / layers, 1) if is_block else 1
-        return 3 * forward + share * (forward - 2 * self.shape.vocab_size * self.shape.hidden_size)
+        shape, megatron = self.shape, self.config.policy.megatron
+        forward, again = forward_flops(shape, self.length), 0.0
+        modules = megatron.get("recompute_modules") or ["core_attn"]
+        if megatron.get("recompute_granularity") == "full":
+            stage = shape.num_layers // self.config.parallel.pipeline
+            layers = min(megatron["recompute_num_layers"], stage) if megatron["recompute_method"] == "block" else stage
+            again = layers / stage * (forward - 2 * shape.vocab_size * shape.hidden_size)
+        elif megatron.get("recompute_granularity") == "selective":
+            again += 6 * shape.num_layers * shape.hidden_size * shape.ffn_size if "mlp" in modules else 0
+            again += 2 * shape.num_layers * self.length * shape.num_heads * shape.head_dim if "core_attn" in modules else 0
+        return 3 * forward + again
 
     def _pass_seconds(self, flops: float) -> float:
         """All of an update's tokens; the pipeline's stages wait for each other at both ends."""
@@ -181,11 +184,13 @@ def _kinds(plan: Plan) -> list[list[Change]]:
     """Changes by kind, from the cheapest to the dearest; of each, the smallest first."""
     policy, parallel = plan.config.policy, plan.config.parallel
     smaller = {max(policy.tokens_per_microbatch >> halvings, plan.worst.longest) for halvings in range(1, 6)}
+    gated = "policy.megatron.recompute_granularity=selective", "policy.megatron.recompute_modules=[mlp]"
     full = tuple(f"policy.megatron.recompute_{field}" for field in ("granularity=full", "method=uniform", "num_layers=1"))
+    recompute = {None: [Change(gated), Change(full)], "selective": [Change(full)]}
     offload = ("policy.megatron.optimizer_cpu_offload=true", "policy.megatron.optimizer_offload_fraction=1.0")
     return [
         [Change((f"policy.tokens_per_microbatch={n}",)) for n in sorted(smaller - {policy.tokens_per_microbatch}, reverse=True)],
-        [] if policy.megatron.get("recompute_granularity") == "full" else [Change(full)],
+        recompute.get(policy.megatron.get("recompute_granularity"), []),
         [Change((f"parallel.tensor={n}",)) for n in (2, 4, 8) if n > parallel.tensor],
         [Change((f"parallel.pipeline={n}",)) for n in (2, 4, 8, 16) if n > parallel.pipeline],
         [Change(times=n) for n in (2, 4, 8)],
