@@ -273,6 +273,18 @@ def test_interrupted_the_carried_groups_are_there_and_the_step_can_be_made_anew(
     assert rollouts.state_dict()["carried"] == state["carried"] and rollouts.state_dict()["mixed_share"] == state["mixed_share"]
 
 
+@pytest.mark.parametrize("after", [1, 5, 12])
+def test_interrupted_while_streaming_every_prompt_goes_back(tmp_path, after):
+    engine = make_engine(7, 7, mixed=0.2)
+    rollouts = make_rollouts(tmp_path, engine, STREAMING)
+    seen = iter(range(1, 1000))
+    rollouts.is_interrupted = lambda: next(seen) >= after
+    with pytest.raises(Interrupted):
+        rollouts.collect(0)
+    assert engine.asked() and not engine.outstanding
+    assert upcoming(rollouts) == asking_order(30)
+
+
 def test_what_is_carried_over_is_saved_and_loaded_to_the_bit(tmp_path):
     rollouts = carrying(tmp_path, make_engine(7, 7))
     rollouts.collect(0)
