@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import sys
@@ -49,6 +50,8 @@ class Recorder:
         self.stacks.close()
         if is_empty:
             Path(self.stacks.name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # another rank's stacks are in it
+                self.directory.rmdir()
 
     def _watch(self) -> None:
         try:

@@ -94,7 +94,7 @@ def test_streaming_from_a_real_model_makes_the_batches_of_whole_rounds(tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(BASE)
     rows = [json.loads(line) for line in (BASE.parent / "data/train.jsonl").read_text().splitlines()[:60]]
     prompts = [Prompt(i, np.array(tokenizer(row["prompt"])["input_ids"], np.int32), row["answer"]) for i, row in enumerate(rows)]
-    options = ["rollout.group_size=6", "rollout.prompts_per_round=9", "rollout.max_response_length=24"]
+    options = ["rollout.prompts_per_step=2", "rollout.group_size=6", "rollout.prompts_per_round=5", "rollout.max_response_length=24"]
 
     def decode(tokens):
         return tokenizer.decode(tokens, skip_special_tokens=True)
@@ -109,7 +109,7 @@ def test_streaming_from_a_real_model_makes_the_batches_of_whole_rounds(tmp_path)
 
     in_rounds, streamed = steps(), steps(STREAMING)
     for groups, expected in zip(streamed, in_rounds, strict=True):
-        assert [group.id for group in groups] == [group.id for group in expected] and len(groups) == 4
+        assert [group.id for group in groups] == [group.id for group in expected] and len(groups) == 2
         for group, other in zip(groups, expected, strict=True):
             for sample, same in zip(group.samples, other.samples, strict=True):
                 assert sample.tokens.tolist() == same.tokens.tolist()
@@ -196,12 +196,15 @@ def test_what_a_slow_reward_keeps_waiting_is_scored_together(tmp_path, monkeypat
 # carried over
 
 
-def carrying(tmp_path, engine, *options):
-    return make_rollouts(tmp_path, engine, "rollout.prompts_per_round=12", "rollout.max_staleness=1", STREAMING, *options)
+def carrying(tmp_path, engine):
+    """A sampler that expects few mixed groups, and so asks far ahead."""
+    rollouts = make_rollouts(tmp_path, engine, "rollout.prompts_per_round=12", "rollout.max_staleness=1", STREAMING)
+    rollouts.mixed_share = 0.2
+    return rollouts
 
 
 def test_finished_groups_of_every_kind_are_kept_for_the_next_step_with_what_wrote_them(tmp_path):
-    engine = make_engine(4, 4)
+    engine = make_engine(7, 7)
     rollouts = carrying(tmp_path, engine)
     rollouts.collect(0)
     carried = [contents(group) for group in rollouts.carried if group.samples]
@@ -218,7 +221,7 @@ def test_finished_groups_of_every_kind_are_kept_for_the_next_step_with_what_wrot
 
 
 def test_an_unfinished_group_is_asked_for_again_under_its_own_seeds(tmp_path):
-    engine = make_engine(4, 4)
+    engine = make_engine(7, 7)
     rollouts = carrying(tmp_path, engine)
     rollouts.collect(0)
     unfinished = {f"{group.id}.{i}" for group in rollouts.carried if not group.samples for i in range(2)}
@@ -242,7 +245,7 @@ def test_a_group_that_is_too_old_is_asked_for_again(tmp_path):
 
 
 def test_staleness_is_reported_in_steps(tmp_path):
-    rollouts = carrying(tmp_path, make_engine(4, 4))
+    rollouts = carrying(tmp_path, make_engine(7, 7))
     reported = []
     for step in range(3):
         rollouts.load_weights([], step)
@@ -256,7 +259,7 @@ def test_staleness_is_reported_in_steps(tmp_path):
 
 @pytest.mark.parametrize("after", [1, 3, 9])
 def test_interrupted_the_carried_groups_are_there_and_the_step_can_be_made_anew(tmp_path, after):
-    engine = make_engine(6, 6)
+    engine = make_engine(7, 7)
     rollouts = carrying(tmp_path, engine)
     rollouts.collect(0)
     before, state = [contents(group) for group in rollouts.carried], rollouts.state_dict()
@@ -270,11 +273,23 @@ def test_interrupted_the_carried_groups_are_there_and_the_step_can_be_made_anew(
     assert rollouts.state_dict()["carried"] == state["carried"] and rollouts.state_dict()["mixed_share"] == state["mixed_share"]
 
 
+@pytest.mark.parametrize("after", [1, 5, 12])
+def test_interrupted_while_streaming_every_prompt_goes_back(tmp_path, after):
+    engine = make_engine(7, 7, mixed=0.2)
+    rollouts = make_rollouts(tmp_path, engine, STREAMING)
+    seen = iter(range(1, 1000))
+    rollouts.is_interrupted = lambda: next(seen) >= after
+    with pytest.raises(Interrupted):
+        rollouts.collect(0)
+    assert engine.asked() and not engine.outstanding
+    assert upcoming(rollouts) == asking_order(30)
+
+
 def test_what_is_carried_over_is_saved_and_loaded_to_the_bit(tmp_path):
-    rollouts = carrying(tmp_path, make_engine(4, 4))
+    rollouts = carrying(tmp_path, make_engine(7, 7))
     rollouts.collect(0)
     rollouts.save(tmp_path)
-    resumed = carrying(tmp_path, make_engine(4, 9))
+    resumed = carrying(tmp_path, make_engine(7, 9))
     resumed.load(tmp_path)
     assert [contents(group) for group in resumed.carried] == [contents(group) for group in rollouts.carried]
     assert any(group.samples for group in resumed.carried) and any(not group.samples for group in resumed.carried)
@@ -284,7 +299,7 @@ def test_what_is_carried_over_is_saved_and_loaded_to_the_bit(tmp_path):
 
 
 def test_nothing_carried_is_saved_and_loaded_too(tmp_path):
-    rollouts = carrying(tmp_path, make_engine(4, 4))
+    rollouts = carrying(tmp_path, make_engine(7, 7))
     rollouts.save(tmp_path)
     rollouts.load(tmp_path)
     assert rollouts.carried == []

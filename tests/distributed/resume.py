@@ -31,6 +31,7 @@ LAYOUTS = {
     "data-parallel": ["parallel.tensor=1"],
     "tensor-parallel": ["parallel.tensor=2"],
     "pipeline-parallel": ["parallel.pipeline=2"],
+    "carried-over": ["parallel.tensor=1", "rollout.prompts_per_round=16", "rollout.max_staleness=1"],
     "bfloat16": ["parallel.tensor=2", "policy.dtype=bfloat16"],
 }
 
@@ -89,6 +90,7 @@ def main(out: str) -> None:
             {
                 "name": name,
                 "rows": rows(through) == rows(stopped),
+                "stale": max(row.get("rollout/staleness", 0.0) for row in rows(stopped)),
                 "steps": [row["step"] for row in rows(stopped)],
                 "weights": is_equal(weights(through / "hf"), weights(stopped / "hf")),
                 "moved": not is_equal(weights(through / "hf"), weights(ROOT / "examples/arithmetic/base")),
