@@ -17,9 +17,9 @@ import torch
 from record import heading, save, spread, table
 
 from dapo import config as configs
+from dapo.assemble import make_rollouts
 from dapo.mesh import Mesh
 from dapo.policy.megatron import Policy
-from dapo.train import make_rollouts
 
 ROOT = Path(__file__).parents[1]
 WARM_UP = 3

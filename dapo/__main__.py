@@ -81,11 +81,12 @@ def _plan(options: config.Config, args: argparse.Namespace) -> int:
 
 def _run(options: config.Config, models: list[Path] | None = None) -> int:
     """Train, or evaluate `models`."""
+    from dapo.assemble import evaluate_models
     from dapo.checkpoint import CheckpointError  # torch and Megatron take seconds: not before the config is known to be good
     from dapo.mesh import FailedElsewhere, Mesh
     from dapo.policy.megatron import PolicyError
     from dapo.rollout import RolloutError
-    from dapo.train import evaluate_models, train
+    from dapo.train import train
     from dapo.types import EngineError, Interrupted
 
     mesh = None

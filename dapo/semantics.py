@@ -47,8 +47,6 @@ def choices(config: Config) -> list[Choice]:
         Choice("objective.clip_low", objective.clip_low, 0.2, 0.2, "a narrower or wider trust region downwards"),
         Choice("objective.clip_high", objective.clip_high, 0.28, 0.28, "Clip-Higher: room for unlikely tokens keeps the entropy up"),
         Choice("objective.dual_clip", objective.dual_clip, None, 10.0, "bounds the loss of a bad token that became much likelier"),
-        Choice("rollout.max_staleness", config.rollout.max_staleness, 0, 0, "surplus groups are learnt from a step later, weighted by importance"),
-        Choice("objective.importance_cap", objective.importance_cap, UNSAID, UNSAID, "bounds the weight of a stale token"),
         Choice("objective.overlong_filtering", objective.overlong_filtering, True, False,
                "Table 1 adds it and keeps it; the best public run went without, soft punishment alone tells length"),
         Choice("the log-ratio is clamped to", 20.0, UNSAID, 20.0, "exp stays finite"),

@@ -5,26 +5,14 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from typing import Any
 
 import torch
 
 from dapo.engine.dispatch import Dispatch, Job, Servers
-from dapo.engine.server import Server
+from dapo.engine.weight_sync import WeightSync
 from dapo.types import Interrupted, Request, Sample
-
-
-class WeightSync(Protocol):
-    """How weights reach the workers."""
-
-    workers: Sequence[Server]
-
-    def prepare(self, version: int) -> None: ...
-
-    def load(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class SGLangEngine:
@@ -80,26 +68,29 @@ class SGLangEngine:
             self.outcomes.put(None)
             self.loop.call_soon_threadsafe(self.dispatch.abandon, jobs)
 
-    def prepare(self, version: int) -> None:
+    def prepare_weights(self, version: int) -> None:
         """Ready every server for weights: whoever refuses does so here, before any rank enters a collective."""
         self._wait_for(self.dispatch.settle())
         self.servers.refresh()
-        self.sync.workers = self.servers.workers
         self.sync.prepare(version)
         self.prepared = version
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Hand the weights to every server, after `prepare`. Responses that are outstanding go on under the new weights."""
+        """Hand the weights to every server, after `prepare_weights`. Responses that are outstanding go on under the new weights."""
         self.dispatch.is_loading = True
         try:
             if self.prepared != version:
-                self.prepare(version)
+                self.prepare_weights(version)
             self.prepared, self.dispatch.version = None, version  # before the first answer of the new weights
             self.sync.load(weights, version)
             self.servers.serve()
             self._wait_for(self.dispatch.meet())
         finally:
             self.dispatch.is_loading = False
+
+    def release_memory(self) -> None:
+        """Servers that share the trainer's GPUs give their memory to it until the next weights."""
+        self.sync.release()
 
     def waiting(self) -> str:
         """What is outstanding, and where, for a person to read."""
