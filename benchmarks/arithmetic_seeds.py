@@ -1,6 +1,6 @@
 """Does it learn, every time? The quickstart's run for several seeds: accuracy on held-out problems before and after, and the time it took.
 
-python benchmarks/arithmetic_seeds.py [seeds] [processes]
+python benchmarks/arithmetic_seeds.py [seeds] [processes] [engine.kind=sglang engine.python=… …]
 """
 
 from __future__ import annotations
@@ -18,30 +18,41 @@ from record import heading, save, table
 ROOT = Path(__file__).parents[1]
 
 
-def run(seed: int, processes: int, directory: Path) -> tuple[dict[int, float], float, dict[str, float]]:
+def run(seed: int, processes: int, directory: Path, overrides: list[str]) -> tuple[dict[int, float], float, dict[str, float]]:
     """Accuracy by step, wall seconds from launch to end, and the last step's metrics."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "dapo", "train"]
-    options = [f"run.seed={seed}", f"run.dir={directory}", f"parallel.tensor={processes}"]
+    options = [f"run.seed={seed}", f"run.dir={directory}", f"parallel.tensor={processes}", *overrides]
     start = time.perf_counter()
     subprocess.run([*command, "examples/arithmetic/config.yaml", *options], check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     seconds = time.perf_counter() - start
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     accuracy = {row["step"]: row["eval/accuracy"] for row in rows if "eval/accuracy" in row}
-    return accuracy, seconds, [row for row in rows if "policy/entropy" in row][-1]
+    steps = [row for row in rows if "policy/entropy" in row]
+    return accuracy, seconds, steps[-1] | {"worst mismatch": max(row["policy/mismatch"] for row in steps)}
 
 
-def main(num_seeds: int, processes: int) -> None:
+def main(num_seeds: int, processes: int, overrides: list[str]) -> None:
     rows = []
     for seed in range(num_seeds):
         with tempfile.TemporaryDirectory() as directory:
-            accuracy, seconds, last = run(seed, processes, Path(directory))
+            accuracy, seconds, last = run(seed, processes, Path(directory), overrides)
         steps = sorted(accuracy)
-        rows.append([seed, *(f"{accuracy[step]:.3f}" for step in steps), f"{last['policy/entropy']:.3f}", f"{seconds:.0f}"])
+        rows.append(
+            [
+                seed,
+                *(f"{accuracy[step]:.3f}" for step in steps),
+                f"{last['policy/entropy']:.3f}",
+                f"{last['worst mismatch']:.1e}",
+                f"{seconds:.0f}",
+            ]
+        )
     text = heading("The arithmetic example, seed by seed")
     text += f"\nmean@k on held-out problems (`eval/accuracy`) after so many steps; {processes} processes, tensor parallel; "
-    text += "entropy of the last step; wall seconds from launch to end, evaluation and export included.\n\n"
-    save("arithmetic_seeds.md", text + table(["seed", *(f"step {step}" for step in steps), "entropy", "seconds"], rows))
+    text += "entropy of the last step; the largest mismatch of any step, mean |old − behavior log-prob|; wall seconds from launch to end, evaluation and export included.\n\n"
+    name = "arithmetic_seeds_sglang.md" if "engine.kind=sglang" in overrides else "arithmetic_seeds.md"
+    save(name, text + table(["seed", *(f"step {step}" for step in steps), "entropy", "mismatch", "seconds"], rows))
 
 
 if __name__ == "__main__":
-    main(*(int(x) for x in [*sys.argv[1:], *["3", "2"][len(sys.argv) - 1 :]]))
+    numbers = [int(argument) for argument in sys.argv[1:] if "=" not in argument]
+    main(*[*numbers, *[3, 2][len(numbers) :]], overrides=[argument for argument in sys.argv[1:] if "=" in argument])

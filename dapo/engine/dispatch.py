@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import aiohttp
 import orjson
 
+from dapo.clock import beat
 from dapo.engine import generate
 from dapo.engine.generate import UNKNOWN_VERSION, BadAnswer
 from dapo.engine.server import Server, one_line
@@ -225,6 +226,7 @@ class Dispatch:
 
     def _note_progress(self, endpoint: Endpoint) -> None:
         endpoint.progressed_at = self.progressed_at = time.monotonic()
+        beat()
 
     def _note_fault(self, endpoint: Endpoint, fault: str, asked_at: float) -> None:
         """Leave the server alone for a while. What was asked for before it was last found well belongs to the same failure."""
@@ -294,6 +296,7 @@ class Dispatch:
             now = time.monotonic()
             if self.is_loading or not (self.ready or any(endpoint.asked for endpoint in self.endpoints)):
                 self.progressed_at = now
+                beat()
             if now - self.progressed_at > 2 * self.stall_seconds:
                 self.fail(EngineError(f"no progress for 2 × engine.stall_seconds={self.stall_seconds:g}: {_joined(self.waiting())}"))
                 return
