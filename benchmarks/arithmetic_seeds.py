@@ -37,18 +37,12 @@ def main(num_seeds: int, processes: int, overrides: list[str]) -> None:
         with tempfile.TemporaryDirectory() as directory:
             accuracy, seconds, last = run(seed, processes, Path(directory), overrides)
         steps = sorted(accuracy)
-        rows.append(
-            [
-                seed,
-                *(f"{accuracy[step]:.3f}" for step in steps),
-                f"{last['policy/entropy']:.3f}",
-                f"{last['worst mismatch']:.1e}",
-                f"{seconds:.0f}",
-            ]
-        )
+        told = f"{last['policy/entropy']:.3f}", f"{last['worst mismatch']:.1e}", f"{seconds:.0f}"
+        rows.append([seed, *(f"{accuracy[step]:.3f}" for step in steps), *told])
     text = heading("The arithmetic example, seed by seed")
     text += f"\nmean@k on held-out problems (`eval/accuracy`) after so many steps; {processes} processes, tensor parallel; "
-    text += "entropy of the last step; the largest mismatch of any step, mean |old − behavior log-prob|; wall seconds from launch to end, evaluation and export included.\n\n"
+    text += "entropy of the last step; the largest mismatch of any step, mean |old − behavior log-prob|; "
+    text += "wall seconds from launch to end, evaluation and export included.\n\n"
     name = "arithmetic_seeds_sglang.md" if "engine.kind=sglang" in overrides else "arithmetic_seeds.md"
     save(name, text + table(["seed", *(f"step {step}" for step in steps), "entropy", "mismatch", "seconds"], rows))
 
