@@ -36,16 +36,17 @@ class Checksums:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """`name` and `tensor` are Hugging Face's."""
-        path, module, kind = name.rsplit(".", 2)  # model.layers.0.self_attn, q_proj, weight
+        *path, module, kind = name.split(".")  # [model, layers, 0, self_attn], q_proj, weight
         if module not in FUSED_INTO:
             self._enter(name, [(module, tensor)])
             return
         whole = FUSED_INTO[module]
-        parts = self._waiting.setdefault(f"{path}.{whole}.{kind}", {})
+        fused = ".".join([*path, whole, kind])
+        parts = self._waiting.setdefault(fused, {})
         parts[module] = tensor
         if len(parts) == len(FUSED[whole]):
-            del self._waiting[f"{path}.{whole}.{kind}"]
-            self._enter(f"{path}.{whole}.{kind}", [(part, parts[part]) for part in FUSED[whole]])
+            del self._waiting[fused]
+            self._enter(fused, [(part, parts[part]) for part in FUSED[whole]])
 
     def differences(self, found: Sequence[dict[str, str]]) -> list[str]:
         """Names that a server, of which `found` has one dictionary per tensor rank, does not hold as they passed by, or should not hold."""

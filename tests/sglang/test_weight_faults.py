@@ -267,6 +267,7 @@ def test_checksums_are_of_the_parameters_as_a_server_shards_them() -> None:
     for name in sorted(layer):  # not the order in which a server fuses them
         checksums.add(f"model.layers.0.{name}.weight", torch.from_numpy(layer[name]))
     checksums.add("model.embed_tokens.weight", torch.from_numpy(vocab))
+    checksums.add("lm_head.weight", torch.from_numpy(vocab))
     q, k, v, o, gate, up, down, norm = layer.values()
     padded = np.concatenate([vocab, np.zeros((58, 8), np.float32)])
     for size in (1, 2, 4):
@@ -281,6 +282,7 @@ def test_checksums_are_of_the_parameters_as_a_server_shards_them() -> None:
                 "model.layers.0.mlp.down_proj.weight": sha(columns[rank][1]),
                 "model.layers.0.input_layernorm.weight": sha(norm),
                 "model.embed_tokens.weight": sha(rows[rank][3]),
+                "lm_head.weight": sha(rows[rank][3]),
             }
             for rank in range(size)
         ]
