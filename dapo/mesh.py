@@ -110,6 +110,13 @@ class Mesh:
         self.on_main(lambda: made.append(function(*args)))
         return made[0] if made else None
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, by rank, on the main rank; nothing elsewhere."""
+        if not self.is_main:
+            self._send(value, 0)
+            return []
+        return [value, *(self._receive(rank) for rank in range(1, self.world))]
+
     def sum(self, values: np.ndarray) -> np.ndarray:
         """The sum over all ranks, in float64, on every rank."""
         total = torch.from_numpy(np.asarray(values, dtype=np.float64).copy())
@@ -137,11 +144,11 @@ class Mesh:
         dist.send(torch.tensor([len(data)]), rank, group=self.control)
         dist.send(data, rank, group=self.control)
 
-    def _receive(self) -> Any:
+    def _receive(self, rank: int = 0) -> Any:
         size = torch.zeros(1, dtype=torch.int64)
-        dist.recv(size, 0, group=self.control)
+        dist.recv(size, rank, group=self.control)
         data = torch.empty(int(size), dtype=torch.uint8)
-        dist.recv(data, 0, group=self.control)
+        dist.recv(data, rank, group=self.control)
         value = pickle.loads(data.numpy().tobytes())
         if isinstance(value, BaseException):
             raise value
