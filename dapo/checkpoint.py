@@ -1,7 +1,7 @@
 """Save and resume everything: policy, optimizer, prompt position, counters.
 
 <run.dir>/checkpoints/step-000010/ holds policy/ (Megatron's torch_dist format), rollouts.json and manifest.json (the model, every size
-and checksums). It is written under a hidden name and renamed when every rank's part is on the disk: what bears the name is whole, unless
+and checksum). It is written under a hidden name and renamed when every rank's part is on the disk: what bears the name is whole, unless
 damaged later, and that is noticed.
 """
 
