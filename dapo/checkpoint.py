@@ -103,7 +103,7 @@ class Checkpoints:
             if self.mesh.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, OSError):
-                free = shutil.disk_usage(self.root).free / 2**30
+                free = files.free_gib(self.root)
                 raise CheckpointError(
                     f"checkpoint {self._path(step)} cannot be written, {free:.1f} GiB free there: {error}; those before it are whole"
                 ) from error

@@ -103,9 +103,15 @@ def damage(directory: Path, part: int = 0, parts: int = 1) -> str | None:
 
 def require_space(directory: Path, num_bytes: int) -> None:
     """Raises OSError: the disk below `directory` has no room for that many bytes."""
-    free = shutil.disk_usage(directory).free
-    if free < num_bytes:
-        raise OSError(f"{num_bytes / 2**30:.2f} GiB are needed below {directory}, {free / 2**30:.2f} GiB are free")
+    if shutil.disk_usage(directory).free < num_bytes:
+        raise OSError(f"{num_bytes / 2**30:.2f} GiB are needed")
+
+
+def free_gib(directory: Path) -> float:
+    """Of the disk that `directory` lies on, whether or not it exists already."""
+    while not directory.exists():
+        directory = directory.parent
+    return shutil.disk_usage(directory).free / 2**30
 
 
 @contextmanager
@@ -125,7 +131,7 @@ def made_whole(target: Path, num_bytes: int, may_replace: bool = False) -> Itera
         yield partial
         publish(partial, target)
     except OSError as error:
-        raise ConfigError(f"{target} cannot be written: {error}") from error
+        raise ConfigError(f"{target} cannot be written, {free_gib(target.parent):.1f} GiB free there: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

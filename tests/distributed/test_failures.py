@@ -40,7 +40,7 @@ SAYS = {  # what went wrong → words that must be in the line
     "cap_reached": ["rollout.max_rounds=1", "0 of 4 mixed groups"],
     "missing_shard": ["model-00002-of-00002.safetensors is missing", "model.safetensors.index.json"],
     "checkpoint_of_another_model": ["step-000001 is a checkpoint of another model", "rope_theta=500000.0 there, 10000.0 here"],
-    "too_little_disk": ["step-000001 cannot be written", "GiB are needed", "GiB are free"],
+    "too_little_disk": ["step-000001 cannot be written", "0.0 GiB free", "GiB are needed"],
     "disk_full": ["step-000001 cannot be written", "GiB free", "those before it are whole"],
     "run_exists": ["run.resume=never", "already holds a run"],
 }
