@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from pathlib import Path
 import torch
 from record import heading, save, spread, table
 
+from dapo.files import SummedFile, sum_of
 from dapo.policy.hf_weights import hf_shapes
 from dapo.policy.hf_weights import table as entries
 from dapo.policy.model import ModelShape, read_shape
@@ -34,6 +36,7 @@ CONFIG = {
     "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 11008,
     "num_attention_heads": 16, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": False,
 }  # fmt: skip
+SHARD_BYTES = 2**30  # of every file written: peak memory must stay below that + 1 GiB
 CONVERT = """
 import resource, sys, time
 begin = time.perf_counter(); sys.path.insert(0, "tools"); import {tool}; imported = time.perf_counter()
@@ -76,9 +79,30 @@ def copy(source: Path, target: Path) -> float:
 def convert(tool: str, source: Path, target: Path) -> list[float]:
     """Seconds to convert, seconds to import, peak KiB of memory after importing, and in the end."""
     forget(source)
-    command = [sys.executable, "-c", CONVERT.format(tool=tool), str(source), str(target)]
+    command = [sys.executable, "-c", CONVERT.format(tool=tool), str(source), str(target), "--shard-size", f"{SHARD_BYTES >> 20}MiB"]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return [float(word) for word in done.stdout.split()]
+
+
+def checksum_cost(directory: Path, num_bytes: int = 2**30) -> list[list[object]]:
+    """GB per CPU second: writing tensors of 64 MiB as a checkpoint's thread does, without and with the file's CRC-32; verifying a file."""
+    tensor = torch.empty(2**25, dtype=torch.bfloat16).normal_()
+    crc32, seconds = zlib.crc32, defaultdict(list)
+    for _ in range(5):
+        for name, function in (("written, no checksum", lambda data, crc: 0), ("written, checksum", crc32)):
+            zlib.crc32 = function  # type: ignore[assignment]
+            start = time.process_time()
+            file = SummedFile(directory / "file")
+            for _ in range(num_bytes // tensor.nbytes):
+                torch.save(tensor, file)
+            seconds[name].append(time.process_time() - start)
+            zlib.crc32 = crc32
+            file.close()
+        start = time.process_time()
+        sum_of(directory / "file")
+        seconds["verified"].append(time.process_time() - start)
+        (directory / "file").unlink()
+    return [[name, spread([num_bytes / 1e9 / s for s in values], 2)] for name, values in seconds.items()]
 
 
 def main() -> None:
@@ -92,7 +116,7 @@ def main() -> None:
         (root / "config").mkdir()
         (root / "config" / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": args.layers}))
         shape = read_shape(root / "config")
-        save_hf(random_tensors(shape), shape, torch.bfloat16, root / "config", root / "hf")
+        save_hf(random_tensors(shape), shape, torch.bfloat16, root / "config", root / "hf", shard_bytes=SHARD_BYTES)
         num_bytes = forget(root / "hf")
         found: dict[str, list[list[float]]] = defaultdict(list)
         for _ in range(args.trials):
@@ -102,6 +126,7 @@ def main() -> None:
                 shutil.rmtree(root / target, ignore_errors=True)
                 found[tool].append(convert(tool, root / source, root / target))
         same = all((root / "back" / path.name).read_bytes() == path.read_bytes() for path in (root / "hf").glob("*.safetensors"))
+        checksums = checksum_cost(root)
     assert same, "the files that came back differ"
     speed = {name: [num_bytes / 1e9 / trial[0] for trial in trials] for name, trials in found.items()}
     rows = [
@@ -122,12 +147,15 @@ def main() -> None:
     header = ["", "GB/s", "of copying", "seconds", "importing, seconds more", "peak memory, GiB", "of that after importing"]
     text = heading("Conversion of a model between Hugging Face and Megatron files")
     text += (
-        f"\n{num_bytes / 1e9:.2f} GB of bfloat16, {shape.num_layers} layers, files of 4 GiB at most; one process; median (min–max) of "
+        f"\n{num_bytes / 1e9:.2f} GB of bfloat16, {shape.num_layers} layers, files of 1 GiB at most; one process; median (min–max) of "
         f"{args.trials} trials ({2 * args.trials} of copying); load of the machine before the end {os.getloadavg()[0]:.1f}.\n"
         "Read from a cold page cache, ended by fsync. Memory is the peak resident set, mapped files included. "
         "There and back the files are equal to the byte.\n\n"
     )
-    save("conversion.md", text + table(header, rows))
+    text += (
+        table(header, rows) + "\n## A checkpoint's checksums\n\nGB per CPU second of one thread, the disk's time left out; 5 trials.\n\n"
+    )
+    save("conversion.md", text + table(["", "GB/s"], checksums))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class Checkpoints:
         if step % self.options.save_every == 0 or is_last:
             self.save(step, policy, rollouts, wait=is_last or not self.options.async_save)
         elif self._unfinished and self.mesh.max(not self._unfinished[0].is_written()) == 0:
-            self._finish()
+            self.save(self.saved, policy, rollouts)
 
     @timed("checkpoint")
     def save(self, step: int, policy: Policy, rollouts: Rollouts | RolloutsElsewhere, wait: bool = True) -> None:
