@@ -1,8 +1,6 @@
-"""Are two models the same? Architecture, tensors, largest differences, and with --text the log-probs of its tokens.
+"""Are two models the same, each a Hugging Face directory or a Megatron checkpoint of any layout? If not, the exit status is 1.
 
     python tools/check_checkpoint.py A B [--text TEXT.txt] [--tolerance 0]
-
-A and B are Hugging Face directories or Megatron checkpoints of any layout. Exit status 1 if something differs by more than the tolerance.
 """
 
 from __future__ import annotations
@@ -22,8 +20,9 @@ from dapo.policy.weight_files import hf_tensors, open_weights
 
 
 @torch.no_grad()
-def logprobs(source: Path, model: Path, shape: ModelShape, text: str) -> torch.Tensor:
+def logprobs(source: Path, shape: ModelShape, text: str) -> torch.Tensor:
     """log π(token | those before) of the text's tokens, in float32."""
+    model = model_of(source)
     tokens = transformers.AutoTokenizer.from_pretrained(model)(text, return_tensors="pt").input_ids
     hf = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(model), dtype=torch.float32).eval()
     for name, tensor in hf_tensors(open_weights(source, shape), shape, torch.float32):
@@ -38,8 +37,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tolerance", type=float, default=0.0, help="on tensors and log-probs; 0: bit for bit")
     args = parser.parse_args(argv)
     try:
-        models = [path if (path / "config.json").is_file() else model_of(path) for path in args.models]
-        a, b = map(read_shape, models)
+        a, b = (read_shape(model_of(path)) for path in args.models)
         if differences := [f"{name}: {x!r} against {y!r}" for (name, x), y in zip(asdict(a).items(), asdict(b).values()) if x != y]:  # noqa: B905
             raise ConfigError(f"the architectures differ: {'; '.join(differences)}")
         worst = 0.0
@@ -49,7 +47,7 @@ def main(argv: list[str]) -> int:
                 print(f"{name}: differs by up to {difference:.3g}")
         print(f"tensors: the largest difference is {worst:.3g}")
         if args.text:
-            x, y = (logprobs(p, model, a, args.text.read_text()) for p, model in zip(args.models, models, strict=True))
+            x, y = (logprobs(path, a, args.text.read_text()) for path in args.models)
             worst = max(worst, difference := float((x - y).abs().max()))
             print(f"log-probs of {len(x)} tokens: mean {x.mean():.4f} and {y.mean():.4f}, the largest difference is {difference:.3g}")
     except ConfigError as error:
