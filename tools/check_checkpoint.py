@@ -1,6 +1,6 @@
 """Are two models the same, each a Hugging Face directory or a Megatron checkpoint of any layout? If not, the exit status is 1.
 
-    python tools/check_checkpoint.py A B [--text TEXT.txt] [--tolerance 0]
+python tools/check_checkpoint.py A B [--text TEXT.txt] [--tolerance 0]
 """
 
 from __future__ import annotations
