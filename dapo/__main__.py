@@ -119,7 +119,7 @@ def _fail(error: Exception, is_told: bool) -> int:
 
 
 def end(status: int) -> NoReturn:
-    """Leave at once, past the collectives that other ranks may be waiting in, and take Megatron's checkpoint writer along."""
+    """Leave at once, past the collectives that other ranks may be waiting in, and take child processes along."""
     sys.stdout.flush()
     sys.stderr.flush()
     for child in multiprocessing.active_children():

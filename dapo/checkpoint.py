@@ -1,23 +1,30 @@
 """Save and resume everything: policy, optimizer, prompt position, groups carried over, counters.
 
-<run.dir>/checkpoints/step-000010/ holds policy/ (Megatron's torch_dist format), rollouts.json, carried.parquet if groups
-are carried over, and manifest.json (every file and its size).
-It is written under a name that starts with a dot and renamed when whole: what bears the name is whole, unless damaged later.
+<run.dir>/checkpoints/step-000010/ holds policy/ (Megatron's torch_dist format), rollouts.json, carried.parquet if groups are carried
+over, and manifest.json (the model, every size and checksum). It is written under a hidden name and renamed when every rank's part is on the
+disk: what bears the name is whole, unless damaged later, and that is noticed.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
-from dapo import config
+import numpy as np
+
+from dapo import config, files
 from dapo.clock import timed
 from dapo.config import ConfigError
+from dapo.files import Sum
 from dapo.mesh import Mesh
 from dapo.policy.megatron import Policy
+from dapo.policy.model import ModelShape
+from dapo.policy.torch_dist import Save
+from dapo.policy.weight_files import check_model
 from dapo.rollout import Rollouts, RolloutsElsewhere
 
 
@@ -31,17 +38,19 @@ class Checkpoints:
     def __init__(self, options: config.Run, mesh: Mesh):
         self.options, self.mesh = options, mesh
         self.root = options.dir / "checkpoints"
-        self.saved = -1  # the step last saved or loaded
+        self.saved = -1  # the step last saved or loaded, or being saved
+        self._unfinished: tuple[Save, ModelShape] | None = None  # of the checkpoint that is being saved
 
     def load(self, policy: Policy, rollouts: Rollouts | RolloutsElsewhere) -> int:
         """Restore the newest whole checkpoint; the step to go on with, 0 where there is none.
 
         Raises:
-            ConfigError: run.resume is "never" and the run directory already holds a run.
+            ConfigError: run.resume is "never" and the run directory already holds a run; or the checkpoint is of another model.
         """
-        step: int | None = self.mesh.on_main(self._newest_whole)
+        step = self._newest_whole()
         if step is None:
             return 0
+        self.mesh.on_main(check_model, self._path(step), policy.shape)
         policy.load(self._path(step) / "policy")
         if isinstance(rollouts, Rollouts):
             rollouts.load(self._path(step))
@@ -49,85 +58,95 @@ class Checkpoints:
         return step
 
     def maybe_save(self, step: int, policy: Policy, rollouts: Rollouts | RolloutsElsewhere) -> None:
-        """Save if `step` steps are a multiple of run.save_every, or all of them."""
-        if step % self.options.save_every == 0 or step == self.options.steps:
-            self.save(step, policy, rollouts)
+        """Save if `step` steps are a multiple of run.save_every, or all of them. After all of them, nothing is left unfinished."""
+        is_last = step == self.options.steps
+        if step % self.options.save_every == 0 or is_last:
+            self.save(step, policy, rollouts, wait=is_last or not self.options.async_save)
+        elif self._unfinished and self.mesh.max(not self._unfinished[0].is_written()) == 0:
+            self.save(self.saved, policy, rollouts)
 
     @timed("checkpoint")
-    def save(self, step: int, policy: Policy, rollouts: Rollouts | RolloutsElsewhere) -> None:
-        """Save the state after `step` steps. On failure nothing is left behind, and older checkpoints stay."""
-        if step == self.saved:
+    def save(self, step: int, policy: Policy, rollouts: Rollouts | RolloutsElsewhere, wait: bool = True) -> None:
+        """Save the state after `step` steps; without `wait`, only begin to. On failure nothing is left behind, and older checkpoints stay.
+
+        Raises:
+            CheckpointError: the disk is full, or the like.
+        """
+        if step != self.saved:
+            self._finish()
+            with self._writing(step) as partial:
+                self.mesh.on_main(_begin, partial, rollouts)
+                saving = policy.save(partial / "policy")
+                self.mesh.on_main(files.require_space, self.root, int(self.mesh.sum(np.array([saving.num_bytes]))[0]))
+                saving.start(in_background=not wait)
+            self.saved, self._unfinished = step, (saving, policy.shape)
+        if wait:
+            self._finish()
+
+    def _finish(self) -> None:
+        """Wait for the checkpoint that is being saved, on every rank, and give it its name."""
+        if self._unfinished is None:
             return
-        partial = self.root / f".step-{step:06}"
-        self.mesh.on_main(_make_empty, partial / "policy")
+        (saving, shape), self._unfinished = self._unfinished, None
+        with self._writing(self.saved) as partial:
+            sums = self.mesh.gather(saving.finish())
+            self.mesh.on_main(self._publish, partial, sums, shape)
+
+    @contextmanager
+    def _writing(self, step: int) -> Iterator[Path]:
+        partial = files.hidden(self._path(step))
         try:
-            policy.save(partial / "policy")
-            self.mesh.on_main(self._publish, step, partial, rollouts)
+            yield partial
         except BaseException as error:
+            self.saved = -1
             if self.mesh.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, OSError):
-                free = shutil.disk_usage(self.root).free / 2**30
+                free = files.free_gib(self.root)
                 raise CheckpointError(
                     f"checkpoint {self._path(step)} cannot be written, {free:.1f} GiB free there: {error}; those before it are whole"
                 ) from error
             raise
-        self.saved = step
 
     def _path(self, step: int) -> Path:
         return self.root / f"step-{step:06}"
 
-    def _publish(self, step: int, partial: Path, rollouts: Rollouts) -> None:
-        rollouts.save(partial)
-        manifest = {
-            "step": step,
-            "files": {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()},
-        }
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        for path in (partial, *partial.rglob("*")):  # on the disk before it bears the name
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        shutil.rmtree(self._path(step), ignore_errors=True)
-        os.rename(partial, self._path(step))
-        for old in self._steps()[self.options.keep_checkpoints :]:
-            shutil.rmtree(self._path(old))
+    def _publish(self, partial: Path, sums: list[dict[str, Sum]], shape: ModelShape) -> None:
+        written = {name: sum for of_rank in sums for name, sum in of_rank.items()}
+        files.write_manifest(partial, written, {"step": self.saved, "model": asdict(shape)})
+        files.publish(partial, self._path(self.saved))
+        for step in self._steps()[self.options.keep_checkpoints :]:
+            if not self.options.keep_every or step % self.options.keep_every:
+                shutil.rmtree(self._path(step))
 
     def _steps(self) -> list[int]:
         """Steps that have a checkpoint, newest first."""
         return sorted((int(p.name.removeprefix("step-")) for p in self.root.glob("step-*")), reverse=True)
 
     def _newest_whole(self) -> int | None:
-        steps = self._steps()
-        if self.options.resume == "never":
-            if steps:
-                raise ConfigError(
-                    f"run.dir={self.options.dir} already holds a run and run.resume=never: choose another directory, or run.resume=auto"
-                )
-            return None
-        for step in steps:
-            damage = _damage(self._path(step))
+        """Every rank verifies its share of the files, so that what one process would take minutes for takes seconds."""
+        for step in self.mesh.on_main(self._steps_to_try):
+            found = self.mesh.gather(files.damage(self._path(step), self.mesh.rank, self.mesh.world))
+            damage = self.mesh.on_main(lambda found=found: next(filter(None, found), None))
             if damage is None:
-                return step
-            print(f"warning: checkpoint {self._path(step)} is damaged ({damage}): using the one before it", file=sys.stderr, flush=True)
+                return int(step)
+            if self.mesh.is_main:
+                warning = f"warning: checkpoint {self._path(step)} is damaged ({damage}): using the one before it"
+                print(warning, file=sys.stderr, flush=True)
         return None
 
+    def _steps_to_try(self) -> list[int]:
+        steps = self._steps()
+        if self.options.resume == "never" and steps:
+            raise ConfigError(
+                f"run.dir={self.options.dir} already holds a run and run.resume=never: choose another directory, or run.resume=auto"
+            )
+        for leftover in self.root.glob(".step-*"):  # of a run that was killed while it saved
+            shutil.rmtree(leftover)
+        return steps
 
-def _make_empty(path: Path) -> None:
-    shutil.rmtree(path.parent, ignore_errors=True)
-    path.mkdir(parents=True)
 
-
-def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, None if all its files are there at their sizes."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        return f"manifest.json: {error}"
-    for name, size in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} of {size} bytes"
-    return None
+def _begin(partial: Path, rollouts: Rollouts) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "policy").mkdir(parents=True)
+    rollouts.save(partial)

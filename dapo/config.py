@@ -38,7 +38,9 @@ class Run(Section):
     seed: int = 0
     resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest whole checkpoint below `dir`
     save_every: Positive = 10  # steps between checkpoints; the last step is always saved
-    keep_checkpoints: Positive = 2
+    keep_checkpoints: Positive = 2  # the newest ones
+    keep_every: Positive | None = None  # and those of every so many steps, a multiple of save_every
+    async_save: bool = False  # write checkpoints while training goes on, from a copy of this rank's state in main memory
     wandb_project: str | None = None
 
 
@@ -178,6 +180,10 @@ class Config(Section):
             ConfigError: two options contradict each other.
         """
         rollout, reward, optim = self.rollout, self.reward, self.optim
+        if self.run.keep_every and self.run.keep_every % self.run.save_every:
+            raise ConfigError(
+                f"run.keep_every={self.run.keep_every} is not a multiple of run.save_every={self.run.save_every}: nothing is saved then"
+            )
         if rollout.prompts_per_step % optim.prompts_per_minibatch:
             raise ConfigError(
                 f"rollout.prompts_per_step={rollout.prompts_per_step} is not a multiple of "

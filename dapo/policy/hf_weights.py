@@ -7,28 +7,20 @@ Every tensor of the model is named here once. `kind` says how Megatron shards an
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from dapo.config import ConfigError
 from dapo.policy.cpu import has_transformer_engine
 from dapo.shape import ModelShape, padded_vocab
 
 Kind = Literal["whole", "rows", "columns", "qkv", "pair"]
-SHARD_BYTES = 4 * 2**30  # of an exported safetensors file
 
 
 @dataclass(frozen=True)
@@ -42,14 +34,16 @@ class Entry:
     stage: Literal["first", "last", "layer"] = "layer"
 
 
-def table(shape: ModelShape) -> list[Entry]:
-    """The whole model's entries, in the order of its layers. `megatron` names are relative to the layer for those inside one."""
-    has_te = has_transformer_engine()  # its layers hold the norm inside the linear after it
+def table(shape: ModelShape, is_fused: bool) -> list[Entry]:
+    """The whole model's entries, in the order of its layers. `megatron` names are relative to the layer for those inside one.
+
+    `is_fused`: the linear after a norm holds it, as in Transformer Engine's layers, and in every checkpoint.
+    """
     entries = [Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "rows", stage="first")]
     for i in range(shape.num_layers):
         hf, attn, mlp = f"model.layers.{i}.", f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
         norms = ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight")
-        input_norm, mlp_norm = norms if has_te else ("input_layernorm.weight", "pre_mlp_layernorm.weight")
+        input_norm, mlp_norm = norms if is_fused else ("input_layernorm.weight", "pre_mlp_layernorm.weight")
         entries += [
             Entry(input_norm, (hf + "input_layernorm.weight",), "whole", i),
             Entry("self_attention.linear_qkv.weight", tuple(f"{attn}{x}_proj.weight" for x in "qkv"), "qkv", i),
@@ -113,11 +107,19 @@ def from_shards(entry: Entry, shards: list[Tensor], shape: ModelShape) -> list[T
     return [t.flatten(0, 1) for t in grouped.split([per_group, shape.head_dim, shape.head_dim], dim=1)]
 
 
+class StoredWeights(Protocol):
+    """A model's weights in files: weight_files.py has one for each format."""
+
+    def read(self, entry: Entry) -> list[Tensor]:
+        """The entry's Hugging Face tensors, of the right shapes and finite. Raises ConfigError where they are not."""
+        ...
+
+
 class Weights:
     """The table against one rank's part of a model: which parameter each entry is here, if any."""
 
     def __init__(self, model: GPTModel, shape: ModelShape):
-        self.shape, self.entries = shape, table(shape)
+        self.shape, self.entries = shape, table(shape, is_fused=has_transformer_engine())
         self.params = dict(model.named_parameters())
         self.tensor_rank = parallel_state.get_tensor_model_parallel_rank()
         self.tensor_size = parallel_state.get_tensor_model_parallel_world_size()
@@ -138,36 +140,26 @@ class Weights:
             return None
         return entry.megatron if entry.layer is None else f"decoder.layers.{entry.layer % self.layers_per_stage}.{entry.megatron}"
 
-    def load(self, directory: Path) -> None:
-        """Copy a Hugging Face directory's weights into the model.
+    def load(self, weights: StoredWeights) -> None:
+        """Copy stored weights into the model, this rank's part of them.
 
         Raises:
-            ConfigError: no weights there, or a tensor is missing, extra, of another shape, or not finite; nothing was left half-used.
+            ConfigError: a tensor is of another shape, or not finite; nothing was left half-used.
         """
-        files = open_safetensors(directory)
-        expected = {name: size for entry in self.entries for name, size in zip(entry.hf, hf_shapes(entry, self.shape), strict=True)}
-        tied_copy = {"lm_head.weight"} if self.shape.is_tied else set()
-        _check_names(directory, set(files), set(expected), tied_copy)
         seen = set()
         for entry in self.entries:
             name = self.local_name(entry)
             if name is not None:
-                self._copy(entry, name, directory, files, expected)
+                self._copy(entry, name, weights)
                 seen.add(name)
         if self.shape.is_tied and "output_layer.weight" in self.params:  # the last stage's own copy of the embedding
-            self._copy(self.entries[0], "output_layer.weight", directory, files, expected)
+            self._copy(self.entries[0], "output_layer.weight", weights)
             seen.add("output_layer.weight")
         assert seen == set(self.params), f"parameters outside the name table: {set(self.params) - seen}"
 
-    def _copy(self, entry: Entry, name: str, directory: Path, files: dict[str, Path], expected: dict[str, tuple[int, ...]]) -> None:
-        tensors = [read_tensor(files[hf_name], hf_name) for hf_name in entry.hf]
-        for hf_name, tensor in zip(entry.hf, tensors, strict=True):
-            if tuple(tensor.shape) != expected[hf_name]:
-                raise ConfigError(f"{directory}: tensor {hf_name} has shape {tuple(tensor.shape)}, config.json means {expected[hf_name]}")
-            if not tensor.isfinite().all():
-                raise ConfigError(f"{directory}: tensor {hf_name} holds NaN or infinite values")
+    def _copy(self, entry: Entry, name: str, weights: StoredWeights) -> None:
         with torch.no_grad():
-            self.params[name].copy_(to_shard(entry, tensors, self.shape, self.tensor_rank, self.tensor_size))
+            self.params[name].copy_(to_shard(entry, weights.read(entry), self.shape, self.tensor_rank, self.tensor_size))
 
     def export(self, read: Callable[[torch.nn.Parameter], Tensor] = lambda p: p.data) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, full tensor) of the whole model, on every rank, tensor by tensor. Collective: every rank drains it."""
@@ -191,69 +183,3 @@ class Weights:
         shards = [torch.empty_like(shard) for _ in range(self.tensor_size)]
         dist.all_gather(shards, shard, group=self.tensor_group)
         return shards
-
-
-def open_safetensors(directory: Path) -> dict[str, Path]:
-    """Tensor name → file, of all safetensors files in the directory."""
-    paths = sorted(directory.glob("*.safetensors"))
-    if not paths:
-        raise ConfigError(f"policy.model={directory}: no *.safetensors there; the model has no weights")
-    files = {}
-    for path in paths:
-        try:
-            with safe_open(path, framework="pt") as file:
-                files.update(dict.fromkeys(file.keys(), path))
-        except SafetensorError as error:
-            raise ConfigError(f"{path}: damaged or cut short: {error}") from error
-    return files
-
-
-def read_tensor(path: Path, name: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)  # type: ignore[no-any-return]
-
-
-def _check_names(directory: Path, found: set[str], expected: set[str], allowed: set[str]) -> None:
-    missing, extra = sorted(expected - found), sorted(found - expected - allowed)
-    if missing:
-        raise ConfigError(
-            f"{directory}: {len(missing)} tensors are missing, first {missing[0]}; config.json does not describe these weights"
-        )
-    if extra:
-        raise ConfigError(f"{directory}: {len(extra)} tensors have no place in this architecture, first {extra[0]}")
-
-
-def save_hf(weights: Iterable[tuple[str, Tensor]], source: Path, target: Path) -> None:
-    """Write a Hugging Face directory: the weights, and config, tokenizer and the like copied from `source`. Appears whole or not at all."""
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for path in source.iterdir():
-        if path.is_file() and path.suffix in {".json", ".txt", ".model", ".jinja"} and not path.name.endswith(".index.json"):
-            shutil.copy2(path, partial / path.name)
-    shards: list[list[str]] = []
-    shard: dict[str, Tensor] = {}
-    total = 0
-
-    def flush() -> None:
-        save_file(shard, partial / f"{len(shards)}.safetensors", metadata={"format": "pt"})
-        shards.append(list(shard))
-        shard.clear()
-
-    for name, tensor in weights:
-        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > SHARD_BYTES:
-            flush()
-        shard[name] = tensor.detach().to("cpu", copy=True)
-        total += tensor.nbytes
-    flush()
-    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors" for i in range(len(shards))]
-    for i, name in enumerate(names):
-        os.rename(partial / f"{i}.safetensors", partial / name)
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": total},
-            "weight_map": {key: name for keys, name in zip(shards, names, strict=True) for key in keys},
-        }
-        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    shutil.rmtree(target, ignore_errors=True)
-    os.rename(partial, target)

@@ -23,14 +23,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from dapo.batch import Batch, Microbatch, Place
 from dapo.clock import beat, timed
 from dapo.config import Config
 from dapo.dump import Trace
-from dapo.mesh import FailedElsewhere, Mesh
-from dapo.policy import hf_weights
+from dapo.mesh import Mesh
+from dapo.policy import torch_dist, weight_files
 from dapo.policy.hf_weights import Weights
 from dapo.policy.model import build_model, split_passthrough, transformer_config
 from dapo.shape import read_shape
@@ -78,7 +77,7 @@ class Policy:
         _, optimizer_fields, ddp_fields = split_passthrough(config.policy.megatron)
         self._module = model = build_model(self.shape, self.transformer).to(mesh.device)
         self._weights = Weights(model, self.shape)
-        self._weights.load(config.policy.model)
+        self._weights.load(weight_files.open_weights(config.policy.model, self.shape))
         ddp = dict(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
         self.model = DistributedDataParallel(
             self.transformer,
@@ -195,24 +194,16 @@ class Policy:
     def save_hf(self, target: Path) -> None:
         """Write the model as a Hugging Face directory, which appears whole or not at all."""
         if self.mesh.is_main:
-            hf_weights.save_hf(self.weights(), self.config.policy.model, target)
+            dtype = self.transformer.params_dtype
+            weight_files.save_hf(self.weights(), self.shape, dtype, self.config.policy.model, target, may_replace=True)
         else:
             for _ in self.weights():
                 pass
         self.mesh.barrier()
 
-    def save(self, directory: Path) -> None:
-        """Model, optimizer and scheduler as a Megatron distributed checkpoint, in an existing, empty directory.
-
-        Raises:
-            OSError: this rank could not write its part.
-            FailedElsewhere: another rank could not.
-        """
-        try:
-            dist_checkpointing.save(self._sharded_state(is_loading=False), str(directory))
-        except CheckpointException as error:  # a BaseException, and Megatron's way to tell of any failure while writing
-            reasons = [reason for reason, _ in error.failures.values()]
-            raise OSError(str(reasons[0])) if reasons else FailedElsewhere("a part of the checkpoint could not be written") from error
+    def save(self, directory: Path) -> torch_dist.Save:
+        """Plan a Megatron distributed checkpoint of model, optimizer and scheduler, in an existing, empty directory: `start` it."""
+        return torch_dist.Save(self._sharded_state(is_loading=False), directory)
 
     def load(self, directory: Path) -> None:
         state = dist_checkpointing.load(self._sharded_state(is_loading=True), str(directory))

@@ -131,6 +131,7 @@ def test_a_file_that_is_not_there_is_refused_by_name(tmp_path):
         (["rollout.prompts_per_step=500"], ["prompts_per_step=500", "prompts_per_minibatch=32"]),
         (["policy.tokens_per_microbatch=22527"], ["tokens_per_microbatch=22527", "max_response_length=20480", "= 22528 tokens"]),
         (["reward.overlong_cache=20480"], ["overlong_cache=20480", "max_response_length=20480"]),
+        (["run.keep_every=15"], ["keep_every=15", "save_every=10"]),
     ],
 )
 def test_contradicting_options_are_refused_with_their_values(tmp_path, overrides, words):

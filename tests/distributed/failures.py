@@ -12,15 +12,18 @@ import resource
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from dapo import files
 from dapo.__main__ import main as dapo
 from dapo.config import Parallel
 from dapo.mesh import Mesh
+from dapo.policy.model import read_shape
 from tests.distributed.launch import ROOT
 
 EXAMPLE = ROOT / "examples/arithmetic"
@@ -172,6 +175,29 @@ def run_exists(directory: Path) -> list[str]:
 
 
 @case
+def missing_shard(directory: Path) -> list[str]:
+    options = broken_model(directory, lambda config, weights: None)
+    (directory / "model.safetensors").rename(directory / "model-00001-of-00002.safetensors")
+    places = {"model.norm.weight": "model-00001-of-00002.safetensors", "lm_head.weight": "model-00002-of-00002.safetensors"}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return options
+
+
+@case
+def checkpoint_of_another_model(directory: Path) -> list[str]:
+    """Of the same tensors, and another rope."""
+    step = directory / "run" / "checkpoints" / "step-000001"
+    step.mkdir(parents=True)
+    files.write_manifest(step, {}, {"step": 1, "model": asdict(read_shape(EXAMPLE / "base")) | {"rope_theta": 5e5}})
+    return [f"run.dir={directory / 'run'}"]
+
+
+@case
+def too_little_disk(directory: Path) -> list[str]:
+    return ["run.steps=1"]  # see `attempt`: 100 kB are free
+
+
+@case
 def disk_full(directory: Path) -> list[str]:
     return ["run.steps=1"]  # see `attempt`: no file may be larger than 200 kB
 
@@ -190,11 +216,15 @@ def attempt(options: list[str], run: Path) -> dict[str, Any]:
     printed = io.StringIO()
     fast = ["eval.data=null", "reward.workers=0", "rollout.prompts_per_step=4", "rollout.prompts_per_round=4", f"run.dir={run}"]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    usage = shutil.disk_usage
     if run.name == "disk_full-run":
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    if run.name == "too_little_disk-run":
+        shutil.disk_usage = lambda path: usage(path)._replace(free=100_000)
     with contextlib.redirect_stderr(printed):
         status = dapo(["train", str(EXAMPLE / "config.yaml"), *fast, *options])
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    shutil.disk_usage = usage
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     return {"status": status, "printed": printed.getvalue()}

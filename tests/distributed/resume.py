@@ -5,6 +5,8 @@ torchrun --nproc-per-node 2 -m tests.distributed.resume OUT.json
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import sys
 from pathlib import Path
@@ -33,6 +35,10 @@ LAYOUTS = {
     "pipeline-parallel": ["parallel.pipeline=2"],
     "carried-over": ["parallel.tensor=1", "rollout.prompts_per_round=16", "rollout.max_staleness=1"],
     "bfloat16": ["parallel.tensor=2", "policy.dtype=bfloat16"],
+}
+ONLY_STOPPED = {  # options of the run that stops: they change nothing of the outcome
+    "tensor-parallel": ["run.async_save=true"],
+    "bfloat16": ["run.async_save=true", "run.keep_checkpoints=1", "run.keep_every=3"],
 }
 
 
@@ -82,10 +88,11 @@ def main(out: str) -> None:
     for name, layout in LAYOUTS.items():
         through, stopped = Path(out).parent / name / "through", Path(out).parent / name / "stopped"
         run(through, "run.steps=4", *layout)
-        run(stopped, "run.steps=2", *layout)
+        run(stopped, "run.steps=2", "run.keep_checkpoints=2", *layout)
         mesh = Mesh(configs.Parallel(tensor=1))
-        mesh.on_main(cut_short, stopped / "checkpoints" / "step-000002" / "rollouts.json")
-        run(stopped, "run.steps=4", *layout)
+        mesh.on_main(DAMAGE[name], stopped / "checkpoints" / "step-000002")
+        with contextlib.redirect_stderr(io.StringIO()) as printed:
+            run(stopped, "run.steps=4", *layout, *ONLY_STOPPED.get(name, []))
         results.append(
             {
                 "name": name,
@@ -95,14 +102,40 @@ def main(out: str) -> None:
                 "weights": is_equal(weights(through / "hf"), weights(stopped / "hf")),
                 "moved": not is_equal(weights(through / "hf"), weights(ROOT / "examples/arithmetic/base")),
                 "checkpoints": sorted(path.name for path in (stopped / "checkpoints").iterdir()),
+                "warnings": printed.getvalue().splitlines(),
             }
         )
         if mesh.is_main:
             Path(out).write_text(json.dumps(results))
 
 
-def cut_short(path: Path) -> None:
+def cut_short(checkpoint: Path) -> None:
+    path = checkpoint / "rollouts.json"
     path.write_text(path.read_text()[:-5])
+
+
+def flip_a_bit(checkpoint: Path) -> None:
+    path = checkpoint / "policy" / "__1_0.distcp"  # of the second rank, and verified by whichever
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def lose_a_shard(checkpoint: Path) -> None:
+    (checkpoint / "policy" / "__1_0.distcp").unlink()
+
+
+def lose_the_manifest(checkpoint: Path) -> None:
+    (checkpoint / "manifest.json").unlink()
+
+
+DAMAGE = {
+    "data-parallel": cut_short,
+    "tensor-parallel": flip_a_bit,
+    "pipeline-parallel": lose_a_shard,
+    "carried-over": cut_short,
+    "bfloat16": lose_the_manifest,
+}
 
 
 if __name__ == "__main__":

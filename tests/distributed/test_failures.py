@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.distributed.launch import ROOT, measured, torchrun
@@ -37,6 +38,9 @@ SAYS = {  # what went wrong → words that must be in the line
     "policy_destroyed": ["not finite", "checkpoint"],
     "nothing_correct": ["0 of 4 mixed groups", "100% all wrong"],
     "cap_reached": ["rollout.max_rounds=1", "0 of 4 mixed groups"],
+    "missing_shard": ["model-00002-of-00002.safetensors is missing", "model.safetensors.index.json"],
+    "checkpoint_of_another_model": ["step-000001 is a checkpoint of another model", "rope_theta=500000.0 there, 10000.0 here"],
+    "too_little_disk": ["step-000001 cannot be written", "0.0 GiB free", "GiB are needed"],
     "disk_full": ["step-000001 cannot be written", "GiB free", "those before it are whole"],
     "run_exists": ["run.resume=never", "already holds a run"],
 }
@@ -68,6 +72,32 @@ def test_an_exception_on_one_rank_stops_all_and_is_told_once(tmp_path: Path) -> 
     assert done.stdout.count("Traceback") - done.stdout.count("ChildFailedError: \n") == 1, done.stdout
     assert "ZeroDivisionError: on rank 1" in done.stdout
     assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_run_killed_while_it_saves_leaves_no_process_and_goes_on_from_the_checkpoint_before(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ["run.steps=3", "run.save_every=1", "run.async_save=true", "eval.data=null", "parallel.tensor=2", "reward.workers=1"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.distributed.killed", str(run)]
+    agent = subprocess.Popen([sys.executable, *command, *options], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 120
+    while len(list(run.glob("writing-*"))) < 2 and agent.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    processes = psutil.Process(agent.pid).children(recursive=True)
+    for process in [psutil.Process(agent.pid), *(p for p in processes if "tests.distributed.killed" in p.cmdline())]:
+        process.kill()
+    agent.wait()
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    names = [p.cmdline() for p in alive]
+    for process in alive:
+        process.kill()
+    assert not names, "processes outlived the run"
+    assert len(processes) >= 3, "two ranks and a reward worker"
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [".step-000002.partial", "step-000001"]
+
+    done = torchrun(2, "-m", "dapo", "train", "examples/arithmetic/config.yaml", f"run.dir={run}", *options)
+    assert done.returncode == 0, done.stdout
+    assert "going on from step 1 of 3" in done.stdout
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:

@@ -14,15 +14,23 @@ def test_learning_from_dumped_rollouts_equals_the_run_that_dumped_them() -> None
     assert result["checkpoints"] == ["step-000001"], "a run that has not learnt yet can be saved"
 
 
-LAYOUTS = ["data-parallel", "tensor-parallel", "pipeline-parallel", "carried-over", "bfloat16"]
+LAYOUTS = {  # how its newest checkpoint was damaged → what the warning says
+    "data-parallel": "rollouts.json has ",
+    "tensor-parallel": "policy/__1_0.distcp is not what was written",
+    "pipeline-parallel": "policy/__1_0.distcp is missing",
+    "carried-over": "rollouts.json has ",
+    "bfloat16": "manifest.json",
+}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_resuming_from_the_checkpoint_before_a_damaged_one_equals_going_on(layout: str) -> None:
     result = measured("tests.distributed.resume", 2)[layout]
+    assert len(result["warnings"]) == 1 and LAYOUTS[layout] in result["warnings"][0], result["warnings"]
+    assert "step-000002 is damaged" in result["warnings"][0]
     assert result["steps"] == [0, 1, 2, 3, 4], "each step once, also the one that was made twice"
     assert result["rows"], "the metrics differ"
     assert result["weights"], "the parameters differ"
     assert (result["stale"] > 0) is (layout == "carried-over")
     assert result["moved"], "nothing was learnt, so nothing was tested"
-    assert result["checkpoints"] == ["step-000003", "step-000004"], "keep_checkpoints=2, and no leftovers"
+    assert result["checkpoints"] == ["step-000003", "step-000004"], "keep_checkpoints=2, or 1 and every third; no leftovers"

@@ -1,0 +1,158 @@
+"""Directories that appear whole or not at all, and tell when they were damaged later.
+
+Each is written under a hidden name and renamed when everything is on the disk. manifest.json lists every file's size and CRC-32: that finds
+what disks and copies do to files, and is no help against forgery.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dapo.config import ConfigError
+
+MANIFEST = "manifest.json"
+Sum = tuple[int, int]  # bytes, CRC-32
+BLOCK = 2**20
+
+
+class SummedFile:
+    """A file being written that sums up what goes by, so that nothing is read again for its checksum."""
+
+    def __init__(self, path: Path):
+        self._file = open(path, "wb", buffering=BLOCK)  # noqa: SIM115  # until close
+        self.sum: Sum = (0, 0)
+        self.error: OSError | None = None  # torch.save turns a full disk into errors of its own
+
+    def write(self, data: bytes | memoryview) -> int:
+        view = memoryview(data)
+        try:
+            self._file.write(view)
+        except OSError as error:
+            self.error = error
+            raise
+        self.sum = self.sum[0] + view.nbytes, zlib.crc32(view, self.sum[1])
+        return view.nbytes
+
+    def tell(self) -> int:
+        return self.sum[0]
+
+    def flush(self) -> None:
+        pass  # once, at the end
+
+    def close(self) -> None:
+        """The bytes are on the disk when this returns."""
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self.error = error
+            raise
+        finally:
+            self._file.close()
+
+
+def sum_of(path: Path) -> Sum:
+    """A file's size and CRC-32."""
+    size, crc, block = 0, 0, memoryview(bytearray(BLOCK))
+    with open(path, "rb", buffering=0) as file:
+        while read := file.readinto(block):
+            size, crc = size + read, zlib.crc32(block[:read], crc)
+    return size, crc
+
+
+def write_manifest(directory: Path, sums: dict[str, Sum], about: dict[str, Any]) -> None:
+    """manifest.json, last of all: `about`, and the sums of all files. What is not in `sums` (small files) is read for its own."""
+    names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+    manifest = about | {"files": {name: sums.get(name) or sum_of(directory / name) for name in names}}
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Raises OSError or ValueError: there is none, or it is damaged itself."""
+    manifest = json.loads((directory / MANIFEST).read_text())
+    sums = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(sums, dict) or not all(isinstance(sum, list) and len(sum) == 2 for sum in sums.values()):
+        raise ValueError("it does not list files with size and checksum")
+    return manifest  # type: ignore[no-any-return]
+
+
+def damage(directory: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with part `part` of `parts` of the directory's files, None if they are what the manifest says. Reads them all."""
+    try:
+        sums = read_manifest(directory)["files"]
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST}: {error}"
+    largest_first = sorted(sums, key=lambda name: (-sums[name][0], name))
+    for name in largest_first[part::parts]:
+        size, crc = sums[name]
+        if not (directory / name).is_file():
+            return f"{name} is missing"
+        if (directory / name).stat().st_size != size:
+            return f"{name} has {(directory / name).stat().st_size} of {size} bytes"
+        if sum_of(directory / name)[1] != crc:
+            return f"{name} is not what was written: its checksum differs"
+    return None
+
+
+def require_space(directory: Path, num_bytes: int) -> None:
+    """Raises OSError: the disk below `directory` has no room for that many bytes."""
+    if shutil.disk_usage(directory).free < num_bytes:
+        raise OSError(f"{num_bytes / 2**30:.2f} GiB are needed")
+
+
+def free_gib(directory: Path) -> float:
+    """Of the disk that `directory` lies on, whether or not it exists already."""
+    while not directory.exists():
+        directory = directory.parent
+    return shutil.disk_usage(directory).free / 2**30
+
+
+@contextmanager
+def made_whole(target: Path, num_bytes: int, may_replace: bool = False) -> Iterator[Path]:
+    """A hidden directory to write into, beside `target`, whose name it gets when the block ends well; else it is removed.
+
+    Raises:
+        ConfigError: `target` exists and may not be replaced, or the disk has no room for `num_bytes`. Nothing was written.
+    """
+    if target.exists() and not may_replace:
+        raise ConfigError(f"{target} exists and is not overwritten: name another directory, or remove it")
+    partial = hidden(target)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        require_space(partial, num_bytes)
+        yield partial
+        publish(partial, target)
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be written, {free_gib(target.parent):.1f} GiB free there: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def hidden(target: Path) -> Path:
+    """The name that a directory bears while it is written."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Put everything on the disk, then give it its name; a `target` that exists is replaced."""
+    for path in (*partial.rglob("*"), partial):
+        _sync(path)
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(partial, target)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,279 @@
+"""Megatron's distributed checkpoints (torch_dist): written by one thread of each rank; read and written chunk by chunk by a single process.
+
+A directory holds *.distcp files (chunks of tensors end to end, each as torch.save writes it), .metadata (a pickle: which chunk lies where),
+common.pt and metadata.json (what is no tensor, and which format this is).
+"""
+
+from __future__ import annotations
+
+import mmap
+import pickle
+import zipfile
+import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
+from torch.distributed.checkpoint.filesystem import FileSystemReader, SerializationFormat, _StorageInfo, _write_item
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+
+from dapo.config import ConfigError
+from dapo.files import Sum, SummedFile
+from dapo.mesh import FailedElsewhere
+
+# --- all ranks of a run, each its own part ---
+
+
+class Save:
+    """A checkpoint on its way to the disk. Every method but `is_written` is collective.
+
+    Megatron's own writers are forked processes, and a manager process that a killed trainer leaves behind: here a thread writes.
+    """
+
+    def __init__(self, state: dict[str, Any], directory: Path):
+        """Plan who writes what, into an existing, empty directory. Nothing large is written yet."""
+        strategy = _Strategy("torch_dist", 1)
+        self._request = dist_checkpointing.save(state, str(directory), strategy, async_sharded_save=True)
+        self._writer = strategy.writer
+        self._file = f"{directory.name}/{self._writer.file_name}"
+
+    @property
+    def num_bytes(self) -> int:
+        """Of this rank's part."""
+        return self._writer.num_bytes
+
+    def start(self, in_background: bool) -> None:
+        """Write. In the background: from a copy in main memory, so that training may go on and change the parameters."""
+        if in_background:
+            self._writer.copy_items()
+        self._writer.start()
+        if not in_background:
+            self._writer.wait()
+
+    def is_written(self) -> bool:
+        return self._writer.future.done()
+
+    def finish(self) -> dict[str, Sum]:
+        """Wait for every rank's part, then let the main rank write which chunk lies where. Returns the sum of the file of this rank.
+
+        Raises:
+            OSError: a part could not be written.
+            FailedElsewhere: this rank's was, another's was not.
+        """
+        self._writer.wait()
+        try:
+            for finalize in self._request.finalize_fns:
+                finalize()
+        except CheckpointException as error:  # a BaseException; only the main rank is told the reasons
+            reasons = [reason for reason, _ in error.failures.values()]
+            raise OSError(str(reasons[0])) if reasons else FailedElsewhere("a part of the checkpoint could not be written") from error
+        return {self._file: self._writer.sum} if self._writer.items else {}
+
+
+class _Strategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
+    """Megatron's plan, our writer."""
+
+    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Path) -> AsyncRequest:
+        tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        self.writer = _Writer(checkpoint_dir)
+        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        plan, *_ = save_state_dict_async_plan(mcore_to_pyt_state_dict(tensors), self.writer, planner=planner)
+        return self._get_save_and_finalize_callbacks(self.writer, plan)
+
+
+class _Writer(FileSystemWriterAsync):  # type: ignore[misc]
+    """Writes this rank's chunks into one file, in a thread."""
+
+    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
+        self.items: list[tuple[WriteItem, Any]] = [(item, planner.resolve_data(item)) for item in plan.items]
+        self.num_bytes = sum(data.nbytes if isinstance(data, Tensor) else len(data.getbuffer()) for _, data in self.items)
+        self.file_name = f"{plan.storage_data.prefix}0.distcp"
+        self.sum: Sum = (0, 0)
+
+    def copy_items(self) -> None:
+        self.items = [(item, _on_cpu(data, copy=True) if isinstance(data, Tensor) else data) for item, data in self.items]
+
+    def start(self) -> None:
+        thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.future: Future[list[Any]] = thread.submit(self._write)
+        thread.shutdown(wait=False)
+
+    def wait(self) -> None:
+        self.future.exception()
+
+    def get_save_function_and_args(self) -> tuple[None, None, list[Any]]:
+        return None, None, []  # Save writes
+
+    def retrieve_write_results(self) -> Any:
+        error = self.future.exception()
+        return _wrap_exception(error) if error else self.future.result()
+
+    def _write(self) -> list[Any]:
+        if not self.items:
+            return []
+        file = SummedFile(Path(self.checkpoint_dir) / self.file_name)
+        results = []
+        try:
+            for item, data in sorted(self.items, key=lambda pair: pair[0].type != WriteItemType.BYTE_IO):
+                data = _on_cpu(data) if isinstance(data, Tensor) else data
+                results.append(_write_item(self.transforms, file, data, item, self.file_name, SerializationFormat.TORCH_SAVE))  # type: ignore[arg-type]
+            file.close()
+        except (OSError, RuntimeError) as error:
+            raise file.error or error from None
+        self.sum = file.sum
+        return results
+
+
+def _on_cpu(tensor: Tensor, copy: bool = False) -> Tensor:
+    """In memory of its own: torch.save would write all of a storage for a view into it."""
+    tensor = tensor.detach()
+    is_view = tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous()
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor) if copy or is_view or not tensor.is_cpu else tensor
+
+
+# --- a single process, any layout ---
+
+
+class Reader:
+    """The tensors of a checkpoint, whichever ranks wrote them.
+
+    Raises:
+        ConfigError: the directory is no such checkpoint.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        try:
+            self._metadata = FileSystemReader(directory).read_metadata()
+        except (OSError, EOFError, pickle.UnpicklingError, AttributeError) as error:
+            raise ConfigError(f"{directory}: no Megatron checkpoint (torch_dist) is there: .metadata: {error}") from error
+        found = self._metadata.state_dict_metadata
+        self.sizes = {name: tuple(m.size) for name, m in found.items() if isinstance(m, TensorStorageMetadata)}
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._metadata.state_dict_metadata[name].properties.dtype  # type: ignore[union-attr]
+
+    def read(self, name: str, layer: int | None = None) -> Tensor:
+        """The whole tensor, or of one whose first dimension counts layers, that layer's.
+
+        Raises:
+            ConfigError: a file is missing, cut short or damaged.
+        """
+        chunks = self._metadata.state_dict_metadata[name].chunks  # type: ignore[union-attr]
+        if layer is not None:
+            chunks = [chunk for chunk in chunks if chunk.offsets[0] == layer]
+        parts = [self._chunk(name, chunk) for chunk in chunks]
+        if len(parts) == 1:
+            whole = parts[0]
+        else:
+            size = self.sizes[name] if layer is None else (1, *self.sizes[name][1:])
+            whole = torch.empty(size, dtype=self.dtype(name))
+            for chunk, part in zip(chunks, parts, strict=True):
+                starts = [chunk.offsets[0] - (layer or 0), *chunk.offsets[1:]]
+                whole[tuple(slice(start, start + n) for start, n in zip(starts, part.shape, strict=True))] = part
+        return whole if layer is None else whole[0]
+
+    def _chunk(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
+        """Mapped, not copied: torch.save's archive is not compressed, and keeps a CRC-32 of each tensor, which is checked."""
+        where = self._metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+        path = self.directory / where.relative_path
+        start = where.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        try:
+            with open(path, "rb") as file:
+                mapped = mmap.mmap(file.fileno(), where.offset + where.length - start, access=mmap.ACCESS_COPY, offset=start)
+                mapped.madvise(mmap.MADV_WILLNEED)
+                archive = _Slice(mapped, where.offset - start, where.length)
+            with zipfile.ZipFile(archive) as entries:  # type: ignore[arg-type]
+                [entry] = [info for info in entries.infolist() if info.filename.endswith("/data/0")]
+                with entries.open(entry):  # checks the entry's own header
+                    header = archive.bytes_at(entry.header_offset, 30)
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise ConfigError(f"{path}: missing, damaged or cut short, at {name}: {error}") from error
+        begin = archive.start + entry.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        if zlib.crc32(memoryview(mapped)[begin : begin + entry.file_size]) != entry.CRC:
+            raise ConfigError(f"{path}: damaged: the checksum of {name} differs")
+        dtype = self.dtype(name)
+        return torch.frombuffer(mapped, dtype=dtype, count=entry.file_size // dtype.itemsize, offset=begin).view(*chunk.sizes)
+
+
+class _Slice:
+    """A part of mapped memory as the file that zipfile wants."""
+
+    def __init__(self, mapped: mmap.mmap, start: int, length: int):
+        self.mapped, self.start, self.length, self.place = mapped, start, length, 0
+
+    def bytes_at(self, place: int, size: int) -> bytes:
+        return self.mapped[self.start + place : self.start + min(place + size, self.length)]
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.bytes_at(self.place, self.length if size < 0 else size)
+        self.place += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.place = offset + (0, self.place, self.length)[whence]
+        return self.place
+
+    def tell(self) -> int:
+        return self.place
+
+    def seekable(self) -> bool:
+        return True
+
+
+class Writer:
+    """A checkpoint of tensors written one by one, in files of at most `file_bytes` (or one chunk)."""
+
+    def __init__(self, directory: Path, file_bytes: int):
+        self.directory, self.file_bytes = directory, file_bytes
+        self.sums: dict[str, Sum] = {}  # of the files that are done
+        self._file: SummedFile | None = None
+        self._metadata: dict[str, Any] = {}
+        self._places: dict[MetadataIndex, _StorageInfo] = {}
+
+    def write(self, name: str, tensor: Tensor, layer: int | None = None, num_layers: int = 0) -> None:
+        """The whole tensor, or layer `layer` of one whose first dimension counts `num_layers` layers."""
+        if layer is not None:
+            tensor = tensor[None]
+        offsets = torch.Size([layer or 0, *[0] * (tensor.dim() - 1)])
+        if self._file and self._file.tell() + tensor.nbytes > self.file_bytes:
+            self._next_file()
+        self._file = self._file or SummedFile(self.directory / self._name)
+        start = self._file.tell()
+        torch.save(_on_cpu(tensor), self._file)  # type: ignore[arg-type]
+        size = tensor.shape if layer is None else torch.Size([num_layers, *tensor.shape[1:]])
+        known = self._metadata.setdefault(name, TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), size, []))
+        known.chunks.append(ChunkStorageMetadata(offsets, tensor.shape))
+        self._places[MetadataIndex(name, offsets)] = _StorageInfo(self._name, start, self._file.tell() - start)
+
+    def close(self) -> None:
+        """Write which chunk lies where: without it there is no checkpoint."""
+        self._next_file()
+        torch.save({}, self.directory / "common.pt")
+        (self.directory / ".metadata").write_bytes(pickle.dumps(Metadata(self._metadata, storage_data=self._places)))
+        save_config(CheckpointingConfig("torch_dist", 1), str(self.directory))
+
+    @property
+    def _name(self) -> str:
+        return f"__0_{len(self.sums)}.distcp"
+
+    def _next_file(self) -> None:
+        if self._file:
+            name = self._name
+            self._file.close()
+            self.sums[name], self._file = self._file.sum, None

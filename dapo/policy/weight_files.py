@@ -1,0 +1,263 @@
+"""A model's weights in files, of either format: Hugging Face safetensors, and Megatron's distributed checkpoint. Both are streamed.
+
+Reading takes the name table's entries; writing holds one tensor at a time. HF directory: config.json, *.safetensors, tokenizer. Megatron
+directory: policy/ in torch_dist, manifest.json; one that hf_to_megatron.py made has config.json and the tokenizer too.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dapo import files
+from dapo.config import ConfigError
+from dapo.policy import torch_dist
+from dapo.policy.hf_weights import Entry, StoredWeights, from_shards, hf_shapes, table, to_shard
+from dapo.policy.model import ModelShape
+
+T = TypeVar("T")
+SHARD_BYTES = 4 * 2**30  # of a written file
+SAFETENSORS_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def open_weights(directory: Path, shape: ModelShape) -> HFWeights | MegatronWeights:
+    """The weights of a directory, whichever format it holds.
+
+    Raises:
+        ConfigError: none there; or a tensor is missing or has no place in this architecture.
+    """
+    return MegatronWeights(directory, shape) if (directory / "policy").is_dir() else HFWeights(directory, shape)
+
+
+class HFWeights:
+    """*.safetensors, as the table's entries."""
+
+    def __init__(self, directory: Path, shape: ModelShape):
+        self.directory, self.shape, self._files = directory, shape, open_safetensors(directory)
+        expected = {name for entry in table(shape, is_fused=True) for name in entry.hf}
+        _check_names(directory, set(self._files), expected, allowed={"lm_head.weight"} if shape.is_tied else set())
+        with safe_open(self._files[min(expected)], framework="pt") as file:
+            self.dtype: torch.dtype = file.get_tensor(min(expected)).dtype
+
+    def read(self, entry: Entry) -> list[Tensor]:
+        """See StoredWeights."""
+        return _checked(self.directory, entry, [read_tensor(self._files[name], name) for name in entry.hf], self.shape)
+
+
+class MegatronWeights:
+    """A distributed checkpoint of any layout, as the table's entries. Optimizer state is not touched."""
+
+    def __init__(self, directory: Path, shape: ModelShape):
+        self.directory, self.shape, self._reader = directory, shape, torch_dist.Reader(directory / "policy")
+        check_model(directory, shape)
+        sizes = {name: size for name, size in self._reader.sizes.items() if not name.startswith("optimizer.")}
+        self._entries = {entry.hf: entry for entry in table(shape, is_fused=True)}
+        expected = {_key(entry): entry for entry in self._entries.values()}
+        _check_names(directory, set(sizes), set(expected), allowed=set())
+        for key, entry in expected.items():
+            size = list(sizes[key])[entry.layer is not None :]
+            wanted = _megatron_size(entry, shape)
+            if entry.kind == "rows":  # padded for its layout
+                wanted[0] = max(size[0], shape.vocab_size)
+            if size != wanted or (entry.layer is not None and sizes[key][0] != shape.num_layers):
+                raise ConfigError(
+                    f"{directory}: tensor {key} has shape {sizes[key]}, the model's config.json means {tuple(wanted)} each layer"
+                )
+        self.dtype = self._reader.dtype("embedding.word_embeddings.weight")
+
+    def read(self, entry: Entry) -> list[Tensor]:
+        """See StoredWeights."""
+        entry = self._entries[entry.hf]  # under the name that checkpoints use
+        tensors = from_shards(entry, [self._reader.read(_key(entry), entry.layer)], self.shape)
+        return _checked(self.directory, entry, tensors, self.shape)
+
+
+def _key(entry: Entry) -> str:
+    """The tensor's name in a checkpoint, where one tensor holds all layers."""
+    return entry.megatron if entry.layer is None else f"decoder.layers.{entry.megatron}"
+
+
+def _megatron_size(entry: Entry, shape: ModelShape) -> list[int]:
+    """Of the whole tensor that the entry's Hugging Face tensors make, one layer, without padding."""
+    sizes = hf_shapes(entry, shape)
+    return [sum(size[0] for size in sizes), *sizes[0][1:]]
+
+
+def _checked(directory: Path, entry: Entry, tensors: list[Tensor], shape: ModelShape) -> list[Tensor]:
+    for name, tensor, size in zip(entry.hf, tensors, hf_shapes(entry, shape), strict=True):
+        if tuple(tensor.shape) != size:
+            raise ConfigError(f"{directory}: tensor {name} has shape {tuple(tensor.shape)}, config.json means {size}")
+        if not torch.stack(torch.aminmax(tensor)).isfinite().all():  # of NaN both are NaN; an eighth of isfinite's time
+            raise ConfigError(f"{directory}: tensor {name} holds NaN or infinite values")
+    return tensors
+
+
+def _check_names(directory: Path, found: set[str], expected: set[str], allowed: set[str]) -> None:
+    missing, extra = sorted(expected - found), sorted(found - expected - allowed)
+    if missing:
+        raise ConfigError(
+            f"{directory}: {len(missing)} tensors are missing, first {missing[0]}; config.json does not describe these weights"
+        )
+    if extra:
+        raise ConfigError(f"{directory}: {len(extra)} tensors have no place in this architecture, first {extra[0]}")
+
+
+def open_safetensors(directory: Path) -> dict[str, Path]:
+    """Tensor name → file, of all safetensors files in the directory.
+
+    Raises:
+        ConfigError: none there, one is damaged, or one that the index names is missing.
+    """
+    paths = sorted(directory.glob("*.safetensors"))
+    if not paths:
+        raise ConfigError(f"policy.model={directory}: no *.safetensors there; the model has no weights")
+    index = directory / "model.safetensors.index.json"
+    named = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    if absent := sorted(named - {path.name for path in paths}):
+        raise ConfigError(f"{directory}: {absent[0]} is missing, one of {len(named)} files that {index.name} names")
+    found = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                found.update(dict.fromkeys(file.keys(), path))
+        except SafetensorError as error:
+            raise ConfigError(f"{path}: damaged or cut short: {error}") from error
+    return found
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)  # type: ignore[no-any-return]
+
+
+def check_model(directory: Path, shape: ModelShape) -> None:
+    """Compare the model that a Megatron directory's manifest names with `shape`: rope and heads are not seen in tensors.
+
+    Raises:
+        ConfigError: they differ, with the fields that do; or there is no manifest.
+    """
+    try:
+        there = files.read_manifest(directory)["model"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{directory}: no Megatron checkpoint is there: {files.MANIFEST}: {error}") from error
+    here = json.loads(json.dumps(asdict(shape)))
+    differences = [f"{name}={there[name]!r} there, {here[name]!r} here" for name in here if name in there and there[name] != here[name]]
+    if differences:
+        raise ConfigError(f"{directory} is a checkpoint of another model: {'; '.join(differences)}")
+
+
+def hf_tensors(weights: StoredWeights, shape: ModelShape, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, tensor) of all, in the table's order."""
+    for entry in table(shape, is_fused=True):
+        for name, tensor in zip(entry.hf, weights.read(entry), strict=True):
+            yield name, tensor.to(dtype)
+
+
+def save_hf(
+    tensors: Iterable[tuple[str, Tensor]],
+    shape: ModelShape,
+    dtype: torch.dtype,
+    source: Path,
+    target: Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    may_replace: bool = False,
+) -> None:
+    """Write a Hugging Face directory: the table's tensors in its order, and config, tokenizer and the like from `source`.
+
+    It appears whole or not at all.
+
+    Raises:
+        ConfigError: `target` exists and may not be replaced, or the disk has no room.
+    """
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    room = shard_bytes
+    for entry in table(shape, is_fused=True):
+        for name, size in zip(entry.hf, hf_shapes(entry, shape), strict=True):
+            num_bytes = prod(size) * dtype.itemsize
+            if num_bytes > room and shards[-1]:
+                shards.append({})
+                room = shard_bytes
+            shards[-1][name] = size
+            room -= num_bytes
+    total = sum(prod(size) for shard in shards for size in shard.values()) * dtype.itemsize
+    with files.made_whole(target, total, may_replace) as partial:
+        carry_over(source, partial, dtype)
+        places: dict[str, str] = {}
+        coming = iter(tensors)
+        for i, shard in enumerate(shards):
+            name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+            _write_safetensors(partial / name, shard, dtype, coming)
+            places |= dict.fromkeys(shard, name)
+        assert next(coming, None) is None, "tensors beyond the table"
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": places}
+            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def _write_safetensors(path: Path, sizes: dict[str, tuple[int, ...]], dtype: torch.dtype, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """The format: the header's length in 8 bytes, a JSON header, the tensors end to end. Here as they come: none is kept."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, size in sizes.items():
+        start, end = end, end + prod(size) * dtype.itemsize
+        header[name] = {"dtype": SAFETENSORS_DTYPE[dtype], "shape": size, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for expected in sizes:
+            name, tensor = next(tensors)
+            assert name == expected and tuple(tensor.shape) == sizes[name], f"{name} {tuple(tensor.shape)} instead of {expected}"
+            file.write(tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def save_megatron(
+    weights: StoredWeights, shape: ModelShape, dtype: torch.dtype, source: Path, target: Path, *, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write a Megatron directory that any layout can load: no optimizer state, and config and tokenizer from `source`.
+
+    It appears whole or not at all. Raises as `save_hf` does.
+    """
+    entries = table(shape, is_fused=True)
+    total = sum(prod(_megatron_size(entry, shape)) for entry in entries) * dtype.itemsize
+    with files.made_whole(target, total) as partial:
+        carry_over(source, partial, dtype)
+        (partial / "policy").mkdir()
+        writer = torch_dist.Writer(partial / "policy", shard_bytes)
+        for entry, tensor in ahead((e, to_shard(e, weights.read(e), shape, 0, 1).to(dtype)) for e in entries):
+            writer.write(_key(entry), tensor, entry.layer, shape.num_layers)
+        writer.close()
+        files.write_manifest(partial, {f"policy/{name}": s for name, s in writer.sums.items()}, {"model": asdict(shape)})
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items; a thread makes the next one while the caller uses this one."""
+    end = object()
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, items, end)
+            yield item  # type: ignore[misc]
+
+
+def carry_over(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Copy config.json, with the new dtype, and the tokenizer, generation config and the like."""
+    for path in source.iterdir():
+        is_ours = path.name == files.MANIFEST or path.name.endswith(".index.json")
+        if path.is_file() and path.suffix in {".json", ".txt", ".model", ".jinja"} and not is_ours:
+            shutil.copy2(path, target / path.name)
+    config = json.loads((target / "config.json").read_text())
+    name = "torch_dtype" if "torch_dtype" in config else "dtype"
+    if config.get(name) != str(dtype).removeprefix("torch."):
+        (target / "config.json").write_text(json.dumps(config | {name: str(dtype).removeprefix("torch.")}, indent=2) + "\n")

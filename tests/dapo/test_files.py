@@ -1,0 +1,78 @@
+"""Directories that appear whole or not at all, and know when they are damaged."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import pytest
+
+from dapo import files
+from dapo.config import ConfigError
+
+
+def make(directory: Path) -> Path:
+    """Five files of different sizes, and a manifest."""
+    (directory / "below").mkdir(parents=True)
+    for i in range(5):
+        (directory / "below" / f"{i}").write_bytes(bytes(range(50 * i, 50 * i + 20 + i)))
+    files.write_manifest(directory, {}, {"step": 7})
+    return directory
+
+
+def test_a_file_is_summed_up_while_it_is_written(tmp_path: Path) -> None:
+    file = files.SummedFile(tmp_path / "file")
+    for part in (b"one", memoryview(b"-two-"), b"", b"x" * 3_000_000):
+        file.write(part)
+    assert file.tell() == 3_000_008
+    file.close()
+    data = (tmp_path / "file").read_bytes()
+    assert file.sum == (len(data), zlib.crc32(data)) == files.sum_of(tmp_path / "file")
+
+
+def test_the_parts_together_verify_every_file_once(tmp_path: Path) -> None:
+    directory = make(tmp_path / "d")
+    assert files.damage(directory) is None
+    for i in range(5):
+        path = directory / "below" / f"{i}"
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + b"!")
+        found = [files.damage(directory, part, 3) for part in range(3)]
+        assert sum(said is not None for said in found) == 1
+        assert files.damage(directory) == f"below/{i} is not what was written: its checksum differs"
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": {"below/1": 21}}'])
+def test_a_manifest_that_lists_no_checksums_is_damage(tmp_path: Path, text: str) -> None:
+    directory = make(tmp_path / "d")
+    (directory / files.MANIFEST).write_text(text)
+    assert files.damage(directory).startswith("manifest.json: ")
+
+
+def test_a_directory_appears_when_it_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "above" / "target"
+    with files.made_whole(target, 10) as partial:
+        (partial / "file").write_text("new")
+        assert not target.exists() and partial.name.startswith(".")
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["above", "above/target", "above/target/file"]
+
+
+def test_what_existed_is_replaced_only_if_it_may_be_and_only_by_a_whole_one(tmp_path: Path) -> None:
+    make(tmp_path / "target")
+    with pytest.raises(ConfigError, match="exists and is not overwritten"), files.made_whole(tmp_path / "target", 10):
+        pass
+    with pytest.raises(ZeroDivisionError), files.made_whole(tmp_path / "target", 10, may_replace=True) as partial:
+        (partial / "file").write_text("new")
+        raise ZeroDivisionError
+    assert files.damage(tmp_path / "target") is None
+    with files.made_whole(tmp_path / "target", 10, may_replace=True) as partial:
+        (partial / "file").write_text("new")
+    assert [path.name for path in tmp_path.rglob("*")] == ["target", "file"]
+
+
+def test_a_disk_that_is_too_small_is_told_with_both_numbers(tmp_path: Path) -> None:
+    said = r"target cannot be written, \d+\.\d GiB free there: 1048576\.00 GiB are needed"
+    with pytest.raises(ConfigError, match=said), files.made_whole(tmp_path / "target", 2**50):
+        pass
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,105 @@
+"""Hugging Face → Megatron → a run's checkpoint → Hugging Face, for every architecture, in one launch of TP 2 × PP 2.
+
+torchrun --nproc-per-node 4 -m tests.distributed.convert OUT.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from dapo import config as configs
+from dapo import files
+from dapo.mesh import Mesh
+from dapo.policy.megatron import Policy
+from tests.distributed.launch import ROOT
+from tests.distributed.parity import make_hf
+
+sys.path.insert(0, str(ROOT / "tools"))
+import hf_to_megatron
+import megatron_to_hf
+
+MODELS = [("qwen2", True), ("qwen2", False), ("qwen3", False), ("llama", False), ("llama", True)]
+
+
+def stored(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def is_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+
+
+def run(model: str, is_tied: bool, directory: Path, mesh: Mesh) -> dict[str, Any]:
+    from megatron.core import dist_checkpointing
+
+    hf, megatron, checkpoint, back = (directory / name for name in ("hf", "megatron", "checkpoint", "back"))
+
+    def to_megatron() -> int:
+        make_hf(model, is_tied, hf)
+        (checkpoint / "policy").mkdir(parents=True)
+        return hf_to_megatron.main([str(hf), str(megatron), "--shard-size", "200KiB"])
+
+    status = mesh.on_main(to_megatron)
+    config = configs.Config(
+        run=configs.Run(dir=directory / "run"),
+        data=configs.Data(train=directory / "none"),
+        parallel=configs.Parallel(tensor=2, pipeline=2),
+        policy=configs.Policy(model=megatron, dtype="float32"),
+    )
+    policy = Policy(config, mesh)  # loads `megatron`
+    ours = {name: param.detach().clone() for name, param in policy._module.named_parameters()}
+    wanted = {name: part for name, part in policy._module.sharded_state_dict().items() if "_extra_state" not in name}
+    theirs = dist_checkpointing.load(wanted, str(megatron / "policy"))
+    is_read_alike = all(torch.equal(theirs[name], ours[name]) for name in ours if name in theirs)
+
+    gate, write = threading.Event(), files.SummedFile.write
+    files.SummedFile.write = lambda self, data: gate.wait() and write(self, data)  # type: ignore[method-assign, assignment]
+    saving = policy.save(checkpoint / "policy")
+    saving.start(in_background=True)
+    is_early = saving.is_written()
+    with torch.no_grad():
+        for param in policy._module.parameters():
+            param.zero_()  # training goes on
+    gate.set()
+    sums = mesh.gather(saving.finish())
+    files.SummedFile.write = write  # type: ignore[method-assign]
+
+    def to_hf() -> int:
+        files.write_manifest(checkpoint, {name: s for of_rank in sums for name, s in of_rank.items()}, {"model": asdict(policy.shape)})
+        return megatron_to_hf.main([str(checkpoint), str(back), "--model", str(hf)])
+
+    return {
+        "status": [status, mesh.on_main(to_hf)],
+        "files": len(list((megatron / "policy").glob("*.distcp"))),
+        "read_alike": mesh.max(not is_read_alike) == 0 and len(theirs) >= len(ours),
+        "back": is_equal(stored(hf), stored(back)),
+        "early": bool(mesh.max(is_early)),
+        "damage": files.damage(checkpoint),
+        "left": [path.name for path in directory.iterdir() if path.name.startswith(".")],
+    }
+
+
+def main(out: str) -> None:
+    from megatron.core import parallel_state
+
+    torch.set_num_threads(1)
+    results = []
+    for model, is_tied in MODELS:
+        mesh = Mesh(configs.Parallel(tensor=2, pipeline=2))
+        name = f"{model}{'-tied' if is_tied else ''}"
+        results.append({"name": name, **run(model, is_tied, Path(out).parent / name, mesh)})
+        parallel_state.destroy_model_parallel()
+        if mesh.is_main:
+            Path(out).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

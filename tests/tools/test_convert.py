@@ -1,0 +1,194 @@
+"""tools/hf_to_megatron.py, megatron_to_hf.py and check_checkpoint.py: what they refuse, and that nothing half-written is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dapo.policy import weight_files
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import check_checkpoint
+import hf_to_megatron
+import megatron_to_hf
+
+ROOT = Path(__file__).parents[2]
+BASE = ROOT / "examples/arithmetic/base"
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("converted") / "megatron"
+    assert hf_to_megatron.main([str(BASE), str(target), "--shard-size", "100KiB"]) == 0
+    return target
+
+
+@pytest.fixture
+def megatron(converted: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return shutil.copytree(converted, tmp_path / "megatron")
+
+
+def refusal(tool, *arguments: str | Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the tool says when it refuses: one line."""
+    capsys.readouterr()
+    assert tool.main([str(argument) for argument in arguments]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_dtype_shards_tokenizer_and_generation_config_are_carried_over(converted: Path, tmp_path: Path) -> None:
+    assert megatron_to_hf.main([str(converted), str(tmp_path / "hf"), "--dtype", "bfloat16", "--shard-size", "50KiB"]) == 0
+    paths = sorted((tmp_path / "hf").glob("*.safetensors"))
+    assert len(paths) > 1 and max(path.stat().st_size for path in paths) < 50 * 1024 + 4096
+    found = {name: tensor for path in paths for name, tensor in load_file(path).items()}
+    wanted = {name: tensor.bfloat16() for name, tensor in load_file(BASE / "model.safetensors").items()}
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == wanted.keys() and index["metadata"]["total_size"] == sum(t.nbytes for t in found.values())
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (BASE / name).read_bytes()
+
+
+def test_a_target_that_exists_is_not_overwritten(converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine").mkdir()
+    for tool, source in ((hf_to_megatron, BASE), (megatron_to_hf, converted)):
+        assert "mine exists and is not overwritten" in refusal(tool, source, tmp_path / "mine", capsys=capsys)
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+
+
+def test_too_little_disk_is_noticed_before_anything_is_written(
+    converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=1000))
+    for tool, source in ((hf_to_megatron, BASE), (megatron_to_hf, converted)):
+        assert "GiB are needed" in refusal(tool, source, tmp_path / "out", capsys=capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"vocab_size": 40}, "vocab_size=25 there, 40 here"),
+        ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, "rope_theta=10000.0 there, 500000.0 here"),
+        ({"model_type": "llama"}, "model_type='qwen2' there, 'llama' here"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_by_what_differs(
+    megatron: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, object], said: str
+) -> None:
+    other = shutil.copytree(BASE, tmp_path / "other")
+    edit_json(other / "config.json", **changes)
+    assert said in refusal(megatron_to_hf, megatron, tmp_path / "out", "--model", other, capsys=capsys)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (flip_a_bit, "damaged"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-2000]), "cut short"),
+        (lambda path: path.unlink(), "missing"),
+    ],
+)
+def test_a_damaged_checkpoint_is_not_converted_and_the_file_is_named(
+    megatron: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage, said: str
+) -> None:
+    damage(megatron / "policy" / "__0_1.distcp")
+    line = refusal(megatron_to_hf, megatron, tmp_path / "out", capsys=capsys)
+    assert said in line and "__0_1.distcp" in line
+    assert not list(tmp_path.glob("*out*")), "a part of it was left"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensors: tensors["model.norm.weight"].fill_(torch.nan), "model.norm.weight holds NaN"),
+        (lambda tensors: tensors["model.norm.weight"][3:4].fill_(-torch.inf), "model.norm.weight holds NaN or infinite"),
+        (lambda tensors: tensors.update({"model.norm.weight": torch.ones(65)}), "model.norm.weight has shape (65,)"),
+        (lambda tensors: tensors.pop("model.norm.weight"), "1 tensors are missing, first model.norm.weight"),
+    ],
+)
+def test_weights_that_do_not_fit_are_not_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str], change, said: str) -> None:
+    source = shutil.copytree(BASE, tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    save_file(tensors, source / "model.safetensors")
+    assert said in refusal(hf_to_megatron, source, tmp_path / "out", capsys=capsys)
+    assert not list(tmp_path.glob("*out*")), "a part of it was left"
+
+
+def test_a_directory_that_holds_no_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "has no config.json" in refusal(megatron_to_hf, tmp_path, tmp_path / "out", capsys=capsys)
+    (tmp_path / "policy").mkdir()
+    assert "no Megatron checkpoint" in refusal(megatron_to_hf, tmp_path, tmp_path / "out", "--model", BASE, capsys=capsys)
+
+
+@pytest.mark.parametrize("tool", [hf_to_megatron, megatron_to_hf])
+def test_a_conversion_that_is_interrupted_leaves_nothing(converted: Path, tmp_path: Path, monkeypatch, tool) -> None:
+    reads, checked = [], weight_files._checked
+
+    def interrupted(*arguments):
+        reads.append(list(tmp_path.rglob("*.distcp")) + list(tmp_path.rglob("*.safetensors")))
+        if len(reads) == 12:
+            raise KeyboardInterrupt
+        return checked(*arguments)
+
+    monkeypatch.setattr(weight_files, "_checked", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tool.main([str(BASE if tool is hf_to_megatron else converted), str(tmp_path / "out")])
+    assert reads[-1], "nothing had been written yet, so nothing was tested"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_conversion_that_is_killed_leaves_no_target_and_the_next_one_succeeds(tmp_path: Path) -> None:
+    slow = "import sys, time; sys.path.insert(0, 'tools'); from dapo.policy import weight_files; import hf_to_megatron; "
+    slow += "checked = weight_files._checked; weight_files._checked = lambda *a: time.sleep(0.5) or checked(*a); "
+    slow += f"hf_to_megatron.main([{str(BASE)!r}, {str(tmp_path / 'out')!r}])"
+    process = subprocess.Popen([sys.executable, "-c", slow], cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"})
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.rglob("*.distcp")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    assert hf_to_megatron.main([str(BASE), str(tmp_path / "out")]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_check_checkpoint_tells_equal_from_different(converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").write_text("12+34=46 7+8=15")
+    assert check_checkpoint.main([str(converted), str(BASE), "--text", str(tmp_path / "text")]) == 0
+    assert "log-probs of 14 tokens" in capsys.readouterr().out
+    other = shutil.copytree(BASE, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][5, 7] += 0.25
+    save_file(tensors, other / "model.safetensors")
+    assert check_checkpoint.main([str(converted), str(other)]) == 1
+    assert capsys.readouterr().out == "model.layers.1.mlp.up_proj.weight: differs by up to 0.25\ntensors: the largest difference is 0.25\n"
+    assert check_checkpoint.main([str(converted), str(other), "--tolerance", "0.3"]) == 0
+    edit_json(other / "config.json", rms_norm_eps=1e-5)
+    assert "the architectures differ: norm_eps: 1e-06 against 1e-05" in refusal(check_checkpoint, BASE, other, capsys=capsys)

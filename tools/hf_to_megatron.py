@@ -1,0 +1,54 @@
+"""A Hugging Face directory → a Megatron distributed checkpoint that any layout loads. One process, tensor by tensor.
+
+    python tools/hf_to_megatron.py MODEL TARGET [--dtype bfloat16] [--shard-size 4GiB]
+
+TARGET holds policy/ (torch_dist), manifest.json, and MODEL's config, tokenizer and generation config: `policy.model=TARGET` starts a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from dapo.config import ConfigError
+from dapo.policy.model import read_shape
+from dapo.policy.weight_files import open_weights, save_megatron
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """What both directions take."""
+    made = argparse.ArgumentParser(description=description.splitlines()[0])
+    made.add_argument("source", type=Path)
+    made.add_argument("target", type=Path, help="must not exist; appears whole or not at all")
+    made.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="of the written tensors; default: the source's")
+    made.add_argument("--shard-size", type=num_bytes, default="4GiB", help="largest file written, such as 500MiB or 4GiB")
+    return made
+
+
+def num_bytes(text: str) -> int:
+    """`num_bytes("1.5GiB")` → 1610612736."""
+    found = re.fullmatch(r"([\d.]+)([KMG])i?B", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MiB or 4GiB")
+    return int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]])
+
+
+def main(argv: list[str]) -> int:
+    args = parser(__doc__).parse_args(argv)
+    try:
+        shape = read_shape(args.source)
+        weights = open_weights(args.source, shape)
+        dtype = getattr(torch, args.dtype) if args.dtype else weights.dtype
+        save_megatron(weights, shape, dtype, args.source, args.target, shard_bytes=args.shard_size)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,54 @@
+"""A checkpoint of a run, or what hf_to_megatron.py made, of any layout → a Hugging Face directory. One process, tensor by tensor.
+
+    python tools/megatron_to_hf.py RUN/checkpoints/step-000100 TARGET [--model MODEL] [--dtype bfloat16] [--shard-size 4GiB]
+
+Config, tokenizer and generation config come from MODEL, by default the policy.model that RUN/config.yaml names.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from hf_to_megatron import parser
+
+from dapo import config
+from dapo.config import ConfigError
+from dapo.policy.model import read_shape
+from dapo.policy.weight_files import ahead, hf_tensors, open_weights, save_hf
+
+
+def model_of(checkpoint: Path) -> Path:
+    """The Hugging Face directory that a checkpoint's config and tokenizer come from.
+
+    Raises:
+        ConfigError: none is known.
+    """
+    run = checkpoint.resolve().parent.parent / "config.yaml"
+    if (checkpoint / "config.json").is_file():
+        return checkpoint
+    if run.is_file():
+        return config.load(run).policy.model
+    raise ConfigError(f"{checkpoint} is in no run directory and has no config.json: name its model with --model")
+
+
+def main(argv: list[str]) -> int:
+    arguments = parser(__doc__)
+    arguments.add_argument("--model", type=Path, help="Hugging Face directory: config.json, tokenizer; its weights are not read")
+    args = arguments.parse_args(argv)
+    try:
+        model = args.model or model_of(args.source)
+        shape = read_shape(model)
+        weights = open_weights(args.source, shape)
+        dtype = getattr(torch, args.dtype) if args.dtype else weights.dtype
+        tensors = ahead(hf_tensors(weights, shape, dtype))
+        save_hf(tensors, shape, dtype, model, args.target, shard_bytes=args.shard_size)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
