@@ -22,10 +22,10 @@ from dapo.config import ConfigError
 from dapo.files import Sum
 from dapo.mesh import Mesh
 from dapo.policy.megatron import Policy
-from dapo.policy.model import ModelShape
 from dapo.policy.torch_dist import Save
 from dapo.policy.weight_files import check_model
 from dapo.rollout import Rollouts, RolloutsElsewhere
+from dapo.shape import ModelShape
 
 
 class CheckpointError(RuntimeError):

@@ -23,7 +23,7 @@ from dapo import files
 from dapo.config import ConfigError
 from dapo.policy import torch_dist
 from dapo.policy.hf_weights import Entry, StoredWeights, from_shards, hf_shapes, table, to_shard
-from dapo.policy.model import ModelShape
+from dapo.shape import ModelShape
 
 T = TypeVar("T")
 SHARD_BYTES = 4 * 2**30  # of a written file
