@@ -178,9 +178,9 @@ def main() -> None:
             print(results[-1], file=sys.stderr, flush=True)
     text = heading(f"Opening the report of {STEPS:,} steps")
     text += (
-        f"\n{version}, headless, without a GPU; load average {os.getloadavg()[0]:.0f}, this benchmark's own included. Seconds: median (least–most) of {OPENINGS}. Opened: from the start of navigation until the "
-        "page's script has drawn every curve, by the page's clock. Process: start the browser, open, paint, write a screenshot, leave. "
-        "To hold: opened in at most 2 s.\n\n"
+        f"\n{version}, headless, without a GPU; load average {os.getloadavg()[0]:.0f}, this benchmark's own included. "
+        f"Seconds: median (least–most) of {OPENINGS}. Opened: from the start of navigation until the page's script has drawn every curve, "
+        "by the page's clock. Process: start the browser, open, paint, write a screenshot, leave. To hold: opened in at most 2 s.\n\n"
     )
     save("report_page.md", text + table(["1,000 steps", "MiB", "samples in it", "made in s", "opened", "process"], results))
 
