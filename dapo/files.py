@@ -90,15 +90,17 @@ def damage(directory: Path, part: int = 0, parts: int = 1) -> str | None:
     except (OSError, ValueError) as error:
         return f"{MANIFEST}: {error}"
     largest_first = sorted(sums, key=lambda name: (-sums[name][0], name))
-    for name in largest_first[part::parts]:
-        size, crc = sums[name]
-        if not (directory / name).is_file():
-            return f"{name} is missing"
-        if (directory / name).stat().st_size != size:
-            return f"{name} has {(directory / name).stat().st_size} of {size} bytes"
-        if sum_of(directory / name)[1] != crc:
-            return f"{name} is not what was written: its checksum differs"
-    return None
+    return next(filter(None, (file_damage(directory, name, sums[name]) for name in largest_first[part::parts])), None)
+
+
+def file_damage(directory: Path, name: str, sum: Sum) -> str | None:
+    """What is wrong with one file of the directory, None if it has this sum."""
+    path, (size, crc) = directory / name, sum
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != size:
+        return f"{name} has {path.stat().st_size} of {size} bytes"
+    return None if sum_of(path)[1] == crc else f"{name} is not what was written: its checksum differs"
 
 
 def require_space(directory: Path, num_bytes: int) -> None:

@@ -58,8 +58,12 @@ class MegatronWeights:
     """A distributed checkpoint of any layout, as the table's entries. Optimizer state is not touched."""
 
     def __init__(self, directory: Path, shape: ModelShape):
-        self.directory, self.shape, self._reader = directory, shape, torch_dist.Reader(directory / "policy")
+        self.directory, self.shape = directory, shape
         check_model(directory, shape)
+        name = "policy/.metadata"  # a pickle: damage in it could do anything; the tensors are verified as they are read
+        if damage := files.file_damage(directory, name, files.read_manifest(directory)["files"].get(name, (0, 0))):
+            raise ConfigError(f"{directory}: damaged: {damage}")
+        self._reader = torch_dist.Reader(directory / "policy")
         sizes = {name: size for name, size in self._reader.sizes.items() if not name.startswith("optimizer.")}
         self._entries = {entry.hf: entry for entry in table(shape, is_fused=True)}
         expected = {_key(entry): entry for entry in self._entries.values()}

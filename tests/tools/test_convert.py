@@ -123,6 +123,11 @@ def test_a_damaged_checkpoint_is_not_converted_and_the_file_is_named(
     assert not list(tmp_path.glob("*out*")), "a part of it was left"
 
 
+def test_a_damaged_table_of_contents_is_not_even_opened(megatron: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flip_a_bit(megatron / "policy" / ".metadata")
+    assert "policy/.metadata is not what was written" in refusal(megatron_to_hf, megatron, tmp_path / "out", capsys=capsys)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
