@@ -65,7 +65,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(clone: Path, command: str) -> None:
     """Once: what several documents show runs for the first of them."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "EDITOR": str(clone / "edit"), "PYTHONPATH": str(clone / "kernels")}
-    done = subprocess.run(["bash", "-c", command], cwd=clone, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1200)
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=clone, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1200
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}"
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from dapo.config import ConfigError
-from dapo.policy.model import read_shape
 from dapo.policy.weight_files import open_weights, save_megatron
+from dapo.shape import read_shape
 
 
 def parser(description: str) -> argparse.ArgumentParser:

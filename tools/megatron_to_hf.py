@@ -15,8 +15,8 @@ from hf_to_megatron import parser
 
 from dapo import config
 from dapo.config import ConfigError
-from dapo.policy.model import read_shape
 from dapo.policy.weight_files import ahead, hf_tensors, open_weights, save_hf
+from dapo.shape import read_shape
 
 
 def model_of(checkpoint: Path) -> Path:

@@ -23,7 +23,7 @@ from dapo import files
 from dapo.__main__ import main as dapo
 from dapo.config import Parallel
 from dapo.mesh import Mesh
-from dapo.policy.model import read_shape
+from dapo.shape import read_shape
 from tests.distributed.launch import ROOT
 
 EXAMPLE = ROOT / "examples/arithmetic"
