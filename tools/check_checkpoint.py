@@ -15,8 +15,8 @@ import transformers
 from megatron_to_hf import model_of
 
 from dapo.config import ConfigError
-from dapo.policy.model import ModelShape, read_shape
 from dapo.policy.weight_files import hf_tensors, open_weights
+from dapo.shape import ModelShape, read_shape
 
 
 @torch.no_grad()
