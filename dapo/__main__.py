@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from dapo import config, report, semantics
+from dapo import config, semantics
 from dapo.plan import HARDWARE, describe, make_plan
 
 
@@ -52,6 +52,8 @@ def main(argv: list[str]) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
+    from dapo import report
+
     try:
         made, warnings = report.write(args.runs, args.out, args.samples)
     except config.ConfigError as error:

@@ -20,7 +20,7 @@ Backend = Literal["cpu", "cuda", "transformer_engine"]  # cpu, cuda: the plain l
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 2400 << 20, "transformer_engine": 2400 << 20}  # of logits, as in dapo_kernels.linear_policy_loss
 ATTENTION_PADDING = 1.12  # on a CPU, sequences of like length are padded to one: at most by a third, by an eighth on mixed lengths
-BATCH_BYTES = 41  # a token of the step's batch: ids, targets, positions of 8 bytes, four numbers of 4, the mask
+BATCH_BYTES = 42  # a token of the step's batch: ids, targets, positions of 8 bytes, four numbers of 4, the mask, its staleness
 
 # fields of policy.megatron that change what is counted here, and those that change no memory worth counting
 COUNTED = {
