@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
-import dapo.train
+import dapo.assemble
 from dapo.__main__ import main as run_dapo
 from dapo.config import Parallel
 from dapo.engine.embedded import EmbeddedEngine
@@ -72,7 +72,7 @@ def attempt(run: Path) -> dict[str, Any]:
 
 def main(out: str) -> None:
     torch.set_num_threads(1)
-    dapo.train.EmbeddedEngine = SyncingEngine  # type: ignore[misc]
+    dapo.assemble.EmbeddedEngine = SyncingEngine  # type: ignore[misc]
     root, mesh, results = Path(out).parent, Mesh(Parallel(tensor=2)), []
     for name, SyncingEngine.faults in CASES.items():
         run = root / ("refused_half_way" if name == "no_fault" else name)  # the last one goes on where that one stopped
