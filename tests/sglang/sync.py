@@ -20,6 +20,7 @@ from dapo.engine.server import Server
 from dapo.engine.weight_sync import WeightSync, make_sync
 from dapo.mesh import Mesh
 from dapo.policy.megatron import Policy
+from dapo.policy.weight_files import open_weights
 from dapo.rollout import RolloutsElsewhere
 from dapo.train import sync
 
@@ -94,7 +95,7 @@ def main(url: str, model: str, out: str) -> None:
     vocab = policy.shape.vocab_size
     results = []
     for i, kind in enumerate(["disk", "tensor", "broadcast", "broadcast"]):
-        policy._weights.load(variants[i])
+        policy._weights.load(open_weights(variants[i], policy.shape))
         weights = make_sync(
             kind,  # type: ignore[arg-type]
             lambda: [server],
