@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 
 import dapo.assemble
+import dapo.policy  # before Megatron, which it adapts
 from dapo.__main__ import main as run_dapo
 from dapo.config import Parallel
 from dapo.engine.embedded import EmbeddedEngine
