@@ -109,8 +109,7 @@ def load_tokenizer(model: Path) -> Any:
 
 
 def stop_ids(model: Path, tokenizer: Any) -> tuple[int, ...]:
-    """The ids that end a response, for every engine alike: the tokenizer's EOS, and those of config.json and
-    generation_config.json, at which a server would stop anyway.
+    """The ids that end a response, for every engine alike: all that the model's files name, for a server would stop at them anyway.
 
     Raises:
         ConfigError: there are none; no response would ever end.
@@ -120,7 +119,7 @@ def stop_ids(model: Path, tokenizer: Any) -> tuple[int, ...]:
         ids |= set(_listed(transformers.GenerationConfig.from_pretrained(model).eos_token_id))
     ids.discard(None)
     if not ids:
-        raise ConfigError(f"policy.model={model}: neither the tokenizer nor generation_config.json names an EOS token")
+        raise ConfigError(f"policy.model={model}: neither the tokenizer nor config.json nor generation_config.json names an EOS token")
     return tuple(sorted(ids))
 
 

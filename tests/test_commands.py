@@ -47,8 +47,11 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
-    os.utime(folder / "setup.py", (0, 0))  # older than the environment: make has nothing to install
-    (folder / ".venv").symlink_to(sys.prefix)
+    (folder / ".venv").mkdir()
+    for entry in Path(sys.prefix).iterdir():
+        if entry.name != ".ready":
+            (folder / ".venv" / entry.name).symlink_to(entry)
+    (folder / ".venv/.ready").touch()  # make has nothing to install: it would point the environment at this copy
     (folder / "base").symlink_to("examples/arithmetic/base")
     (folder / "path/to/Qwen2.5-32B").mkdir(parents=True)
     write_model(folder / "path/to/Qwen2.5-32B", "Qwen2.5-32B")
