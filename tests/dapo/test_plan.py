@@ -102,7 +102,7 @@ def test_llama_without_kv_heads_has_as_many_as_heads(tmp_path: Path) -> None:
         ({"num_key_value_heads": None}, "num_key_value_heads=None; expected a whole number"),
         ({"hidden_size": "3584"}, "hidden_size='3584'; expected a whole number"),
         ({"surprise": 1}, "field 'surprise' is not understood"),
-        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling={'type': 'yarn'} is not supported"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_type yarn wants the field 'factor'"),
     ],
 )
 def test_what_is_not_understood_is_refused_by_name(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
