@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dapo.config import Config, ConfigError
+from dapo.passthrough import check_passthrough
 
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 
@@ -159,8 +160,12 @@ def _check_field(path: Path, name: str, value: Any) -> None:
 
 
 def check_layout(shape: ModelShape, config: Config) -> None:
-    """Raises ConfigError, all that is wrong in one line: heads, KV heads, columns, layers do not divide; layers cannot be recomputed so."""
+    """Raises ConfigError, all that is wrong in one line: heads, KV heads, columns, layers do not divide; layers cannot be recomputed so.
+
+    And of policy.megatron, what it may not say.
+    """
     tensor, pipeline, megatron = config.parallel.tensor, config.parallel.pipeline, config.policy.megatron
+    check_passthrough(megatron)
     divisions = [
         (f"parallel.tensor={tensor}", tensor, "the model's num_attention_heads", shape.num_heads),
         (f"parallel.tensor={tensor}", tensor, "the model's num_key_value_heads", shape.num_kv_heads),
