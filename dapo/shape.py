@@ -10,7 +10,7 @@ from typing import Any
 from dapo.config import Config, ConfigError
 from dapo.passthrough import check_passthrough
 
-ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")  # have no default worth guessing
 # config.json fields that become part of the model
@@ -85,6 +85,8 @@ def read_shape(directory: Path) -> ModelShape:
         _check_field(path, name, value)
 
     kind = raw["model_type"]
+    if kind == "mistral" and raw.get("sliding_window", 4096) is not None:  # Hugging Face's default, and no use_sliding_window beside it
+        raise ConfigError(f"{path}: sliding_window={raw.get('sliding_window', 4096)} is not supported; supported: null")
     vocab_size, hidden_size, ffn_size, num_layers, num_heads = (_size(path, raw, name) for name in SIZES)
     defaults = {"head_dim": 128 if kind == "qwen3" else hidden_size // num_heads}  # as Hugging Face fills them in
     if kind == "llama":  # Qwen's default of 32 fits hardly any of its models: there the field must be
@@ -150,7 +152,7 @@ def _check_field(path: Path, name: str, value: Any) -> None:
         if set(value) != {"full_attention"}:
             raise ConfigError(f"{path}: layer_types {sorted(set(value))} are not supported; supported: full_attention")
     elif name == "sliding_window":
-        pass  # in force only with use_sliding_window, which is checked
+        pass  # Qwen's is in force only with use_sliding_window, which is checked
     elif name not in FIXED:
         raise ConfigError(
             f"{path}: field {name!r} is not understood, so the model might be computed wrongly; remove it if it has no effect"

@@ -52,6 +52,7 @@ CASES = [
     Case(4, 2, 2, "qwen3"),
     Case(4, 2, 2, "qwen2", is_tied=True, normaliser="group_token_mean"),
     Case(4, 2, 1, "qwen2", filtering=True),
+    Case(4, 2, 2, "mistral"),
     Case(4, 1, 2, "llama", budget=4096),
     Case(4, 1, 2, "qwen2", is_tied=True, budget=40, overlap=True),
 ]

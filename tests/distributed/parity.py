@@ -49,6 +49,7 @@ def make_hf(model: str, is_tied: bool, directory: Path) -> None:
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {"head_dim": 16}),  # ≠ hidden / heads
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {"rms_norm_eps": 1e-5}),
+        "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM, {"head_dim": 16, "sliding_window": None}),
     }
     kinds |= {  # the rotary embedding stretched: sequences are up to 31 tokens long
         "qwen3-yarn": (*kinds["qwen3"][:2], {"head_dim": 16, "rope_parameters": YARN}),
