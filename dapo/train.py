@@ -38,10 +38,11 @@ def train(config: Config, mesh: Mesh) -> None:
             sync(policy, rollouts, mesh, version=step)  # 3: π_θold ← π_θ
             scores = mesh.on_main(evaluate.maybe, step, rollouts, sets, config)
             batch = mesh.scatter(rollouts.next_batch, step)  # 2, 4–9: the main rank collects; each rank receives its own share
+            received = mesh.received()
             mismatch = policy.set_old_logprobs(batch)  # log π_θold, in the trainer's numerics and the updates' own packing
             updates = [policy.update(minibatch) for minibatch in batch.minibatches]  # 10–11: Eq. 8
             keep_traces(step, policy, mesh, config)
-            log(step, scores | batch.metrics | mismatch | mean(updates))
+            log(step, scores | batch.metrics | received | mismatch | mean(updates))
             checkpoints.maybe_save(step + 1, policy, rollouts)
         step = config.run.steps
         sync(policy, rollouts, mesh, version=step)

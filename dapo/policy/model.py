@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dapo.config import Config, ConfigError, nearest
 from dapo.policy.layers import layer_spec
+from dapo.policy.rope import inverse_frequencies, softmax_scale
 from dapo.shape import ModelShape, check_layout, padded_vocab
 
 
@@ -53,6 +54,7 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         add_bias_linear=False,
         add_qkv_bias=shape.has_qkv_bias,
         qk_layernorm=shape.has_qk_norm,
+        softmax_scale=softmax_scale(shape),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=tensor,
@@ -106,7 +108,7 @@ class HeadlessGPTModel(GPTModel):  # type: ignore[misc]
 
 def build_model(shape: ModelShape, config: TransformerConfig) -> HeadlessGPTModel:
     """This rank's part of the model, with uninitialised weights."""
-    return HeadlessGPTModel(
+    model = HeadlessGPTModel(
         config,
         layer_spec(config),
         vocab_size=padded_vocab(shape, config.tensor_model_parallel_size),
@@ -118,3 +120,5 @@ def build_model(shape: ModelShape, config: TransformerConfig) -> HeadlessGPTMode
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
     )
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(shape)  # Megatron knows one kind of llama3's and another softmax for yarn's
+    return model
