@@ -17,6 +17,7 @@ from dapo_kernels import linear_logprobs, linear_policy_loss
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from dapo.batch import Batch, Microbatch, Place
 from dapo.clock import beat, timed
-from dapo.config import Config
+from dapo.config import Config, ConfigError
 from dapo.dump import Trace
 from dapo.mesh import Mesh
 from dapo.policy import torch_dist, weight_files
@@ -206,12 +207,19 @@ class Policy:
         return torch_dist.Save(self._sharded_state(is_loading=False), directory)
 
     def load(self, directory: Path) -> None:
+        """Restore what `save` planned, in this layout or another.
+
+        Raises:
+            ConfigError: a parameter holds NaN or infinite values.
+        """
         state = dist_checkpointing.load(self._sharded_state(is_loading=True), str(directory))
         self._module.load_state_dict(state["model"])
         with torch.no_grad():
             self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.num_steps = 0
         self.scheduler.step(state["num_updates"])
+        broken = [name for name, param in self._module.named_parameters() if not param.isfinite().all()]
+        self.mesh.on_main(_refuse_broken, directory, self.mesh.gather(broken))
 
     def _make_scheduler(self) -> OptimizerParamScheduler:
         optim = self.config.optim
@@ -239,7 +247,7 @@ class Policy:
         model = self._module.sharded_state_dict(metadata=metadata)
         if not is_loading:
             for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
-                part.init_state_fn(part.optimizer, part.config)  # before the first update there are no moments, and saving wants them
+                _begin_state(part)
         optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
         return {"model": model, "optimizer": optimizer, "num_updates": self.scheduler.num_steps}
 
@@ -333,6 +341,24 @@ class Policy:
                 qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest
             ),
             dumped=microbatch.dumped,
+        )
+
+
+def _begin_state(optimizer: Any) -> None:
+    """Moments of 0 where there are none yet: before the first update there are none, and saving wants them."""
+    if not isinstance(optimizer.optimizer, HybridDeviceOptimizer):
+        optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
+        return
+    for part in optimizer.optimizer.sub_optimizers:
+        for p in (p for group in part.param_groups for p in group["params"] if not part.state[p]):
+            part.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    optimizer.optimizer._sync_sub_optimizers_state_to_hdo()
+
+
+def _refuse_broken(directory: Path, names: list[list[str]]) -> None:
+    if broken := [name for of_rank in names for name in of_rank]:
+        raise ConfigError(
+            f"{directory}: {len(broken)} parameters hold NaN or infinite values, first {broken[0]}: use an earlier checkpoint"
         )
 
 
