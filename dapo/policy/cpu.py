@@ -138,6 +138,8 @@ NO_TRANSFORMER_ENGINE = [
     Rule(
         r"from torch\.optim import Adam as Adam\b", "from dapo.policy.cpu import AdamW as Adam", "megatron.core.optimizer.distrib_optimizer"
     ),
+    # the version of none is no number; only the state in main memory gets past the check that comes after
+    Rule(r"if not is_te_min_version\(\"2\.1\.0\"\):", "if True:", "megatron.core.optimizer.optimizer_config"),
     Rule(r"HAVE_APEX_OR_TE = False", "USING_TE_OPTIMIZER = True  # in its ways", "megatron.core.optimizer.distrib_optimizer"),
 ]
 

@@ -16,7 +16,7 @@ import torch
 from dapo_kernels import linear_logprobs, linear_policy_loss
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -32,7 +32,7 @@ from dapo.dump import Trace
 from dapo.mesh import Mesh
 from dapo.policy import torch_dist, weight_files
 from dapo.policy.hf_weights import Weights
-from dapo.policy.model import build_model, split_passthrough, transformer_config
+from dapo.policy.model import build_model, optimizer_config, split_passthrough, transformer_config
 from dapo.shape import read_shape
 
 
@@ -68,6 +68,7 @@ class Policy:
         self.config, self.mesh = config, mesh
         self.shape = read_shape(config.policy.model)
         self.transformer = transformer_config(self.shape, config)
+        optimizer = optimizer_config(config, self.transformer)
         parallel_state.initialize_model_parallel(config.parallel.tensor, config.parallel.pipeline)
         assert parallel_state.get_data_parallel_rank() == mesh.data_rank, "mesh and Megatron disagree on who holds which data"
         model_parallel_cuda_manual_seed(config.run.seed)
@@ -75,7 +76,7 @@ class Policy:
         self.is_last_stage = parallel_state.is_pipeline_last_stage()
         self.reports = self.is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0  # metrics are summed over these ranks
 
-        _, optimizer_fields, ddp_fields = split_passthrough(config.policy.megatron)
+        _, _, ddp_fields = split_passthrough(config.policy.megatron)
         self._module = model = build_model(self.shape, self.transformer).to(mesh.device)
         self._weights = Weights(model, self.shape)
         self._weights.load(weight_files.open_weights(config.policy.model, self.shape))
@@ -85,18 +86,7 @@ class Policy:
             DistributedDataParallelConfig(**ddp | ddp_fields),
             Float16Module(self.transformer, model) if self.transformer.bf16 else model,
         )
-        optim = dict(
-            optimizer="adam",
-            lr=config.optim.lr,
-            weight_decay=config.optim.weight_decay,
-            adam_beta1=config.optim.betas[0],
-            adam_beta2=config.optim.betas[1],
-            clip_grad=config.optim.clip_grad,
-            bf16=self.transformer.bf16,
-            params_dtype=self.transformer.params_dtype,
-            use_distributed_optimizer=True,
-        )
-        self.optimizer = get_megatron_optimizer(OptimizerConfig(**optim | optimizer_fields), [self.model])
+        self.optimizer = get_megatron_optimizer(optimizer, [self.model])
         self.scheduler = self._make_scheduler()
         self.transformer.finalize_model_grads_func = finalize_model_grads
         self.transformer.grad_scale_func = self.optimizer.scale_loss
@@ -249,7 +239,7 @@ class Policy:
             for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
                 _begin_state(part)
         optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
-        return {"model": model, "optimizer": optimizer, "num_updates": self.scheduler.num_steps}
+        return {"model": model, "optimizer": _without_classes(optimizer), "num_updates": self.scheduler.num_steps}
 
     def _run(self, work: list[_Tensors], finish: Any, forward_only: bool) -> list[Any]:
         """Megatron's pipeline schedule over the microbatches. Returns what `finish` reported for each, on the last stage; else nothing."""
@@ -353,6 +343,13 @@ def _begin_state(optimizer: Any) -> None:
         for p in (p for group in part.param_groups for p in group["params"] if not part.state[p]):
             part.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     optimizer.optimizer._sync_sub_optimizers_state_to_hdo()
+
+
+def _without_classes(state: Any) -> Any:
+    """Without what Megatron's own loading refuses: the groups of an optimizer in main memory name the optimizers that it is made of."""
+    if isinstance(state, dict):
+        return {key: _without_classes(value) for key, value in state.items() if not isinstance(value, type)}
+    return [_without_classes(value) for value in state] if isinstance(state, list) else state
 
 
 def _refuse_broken(directory: Path, names: list[list[str]]) -> None:
