@@ -1,6 +1,6 @@
 """kill -9 of every process of a run, at random moments, again and again: does every resume succeed, and is it the run that nobody killed?
 
-python benchmarks/crash_test.py [kills, default 50] [processes, default 2] [seed, default 0]
+python benchmarks/crash_test.py [kills, default 50] [processes, default 2] [seed, default 0] [torchrun | forked, default torchrun]
 
 One run is launched, killed and launched again until it has been killed that often; it saves while training waits and in the background, in
 turn. Half of the moments are anywhere in the seconds after it has gone on, half inside a save. What it goes on from must be its newest
@@ -10,8 +10,10 @@ checkpoint, whole; every checkpoint that it ever made, file by file, must be the
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
+import socket
 import subprocess
 import sys
 import tempfile
@@ -69,6 +71,43 @@ class Torchrun:
 
     def status(self) -> int | None:
         return self.process.poll()
+
+
+class Forked:
+    """The ranks of a run, as children of this process: torch and Megatron are imported once, and not for every launch."""
+
+    def __init__(self, processes: int, options: list[str], log: Path):
+        import dapo.train  # noqa: F401  # before the ranks are forked
+
+        log.write_text("")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        where = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        fork = multiprocessing.get_context("fork")
+        self.ranks = [fork.Process(target=self._run, args=(rank, where, options, log)) for rank in range(processes)]
+        for rank in self.ranks:
+            rank.start()
+
+    def kill(self) -> None:
+        for rank in self.ranks:
+            rank.kill()
+        for rank in self.ranks:
+            rank.join()
+
+    def status(self) -> int | None:
+        codes = [rank.exitcode for rank in self.ranks]
+        return None if None in codes else max(map(abs, codes))
+
+    @staticmethod
+    def _run(rank: int, where: dict[str, Any], options: list[str], log: Path) -> None:
+        import dapo.__main__
+
+        os.environ |= {name: str(value) for name, value in (where | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        for stream in (1, 2):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream)
+        command = ["train", str(ROOT / "examples/arithmetic/config.yaml"), f"parallel.tensor={where['WORLD_SIZE']}", *options]
+        dapo.__main__.end(dapo.__main__.main(command))
 
 
 @dataclass
@@ -192,12 +231,13 @@ def _name(step: int) -> str:
     return f"step-{step:06}"
 
 
-def main(num_kills: int = 50, processes: int = 2, seed: int = 0) -> None:
+def main(num_kills: str = "50", processes: str = "2", seed: str = "0", launcher: str = "torchrun") -> None:
     from record import heading, save, table
 
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
-        found = crash(Path(directory), num_kills, seed, lambda options, log: Torchrun(processes, options, log))
+        launch = {"torchrun": Torchrun, "forked": Forked}[launcher]
+        found = crash(Path(directory), int(num_kills), int(seed), lambda options, log: launch(int(processes), options, log))
     kills = found["kills"]
     body = []
     for moment, is_async in sorted({(kill.moment, kill.is_async) for kill in kills}):
@@ -205,9 +245,8 @@ def main(num_kills: int = 50, processes: int = 2, seed: int = 0) -> None:
         kind = "in the background" if is_async else "while training waits"
         body.append([moment, kind, len(of), sum(kill.is_aimed for kill in of), sum(kill.newest - kill.started for kill in of)])
     text = heading("Killed at any moment, a run goes on as if it had not been")
-    text += (
-        f"\n{num_kills} of {num_kills} launches of {processes} tensor-parallel processes were killed (SIGKILL to torchrun and every rank), "
-    )
+    whom = "torchrun and every rank" if launcher == "torchrun" else "every rank, forked from one process"
+    text += f"\n{num_kills} of {num_kills} launches of {processes} tensor-parallel processes were killed (SIGKILL to {whom}), "
     text += f"went on from their newest checkpoint and came to step {found['steps']}. All {found['compared']} checkpoints met on the way, "
     text += "parameters, moments, prompts to come, groups carried over, are the uninterrupted run's of that step, by the checksum of every "
     text += (
@@ -218,4 +257,4 @@ def main(num_kills: int = 50, processes: int = 2, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*sys.argv[1:])
