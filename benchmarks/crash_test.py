@@ -9,10 +9,12 @@ checkpoint, whole; every checkpoint that it ever made, file by file, must be the
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from typing import Any, Protocol
 import psutil
 
 from dapo import files
+from dapo.engine.supervise import PR_SET_PDEATHSIG
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = [  # small steps, each of them saved
@@ -103,6 +106,7 @@ class Forked:
     def _run(rank: int, where: dict[str, Any], options: list[str], log: Path) -> None:
         import dapo.__main__
 
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives this process
         os.environ |= {name: str(value) for name, value in (where | {"RANK": rank, "LOCAL_RANK": rank}).items()}
         for stream in (1, 2):
             os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream)

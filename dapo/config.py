@@ -219,7 +219,7 @@ class Config(Section):
         if megatron.get("optimizer_offload_fraction", 0.0) != 1.0:
             wrong.append("policy.megatron.optimizer_offload_fraction=1.0: a part left on the GPU resumes with a wrong count of its steps")
         if self.policy.dtype != "bfloat16":
-            wrong.append("policy.dtype=bfloat16: the state of 32-bit parameters cannot be loaded")
+            wrong.append("policy.dtype=bfloat16: 32-bit parameters cannot be offloaded")
         if wrong:
             raise ConfigError(f"policy.megatron.optimizer_cpu_offload wants {'; '.join(wrong)}")
 

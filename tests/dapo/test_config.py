@@ -190,7 +190,7 @@ def test_why_a_hair_of_length_penalty_becomes_a_full_size_advantage_in_an_all_co
                 "policy.megatron.optimizer_offload_fraction=1.0",
                 "policy.dtype=float32",
             ],
-            "bfloat16: the state",
+            "bfloat16: 32-bit",
         ),
     ],
 )
