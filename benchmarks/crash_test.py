@@ -36,7 +36,7 @@ OPTIONS = [  # small steps, each of them saved
     "rollout.max_response_length=24", "reward.overlong_cache=8", "optim.prompts_per_minibatch=2", "optim.lr=5e-5", "optim.warmup_steps=5",
     "optim.weight_decay=0.1", "rollout.max_staleness=1",
 ]  # fmt: skip
-LONGEST = 3.0  # seconds from going on to a kill that is aimed at no save
+LONGEST = 2.0  # seconds from going on to a kill that is aimed at no save
 START_SECONDS = 900  # after so many a launch that does not go on has failed
 
 

@@ -28,3 +28,8 @@ MOVES = [  # saved in → gone on in
     ("tensor 2, data 2, offloaded", "tensor 2, data 2, offloaded"),
     ("tensor 2, data 2, offloaded", "pipeline 2, data 2, offloaded"),
 ]
+
+
+def is_bfloat16(layout: str) -> bool:
+    """Its layouts differ by 10⁻³ after a step, and then other tokens are drawn: one step is compared, of float32 two."""
+    return "bfloat16" in layout or "offloaded" in layout

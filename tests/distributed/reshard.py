@@ -17,15 +17,15 @@ import transformers
 
 from dapo import compare
 from dapo import config as configs
-from dapo.mesh import Mesh
+from dapo.mesh import FailedElsewhere, Mesh
 from dapo.policy.megatron import Policy
 from dapo.policy.torch_dist import Reader
 from dapo.shape import read_shape
 from tests.distributed import resume
 from tests.distributed.launch import ROOT
-from tests.distributed.moves import LAYOUTS, MOVES
+from tests.distributed.moves import LAYOUTS, MOVES, is_bfloat16
 
-STEPS = 2  # before the move, and after it
+STEPS = 2  # before the move
 OPTIONS = [
     "reward.function=tests.distributed.reshard:is_even",
     "rollout.max_response_length=24",
@@ -54,17 +54,29 @@ def make_model(directory: Path) -> None:
     transformers.Qwen2ForCausalLM(config).save_pretrained(directory)
 
 
-def restored(source: Path, target: Path, options: list[str]) -> None:
-    """Load the checkpoint `source` in the layout of `options`, and save it as it is: no arithmetic on the way."""
+def restored(source: Path, target: Path, options: list[str], is_poisoned: bool = False) -> str:
+    """Load the checkpoint `source` in the layout of `options`, and save it as it is: no arithmetic on the way.
+
+    Poisoned, it is saved with a NaN on one rank, and loaded again. Returns how that was refused.
+    """
     config = configs.load(ROOT / "examples/arithmetic/config.yaml", [*resume.OPTIONS, *options])
     mesh = Mesh(config.parallel)
     policy = Policy(config, mesh)
     policy.load(source / "policy")
+    if is_poisoned and mesh.rank == mesh.world - 1:
+        dict(policy._module.named_parameters())["decoder.layers.0.mlp.linear_fc2.weight"].data[3, 5] = torch.nan
     mesh.on_main((target / "policy").mkdir, 0o777, True)
     saving = policy.save(target / "policy")
     saving.start(in_background=False)
     saving.finish()
+    said = ""
+    if is_poisoned:
+        try:
+            policy.load(target / "policy")
+        except (configs.ConfigError, FailedElsewhere) as error:
+            said = str(error)
     resume.leave(mesh)
+    return said
 
 
 def settings(checkpoint: Path) -> Any:
@@ -90,28 +102,34 @@ def main(out: str) -> None:
     root, results = Path(out).parent, []
     mesh = Mesh(configs.Parallel(tensor=1))
     mesh.on_main(make_model, root / "model")
-    options = [*OPTIONS, f"policy.model={root / 'model'}", f"run.save_every={STEPS}", "run.keep_checkpoints=9"]
+    options = [*OPTIONS, f"policy.model={root / 'model'}", "run.keep_checkpoints=9"]
     for i, (source, target) in enumerate(MOVES):
         through, moved, again = root / source, root / f"moved-{i}", root / f"again-{i}"
+        end = STEPS + (1 if is_bfloat16(source) else 2)
         if not mesh.on_main(through.exists):
-            resume.run(through, f"run.steps={2 * STEPS}", *options, *LAYOUTS[source])
-        ignored = shutil.ignore_patterns(f"step-{2 * STEPS:06}", *(f"step-{step:06}.*" for step in range(STEPS, 2 * STEPS)))
+            resume.run(through, f"run.steps={end}", *options, *LAYOUTS[source])
+        ignored = shutil.ignore_patterns(
+            *(f"step-{step + 1:06}" for step in range(STEPS, end)), *(f"step-{step:06}.*" for step in range(STEPS, end))
+        )
         mesh.on_main_only(lambda: shutil.copytree(through, moved, ignore=ignored))  # noqa: B023
         first = through / "checkpoints" / f"step-{STEPS:06}"
         restored(first, again, [f"run.dir={moved}", *options, *LAYOUTS[target]])
-        resume.run(moved, f"run.steps={2 * STEPS}", *options, *LAYOUTS[target])
+        resume.run(moved, f"run.steps={end}", *options, *LAYOUTS[target])
         if mesh.is_main:
-            results.append({"name": f"{source} → {target}", **compared(first, again, through, moved)})
+            results.append({"name": f"{source} → {target}", **compared(first, again, through, moved, end)})
             Path(out).write_text(json.dumps(results))
+    said = restored(root / "data 4/checkpoints/step-000002", root / "poisoned", [f"run.dir={root}", *options, *LAYOUTS["tensor 4"]], True)
+    if mesh.is_main:
+        Path(out).write_text(json.dumps([*results, {"name": "poisoned", "said": said}]))
 
 
-def compared(first: Path, again: Path, through: Path, moved: Path) -> dict[str, Any]:
+def compared(first: Path, again: Path, through: Path, moved: Path, end: int) -> dict[str, Any]:
     x, start = resume.weights(through / "hf"), resume.weights(first.parents[2] / "model")
     return {
         "restored": [asdict(found) for found in compare.policies(first / "policy", again / "policy")],
         "padding": padding(again),
         "settings": settings(first) == settings(again),
-        "went on": [asdict(found) for found in compare.runs(through, moved, STEPS, 2 * STEPS)],
+        "went on": [asdict(found) for found in compare.runs(through, moved, STEPS, end)],
         "moved": max(float((x[name] - start[name]).abs().max()) for name in x),
     }
 

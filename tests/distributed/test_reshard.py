@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.launch import measured
-from tests.distributed.moves import MOVES
+from tests.distributed.moves import MOVES, is_bfloat16
 
 
 @pytest.fixture(params=MOVES, ids=" → ".join)
@@ -31,8 +31,13 @@ TOLERANCE = {  # of the loss; of the norms of the rest
 
 def test_what_follows_is_the_run_that_did_not_move(result: dict[str, Any]) -> None:
     source, target = result["name"].split(" → ")
-    tolerance = TOLERANCE["bfloat16" if "bfloat16" in source or "offloaded" in source else "float32"]
+    tolerance = TOLERANCE["bfloat16" if is_bfloat16(source) else "float32"]
     for finding in result["went on"]:
         allowed = tolerance[finding["what"]] if finding["is_rounded"] and source != target else 0.0
         assert finding["gap"] <= allowed, finding
     assert result["moved"] > 1e-4, "nothing was learnt, so nothing was tested"
+
+
+def test_a_checkpoint_that_holds_nan_is_refused() -> None:
+    said = measured("tests.distributed.reshard", 4)["poisoned"]["said"]
+    assert "poisoned/policy: 1 parameters hold NaN or infinite values, first decoder.layers.0.mlp.linear_fc2.weight" in said
