@@ -14,6 +14,7 @@ from dapo import clock, dump, evaluate
 from dapo.assemble import make_rollouts
 from dapo.checkpoint import Checkpoints
 from dapo.config import Config, ConfigError
+from dapo.files import write_text
 from dapo.mesh import Mesh
 from dapo.metrics import Log, SilentLog, mean
 from dapo.policy.megatron import Policy
@@ -26,10 +27,11 @@ from dapo.types import Interrupted
 def train(config: Config, mesh: Mesh) -> None:
     """Run Algorithm 1 from the newest checkpoint to config.run.steps. Interrupted, it saves and raises Interrupted."""
     is_interrupted = Interruption()
+    checkpoints = Checkpoints(config.run, mesh)
+    checkpoints.find(mesh.on_main(read_shape, config.policy.model))  # what will not do is refused before anything is written
     mesh.on_main(_prepare, config)
     rollouts, sets = make_rollouts(config, mesh, is_interrupted)
     policy = Policy(config, mesh)  # π_θ
-    checkpoints = Checkpoints(config.run, mesh)
     step = checkpoints.load(policy, rollouts)
     log = make_log(config, rollouts, start=step)
     recorder = make_recorder(config, mesh, rollouts)
@@ -117,12 +119,11 @@ class Interruption:
 
 
 def _prepare(config: Config) -> None:
-    """Refuse a model that will not do, before anything is built; make the run directory and keep the resolved config in it."""
-    read_shape(config.policy.model)
+    """Make the run directory and keep the resolved config in it."""
     for warning in config.warnings():
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     try:
         config.run.dir.mkdir(parents=True, exist_ok=True)
-        (config.run.dir / "config.yaml").write_text(config.dump())
+        write_text(config.run.dir / "config.yaml", config.dump())
     except OSError as error:
         raise ConfigError(f"run.dir={config.run.dir} cannot be written: {error.strerror}") from error

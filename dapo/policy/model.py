@@ -87,6 +87,26 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         raise ConfigError(f"policy.megatron={config.policy.megatron}: Megatron refuses it: {error}") from error
 
 
+def optimizer_config(config: Config, transformer: TransformerConfig) -> OptimizerConfig:
+    """Raises ConfigError: Megatron refuses a passed-through field."""
+    _, passed, _ = split_passthrough(config.policy.megatron)
+    fields = dict(
+        optimizer="adam",
+        lr=config.optim.lr,
+        weight_decay=config.optim.weight_decay,
+        adam_beta1=config.optim.betas[0],
+        adam_beta2=config.optim.betas[1],
+        clip_grad=config.optim.clip_grad,
+        bf16=transformer.bf16,
+        params_dtype=transformer.params_dtype,
+        use_distributed_optimizer=True,
+    )
+    try:
+        return OptimizerConfig(**fields | passed)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(f"policy.megatron={config.policy.megatron}: Megatron refuses it: {error}") from error
+
+
 def _leave(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
