@@ -79,7 +79,7 @@ def keep_traces(step: int, policy: Policy, mesh: Mesh, config: Config) -> None:
     """Write beside the step's dump what the updates saw of its tokens; nothing is gathered where nothing is dumped."""
     if config.rollout.dump_share:
         traces = [trace for of_a_rank in mesh.gather(policy.take_traces()) for trace in of_a_rank]
-        dump.write_traces(dump.traces_path_of(config.run.dir / "rollouts", step), traces)
+        dump.write_traces(dump.traces_path_of(config.run.dir / "rollouts", step), dump.merged(traces))
 
 
 def make_log(config: Config, rollouts: Rollouts | RolloutsElsewhere, start: int) -> Log | SilentLog:

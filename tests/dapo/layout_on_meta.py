@@ -14,6 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dapo import config as configs
 from dapo.policy import hf_weights
+from dapo.policy.layout import initialize_megatron
 from dapo.policy.model import build_model, transformer_config
 from dapo.shape import read_shape
 
@@ -29,15 +30,15 @@ def main(path: str, model: str) -> None:
     counts = []
     for rank in (0, WORLD - 1):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=WORLD)
-        parallel_state.initialize_model_parallel(config.parallel.tensor, config.parallel.pipeline, create_gloo_process_groups=False)
+        initialize_megatron(config.parallel, create_gloo_process_groups=False)
         model_parallel_cuda_manual_seed(0)
         with torch.device("meta"):
-            built = build_model(shape, transformer_config(shape, config))
-        weights = hf_weights.Weights(built, shape)
+            chunks = build_model(shape, transformer_config(shape, config))
+        weights = hf_weights.Weights(chunks, shape)
         names = {name for entry in weights.entries if (name := weights.local_name(entry)) is not None}
         assert names == set(weights.params), names ^ set(weights.params)
-        assert all(parameter.is_meta for parameter in built.parameters())
-        counts.append(sum(parameter.numel() for parameter in built.parameters()))
+        assert all(parameter.is_meta for parameter in weights.params.values())
+        counts.append(sum(parameter.numel() for parameter in weights.params.values()))
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
     print(json.dumps(counts))

@@ -85,11 +85,11 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     )
     policy = Policy(config, mesh)
     rank = Rank(config, policy.shape, "cpu", mesh.data, stage=mesh.rank // case.tensor)
-    batch = batches.plan([make_group()], config, mesh.data, metrics={})[mesh.data_rank]
+    batch = batches.plan([make_group()], config, mesh.data, metrics={})[mesh.share]
     [[microbatch]] = batch.minibatches
     ranks: list[Any] = [None] * mesh.world
     measured = {"measured": kept(policy, rank, microbatch), "planned": rank.kept, "kept by scoring": kept_by_scoring(policy, batch)}
-    measured |= {"parameters": sum(p.numel() for p in policy._module.parameters()), "planned_parameters": rank.parameters}
+    measured |= {"parameters": sum(p.numel() for chunk in policy.chunks for p in chunk.parameters()), "planned_parameters": rank.parameters}
     dist.all_gather_object(ranks, measured, group=mesh.control)
     return {"name": case.name, "ranks": ranks}
 
@@ -106,7 +106,7 @@ def make_group() -> Group:
 def kept(policy: Policy, rank: Rank, microbatch: batches.Microbatch) -> int:
     """Bytes of all storages that the forward pass leaves for the backward pass, and of what it takes from and hands to its neighbours."""
     tensors = policy._tensors(microbatch)
-    parameters = {p.untyped_storage().data_ptr() for p in policy._module.parameters()}
+    parameters = {p.untyped_storage().data_ptr() for chunk in policy.chunks for p in chunk.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -117,10 +117,10 @@ def kept(policy: Policy, rank: Rank, microbatch: batches.Microbatch) -> int:
     if rank.stage > 0:
         dtype = getattr(torch, rank.config.policy.dtype)
         received = torch.randn(len(microbatch.tokens), 1, SHAPE["hidden_size"], dtype=dtype, requires_grad=True)
-        policy._module.set_input_tensor(keep(received))
+        policy.chunks[0].set_input_tensor(keep(received))
     options = {"fp32_output": False} if policy.transformer.bf16 else {}
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        keep(policy.model(tensors.tokens, tensors.positions, None, packed_seq_params=tensors.packed, **options))
+        keep(policy.models[0](tensors.tokens, tensors.positions, None, packed_seq_params=tensors.packed, **options))
     return sum(storage.nbytes() for storage in storages.values())
 
 

@@ -26,6 +26,8 @@ LAYOUTS = {
     "data-parallel": ["parallel.tensor=1"],
     "tensor-parallel": ["parallel.tensor=2"],
     "pipeline-parallel": ["parallel.pipeline=2"],
+    "context-parallel": ["parallel.tensor=1", "parallel.context=2"],
+    "interleaved": ["parallel.tensor=1", "parallel.pipeline=2", "parallel.virtual_pipeline=2"],
     "a part": ["parallel.tensor=2", "rollout.dump_share=0.25"],
     "nothing": ["parallel.tensor=2", "rollout.dump_share=0"],
 }
