@@ -34,6 +34,48 @@ FIXED: dict[str, tuple[Any, ...]] = {
 }
 
 
+# fields of Megatron's configs that the run sets from elsewhere, or that would make it silently wrong: why, or what to set in their place
+SET_BY_RUN = {
+    "tensor_model_parallel_size": "set parallel.tensor",
+    "sequence_parallel": "it is on whenever parallel.tensor > 1",
+    "pipeline_model_parallel_size": "set parallel.pipeline",
+    "virtual_pipeline_model_parallel_size": "set parallel.virtual_pipeline",
+    "microbatch_group_size_per_vp_stage": "batches are made for groups of parallel.pipeline",
+    "context_parallel_size": "set parallel.context",
+    "expert_model_parallel_size": "set parallel.expert",
+    **dict.fromkeys(["hierarchical_context_parallel_sizes", "hybrid_context_parallel"], "sequences are shared by parallel.context ranks"),
+    **dict.fromkeys(
+        ["num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage", "account_for_embedding_in_pipeline_split",
+         "account_for_loss_in_pipeline_split", "pipeline_model_parallel_layout"],
+        "all pipeline stages have the same number of layers",
+    ),
+    **dict.fromkeys(["batch_p2p_comm", "overlap_p2p_comm"], "pipeline stages would take each other's gradients for activations"),
+    "variable_seq_lengths": "packed microbatches differ in length",
+    "calculate_per_token_loss": "the loss is a sum that holds its normaliser; Megatron must divide by nothing",
+    "average_in_collective": "gradients are sums over ranks; the normaliser is in the loss",
+    "grad_reduce_in_fp32": "gradients are summed in float32",
+    "defer_embedding_wgrad_compute": "the loss itself makes the head's gradient",
+    **dict.fromkeys(
+        ["overlap_param_gather", "overlap_param_gather_with_optimizer_step"],
+        "weights are read between updates, by the weight sync, before they would have arrived",
+    ),
+    **dict.fromkeys(["use_distributed_optimizer", "num_distributed_optimizer_instances"], "all data-parallel ranks share one optimizer"),
+    **dict.fromkeys(["params_dtype", "pipeline_dtype", "bf16", "fp16"], "set policy.dtype"),
+    "optimizer": "it is AdamW",
+    "lr": "set optim.lr",
+    "weight_decay": "set optim.weight_decay",
+    "clip_grad": "set optim.clip_grad",
+    **dict.fromkeys(["adam_beta1", "adam_beta2"], "set optim.betas"),
+    **dict.fromkeys(
+        ["num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "normalization",
+         "layernorm_epsilon", "activation_func", "gated_linear_unit", "add_bias_linear", "add_qkv_bias", "qk_layernorm"],
+        "the model's config.json says it",
+    ),
+    **dict.fromkeys(["hidden_dropout", "attention_dropout"], "a token's log-prob must not depend on chance"),
+    **dict.fromkeys(["perform_initialization", "init_method", "output_layer_init_method", "embedding_init_method"], "weights are loaded"),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """What config.json says, in one vocabulary for all architectures."""
@@ -121,22 +163,28 @@ def _check_field(path: Path, name: str, value: Any) -> None:
 
 
 def check_layout(shape: ModelShape, config: Config) -> None:
-    """Raises ConfigError, all that is wrong in one line: heads, KV heads, columns, layers do not divide; layers cannot be recomputed so."""
-    tensor, pipeline, megatron = config.parallel.tensor, config.parallel.pipeline, config.policy.megatron
+    """Raises ConfigError, all that is wrong in one line.
+
+    Heads, KV heads, columns, layers do not divide; layers cannot be recomputed so; policy.megatron has a field that the run itself sets.
+    """
+    tensor, pipeline, virtual = config.parallel.tensor, config.parallel.pipeline, config.parallel.virtual_pipeline
+    megatron, chunks = config.policy.megatron, pipeline * virtual
+    stages = f"parallel.pipeline={pipeline}" + (f" × parallel.virtual_pipeline={virtual}" if virtual > 1 else "")
     divisions = [
         (f"parallel.tensor={tensor}", tensor, "the model's num_attention_heads", shape.num_heads),
         (f"parallel.tensor={tensor}", tensor, "the model's num_key_value_heads", shape.num_kv_heads),
         (f"parallel.tensor={tensor}", tensor, "the model's intermediate_size", shape.ffn_size),
-        (f"parallel.pipeline={pipeline}", pipeline, "the model's num_hidden_layers", shape.num_layers),
+        (stages, chunks, "the model's num_hidden_layers", shape.num_layers),
     ]
     method, unit = megatron.get("recompute_method"), megatron.get("recompute_num_layers")
     if unit and method == "uniform":  # Megatron would meet the end of the layers in its first forward pass
-        divisions.append((f"policy.megatron.recompute_num_layers={unit}", unit, "a stage's layers", shape.num_layers // pipeline))
+        divisions.append((f"policy.megatron.recompute_num_layers={unit}", unit, "a stage's layers", shape.num_layers // chunks))
     wrong = [f"{option} does not divide {what}={number}" for option, by, what, number in divisions if number % by]
     if megatron.get("recompute_granularity") == "full" and (method not in ("uniform", "block") or not unit):
         wrong.append("policy.megatron.recompute_granularity=full wants recompute_method=uniform or block, and recompute_num_layers")
     if "layernorm" in (megatron.get("recompute_modules") or []):  # Megatron wants Transformer Engine, whose layers have no norm apart
         wrong.append("policy.megatron.recompute_modules: layernorm cannot be recomputed by itself; core_attn and mlp can")
+    wrong += [f"policy.megatron.{name} is not free: {SET_BY_RUN[name]}" for name in megatron if name in SET_BY_RUN]
     if wrong:
         raise ConfigError("; ".join(wrong))
 

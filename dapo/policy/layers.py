@@ -77,14 +77,14 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         return varlen_attn(query, key, value, queries, keys, longest, longest, scale=self.scale, window_size=(-1, 0))  # type: ignore[return-value]
 
     def _run_by_run(self, query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, _: int) -> Tensor:
-        """As `_varlen`, where there is no kernel for it."""
+        """As `_varlen`, where there is no kernel for it: queries padded in front, and so no mask of queries × keys is ever held."""
         parts = []
         sizes = queries.diff().tolist(), keys.diff().tolist()
         for q, k, v in zip(query.split(sizes[0]), key.split(sizes[1]), value.split(sizes[1]), strict=True):
-            is_seen = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
-            q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-            o = F.scaled_dot_product_attention(q, k, v, attn_mask=is_seen, scale=self.scale, enable_gqa=True)
-            parts.append(o[0].transpose(0, 1))
+            padding = len(k) - len(q)
+            q, k, v = (x.transpose(0, 1)[None] for x in (F.pad(q, (0, 0, 0, 0, padding, 0)), k, v))
+            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
+            parts.append(o[0].transpose(0, 1)[padding:])
         return torch.cat(parts)
 
     def _padded(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -111,7 +111,8 @@ def key_runs(cu_seqlens: Tensor, num_tokens: int, rank: int, context: int) -> Ru
     """What `rank` of `context` attends to, for the zig-zag of batch.share. `num_tokens`: T. Never waits for the device."""
     sizes = cu_seqlens.diff() // (2 * context)  # [S], of a chunk
     ends = torch.tensor([rank + 1, 2 * context - rank], device=sizes.device, dtype=sizes.dtype)
-    queries, keys = (F.pad(run.flatten().cumsum(0, dtype=torch.int32), (1, 0)) for run in (sizes[:, None].expand(-1, 2), sizes[:, None] * ends))
+    lengths = sizes[:, None].expand(-1, 2), sizes[:, None] * ends  # [S, 2]
+    queries, keys = (F.pad(x.flatten().cumsum(0, dtype=torch.int32), (1, 0)) for x in lengths)
     num_keys = num_tokens // 2 * (2 * context + 1)
     run = torch.repeat_interleave(torch.arange(len(keys) - 1, device=keys.device), keys.diff(), output_size=num_keys)
     size, start = sizes[run // 2], cu_seqlens[run // 2] // context  # of the key's sequence: its chunks, its beginning on every rank

@@ -36,8 +36,8 @@ def interleaved(config: TransformerConfig, lengths: list[int]) -> dict[str, Any]
 class Turns(P2PCommunicator):  # type: ignore[misc]
     """Megatron's communicator among stages with several chunks, which knows the lengths of what it receives.
 
-    Megatron would let a shape travel ahead of each tensor and wait for both directions. Two stages are each other's neighbour on both sides:
-    shapes then meet in the wrong order, and ranks wait for each other. But every stage has the same microbatches, and the order is fixed.
+    Megatron would let a shape travel ahead of each tensor and wait for both directions. Two stages are each other's neighbours on both
+    sides: shapes then meet in the wrong order, and ranks wait for each other. But all stages have the same microbatches, in a fixed order.
     """
 
     def __init__(self, group: dist.ProcessGroup, config: TransformerConfig, lengths: list[int]):

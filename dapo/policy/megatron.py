@@ -69,7 +69,7 @@ class Policy:
         self.shape = read_shape(config.policy.model)
         self.transformer = transformer_config(self.shape, config)
         initialize_megatron(config.parallel)
-        assert parallel_state.get_data_parallel_rank(with_context_parallel=True) == mesh.share, "mesh and Megatron disagree on who holds what"
+        assert parallel_state.get_data_parallel_rank(with_context_parallel=True) == mesh.share, "mesh and Megatron disagree on the ranks"
         model_parallel_cuda_manual_seed(config.run.seed)
         self.tensor_group = parallel_state.get_tensor_model_parallel_group()
         self.is_last_stage = parallel_state.is_pipeline_last_stage()

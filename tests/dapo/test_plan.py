@@ -142,7 +142,7 @@ def test_the_constants_are_those_of_the_kernels_and_of_the_batch() -> None:
     kernels = sys.modules["dapo_kernels.linear_policy_loss"]
     assert CHUNK_BYTES["cpu"] == kernels.CPU_CHUNK_BYTES
     assert CHUNK_BYTES["cuda"] == CHUNK_BYTES["transformer_engine"] == kernels.GPU_CHUNK_BYTES
-    empty = build([], 64)
+    empty = build([], config.Parallel(tensor=64))
     arrays = [value for value in vars(empty).values() if isinstance(value, np.ndarray) and len(value) == 64]
     assert sum(array.itemsize for array in arrays) + 4 == BATCH_BYTES  # and old_logprobs
 

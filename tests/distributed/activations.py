@@ -40,6 +40,7 @@ class Case:
     name: str
     tensor: int = 1
     pipeline: int = 1
+    context: int = 1
     model: str = "qwen2"
     dtype: str = "float32"
     megatron: dict[str, Any] = field(default_factory=dict)
@@ -60,16 +61,20 @@ CASES = [
     Case("tensor 2 in bfloat16", tensor=2, dtype="bfloat16"),
     Case("pipeline 2", pipeline=2),
     Case("pipeline 2, recomputed", pipeline=2, dtype="bfloat16", megatron=FULL),
+    Case("context 2", context=2),
+    Case("context 2 in bfloat16", context=2, model="qwen3", dtype="bfloat16"),
+    Case("context 2, attention recomputed", context=2, megatron={"recompute_granularity": "selective"}),
 ]  # fmt: skip
 
 
 def run(case: Case, directory: Path) -> dict[str, Any]:
-    parallel = configs.Parallel(tensor=case.tensor, pipeline=case.pipeline)
+    parallel = configs.Parallel(tensor=case.tensor, pipeline=case.pipeline, context=case.context)
     mesh = Mesh(parallel)
     if mesh.is_main:
         config, cls, extra = MODELS[case.model]
         cls(config(**SHAPE, **extra)).save_pretrained(directory)
     mesh.barrier()
+    multiple = parallel.sequence_multiple
     config = configs.Config(
         run=configs.Run(dir=directory / "run"),
         data=configs.Data(train=directory / "none", max_prompt_length=PROMPT),
@@ -79,12 +84,12 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
         policy=configs.Policy(
             model=directory,
             dtype=case.dtype,
-            tokens_per_microbatch=sum(LENGTHS) + len(LENGTHS) * (PROMPT - 1),  # all of them in one
+            tokens_per_microbatch=sum(-(-(n + PROMPT - 1) // multiple) * multiple for n in LENGTHS),  # all of them in one
             megatron=case.megatron,
         ),
     )
     policy = Policy(config, mesh)
-    rank = Rank(config, policy.shape, "cpu", mesh.data, stage=mesh.rank // case.tensor)
+    rank = Rank(config, policy.shape, "cpu", mesh.data, stage=mesh.rank // (case.tensor * case.context))
     batch = batches.plan([make_group()], config, mesh.data, metrics={})[mesh.share]
     [[microbatch]] = batch.minibatches
     ranks: list[Any] = [None] * mesh.world
@@ -138,7 +143,7 @@ def main(out: str) -> None:
     torch.set_num_threads(1)
     results = []
     for number, case in enumerate(CASES):
-        if case.tensor * case.pipeline == int(os.environ["WORLD_SIZE"]):
+        if case.tensor * case.pipeline * case.context == int(os.environ["WORLD_SIZE"]):
             results.append(run(case, Path(out).parent / str(number)))
             parallel_state.destroy_model_parallel()
     if dist.get_rank() == 0:

@@ -113,9 +113,7 @@ class HFTrainer:
 
 
 def run(case: Case, directory: Path) -> dict[str, Any]:
-    mesh_options = configs.Parallel(
-        tensor=case.tensor, pipeline=case.pipeline, virtual_pipeline=case.virtual, context=case.context
-    )
+    mesh_options = configs.Parallel(tensor=case.tensor, pipeline=case.pipeline, virtual_pipeline=case.virtual, context=case.context)
     config = configs.Config(
         run=configs.Run(dir=directory / "run"),
         data=configs.Data(train=directory / "none"),
