@@ -170,6 +170,7 @@ def check_layout(shape: ModelShape, config: Config) -> None:
     tensor, pipeline, virtual = config.parallel.tensor, config.parallel.pipeline, config.parallel.virtual_pipeline
     megatron, chunks = config.policy.megatron, pipeline * virtual
     stages = f"parallel.pipeline={pipeline}" + (f" × parallel.virtual_pipeline={virtual}" if virtual > 1 else "")
+    a_stage = "a stage's layers" if virtual == 1 else "a stage's chunk of layers"
     divisions = [
         (f"parallel.tensor={tensor}", tensor, "the model's num_attention_heads", shape.num_heads),
         (f"parallel.tensor={tensor}", tensor, "the model's num_key_value_heads", shape.num_kv_heads),
@@ -178,7 +179,7 @@ def check_layout(shape: ModelShape, config: Config) -> None:
     ]
     method, unit = megatron.get("recompute_method"), megatron.get("recompute_num_layers")
     if unit and method == "uniform":  # Megatron would meet the end of the layers in its first forward pass
-        divisions.append((f"policy.megatron.recompute_num_layers={unit}", unit, "a stage's layers", shape.num_layers // chunks))
+        divisions.append((f"policy.megatron.recompute_num_layers={unit}", unit, a_stage, shape.num_layers // chunks))
     wrong = [f"{option} does not divide {what}={number}" for option, by, what, number in divisions if number % by]
     if megatron.get("recompute_granularity") == "full" and (method not in ("uniform", "block") or not unit):
         wrong.append("policy.megatron.recompute_granularity=full wants recompute_method=uniform or block, and recompute_num_layers")

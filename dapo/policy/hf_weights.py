@@ -141,7 +141,7 @@ class Weights:
         return int(entry.layer // self.layers_per_chunk)
 
     def stage_of(self, entry: Entry) -> int:
-        return self.chunk_of(entry) % self.num_stages
+        return int(self.chunk_of(entry) % self.num_stages)
 
     def local_name(self, entry: Entry) -> str | None:
         """The parameter's name in this rank's model, None if it lives on another pipeline stage."""

@@ -320,7 +320,8 @@ class Policy:
     @property
     def _head(self) -> torch.nn.Parameter:
         """The LM head, on the last pipeline stage."""
-        return self.chunks[-1].head
+        head: torch.nn.Parameter = self.chunks[-1].head
+        return head
 
     @property
     def _head_options(self) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """python -m tests.dapo.layout_on_meta CONFIG MODEL: the parameters of a rank of each pipeline stage, built without memory, as JSON.
 
+As the config has it, and then with context ranks and several chunks of layers on each stage.
+
 One process that takes itself for rank after rank of 128: torch's fake process group answers every collective at once.
 """
 
@@ -22,10 +24,14 @@ WORLD = 128
 
 
 def main(path: str, model: str) -> None:
+    layouts: list[list[str]] = [[], ["parallel.context=2", "parallel.virtual_pipeline=4"]]
+    print(json.dumps([parameters(configs.load(path, [f"policy.model={model}", *layout])) for layout in layouts]))
+
+
+def parameters(config: configs.Config) -> list[int]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    config = configs.load(path, [f"policy.model={model}"])
     shape = read_shape(config.policy.model)
     counts = []
     for rank in (0, WORLD - 1):
@@ -41,7 +47,7 @@ def main(path: str, model: str) -> None:
         counts.append(sum(parameter.numel() for parameter in weights.params.values()))
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-    print(json.dumps(counts))
+    return counts
 
 
 if __name__ == "__main__":

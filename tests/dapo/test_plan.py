@@ -16,7 +16,7 @@ from dapo import config
 from dapo.config import ConfigError
 from dapo.memory import BATCH_BYTES, CHUNK_BYTES, Rank, num_parameters, stage_parameters
 from dapo.plan import GIB, HARDWARE, Plan, describe, make_plan, remedies
-from dapo.shape import ModelShape, padded_vocab, read_shape
+from dapo.shape import SET_BY_RUN, ModelShape, padded_vocab, read_shape
 
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "examples/qwen2.5_32b_paper/config.yaml"
@@ -122,6 +122,17 @@ def test_what_is_not_understood_is_refused_by_name(changed: dict[str, Any], mess
          "policy.megatron.recompute_num_layers=5 does not divide a stage's layers=28"),
         (["parallel.tensor=4", "policy.megatron.recompute_granularity=full"], None,
          "policy.megatron.recompute_granularity=full wants recompute_method=uniform or block, and recompute_num_layers"),
+        (["parallel.tensor=2", "parallel.pipeline=2", "parallel.virtual_pipeline=4"], None,
+         "parallel.pipeline=2 × parallel.virtual_pipeline=4 does not divide the model's num_hidden_layers=28"),
+        (["parallel.tensor=4", "parallel.pipeline=2", "parallel.virtual_pipeline=7", "policy.megatron.recompute_method=uniform",
+          "policy.megatron.recompute_num_layers=4"], None, "policy.megatron.recompute_num_layers=4 does not divide a stage's chunk of layers=2"),
+        (["parallel.tensor=4", "parallel.virtual_pipeline=2"], None, "parallel.virtual_pipeline=2 with parallel.pipeline=1: one stage has "
+                                                                     "nobody to take turns with"),
+        (["parallel.tensor=4", "parallel.context=2"], 12,
+         "world size 12 is not a multiple of parallel.tensor=4 × parallel.pipeline=1 × parallel.context=2: launch 8 processes"),
+        (["parallel.tensor=4", "parallel.context=2"], 0, "a world of 0 processes; expected at least 8"),
+        (["parallel.tensor=4", "parallel.context=3", "policy.tokens_per_microbatch=22528"], None,
+         "20480 = 22528 tokens, padded to a multiple of 2 × parallel.context=3: raise it"),
         (["parallel.tensor=4"], 0, "a world of 0 processes; expected at least 4"),
         (["parallel.tensor=4", "policy.megatron.recompute_modules=[layernorm]"], None, "layernorm cannot be recomputed by itself"),
     ],
@@ -131,6 +142,16 @@ def test_a_layout_that_does_not_divide_is_refused_with_the_numbers(
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         plan_of(tmp_path, "Qwen2.5-7B", *overrides, world=world)
+
+
+@pytest.mark.parametrize("name", SET_BY_RUN)
+def test_what_the_run_sets_cannot_be_set_behind_its_back(name: str, tmp_path: Path) -> None:
+    """All of them are fields of Megatron's configs; one that is renamed there must be renamed here."""
+    from dapo.policy.model import split_passthrough
+
+    assert any(split_passthrough({name: 1}))
+    with pytest.raises(ConfigError, match=re.escape(f"policy.megatron.{name} is not free: {SET_BY_RUN[name]}")):
+        plan_of(tmp_path, "Qwen2.5-7B", "parallel.tensor=4", f"policy.megatron.{name}=1")
 
 
 def test_the_constants_are_those_of_the_kernels_and_of_the_batch() -> None:
@@ -159,6 +180,14 @@ def test_memory_follows_the_layout(tmp_path: Path) -> None:
     staged = plan_of(tmp_path, "Qwen2.5-7B", "parallel.tensor=1", "parallel.pipeline=4")
     assert [rank.in_flight for rank in staged.stages] == [4, 3, 2, 1]
     assert sum(rank.parameters for rank in staged.stages) == whole.parameters
+    shared = worst("parallel.tensor=4", "parallel.context=2")
+    assert shared.optimizer == split.optimizer // 2 and shared.grads == split.grads
+    assert shared.tokens == split.tokens // 2 and shared.kept < 0.55 * split.kept, "half, and the other half's keys and values"
+    turns = plan_of(tmp_path, "Qwen2.5-7B", "parallel.tensor=1", "parallel.pipeline=4", "parallel.virtual_pipeline=7")
+    assert [rank.in_flight for rank in turns.stages] == [31, 29, 27, 25], "of a seventh of the stage's layers each"
+    assert [rank.parameters for rank in turns.stages] == [rank.parameters for rank in staged.stages]
+    assert turns.microbatches % 4 == 0 and turns.stages[0].microbatches % 4 == 0
+    assert turns.update_seconds < staged.update_seconds, "less waiting"
     assert 1.9 < worst("parallel.tensor=4", "policy.tokens_per_microbatch=65536").kept / split.kept < 2.1
     offload = ["policy.megatron.optimizer_cpu_offload=true", "policy.megatron.optimizer_offload_fraction=0.75"]
     assert abs(worst("parallel.tensor=4", *offload).optimizer / split.optimizer - 0.25) < 1e-6
@@ -238,7 +267,7 @@ def test_the_paper_s_layout_is_built_on_the_meta_device_as_planned(tmp_path: Pat
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     shape = read_shape(tmp_path)
-    assert json.loads(done.stdout) == [sum(stage_parameters(shape, 8, 2, stage)) for stage in (0, 1)]
+    assert json.loads(done.stdout) == [[sum(stage_parameters(shape, 8, 2, stage)) for stage in (0, 1)]] * 2
 
 
 def test_the_command_ends_with_1_where_memory_runs_out_or_the_layout_is_wrong(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from dapo import dump
 from dapo.mesh import Mesh
 from dapo.train import train
 from tests.distributed.launch import ROOT
-from tests.distributed.resume import OPTIONS
+from tests.distributed.resume import OPTIONS, deepen
 
 CLIPPING = ["run.steps=1", "optim.lr=2e-3", "optim.warmup_steps=0", "objective.clip_low=0.02", "objective.clip_high=0.04"]
 LAYOUTS = {
@@ -39,6 +39,9 @@ def run(directory: Path, layout: list[str]) -> configs.Config:
     options = [f"run.dir={directory}", "rollout.dump_share=1.0", *OPTIONS, *CLIPPING, *layout]
     config = configs.load(ROOT / "examples/arithmetic/config.yaml", options)
     mesh = Mesh(config.parallel)
+    if config.parallel.virtual_pipeline > 1:
+        mesh.on_main(deepen, directory / "deeper")
+        config = config.changed([f"policy.model={directory / 'deeper'}"])
     train(config, mesh)
     mesh.barrier()
     parallel_state.destroy_model_parallel()
