@@ -19,7 +19,7 @@ from dapo.metrics import Log, SilentLog, mean
 from dapo.policy.megatron import Policy
 from dapo.recorder import Recorder
 from dapo.rollout import Rollouts, RolloutsElsewhere
-from dapo.shape import read_shape
+from dapo.shape import check_layout, read_shape
 from dapo.types import Interrupted
 
 
@@ -116,8 +116,8 @@ class Interruption:
 
 
 def _prepare(config: Config) -> None:
-    """Refuse a model that will not do, before anything is built; make the run directory and keep the resolved config in it."""
-    read_shape(config.policy.model)
+    """Refuse a model or a layout that will not do, before anything is built; make the run directory and keep the resolved config in it."""
+    check_layout(read_shape(config.policy.model), config)
     for warning in config.warnings():
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     try:

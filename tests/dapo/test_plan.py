@@ -125,7 +125,8 @@ def test_what_is_not_understood_is_refused_by_name(changed: dict[str, Any], mess
         (["parallel.tensor=2", "parallel.pipeline=2", "parallel.virtual_pipeline=4"], None,
          "parallel.pipeline=2 × parallel.virtual_pipeline=4 does not divide the model's num_hidden_layers=28"),
         (["parallel.tensor=4", "parallel.pipeline=2", "parallel.virtual_pipeline=7", "policy.megatron.recompute_method=uniform",
-          "policy.megatron.recompute_num_layers=4"], None, "policy.megatron.recompute_num_layers=4 does not divide a stage's chunk of layers=2"),
+          "policy.megatron.recompute_num_layers=4"], None,
+         "policy.megatron.recompute_num_layers=4 does not divide a stage's chunk of layers=2"),
         (["parallel.tensor=4", "parallel.virtual_pipeline=2"], None, "parallel.virtual_pipeline=2 with parallel.pipeline=1: one stage has "
                                                                      "nobody to take turns with"),
         (["parallel.tensor=4", "parallel.context=2"], 12,
