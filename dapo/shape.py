@@ -162,21 +162,24 @@ def _check_field(path: Path, name: str, value: Any) -> None:
 
 
 def check_layout(shape: ModelShape, config: Config) -> None:
-    """Raises ConfigError, all that is wrong in one line: heads, KV heads, columns, layers do not divide; layers cannot be recomputed so.
+    """Raises ConfigError, all that is wrong in one line.
 
-    And of policy.megatron, what it may not say.
+    Heads, KV heads, columns, layers do not divide; layers cannot be recomputed so; policy.megatron says what it may not.
     """
-    tensor, pipeline, megatron = config.parallel.tensor, config.parallel.pipeline, config.policy.megatron
-    check_passthrough(megatron)
+    check_passthrough(config.policy.megatron)
+    tensor, pipeline, virtual = config.parallel.tensor, config.parallel.pipeline, config.parallel.virtual_pipeline
+    megatron, chunks = config.policy.megatron, pipeline * virtual
+    stages = f"parallel.pipeline={pipeline}" + (f" × parallel.virtual_pipeline={virtual}" if virtual > 1 else "")
+    a_stage = "a stage's layers" if virtual == 1 else "a stage's chunk of layers"
     divisions = [
         (f"parallel.tensor={tensor}", tensor, "the model's num_attention_heads", shape.num_heads),
         (f"parallel.tensor={tensor}", tensor, "the model's num_key_value_heads", shape.num_kv_heads),
         (f"parallel.tensor={tensor}", tensor, "the model's intermediate_size", shape.ffn_size),
-        (f"parallel.pipeline={pipeline}", pipeline, "the model's num_hidden_layers", shape.num_layers),
+        (stages, chunks, "the model's num_hidden_layers", shape.num_layers),
     ]
     method, unit = megatron.get("recompute_method"), megatron.get("recompute_num_layers")
     if unit and method == "uniform":  # Megatron would meet the end of the layers in its first forward pass
-        divisions.append((f"policy.megatron.recompute_num_layers={unit}", unit, "a stage's layers", shape.num_layers // pipeline))
+        divisions.append((f"policy.megatron.recompute_num_layers={unit}", unit, a_stage, shape.num_layers // chunks))
     wrong = [f"{option} does not divide {what}={number}" for option, by, what, number in divisions if number % by]
     if megatron.get("recompute_granularity") == "full" and (method not in ("uniform", "block") or not unit):
         wrong.append("policy.megatron.recompute_granularity=full wants recompute_method=uniform or block, and recompute_num_layers")

@@ -20,7 +20,7 @@ from dapo.metrics import Log, SilentLog, mean
 from dapo.policy.megatron import Policy
 from dapo.recorder import Recorder
 from dapo.rollout import Rollouts, RolloutsElsewhere
-from dapo.shape import read_shape
+from dapo.shape import ModelShape, check_layout, read_shape
 from dapo.types import Interrupted
 
 
@@ -28,7 +28,7 @@ def train(config: Config, mesh: Mesh) -> None:
     """Run Algorithm 1 from the newest checkpoint to config.run.steps. Interrupted, it saves and raises Interrupted."""
     is_interrupted = Interruption()
     checkpoints = Checkpoints(config.run, mesh)
-    checkpoints.find(mesh.on_main(read_shape, config.policy.model))  # what will not do is refused before anything is written
+    checkpoints.find(mesh.on_main(_shape, config))  # what will not do is refused before anything is written
     mesh.on_main(_prepare, config)
     rollouts, sets = make_rollouts(config, mesh, is_interrupted)
     policy = Policy(config, mesh)  # π_θ
@@ -82,7 +82,7 @@ def keep_traces(step: int, policy: Policy, mesh: Mesh, config: Config) -> None:
     """Write beside the step's dump what the updates saw of its tokens; nothing is gathered where nothing is dumped."""
     if config.rollout.dump_share:
         traces = [trace for of_a_rank in mesh.gather(policy.take_traces()) for trace in of_a_rank]
-        dump.write_traces(dump.traces_path_of(config.run.dir / "rollouts", step), traces)
+        dump.write_traces(dump.traces_path_of(config.run.dir / "rollouts", step), dump.merged(traces))
 
 
 def make_log(config: Config, rollouts: Rollouts | RolloutsElsewhere, start: int) -> Log | SilentLog:
@@ -116,6 +116,13 @@ class Interruption:
         if self.since is not None and number == signal.SIGINT and time.monotonic() - self.since > 2:
             raise KeyboardInterrupt
         self.since = self.since or time.monotonic()
+
+
+def _shape(config: Config) -> ModelShape:
+    """The model's, if the layout can hold it."""
+    shape = read_shape(config.policy.model)
+    check_layout(shape, config)
+    return shape
 
 
 def _prepare(config: Config) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -181,8 +182,10 @@ class Broadcast(Transport):
                 group.backend.abort()
             threading.Thread(target=_outlive, args=(group,), daemon=True).start()
             with contextlib.suppress(EngineError):  # a server that was restarted does not know it
-                name = {"group_name": group.name}
-                on_all([p.server for p in self.peers], lambda s, name=name: s.post("/destroy_weights_update_group", name, GRACE))
+                on_all(
+                    [p.server for p in self.peers],
+                    partial(Server.post, path="/destroy_weights_update_group", body={"group_name": group.name}, timeout=GRACE),
+                )
 
     def _connect(self) -> _Group:
         """Join with all servers. Each blocks until all have joined, so the calls are in flight while this rank joins."""
