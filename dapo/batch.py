@@ -83,10 +83,18 @@ def plan(groups: list[Group], config: Config, num_ranks: int, metrics: dict[str,
             for sample, weight in zip(group.samples, group_weights, strict=True)
         ]
         bins = pack([s.length for s in sequences], config.policy.tokens_per_microbatch, num_ranks)
+        least = _least_tokens([sum(sequences[i].length for i in b) for b in bins], config, num_ranks)
         for rank in range(num_ranks):
-            microbatches = [build([sequences[i] for i in bins[b]], config.parallel.tensor) for b in range(rank, len(bins), num_ranks)]
-            minibatches[rank].append(microbatches)
+            mine = range(rank, len(bins), num_ranks)
+            minibatches[rank].append([build([sequences[i] for i in bins[b]], config.parallel.tensor, least[b]) for b in mine])
     return [Batch(work, metrics) for work in minibatches]
+
+
+def _least_tokens(tokens: list[int], config: Config, num_ranks: int) -> list[int]:
+    """What each bin is padded to at least: as many on all ranks at a time, where every rank's tokens are gathered for the experts."""
+    if config.policy.megatron.get("moe_token_dispatcher_type") != "allgather":
+        return [0] * len(tokens)
+    return [max(tokens[b - b % num_ranks :][:num_ranks]) for b in range(len(tokens))]
 
 
 def stale_tokens(sample: Sample, version: int) -> np.ndarray:
@@ -120,10 +128,13 @@ def pack(lengths: list[int], budget: int, num_ranks: int) -> list[list[int]]:
     raise AssertionError("unreachable: one sequence a bin always fits")
 
 
-def build(sequences: list[_Sequence], multiple: int) -> Microbatch:
-    """Pack the sequences; pad the whole to a multiple (sequence parallelism splits it), as one more sequence that weighs nothing."""
+def build(sequences: list[_Sequence], multiple: int, least: int = 1) -> Microbatch:
+    """Pack the sequences; pad the whole to a multiple (sequence parallelism splits it), as one more sequence that weighs nothing.
+
+    To at least `least` tokens: a rank without work still takes part in every collective.
+    """
     lengths = [s.length for s in sequences]
-    padding = -sum(lengths) % multiple if lengths else multiple  # a rank without work still takes part in every collective
+    padding = -(-max(sum(lengths), least, 1) // multiple) * multiple - sum(lengths)
     total = sum(lengths) + padding
     microbatch = Microbatch(
         tokens=np.zeros(total, np.int64),

@@ -104,18 +104,24 @@ class Optim(Section):
 class Parallel(Section):
     tensor: Positive = 8  # with sequence parallelism whenever > 1
     pipeline: Positive = 1
+    expert: Positive = 1  # ranks of a pipeline stage that share a layer's experts, each with whole ones
 
     def data(self, world: int) -> int:
         """Data-parallel ranks of `world` processes.
 
         Raises:
-            ConfigError: the world size does not divide by tensor × pipeline.
+            ConfigError: the world size does not divide by tensor × pipeline, or a stage's ranks by expert.
         """
         model_size = self.tensor * self.pipeline
         if world % model_size:
             raise ConfigError(
                 f"world size {world} is not a multiple of parallel.tensor={self.tensor} × parallel.pipeline={self.pipeline}: "
                 f"launch {model_size} processes, or a multiple, or change the layout"
+            )
+        if world // self.pipeline % self.expert:
+            raise ConfigError(
+                f"parallel.expert={self.expert} does not divide the {world // self.pipeline} ranks of a pipeline stage "
+                f"(world size {world} / parallel.pipeline={self.pipeline}), who share its experts"
             )
         return world // model_size
 

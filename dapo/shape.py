@@ -9,7 +9,9 @@ from typing import Any
 
 from dapo.config import Config, ConfigError
 
-ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+ARCHITECTURES = {
+    "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "llama": "LlamaForCausalLM",
+}  # fmt: skip
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")  # have no default worth guessing
 # config.json fields that become part of the model
@@ -32,6 +34,14 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "pretraining_tp": (1,),
 }
+# the same for a mixture of experts. The coefficient and whether router logits are returned belong to a training loss that is not ours;
+# every layer has experts, so that all of them are alike
+EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+EXPERTS_USED = {*EXPERT_SIZES, "num_local_experts", "norm_topk_prob"}
+EXPERTS_IGNORED = {"router_aux_loss_coef", "output_router_logits"}
+EXPERTS_FIXED: dict[str, tuple[Any, ...]] = {"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)}
+# fields of policy.megatron that add a loss of the router's, and what is refused of them
+AUXILIARY_LOSSES = ("moe_aux_loss_coeff", "moe_z_loss_coeff")
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,10 @@ class ModelShape:
     norm_eps: float
     rope_theta: float
     is_tied: bool
+    num_experts: int = 0  # of each layer; 0: a dense model
+    experts_per_token: int = 0
+    expert_ffn_size: int = 0
+    is_expert_sum_one: bool = False  # whether the weights of a token's experts are scaled to sum to 1
 
     @property
     def has_qkv_bias(self) -> bool:
@@ -56,7 +70,7 @@ class ModelShape:
 
     @property
     def has_qk_norm(self) -> bool:
-        return self.model_type == "qwen3"
+        return self.model_type in ("qwen3", "qwen3_moe")
 
 
 def read_shape(directory: Path) -> ModelShape:
@@ -70,10 +84,10 @@ def read_shape(directory: Path) -> ModelShape:
         raise ConfigError(f"{path}: not JSON: {error}") from None
     if raw.get("model_type") not in ARCHITECTURES:
         raise ConfigError(f"{path}: model_type {raw.get('model_type')!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
-    for name, value in raw.items():
-        _check_field(path, name, value)
-
     kind = raw["model_type"]
+    for name, value in raw.items():
+        _check_field(path, kind, name, value)
+
     vocab_size, hidden_size, ffn_size, num_layers, num_heads = (_size(path, raw, name) for name in SIZES)
     defaults = {"head_dim": 128 if kind == "qwen3" else hidden_size // num_heads}  # as Hugging Face fills them in
     if kind == "llama":  # Qwen's default of 32 fits hardly any of its models: there the field must be
@@ -91,7 +105,22 @@ def read_shape(directory: Path) -> ModelShape:
         norm_eps=filled.get("rms_norm_eps", 1e-6),
         rope_theta=filled.get("rope_parameters", {}).get("rope_theta", filled.get("rope_theta", 10_000.0)),
         is_tied=filled.get("tie_word_embeddings", False),
+        **(_experts(path, filled) if kind == "qwen3_moe" else {}),
     )
+
+
+def _experts(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a mixture of experts. transformers 5 writes num_experts as num_local_experts."""
+    raw = {"num_experts": raw.get("num_local_experts"), **raw}
+    if raw.get("num_local_experts", raw["num_experts"]) != raw["num_experts"]:
+        raise ConfigError(f"{path}: num_experts={raw['num_experts']}, num_local_experts={raw['num_local_experts']}: remove the wrong one")
+    num_experts, per_token, ffn_size = (_size(path, raw, name) for name in EXPERT_SIZES)
+    if per_token > num_experts:
+        raise ConfigError(f"{path}: num_experts_per_tok={per_token} of num_experts={num_experts}")
+    is_sum_one = raw.get("norm_topk_prob", False)
+    if is_sum_one and per_token == 1:
+        raise ConfigError(f"{path}: norm_topk_prob=True with num_experts_per_tok=1: every expert weighs 1, so the router never learns")
+    return dict(num_experts=num_experts, experts_per_token=per_token, expert_ffn_size=ffn_size, is_expert_sum_one=is_sum_one)
 
 
 def _size(path: Path, raw: dict[str, Any], name: str) -> int:
@@ -101,7 +130,11 @@ def _size(path: Path, raw: dict[str, Any], name: str) -> int:
     return value
 
 
-def _check_field(path: Path, name: str, value: Any) -> None:
+def _check_field(path: Path, kind: str, name: str, value: Any) -> None:
+    has_experts = kind == "qwen3_moe"
+    fixed = FIXED | (EXPERTS_FIXED if has_experts else {})
+    if has_experts and name in EXPERTS_USED | EXPERTS_IGNORED:
+        return
     if name in USED | IGNORED:
         rope = value if name == "rope_parameters" and value else {}
         if rope.get("rope_type", "default") != "default" or set(rope) - {"rope_type", "rope_theta"}:
@@ -112,12 +145,12 @@ def _check_field(path: Path, name: str, value: Any) -> None:
             raise ConfigError(f"{path}: layer_types {sorted(set(value))} are not supported; supported: full_attention")
     elif name == "sliding_window":
         pass  # in force only with use_sliding_window, which is checked
-    elif name not in FIXED:
+    elif name not in fixed:
         raise ConfigError(
             f"{path}: field {name!r} is not understood, so the model might be computed wrongly; remove it if it has no effect"
         )
-    elif value not in FIXED[name]:
-        raise ConfigError(f"{path}: {name}={value!r} is not supported; supported: {FIXED[name][0]!r}")
+    elif value not in fixed[name]:
+        raise ConfigError(f"{path}: {name}={value!r} is not supported; supported: {fixed[name][0]!r}")
 
 
 def check_layout(shape: ModelShape, config: Config) -> None:
@@ -126,7 +159,7 @@ def check_layout(shape: ModelShape, config: Config) -> None:
     divisions = [
         (f"parallel.tensor={tensor}", tensor, "the model's num_attention_heads", shape.num_heads),
         (f"parallel.tensor={tensor}", tensor, "the model's num_key_value_heads", shape.num_kv_heads),
-        (f"parallel.tensor={tensor}", tensor, "the model's intermediate_size", shape.ffn_size),
+        (f"parallel.tensor={tensor}", tensor, "the model's intermediate_size", 0 if shape.num_experts else shape.ffn_size),
         (f"parallel.pipeline={pipeline}", pipeline, "the model's num_hidden_layers", shape.num_layers),
     ]
     method, unit = megatron.get("recompute_method"), megatron.get("recompute_num_layers")
@@ -137,8 +170,25 @@ def check_layout(shape: ModelShape, config: Config) -> None:
         wrong.append("policy.megatron.recompute_granularity=full wants recompute_method=uniform or block, and recompute_num_layers")
     if "layernorm" in (megatron.get("recompute_modules") or []):  # Megatron wants Transformer Engine, whose layers have no norm apart
         wrong.append("policy.megatron.recompute_modules: layernorm cannot be recomputed by itself; core_attn and mlp can")
+    wrong += _wrong_with_experts(shape, config)
     if wrong:
         raise ConfigError("; ".join(wrong))
+
+
+def _wrong_with_experts(shape: ModelShape, config: Config) -> list[str]:
+    expert, megatron, wrong = config.parallel.expert, config.policy.megatron, []
+    modules = megatron.get("recompute_modules") or []
+    if not shape.num_experts:
+        wrong += [f"parallel.expert={expert}, but {shape.model_type} has no experts: leave it 1"] if expert > 1 else []
+        return wrong + (["policy.megatron.recompute_modules: moe, but there are no experts; the other is mlp"] if "moe" in modules else [])
+    if shape.num_experts % expert:
+        wrong.append(f"parallel.expert={expert} does not divide the model's num_experts={shape.num_experts}")
+    if "mlp" in modules:
+        wrong.append("policy.megatron.recompute_modules: mlp recomputes nothing where every layer has experts; moe does")
+    for field in AUXILIARY_LOSSES:  # Megatron multiplies it by a microbatch's tokens, and expects to divide all gradients by the update's
+        if megatron.get(field):
+            wrong.append(f"policy.megatron.{field}={megatron[field]} is not supported: only 0, for our loss is a sum over tokens")
+    return wrong
 
 
 def padded_vocab(shape: ModelShape, tensor: int) -> int:

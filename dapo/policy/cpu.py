@@ -86,6 +86,9 @@ class NoCuda:
 
         def __exit__(self, *args: Any) -> None: ...
 
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, NoCuda.Null)  # there is one stream
+
         def __getattr__(self, name: str) -> Callable[..., Any]:
             return lambda *args, **kwargs: 0.0 if name == "elapsed_time" else NoCuda.Null()
 
@@ -123,6 +126,8 @@ NO_CUDA = [
     ),
     # the tracker warns when a fork consumes CPU randomness: here that is the only randomness there is
     Rule(r"if not torch\.all\(cpu_rng_state == torch\.get_rng_state\(\)\)\.item\(\):", "if False:", "megatron.core.tensor_parallel.random"),
+    # the alltoall dispatcher sends what a split lists, which is a tensor until it is "on the CPU"
+    Rule(r"torch\.is_tensor\(tensor\) and tensor\.is_cuda", "torch.is_tensor(tensor)", "megatron.core.transformer.moe.moe_utils"),
     # jit_fuser is torch.compile: 10-40 s per function on a CPU
     Rule(r"\nenable_jit_fuser\(\)", "\ndisable_jit_fuser()", "megatron.core.jit"),
 ]
@@ -131,6 +136,11 @@ NO_TRANSFORMER_ENGINE = [
     Rule(r"USING_PYTORCH_OPTIMIZER = True", "USING_PYTORCH_OPTIMIZER = False", "megatron.core.optimizer"),
     Rule(
         r"from torch\.optim import Adam as Adam\b", "from dapo.policy.cpu import AdamW as Adam", "megatron.core.optimizer.distrib_optimizer"
+    ),
+    Rule(
+        r"(?<=except ImportError:\n)    HAVE_TE = False",
+        "    HAVE_TE, te_general_gemm = False, None",
+        "megatron.core.transformer.moe.moe_utils",
     ),
     Rule(r"HAVE_APEX_OR_TE = False", "USING_TE_OPTIMIZER = True  # in its ways", "megatron.core.optimizer.distrib_optimizer"),
 ]

@@ -67,7 +67,12 @@ class Policy:
         self.config, self.mesh = config, mesh
         self.shape = read_shape(config.policy.model)
         self.transformer = transformer_config(self.shape, config)
-        parallel_state.initialize_model_parallel(config.parallel.tensor, config.parallel.pipeline)
+        parallel_state.initialize_model_parallel(
+            config.parallel.tensor,
+            config.parallel.pipeline,
+            expert_model_parallel_size=config.parallel.expert,
+            expert_tensor_parallel_size=1,
+        )
         assert parallel_state.get_data_parallel_rank() == mesh.data_rank, "mesh and Megatron disagree on who holds which data"
         model_parallel_cuda_manual_seed(config.run.seed)
         self.tensor_group = parallel_state.get_tensor_model_parallel_group()
@@ -234,6 +239,7 @@ class Policy:
         # fully_reshardable: the optimizer's state can be loaded into another layout
         metadata = {
             "distrib_optim_sharding_type": "fully_reshardable",
+            "chained_optim_avoid_prefix": True,  # experts have an optimizer of their own; the state's names are those of the parameters
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         }
         model = self._module.sharded_state_dict(metadata=metadata)

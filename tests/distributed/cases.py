@@ -17,6 +17,8 @@ class Case:
     filtering: bool = False
     stale: bool = False  # some tokens were written by older weights
     overlap: bool = False  # gradients are reduced while the backward pass runs
+    expert: int = 1  # ranks that share a layer's experts
+    dispatcher: str = ""  # how tokens get to them; "": the default
 
     @property
     def name(self) -> str:
@@ -29,6 +31,8 @@ class Case:
             "filtered" if self.filtering else "",
             "stale" if self.stale else "",
             "overlap" if self.overlap else "",
+            f"ep{self.expert}" if self.expert > 1 else "",
+            self.dispatcher,
         ]
         return "-".join([f"tp{self.tensor}pp{self.pipeline}dp{data}", *filter(None, extras)])
 
@@ -52,4 +56,19 @@ CASES = [
     Case(4, 2, 1, "qwen2", filtering=True),
     Case(4, 1, 2, "llama", budget=4096),
     Case(4, 1, 2, "qwen2", is_tied=True, budget=40, overlap=True),
+]
+
+CASES += [  # mixture of experts
+    Case(1, 1, 1, "qwen3_moe"),
+    Case(1, 1, 1, "qwen3_moe-unnormalised", stale=True),
+    Case(2, 1, 1, "qwen3_moe", expert=2),
+    Case(2, 1, 1, "qwen3_moe-unnormalised", expert=2, dispatcher="allgather"),
+    Case(2, 2, 1, "qwen3_moe", is_tied=True),  # experts whole on every rank, which sees a part of the tokens
+    Case(2, 2, 1, "qwen3_moe", expert=2, budget=40),
+    Case(4, 2, 1, "qwen3_moe", expert=2, overlap=True),  # over the tensor ranks, twice
+    Case(4, 2, 1, "qwen3_moe-unnormalised", expert=4, dispatcher="allgather"),
+    Case(4, 1, 2, "qwen3_moe", expert=2),
+    Case(4, 1, 2, "qwen3_moe", expert=2, dispatcher="allgather", budget=40),
+    Case(4, 1, 1, "qwen3_moe", expert=4, is_tied=True),
+    Case(4, 1, 1, "qwen3_moe-unnormalised", expert=2, budget=4096),
 ]
