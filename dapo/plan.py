@@ -286,8 +286,10 @@ def _notes(plan: Plan) -> Iterator[str]:
         yield "float32 on a GPU: attention keeps its scores, length² a head, and the times are bfloat16's; neither is counted: use bfloat16"
     if plan.backend != "cpu" and parallel.tensor > MACHINE:
         yield f"parallel.tensor={parallel.tensor} reaches past a machine's {MACHINE} devices: its traffic goes over the slow network"
+    if plan.shape.num_experts:
+        yield "experts are taken to get as many tokens each, and as large a share of the FLOP/s as a dense model; neither is so at first"
     if parallel.expert > 1:
-        yield "tokens are taken to meet all experts alike; their way to other ranks' experts and back is not in the seconds"
+        yield "the tokens' way to other ranks' experts and back is not in the seconds"
     if plan.backend != "cpu" and parallel.expert > MACHINE:
         yield f"parallel.expert={parallel.expert} reaches past a machine's {MACHINE} devices: tokens travel over the slow network"
     if plan.microbatches < parallel.pipeline:

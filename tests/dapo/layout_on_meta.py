@@ -1,6 +1,6 @@
-"""python -m tests.dapo.layout_on_meta CONFIG MODEL: the parameters of a rank of each pipeline stage, built without memory, as JSON.
+"""python -m tests.dapo.layout_on_meta CONFIG MODEL WORLD: the parameters of the first and the last rank, built without memory, as JSON.
 
-One process that takes itself for rank after rank of 128: torch's fake process group answers every collective at once.
+One process that takes itself for one rank after the other: torch's fake process group answers every collective at once.
 """
 
 from __future__ import annotations
@@ -17,19 +17,24 @@ from dapo.policy import hf_weights
 from dapo.policy.model import build_model, transformer_config
 from dapo.shape import read_shape
 
-WORLD = 128
 
-
-def main(path: str, model: str) -> None:
+def main(path: str, model: str, world_size: str) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    world = int(world_size)
     config = configs.load(path, [f"policy.model={model}"])
     shape = read_shape(config.policy.model)
     counts = []
-    for rank in (0, WORLD - 1):
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=WORLD)
-        parallel_state.initialize_model_parallel(config.parallel.tensor, config.parallel.pipeline, create_gloo_process_groups=False)
+    for rank in (0, world - 1):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+        parallel_state.initialize_model_parallel(
+            config.parallel.tensor,
+            config.parallel.pipeline,
+            expert_model_parallel_size=config.parallel.expert,
+            expert_tensor_parallel_size=1,
+            create_gloo_process_groups=False,
+        )
         model_parallel_cuda_manual_seed(0)
         with torch.device("meta"):
             built = build_model(shape, transformer_config(shape, config))

@@ -20,6 +20,7 @@ LAYOUTS = {  # how its newest checkpoint was damaged → what the warning says
     "pipeline-parallel": "policy/__1_0.distcp is missing",
     "carried-over": "rollouts.json has ",
     "bfloat16": "manifest.json",
+    "expert-parallel": "policy/__1_0.distcp is not what was written",
 }
 
 
