@@ -9,9 +9,9 @@ import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import ceil, lcm, prod
+from math import ceil, prod
 
-from dapo.config import Config, ConfigError, Parallel
+from dapo.config import Config, ConfigError
 from dapo.memory import COUNTED, NEGLIGIBLE, Backend, Rank, active_parameters, num_parameters
 from dapo.shape import ModelShape, check_layout, padded_vocab, read_shape
 
@@ -93,7 +93,8 @@ class Plan:
     @property
     def microbatches(self) -> int:
         """Of an update, on each data-parallel rank, at the mean length."""
-        return ceil(self.tokens / (self.data * self.config.policy.tokens_per_microbatch))
+        turns = self.config.parallel.pipeline if self.config.parallel.virtual_pipeline > 1 else 1
+        return ceil(self.tokens / (self.data * self.config.policy.tokens_per_microbatch * turns)) * turns
 
     @property
     def score_seconds(self) -> float:
@@ -121,16 +122,17 @@ class Plan:
 
     def _pass_seconds(self, flops: float) -> float:
         """All of an update's tokens; the pipeline's stages wait for each other at both ends."""
-        bubble = (self.config.parallel.pipeline - 1) / self.microbatches
+        bubble = (self.config.parallel.pipeline - 1) / (self.microbatches * self.config.parallel.virtual_pipeline)
         return self.tokens * flops / (self.world * self.hardware.flops * self.hardware.mfu) * (1 + bubble)
 
     @property
     def _reduce_seconds(self) -> float:
-        """Gradients are summed over data-parallel ranks, parameters gathered."""
+        """Gradients are summed over data and context ranks, parameters gathered."""
         rate = self.hardware.link if self.world <= MACHINE else self.hardware.network
         rank, each = self.worst, 4 + self.worst.value_bytes
         dense, experts = rank.parameters - rank.expert_parameters, rank.expert_parameters
-        return each * (dense * (1 - 1 / self.data) + experts * (1 - 1 / rank.expert_data)) / rate
+        shared = dense * (1 - 1 / (self.data * self.config.parallel.context)) + experts * (1 - 1 / rank.expert_data)
+        return each * shared / rate
 
     @property
     def _optimizer_seconds(self) -> float:
@@ -153,18 +155,13 @@ def _feed_forward(shape: ModelShape) -> int:
     return 3 * shape.hidden_size * shape.ffn_size
 
 
-def least_world(parallel: Parallel) -> int:
-    """Processes of the smallest world in this layout."""
-    return lcm(parallel.tensor * parallel.pipeline, parallel.expert * parallel.pipeline)
-
-
 def make_plan(config: Config, gpu: str, world: int | None = None, length: int | None = None, has_te: bool = False) -> Plan:
     """Raises ConfigError: the model's config.json, the layout or the world size will not do."""
     shape = read_shape(config.policy.model)
     check_layout(shape, config)
-    world = least_world(config.parallel) if world is None else world
+    world = config.parallel.least_world if world is None else world
     if world < 1 or config.parallel.data(world) < 1:
-        raise ConfigError(f"a world of {world} processes; expected at least {least_world(config.parallel)}")
+        raise ConfigError(f"a world of {world} processes; expected at least {config.parallel.least_world}")
     backend: Backend = "cpu" if gpu == "cpu" else "transformer_engine" if has_te else "cuda"
     longest = config.data.max_prompt_length + config.rollout.max_response_length
     length = longest // 2 if length is None else length
@@ -202,15 +199,20 @@ def _kinds(plan: Plan) -> list[list[Change]]:
     gated = "policy.megatron.recompute_granularity=selective", f"policy.megatron.recompute_modules=[{module}]"
     full = tuple(f"policy.megatron.recompute_{field}" for field in ("granularity=full", "method=uniform", "num_layers=1"))
     recompute = {None: [Change(gated), Change(full)], "selective": [Change(full)]}
-    offload = ("policy.megatron.optimizer_cpu_offload=true", "policy.megatron.optimizer_offload_fraction=1.0")
+    offload = tuple(
+        f"policy.megatron.{field}"
+        for field in ("optimizer_cpu_offload=true", "optimizer_offload_fraction=1.0", "use_precision_aware_optimizer=true")
+    )
+    can_offload = plan.backend != "cpu" and policy.dtype == "bfloat16" and not policy.megatron.get("optimizer_cpu_offload")
     return [
         [Change((f"policy.tokens_per_microbatch={n}",)) for n in sorted(smaller - {policy.tokens_per_microbatch}, reverse=True)],
         recompute.get(policy.megatron.get("recompute_granularity"), []),
         [Change((f"parallel.tensor={n}",)) for n in (2, 4, 8) if n > parallel.tensor],
         [Change((f"parallel.pipeline={n}",)) for n in (2, 4, 8, 16) if n > parallel.pipeline],
+        [Change((f"parallel.context={n}",)) for n in (2, 4, 8) if n > parallel.context],
         [Change((f"parallel.expert={n}",)) for n in (2, 4, 8, 16, 32) if plan.shape.num_experts and n > parallel.expert],
         [Change(times=n) for n in (2, 4, 8)],
-        [] if plan.backend == "cpu" or policy.megatron.get("optimizer_cpu_offload") else [Change(offload)],
+        [Change(offload)] if can_offload else [],
     ]
 
 
@@ -226,12 +228,12 @@ def _first_that_fits(plan: Plan, kinds: tuple[list[Change], ...]) -> tuple[str, 
 
 def _changed(plan: Plan, changes: tuple[Change, ...]) -> Plan | None:
     """The plan with the changes, on as many devices as they need; None where the model cannot be split so."""
-    config = plan.config.changed([override for change in changes for override in change.overrides])
     try:
+        config = plan.config.changed([override for change in changes for override in change.overrides])
         check_layout(plan.shape, config)
     except ConfigError:
         return None
-    least = least_world(config.parallel)
+    least = config.parallel.least_world
     world = ceil(plan.world / least) * least * prod(change.times for change in changes)
     return replace(plan, config=config, world=world)
 
@@ -246,7 +248,8 @@ def describe(plan: Plan) -> list[str]:
     return [
         f"model     {shape.model_type}, {num_parameters(shape):,} parameters{active}, {config.policy.dtype}; "
         f"vocabulary {shape.vocab_size:,}, padded to {padded_vocab(shape, parallel.tensor):,}",
-        f"layout    {plan.world} × {plan.hardware.name} = tensor {parallel.tensor} × pipeline {parallel.pipeline} × data {plan.data}; "
+        f"layout    {plan.world} × {plan.hardware.name} = tensor {parallel.tensor} × pipeline {parallel.pipeline}{_more(plan)} "
+        f"× data {plan.data}; "
         f"a rank has {shape.num_heads // parallel.tensor} of {shape.num_heads} heads, {shape.num_kv_heads // parallel.tensor} of "
         f"{shape.num_kv_heads} KV heads, {shape.num_layers // parallel.pipeline} of {shape.num_layers} layers{experts}",
         f"an update {samples:,} samples of {plan.length:,} tokens (the longest has {rank.longest:,}) = {plan.tokens:,} tokens; "
@@ -265,10 +268,16 @@ def describe(plan: Plan) -> list[str]:
     ]  # fmt: skip
 
 
+def _more(plan: Plan) -> str:
+    chunks, context = plan.config.parallel.virtual_pipeline, plan.config.parallel.context
+    return (f" in {chunks} chunks each" if chunks > 1 else "") + (f" × context {context}" if context > 1 else "")
+
+
 def _memory_table(plan: Plan) -> list[str]:
     """GiB of a rank, by pipeline stage."""
     columns = ("params", "grads", "optimizer", "batch", "engine", "activations", "logits", "peak")
-    lines = ["GiB a rank " + "".join(f"{name:>13}" for name in columns) + "  microbatches in flight"]
+    of_what = " (of a chunk)" if plan.config.parallel.virtual_pipeline > 1 else ""
+    lines = ["GiB a rank " + "".join(f"{name:>13}" for name in columns) + "  microbatches in flight" + of_what]
     for rank in plan.stages:
         values = "".join(f"{getattr(rank, name) / GIB:13.2f}" for name in columns)
         lines.append(f"stage {rank.stage:<5}{values}  {rank.in_flight}")
@@ -294,6 +303,8 @@ def _notes(plan: Plan) -> Iterator[str]:
         yield f"parallel.expert={parallel.expert} reaches past a machine's {MACHINE} devices: tokens travel over the slow network"
     if plan.microbatches < parallel.pipeline:
         yield f"{plan.microbatches} microbatches for {parallel.pipeline} pipeline stages: some are idle; lower policy.tokens_per_microbatch"
+    if parallel.context > 1:
+        yield "keys and values are sent to all context ranks in every layer: no time is counted for that"
     samples = config.optim.prompts_per_minibatch * config.rollout.group_size
     if samples < plan.data:
         yield f"an update has {samples} samples for {plan.data} data-parallel ranks: some learn from nothing"
