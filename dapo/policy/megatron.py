@@ -235,6 +235,7 @@ class Policy:
         # fully_reshardable: the optimizer's state can be loaded into another layout
         metadata = {
             "distrib_optim_sharding_type": "fully_reshardable",
+            "chained_optim_avoid_prefix": True,  # experts have an optimizer of their own; the state's names are those of the parameters
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         }
         model = {f"chunk{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(self.chunks)}
