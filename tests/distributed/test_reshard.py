@@ -41,3 +41,10 @@ def test_what_follows_is_the_run_that_did_not_move(result: dict[str, Any]) -> No
 def test_a_checkpoint_that_holds_nan_is_refused() -> None:
     said = measured("tests.distributed.reshard", 4)["poisoned"]["said"]
     assert "poisoned/policy: 1 parameters hold NaN or infinite values, first decoder.layers.0.mlp.linear_fc2.weight" in said
+
+
+def test_the_optimizer_goes_on_with_what_the_config_says_now() -> None:
+    groups = measured("tests.distributed.reshard", 4)["poisoned"]["groups"]
+    assert len(groups) == 2
+    assert {(group["max_lr"], *group["betas"]) for group in groups} == {(7e-5, 0.8, 0.9)}
+    assert all(0 < group["lr"] <= 7e-5 for group in groups)
