@@ -16,6 +16,7 @@ LAYOUTS = {  # of four processes
     "pipeline 2, data 2": ["parallel.tensor=1", "parallel.pipeline=2"],
     "tensor 2, pipeline 2, bfloat16": ["parallel.tensor=2", "parallel.pipeline=2", "policy.dtype=bfloat16"],
     "tensor 4, bfloat16": ["parallel.tensor=4", "policy.dtype=bfloat16"],
+    "tensor 2, data 2, bfloat16": ["parallel.tensor=2", "policy.dtype=bfloat16"],
     "tensor 2, data 2, offloaded": ["parallel.tensor=2", *OFFLOADED],
     "pipeline 2, data 2, offloaded": ["parallel.tensor=1", "parallel.pipeline=2", *OFFLOADED],
 }
@@ -24,10 +25,15 @@ MOVES = [  # saved in → gone on in
     *[(HUB, other) for other in ("data 4", "tensor 4", "tensor 2, data 2", "pipeline 2, data 2")],
     *[(other, HUB) for other in ("data 4", "tensor 4")],
     ("tensor 2, pipeline 2, bfloat16", "tensor 4, bfloat16"),
-    ("tensor 2, pipeline 2, bfloat16", "tensor 2, data 2, offloaded"),
+    ("tensor 2, data 2, bfloat16", "tensor 2, data 2, offloaded"),
     ("tensor 2, data 2, offloaded", "tensor 2, data 2, offloaded"),
     ("tensor 2, data 2, offloaded", "pipeline 2, data 2, offloaded"),
 ]
+
+
+def is_same(source: str, target: str) -> bool:
+    """The ranks hold the same: where the optimizer's state lies changes nothing."""
+    return source.split(", ")[:2] == target.split(", ")[:2]
 
 
 def is_bfloat16(layout: str) -> bool:
