@@ -1,16 +1,20 @@
 """Groups → minibatches (one update each) → packed microbatches (one forward-backward each), balanced over data-parallel ranks.
 
-T = tokens packed into a microbatch, S = sequences in it.
+T = tokens packed into a microbatch, S = sequences in it. With context parallelism every sequence is cut into 2·context chunks of equal size
+and rank r has chunks r and 2·context − 1 − r (zig-zag: early tokens see few keys, late ones many, so each rank attends as much); T then
+counts the tokens of one context rank.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush, heapreplace
 from itertools import count
 
 import numpy as np
 
-from dapo.config import Config
+from dapo.config import Config, Parallel
 from dapo.dump import chosen
 from dapo.objective import token_weights
 from dapo.types import Group, Prompt, Sample
@@ -20,11 +24,13 @@ ATTENTION_SPAN = 32_768  # sequence length at which attention costs as much as t
 
 @dataclass(frozen=True)
 class Place:
-    """Where the response tokens of a dumped sample lie in a microbatch: they are targets[tokens]."""
+    """Where response tokens of a dumped sample lie in a microbatch: targets[tokens] are those from `start` on, of `length` in all."""
 
     group: int
     index: int
     tokens: slice
+    start: int
+    length: int
 
 
 @dataclass
@@ -34,7 +40,7 @@ class Microbatch:
     tokens: np.ndarray  # int64 [T]
     targets: np.ndarray  # int64 [T]
     positions: np.ndarray  # int64 [T], within the sequence
-    cu_seqlens: np.ndarray  # int32 [S + 1]: sequence i is cu_seqlens[i] : cu_seqlens[i + 1]
+    cu_seqlens: np.ndarray  # int32 [S + 1]: sequence i is cu_seqlens[i] : cu_seqlens[i + 1], counted over all context ranks
     mask: np.ndarray  # bool [T]: the target is a token the policy wrote
     weights: np.ndarray  # float32 [T]: see objective.py
     advantages: np.ndarray  # float32 [T]
@@ -65,15 +71,18 @@ class _Sequence:
 
 
 def plan(groups: list[Group], config: Config, num_ranks: int, metrics: dict[str, float], version: int = 0) -> list[Batch]:
-    """The step's work, one Batch per data-parallel rank, the same number of microbatches on each. `version` is that of the weights.
+    """The step's work, one Batch per data-parallel rank and, within it, context rank; the same number of microbatches on each.
 
-    Minibatches are whole groups in asking order. A short step makes fewer updates of about the same size; none for no groups.
+    `num_ranks`: data-parallel ranks; `version`: of the weights. Minibatches are whole groups in asking order. A short step makes fewer
+    updates of about the same size; none for no groups.
     """
+    parallel = config.parallel
     if not groups:
-        return [Batch([], metrics) for _ in range(num_ranks)]
+        return [Batch([], metrics) for _ in range(num_ranks * parallel.context)]
     dumped = {group.id for group in chosen(groups, config.rollout.dump_share)}
     num_updates = max(1, round(len(groups) / config.optim.prompts_per_minibatch))
-    minibatches: list[list[list[Microbatch]]] = [[] for _ in range(num_ranks)]
+    minibatches: list[list[list[Microbatch]]] = [[] for _ in range(num_ranks * parallel.context)]
+    turns = parallel.pipeline if parallel.virtual_pipeline > 1 else 1  # chunks take turns after as many microbatches as there are stages
     for indices in np.array_split(np.arange(len(groups)), num_updates):
         minibatch = [groups[i] for i in indices]
         weights = token_weights(minibatch, config.objective.normaliser, config.objective.overlong_filtering)
@@ -82,10 +91,13 @@ def plan(groups: list[Group], config: Config, num_ranks: int, metrics: dict[str,
             for group, group_weights in zip(minibatch, weights, strict=True)
             for sample, weight in zip(group.samples, group_weights, strict=True)
         ]
-        bins = pack([s.length for s in sequences], config.policy.tokens_per_microbatch, num_ranks)
+        lengths = [_padded(s.length, parallel.sequence_multiple) for s in sequences]
+        bins = pack(lengths, config.policy.tokens_per_microbatch, num_ranks * turns)
         for rank in range(num_ranks):
-            microbatches = [build([sequences[i] for i in bins[b]], config.parallel.tensor) for b in range(rank, len(bins), num_ranks)]
-            minibatches[rank].append(microbatches)
+            packs = [build([sequences[i] for i in bins[b]], parallel) for b in range(rank, len(bins), num_ranks)]
+            for context_rank in range(parallel.context):
+                shares = [share(pack, context_rank, parallel.context) for pack in packs]
+                minibatches[rank * parallel.context + context_rank].append(shares)
     return [Batch(work, metrics) for work in minibatches]
 
 
@@ -98,31 +110,64 @@ def stale_tokens(sample: Sample, version: int) -> np.ndarray:
 
 
 def pack(lengths: list[int], budget: int, num_ranks: int) -> list[list[int]]:
-    """Indices of sequences in bins of at most `budget` tokens; as few bins as fit, a multiple of num_ranks, of like cost.
+    """Indices of sequences in bins of at most `budget` tokens; as few bins as fit, a multiple of num_ranks. Rank r gets bins[r::num_ranks].
 
-    Longest first, each to the cheapest bin with room; cost = linear + attention (n + n²/span). Within a bin the order is kept.
+    Longest first, each to the cheapest bin with room; cost = linear + attention (n + n²/span). The costliest bins come first, those of like
+    cost in one turn of the ranks, where the rank with the least work so far takes the costliest. Within a bin the order is kept.
     """
     assert max(lengths) <= budget, f"a sequence of {max(lengths)} tokens in microbatches of {budget}"
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    for num_bins in count(num_ranks * max(1, -(-sum(lengths) // (budget * num_ranks))), num_ranks):
-        bins: list[list[int]] = [[] for _ in range(num_bins)]
-        tokens, costs = np.zeros(num_bins, dtype=np.int64), np.zeros(num_bins)
-        for i in order:
-            room = tokens + lengths[i] <= budget
-            if not room.any():
-                break
-            b = int(np.where(room, costs, np.inf).argmin())
-            bins[b].append(i)
-            tokens[b] += lengths[i]
-            costs[b] += lengths[i] + lengths[i] ** 2 / ATTENTION_SPAN
-        else:
-            return [sorted(b) for b in bins]
-    raise AssertionError("unreachable: one sequence a bin always fits")
+    fewest = max(-(-sum(lengths) // budget), sum(2 * n > budget for n in lengths), 1)  # of those above half, each has a bin of its own
+    attempts = (_fill(lengths, order, budget, num_bins) for num_bins in count(-(-fewest // num_ranks) * num_ranks, num_ranks))
+    bins = next(bins for bins in attempts if bins)
+    costs = [sum(_cost(lengths[i]) for i in b) for b in bins]
+    by_cost = sorted(range(len(bins)), key=lambda b: -costs[b])
+    work, dealt = [0.0] * num_ranks, list[list[int]]()
+    for turn in range(0, len(bins), num_ranks):
+        taken = dict(zip(sorted(range(num_ranks), key=lambda rank: work[rank]), by_cost[turn : turn + num_ranks], strict=True))
+        dealt += [sorted(bins[taken[rank]]) for rank in range(num_ranks)]
+        work = [work[rank] + costs[taken[rank]] for rank in range(num_ranks)]
+    return dealt
 
 
-def build(sequences: list[_Sequence], multiple: int) -> Microbatch:
-    """Pack the sequences; pad the whole to a multiple (sequence parallelism splits it), as one more sequence that weighs nothing."""
-    lengths = [s.length for s in sequences]
+def _cost(length: int) -> float:
+    """Of a sequence's forward and backward pass, in tokens of a short one."""
+    return length + length**2 / ATTENTION_SPAN
+
+
+def _fill(lengths: list[int], order: list[int], budget: int, num_bins: int) -> list[list[int]] | None:
+    """Bins for all sequences in this order of falling length; None if one finds no room."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    room = [budget] * num_bins
+    by_cost = [(0.0, b) for b in range(num_bins)]  # a heap: bins with room, the cheapest first
+    by_room: list[tuple[int, float, int]] = []  # a heap of (−room, cost, bin): those without, until the sequences are short enough
+    for i in order:
+        n = lengths[i]
+        while by_room and -by_room[0][0] >= n:
+            heappush(by_cost, heappop(by_room)[1:])
+        while by_cost and room[by_cost[0][1]] < n:
+            cost, b = heappop(by_cost)
+            heappush(by_room, (-room[b], cost, b))
+        if not by_cost:
+            return None
+        cost, b = by_cost[0]
+        bins[b].append(i)
+        room[b] -= n
+        heapreplace(by_cost, (cost + _cost(n), b))
+    return bins
+
+
+def _padded(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+def build(sequences: list[_Sequence], parallel: Parallel) -> Microbatch:
+    """Pack the sequences, for all context ranks; pad the whole to a multiple, as one more sequence that weighs nothing.
+
+    A sequence is padded at its end, where causality hides it, so that context ranks can share it.
+    """
+    lengths = [_padded(s.length, parallel.sequence_multiple) for s in sequences]
+    multiple = parallel.pack_multiple
     padding = -sum(lengths) % multiple if lengths else multiple  # a rank without work still takes part in every collective
     total = sum(lengths) + padding
     microbatch = Microbatch(
@@ -148,5 +193,29 @@ def build(sequences: list[_Sequence], multiple: int) -> Microbatch:
         microbatch.behavior_logprobs[response] = sequence.sample.behavior_logprobs
         microbatch.is_stale[response] = sequence.is_stale
         if sequence.is_dumped:
-            microbatch.dumped.append(Place(sequence.sample.group, sequence.sample.index, response))
+            microbatch.dumped.append(Place(sequence.sample.group, sequence.sample.index, response, 0, sequence.sample.length))
     return microbatch
+
+
+def share(microbatch: Microbatch, rank: int, context: int) -> Microbatch:
+    """Context rank `rank`'s part of a microbatch: of every sequence, in order, chunks `rank` and 2·context − 1 − `rank`.
+
+    What a token predicts was decided before, so a chunk's last token keeps its target in the next chunk.
+    """
+    if context == 1:
+        return microbatch
+    sizes = np.diff(microbatch.cu_seqlens) // (2 * context)
+    starts = np.stack([microbatch.cu_seqlens[:-1] + k * sizes for k in (rank, 2 * context - 1 - rank)], axis=1).ravel()
+    sizes = sizes.repeat(2)
+    here = np.cumsum(sizes) - sizes  # where each chunk begins in the share
+    order = np.repeat(starts - here, sizes) + np.arange(sizes.sum())
+    parts = {name: value[order] for name, value in vars(microbatch).items() if name not in ("cu_seqlens", "dumped")}
+    return replace(microbatch, **parts, dumped=[piece for place in microbatch.dumped for piece in _pieces(place, starts, sizes, here)])
+
+
+def _pieces(place: Place, starts: np.ndarray, sizes: np.ndarray, here: np.ndarray) -> Iterator[Place]:
+    """The parts of a place that lie in chunks starts[i] : starts[i] + sizes[i], which a share has at here[i]."""
+    low, high = np.maximum(starts, place.tokens.start), np.minimum(starts + sizes, place.tokens.stop)
+    for i in np.flatnonzero(low < high):
+        begin = int(here[i] + low[i] - starts[i])
+        yield replace(place, tokens=slice(begin, begin + int(high[i] - low[i])), start=int(low[i]) - place.tokens.start)

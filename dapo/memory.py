@@ -1,7 +1,8 @@
 """The bytes that a rank holds while it learns, from the config alone: nothing is allocated and torch is not loaded.
 
-T = packed tokens of a microbatch, t = T/tp of them under sequence parallelism, H = hidden size. Of one tensor rank: q, kv = columns of
-all heads' queries and of all KV heads' keys, F = feed-forward columns, V = vocabulary rows. b = bytes of the parameters' type.
+T = packed tokens of a microbatch on one of the context ranks, t = T/tp of them under sequence parallelism, H = hidden size. Of one tensor
+rank: q, kv = columns of all heads' queries and of all KV heads' keys, F = feed-forward columns, V = vocabulary rows. b = bytes of the
+parameters' type.
 
 Activations are what autograd keeps in dapo/policy/layers.py and in Megatron-core's local layers around it, tensor by tensor;
 tests/dapo/test_plan.py counts the same in a real backward pass. For Transformer Engine's layers the list is read from its source.
@@ -27,7 +28,7 @@ COUNTED = {
     "recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules", "optimizer_cpu_offload",
     "optimizer_offload_fraction", "use_precision_aware_optimizer",
 }  # fmt: skip
-NEGLIGIBLE = {"adam_eps", "bucket_size", "overlap_grad_reduce", "overlap_param_gather", "attention_backend", "log_num_zeros_in_grad"}
+NEGLIGIBLE = {"adam_eps", "bucket_size", "overlap_grad_reduce", "attention_backend", "log_num_zeros_in_grad"}
 
 
 def stage_parameters(shape: ModelShape, tensor: int, pipeline: int, stage: int) -> tuple[int, int]:
@@ -59,6 +60,12 @@ class Layer:
     tensor: int
     value_bytes: int  # b
     backend: Backend
+    context: int = 1
+
+    @property
+    def keys(self) -> float:
+        """Keys that plain attention holds for a token of its own: with context ranks, of each sequence both chunks' whole past."""
+        return self.context + 0.5 if self.context > 1 else 1
 
     @property
     def q(self) -> int:
@@ -97,7 +104,9 @@ class Layer:
         if self.backend == "transformer_engine":
             return b * (q + kv) + b * (q + 2 * kv) + 4 * heads  # v is a view of the fused q, k, v
         if self.backend == "cuda":
-            return b * 3 * q + 4 * heads  # KV heads are repeated; the output is the projection's input
+            return b * (1 + 2 * self.keys) * q + 4 * heads  # KV heads are repeated; the output is the projection's input
+        if self.context > 1:
+            return self.keys * (b * (2 * q + 2 * kv) + 4 * heads)  # queries are padded to the keys' length
         return ATTENTION_PADDING * (b * (2 * q + 2 * kv) + 4 * heads) + 8  # q, k, v, output; where each row belongs
 
     @property
@@ -138,6 +147,15 @@ class Rank:
         return self.config.parallel.pipeline
 
     @property
+    def context(self) -> int:
+        return self.config.parallel.context
+
+    @property
+    def chunks(self) -> int:
+        """Of layers, on this stage."""
+        return self.config.parallel.virtual_pipeline
+
+    @property
     def is_last(self) -> bool:
         return self.stage == self.pipeline - 1
 
@@ -153,18 +171,23 @@ class Rank:
     @property
     def tokens(self) -> int:
         """T."""
-        return ceil(self.config.policy.tokens_per_microbatch / self.tensor) * self.tensor
+        multiple = self.config.parallel.pack_multiple
+        return ceil(self.config.policy.tokens_per_microbatch / multiple) * multiple // self.context
 
     @property
     def microbatches(self) -> int:
         """Of an update, on each data-parallel rank, when every sample is as long as it may be."""
         samples = self.config.optim.prompts_per_minibatch * self.config.rollout.group_size
-        return ceil(samples / (self.data * (self.config.policy.tokens_per_microbatch // self.longest)))
+        multiple = self.config.parallel.sequence_multiple
+        together = self.config.policy.tokens_per_microbatch // (ceil(self.longest / multiple) * multiple)
+        turns = self.pipeline if self.chunks > 1 else 1
+        return ceil(samples / (self.data * together * turns)) * turns
 
     @property
     def in_flight(self) -> int:
-        """Microbatches whose activations are held together, in the 1F1B schedule."""
-        return min(self.microbatches, self.pipeline - self.stage)
+        """Microbatches whose activations are held together, in the 1F1B schedule; with several chunks, each microbatch of each chunk."""
+        behind = self.pipeline - self.stage - 1
+        return min(self.microbatches * self.chunks, 2 * behind + (self.chunks - 1) * self.pipeline + 1 if self.chunks > 1 else behind + 1)
 
     @property
     def parameters(self) -> int:
@@ -182,15 +205,16 @@ class Rank:
 
     @property
     def optimizer(self) -> int:
-        """Adam's two moments, and the float32 parameters where the model's are 16-bit; each data-parallel rank holds its share."""
+        """Adam's two moments, and the float32 parameters where the model's are 16-bit; each data and context rank holds its share."""
+        ranks = self.data * self.context
         if self._megatron("optimizer_cpu_offload"):  # all of it in main memory, with a copy of the gradients
-            return 16 * self.parameters // self.data if self.backend == "cpu" else 0
-        return (8 if self.value_bytes == 4 else 12) * self.parameters // self.data
+            return 16 * self.parameters // ranks if self.backend == "cpu" else 0
+        return (8 if self.value_bytes == 4 else 12) * self.parameters // ranks
 
     @property
     def batch(self) -> int:
         samples = self.config.rollout.prompts_per_step * self.config.rollout.group_size
-        return BATCH_BYTES * ceil(samples / self.data) * self.longest
+        return BATCH_BYTES * ceil(samples / self.data) * ceil(self.longest / self.context)
 
     @property
     def engine(self) -> int:
@@ -202,12 +226,17 @@ class Rank:
 
     @property
     def layer(self) -> Layer:
-        return Layer(self.shape, self.tensor, self.value_bytes, self.backend)
+        return Layer(self.shape, self.tensor, self.value_bytes, self.backend, self.context)
 
     @property
     def kept(self) -> int:
-        """What one microbatch's forward pass leaves on this stage for its backward pass."""
-        layer, layers = self.layer, self.shape.num_layers // self.pipeline
+        """What one microbatch's forward pass leaves on this stage, or the last chunk of it, for its backward pass."""
+        # the final norm and the hidden states; or what was sent on, which is held until its gradient comes
+        return round(self._kept_by_layers + (self.layer.norm + self.layer.stream if self.is_last else self.layer.stream) * self.tokens)
+
+    @property
+    def _kept_by_layers(self) -> float:
+        layer, layers = self.layer, self.shape.num_layers // (self.pipeline * self.chunks)
         if self._recomputes("full"):
             unit = min(self._megatron("recompute_num_layers") or 1, layers)
             is_block = self._megatron("recompute_method") == "block"  # the first layers, each for itself; uniform: all, `unit` at a time
@@ -218,13 +247,12 @@ class Rank:
             kept -= layers * layer.mlp
         if self._recomputes("core_attn"):
             kept -= layers * (layer.core_attention - layer.core_attention_inputs)
-        # the final norm and the hidden states; or what was sent on, which is held until its gradient comes
-        kept += layer.norm + layer.stream if self.is_last else layer.stream
-        return round(kept * self.tokens)
+        return kept * self.tokens
 
     @property
     def activations(self) -> int:
-        return self.in_flight * self.kept
+        """Of the chunks that are held together, one is the last."""
+        return self.kept + round((self.in_flight - 1) * (self._kept_by_layers + self.layer.stream * self.tokens))
 
     @property
     def working(self) -> int:
@@ -238,7 +266,9 @@ class Rank:
         gathered = b * T * hidden if self.tensor > 1 else 0  # the stream of all tensor ranks
         gated = 2 * b * T * layer.ffn  # the gradients of gate and up, while the product's own is there
         projected = b * T * layer.ffn + b * hidden * layer.ffn + 2 * gathered  # through the last matrix, and that matrix's own gradient
-        return round(recomputed * T + max(gated, projected) + 2 * layer.stream * T + gathered)
+        shared = layer.keys + self.context if self.context > 1 else 0  # gradients of keys and values, before they are sent to their ranks
+        keys = 2 * b * T * layer.kv * shared
+        return round(recomputed * T + max(gated, projected, keys) + 2 * layer.stream * T + gathered)
 
     @property
     def table(self) -> int:
@@ -273,7 +303,7 @@ class Rank:
             moments["the embedding's gradient"] = self.activations - self.kept + self.table + zeros
         # clipping writes each scaled gradient beside the old one; gloo, even among one, reduces a copy of all gradients
         largest = max(self._vocab, 2 * self.layer.ffn) * self.shape.hidden_size
-        moments["the optimizer's step"] = self.grads if self.backend == "cpu" else 4 * largest // self.data
+        moments["the optimizer's step"] = self.grads if self.backend == "cpu" else 4 * largest // (self.data * self.context)
         return moments
 
     @property

@@ -93,7 +93,8 @@ class Plan:
     @property
     def microbatches(self) -> int:
         """Of an update, on each data-parallel rank, at the mean length."""
-        return ceil(self.tokens / (self.data * self.config.policy.tokens_per_microbatch))
+        turns = self.config.parallel.pipeline if self.config.parallel.virtual_pipeline > 1 else 1
+        return ceil(self.tokens / (self.data * self.config.policy.tokens_per_microbatch * turns)) * turns
 
     @property
     def score_seconds(self) -> float:
@@ -121,14 +122,14 @@ class Plan:
 
     def _pass_seconds(self, flops: float) -> float:
         """All of an update's tokens; the pipeline's stages wait for each other at both ends."""
-        bubble = (self.config.parallel.pipeline - 1) / self.microbatches
+        bubble = (self.config.parallel.pipeline - 1) / (self.microbatches * self.config.parallel.virtual_pipeline)
         return self.tokens * flops / (self.world * self.hardware.flops * self.hardware.mfu) * (1 + bubble)
 
     @property
     def _reduce_seconds(self) -> float:
-        """Gradients are summed over data-parallel ranks, parameters gathered."""
+        """Gradients are summed over data and context ranks, parameters gathered."""
         rate = self.hardware.link if self.world <= MACHINE else self.hardware.network
-        return (self.worst.grads + self.worst.params) * (1 - 1 / self.data) / rate
+        return (self.worst.grads + self.worst.params) * (1 - 1 / (self.data * self.config.parallel.context)) / rate
 
     @property
     def _optimizer_seconds(self) -> float:
@@ -148,9 +149,9 @@ def make_plan(config: Config, gpu: str, world: int | None = None, length: int | 
     """Raises ConfigError: the model's config.json, the layout or the world size will not do."""
     shape = read_shape(config.policy.model)
     check_layout(shape, config)
-    world = config.parallel.tensor * config.parallel.pipeline if world is None else world
+    world = config.parallel.model_size if world is None else world
     if world < 1 or config.parallel.data(world) < 1:
-        raise ConfigError(f"a world of {world} processes; expected at least {config.parallel.tensor * config.parallel.pipeline}")
+        raise ConfigError(f"a world of {world} processes; expected at least {config.parallel.model_size}")
     backend: Backend = "cpu" if gpu == "cpu" else "transformer_engine" if has_te else "cuda"
     longest = config.data.max_prompt_length + config.rollout.max_response_length
     length = longest // 2 if length is None else length
@@ -197,6 +198,7 @@ def _kinds(plan: Plan) -> list[list[Change]]:
         recompute.get(policy.megatron.get("recompute_granularity"), []),
         [Change((f"parallel.tensor={n}",)) for n in (2, 4, 8) if n > parallel.tensor],
         [Change((f"parallel.pipeline={n}",)) for n in (2, 4, 8, 16) if n > parallel.pipeline],
+        [Change((f"parallel.context={n}",)) for n in (2, 4, 8) if n > parallel.context],
         [Change(times=n) for n in (2, 4, 8)],
         [Change(offload)] if can_offload else [],
     ]
@@ -214,12 +216,12 @@ def _first_that_fits(plan: Plan, kinds: tuple[list[Change], ...]) -> tuple[str, 
 
 def _changed(plan: Plan, changes: tuple[Change, ...]) -> Plan | None:
     """The plan with the changes, on as many devices as they need; None where the model cannot be split so."""
-    config = plan.config.changed([override for change in changes for override in change.overrides])
     try:
+        config = plan.config.changed([override for change in changes for override in change.overrides])
         check_layout(plan.shape, config)
     except ConfigError:
         return None
-    model_size = config.parallel.tensor * config.parallel.pipeline
+    model_size = config.parallel.model_size
     world = ceil(plan.world / model_size) * model_size * prod(change.times for change in changes)
     return replace(plan, config=config, world=world)
 
@@ -232,7 +234,8 @@ def describe(plan: Plan) -> list[str]:
     return [
         f"model     {shape.model_type}, {num_parameters(shape):,} parameters, {config.policy.dtype}; "
         f"vocabulary {shape.vocab_size:,}, padded to {padded_vocab(shape, parallel.tensor):,}",
-        f"layout    {plan.world} × {plan.hardware.name} = tensor {parallel.tensor} × pipeline {parallel.pipeline} × data {plan.data}; "
+        f"layout    {plan.world} × {plan.hardware.name} = tensor {parallel.tensor} × pipeline {parallel.pipeline}{_more(plan)} "
+        f"× data {plan.data}; "
         f"a rank has {shape.num_heads // parallel.tensor} of {shape.num_heads} heads, {shape.num_kv_heads // parallel.tensor} of "
         f"{shape.num_kv_heads} KV heads, {shape.num_layers // parallel.pipeline} of {shape.num_layers} layers",
         f"an update {samples:,} samples of {plan.length:,} tokens (the longest has {rank.longest:,}) = {plan.tokens:,} tokens; "
@@ -251,10 +254,16 @@ def describe(plan: Plan) -> list[str]:
     ]  # fmt: skip
 
 
+def _more(plan: Plan) -> str:
+    chunks, context = plan.config.parallel.virtual_pipeline, plan.config.parallel.context
+    return (f" in {chunks} chunks each" if chunks > 1 else "") + (f" × context {context}" if context > 1 else "")
+
+
 def _memory_table(plan: Plan) -> list[str]:
     """GiB of a rank, by pipeline stage."""
     columns = ("params", "grads", "optimizer", "batch", "engine", "activations", "logits", "peak")
-    lines = ["GiB a rank " + "".join(f"{name:>13}" for name in columns) + "  microbatches in flight"]
+    of_what = " (of a chunk)" if plan.config.parallel.virtual_pipeline > 1 else ""
+    lines = ["GiB a rank " + "".join(f"{name:>13}" for name in columns) + "  microbatches in flight" + of_what]
     for rank in plan.stages:
         values = "".join(f"{getattr(rank, name) / GIB:13.2f}" for name in columns)
         lines.append(f"stage {rank.stage:<5}{values}  {rank.in_flight}")
@@ -274,6 +283,8 @@ def _notes(plan: Plan) -> Iterator[str]:
         yield f"parallel.tensor={parallel.tensor} reaches past a machine's {MACHINE} devices: its traffic goes over the slow network"
     if plan.microbatches < parallel.pipeline:
         yield f"{plan.microbatches} microbatches for {parallel.pipeline} pipeline stages: some are idle; lower policy.tokens_per_microbatch"
+    if parallel.context > 1:
+        yield "keys and values are sent to all context ranks in every layer: no time is counted for that"
     samples = config.optim.prompts_per_minibatch * config.rollout.group_size
     if samples < plan.data:
         yield f"an update has {samples} samples for {plan.data} data-parallel ranks: some learn from nothing"

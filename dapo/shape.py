@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from dapo.config import Config, ConfigError
+from dapo.passthrough import check_passthrough
 
-ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")  # have no default worth guessing
 # config.json fields that become part of the model
 USED = {
     *SIZES, "model_type", "architectures", "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "rope_theta",
-    "rope_parameters",
+    "rope_parameters", "rope_scaling",
 }  # fmt: skip
 # fields that do not change what the model computes here
 IGNORED = {
@@ -27,11 +28,20 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "use_sliding_window": (False,),
     "use_mrope": (False,),
-    "rope_scaling": (None,),
     "mlp_bias": (False,),
     "attention_bias": (False,),
     "pretraining_tp": (1,),
 }
+# how each rope_type stretches the rotary embedding: its fields beside rope_theta and their defaults; `...` must be there
+ROPE_TYPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": ...},
+    "llama3": {"factor": ..., "low_freq_factor": ..., "high_freq_factor": ..., "original_max_position_embeddings": ...},
+    "yarn": {
+        "factor": ..., "original_max_position_embeddings": ..., "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True,
+        "attention_factor": None, "mscale": None, "mscale_all_dim": None,
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,7 @@ class ModelShape:
     norm_eps: float
     rope_theta: float
     is_tied: bool
+    rope_scaling: dict[str, Any] | None = None  # rope_type and all of its fields in ROPE_TYPES; None: not stretched
 
     @property
     def has_qkv_bias(self) -> bool:
@@ -74,11 +85,14 @@ def read_shape(directory: Path) -> ModelShape:
         _check_field(path, name, value)
 
     kind = raw["model_type"]
+    if kind == "mistral" and raw.get("sliding_window", 4096) is not None:  # Hugging Face's default, and no use_sliding_window beside it
+        raise ConfigError(f"{path}: sliding_window={raw.get('sliding_window', 4096)} is not supported; supported: null")
     vocab_size, hidden_size, ffn_size, num_layers, num_heads = (_size(path, raw, name) for name in SIZES)
     defaults = {"head_dim": 128 if kind == "qwen3" else hidden_size // num_heads}  # as Hugging Face fills them in
     if kind == "llama":  # Qwen's default of 32 fits hardly any of its models: there the field must be
         defaults["num_key_value_heads"] = num_heads
     filled = defaults | {name: value for name, value in raw.items() if value is not None}
+    rope_theta, rope_scaling = _rope(path, filled)
     return ModelShape(
         model_type=kind,
         vocab_size=vocab_size,
@@ -89,8 +103,9 @@ def read_shape(directory: Path) -> ModelShape:
         num_kv_heads=_size(path, filled, "num_key_value_heads"),
         head_dim=_size(path, filled, "head_dim"),
         norm_eps=filled.get("rms_norm_eps", 1e-6),
-        rope_theta=filled.get("rope_parameters", {}).get("rope_theta", filled.get("rope_theta", 10_000.0)),
+        rope_theta=rope_theta,
         is_tied=filled.get("tie_word_embeddings", False),
+        rope_scaling=rope_scaling,
     )
 
 
@@ -101,17 +116,43 @@ def _size(path: Path, raw: dict[str, Any], name: str) -> int:
     return value
 
 
+def _rope(path: Path, raw: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """(rope_theta, rope_scaling) from `rope_parameters`, or from `rope_scaling` and `rope_theta` as older configs have them."""
+    name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    if name == "rope_scaling" and raw.get("rope_parameters", raw[name]) != raw[name]:  # Hugging Face would forget its rope_theta
+        raise ConfigError(f"{path}: rope_scaling={raw[name]!r}, but rope_parameters={raw['rope_parameters']!r}: remove the wrong one")
+    if not isinstance(raw.get(name, {}), dict):
+        raise ConfigError(f"{path}: {name}={raw[name]!r}; expected a rope_type and its fields")
+    given = {field: value for field, value in raw.get(name, {}).items() if value is not None or field == "truncate"}
+    theta, old_kind = given.pop("rope_theta", raw.get("rope_theta", 10_000.0)), given.pop("type", "default")
+    if raw.get("rope_theta", theta) != theta:
+        raise ConfigError(f"{path}: rope_theta={raw['rope_theta']!r}, but {theta!r} in {name}: remove the wrong one")
+    kind = given.pop("rope_type", old_kind)
+    if kind not in ROPE_TYPES:
+        raise ConfigError(f"{path}: {name}: rope_type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+    if unknown := sorted(set(given) - set(ROPE_TYPES[kind])):
+        raise ConfigError(f"{path}: {name}: rope_type {kind} has no field {unknown[0]!r}; known: {', '.join(ROPE_TYPES[kind])}")
+    scaling = ROPE_TYPES[kind] | given
+    for field, value in {"rope_theta": theta, **scaling}.items():
+        if value is ...:
+            raise ConfigError(f"{path}: {name}: rope_type {kind} wants the field {field!r}")
+        is_number = value is None or (type(value) in (int, float) and value > 0 and (value >= 1 or field != "factor"))
+        if not (type(value) is bool if field == "truncate" else is_number):
+            wanted = {"truncate": "true or false", "factor": "a number of at least 1"}.get(field, "a number above 0")
+            raise ConfigError(f"{path}: {name}: {field}={value!r}; expected {wanted}")
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise ConfigError(f"{path}: {name}: low_freq_factor={scaling['low_freq_factor']} is not below high_freq_factor")
+    return float(theta), {"rope_type": kind, **scaling} if scaling else None
+
+
 def _check_field(path: Path, name: str, value: Any) -> None:
     if name in USED | IGNORED:
-        rope = value if name == "rope_parameters" and value else {}
-        if rope.get("rope_type", "default") != "default" or set(rope) - {"rope_type", "rope_theta"}:
-            raise ConfigError(f"{path}: rope_parameters={value} is not supported; supported: rope_type default")
         return
     if name == "layer_types":
         if set(value) != {"full_attention"}:
             raise ConfigError(f"{path}: layer_types {sorted(set(value))} are not supported; supported: full_attention")
     elif name == "sliding_window":
-        pass  # in force only with use_sliding_window, which is checked
+        pass  # Qwen's is in force only with use_sliding_window, which is checked
     elif name not in FIXED:
         raise ConfigError(
             f"{path}: field {name!r} is not understood, so the model might be computed wrongly; remove it if it has no effect"
@@ -121,17 +162,24 @@ def _check_field(path: Path, name: str, value: Any) -> None:
 
 
 def check_layout(shape: ModelShape, config: Config) -> None:
-    """Raises ConfigError, all that is wrong in one line: heads, KV heads, columns, layers do not divide; layers cannot be recomputed so."""
-    tensor, pipeline, megatron = config.parallel.tensor, config.parallel.pipeline, config.policy.megatron
+    """Raises ConfigError, all that is wrong in one line.
+
+    Heads, KV heads, columns, layers do not divide; layers cannot be recomputed so; policy.megatron says what it may not.
+    """
+    check_passthrough(config.policy.megatron)
+    tensor, pipeline, virtual = config.parallel.tensor, config.parallel.pipeline, config.parallel.virtual_pipeline
+    megatron, chunks = config.policy.megatron, pipeline * virtual
+    stages = f"parallel.pipeline={pipeline}" + (f" × parallel.virtual_pipeline={virtual}" if virtual > 1 else "")
+    a_stage = "a stage's layers" if virtual == 1 else "a stage's chunk of layers"
     divisions = [
         (f"parallel.tensor={tensor}", tensor, "the model's num_attention_heads", shape.num_heads),
         (f"parallel.tensor={tensor}", tensor, "the model's num_key_value_heads", shape.num_kv_heads),
         (f"parallel.tensor={tensor}", tensor, "the model's intermediate_size", shape.ffn_size),
-        (f"parallel.pipeline={pipeline}", pipeline, "the model's num_hidden_layers", shape.num_layers),
+        (stages, chunks, "the model's num_hidden_layers", shape.num_layers),
     ]
     method, unit = megatron.get("recompute_method"), megatron.get("recompute_num_layers")
     if unit and method == "uniform":  # Megatron would meet the end of the layers in its first forward pass
-        divisions.append((f"policy.megatron.recompute_num_layers={unit}", unit, "a stage's layers", shape.num_layers // pipeline))
+        divisions.append((f"policy.megatron.recompute_num_layers={unit}", unit, a_stage, shape.num_layers // chunks))
     wrong = [f"{option} does not divide {what}={number}" for option, by, what, number in divisions if number % by]
     if megatron.get("recompute_granularity") == "full" and (method not in ("uniform", "block") or not unit):
         wrong.append("policy.megatron.recompute_granularity=full wants recompute_method=uniform or block, and recompute_num_layers")

@@ -20,7 +20,7 @@ from dapo.metrics import Log, SilentLog, mean
 from dapo.policy.megatron import Policy
 from dapo.recorder import Recorder
 from dapo.rollout import Rollouts, RolloutsElsewhere
-from dapo.shape import read_shape
+from dapo.shape import ModelShape, check_layout, read_shape
 from dapo.types import Interrupted
 
 
@@ -28,7 +28,7 @@ def train(config: Config, mesh: Mesh) -> None:
     """Run Algorithm 1 from the newest checkpoint to config.run.steps. Interrupted, it saves and raises Interrupted."""
     is_interrupted = Interruption()
     checkpoints = Checkpoints(config.run, mesh)
-    checkpoints.find(mesh.on_main(read_shape, config.policy.model))  # what will not do is refused before anything is written
+    checkpoints.find(mesh.on_main(_shape, config))  # what will not do is refused before anything is written
     mesh.on_main(_prepare, config)
     rollouts, sets = make_rollouts(config, mesh, is_interrupted)
     policy = Policy(config, mesh)  # π_θ
@@ -40,10 +40,11 @@ def train(config: Config, mesh: Mesh) -> None:
             sync(policy, rollouts, mesh, version=step)  # 3: π_θold ← π_θ
             scores = mesh.on_main(evaluate.maybe, step, rollouts, sets, config)
             batch = mesh.scatter(rollouts.next_batch, step)  # 2, 4–9: the main rank collects; each rank receives its own share
+            received = mesh.received()
             mismatch = policy.set_old_logprobs(batch)  # log π_θold, in the trainer's numerics and the updates' own packing
             updates = [policy.update(minibatch) for minibatch in batch.minibatches]  # 10–11: Eq. 8
             keep_traces(step, policy, mesh, config)
-            log(step, scores | batch.metrics | mismatch | mean(updates))
+            log(step, scores | batch.metrics | received | mismatch | mean(updates))
             checkpoints.maybe_save(step + 1, policy, rollouts)
         step = config.run.steps
         sync(policy, rollouts, mesh, version=step)
@@ -81,7 +82,7 @@ def keep_traces(step: int, policy: Policy, mesh: Mesh, config: Config) -> None:
     """Write beside the step's dump what the updates saw of its tokens; nothing is gathered where nothing is dumped."""
     if config.rollout.dump_share:
         traces = [trace for of_a_rank in mesh.gather(policy.take_traces()) for trace in of_a_rank]
-        dump.write_traces(dump.traces_path_of(config.run.dir / "rollouts", step), traces)
+        dump.write_traces(dump.traces_path_of(config.run.dir / "rollouts", step), dump.merged(traces))
 
 
 def make_log(config: Config, rollouts: Rollouts | RolloutsElsewhere, start: int) -> Log | SilentLog:
@@ -115,6 +116,13 @@ class Interruption:
         if self.since is not None and number == signal.SIGINT and time.monotonic() - self.since > 2:
             raise KeyboardInterrupt
         self.since = self.since or time.monotonic()
+
+
+def _shape(config: Config) -> ModelShape:
+    """The model's, if the layout can hold it."""
+    shape = read_shape(config.policy.model)
+    check_layout(shape, config)
+    return shape
 
 
 def _prepare(config: Config) -> None:

@@ -7,7 +7,7 @@ Every tensor of the model is named here once. `kind` says how Megatron shards an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -116,29 +116,39 @@ class StoredWeights(Protocol):
 
 
 class Weights:
-    """The table against one rank's part of a model: which parameter each entry is here, if any."""
+    """The table against one rank's part of a model: which parameter each entry is here, if any.
 
-    def __init__(self, model: GPTModel, shape: ModelShape):
+    The part is one or more chunks of layers: chunk v of stage p is the whole model's chunk v · stages + p, and the first and last hold
+    what is outside the layers. Parameters bear their chunk's number: "1.decoder.layers.0.…".
+    """
+
+    def __init__(self, chunks: Sequence[GPTModel], shape: ModelShape):
         self.shape, self.entries = shape, table(shape, is_fused=has_transformer_engine())
-        self.params = dict(model.named_parameters())
+        self.params = {f"{i}.{name}": param for i, chunk in enumerate(chunks) for name, param in chunk.named_parameters()}
+        self.num_chunks = len(chunks)
         self.tensor_rank = parallel_state.get_tensor_model_parallel_rank()
         self.tensor_size = parallel_state.get_tensor_model_parallel_world_size()
         self.tensor_group = parallel_state.get_tensor_model_parallel_group()
         self.pipeline_group = parallel_state.get_pipeline_model_parallel_group()
         self.stage = parallel_state.get_pipeline_model_parallel_rank()
         self.num_stages = parallel_state.get_pipeline_model_parallel_world_size()
-        self.layers_per_stage = shape.num_layers // self.num_stages
+        self.layers_per_chunk = shape.num_layers // (self.num_stages * self.num_chunks)
+
+    def chunk_of(self, entry: Entry) -> int:
+        """Which of the whole model's chunks holds it."""
+        if entry.layer is None:
+            return 0 if entry.stage == "first" else self.num_stages * self.num_chunks - 1
+        return int(entry.layer // self.layers_per_chunk)
 
     def stage_of(self, entry: Entry) -> int:
-        if entry.layer is None:
-            return 0 if entry.stage == "first" else self.num_stages - 1
-        return int(entry.layer // self.layers_per_stage)
+        return int(self.chunk_of(entry) % self.num_stages)
 
     def local_name(self, entry: Entry) -> str | None:
         """The parameter's name in this rank's model, None if it lives on another pipeline stage."""
         if self.stage_of(entry) != self.stage:
             return None
-        return entry.megatron if entry.layer is None else f"decoder.layers.{entry.layer % self.layers_per_stage}.{entry.megatron}"
+        layer = "" if entry.layer is None else f"decoder.layers.{entry.layer % self.layers_per_chunk}."
+        return f"{self.chunk_of(entry) // self.num_stages}.{layer}{entry.megatron}"
 
     def load(self, weights: StoredWeights) -> None:
         """Copy stored weights into the model, this rank's part of them.
@@ -152,9 +162,10 @@ class Weights:
             if name is not None:
                 self._copy(entry, name, weights)
                 seen.add(name)
-        if self.shape.is_tied and "output_layer.weight" in self.params:  # the last stage's own copy of the embedding
-            self._copy(self.entries[0], "output_layer.weight", weights)
-            seen.add("output_layer.weight")
+        copy = f"{self.num_chunks - 1}.output_layer.weight"
+        if self.shape.is_tied and copy in self.params:  # the last stage's own copy of the embedding
+            self._copy(self.entries[0], copy, weights)
+            seen.add(copy)
         assert seen == set(self.params), f"parameters outside the name table: {set(self.params) - seen}"
 
     def _copy(self, entry: Entry, name: str, weights: StoredWeights) -> None:

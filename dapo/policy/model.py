@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dapo.config import Config, ConfigError, nearest
 from dapo.policy.layers import layer_spec
+from dapo.policy.rope import inverse_frequencies, softmax_scale
 from dapo.shape import ModelShape, check_layout, padded_vocab
 
 
@@ -34,7 +35,7 @@ def split_passthrough(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str
 
 def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
     """Raises ConfigError: heads, KV heads or layers do not divide by the layout, or Megatron refuses a passed-through field."""
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    tensor, pipeline, virtual = config.parallel.tensor, config.parallel.pipeline, config.parallel.virtual_pipeline
     check_layout(shape, config)
     passed, _, _ = split_passthrough(config.policy.megatron)
     dtype = getattr(torch, config.policy.dtype)
@@ -53,18 +54,22 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         add_bias_linear=False,
         add_qkv_bias=shape.has_qkv_bias,
         qk_layernorm=shape.has_qk_norm,
+        softmax_scale=softmax_scale(shape),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=tensor,
         sequence_parallel=tensor > 1,
         pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        context_parallel_size=config.parallel.context,
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         calculate_per_token_loss=True,  # the loss is a sum over tokens: Megatron must divide by nothing
         variable_seq_lengths=True,  # packed microbatches differ in length
         moe_token_dispatcher_type="alltoall",  # what variable_seq_lengths insists on, dense models included
-        batch_p2p_comm=False,
+        batch_p2p_comm=False,  # between two stages that take turns, batched sends in both directions are swapped
+        overlap_p2p_comm=False,
         use_cpu_initialization=not has_cuda,
         # the weights are loaded; but Megatron marks a parameter as tensor-parallel while it initialises it, and unmarked ones are missing
         # from the gradient norm: so initialise, with functions that do nothing
@@ -124,17 +129,25 @@ class HeadlessGPTModel(GPTModel):  # type: ignore[misc]
         return head
 
 
-def build_model(shape: ModelShape, config: TransformerConfig) -> HeadlessGPTModel:
-    """This rank's part of the model, with uninitialised weights."""
-    return HeadlessGPTModel(
+def build_model(shape: ModelShape, config: TransformerConfig) -> list[HeadlessGPTModel]:
+    """This rank's part of the model, with uninitialised weights: a chunk of layers for each virtual pipeline stage, or all in one."""
+    num_chunks = config.virtual_pipeline_model_parallel_size
+    return [_build_chunk(shape, config, chunk) for chunk in (range(num_chunks) if num_chunks else [None])]
+
+
+def _build_chunk(shape: ModelShape, config: TransformerConfig, chunk: int | None) -> HeadlessGPTModel:
+    model = HeadlessGPTModel(
         config,
-        layer_spec(config),
+        layer_spec(config, vp_stage=chunk),
         vocab_size=padded_vocab(shape, config.tensor_model_parallel_size),
         max_sequence_length=2**20,  # used by learned position embeddings only
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
+        vp_stage=chunk,
         parallel_output=True,  # logits stay sharded over the vocabulary
         share_embeddings_and_output_weights=shape.is_tied,
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
     )
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(shape)  # Megatron knows one kind of llama3's and another softmax for yarn's
+    return model

@@ -238,11 +238,12 @@ def _write_safetensors(path: Path, sizes: dict[str, tuple[int, ...]], dtype: tor
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        begun = file.write(len(text).to_bytes(8, "little") + text)
         for expected in sizes:
             name, tensor = next(tensors)
             assert name == expected and tuple(tensor.shape) == sizes[name], f"{name} {tuple(tensor.shape)} instead of {expected}"
             file.write(tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
+            begun = files.begin_writing(file, begun)
 
 
 def save_megatron(

@@ -33,7 +33,9 @@ MODELS = {  # config.json as published, and the parameters that its weights hold
     "Qwen2.5-32B": (sizes(5120, 27648, 64, 40, 8, 152064, model_type="qwen2", max_window_layers=64), 32_763_876_352),
     "Qwen3-8B": (sizes(4096, 12288, 36, 32, 8, 151936, model_type="qwen3", head_dim=128, attention_bias=False), 8_190_735_360),
     "Llama-3-8B": (sizes(4096, 14336, 32, 32, 8, 128256, model_type="llama", rope_theta=500000.0, rope_scaling=None), 8_030_261_248),
+    "Mistral-Nemo": (sizes(5120, 14336, 40, 32, 8, 131072, model_type="mistral", head_dim=128, sliding_window=None), 12_247_782_400),
 }
+LAYERS = ["full_attention", "sliding_attention"]
 
 
 def write_model(directory: Path, name: str, **changed: Any) -> Path:
@@ -88,6 +90,16 @@ def test_a_config_is_read_as_hugging_face_reads_it(name: str, missing: str | Non
     assert read_shape(tmp_path) == hf_shape(tmp_path)
 
 
+def test_a_mistral_that_does_not_mention_its_window_has_hugging_faces(tmp_path: Path) -> None:
+    path = write_model(tmp_path, "Mistral-Nemo") / "config.json"
+    values = json.loads(path.read_text())
+    del values["sliding_window"]
+    path.write_text(json.dumps(values))
+    assert transformers.AutoConfig.from_pretrained(tmp_path).sliding_window == 4096
+    with pytest.raises(ConfigError, match="sliding_window=4096 is not supported"):
+        read_shape(tmp_path)
+
+
 def test_llama_without_kv_heads_has_as_many_as_heads(tmp_path: Path) -> None:
     write_model(tmp_path, "Llama-3-8B", num_key_value_heads=None)
     assert read_shape(tmp_path) == hf_shape(tmp_path)
@@ -97,12 +109,28 @@ def test_llama_without_kv_heads_has_as_many_as_heads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"model_type": "qwen3_moe", "num_experts": 128}, "model_type 'qwen3_moe' is not supported; supported: qwen2, qwen3, llama"),
+        (
+            {"model_type": "qwen3_moe", "num_experts": 128},
+            "model_type 'qwen3_moe' is not supported; supported: qwen2, qwen3, llama, mistral",
+        ),
         ({"num_hidden_layers": None}, "num_hidden_layers=None; expected a whole number of at least 1"),
         ({"num_key_value_heads": None}, "num_key_value_heads=None; expected a whole number"),
         ({"hidden_size": "3584"}, "hidden_size='3584'; expected a whole number"),
         ({"surprise": 1}, "field 'surprise' is not understood"),
-        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling={'type': 'yarn'} is not supported"),
+        ({"partial_rotary_factor": 0.5}, "field 'partial_rotary_factor' is not understood"),
+        ({"num_experts": 8}, "field 'num_experts' is not understood"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; supported: 'silu'"),
+        ({"attention_bias": True}, "attention_bias=True is not supported; supported: False"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias=True is not supported"),
+        ({"model_type": "llama", "attention_bias": True}, "attention_bias=True is not supported"),
+        ({"model_type": "llama", "mlp_bias": True}, "mlp_bias=True is not supported"),
+        ({"model_type": "llama", "pretraining_tp": 2}, "pretraining_tp=2 is not supported"),
+        ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
+        ({"layer_types": LAYERS * 14}, "layer_types ['full_attention', 'sliding_attention'] are not supported"),
+        ({"use_mrope": True}, "use_mrope=True is not supported"),
+        ({"model_type": "mistral"}, "sliding_window=131072 is not supported; supported: null"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type yarn wants the field 'original_max_position_embeddings'"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_type yarn wants the field 'factor'"),
     ],
 )
 def test_what_is_not_understood_is_refused_by_name(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -122,6 +150,18 @@ def test_what_is_not_understood_is_refused_by_name(changed: dict[str, Any], mess
          "policy.megatron.recompute_num_layers=5 does not divide a stage's layers=28"),
         (["parallel.tensor=4", "policy.megatron.recompute_granularity=full"], None,
          "policy.megatron.recompute_granularity=full wants recompute_method=uniform or block, and recompute_num_layers"),
+        (["parallel.tensor=2", "parallel.pipeline=2", "parallel.virtual_pipeline=4"], None,
+         "parallel.pipeline=2 × parallel.virtual_pipeline=4 does not divide the model's num_hidden_layers=28"),
+        (["parallel.tensor=4", "parallel.pipeline=2", "parallel.virtual_pipeline=7", "policy.megatron.recompute_method=uniform",
+          "policy.megatron.recompute_num_layers=4"], None,
+         "policy.megatron.recompute_num_layers=4 does not divide a stage's chunk of layers=2"),
+        (["parallel.tensor=4", "parallel.virtual_pipeline=2"], None, "parallel.virtual_pipeline=2 with parallel.pipeline=1: one stage has "
+                                                                     "nobody to take turns with"),
+        (["parallel.tensor=4", "parallel.context=2"], 12,
+         "world size 12 is not a multiple of parallel.tensor=4 × parallel.pipeline=1 × parallel.context=2: launch 8 processes"),
+        (["parallel.tensor=4", "parallel.context=2"], 0, "a world of 0 processes; expected at least 8"),
+        (["parallel.tensor=4", "parallel.context=3", "policy.tokens_per_microbatch=22528"], None,
+         "20480 = 22528 tokens, padded to a multiple of 2 × parallel.context=3: raise it"),
         (["parallel.tensor=4"], 0, "a world of 0 processes; expected at least 4"),
         (["parallel.tensor=4", "policy.megatron.recompute_modules=[layernorm]"], None, "layernorm cannot be recomputed by itself"),
     ],
@@ -142,7 +182,7 @@ def test_the_constants_are_those_of_the_kernels_and_of_the_batch() -> None:
     kernels = sys.modules["dapo_kernels.linear_policy_loss"]
     assert CHUNK_BYTES["cpu"] == kernels.CPU_CHUNK_BYTES
     assert CHUNK_BYTES["cuda"] == CHUNK_BYTES["transformer_engine"] == kernels.GPU_CHUNK_BYTES
-    empty = build([], 64)
+    empty = build([], config.Parallel(tensor=64))
     arrays = [value for value in vars(empty).values() if isinstance(value, np.ndarray) and len(value) == 64]
     assert sum(array.itemsize for array in arrays) + 4 == BATCH_BYTES  # and old_logprobs
 
@@ -159,6 +199,14 @@ def test_memory_follows_the_layout(tmp_path: Path) -> None:
     staged = plan_of(tmp_path, "Qwen2.5-7B", "parallel.tensor=1", "parallel.pipeline=4")
     assert [rank.in_flight for rank in staged.stages] == [4, 3, 2, 1]
     assert sum(rank.parameters for rank in staged.stages) == whole.parameters
+    shared = worst("parallel.tensor=4", "parallel.context=2")
+    assert shared.optimizer == split.optimizer // 2 and shared.grads == split.grads
+    assert shared.tokens == split.tokens // 2 and shared.kept < 0.55 * split.kept, "half, and the other half's keys and values"
+    turns = plan_of(tmp_path, "Qwen2.5-7B", "parallel.tensor=1", "parallel.pipeline=4", "parallel.virtual_pipeline=7")
+    assert [rank.in_flight for rank in turns.stages] == [31, 29, 27, 25], "of a seventh of the stage's layers each"
+    assert [rank.parameters for rank in turns.stages] == [rank.parameters for rank in staged.stages]
+    assert turns.microbatches % 4 == 0 and turns.stages[0].microbatches % 4 == 0
+    assert turns.update_seconds < staged.update_seconds, "less waiting"
     assert 1.9 < worst("parallel.tensor=4", "policy.tokens_per_microbatch=65536").kept / split.kept < 2.1
     offload = ("optimizer_cpu_offload=true", "optimizer_offload_fraction=1.0", "use_precision_aware_optimizer=true")
     assert worst("parallel.tensor=4", *(f"policy.megatron.{field}" for field in offload)).optimizer == 0 < split.optimizer
@@ -238,7 +286,7 @@ def test_the_paper_s_layout_is_built_on_the_meta_device_as_planned(tmp_path: Pat
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     shape = read_shape(tmp_path)
-    assert json.loads(done.stdout) == [sum(stage_parameters(shape, 8, 2, stage)) for stage in (0, 1)]
+    assert json.loads(done.stdout) == [[sum(stage_parameters(shape, 8, 2, stage)) for stage in (0, 1)]] * 2
 
 
 def test_the_command_ends_with_1_where_memory_runs_out_or_the_layout_is_wrong(tmp_path: Path) -> None:

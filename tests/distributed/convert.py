@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import hf_to_megatron
 import megatron_to_hf
 
-MODELS = [("qwen2", True), ("qwen2", False), ("qwen3", False), ("llama", False), ("llama", True)]
+MODELS = [("qwen2", True), ("qwen2", False), ("qwen3", False), ("llama", False), ("llama", True), ("mistral", False)]
 
 
 def stored(directory: Path) -> dict[str, torch.Tensor]:
@@ -55,8 +55,8 @@ def run(model: str, is_tied: bool, directory: Path, mesh: Mesh) -> dict[str, Any
         policy=configs.Policy(model=megatron, dtype="float32"),
     )
     policy = Policy(config, mesh)  # loads `megatron`
-    ours = {name: param.detach().clone() for name, param in policy._module.named_parameters()}
-    wanted = {name: part for name, part in policy._module.sharded_state_dict().items() if "_extra_state" not in name}
+    ours = {name: param.detach().clone() for name, param in policy.chunks[0].named_parameters()}
+    wanted = {name: part for name, part in policy.chunks[0].sharded_state_dict().items() if "_extra_state" not in name}
     theirs = dist_checkpointing.load(wanted, str(megatron / "policy"))
     is_read_alike = all(torch.equal(theirs[name], ours[name]) for name in ours if name in theirs)
 
@@ -66,7 +66,7 @@ def run(model: str, is_tied: bool, directory: Path, mesh: Mesh) -> dict[str, Any
     saving.start(in_background=True)
     is_early = saving.is_written()
     with torch.no_grad():
-        for param in policy._module.parameters():
+        for param in policy.chunks[0].parameters():
             param.zero_()  # training goes on
     gate.set()
     sums = mesh.gather(saving.finish())

@@ -119,7 +119,7 @@ def field_not_understood(directory: Path) -> list[str]:
 
 @case
 def rope_scaling(directory: Path) -> list[str]:
-    return broken_model(directory, lambda config, weights: config.update(rope_scaling={"rope_type": "yarn", "factor": 4.0}))
+    return broken_model(directory, lambda config, weights: config.update(rope_parameters={"rope_type": "dynamic", "factor": 4.0}))
 
 
 @case

@@ -64,7 +64,7 @@ def restored(source: Path, target: Path, options: list[str], is_poisoned: bool =
     policy = Policy(config, mesh)
     policy.load(source / "policy")
     if is_poisoned and mesh.rank == mesh.world - 1:
-        dict(policy._module.named_parameters())["decoder.layers.0.mlp.linear_fc2.weight"].data[3, 5] = torch.nan
+        dict(policy.chunks[0].named_parameters())["decoder.layers.0.mlp.linear_fc2.weight"].data[3, 5] = torch.nan
     mesh.on_main((target / "policy").mkdir, 0o777, True)
     saving = policy.save(target / "policy")
     saving.start(in_background=False)

@@ -8,13 +8,15 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed import distributed_c10d as c10d
 
 from dapo import config as configs
@@ -37,6 +39,8 @@ LAYOUTS = {
     "pipeline-parallel": ["parallel.pipeline=2"],
     "carried-over": ["parallel.tensor=1", "rollout.prompts_per_round=16", "rollout.max_staleness=1"],
     "bfloat16": ["parallel.tensor=2", "policy.dtype=bfloat16"],
+    "context-parallel": ["parallel.context=2"],
+    "interleaved": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
 }
 ONLY_STOPPED = {  # options of the run that stops: they change nothing of the outcome
     "tensor-parallel": ["run.async_save=true"],
@@ -47,6 +51,9 @@ ONLY_STOPPED = {  # options of the run that stops: they change nothing of the ou
 def run(directory: Path, *options: str) -> None:
     config = configs.load(ROOT / "examples/arithmetic/config.yaml", [f"run.dir={directory}", *OPTIONS, *options])
     mesh = Mesh(config.parallel)
+    if config.parallel.virtual_pipeline > 1:
+        mesh.on_main(deepen, directory.parent / "deeper")
+        config = config.changed([f"policy.model={directory.parent / 'deeper'}"])
     train(config, mesh)
     leave(mesh)
 
@@ -59,6 +66,24 @@ def leave(mesh: Mesh) -> None:
     parallel_state.destroy_model_parallel()
     for group in [group for group in c10d._world.pg_map if group not in (dist.group.WORLD, mesh.control)]:
         dist.destroy_process_group(group)
+
+
+def deepen(target: Path) -> None:
+    """The example's model with twice the layers, which are enough for two chunks a stage; the new ones add nothing to begin with."""
+    base = ROOT / "examples/arithmetic/base"
+    shutil.copytree(base, target, dirs_exist_ok=True)
+    values = json.loads((base / "config.json").read_text())
+    depth = values["num_hidden_layers"]
+    values |= {"num_hidden_layers": 2 * depth, "layer_types": ["full_attention"] * 2 * depth}
+    (target / "config.json").write_text(json.dumps(values))
+    tensors = weights(base)
+    for name, tensor in list(tensors.items()):
+        if found := re.match(r"model\.layers\.(\d+)\.", name):
+            is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
+            tensors[f"model.layers.{int(found[1]) + depth}.{name[found.end() :]}"] = (
+                torch.zeros_like(tensor) if is_output else tensor.clone()
+            )
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
 
 
 def rows(directory: Path) -> list[dict[str, Any]]:
@@ -95,6 +120,7 @@ def main(out: str) -> None:
     torch.set_num_threads(1)
     results = [replay(Path(out).parent / "replay")]
     for name, layout in LAYOUTS.items():
+        model = Path(out).parent / name / "deeper"
         through, stopped = Path(out).parent / name / "through", Path(out).parent / name / "stopped"
         run(through, "run.steps=4", *layout)
         run(stopped, "run.steps=2", "run.keep_checkpoints=2", *layout)
@@ -109,13 +135,38 @@ def main(out: str) -> None:
                 "stale": max(row.get("rollout/staleness", 0.0) for row in rows(stopped)),
                 "steps": [row["step"] for row in rows(stopped)],
                 "weights": is_equal(weights(through / "hf"), weights(stopped / "hf")),
-                "moved": not is_equal(weights(through / "hf"), weights(ROOT / "examples/arithmetic/base")),
+                "moved": not is_equal(weights(through / "hf"), weights(model if model.exists() else ROOT / "examples/arithmetic/base")),
                 "checkpoints": sorted(path.name for path in (stopped / "checkpoints").iterdir()),
                 "warnings": printed.getvalue().splitlines(),
             }
         )
         if mesh.is_main:
             Path(out).write_text(json.dumps(results))
+    for layout in (["parallel.pipeline=2"], ["parallel.context=2"]):
+        results.append(move(Path(out).parent / "interleaved", layout))
+    if Mesh(configs.Parallel(tensor=1)).is_main:
+        Path(out).write_text(json.dumps(results))
+
+
+def move(interleaved: Path, layout: list[str]) -> dict[str, Any]:
+    """The last step of a run whose stages had several chunks, made in another layout, beside the same step of the run that stayed."""
+    target = interleaved / layout[0]
+
+    def prepare() -> None:
+        shutil.copytree(interleaved / "stopped", target)
+        shutil.rmtree(target / "checkpoints/step-000004")
+
+    Mesh(configs.Parallel(tensor=1)).on_main(prepare)
+    before = weights(interleaved / "deeper")
+    run(target, "run.steps=4", f"policy.model={interleaved / 'deeper'}", *layout)
+    stayed, moved = weights(interleaved / "through/hf"), weights(target / "hf")
+    return {
+        "name": f"interleaved to {layout[0]}",
+        "difference": max(float((stayed[name] - moved[name]).abs().max()) for name in stayed),
+        "learnt": max(float((stayed[name] - before[name]).abs().max()) for name in stayed),
+        "same_samples": [row.get("rollout/reward") for row in rows(target)]
+        == [row.get("rollout/reward") for row in rows(interleaved / "through")],
+    }
 
 
 def cut_short(checkpoint: Path) -> None:
@@ -144,6 +195,8 @@ DAMAGE = {
     "pipeline-parallel": lose_a_shard,
     "carried-over": cut_short,
     "bfloat16": lose_the_manifest,
+    "context-parallel": cut_short,
+    "interleaved": lose_a_shard,
 }
 
 

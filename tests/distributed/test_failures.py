@@ -27,7 +27,7 @@ SAYS = {  # what went wrong → words that must be in the line
     "nan_weights": ["model.norm.weight", "NaN"],
     "unsupported_architecture": ["'mamba'", "qwen2"],
     "field_not_understood": ["'logit_softcapping'", "not understood"],
-    "rope_scaling": ["rope_scaling", "yarn"],
+    "rope_scaling": ["rope_parameters", "'dynamic'", "yarn"],
     "misspelt_megatron_field": ["did you mean recompute_granularity?"],
     "missing_column": ["line 2", "'answer'"],
     "empty_data": ["data.jsonl", "no prompts"],

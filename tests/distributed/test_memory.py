@@ -9,7 +9,7 @@ from tests.distributed.launch import measured
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_plan_counts_what_autograd_keeps(case):
     """To 3 %: the plan takes a typical share of padding in attention, the sequences here have their own."""
-    ranks = measured("tests.distributed.activations", case.tensor * case.pipeline)[case.name]["ranks"]
+    ranks = measured("tests.distributed.activations", case.tensor * case.pipeline * case.context)[case.name]["ranks"]
     for rank in ranks:
         assert rank["planned"] == pytest.approx(rank["measured"], rel=0.03)
         assert rank["planned_parameters"] == rank["parameters"]
