@@ -150,7 +150,7 @@ def crash(directory: Path, num_kills: int, seed: int, launch: Callable[[list[str
                 _wait_until_it_ends(launched, log)
             else:
                 kills.append(Kill(is_async=i % 2 == 1, aim=moments.choice([*AIMS, "", "", ""]), started=started))
-                _wait_for_the_moment(kills[-1], run, moments)
+                _wait_for_the_moment(kills[-1], launched, run, moments)
                 assert launched.status() is None, f"launch {i} ended by itself\n{log.read_text()}"
         finally:
             launched.kill()
@@ -200,12 +200,12 @@ def _wait_until_it_ends(launched: Launched, log: Path) -> None:
     assert launched.status() == 0, log.read_text()
 
 
-def _wait_for_the_moment(kill: Kill, run: Path, moments: random.Random) -> None:
+def _wait_for_the_moment(kill: Kill, launched: Launched, run: Path, moments: random.Random) -> None:
     if not kill.aim:
         time.sleep(moments.uniform(0, LONGEST))
         return
     first, deadline = newest(run) + moments.randint(1, 3), time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and launched.status() is None:
         writing = [path.relative_to(run / "checkpoints").parts[0] for path in (run / "checkpoints").glob(f".step-*/{kill.aim}")]
         if any(int(name.removeprefix(".step-").removesuffix(".partial")) >= first for name in writing):
             return
