@@ -23,7 +23,7 @@ from dapo.policy.torch_dist import Reader
 from dapo.shape import read_shape
 from tests.distributed import resume
 from tests.distributed.launch import ROOT
-from tests.distributed.moves import LAYOUTS, MOVES, is_bfloat16
+from tests.distributed.moves import HUB, LAYOUTS, MOVES, is_bfloat16
 
 STEPS = 2  # before the move
 OPTIONS = [
@@ -119,7 +119,7 @@ def main(out: str) -> None:
             results.append({"name": f"{source} → {target}", **compared(first, again, through, moved, end)})
             Path(out).write_text(json.dumps(results))
     changed = [f"run.dir={root}", *options, *LAYOUTS["tensor 4"], "optim.lr=7e-5", "optim.betas=[0.8, 0.9]"]
-    said = restored(root / "data 4/checkpoints/step-000002", root / "poisoned", changed, is_poisoned=True)
+    said = restored(root / HUB / f"checkpoints/step-{STEPS:06}", root / "poisoned", changed, is_poisoned=True)
     if mesh.is_main:
         groups = settings(root / "poisoned")[1]
         Path(out).write_text(json.dumps([*results, {"name": "poisoned", "said": said, "groups": groups}]))
