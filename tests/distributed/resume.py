@@ -73,7 +73,7 @@ def is_even(response: str, answer: str) -> bool:
 def run(directory: Path, *options: str) -> None:
     config = configs.load(ROOT / "examples/arithmetic/config.yaml", [f"run.dir={directory}", *OPTIONS, *options])
     mesh = Mesh(config.parallel)
-    if config.parallel.virtual_pipeline > 1:
+    if config.parallel.virtual_pipeline > 1 and config.policy.model.name == "base":
         mesh.on_main(deepen, directory.parent / "deeper")
         config = config.changed([f"policy.model={directory.parent / 'deeper'}"])
     train(config, mesh)
