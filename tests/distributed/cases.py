@@ -28,7 +28,7 @@ FLOAT32 = Bounds()
 # 8 bits of mantissa in every parameter and activation. Adam turns the sign of a small gradient into a whole step, so one parameter in
 # thousands goes the other way: params is the bound of two runs that disagree on it in every update, with the rounding of a norm's weight
 # near 1 on top; direction says how few those are.
-BFLOAT16 = Bounds(logprobs=0.1, gradients=0.05, params=1.1e-2, mismatch=0.02, grad_norm=0.05, direction=0.9)
+BFLOAT16 = Bounds(logprobs=0.1, gradients=0.05, params=1e-2, mismatch=0.02, grad_norm=0.05, direction=0.98)
 
 
 @dataclass(frozen=True)
