@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush, heapreplace
 from itertools import count
 
 import numpy as np
@@ -109,26 +110,51 @@ def stale_tokens(sample: Sample, version: int) -> np.ndarray:
 
 
 def pack(lengths: list[int], budget: int, num_ranks: int) -> list[list[int]]:
-    """Indices of sequences in bins of at most `budget` tokens; as few bins as fit, a multiple of num_ranks, of like cost.
+    """Indices of sequences in bins of at most `budget` tokens; as few bins as fit, a multiple of num_ranks. Rank r gets bins[r::num_ranks].
 
-    Longest first, each to the cheapest bin with room; cost = linear + attention (n + n²/span). Within a bin the order is kept.
+    Longest first, each to the cheapest bin with room; cost = linear + attention (n + n²/span). The costliest bins come first, those of like
+    cost in one turn of the ranks, where the rank with the least work so far takes the costliest. Within a bin the order is kept.
     """
     assert max(lengths) <= budget, f"a sequence of {max(lengths)} tokens in microbatches of {budget}"
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    for num_bins in count(num_ranks * max(1, -(-sum(lengths) // (budget * num_ranks))), num_ranks):
-        bins: list[list[int]] = [[] for _ in range(num_bins)]
-        tokens, costs = np.zeros(num_bins, dtype=np.int64), np.zeros(num_bins)
-        for i in order:
-            room = tokens + lengths[i] <= budget
-            if not room.any():
-                break
-            b = int(np.where(room, costs, np.inf).argmin())
-            bins[b].append(i)
-            tokens[b] += lengths[i]
-            costs[b] += lengths[i] + lengths[i] ** 2 / ATTENTION_SPAN
-        else:
-            return [sorted(b) for b in bins]
-    raise AssertionError("unreachable: one sequence a bin always fits")
+    fewest = max(-(-sum(lengths) // budget), sum(2 * n > budget for n in lengths), 1)  # of those above half, each has a bin of its own
+    attempts = (_fill(lengths, order, budget, num_bins) for num_bins in count(-(-fewest // num_ranks) * num_ranks, num_ranks))
+    bins = next(bins for bins in attempts if bins)
+    costs = [sum(_cost(lengths[i]) for i in b) for b in bins]
+    by_cost = sorted(range(len(bins)), key=lambda b: -costs[b])
+    work, dealt = [0.0] * num_ranks, list[list[int]]()
+    for turn in range(0, len(bins), num_ranks):
+        taken = dict(zip(sorted(range(num_ranks), key=lambda rank: work[rank]), by_cost[turn : turn + num_ranks], strict=True))
+        dealt += [sorted(bins[taken[rank]]) for rank in range(num_ranks)]
+        work = [work[rank] + costs[taken[rank]] for rank in range(num_ranks)]
+    return dealt
+
+
+def _cost(length: int) -> float:
+    """Of a sequence's forward and backward pass, in tokens of a short one."""
+    return length + length**2 / ATTENTION_SPAN
+
+
+def _fill(lengths: list[int], order: list[int], budget: int, num_bins: int) -> list[list[int]] | None:
+    """Bins for all sequences in this order of falling length; None if one finds no room."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    room = [budget] * num_bins
+    by_cost = [(0.0, b) for b in range(num_bins)]  # a heap: bins with room, the cheapest first
+    by_room: list[tuple[int, float, int]] = []  # a heap of (−room, cost, bin): those without, until the sequences are short enough
+    for i in order:
+        n = lengths[i]
+        while by_room and -by_room[0][0] >= n:
+            heappush(by_cost, heappop(by_room)[1:])
+        while by_cost and room[by_cost[0][1]] < n:
+            cost, b = heappop(by_cost)
+            heappush(by_room, (-room[b], cost, b))
+        if not by_cost:
+            return None
+        cost, b = by_cost[0]
+        bins[b].append(i)
+        room[b] -= n
+        heapreplace(by_cost, (cost + _cost(n), b))
+    return bins
 
 
 def _padded(length: int, multiple: int) -> int:

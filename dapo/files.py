@@ -13,13 +13,14 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dapo.config import ConfigError
 
 MANIFEST = "manifest.json"
 Sum = tuple[int, int]  # bytes, CRC-32
 BLOCK = 2**20
+EARLY = 64 * 2**20  # bytes: of a file being written, the disk gets so many at a time
 
 
 class SummedFile:
@@ -29,11 +30,13 @@ class SummedFile:
         self._file = open(path, "wb", buffering=BLOCK)  # noqa: SIM115  # until close
         self.sum: Sum = (0, 0)
         self.error: OSError | None = None  # torch.save turns a full disk into errors of its own
+        self._begun = 0
 
     def write(self, data: bytes | memoryview) -> int:
         view = memoryview(data)
         try:
             self._file.write(view)
+            self._begun = begin_writing(self._file, self._begun)
         except OSError as error:
             self.error = error
             raise
@@ -56,6 +59,19 @@ class SummedFile:
             raise
         finally:
             self._file.close()
+
+
+def begin_writing(file: BinaryIO, begun: int) -> int:
+    """Let the disk begin with what was written behind byte `begun`, once that is EARLY, and do not wait. Returns how far it has begun.
+
+    The system itself would begin when gigabytes are due, and let the last of them wait for the end.
+    """
+    end = file.tell()
+    if end - begun < EARLY or not hasattr(os, "posix_fadvise"):
+        return begun
+    file.flush()
+    os.posix_fadvise(file.fileno(), begun, end - begun, os.POSIX_FADV_DONTNEED)  # also forgets it, once it is written
+    return end
 
 
 def sum_of(path: Path) -> Sum:
@@ -114,6 +130,13 @@ def free_gib(directory: Path) -> float:
     while not directory.exists():
         directory = directory.parent
     return shutil.disk_usage(directory).free / 2**30
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file, in place of one that may be there: a process that is killed meanwhile leaves the old one, or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(path)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ BATCH_BYTES = 42  # a token of the step's batch: ids, targets, positions of 8 by
 # fields of policy.megatron that change what is counted here, and those that change no memory worth counting
 COUNTED = {
     "recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules", "optimizer_cpu_offload",
-    "optimizer_offload_fraction",
+    "optimizer_offload_fraction", "use_precision_aware_optimizer",
 }  # fmt: skip
 NEGLIGIBLE = {"adam_eps", "bucket_size", "overlap_grad_reduce", "attention_backend", "log_num_zeros_in_grad"}
 
@@ -206,9 +206,10 @@ class Rank:
     @property
     def optimizer(self) -> int:
         """Adam's two moments, and the float32 parameters where the model's are 16-bit; each data and context rank holds its share."""
-        kept = (8 if self.value_bytes == 4 else 12) * self.parameters // (self.data * self.context)
-        megatron = self.config.policy.megatron
-        return round(kept * (1 - megatron.get("optimizer_offload_fraction", 0.0))) if megatron.get("optimizer_cpu_offload") else kept
+        ranks = self.data * self.context
+        if self._megatron("optimizer_cpu_offload"):  # all of it in main memory, with a copy of the gradients
+            return 16 * self.parameters // ranks if self.backend == "cpu" else 0
+        return (8 if self.value_bytes == 4 else 12) * self.parameters // ranks
 
     @property
     def batch(self) -> int:

@@ -77,6 +77,7 @@ class Mesh:
         self.device = _device(int(os.environ.get("LOCAL_RANK", 0)))
         self._store, self.control = _connect(self.device)
         self._number = next(Mesh._numbers)  # the same on every rank
+        self._num_received = 0  # bytes, by this rank's last `scatter`
 
     def share_of(self, rank: int) -> int:
         return rank // self.tensor % self.num_shares
@@ -98,6 +99,16 @@ class Mesh:
         for rank in range(1, self.world):
             self._send(shares[self.share_of(rank)], rank)
         return shares[0]
+
+    def received(self) -> dict[str, float]:
+        """Metrics: bytes that the last `scatter` brought to the rank with most, and to all; the main rank has its share already.
+
+        Collective.
+        """
+        return {
+            "perf/bytes_received_max": self.max(self._num_received),
+            "perf/bytes_received": float(self.sum(np.array([self._num_received]))[0]),
+        }
 
     def on_main(self, function: Callable[..., T], *args: Any) -> T:
         """Run `function` on the main rank; every rank returns its result. Raises as `scatter` does."""
@@ -168,6 +179,7 @@ class Mesh:
         dist.recv(size, rank, group=self.control)
         data = torch.empty(int(size), dtype=torch.uint8)
         dist.recv(data, rank, group=self.control)
+        self._num_received = len(data)
         value = pickle.loads(data.numpy().tobytes())
         if isinstance(value, BaseException):
             raise value

@@ -188,7 +188,11 @@ def _kinds(plan: Plan) -> list[list[Change]]:
     gated = "policy.megatron.recompute_granularity=selective", "policy.megatron.recompute_modules=[mlp]"
     full = tuple(f"policy.megatron.recompute_{field}" for field in ("granularity=full", "method=uniform", "num_layers=1"))
     recompute = {None: [Change(gated), Change(full)], "selective": [Change(full)]}
-    offload = ("policy.megatron.optimizer_cpu_offload=true", "policy.megatron.optimizer_offload_fraction=1.0")
+    offload = tuple(
+        f"policy.megatron.{field}"
+        for field in ("optimizer_cpu_offload=true", "optimizer_offload_fraction=1.0", "use_precision_aware_optimizer=true")
+    )
+    can_offload = plan.backend != "cpu" and policy.dtype == "bfloat16" and not policy.megatron.get("optimizer_cpu_offload")
     return [
         [Change((f"policy.tokens_per_microbatch={n}",)) for n in sorted(smaller - {policy.tokens_per_microbatch}, reverse=True)],
         recompute.get(policy.megatron.get("recompute_granularity"), []),
@@ -196,7 +200,7 @@ def _kinds(plan: Plan) -> list[list[Change]]:
         [Change((f"parallel.pipeline={n}",)) for n in (2, 4, 8, 16) if n > parallel.pipeline],
         [Change((f"parallel.context={n}",)) for n in (2, 4, 8) if n > parallel.context],
         [Change(times=n) for n in (2, 4, 8)],
-        [] if plan.backend == "cpu" or policy.megatron.get("optimizer_cpu_offload") else [Change(offload)],
+        [Change(offload)] if can_offload else [],
     ]
 
 

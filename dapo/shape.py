@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from dapo.config import Config, ConfigError
+from dapo.passthrough import check_passthrough
 
-ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")  # have no default worth guessing
 # config.json fields that become part of the model
 USED = {
     *SIZES, "model_type", "architectures", "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "rope_theta",
-    "rope_parameters",
+    "rope_parameters", "rope_scaling",
 }  # fmt: skip
 # fields that do not change what the model computes here
 IGNORED = {
@@ -27,52 +28,19 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "use_sliding_window": (False,),
     "use_mrope": (False,),
-    "rope_scaling": (None,),
     "mlp_bias": (False,),
     "attention_bias": (False,),
     "pretraining_tp": (1,),
 }
-
-
-# fields of Megatron's configs that the run sets from elsewhere, or that would make it silently wrong: why, or what to set in their place
-SET_BY_RUN = {
-    "tensor_model_parallel_size": "set parallel.tensor",
-    "sequence_parallel": "it is on whenever parallel.tensor > 1",
-    "pipeline_model_parallel_size": "set parallel.pipeline",
-    "virtual_pipeline_model_parallel_size": "set parallel.virtual_pipeline",
-    "microbatch_group_size_per_vp_stage": "batches are made for groups of parallel.pipeline",
-    "context_parallel_size": "set parallel.context",
-    "expert_model_parallel_size": "set parallel.expert",
-    **dict.fromkeys(["hierarchical_context_parallel_sizes", "hybrid_context_parallel"], "sequences are shared by parallel.context ranks"),
-    **dict.fromkeys(
-        ["num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage", "account_for_embedding_in_pipeline_split",
-         "account_for_loss_in_pipeline_split", "pipeline_model_parallel_layout"],
-        "all pipeline stages have the same number of layers",
-    ),
-    **dict.fromkeys(["batch_p2p_comm", "overlap_p2p_comm"], "pipeline stages would take each other's gradients for activations"),
-    "variable_seq_lengths": "packed microbatches differ in length",
-    "calculate_per_token_loss": "the loss is a sum that holds its normaliser; Megatron must divide by nothing",
-    "average_in_collective": "gradients are sums over ranks; the normaliser is in the loss",
-    "grad_reduce_in_fp32": "gradients are summed in float32",
-    "defer_embedding_wgrad_compute": "the loss itself makes the head's gradient",
-    **dict.fromkeys(
-        ["overlap_param_gather", "overlap_param_gather_with_optimizer_step"],
-        "weights are read between updates, by the weight sync, before they would have arrived",
-    ),
-    **dict.fromkeys(["use_distributed_optimizer", "num_distributed_optimizer_instances"], "all data-parallel ranks share one optimizer"),
-    **dict.fromkeys(["params_dtype", "pipeline_dtype", "bf16", "fp16"], "set policy.dtype"),
-    "optimizer": "it is AdamW",
-    "lr": "set optim.lr",
-    "weight_decay": "set optim.weight_decay",
-    "clip_grad": "set optim.clip_grad",
-    **dict.fromkeys(["adam_beta1", "adam_beta2"], "set optim.betas"),
-    **dict.fromkeys(
-        ["num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "normalization",
-         "layernorm_epsilon", "activation_func", "gated_linear_unit", "add_bias_linear", "add_qkv_bias", "qk_layernorm"],
-        "the model's config.json says it",
-    ),
-    **dict.fromkeys(["hidden_dropout", "attention_dropout"], "a token's log-prob must not depend on chance"),
-    **dict.fromkeys(["perform_initialization", "init_method", "output_layer_init_method", "embedding_init_method"], "weights are loaded"),
+# how each rope_type stretches the rotary embedding: its fields beside rope_theta and their defaults; `...` must be there
+ROPE_TYPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": ...},
+    "llama3": {"factor": ..., "low_freq_factor": ..., "high_freq_factor": ..., "original_max_position_embeddings": ...},
+    "yarn": {
+        "factor": ..., "original_max_position_embeddings": ..., "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True,
+        "attention_factor": None, "mscale": None, "mscale_all_dim": None,
+    },
 }  # fmt: skip
 
 
@@ -91,6 +59,7 @@ class ModelShape:
     norm_eps: float
     rope_theta: float
     is_tied: bool
+    rope_scaling: dict[str, Any] | None = None  # rope_type and all of its fields in ROPE_TYPES; None: not stretched
 
     @property
     def has_qkv_bias(self) -> bool:
@@ -116,11 +85,14 @@ def read_shape(directory: Path) -> ModelShape:
         _check_field(path, name, value)
 
     kind = raw["model_type"]
+    if kind == "mistral" and raw.get("sliding_window", 4096) is not None:  # Hugging Face's default, and no use_sliding_window beside it
+        raise ConfigError(f"{path}: sliding_window={raw.get('sliding_window', 4096)} is not supported; supported: null")
     vocab_size, hidden_size, ffn_size, num_layers, num_heads = (_size(path, raw, name) for name in SIZES)
     defaults = {"head_dim": 128 if kind == "qwen3" else hidden_size // num_heads}  # as Hugging Face fills them in
     if kind == "llama":  # Qwen's default of 32 fits hardly any of its models: there the field must be
         defaults["num_key_value_heads"] = num_heads
     filled = defaults | {name: value for name, value in raw.items() if value is not None}
+    rope_theta, rope_scaling = _rope(path, filled)
     return ModelShape(
         model_type=kind,
         vocab_size=vocab_size,
@@ -131,8 +103,9 @@ def read_shape(directory: Path) -> ModelShape:
         num_kv_heads=_size(path, filled, "num_key_value_heads"),
         head_dim=_size(path, filled, "head_dim"),
         norm_eps=filled.get("rms_norm_eps", 1e-6),
-        rope_theta=filled.get("rope_parameters", {}).get("rope_theta", filled.get("rope_theta", 10_000.0)),
+        rope_theta=rope_theta,
         is_tied=filled.get("tie_word_embeddings", False),
+        rope_scaling=rope_scaling,
     )
 
 
@@ -143,17 +116,43 @@ def _size(path: Path, raw: dict[str, Any], name: str) -> int:
     return value
 
 
+def _rope(path: Path, raw: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """(rope_theta, rope_scaling) from `rope_parameters`, or from `rope_scaling` and `rope_theta` as older configs have them."""
+    name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    if name == "rope_scaling" and raw.get("rope_parameters", raw[name]) != raw[name]:  # Hugging Face would forget its rope_theta
+        raise ConfigError(f"{path}: rope_scaling={raw[name]!r}, but rope_parameters={raw['rope_parameters']!r}: remove the wrong one")
+    if not isinstance(raw.get(name, {}), dict):
+        raise ConfigError(f"{path}: {name}={raw[name]!r}; expected a rope_type and its fields")
+    given = {field: value for field, value in raw.get(name, {}).items() if value is not None or field == "truncate"}
+    theta, old_kind = given.pop("rope_theta", raw.get("rope_theta", 10_000.0)), given.pop("type", "default")
+    if raw.get("rope_theta", theta) != theta:
+        raise ConfigError(f"{path}: rope_theta={raw['rope_theta']!r}, but {theta!r} in {name}: remove the wrong one")
+    kind = given.pop("rope_type", old_kind)
+    if kind not in ROPE_TYPES:
+        raise ConfigError(f"{path}: {name}: rope_type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+    if unknown := sorted(set(given) - set(ROPE_TYPES[kind])):
+        raise ConfigError(f"{path}: {name}: rope_type {kind} has no field {unknown[0]!r}; known: {', '.join(ROPE_TYPES[kind])}")
+    scaling = ROPE_TYPES[kind] | given
+    for field, value in {"rope_theta": theta, **scaling}.items():
+        if value is ...:
+            raise ConfigError(f"{path}: {name}: rope_type {kind} wants the field {field!r}")
+        is_number = value is None or (type(value) in (int, float) and value > 0 and (value >= 1 or field != "factor"))
+        if not (type(value) is bool if field == "truncate" else is_number):
+            wanted = {"truncate": "true or false", "factor": "a number of at least 1"}.get(field, "a number above 0")
+            raise ConfigError(f"{path}: {name}: {field}={value!r}; expected {wanted}")
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise ConfigError(f"{path}: {name}: low_freq_factor={scaling['low_freq_factor']} is not below high_freq_factor")
+    return float(theta), {"rope_type": kind, **scaling} if scaling else None
+
+
 def _check_field(path: Path, name: str, value: Any) -> None:
     if name in USED | IGNORED:
-        rope = value if name == "rope_parameters" and value else {}
-        if rope.get("rope_type", "default") != "default" or set(rope) - {"rope_type", "rope_theta"}:
-            raise ConfigError(f"{path}: rope_parameters={value} is not supported; supported: rope_type default")
         return
     if name == "layer_types":
         if set(value) != {"full_attention"}:
             raise ConfigError(f"{path}: layer_types {sorted(set(value))} are not supported; supported: full_attention")
     elif name == "sliding_window":
-        pass  # in force only with use_sliding_window, which is checked
+        pass  # Qwen's is in force only with use_sliding_window, which is checked
     elif name not in FIXED:
         raise ConfigError(
             f"{path}: field {name!r} is not understood, so the model might be computed wrongly; remove it if it has no effect"
@@ -165,8 +164,9 @@ def _check_field(path: Path, name: str, value: Any) -> None:
 def check_layout(shape: ModelShape, config: Config) -> None:
     """Raises ConfigError, all that is wrong in one line.
 
-    Heads, KV heads, columns, layers do not divide; layers cannot be recomputed so; policy.megatron has a field that the run itself sets.
+    Heads, KV heads, columns, layers do not divide; layers cannot be recomputed so; policy.megatron says what it may not.
     """
+    check_passthrough(config.policy.megatron)
     tensor, pipeline, virtual = config.parallel.tensor, config.parallel.pipeline, config.parallel.virtual_pipeline
     megatron, chunks = config.policy.megatron, pipeline * virtual
     stages = f"parallel.pipeline={pipeline}" + (f" × parallel.virtual_pipeline={virtual}" if virtual > 1 else "")
@@ -185,7 +185,6 @@ def check_layout(shape: ModelShape, config: Config) -> None:
         wrong.append("policy.megatron.recompute_granularity=full wants recompute_method=uniform or block, and recompute_num_layers")
     if "layernorm" in (megatron.get("recompute_modules") or []):  # Megatron wants Transformer Engine, whose layers have no norm apart
         wrong.append("policy.megatron.recompute_modules: layernorm cannot be recomputed by itself; core_attn and mlp can")
-    wrong += [f"policy.megatron.{name} is not free: {SET_BY_RUN[name]}" for name in megatron if name in SET_BY_RUN]
     if wrong:
         raise ConfigError("; ".join(wrong))
 

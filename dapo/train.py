@@ -14,22 +14,24 @@ from dapo import clock, dump, evaluate
 from dapo.assemble import make_rollouts
 from dapo.checkpoint import Checkpoints
 from dapo.config import Config, ConfigError
+from dapo.files import write_text
 from dapo.mesh import Mesh
 from dapo.metrics import Log, SilentLog, mean
 from dapo.policy.megatron import Policy
 from dapo.recorder import Recorder
 from dapo.rollout import Rollouts, RolloutsElsewhere
-from dapo.shape import check_layout, read_shape
+from dapo.shape import ModelShape, check_layout, read_shape
 from dapo.types import Interrupted
 
 
 def train(config: Config, mesh: Mesh) -> None:
     """Run Algorithm 1 from the newest checkpoint to config.run.steps. Interrupted, it saves and raises Interrupted."""
     is_interrupted = Interruption()
+    checkpoints = Checkpoints(config.run, mesh)
+    checkpoints.find(mesh.on_main(_shape, config))  # what will not do is refused before anything is written
     mesh.on_main(_prepare, config)
     rollouts, sets = make_rollouts(config, mesh, is_interrupted)
     policy = Policy(config, mesh)  # π_θ
-    checkpoints = Checkpoints(config.run, mesh)
     step = checkpoints.load(policy, rollouts)
     log = make_log(config, rollouts, start=step)
     recorder = make_recorder(config, mesh, rollouts)
@@ -38,10 +40,11 @@ def train(config: Config, mesh: Mesh) -> None:
             sync(policy, rollouts, mesh, version=step)  # 3: π_θold ← π_θ
             scores = mesh.on_main(evaluate.maybe, step, rollouts, sets, config)
             batch = mesh.scatter(rollouts.next_batch, step)  # 2, 4–9: the main rank collects; each rank receives its own share
+            received = mesh.received()
             mismatch = policy.set_old_logprobs(batch)  # log π_θold, in the trainer's numerics and the updates' own packing
             updates = [policy.update(minibatch) for minibatch in batch.minibatches]  # 10–11: Eq. 8
             keep_traces(step, policy, mesh, config)
-            log(step, scores | batch.metrics | mismatch | mean(updates))
+            log(step, scores | batch.metrics | received | mismatch | mean(updates))
             checkpoints.maybe_save(step + 1, policy, rollouts)
         step = config.run.steps
         sync(policy, rollouts, mesh, version=step)
@@ -115,13 +118,19 @@ class Interruption:
         self.since = self.since or time.monotonic()
 
 
+def _shape(config: Config) -> ModelShape:
+    """The model's, if the layout can hold it."""
+    shape = read_shape(config.policy.model)
+    check_layout(shape, config)
+    return shape
+
+
 def _prepare(config: Config) -> None:
-    """Refuse a model or a layout that will not do, before anything is built; make the run directory and keep the resolved config in it."""
-    check_layout(read_shape(config.policy.model), config)
+    """Make the run directory and keep the resolved config in it."""
     for warning in config.warnings():
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     try:
         config.run.dir.mkdir(parents=True, exist_ok=True)
-        (config.run.dir / "config.yaml").write_text(config.dump())
+        write_text(config.run.dir / "config.yaml", config.dump())
     except OSError as error:
         raise ConfigError(f"run.dir={config.run.dir} cannot be written: {error.strerror}") from error

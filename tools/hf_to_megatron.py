@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -37,17 +38,22 @@ def num_bytes(text: str) -> int:
     return int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]])
 
 
-def main(argv: list[str]) -> int:
-    args = parser(__doc__).parse_args(argv)
+def convert(args: argparse.Namespace, model_of: Callable[[argparse.Namespace], Path], save: Callable[..., None]) -> int:
+    """`save(weights, shape, dtype, model, target, shard_bytes=…)` what args.source holds. The exit status; a refusal is one line."""
     try:
-        shape = read_shape(args.source)
+        model = model_of(args)
+        shape = read_shape(model)
         weights = open_weights(args.source, shape)
         dtype = getattr(torch, args.dtype) if args.dtype else weights.dtype
-        save_megatron(weights, shape, dtype, args.source, args.target, shard_bytes=args.shard_size)
+        save(weights, shape, dtype, model, args.target, shard_bytes=args.shard_size)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def main(argv: list[str]) -> int:
+    return convert(parser(__doc__).parse_args(argv), lambda args: args.source, save_megatron)
 
 
 if __name__ == "__main__":

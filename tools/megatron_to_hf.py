@@ -11,12 +11,13 @@ import sys
 from pathlib import Path
 
 import torch
-from hf_to_megatron import parser
+from hf_to_megatron import convert, parser
 
 from dapo import config
 from dapo.config import ConfigError
-from dapo.policy.weight_files import ahead, hf_tensors, open_weights, save_hf
-from dapo.shape import read_shape
+from dapo.policy.hf_weights import StoredWeights
+from dapo.policy.weight_files import ahead, hf_tensors, save_hf
+from dapo.shape import ModelShape
 
 
 def model_of(checkpoint: Path) -> Path:
@@ -33,21 +34,14 @@ def model_of(checkpoint: Path) -> Path:
     raise ConfigError(f"{checkpoint} is in no run directory and has no config.json: name its model with --model")
 
 
+def save(weights: StoredWeights, shape: ModelShape, dtype: torch.dtype, model: Path, target: Path, *, shard_bytes: int) -> None:
+    save_hf(ahead(hf_tensors(weights, shape, dtype)), shape, dtype, model, target, shard_bytes=shard_bytes)
+
+
 def main(argv: list[str]) -> int:
     arguments = parser(__doc__)
     arguments.add_argument("--model", type=Path, help="Hugging Face directory: config.json, tokenizer; its weights are not read")
-    args = arguments.parse_args(argv)
-    try:
-        model = args.model or model_of(args.source)
-        shape = read_shape(model)
-        weights = open_weights(args.source, shape)
-        dtype = getattr(torch, args.dtype) if args.dtype else weights.dtype
-        tensors = ahead(hf_tensors(weights, shape, dtype))
-        save_hf(tensors, shape, dtype, model, args.target, shard_bytes=args.shard_size)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return convert(arguments.parse_args(argv), lambda args: args.model or model_of(args.source), save)
 
 
 if __name__ == "__main__":

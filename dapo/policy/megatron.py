@@ -16,7 +16,8 @@ import torch
 from dapo_kernels import linear_logprobs, linear_policy_loss
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -26,13 +27,13 @@ from torch import Tensor
 
 from dapo.batch import Batch, Microbatch, Place
 from dapo.clock import beat, timed
-from dapo.config import Config
+from dapo.config import Config, ConfigError
 from dapo.dump import Trace, blank
 from dapo.mesh import Mesh
 from dapo.policy import torch_dist, weight_files
 from dapo.policy.hf_weights import Weights
 from dapo.policy.layout import initialize_megatron, interleaved
-from dapo.policy.model import build_model, split_passthrough, transformer_config
+from dapo.policy.model import build_model, optimizer_config, split_passthrough, transformer_config
 from dapo.shape import read_shape
 
 
@@ -68,6 +69,7 @@ class Policy:
         self.config, self.mesh = config, mesh
         self.shape = read_shape(config.policy.model)
         self.transformer = transformer_config(self.shape, config)
+        optimizer = optimizer_config(config, self.transformer)
         initialize_megatron(config.parallel)
         assert parallel_state.get_data_parallel_rank(with_context_parallel=True) == mesh.share, "mesh and Megatron disagree on the ranks"
         model_parallel_cuda_manual_seed(config.run.seed)
@@ -75,7 +77,7 @@ class Policy:
         self.is_last_stage = parallel_state.is_pipeline_last_stage()
         self.reports = self.is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0  # metrics are summed over these ranks
 
-        _, optimizer_fields, ddp_fields = split_passthrough(config.policy.megatron)
+        _, _, ddp_fields = split_passthrough(config.policy.megatron)
         self.chunks = [chunk.to(mesh.device) for chunk in build_model(self.shape, self.transformer)]
         self._weights = Weights(self.chunks, self.shape)
         self._weights.load(weight_files.open_weights(config.policy.model, self.shape))
@@ -84,18 +86,7 @@ class Policy:
             DistributedDataParallel(self.transformer, ddp, Float16Module(self.transformer, chunk) if self.transformer.bf16 else chunk)
             for chunk in self.chunks
         ]
-        optim = dict(
-            optimizer="adam",
-            lr=config.optim.lr,
-            weight_decay=config.optim.weight_decay,
-            adam_beta1=config.optim.betas[0],
-            adam_beta2=config.optim.betas[1],
-            clip_grad=config.optim.clip_grad,
-            bf16=self.transformer.bf16,
-            params_dtype=self.transformer.params_dtype,
-            use_distributed_optimizer=True,
-        )
-        self.optimizer = get_megatron_optimizer(OptimizerConfig(**optim | optimizer_fields), self.models)
+        self.optimizer = get_megatron_optimizer(optimizer, self.models)
         self.scheduler = self._make_scheduler()
         self.transformer.finalize_model_grads_func = finalize_model_grads
         self.transformer.grad_scale_func = self.optimizer.scale_loss
@@ -208,6 +199,11 @@ class Policy:
         return torch_dist.Save(self._sharded_state(is_loading=False), directory)
 
     def load(self, directory: Path) -> None:
+        """Restore what `save` planned, in this layout or another.
+
+        Raises:
+            ConfigError: a parameter holds NaN or infinite values.
+        """
         state = dist_checkpointing.load(self._sharded_state(is_loading=True), str(directory))
         for i, chunk in enumerate(self.chunks):
             chunk.load_state_dict(state["model"][f"chunk{i}"])
@@ -215,6 +211,8 @@ class Policy:
             self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.num_steps = 0
         self.scheduler.step(state["num_updates"])
+        broken = [name for chunk in self.chunks for name, param in chunk.named_parameters() if not param.isfinite().all()]
+        self.mesh.on_main(_refuse_broken, directory, self.mesh.gather(broken))
 
     def _make_scheduler(self) -> OptimizerParamScheduler:
         optim = self.config.optim
@@ -242,9 +240,9 @@ class Policy:
         model = {f"chunk{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(self.chunks)}
         if not is_loading:
             for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
-                part.init_state_fn(part.optimizer, part.config)  # before the first update there are no moments, and saving wants them
+                _begin_state(part)
         optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
-        return {"model": model, "optimizer": optimizer, "num_updates": self.scheduler.num_steps}
+        return {"model": model, "optimizer": _without_classes(optimizer), "num_updates": self.scheduler.num_steps}
 
     def _run(self, work: list[_Tensors], finish: Any, forward_only: bool) -> list[Any]:
         """Megatron's pipeline schedule over the microbatches. Returns what `finish` reported for each, on the last stage; else nothing."""
@@ -352,6 +350,31 @@ class Policy:
                 qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest
             ),
             dumped=microbatch.dumped,
+        )
+
+
+def _begin_state(optimizer: Any) -> None:
+    """Moments of 0 where there are none yet: before the first update there are none, and saving wants them."""
+    if not isinstance(optimizer.optimizer, HybridDeviceOptimizer):
+        optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
+        return
+    for part in optimizer.optimizer.sub_optimizers:
+        for p in (p for group in part.param_groups for p in group["params"] if not part.state[p]):
+            part.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    optimizer.optimizer._sync_sub_optimizers_state_to_hdo()
+
+
+def _without_classes(state: Any) -> Any:
+    """Without what Megatron's own loading refuses: the groups of an optimizer in main memory name the optimizers that it is made of."""
+    if isinstance(state, dict):
+        return {key: _without_classes(value) for key, value in state.items() if not isinstance(value, type)}
+    return [_without_classes(value) for value in state] if isinstance(state, list) else state
+
+
+def _refuse_broken(directory: Path, names: list[list[str]]) -> None:
+    if broken := [name for of_rank in names for name in of_rank]:
+        raise ConfigError(
+            f"{directory}: {len(broken)} parameters hold NaN or infinite values, first {broken[0]}: use an earlier checkpoint"
         )
 
 

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dapo.config import Config, ConfigError, nearest
 from dapo.policy.layers import layer_spec
+from dapo.policy.rope import inverse_frequencies, softmax_scale
 from dapo.shape import ModelShape, check_layout, padded_vocab
 
 
@@ -53,6 +54,7 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         add_bias_linear=False,
         add_qkv_bias=shape.has_qkv_bias,
         qk_layernorm=shape.has_qk_norm,
+        softmax_scale=softmax_scale(shape),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=tensor,
@@ -88,6 +90,26 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         raise ConfigError(f"policy.megatron={config.policy.megatron}: Megatron refuses it: {error}") from error
 
 
+def optimizer_config(config: Config, transformer: TransformerConfig) -> OptimizerConfig:
+    """Raises ConfigError: Megatron refuses a passed-through field."""
+    _, passed, _ = split_passthrough(config.policy.megatron)
+    fields = dict(
+        optimizer="adam",
+        lr=config.optim.lr,
+        weight_decay=config.optim.weight_decay,
+        adam_beta1=config.optim.betas[0],
+        adam_beta2=config.optim.betas[1],
+        clip_grad=config.optim.clip_grad,
+        bf16=transformer.bf16,
+        params_dtype=transformer.params_dtype,
+        use_distributed_optimizer=True,
+    )
+    try:
+        return OptimizerConfig(**fields | passed)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(f"policy.megatron={config.policy.megatron}: Megatron refuses it: {error}") from error
+
+
 def _leave(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
@@ -114,7 +136,7 @@ def build_model(shape: ModelShape, config: TransformerConfig) -> list[HeadlessGP
 
 
 def _build_chunk(shape: ModelShape, config: TransformerConfig, chunk: int | None) -> HeadlessGPTModel:
-    return HeadlessGPTModel(
+    model = HeadlessGPTModel(
         config,
         layer_spec(config, vp_stage=chunk),
         vocab_size=padded_vocab(shape, config.tensor_model_parallel_size),
@@ -127,3 +149,5 @@ def _build_chunk(shape: ModelShape, config: TransformerConfig, chunk: int | None
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
     )
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(shape)  # Megatron knows one kind of llama3's and another softmax for yarn's
+    return model

@@ -64,7 +64,8 @@ class MegatronWeights:
         if damage := files.file_damage(directory, name, files.read_manifest(directory)["files"].get(name, (0, 0))):
             raise ConfigError(f"{directory}: damaged: {damage}")
         self._reader = torch_dist.Reader(directory / "policy")
-        sizes = {name: size for name, size in self._reader.sizes.items() if not name.startswith("optimizer.")}
+        self.optimizer_sizes = {name: size for name, size in self._reader.sizes.items() if name.startswith("optimizer.")}
+        self.sizes = sizes = {name: size for name, size in self._reader.sizes.items() if name not in self.optimizer_sizes}
         self._entries = {entry.hf: entry for entry in table(shape, is_fused=True)}
         expected = {_key(entry): entry for entry in self._entries.values()}
         _check_names(directory, set(sizes), set(expected), allowed=set())
@@ -160,6 +161,24 @@ def check_model(directory: Path, shape: ModelShape) -> None:
         raise ConfigError(f"{directory} is a checkpoint of another model: {'; '.join(differences)}")
 
 
+def check_checkpoint(directory: Path, shape: ModelShape) -> None:
+    """Is there what a run of this model goes on from, weights and optimizer, every tensor of the right shape? Reads none of them.
+
+    Raises:
+        ConfigError: it is of another model; a tensor is missing, of another shape, or has no place in this architecture.
+    """
+    weights = MegatronWeights(directory, shape)
+    for part in ("param", "exp_avg", "exp_avg_sq"):
+        for key, size in weights.sizes.items():
+            name = f"optimizer.state.{part}.{key}"
+            if name not in weights.optimizer_sizes:
+                raise ConfigError(
+                    f"{directory}: tensor {name} is missing: no run can go on from there; policy.model={directory} starts one"
+                )
+            if weights.optimizer_sizes[name] != size:
+                raise ConfigError(f"{directory}: tensor {name} has shape {weights.optimizer_sizes[name]}, the parameter has {size}")
+
+
 def hf_tensors(weights: StoredWeights, shape: ModelShape, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, tensor) of all, in the table's order."""
     for entry in table(shape, is_fused=True):
@@ -219,11 +238,12 @@ def _write_safetensors(path: Path, sizes: dict[str, tuple[int, ...]], dtype: tor
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        begun = file.write(len(text).to_bytes(8, "little") + text)
         for expected in sizes:
             name, tensor = next(tensors)
             assert name == expected and tuple(tensor.shape) == sizes[name], f"{name} {tuple(tensor.shape)} instead of {expected}"
             file.write(tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
+            begun = files.begin_writing(file, begun)
 
 
 def save_megatron(

@@ -12,7 +12,7 @@ CONFIG=${CONFIG:-examples/qwen2.5_32b_paper/config.yaml}
 NODES=${NODES:-$SLURM_NNODES}
 HEAD=${HEAD:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
 export CUDA_DEVICE_MAX_CONNECTIONS=1 # sequence parallelism's gathers start before the products that they overlap with
-export OMP_NUM_THREADS=8
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 
 command=(torchrun --nnodes "$NODES" --nproc-per-node "${GPUS:-8}" --rdzv-backend c10d --rdzv-endpoint "$HEAD:${PORT:-29500}"
   --rdzv-id "${SLURM_JOB_ID:-dapo}" --max-restarts 0 -m dapo train "$CONFIG" "$@")

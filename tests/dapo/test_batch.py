@@ -65,6 +65,16 @@ def test_ranks_get_work_of_like_cost():
     assert max(costs) < 1.02 * min(costs)
 
 
+@pytest.mark.parametrize(("count", "most", "most_in_turns"), [(8192, 0.0001, 0.002), (512, 0.001, 0.004)])
+def test_a_heavy_tail_leaves_sixteen_ranks_next_to_nothing_to_wait_for(count, most, most_in_turns):
+    drawn = np.random.default_rng(0).lognormal(np.log(2500), 1.0, count)
+    lengths = np.clip(drawn.astype(int), 1, 20_480)
+    bins = pack(lengths.tolist(), 32_768, 16)
+    costs = np.array([(lengths[b] + lengths[b] ** 2 / ATTENTION_SPAN).sum() for b in bins]).reshape(-1, 16)  # [turn, rank]
+    assert 1 - costs.sum() / (16 * costs.sum(axis=0).max()) < most  # of all ranks' work, until the slowest has finished the update
+    assert 1 - costs.sum() / (16 * costs.max(axis=1).sum()) < most_in_turns  # if they waited after every microbatch
+
+
 def test_packing_is_deterministic():
     lengths = [5, 5, 5, 9, 9, 1] * 10
     assert pack(lengths, 20, 2) == pack(list(lengths), 20, 2)

@@ -76,3 +76,19 @@ def test_a_disk_that_is_too_small_is_told_with_both_numbers(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=said), files.made_whole(tmp_path / "target", 2**50):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_small_file_that_cannot_be_rewritten_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files.write_text(tmp_path / "file", "old")
+    seen = []
+
+    def killed(self: Path, target: Path) -> None:
+        seen.append((tmp_path / "file").read_text())
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "rename", killed)
+        files.write_text(tmp_path / "file", "new and longer")
+    assert seen == ["old"] and (tmp_path / "file").read_text() == "old"
+    files.write_text(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "new"

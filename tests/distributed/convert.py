@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import hf_to_megatron
 import megatron_to_hf
 
-MODELS = [("qwen2", True), ("qwen2", False), ("qwen3", False), ("llama", False), ("llama", True)]
+MODELS = [("qwen2", True), ("qwen2", False), ("qwen3", False), ("llama", False), ("llama", True), ("mistral", False)]
 
 
 def stored(directory: Path) -> dict[str, torch.Tensor]:

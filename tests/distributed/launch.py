@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import subprocess
@@ -19,6 +20,13 @@ def torchrun(num_processes: int, *command: str, timeout: float = 300, **env: str
     arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes), *command]
     env = os.environ | {"OMP_NUM_THREADS": "1"} | env
     return subprocess.run(arguments, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout)
+
+
+def numbers(run: Path) -> dict[str, Any]:
+    """What a run's first step came to, but for its times, and a checksum of the weights in the end."""
+    row = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    values = {name: value for name, value in row.items() if not name.startswith(("time/", "perf/"))}
+    return values | {"weights": hashlib.sha256((run / "hf" / "model.safetensors").read_bytes()).hexdigest()}
 
 
 @functools.cache

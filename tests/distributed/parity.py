@@ -33,6 +33,16 @@ from tests.distributed.cases import CASES, FAULTS, Case
 EPS = 1e-6  # Adam divides by |g| + eps: at 1e-8 it would turn the rounding of all but vanishing gradients into steps
 LR, NUM_UPDATES, GROUPS_PER_UPDATE, GROUP_SIZE, VOCAB = 1e-3, 3, 2, 4, 250  # 250 is padded at every tensor size
 VERSION = 2  # of the weights
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 2.0,
+    "beta_slow": 0.25,
+}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "original_max_position_embeddings": 16, "low_freq_factor": 0.5,
+          "high_freq_factor": 2.0}  # fmt: skip
 
 
 def make_hf(model: str, is_tied: bool, directory: Path) -> None:
@@ -41,6 +51,11 @@ def make_hf(model: str, is_tied: bool, directory: Path) -> None:
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {"head_dim": 16}),  # ≠ hidden / heads
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {"rms_norm_eps": 1e-5}),
+        "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM, {"head_dim": 16, "sliding_window": None}),
+    }
+    kinds |= {  # the rotary embedding stretched: sequences are up to 31 tokens long
+        "qwen3-yarn": (*kinds["qwen3"][:2], {"head_dim": 16, "rope_parameters": YARN}),
+        "llama3": (*kinds["llama"][:2], {"rope_parameters": LLAMA3}),
     }
     config, cls, extra = kinds[model]
     shape = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch.distributed import distributed_c10d as c10d
 
 from dapo import config as configs
 from dapo.mesh import Mesh
@@ -47,16 +49,23 @@ ONLY_STOPPED = {  # options of the run that stops: they change nothing of the ou
 
 
 def run(directory: Path, *options: str) -> None:
-    from megatron.core import parallel_state  # after dapo.policy, which adapts it
-
     config = configs.load(ROOT / "examples/arithmetic/config.yaml", [f"run.dir={directory}", *OPTIONS, *options])
     mesh = Mesh(config.parallel)
     if config.parallel.virtual_pipeline > 1:
         mesh.on_main(deepen, directory.parent / "deeper")
         config = config.changed([f"policy.model={directory.parent / 'deeper'}"])
     train(config, mesh)
+    leave(mesh)
+
+
+def leave(mesh: Mesh) -> None:
+    """Give back Megatron's groups: each of gloo's keeps threads, and hundreds of groups would keep thousands."""
+    from megatron.core import parallel_state  # after dapo.policy, which adapts it
+
     mesh.barrier()
     parallel_state.destroy_model_parallel()
+    for group in [group for group in c10d._world.pg_map if group not in (dist.group.WORLD, mesh.control)]:
+        dist.destroy_process_group(group)
 
 
 def deepen(target: Path) -> None:

@@ -24,3 +24,12 @@ def test_only_the_groups_in_the_dump_are_traced() -> None:
 
 def test_a_run_that_dumps_nothing_traces_nothing() -> None:
     assert not measured("tests.distributed.traces", 2)["nothing"]["is_dumped"]
+
+
+def test_a_rank_receives_its_own_share_only() -> None:
+    """Of the same step's samples: the other tensor rank needs all of them, the other data-parallel rank half."""
+    (all_of_it, total), (share, of_both) = (
+        measured("tests.distributed.traces", 2)[f"{x}-parallel"]["received"] for x in ("tensor", "data")
+    )
+    assert total == all_of_it > 10_000 and of_both == share, "the main rank was sent something"
+    assert share == pytest.approx(all_of_it / 2, rel=0.15)

@@ -18,7 +18,7 @@ from dapo import config as configs
 from dapo import dump
 from dapo.mesh import Mesh
 from dapo.train import train
-from tests.distributed.launch import ROOT
+from tests.distributed.launch import ROOT, numbers
 from tests.distributed.resume import OPTIONS, deepen
 
 CLIPPING = ["run.steps=1", "optim.lr=2e-3", "optim.warmup_steps=0", "objective.clip_low=0.02", "objective.clip_high=0.04"]
@@ -33,11 +33,14 @@ LAYOUTS = {
 }
 
 
+def options(layout: list[str]) -> list[str]:
+    return ["rollout.dump_share=1.0", *OPTIONS, *CLIPPING, *layout]
+
+
 def run(directory: Path, layout: list[str]) -> configs.Config:
     from megatron.core import parallel_state  # after dapo.policy, which adapts it
 
-    options = [f"run.dir={directory}", "rollout.dump_share=1.0", *OPTIONS, *CLIPPING, *layout]
-    config = configs.load(ROOT / "examples/arithmetic/config.yaml", options)
+    config = configs.load(ROOT / "examples/arithmetic/config.yaml", [f"run.dir={directory}", *options(layout)])
     mesh = Mesh(config.parallel)
     if config.parallel.virtual_pipeline > 1:
         mesh.on_main(deepen, directory / "deeper")
@@ -70,6 +73,8 @@ def read(config: configs.Config) -> dict[str, Any]:
         shares.append((counts[1:] / counts[0]).tolist())
     metrics = json.loads((config.run.dir / "metrics.jsonl").read_text().splitlines()[0])
     logged = [metrics["policy/clip_low"], metrics["policy/clip_high"]]
+    result["received"] = [metrics["perf/bytes_received_max"], metrics["perf/bytes_received"]]
+    result["numbers"] = numbers(config.run.dir)
     return result | {"mismatch": mismatch, "wrong_flags": wrong, "shares": np.mean(shares, axis=0).tolist(), "logged": logged}
 
 
@@ -79,7 +84,14 @@ def main(out: str) -> None:
     for name, layout in LAYOUTS.items():
         config = run(Path(out).parent / name.replace(" ", "-"), layout)
         is_dumped = (config.run.dir / "rollouts").exists()
-        results.append({"name": name, "is_dumped": is_dumped, **(read(config) if is_dumped and Mesh(config.parallel).is_main else {})})
+        results.append(
+            {
+                "name": name,
+                "is_dumped": is_dumped,
+                "options": options(layout),
+                **(read(config) if is_dumped and Mesh(config.parallel).is_main else {}),
+            }
+        )
     if Mesh(configs.Parallel(tensor=1)).is_main:
         Path(out).write_text(json.dumps(results))
 

@@ -15,6 +15,7 @@ from dapo_kernels import linear_logprobs, linear_policy_loss, policy_loss, refer
 
 from tests.conftest import attend
 from tests.distributed.launch import torchrun
+from tests.distributed.moves import OFFLOADED
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
@@ -190,3 +191,21 @@ def test_the_arithmetic_example_learns_on_a_gpu(dtype: str, tmp_path: Path) -> N
     assert rows[0]["eval/accuracy"] <= 0.45
     assert rows[-1]["eval/accuracy"] >= 0.65
     assert max(row.get("policy/mismatch", 0) for row in rows) < (1e-5 if dtype == "float32" else 2e-2)
+
+
+def test_optimizer_state_in_main_memory_learns_the_same_and_goes_on(tmp_path: Path) -> None:
+    options = ["eval.data=null", "parallel.tensor=1", "policy.dtype=bfloat16", "rollout.dump_share=1.0"]
+    for name, steps, more in (("gpu", 4, []), ("whole", 4, OFFLOADED), ("stopped", 2, OFFLOADED), ("stopped", 4, OFFLOADED)):
+        run = [*options, *more, f"run.steps={steps}", f"run.dir={tmp_path / name}"]
+        done = torchrun(1, "-m", "dapo", "train", "examples/arithmetic/config.yaml", *run)
+        assert done.returncode == 0, done.stdout
+    gpu, whole, stopped = (rows_of(tmp_path / name) for name in ("gpu", "whole", "stopped"))
+    for a, b in zip(gpu[:1] + whole[:-1], whole[:1] + stopped[:-1], strict=True):  # embeddings' gradients are added in no fixed order
+        assert b["policy/loss"] == pytest.approx(a["policy/loss"], abs=1e-3)
+        assert b["policy/grad_norm"] == pytest.approx(a["policy/grad_norm"], rel=0.05)
+    assert [row["step"] for row in stopped] == [0, 1, 2, 3, 4]
+    assert whole[0]["perf/peak_memory_gib"] <= gpu[0]["perf/peak_memory_gib"]
+
+
+def rows_of(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

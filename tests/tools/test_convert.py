@@ -88,6 +88,7 @@ def test_too_little_disk_is_noticed_before_anything_is_written(
     [
         ({"vocab_size": 40}, "vocab_size=25 there, 40 here"),
         ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, "rope_theta=10000.0 there, 500000.0 here"),
+        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2}}, "rope_scaling=None there, {'rope_type': 'linear', "),
         ({"model_type": "llama"}, "model_type='qwen2' there, 'llama' here"),
     ],
 )
