@@ -142,31 +142,6 @@ def main(out: str) -> None:
         )
         if mesh.is_main:
             Path(out).write_text(json.dumps(results))
-    for layout in (["parallel.pipeline=2"], ["parallel.context=2"]):
-        results.append(move(Path(out).parent / "interleaved", layout))
-    if Mesh(configs.Parallel(tensor=1)).is_main:
-        Path(out).write_text(json.dumps(results))
-
-
-def move(interleaved: Path, layout: list[str]) -> dict[str, Any]:
-    """The last step of a run whose stages had several chunks, made in another layout, beside the same step of the run that stayed."""
-    target = interleaved / layout[0]
-
-    def prepare() -> None:
-        shutil.copytree(interleaved / "stopped", target)
-        shutil.rmtree(target / "checkpoints/step-000004")
-
-    Mesh(configs.Parallel(tensor=1)).on_main(prepare)
-    before = weights(interleaved / "deeper")
-    run(target, "run.steps=4", f"policy.model={interleaved / 'deeper'}", *layout)
-    stayed, moved = weights(interleaved / "through/hf"), weights(target / "hf")
-    return {
-        "name": f"interleaved to {layout[0]}",
-        "difference": max(float((stayed[name] - moved[name]).abs().max()) for name in stayed),
-        "learnt": max(float((stayed[name] - before[name]).abs().max()) for name in stayed),
-        "same_samples": [row.get("rollout/reward") for row in rows(target)]
-        == [row.get("rollout/reward") for row in rows(interleaved / "through")],
-    }
 
 
 def cut_short(checkpoint: Path) -> None:
