@@ -51,9 +51,6 @@ ONLY_STOPPED = {  # options of the run that stops: they change nothing of the ou
 def run(directory: Path, *options: str) -> None:
     config = configs.load(ROOT / "examples/arithmetic/config.yaml", [f"run.dir={directory}", *OPTIONS, *options])
     mesh = Mesh(config.parallel)
-    if config.parallel.virtual_pipeline > 1:
-        mesh.on_main(deepen, directory.parent / "deeper")
-        config = config.changed([f"policy.model={directory.parent / 'deeper'}"])
     train(config, mesh)
     leave(mesh)
 
@@ -120,8 +117,12 @@ def main(out: str) -> None:
     torch.set_num_threads(1)
     results = [replay(Path(out).parent / "replay")]
     for name, layout in LAYOUTS.items():
-        model = Path(out).parent / name / "deeper"
         through, stopped = Path(out).parent / name / "through", Path(out).parent / name / "stopped"
+        model = ROOT / "examples/arithmetic/base"
+        if name == "interleaved":
+            model = Path(out).parent / name / "deeper"
+            Mesh(configs.Parallel(tensor=1)).on_main(deepen, model)
+            layout = [*layout, f"policy.model={model}"]
         run(through, "run.steps=4", *layout)
         run(stopped, "run.steps=2", "run.keep_checkpoints=2", *layout)
         mesh = Mesh(configs.Parallel(tensor=1))
@@ -135,7 +136,7 @@ def main(out: str) -> None:
                 "stale": max(row.get("rollout/staleness", 0.0) for row in rows(stopped)),
                 "steps": [row["step"] for row in rows(stopped)],
                 "weights": is_equal(weights(through / "hf"), weights(stopped / "hf")),
-                "moved": not is_equal(weights(through / "hf"), weights(model if model.exists() else ROOT / "examples/arithmetic/base")),
+                "moved": not is_equal(weights(through / "hf"), weights(model)),
                 "checkpoints": sorted(path.name for path in (stopped / "checkpoints").iterdir()),
                 "warnings": printed.getvalue().splitlines(),
             }
