@@ -30,7 +30,7 @@ FLOAT32 = Bounds()
 # 8 bits of mantissa in every parameter and activation. Adam turns the sign of a small gradient into a whole step, so one parameter in
 # thousands goes the other way: params is the bound of two runs that disagree on it in every update, with the rounding of a norm's weight
 # near 1 on top; direction says how few those are.
-BFLOAT16 = Bounds(logprobs=0.1, gradients=0.05, params=1.1e-2, mismatch=0.02, grad_norm=0.05, direction=0.9)
+BFLOAT16 = Bounds(logprobs=0.1, gradients=0.05, params=1e-2, mismatch=0.02, grad_norm=0.05, direction=0.98)
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,11 @@ CASES = [
     Case(2, 2, 1, "qwen3", overlap=True, stale=True, filtering=True),
     Case(2, 2, 1, "qwen3-yarn"),
     Case(2, 1, 1, "qwen2", context=2),
-    Case(2, 1, 1, "qwen3", context=2, budget=4096, stale=True, filtering=True),
+    Case(2, 1, 1, "qwen3-yarn", context=2, budget=4096, stale=True, filtering=True),
     Case(2, 1, 1, "llama", context=2, is_tied=True, normaliser="sample_mean", overlap=True, recompute="selective"),
     Case(2, 1, 2, "qwen2", virtual=2, budget=32),
     Case(2, 1, 2, "qwen3", virtual=2, budget=40, is_tied=True, stale=True, overlap=True, recompute="recompute"),
-    Case(2, 1, 2, "llama", virtual=2, budget=4096),
+    Case(2, 1, 2, "llama3", virtual=2, budget=4096),
     Case(4, 2, 2, "qwen3"),
     Case(4, 2, 2, "qwen2", is_tied=True, normaliser="group_token_mean"),
     Case(4, 2, 1, "qwen2", filtering=True),

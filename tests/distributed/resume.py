@@ -51,8 +51,11 @@ ONLY_STOPPED = {  # options of the run that stops: they change nothing of the ou
 
 
 def make_base(layout: str, directory: Path) -> Path:
-    """The model that a layout starts from: the example's; or a random mixture of experts with its vocabulary and tokenizer."""
+    """The model that a layout starts from: the example's, or deeper; or a random mixture of experts with its vocabulary and tokenizer."""
     example = ROOT / "examples/arithmetic/base"
+    if layout == "interleaved":
+        deepen(directory)
+        return directory
     if layout != "expert-parallel":
         return example
     sizes = dict(vocab_size=25, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
@@ -73,9 +76,6 @@ def is_even(response: str, answer: str) -> bool:
 def run(directory: Path, *options: str) -> None:
     config = configs.load(ROOT / "examples/arithmetic/config.yaml", [f"run.dir={directory}", *OPTIONS, *options])
     mesh = Mesh(config.parallel)
-    if config.parallel.virtual_pipeline > 1 and config.policy.model.name == "base":
-        mesh.on_main(deepen, directory.parent / "deeper")
-        config = config.changed([f"policy.model={directory.parent / 'deeper'}"])
     train(config, mesh)
     leave(mesh)
 
@@ -142,7 +142,6 @@ def main(out: str) -> None:
     torch.set_num_threads(1)
     results = [replay(Path(out).parent / "replay")]
     for name, layout in LAYOUTS.items():
-        model = Path(out).parent / name / "deeper"
         through, stopped = Path(out).parent / name / "through", Path(out).parent / name / "stopped"
         mesh = Mesh(configs.Parallel(tensor=1))
         base = mesh.on_main(make_base, name, Path(out).parent / name / "base")
@@ -159,38 +158,15 @@ def main(out: str) -> None:
                 "stale": max(row.get("rollout/staleness", 0.0) for row in rows(stopped)),
                 "steps": [row["step"] for row in rows(stopped)],
                 "weights": is_equal(weights(through / "hf"), weights(stopped / "hf")),
-                "moved": not is_equal(weights(through / "hf"), weights(model if model.exists() else base)),
+                "moved": not is_equal(weights(through / "hf"), weights(base)),
                 "checkpoints": sorted(path.name for path in (stopped / "checkpoints").iterdir()),
                 "warnings": printed.getvalue().splitlines(),
             }
         )
         if mesh.is_main:
             Path(out).write_text(json.dumps(results))
-    for layout in (["parallel.pipeline=2"], ["parallel.context=2"]):
-        results.append(move(Path(out).parent / "interleaved", layout))
     if Mesh(configs.Parallel(tensor=1)).is_main:
         Path(out).write_text(json.dumps(results))
-
-
-def move(interleaved: Path, layout: list[str]) -> dict[str, Any]:
-    """The last step of a run whose stages had several chunks, made in another layout, beside the same step of the run that stayed."""
-    target = interleaved / layout[0]
-
-    def prepare() -> None:
-        shutil.copytree(interleaved / "stopped", target)
-        shutil.rmtree(target / "checkpoints/step-000004")
-
-    Mesh(configs.Parallel(tensor=1)).on_main(prepare)
-    before = weights(interleaved / "deeper")
-    run(target, "run.steps=4", f"policy.model={interleaved / 'deeper'}", *layout)
-    stayed, moved = weights(interleaved / "through/hf"), weights(target / "hf")
-    return {
-        "name": f"interleaved to {layout[0]}",
-        "difference": max(float((stayed[name] - moved[name]).abs().max()) for name in stayed),
-        "learnt": max(float((stayed[name] - before[name]).abs().max()) for name in stayed),
-        "same_samples": [row.get("rollout/reward") for row in rows(target)]
-        == [row.get("rollout/reward") for row in rows(interleaved / "through")],
-    }
 
 
 def cut_short(checkpoint: Path) -> None:

@@ -14,13 +14,6 @@ def test_learning_from_dumped_rollouts_equals_the_run_that_dumped_them() -> None
     assert result["checkpoints"] == ["step-000001"], "a run that has not learnt yet can be saved"
 
 
-@pytest.mark.parametrize("layout", ["parallel.pipeline=2", "parallel.context=2"])
-def test_a_checkpoint_of_several_chunks_a_stage_goes_on_in_another_layout(layout: str) -> None:
-    result = measured("tests.distributed.resume", 2)[f"interleaved to {layout}"]
-    assert result["same_samples"]
-    assert result["difference"] <= 2e-5 and result["learnt"] >= 1e-3
-
-
 LAYOUTS = {  # how its newest checkpoint was damaged → what the warning says
     "data-parallel": "rollouts.json has ",
     "tensor-parallel": "policy/__1_0.distcp is not what was written",
