@@ -42,8 +42,10 @@ CONVERT = """
 import resource, sys, time
 begin = time.perf_counter(); sys.path.insert(0, "tools"); import {tool}; imported = time.perf_counter()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+worked = time.process_time()
 status = {tool}.main(sys.argv[1:])
-print(time.perf_counter() - imported, imported - begin, before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+worked = time.process_time() - worked
+print(time.perf_counter() - imported, imported - begin, before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, worked)
 sys.exit(status)
 """
 
@@ -81,14 +83,14 @@ def copy(source: Path, target: Path) -> float:
 
 
 def convert(tool: str, source: Path, target: Path) -> list[float]:
-    """Seconds to convert, seconds to import, peak KiB of memory after importing, and in the end."""
+    """Seconds to convert, seconds to import, peak KiB of memory after importing, and in the end, CPU seconds to convert."""
     forget(source)
     command = [sys.executable, "-c", CONVERT.format(tool=tool), str(source), str(target), "--shard-size", f"{SHARD_BYTES >> 20}MiB"]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return [float(word) for word in done.stdout.split()]
 
 
-def checksum_cost(directory: Path, num_bytes: int = 2**30) -> list[list[object]]:
+def checksum_cost(directory: Path, num_bytes: int = 2**29) -> list[list[object]]:
     """GB per CPU second: writing tensors of 64 MiB as a checkpoint's thread does, without and with the file's CRC-32; verifying a file."""
     tensor = torch.empty(2**25, dtype=torch.bfloat16).normal_()
     crc32, seconds = zlib.crc32, defaultdict(list)
@@ -145,10 +147,11 @@ def main() -> None:
                 else "––"
             ),
             f"{trials[0][2] / 2**20:.2f}" if len(trials[0]) > 1 else "–",
+            spread([trial[4] for trial in trials], 1) if len(trials[0]) > 1 else "–",
         ]
         for name, trials in found.items()
     ]
-    header = ["", "GB/s", "of copying", "seconds", "importing, seconds more", "peak memory, GiB", "of that after importing"]
+    header = ["", "GB/s", "of copying", "seconds", "importing, seconds more", "peak memory, GiB", "of that after importing", "CPU seconds"]
     text = heading("Conversion of a model between Hugging Face and Megatron files")
     text += (
         f"\n{num_bytes / 1e9:.2f} GB of bfloat16, {shape.num_layers} layers, files of 1 GiB at most; one process; median (min–max) of "

@@ -153,7 +153,8 @@ class Policy(Section):
     model: Path  # Hugging Face directory: config.json, *.safetensors, tokenizer
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     tokens_per_microbatch: Positive = 32768  # budget of one packed forward-backward per data-parallel rank; context ranks share it
-    megatron: dict[str, Any] = {}  # fields of Megatron's TransformerConfig, OptimizerConfig, DistributedDataParallelConfig
+    # fields of Megatron's TransformerConfig, OptimizerConfig, DistributedDataParallelConfig; passthrough.py: those that may not be set
+    megatron: dict[str, Any] = {}
 
 
 class Engine(Section):

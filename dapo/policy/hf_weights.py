@@ -101,7 +101,8 @@ def to_shard(entry: Entry, tensors: list[Tensor], shape: ModelShape, rank: int, 
         return tensors[0]
     if entry.kind == "rows":
         padding = padded_vocab(shape, size) - shape.vocab_size
-        return torch.nn.functional.pad(tensors[0], (0, 0, 0, padding)).chunk(size)[rank]
+        padded = torch.nn.functional.pad(tensors[0], (0, 0, 0, padding)) if padding else tensors[0]  # by nothing it would copy all the same
+        return padded.chunk(size)[rank]
     if entry.kind == "columns":
         return tensors[0].chunk(size, dim=1)[rank]
     if entry.kind == "pair":
@@ -115,14 +116,18 @@ def from_shards(entry: Entry, shards: list[Tensor], shape: ModelShape) -> list[T
     if entry.kind == "whole":
         return [shards[0]]
     if entry.kind == "rows":
-        return [torch.cat(shards)[: shape.vocab_size]]
+        return [_join(shards)[: shape.vocab_size]]
     if entry.kind == "columns":
-        return [torch.cat(shards, dim=1)]
+        return [_join(shards, dim=1)]
     if entry.kind == "pair":
-        return [torch.cat(halves) for halves in zip(*(s.chunk(2) for s in shards), strict=True)]
-    grouped = torch.cat(shards).unflatten(0, (shape.num_kv_heads, -1))
+        return [_join(halves) for halves in zip(*(s.chunk(2) for s in shards), strict=True)]
+    grouped = _join(shards).unflatten(0, (shape.num_kv_heads, -1))
     per_group = shape.num_heads // shape.num_kv_heads * shape.head_dim
     return [t.flatten(0, 1) for t in grouped.split([per_group, shape.head_dim, shape.head_dim], dim=1)]
+
+
+def _join(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)  # of one, cat would make a copy
 
 
 class StoredWeights(Protocol):

@@ -248,6 +248,8 @@ class Writer:
         self.directory, self.file_bytes = directory, file_bytes
         self.sums: dict[str, Sum] = {}  # of the files that are done
         self._file: SummedFile | None = None
+        self._closing = ThreadPoolExecutor(1)  # waits for the disk while the next file is written
+        self._closed: list[Future[None]] = []
         self._metadata: dict[str, Any] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
 
@@ -268,6 +270,8 @@ class Writer:
     def close(self) -> None:
         """Write which chunk lies where: without it there is no checkpoint."""
         self._next_file()
+        for closed in self._closed:
+            closed.result()
         torch.save({}, self.directory / "common.pt")
         (self.directory / ".metadata").write_bytes(pickle.dumps(Metadata(self._metadata, storage_data=self._places)))
         save_config(CheckpointingConfig("torch_dist", 1), str(self.directory))
@@ -278,6 +282,5 @@ class Writer:
 
     def _next_file(self) -> None:
         if self._file:
-            name = self._name
-            self._file.close()
-            self.sums[name], self._file = self._file.sum, None
+            self._closed.append(self._closing.submit(self._file.close))
+            self.sums[self._name], self._file = self._file.sum, None
