@@ -37,6 +37,7 @@ OPTIONS = [  # small steps, each of them saved
     "optim.weight_decay=0.1", "rollout.max_staleness=1",
 ]  # fmt: skip
 LONGEST = 2.0  # seconds from going on to a kill that is aimed at no save
+AIMS = ["rollouts.json", "policy/*.distcp", files.MANIFEST]  # of a checkpoint that is being written: the first file, the largest, the last
 START_SECONDS = 900  # after so many a launch that does not go on has failed
 
 
@@ -119,7 +120,7 @@ class Kill:
     """One launch, its end, and what it left."""
 
     is_async: bool
-    is_aimed: bool  # at a save
+    aim: str  # the file of a checkpoint at whose appearing it is killed; empty: at any time
     started: int  # the step that it said it went on from; 0: none
     newest: int = 0  # the newest checkpoint when it was killed
     left: list[str] = field(default_factory=list)  # files of the checkpoint that it was writing, if it was
@@ -148,8 +149,8 @@ def crash(directory: Path, num_kills: int, seed: int, launch: Callable[[list[str
             if is_last:
                 _wait_until_it_ends(launched, log)
             else:
-                kills.append(Kill(is_async=i % 2 == 1, is_aimed=moments.random() < 0.5, started=started))
-                _wait_for_the_moment(kills[-1], run, moments)
+                kills.append(Kill(is_async=i % 2 == 1, aim=moments.choice([*AIMS, "", "", ""]), started=started))
+                _wait_for_the_moment(kills[-1], launched, run, moments)
                 assert launched.status() is None, f"launch {i} ended by itself\n{log.read_text()}"
         finally:
             launched.kill()
@@ -199,16 +200,16 @@ def _wait_until_it_ends(launched: Launched, log: Path) -> None:
     assert launched.status() == 0, log.read_text()
 
 
-def _wait_for_the_moment(kill: Kill, run: Path, moments: random.Random) -> None:
-    if not kill.is_aimed:
+def _wait_for_the_moment(kill: Kill, launched: Launched, run: Path, moments: random.Random) -> None:
+    if not kill.aim:
         time.sleep(moments.uniform(0, LONGEST))
         return
-    deadline = time.monotonic() + START_SECONDS
-    for _ in range(moments.randint(1, 3)):  # which save
-        for is_there in (False, True):
-            while bool(list((run / "checkpoints").glob(".step-*"))) != is_there and time.monotonic() < deadline:
-                time.sleep(0.0005)
-    time.sleep(moments.uniform(0, 0.05))
+    first, deadline = newest(run) + moments.randint(1, 3), time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and launched.status() is None:
+        writing = [path.relative_to(run / "checkpoints").parts[0] for path in (run / "checkpoints").glob(f".step-*/{kill.aim}")]
+        if any(int(name.removeprefix(".step-").removesuffix(".partial")) >= first for name in writing):
+            return
+        time.sleep(0.0005)
 
 
 def newest(run: Path) -> int:
@@ -247,7 +248,7 @@ def main(num_kills: str = "50", processes: str = "2", seed: str = "0", launcher:
     for moment, is_async in sorted({(kill.moment, kill.is_async) for kill in kills}):
         of = [kill for kill in kills if (kill.moment, kill.is_async) == (moment, is_async)]
         kind = "in the background" if is_async else "while training waits"
-        body.append([moment, kind, len(of), sum(kill.is_aimed for kill in of), sum(kill.newest - kill.started for kill in of)])
+        body.append([moment, kind, len(of), sum(bool(kill.aim) for kill in of), sum(kill.newest - kill.started for kill in of)])
     text = heading("Killed at any moment, a run goes on as if it had not been")
     whom = "torchrun and every rank" if launcher == "torchrun" else "every rank, forked from one process"
     text += f"\n{num_kills} of {num_kills} launches of {processes} tensor-parallel processes were killed (SIGKILL to {whom}), "

@@ -93,12 +93,20 @@ def plan(groups: list[Group], config: Config, num_ranks: int, metrics: dict[str,
         ]
         lengths = [_padded(s.length, parallel.sequence_multiple) for s in sequences]
         bins = pack(lengths, config.policy.tokens_per_microbatch, num_ranks * turns)
+        least = _least_tokens([sum(lengths[i] for i in b) for b in bins], config, num_ranks)
         for rank in range(num_ranks):
-            packs = [build([sequences[i] for i in bins[b]], parallel) for b in range(rank, len(bins), num_ranks)]
+            packs = [build([sequences[i] for i in bins[b]], parallel, least[b]) for b in range(rank, len(bins), num_ranks)]
             for context_rank in range(parallel.context):
                 shares = [share(pack, context_rank, parallel.context) for pack in packs]
                 minibatches[rank * parallel.context + context_rank].append(shares)
     return [Batch(work, metrics) for work in minibatches]
+
+
+def _least_tokens(tokens: list[int], config: Config, num_ranks: int) -> list[int]:
+    """What each bin is padded to at least: as many on all ranks at a time, where every rank's tokens are gathered for the experts."""
+    if config.policy.megatron.get("moe_token_dispatcher_type") != "allgather":
+        return [0] * len(tokens)
+    return [max(tokens[b - b % num_ranks :][:num_ranks]) for b in range(len(tokens))]
 
 
 def stale_tokens(sample: Sample, version: int) -> np.ndarray:
@@ -161,14 +169,14 @@ def _padded(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
-def build(sequences: list[_Sequence], parallel: Parallel) -> Microbatch:
+def build(sequences: list[_Sequence], parallel: Parallel, least: int = 1) -> Microbatch:
     """Pack the sequences, for all context ranks; pad the whole to a multiple, as one more sequence that weighs nothing.
 
+    To at least `least` tokens: a rank without work still takes part in every collective.
     A sequence is padded at its end, where causality hides it, so that context ranks can share it.
     """
     lengths = [_padded(s.length, parallel.sequence_multiple) for s in sequences]
-    multiple = parallel.pack_multiple
-    padding = -sum(lengths) % multiple if lengths else multiple  # a rank without work still takes part in every collective
+    padding = _padded(max(sum(lengths), least, 1), parallel.pack_multiple) - sum(lengths)
     total = sum(lengths) + padding
     microbatch = Microbatch(
         tokens=np.zeros(total, np.int64),

@@ -59,6 +59,7 @@ class Checkpoints:
         Raises:
             ConfigError: it holds NaN, or the data has changed under the run.
         """
+        self.mesh.on_main(self._remove_leftovers)
         if self.newest is None:
             return 0
         policy.load(self._path(self.newest) / "policy")
@@ -159,9 +160,12 @@ class Checkpoints:
             )
         return steps
 
+    def _remove_leftovers(self) -> None:
+        for leftover in self.root.glob(".step-*"):  # of a run that was killed while it saved
+            shutil.rmtree(leftover)
+
 
 def _begin(partial: Path, rollouts: Rollouts) -> None:
-    for leftover in partial.parent.glob(".step-*"):  # of a run that was killed while it saved
-        shutil.rmtree(leftover)
+    shutil.rmtree(partial, ignore_errors=True)
     (partial / "policy").mkdir(parents=True)
     rollouts.save(partial)

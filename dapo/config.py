@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from math import lcm
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -106,11 +107,17 @@ class Parallel(Section):
     pipeline: Positive = 1
     virtual_pipeline: Positive = 1  # chunks of layers on each pipeline stage, in turns: less waiting at both ends of an update
     context: Positive = 1  # ranks that share the tokens of every sequence: for responses too long for one
+    expert: Positive = 1  # ranks of a pipeline stage that share a layer's experts, each with whole ones
 
     @property
     def model_size(self) -> int:
         """Ranks that a microbatch takes: world size / data-parallel ranks."""
         return self.tensor * self.pipeline * self.context
+
+    @property
+    def least_world(self) -> int:
+        """Processes of the smallest world in this layout."""
+        return lcm(self.model_size, self.expert * self.pipeline)
 
     @property
     def sequence_multiple(self) -> int:
@@ -126,13 +133,18 @@ class Parallel(Section):
         """Data-parallel ranks of `world` processes.
 
         Raises:
-            ConfigError: the world size does not divide by tensor × pipeline × context.
+            ConfigError: the world size does not divide by tensor × pipeline × context, or a stage's ranks by expert.
         """
         if world % self.model_size:
             context = f" × parallel.context={self.context}" if self.context > 1 else ""
             raise ConfigError(
                 f"world size {world} is not a multiple of parallel.tensor={self.tensor} × parallel.pipeline={self.pipeline}{context}: "
                 f"launch {self.model_size} processes, or a multiple, or change the layout"
+            )
+        if world // self.pipeline % self.expert:
+            raise ConfigError(
+                f"parallel.expert={self.expert} does not divide the {world // self.pipeline} ranks of a pipeline stage "
+                f"(world size {world} / parallel.pipeline={self.pipeline}), who share its experts"
             )
         return world // self.model_size
 

@@ -2,7 +2,7 @@
 
 T = packed tokens of a microbatch on one of the context ranks, t = T/tp of them under sequence parallelism, H = hidden size. Of one tensor
 rank: q, kv = columns of all heads' queries and of all KV heads' keys, F = feed-forward columns, V = vocabulary rows. b = bytes of the
-parameters' type.
+parameters' type. Tensor ranks do not split experts: each sends its own tokens to the ranks that have them. Routing is taken as balanced.
 
 Activations are what autograd keeps in dapo/policy/layers.py and in Megatron-core's local layers around it, tensor by tensor;
 tests/dapo/test_plan.py counts the same in a real backward pass. For Transformer Engine's layers the list is read from its source.
@@ -26,15 +26,19 @@ BATCH_BYTES = 42  # a token of the step's batch: ids, targets, positions of 8 by
 # fields of policy.megatron that change what is counted here, and those that change no memory worth counting
 COUNTED = {
     "recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules", "optimizer_cpu_offload",
-    "optimizer_offload_fraction", "use_precision_aware_optimizer",
+    "optimizer_offload_fraction", "use_precision_aware_optimizer", "moe_token_dispatcher_type",
 }  # fmt: skip
 NEGLIGIBLE = {"adam_eps", "bucket_size", "overlap_grad_reduce", "attention_backend", "log_num_zeros_in_grad"}
 
 
 def stage_parameters(shape: ModelShape, tensor: int, pipeline: int, stage: int) -> tuple[int, int]:
-    """Parameters on a rank of a pipeline stage: (its shards of those that tensor ranks split, those that every tensor rank has whole)."""
+    """Parameters on a rank of a pipeline stage: (its shards of those that tensor ranks split, those that every tensor rank has whole).
+
+    Without experts: `expert_parameters` counts them.
+    """
     hidden, heads, kv = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    matrices = hidden * (heads + 2 * kv) + heads * hidden + 3 * hidden * shape.ffn_size  # qkv, projection; gate, up, down
+    matrices = hidden * (heads + 2 * kv) + heads * hidden  # qkv, projection
+    matrices += 0 if shape.num_experts else 3 * hidden * shape.ffn_size  # gate, up, down
     bias = heads + 2 * kv if shape.has_qkv_bias else 0
     norms = 2 * hidden + (2 * shape.head_dim if shape.has_qk_norm else 0)
     layers = shape.num_layers // pipeline
@@ -42,14 +46,26 @@ def stage_parameters(shape: ModelShape, tensor: int, pipeline: int, stage: int) 
     # a tied head is the embedding itself where both are on one stage, else the last stage's own copy
     tables = is_first + (is_last and not (shape.is_tied and is_first))
     embedding = padded_vocab(shape, tensor) * hidden
-    return (layers * (matrices + bias) + tables * embedding) // tensor, layers * norms + (hidden if is_last else 0)
+    whole = norms + shape.num_experts * hidden  # the router
+    return (layers * (matrices + bias) + tables * embedding) // tensor, layers * whole + (hidden if is_last else 0)
+
+
+def expert_parameters(shape: ModelShape, pipeline: int, expert: int) -> int:
+    """Of the experts that a rank has."""
+    return shape.num_layers // pipeline * shape.num_experts // expert * 3 * shape.hidden_size * shape.expert_ffn_size
 
 
 def num_parameters(shape: ModelShape) -> int:
     """Of the whole model, as its authors count: no padding, a tied head once."""
     split, whole = stage_parameters(shape, 1, 1, 0)
     padding = (padded_vocab(shape, 1) - shape.vocab_size) * shape.hidden_size
-    return split + whole - padding * (1 if shape.is_tied else 2)
+    return split + whole + expert_parameters(shape, 1, 1) - padding * (1 if shape.is_tied else 2)
+
+
+def active_parameters(shape: ModelShape) -> int:
+    """Those that one token meets: of the experts, the ones that it is sent to."""
+    idle = shape.num_experts - shape.experts_per_token
+    return num_parameters(shape) - idle * shape.num_layers * 3 * shape.hidden_size * shape.expert_ffn_size
 
 
 @dataclass(frozen=True)
@@ -95,8 +111,20 @@ class Layer:
         return (4 + b if is_plain else b) * width + 4 * rows
 
     @property
-    def mlp(self) -> int:
+    def mlp(self) -> float:
+        """Of experts, too, without the norm's output."""
+        if self.shape.num_experts:
+            return self.experts
         return 5 * self.value_bytes * self.ffn  # gate and up, silu(gate), up + 0, their product
+
+    @property
+    def experts(self) -> float:
+        shape, b = self.shape, self.value_bytes
+        # as it is sent; gate and up, silu(gate), up + 0, their product, that weighed; its weight, and its place before it was sent
+        sent = b * (shape.hidden_size + 6 * shape.expert_ffn_size) + 4 + 8
+        chosen = 8 if shape.is_expert_sum_one else 8 - 4  # which, and the softmax over them, or over all
+        router = (5 if shape.is_expert_sum_one else 9) * shape.num_experts  # a weight for each expert, whether it is chosen
+        return (shape.experts_per_token * (sent + chosen + 4) + router) / self.tensor
 
     @property
     def core_attention(self) -> float:
@@ -191,7 +219,16 @@ class Rank:
 
     @property
     def parameters(self) -> int:
-        return sum(stage_parameters(self.shape, self.tensor, self.pipeline, self.stage))
+        return sum(stage_parameters(self.shape, self.tensor, self.pipeline, self.stage)) + self.expert_parameters
+
+    @property
+    def expert_parameters(self) -> int:
+        return expert_parameters(self.shape, self.pipeline, self.config.parallel.expert)
+
+    @property
+    def expert_data(self) -> int:
+        """Ranks that have the same experts, and share the optimizer's state of them."""
+        return self.tensor * self.context * self.data // self.config.parallel.expert
 
     # What is there all the time
 
@@ -206,10 +243,10 @@ class Rank:
     @property
     def optimizer(self) -> int:
         """Adam's two moments, and the float32 parameters where the model's are 16-bit; each data and context rank holds its share."""
-        ranks = self.data * self.context
+        share = (self.parameters - self.expert_parameters) // (self.data * self.context) + self.expert_parameters // self.expert_data
         if self._megatron("optimizer_cpu_offload"):  # all of it in main memory, with a copy of the gradients
-            return 16 * self.parameters // ranks if self.backend == "cpu" else 0
-        return (8 if self.value_bytes == 4 else 12) * self.parameters // ranks
+            return 16 * share if self.backend == "cpu" else 0
+        return (8 if self.value_bytes == 4 else 12) * share
 
     @property
     def batch(self) -> int:
@@ -243,7 +280,7 @@ class Rank:
             kept = unit * layer.stream + (layers - unit) * layer.everything if is_block else layers / unit * layer.stream
         else:
             kept = layers * layer.everything
-        if self._recomputes("mlp"):
+        if self._recomputes_mlp:
             kept -= layers * layer.mlp
         if self._recomputes("core_attn"):
             kept -= layers * (layer.core_attention - layer.core_attention_inputs)
@@ -261,14 +298,24 @@ class Rank:
         recomputed = 0.0
         if self._recomputes("full"):
             recomputed = layer.everything * (1 if self._megatron("recompute_method") == "block" else self._megatron("recompute_num_layers"))
-        recomputed += layer.mlp if self._recomputes("mlp") else 0
+        recomputed += layer.mlp if self._recomputes_mlp else 0
         recomputed += layer.core_attention if self._recomputes("core_attn") else 0
         gathered = b * T * hidden if self.tensor > 1 else 0  # the stream of all tensor ranks
+        if self.shape.num_experts:
+            return round(recomputed * T + self._experts_working + 2 * layer.stream * T + gathered)
         gated = 2 * b * T * layer.ffn  # the gradients of gate and up, while the product's own is there
         projected = b * T * layer.ffn + b * hidden * layer.ffn + 2 * gathered  # through the last matrix, and that matrix's own gradient
         shared = layer.keys + self.context if self.context > 1 else 0  # gradients of keys and values, before they are sent to their ranks
         keys = 2 * b * T * layer.kv * shared
         return round(recomputed * T + max(gated, projected, keys) + 2 * layer.stream * T + gathered)
+
+    @property
+    def _experts_working(self) -> int:
+        """The same of experts: the gradients of what tokens were sent as and of what came back, of gate and up; gathered tokens."""
+        shape, b, tokens = self.shape, self.value_bytes, self.tokens // self.tensor
+        sent = tokens * shape.experts_per_token * b * (2 * shape.hidden_size + 2 * shape.expert_ffn_size)
+        gathers = self._megatron("moe_token_dispatcher_type") == "allgather"
+        return sent + (tokens * self.config.parallel.expert * (b + 4) * shape.hidden_size if gathers else 0)
 
     @property
     def table(self) -> int:
@@ -302,7 +349,8 @@ class Rank:
         if self.stage == 0:
             moments["the embedding's gradient"] = self.activations - self.kept + self.table + zeros
         # clipping writes each scaled gradient beside the old one; gloo, even among one, reduces a copy of all gradients
-        largest = max(self._vocab, 2 * self.layer.ffn) * self.shape.hidden_size
+        ffn = self.shape.expert_ffn_size if self.shape.num_experts else self.layer.ffn
+        largest = max(self._vocab, 2 * ffn) * self.shape.hidden_size
         moments["the optimizer's step"] = self.grads if self.backend == "cpu" else 4 * largest // (self.data * self.context)
         return moments
 
@@ -317,6 +365,10 @@ class Rank:
     @property
     def _vocab(self) -> int:
         return padded_vocab(self.shape, self.tensor) // self.tensor
+
+    @property
+    def _recomputes_mlp(self) -> bool:
+        return self._recomputes("moe" if self.shape.num_experts else "mlp")
 
     def _megatron(self, field: str) -> Any:
         return self.config.policy.megatron.get(field)

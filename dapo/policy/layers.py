@@ -146,9 +146,12 @@ def padded_batches(cu_seqlens: tuple[int, ...], device: torch.device) -> list[tu
 
 def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> ModuleSpec | TransformerBlockSubmodules:
     """Megatron's layers with Transformer Engine where there is one, else with the modules above."""
+    experts = dict(num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm)
     if has_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm, **experts)
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm", **experts)
+    if config.num_moe_experts:  # Transformer Engine keeps this norm apart from experts, and so do checkpoints
+        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention

@@ -23,6 +23,8 @@ def initialize_megatron(parallel: Parallel, **options: Any) -> None:
         parallel.pipeline,
         parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
         **options,
     )
 

@@ -204,11 +204,14 @@ class Policy:
         Raises:
             ConfigError: a parameter holds NaN or infinite values.
         """
+        now = [{key: group[key] for key in SETTINGS} for group in self.optimizer.param_groups]
         state = dist_checkpointing.load(self._sharded_state(is_loading=True), str(directory))
         for i, chunk in enumerate(self.chunks):
             chunk.load_state_dict(state["model"][f"chunk{i}"])
         with torch.no_grad():
             self.optimizer.load_state_dict(state["optimizer"])
+        for group, settings in zip(self.optimizer.param_groups, now, strict=True):
+            group.update(settings)  # what the config says now, not what it said then
         self.scheduler.num_steps = 0
         self.scheduler.step(state["num_updates"])
         broken = [name for chunk in self.chunks for name, param in chunk.named_parameters() if not param.isfinite().all()]
@@ -235,6 +238,7 @@ class Policy:
         # fully_reshardable: the optimizer's state can be loaded into another layout
         metadata = {
             "distrib_optim_sharding_type": "fully_reshardable",
+            "chained_optim_avoid_prefix": True,  # experts have an optimizer of their own; the state's names are those of the parameters
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         }
         model = {f"chunk{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(self.chunks)}
@@ -377,6 +381,8 @@ def _refuse_broken(directory: Path, names: list[list[str]]) -> None:
             f"{directory}: {len(broken)} parameters hold NaN or infinite values, first {broken[0]}: use an earlier checkpoint"
         )
 
+
+SETTINGS = ("max_lr", "min_lr", "betas", "eps")  # of the optimizer's groups; the scheduler sets lr and weight_decay
 
 # what one microbatch adds up over its response tokens, in this order
 SUMS = ("tokens", "loss", "entropy", "probability", "clipped_low", "clipped_high", "clipped_high_probability")

@@ -14,6 +14,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dapo.config import Config, ConfigError, nearest
+from dapo.policy.cpu import has_transformer_engine
 from dapo.policy.layers import layer_spec
 from dapo.policy.rope import inverse_frequencies, softmax_scale
 from dapo.shape import ModelShape, check_layout, padded_vocab
@@ -66,7 +67,6 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         calculate_per_token_loss=True,  # the loss is a sum over tokens: Megatron must divide by nothing
-        variable_seq_lengths=True,  # packed microbatches differ in length
         moe_token_dispatcher_type="alltoall",  # what variable_seq_lengths insists on, dense models included
         batch_p2p_comm=False,  # between two stages that take turns, batched sends in both directions are swapped
         overlap_p2p_comm=False,
@@ -84,8 +84,24 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         apply_rope_fusion=False,
         persist_layer_norm=False,
     )
+    if shape.num_experts:
+        fields |= dict(
+            num_moe_experts=shape.num_experts,
+            moe_ffn_hidden_size=shape.expert_ffn_size,
+            moe_router_topk=shape.experts_per_token,
+            moe_router_pre_softmax=not shape.is_expert_sum_one,  # softmax over all experts; or over the chosen ones, whose weights sum to 1
+            moe_router_load_balancing_type="none",
+            moe_router_dtype="fp32",
+            moe_grouped_gemm=has_transformer_engine(),
+            expert_model_parallel_size=config.parallel.expert,
+            expert_tensor_parallel_size=1,
+        )
+    # Megatron refuses unlike lengths for allgather, which gathers as many tokens from every rank. batch.py makes them alike within a group
+    fields["variable_seq_lengths"] = passed.get("moe_token_dispatcher_type") != "allgather"
     try:
-        return TransformerConfig(**fields | passed)
+        made = TransformerConfig(**fields | passed)
+        made.variable_seq_lengths = True  # packed microbatches differ in length
+        return made
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"policy.megatron={config.policy.megatron}: Megatron refuses it: {error}") from error
 
@@ -149,5 +165,8 @@ def _build_chunk(shape: ModelShape, config: TransformerConfig, chunk: int | None
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
     )
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:  # Megatron marks them where expert > 1; but tensor ranks too see other tokens each, with whole experts
+            parameter.allreduce = False
     model.rotary_pos_emb.inv_freq = inverse_frequencies(shape)  # Megatron knows one kind of llama3's and another softmax for yarn's
     return model

@@ -1,8 +1,8 @@
-"""python -m tests.dapo.layout_on_meta CONFIG MODEL: the parameters of a rank of each pipeline stage, built without memory, as JSON.
+"""python -m tests.dapo.layout_on_meta CONFIG MODEL WORLD LAYOUT…: parameters of the first and the last rank, built without memory, as JSON.
 
-As the config has it, and then with context ranks and several chunks of layers on each stage.
+As the config has it, and then with the overrides LAYOUT.
 
-One process that takes itself for rank after rank of 128: torch's fake process group answers every collective at once.
+One process that takes itself for one rank after the other: torch's fake process group answers every collective at once.
 """
 
 from __future__ import annotations
@@ -20,22 +20,20 @@ from dapo.policy.layout import initialize_megatron
 from dapo.policy.model import build_model, transformer_config
 from dapo.shape import read_shape
 
-WORLD = 128
+
+def main(path: str, model: str, world: str, *layout: str) -> None:
+    layouts: list[list[str]] = [[], list(layout)]
+    print(json.dumps([parameters(configs.load(path, [f"policy.model={model}", *layout]), int(world)) for layout in layouts]))
 
 
-def main(path: str, model: str) -> None:
-    layouts: list[list[str]] = [[], ["parallel.context=2", "parallel.virtual_pipeline=4"]]
-    print(json.dumps([parameters(configs.load(path, [f"policy.model={model}", *layout])) for layout in layouts]))
-
-
-def parameters(config: configs.Config) -> list[int]:
+def parameters(config: configs.Config, world: int) -> list[int]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     shape = read_shape(config.policy.model)
     counts = []
-    for rank in (0, WORLD - 1):
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=WORLD)
+    for rank in (0, world - 1):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
         initialize_megatron(config.parallel, create_gloo_process_groups=False)
         model_parallel_cuda_manual_seed(0)
         with torch.device("meta"):

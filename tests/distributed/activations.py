@@ -27,10 +27,13 @@ from dapo.types import Group, Prompt, Sample
 
 LENGTHS, PROMPT = (40, 75, 190, 60, 90, 120, 20, 200), 5
 SHAPE = dict(vocab_size=250, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2)
+EXPERTS = dict(head_dim=16, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=256)
 MODELS = {
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {"head_dim": 48}),
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM, EXPERTS | {"norm_topk_prob": True}),
+    "qwen3_moe-unnormalised": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM, EXPERTS | {"norm_topk_prob": False}),
 }
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
@@ -44,6 +47,7 @@ class Case:
     model: str = "qwen2"
     dtype: str = "float32"
     megatron: dict[str, Any] = field(default_factory=dict)
+    expert: int = 1
 
 
 CASES = [
@@ -64,11 +68,16 @@ CASES = [
     Case("context 2", context=2),
     Case("context 2 in bfloat16", context=2, model="qwen3", dtype="bfloat16"),
     Case("context 2, attention recomputed", context=2, megatron={"recompute_granularity": "selective"}),
+    Case("experts", model="qwen3_moe"),
+    Case("experts in bfloat16", model="qwen3_moe-unnormalised", dtype="bfloat16"),
+    Case("experts recomputed", model="qwen3_moe", megatron={"recompute_granularity": "selective", "recompute_modules": ["moe"]}),
+    Case("experts on tensor ranks", tensor=2, expert=2, model="qwen3_moe", dtype="bfloat16"),
+    Case("experts gathered for", tensor=2, expert=2, model="qwen3_moe-unnormalised", megatron={"moe_token_dispatcher_type": "allgather"}),
 ]  # fmt: skip
 
 
 def run(case: Case, directory: Path) -> dict[str, Any]:
-    parallel = configs.Parallel(tensor=case.tensor, pipeline=case.pipeline, context=case.context)
+    parallel = configs.Parallel(tensor=case.tensor, pipeline=case.pipeline, context=case.context, expert=case.expert)
     mesh = Mesh(parallel)
     if mesh.is_main:
         config, cls, extra = MODELS[case.model]

@@ -9,6 +9,8 @@ MEGATRON: dict[str, dict[str, Any]] = {  # fields of policy.megatron, by the nam
     "overlap": {"overlap_grad_reduce": True, "bucket_size": 20_000},
     "recompute": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
+    "moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    "allgather": {"moe_token_dispatcher_type": "allgather"},
 }
 
 
@@ -45,13 +47,15 @@ class Case:
     overlap: bool = False  # gradients are reduced while the backward pass runs
     context: int = 1
     virtual: int = 1  # chunks of layers on a pipeline stage
-    recompute: str = ""  # "recompute": every layer; "selective": attention and MLP
+    recompute: str = ""  # "recompute": every layer; "selective": attention and MLP; "moe": router and experts
     dtype: str = "float32"
     fault: str = ""  # a wrong gradient scale: "context factor", "token mean"
+    expert: int = 1  # ranks that share a layer's experts
+    dispatcher: str = ""  # how tokens get to them: "" is the default
 
     @property
     def megatron(self) -> dict[str, Any]:
-        parts = [MEGATRON[part] for part in (self.recompute, "overlap" if self.overlap else "") if part]
+        parts = [MEGATRON[part] for part in (self.recompute, "overlap" if self.overlap else "", self.dispatcher) if part]
         return {name: value for part in parts for name, value in part.items()}
 
     @property
@@ -74,6 +78,8 @@ class Case:
             "stale" if self.stale else "",
             "overlap" if self.overlap else "",
             self.recompute,
+            f"ep{self.expert}" if self.expert > 1 else "",
+            self.dispatcher,
             self.fault.replace(" ", "-"),
         ]
         return "-".join([layout, *filter(None, extras)])
@@ -125,4 +131,21 @@ CASES = [
 FAULTS = [
     Case(2, 1, 1, "qwen2", context=2, fault="context factor"),
     Case(2, 1, 1, "qwen2", context=2, fault="token mean"),
+]
+
+CASES += [  # mixture of experts
+    Case(1, 1, 1, "qwen3_moe"),
+    Case(1, 1, 1, "qwen3_moe-unnormalised", stale=True),
+    Case(2, 1, 1, "qwen3_moe", expert=2),
+    Case(2, 1, 1, "qwen3_moe-unnormalised", expert=2, dispatcher="allgather"),
+    Case(2, 2, 1, "qwen3_moe", is_tied=True),  # experts whole on every rank, which sees a part of the tokens
+    Case(2, 2, 1, "qwen3_moe", expert=2, budget=40),
+    Case(4, 2, 1, "qwen3_moe", expert=2, overlap=True),  # over the tensor ranks, twice
+    Case(4, 2, 1, "qwen3_moe-unnormalised", expert=4, dispatcher="allgather"),
+    Case(4, 1, 2, "qwen3_moe", expert=2),
+    Case(4, 1, 2, "qwen3_moe", expert=2, dispatcher="allgather", budget=40),
+    Case(4, 1, 1, "qwen3_moe", expert=4, is_tied=True),
+    Case(4, 1, 1, "qwen3_moe-unnormalised", expert=2, budget=4096),
+    Case(4, 1, 1, "qwen3_moe", context=2, expert=4, recompute="moe"),
+    Case(4, 1, 2, "qwen3_moe", virtual=2, expert=2, budget=40),
 ]

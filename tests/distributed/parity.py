@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from dapo import batch as batches
 from dapo import config as configs
+from dapo.engine.embedded import as_stored
 from dapo.mesh import Mesh
 from dapo.objective import token_weights
 from dapo.policy import megatron as policy_module
@@ -56,6 +57,11 @@ def make_hf(model: str, is_tied: bool, directory: Path) -> None:
     kinds |= {  # the rotary embedding stretched: sequences are up to 31 tokens long
         "qwen3-yarn": (*kinds["qwen3"][:2], {"head_dim": 16, "rope_parameters": YARN}),
         "llama3": (*kinds["llama"][:2], {"rope_parameters": LLAMA3}),
+    }
+    experts = dict(head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48)
+    kinds |= {
+        "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM, experts | {"norm_topk_prob": True}),
+        "qwen3_moe-unnormalised": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM, experts | {"norm_topk_prob": False}),
     }
     config, cls, extra = kinds[model]
     shape = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)
@@ -94,7 +100,8 @@ class HFTrainer:
     """The same equations in the plainest torch: one unpacked sample at a time, torch's AdamW and gradient clipping."""
 
     def __init__(self, directory: Path, config: configs.Config):
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+        plain = dict(attn_implementation="eager", experts_implementation="eager")
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **plain)
         self.config = config
         matrices, vectors = ([p for p in self.model.parameters() if (p.dim() > 1) == is_matrix] for is_matrix in (True, False))
         groups = [{"params": matrices, "weight_decay": config.optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -128,7 +135,9 @@ class HFTrainer:
 
 
 def run(case: Case, directory: Path) -> dict[str, Any]:
-    mesh_options = configs.Parallel(tensor=case.tensor, pipeline=case.pipeline, virtual_pipeline=case.virtual, context=case.context)
+    mesh_options = configs.Parallel(
+        tensor=case.tensor, pipeline=case.pipeline, virtual_pipeline=case.virtual, context=case.context, expert=case.expert
+    )
     config = configs.Config(
         run=configs.Run(dir=directory / "run"),
         data=configs.Data(train=directory / "none"),
@@ -174,8 +183,9 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     result["ratio"] = mesh.max(max(ratio_gaps, default=0.0))
     policy_module.linear_policy_loss = _plain_loss
     hf.backward(groups[:GROUPS_PER_UPDATE], old)
-    params = dict(hf.model.named_parameters())
-    gaps, norms = zip(*((float((g - params[n].grad).norm()), float(params[n].grad.norm())) for n, g in policy.gradients()), strict=True)
+    params = dict(as_stored(hf.model.named_parameters()))
+    grads = dict(as_stored((n, p.grad) for n, p in hf.model.named_parameters()))
+    gaps, norms = zip(*((float((g - grads[n]).norm()), float(grads[n].norm())) for n, g in policy.gradients()), strict=True)
     result["gradients"] = float(np.linalg.norm(gaps) / np.linalg.norm(norms))
 
     start = {name: param.detach().clone() for name, param in params.items()}

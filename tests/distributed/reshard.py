@@ -23,7 +23,7 @@ from dapo.policy.torch_dist import Reader
 from dapo.shape import read_shape
 from tests.distributed import resume
 from tests.distributed.launch import ROOT
-from tests.distributed.moves import LAYOUTS, MOVES, is_bfloat16
+from tests.distributed.moves import HUB, LAYOUTS, MOVES, is_bfloat16
 
 STEPS = 2  # before the move
 OPTIONS = [
@@ -84,7 +84,7 @@ def settings(checkpoint: Path) -> Any:
     found = torch.load(checkpoint / "policy/common.pt", weights_only=False)
     groups = found["optimizer"]["optimizer"]["param_groups"]
     return found["num_updates"], [
-        {key: group[key] for key in ("step", "lr", "weight_decay", "wd_mult", "betas", "eps")} for group in groups
+        {key: group[key] for key in ("step", "lr", "max_lr", "weight_decay", "wd_mult", "betas", "eps")} for group in groups
     ]
 
 
@@ -118,9 +118,11 @@ def main(out: str) -> None:
         if mesh.is_main:
             results.append({"name": f"{source} → {target}", **compared(first, again, through, moved, end)})
             Path(out).write_text(json.dumps(results))
-    said = restored(root / "data 4/checkpoints/step-000002", root / "poisoned", [f"run.dir={root}", *options, *LAYOUTS["tensor 4"]], True)
+    changed = [f"run.dir={root}", *options, *LAYOUTS["tensor 4"], "optim.lr=7e-5", "optim.betas=[0.8, 0.9]"]
+    said = restored(root / HUB / f"checkpoints/step-{STEPS:06}", root / "poisoned", changed, is_poisoned=True)
     if mesh.is_main:
-        Path(out).write_text(json.dumps([*results, {"name": "poisoned", "said": said}]))
+        groups = settings(root / "poisoned")[1]
+        Path(out).write_text(json.dumps([*results, {"name": "poisoned", "said": said, "groups": groups}]))
 
 
 def compared(first: Path, again: Path, through: Path, moved: Path, end: int) -> dict[str, Any]:

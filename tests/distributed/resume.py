@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from safetensors.torch import load_file, save_file
 from torch.distributed import distributed_c10d as c10d
 
@@ -41,11 +42,35 @@ LAYOUTS = {
     "bfloat16": ["parallel.tensor=2", "policy.dtype=bfloat16"],
     "context-parallel": ["parallel.context=2"],
     "interleaved": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+    "expert-parallel": ["parallel.tensor=1", "parallel.expert=2", "reward.function=tests.distributed.resume:is_even"],
 }
 ONLY_STOPPED = {  # options of the run that stops: they change nothing of the outcome
     "tensor-parallel": ["run.async_save=true"],
     "bfloat16": ["run.async_save=true", "run.keep_checkpoints=1", "run.keep_every=3"],
 }
+
+
+def make_base(layout: str, directory: Path) -> Path:
+    """The model that a layout starts from: the example's, or a deeper one; or a random mixture of experts with its vocabulary."""
+    example = ROOT / "examples/arithmetic/base"
+    if layout == "interleaved":
+        deepen(directory)
+        return directory
+    if layout != "expert-parallel":
+        return example
+    sizes = dict(vocab_size=25, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    experts = dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True)
+    torch.manual_seed(7)
+    config = transformers.Qwen3MoeConfig(**sizes, **experts, initializer_range=0.125, eos_token_id=1, pad_token_id=0)
+    transformers.Qwen3MoeForCausalLM(config).save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(example / name, directory)
+    return directory
+
+
+def is_even(response: str, answer: str) -> bool:
+    """A task that a random model gets right half of the time."""
+    return len(response) % 2 == 0
 
 
 def run(directory: Path, *options: str) -> None:
@@ -118,14 +143,11 @@ def main(out: str) -> None:
     results = [replay(Path(out).parent / "replay")]
     for name, layout in LAYOUTS.items():
         through, stopped = Path(out).parent / name / "through", Path(out).parent / name / "stopped"
-        model = ROOT / "examples/arithmetic/base"
-        if name == "interleaved":
-            model = Path(out).parent / name / "deeper"
-            Mesh(configs.Parallel(tensor=1)).on_main(deepen, model)
-            layout = [*layout, f"policy.model={model}"]
+        mesh = Mesh(configs.Parallel(tensor=1))
+        base = mesh.on_main(make_base, name, Path(out).parent / name / "base")
+        layout = [*layout, f"policy.model={base}"]
         run(through, "run.steps=4", *layout)
         run(stopped, "run.steps=2", "run.keep_checkpoints=2", *layout)
-        mesh = Mesh(configs.Parallel(tensor=1))
         mesh.on_main(DAMAGE[name], stopped / "checkpoints" / "step-000002")
         with contextlib.redirect_stderr(io.StringIO()) as printed:
             run(stopped, "run.steps=4", *layout, *ONLY_STOPPED.get(name, []))
@@ -136,7 +158,7 @@ def main(out: str) -> None:
                 "stale": max(row.get("rollout/staleness", 0.0) for row in rows(stopped)),
                 "steps": [row["step"] for row in rows(stopped)],
                 "weights": is_equal(weights(through / "hf"), weights(stopped / "hf")),
-                "moved": not is_equal(weights(through / "hf"), weights(model)),
+                "moved": not is_equal(weights(through / "hf"), weights(base)),
                 "checkpoints": sorted(path.name for path in (stopped / "checkpoints").iterdir()),
                 "warnings": printed.getvalue().splitlines(),
             }
@@ -173,6 +195,7 @@ DAMAGE = {
     "bfloat16": lose_the_manifest,
     "context-parallel": cut_short,
     "interleaved": lose_a_shard,
+    "expert-parallel": flip_a_bit,
 }
 
 

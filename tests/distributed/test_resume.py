@@ -22,6 +22,7 @@ LAYOUTS = {  # how its newest checkpoint was damaged → what the warning says
     "bfloat16": "manifest.json",
     "context-parallel": "rollouts.json has ",
     "interleaved": "policy/__1_0.distcp is missing",
+    "expert-parallel": "policy/__1_0.distcp is not what was written",
 }
 
 
