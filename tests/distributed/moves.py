@@ -14,7 +14,7 @@ LAYOUTS = {  # of four processes
     "tensor 4": ["parallel.tensor=4"],
     "tensor 2, data 2": ["parallel.tensor=2"],
     "tensor 2, context 2": ["parallel.tensor=2", "parallel.context=2"],
-    "pipeline 2 in chunks, context 2": ["parallel.tensor=1", "parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.context=2"],
+    "pipeline 2, data 2, two chunks a stage": ["parallel.tensor=1", "parallel.pipeline=2", "parallel.virtual_pipeline=2"],
     "tensor 2, pipeline 2, bfloat16": ["parallel.tensor=2", "parallel.pipeline=2", "policy.dtype=bfloat16"],
     "tensor 4, bfloat16": ["parallel.tensor=4", "policy.dtype=bfloat16"],
     "tensor 2, data 2, bfloat16": ["parallel.tensor=2", "policy.dtype=bfloat16"],
@@ -23,8 +23,11 @@ LAYOUTS = {  # of four processes
 }
 HUB = "tensor 2, pipeline 2"
 MOVES = [  # saved in → gone on in
-    *[(HUB, other) for other in ("data 4", "tensor 4", "tensor 2, data 2", "tensor 2, context 2", "pipeline 2 in chunks, context 2")],
-    *[(other, HUB) for other in ("data 4", "tensor 4", "tensor 2, context 2", "pipeline 2 in chunks, context 2")],
+    *[
+        (HUB, other)
+        for other in ("data 4", "tensor 4", "tensor 2, data 2", "tensor 2, context 2", "pipeline 2, data 2, two chunks a stage")
+    ],
+    *[(other, HUB) for other in ("data 4", "tensor 4", "tensor 2, context 2", "pipeline 2, data 2, two chunks a stage")],
     ("tensor 2, pipeline 2, bfloat16", "tensor 4, bfloat16"),
     ("tensor 2, data 2, bfloat16", "tensor 2, data 2, offloaded"),
     ("tensor 2, data 2, offloaded", "tensor 2, data 2, offloaded"),

@@ -51,7 +51,7 @@ ONLY_STOPPED = {  # options of the run that stops: they change nothing of the ou
 
 
 def make_base(layout: str, directory: Path) -> Path:
-    """The model that a layout starts from: the example's, or deeper; or a random mixture of experts with its vocabulary and tokenizer."""
+    """The model that a layout starts from: the example's, or a deeper one; or a random mixture of experts with its vocabulary."""
     example = ROOT / "examples/arithmetic/base"
     if layout == "interleaved":
         deepen(directory)
@@ -165,8 +165,6 @@ def main(out: str) -> None:
         )
         if mesh.is_main:
             Path(out).write_text(json.dumps(results))
-    if Mesh(configs.Parallel(tensor=1)).is_main:
-        Path(out).write_text(json.dumps(results))
 
 
 def cut_short(checkpoint: Path) -> None:
