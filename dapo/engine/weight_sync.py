@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dapo.config import ConfigError
 from dapo.engine.buckets import buckets
 from dapo.engine.checksums import Checksums
 from dapo.engine.server import Server, on_all
@@ -151,11 +152,17 @@ def make_sync(
     """`workers` is asked before every sync, for servers come and go; `device` is where the policy's weights are.
 
     `directory` belongs to disk alone; the config.json of `model` says how the weights are laid out, and its small files go along on disk.
+
+    Raises:
+        ConfigError: the weights of such a model cannot be verified.
     """
     kinds: dict[str, Callable[[], Transport]] = {
         "disk": lambda: Disk(bucket_bytes, limit, directory, model),
         "broadcast": lambda: Broadcast(bucket_bytes, limit, device),
         "tensor": lambda: Tensors(bucket_bytes, limit, device),
     }
-    num_kv_heads = json.loads((model / "config.json").read_text())["num_key_value_heads"]
+    layout = json.loads((model / "config.json").read_text())
+    if verify and "num_experts_per_tok" in layout:  # a server fuses and orders experts by the kernel that it chooses
+        raise ConfigError(f"engine.verify_weights=true: {model} is a mixture of experts, of which a server's checksums are not known")
+    num_kv_heads = layout["num_key_value_heads"]
     return WeightSync(workers, kinds[kind](), num_kv_heads=num_kv_heads, verify=verify, limit=limit)

@@ -187,6 +187,27 @@ def test_every_rank_takes_part_in_every_microbatch(tmp_path, num_ranks):  # a ra
     assert all(len(m.tokens) > 0 for batch in batches for microbatches in batch.minibatches for m in microbatches)
 
 
+@pytest.mark.parametrize(("num_ranks", "virtual"), [(2, 1), (5, 1), (2, 2)])
+def test_ranks_have_as_many_tokens_at_a_time_where_all_are_gathered_for_the_experts(tmp_path, num_ranks, virtual):
+    layout = [
+        "parallel.tensor=2",
+        f"parallel.virtual_pipeline={virtual}",
+        f"parallel.pipeline={virtual}",
+        "policy.tokens_per_microbatch=48",
+    ]
+    for dispatcher, is_alike in (("allgather", True), ("alltoall", False)):
+        config = make_config(tmp_path, *layout, f"policy.megatron.moe_token_dispatcher_type={dispatcher}")
+        batches = plan(random_groups(5), config, num_ranks, {})
+        turns = [turn for updates in zip(*(b.minibatches for b in batches), strict=True) for turn in zip(*updates, strict=True)]
+        assert len(turns) > 1
+        assert all(len({len(m.tokens) for m in turn}) == 1 for turn in turns) is is_alike
+        assert all(m.cu_seqlens[-1] == len(m.tokens) <= 48 and len(m.tokens) % 2 == 0 for turn in turns for m in turn)
+        sums = sums_of_updates(batches)
+        if is_alike:
+            gathered = sums
+    np.testing.assert_allclose(sums, gathered, rtol=1e-12)
+
+
 def weighted(m):
     """Σ mask · weight · value, for a value that each token has of its own."""
     return (m.mask * m.weights.astype(np.float64) * (m.advantages * m.behavior_logprobs + m.targets / 1e6)).sum()

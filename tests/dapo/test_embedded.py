@@ -87,6 +87,30 @@ def test_draws_follow_the_models_distribution(engine: EmbeddedEngine) -> None:
         assert (drawn[cut == 0] == 0).all()
 
 
+def test_a_mixture_of_experts_takes_weights_as_its_files_have_them_and_generates_with_them(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True, head_dim=8)
+    sizes = dict(vocab_size=25, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**sizes, **experts, initializer_range=0.2)).eval()
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    assert "model.layers.1.mlp.experts.3.gate_proj.weight" in weights, "one by one in files, fused in memory"
+    engine = EmbeddedEngine(tmp_path, torch.float32, torch.device("cpu"), max_concurrent=6)
+    engine.load_weights(weights.items(), version=7)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(engine.model.get_parameter(name), parameter), name
+    wanted = requests(3, Sampling(1.0, 12, (EOS,)))
+    for sample, request in zip(generate(engine, wanted).values(), wanted, strict=True):
+        tokens = torch.from_numpy(np.concatenate([request.tokens, sample.tokens])).long()[None]
+        with torch.no_grad():
+            logprobs = model(tokens).logits[0, len(request.tokens) - 1 : -1].log_softmax(-1)
+        expected = logprobs.gather(-1, torch.from_numpy(sample.tokens).long()[:, None])[:, 0]
+        np.testing.assert_allclose(sample.behavior_logprobs, expected.numpy(), atol=2e-5)
+    weights.pop("model.layers.0.mlp.experts.2.down_proj.weight")
+    with pytest.raises(AssertionError, match=r"experts\.2\.down_proj"):
+        engine.load_weights(weights.items(), version=8)
+
+
 def test_abort_forgets_what_is_queued(engine: EmbeddedEngine) -> None:
     wanted = requests(2, Sampling(1.0, 4, (EOS,)))
     engine.submit(wanted)
