@@ -86,6 +86,8 @@ class Policy:
             DistributedDataParallel(self.transformer, ddp, Float16Module(self.transformer, chunk) if self.transformer.bf16 else chunk)
             for chunk in self.chunks
         ]
+        for model in self.models:
+            _count_padding(model)
         self.optimizer = get_megatron_optimizer(optimizer, self.models)
         self.scheduler = self._make_scheduler()
         self.transformer.finalize_model_grads_func = finalize_model_grads
@@ -355,6 +357,18 @@ class Policy:
             ),
             dumped=microbatch.dumped,
         )
+
+
+def _count_padding(model: DistributedDataParallel) -> None:
+    """Let padding count as content of its bucket.
+
+    Megatron 0.16.1 saves the optimizer's buckets end to end without their padding, and looks parameters up at places that count it: behind
+    a padded bucket (a tied embedding has one of its own on a pipeline) it would save another parameter's moments.
+    """
+    for buffer in (*model.buffers, *model.expert_parallel_buffers):
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def _begin_state(optimizer: Any) -> None:

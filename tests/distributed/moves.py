@@ -35,11 +35,6 @@ MOVES = [  # saved in → gone on in
 ]
 
 
-def is_same(source: str, target: str) -> bool:
-    """The ranks hold the same: where the optimizer's state lies changes nothing."""
-    return source.split(", ")[:2] == target.split(", ")[:2]
-
-
 def is_bfloat16(layout: str) -> bool:
     """Its layouts differ by 10⁻³ after a step, and then other tokens are drawn: one step is compared, of float32 two."""
     return "bfloat16" in layout or "offloaded" in layout

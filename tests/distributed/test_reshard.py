@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.launch import measured
-from tests.distributed.moves import MOVES, is_bfloat16, is_same
+from tests.distributed.moves import MOVES, is_bfloat16
 
 
 @pytest.fixture(params=MOVES, ids=" → ".join)
@@ -33,7 +33,7 @@ def test_what_follows_is_the_run_that_did_not_move(result: dict[str, Any]) -> No
     source, target = result["name"].split(" → ")
     tolerance = TOLERANCE["bfloat16" if is_bfloat16(source) else "float32"]
     for finding in result["went on"]:
-        allowed = tolerance[finding["what"]] if finding["is_rounded"] and not is_same(source, target) else 0.0
+        allowed = tolerance[finding["what"]] if finding["is_rounded"] and source != target else 0.0
         assert finding["gap"] <= allowed, finding
     assert result["moved"] > 1e-4, "nothing was learnt, so nothing was tested"
 
