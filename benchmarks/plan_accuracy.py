@@ -133,7 +133,7 @@ def worker(case: Case, model: Path) -> None:
     before = held()
     policy = Policy(config, mesh)
     batch = batches.plan([make_group(SMALL, 1), make_group(case.tokens, case.microbatches * case.data)], config, mesh.data, metrics={})[
-        mesh.data_rank
+        mesh.share
     ]
     assert len(batch.minibatches[1]) == case.microbatches
     policy.set_old_logprobs(batch)

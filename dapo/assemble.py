@@ -19,6 +19,7 @@ from dapo.engine.embedded import EmbeddedEngine
 from dapo.engine.servers import Servers
 from dapo.engine.sglang import SGLangEngine
 from dapo.engine.weight_sync import make_sync
+from dapo.files import write_text
 from dapo.mesh import Mesh
 from dapo.reward.pool import Reward
 from dapo.rollout import Rollouts, RolloutsElsewhere
@@ -46,7 +47,7 @@ def _make_rollouts(config: Config, mesh: Mesh, is_interrupted: Callable[[], bool
     found = semantics.manifest(config, digest(prompts.prompts))
     for change in semantics.keep(found, config.run.dir / "semantics.json"):
         print(f"warning: {change}", file=sys.stderr, flush=True)
-    (config.run.dir / "data.json").write_text(json.dumps([asdict(s) for s in summaries + more], indent=1, default=str))
+    write_text(config.run.dir / "data.json", json.dumps([asdict(s) for s in summaries + more], indent=1, default=str))
     return build_rollouts(config, mesh, tokenizer, prompts, is_interrupted), sets
 
 

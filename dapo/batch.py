@@ -1,17 +1,20 @@
 """Groups → minibatches (one update each) → packed microbatches (one forward-backward each), balanced over data-parallel ranks.
 
-T = tokens packed into a microbatch, S = sequences in it.
+T = tokens packed into a microbatch, S = sequences in it. With context parallelism every sequence is cut into 2·context chunks of equal size
+and rank r has chunks r and 2·context − 1 − r (zig-zag: early tokens see few keys, late ones many, so each rank attends as much); T then
+counts the tokens of one context rank.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush, heapreplace
 from itertools import count
 
 import numpy as np
 
-from dapo.config import Config
+from dapo.config import Config, Parallel
 from dapo.dump import chosen
 from dapo.objective import token_weights
 from dapo.types import Group, Prompt, Sample
@@ -21,11 +24,13 @@ ATTENTION_SPAN = 32_768  # sequence length at which attention costs as much as t
 
 @dataclass(frozen=True)
 class Place:
-    """Where the response tokens of a dumped sample lie in a microbatch: they are targets[tokens]."""
+    """Where response tokens of a dumped sample lie in a microbatch: targets[tokens] are those from `start` on, of `length` in all."""
 
     group: int
     index: int
     tokens: slice
+    start: int
+    length: int
 
 
 @dataclass
@@ -35,7 +40,7 @@ class Microbatch:
     tokens: np.ndarray  # int64 [T]
     targets: np.ndarray  # int64 [T]
     positions: np.ndarray  # int64 [T], within the sequence
-    cu_seqlens: np.ndarray  # int32 [S + 1]: sequence i is cu_seqlens[i] : cu_seqlens[i + 1]
+    cu_seqlens: np.ndarray  # int32 [S + 1]: sequence i is cu_seqlens[i] : cu_seqlens[i + 1], counted over all context ranks
     mask: np.ndarray  # bool [T]: the target is a token the policy wrote
     weights: np.ndarray  # float32 [T]: see objective.py
     advantages: np.ndarray  # float32 [T]
@@ -66,15 +71,18 @@ class _Sequence:
 
 
 def plan(groups: list[Group], config: Config, num_ranks: int, metrics: dict[str, float], version: int = 0) -> list[Batch]:
-    """The step's work, one Batch per data-parallel rank, the same number of microbatches on each. `version` is that of the weights.
+    """The step's work, one Batch per data-parallel rank and, within it, context rank; the same number of microbatches on each.
 
-    Minibatches are whole groups in asking order. A short step makes fewer updates of about the same size; none for no groups.
+    `num_ranks`: data-parallel ranks; `version`: of the weights. Minibatches are whole groups in asking order. A short step makes fewer
+    updates of about the same size; none for no groups.
     """
+    parallel = config.parallel
     if not groups:
-        return [Batch([], metrics) for _ in range(num_ranks)]
+        return [Batch([], metrics) for _ in range(num_ranks * parallel.context)]
     dumped = {group.id for group in chosen(groups, config.rollout.dump_share)}
     num_updates = max(1, round(len(groups) / config.optim.prompts_per_minibatch))
-    minibatches: list[list[list[Microbatch]]] = [[] for _ in range(num_ranks)]
+    minibatches: list[list[list[Microbatch]]] = [[] for _ in range(num_ranks * parallel.context)]
+    turns = parallel.pipeline if parallel.virtual_pipeline > 1 else 1  # chunks take turns after as many microbatches as there are stages
     for indices in np.array_split(np.arange(len(groups)), num_updates):
         minibatch = [groups[i] for i in indices]
         weights = token_weights(minibatch, config.objective.normaliser, config.objective.overlong_filtering)
@@ -83,11 +91,22 @@ def plan(groups: list[Group], config: Config, num_ranks: int, metrics: dict[str,
             for group, group_weights in zip(minibatch, weights, strict=True)
             for sample, weight in zip(group.samples, group_weights, strict=True)
         ]
-        bins = pack([s.length for s in sequences], config.policy.tokens_per_microbatch, num_ranks)
+        lengths = [_padded(s.length, parallel.sequence_multiple) for s in sequences]
+        bins = pack(lengths, config.policy.tokens_per_microbatch, num_ranks * turns)
+        least = _least_tokens([sum(lengths[i] for i in b) for b in bins], config, num_ranks)
         for rank in range(num_ranks):
-            microbatches = [build([sequences[i] for i in bins[b]], config.parallel.tensor) for b in range(rank, len(bins), num_ranks)]
-            minibatches[rank].append(microbatches)
+            packs = [build([sequences[i] for i in bins[b]], parallel, least[b]) for b in range(rank, len(bins), num_ranks)]
+            for context_rank in range(parallel.context):
+                shares = [share(pack, context_rank, parallel.context) for pack in packs]
+                minibatches[rank * parallel.context + context_rank].append(shares)
     return [Batch(work, metrics) for work in minibatches]
+
+
+def _least_tokens(tokens: list[int], config: Config, num_ranks: int) -> list[int]:
+    """What each bin is padded to at least: as many on all ranks at a time, where every rank's tokens are gathered for the experts."""
+    if config.policy.megatron.get("moe_token_dispatcher_type") != "allgather":
+        return [0] * len(tokens)
+    return [max(tokens[b - b % num_ranks :][:num_ranks]) for b in range(len(tokens))]
 
 
 def stale_tokens(sample: Sample, version: int) -> np.ndarray:
@@ -146,10 +165,18 @@ def _fill(lengths: list[int], order: list[int], budget: int, num_bins: int) -> l
     return bins
 
 
-def build(sequences: list[_Sequence], multiple: int) -> Microbatch:
-    """Pack the sequences; pad the whole to a multiple (sequence parallelism splits it), as one more sequence that weighs nothing."""
-    lengths = [s.length for s in sequences]
-    padding = -sum(lengths) % multiple if lengths else multiple  # a rank without work still takes part in every collective
+def _padded(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+def build(sequences: list[_Sequence], parallel: Parallel, least: int = 1) -> Microbatch:
+    """Pack the sequences, for all context ranks; pad the whole to a multiple, as one more sequence that weighs nothing.
+
+    To at least `least` tokens: a rank without work still takes part in every collective.
+    A sequence is padded at its end, where causality hides it, so that context ranks can share it.
+    """
+    lengths = [_padded(s.length, parallel.sequence_multiple) for s in sequences]
+    padding = _padded(max(sum(lengths), least, 1), parallel.pack_multiple) - sum(lengths)
     total = sum(lengths) + padding
     microbatch = Microbatch(
         tokens=np.zeros(total, np.int64),
@@ -174,5 +201,29 @@ def build(sequences: list[_Sequence], multiple: int) -> Microbatch:
         microbatch.behavior_logprobs[response] = sequence.sample.behavior_logprobs
         microbatch.is_stale[response] = sequence.is_stale
         if sequence.is_dumped:
-            microbatch.dumped.append(Place(sequence.sample.group, sequence.sample.index, response))
+            microbatch.dumped.append(Place(sequence.sample.group, sequence.sample.index, response, 0, sequence.sample.length))
     return microbatch
+
+
+def share(microbatch: Microbatch, rank: int, context: int) -> Microbatch:
+    """Context rank `rank`'s part of a microbatch: of every sequence, in order, chunks `rank` and 2·context − 1 − `rank`.
+
+    What a token predicts was decided before, so a chunk's last token keeps its target in the next chunk.
+    """
+    if context == 1:
+        return microbatch
+    sizes = np.diff(microbatch.cu_seqlens) // (2 * context)
+    starts = np.stack([microbatch.cu_seqlens[:-1] + k * sizes for k in (rank, 2 * context - 1 - rank)], axis=1).ravel()
+    sizes = sizes.repeat(2)
+    here = np.cumsum(sizes) - sizes  # where each chunk begins in the share
+    order = np.repeat(starts - here, sizes) + np.arange(sizes.sum())
+    parts = {name: value[order] for name, value in vars(microbatch).items() if name not in ("cu_seqlens", "dumped")}
+    return replace(microbatch, **parts, dumped=[piece for place in microbatch.dumped for piece in _pieces(place, starts, sizes, here)])
+
+
+def _pieces(place: Place, starts: np.ndarray, sizes: np.ndarray, here: np.ndarray) -> Iterator[Place]:
+    """The parts of a place that lie in chunks starts[i] : starts[i] + sizes[i], which a share has at here[i]."""
+    low, high = np.maximum(starts, place.tokens.start), np.minimum(starts + sizes, place.tokens.stop)
+    for i in np.flatnonzero(low < high):
+        begin = int(here[i] + low[i] - starts[i])
+        yield replace(place, tokens=slice(begin, begin + int(high[i] - low[i])), start=int(low[i]) - place.tokens.start)

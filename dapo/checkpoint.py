@@ -23,7 +23,7 @@ from dapo.files import Sum
 from dapo.mesh import Mesh
 from dapo.policy.megatron import Policy
 from dapo.policy.torch_dist import Save
-from dapo.policy.weight_files import check_model
+from dapo.policy.weight_files import check_checkpoint
 from dapo.rollout import Rollouts, RolloutsElsewhere
 from dapo.shape import ModelShape
 
@@ -38,24 +38,35 @@ class Checkpoints:
     def __init__(self, options: config.Run, mesh: Mesh):
         self.options, self.mesh = options, mesh
         self.root = options.dir / "checkpoints"
+        self.newest: int | None = None  # the step of the newest whole checkpoint: what `find` found
         self.saved = -1  # the step last saved or loaded, or being saved
         self._unfinished: tuple[Save, ModelShape] | None = None  # of the checkpoint that is being saved
 
-    def load(self, policy: Policy, rollouts: Rollouts | RolloutsElsewhere) -> int:
-        """Restore the newest whole checkpoint; the step to go on with, 0 where there is none.
+    def find(self, shape: ModelShape) -> None:
+        """Look for the newest whole checkpoint, before anything is built or written.
 
         Raises:
-            ConfigError: run.resume is "never" and the run directory already holds a run; or the checkpoint is of another model.
+            ConfigError: run.resume is "never" and the run directory already holds a run; none of its checkpoints is whole; or the newest
+                is of another model.
         """
-        step = self._newest_whole()
-        if step is None:
+        self.newest = self._newest_whole()
+        if self.newest is not None:
+            self.mesh.on_main(check_checkpoint, self._path(self.newest), shape)
+
+    def load(self, policy: Policy, rollouts: Rollouts | RolloutsElsewhere) -> int:
+        """Restore what `find` found; the step to go on with, 0 where there is nothing.
+
+        Raises:
+            ConfigError: it holds NaN, or the data has changed under the run.
+        """
+        self.mesh.on_main(self._remove_leftovers)
+        if self.newest is None:
             return 0
-        self.mesh.on_main(check_model, self._path(step), policy.shape)
-        policy.load(self._path(step) / "policy")
+        policy.load(self._path(self.newest) / "policy")
         if isinstance(rollouts, Rollouts):
-            rollouts.load(self._path(step))
-        self.saved = step
-        return step
+            rollouts.load(self._path(self.newest))
+        self.saved = self.newest
+        return self.newest
 
     def maybe_save(self, step: int, policy: Policy, rollouts: Rollouts | RolloutsElsewhere) -> None:
         """Save if `step` steps are a multiple of run.save_every, or all of them. After all of them, nothing is left unfinished."""
@@ -125,11 +136,17 @@ class Checkpoints:
 
     def _newest_whole(self) -> int | None:
         """Every rank verifies its share of the files, so that what one process would take minutes for takes seconds."""
-        for step in self.mesh.on_main(self._steps_to_try):
+        steps = self.mesh.on_main(self._steps_to_try)
+        for step in steps:
             found = self.mesh.gather(files.damage(self._path(step), self.mesh.rank, self.mesh.world))
             damage = self.mesh.on_main(lambda found=found: next(filter(None, found), None))
             if damage is None:
                 return int(step)
+            if step == steps[-1]:
+                raise ConfigError(
+                    f"no checkpoint below {self.root} is whole; the last one tried, {self._path(step)}, is damaged ({damage}): "
+                    "restore one, or choose another run.dir to begin anew"
+                )
             if self.mesh.is_main:
                 warning = f"warning: checkpoint {self._path(step)} is damaged ({damage}): using the one before it"
                 print(warning, file=sys.stderr, flush=True)
@@ -141,9 +158,11 @@ class Checkpoints:
             raise ConfigError(
                 f"run.dir={self.options.dir} already holds a run and run.resume=never: choose another directory, or run.resume=auto"
             )
+        return steps
+
+    def _remove_leftovers(self) -> None:
         for leftover in self.root.glob(".step-*"):  # of a run that was killed while it saved
             shutil.rmtree(leftover)
-        return steps
 
 
 def _begin(partial: Path, rollouts: Rollouts) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from math import lcm
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -104,26 +105,54 @@ class Optim(Section):
 class Parallel(Section):
     tensor: Positive = 8  # with sequence parallelism whenever > 1
     pipeline: Positive = 1
+    virtual_pipeline: Positive = 1  # chunks of layers on each pipeline stage, in turns: less waiting at both ends of an update
+    context: Positive = 1  # ranks that share the tokens of every sequence: for responses too long for one
+    expert: Positive = 1  # ranks of a pipeline stage that share a layer's experts, each with whole ones
+
+    @property
+    def model_size(self) -> int:
+        """Ranks that a microbatch takes: world size / data-parallel ranks."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def least_world(self) -> int:
+        """Processes of the smallest world in this layout."""
+        return lcm(self.model_size, self.expert * self.pipeline)
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What a sequence's fed tokens are padded to a multiple of: each context rank has two chunks of it, of equal size."""
+        return 1 if self.context == 1 else 2 * self.context
+
+    @property
+    def pack_multiple(self) -> int:
+        """What a microbatch's tokens are padded to a multiple of: sequence parallelism splits each context rank's."""
+        return self.sequence_multiple * self.tensor
 
     def data(self, world: int) -> int:
         """Data-parallel ranks of `world` processes.
 
         Raises:
-            ConfigError: the world size does not divide by tensor × pipeline.
+            ConfigError: the world size does not divide by tensor × pipeline × context, or a stage's ranks by expert.
         """
-        model_size = self.tensor * self.pipeline
-        if world % model_size:
+        if world % self.model_size:
+            context = f" × parallel.context={self.context}" if self.context > 1 else ""
             raise ConfigError(
-                f"world size {world} is not a multiple of parallel.tensor={self.tensor} × parallel.pipeline={self.pipeline}: "
-                f"launch {model_size} processes, or a multiple, or change the layout"
+                f"world size {world} is not a multiple of parallel.tensor={self.tensor} × parallel.pipeline={self.pipeline}{context}: "
+                f"launch {self.model_size} processes, or a multiple, or change the layout"
             )
-        return world // model_size
+        if world // self.pipeline % self.expert:
+            raise ConfigError(
+                f"parallel.expert={self.expert} does not divide the {world // self.pipeline} ranks of a pipeline stage "
+                f"(world size {world} / parallel.pipeline={self.pipeline}), who share its experts"
+            )
+        return world // self.model_size
 
 
 class Policy(Section):
     model: Path  # Hugging Face directory: config.json, *.safetensors, tokenizer
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    tokens_per_microbatch: Positive = 32768  # budget of one packed forward-backward per data-parallel rank
+    tokens_per_microbatch: Positive = 32768  # budget of one packed forward-backward per data-parallel rank; context ranks share it
     # fields of Megatron's TransformerConfig, OptimizerConfig, DistributedDataParallelConfig; passthrough.py: those that may not be set
     megatron: dict[str, Any] = {}
 
@@ -196,16 +225,41 @@ class Config(Section):
                 f"rollout.prompts_per_step={rollout.prompts_per_step}: raise one of them"
             )
         longest = self.data.max_prompt_length + rollout.max_response_length
-        if longest > self.policy.tokens_per_microbatch:
+        multiple = self.parallel.sequence_multiple
+        if -(-longest // multiple) * multiple > self.policy.tokens_per_microbatch:
+            padded = f", padded to a multiple of 2 × parallel.context={self.parallel.context}" if multiple > 1 else ""
             raise ConfigError(
                 f"policy.tokens_per_microbatch={self.policy.tokens_per_microbatch} cannot hold one sample of data.max_prompt_length="
-                f"{self.data.max_prompt_length} + rollout.max_response_length={rollout.max_response_length} = {longest} tokens: raise it"
+                f"{self.data.max_prompt_length} + rollout.max_response_length={rollout.max_response_length} = {longest} tokens{padded}: "
+                "raise it"
+            )
+        if self.parallel.virtual_pipeline > 1 and self.parallel.pipeline == 1:
+            raise ConfigError(
+                f"parallel.virtual_pipeline={self.parallel.virtual_pipeline} with parallel.pipeline=1: one stage has nobody to take turns "
+                "with; raise parallel.pipeline, or leave it 1"
             )
         if reward.soft_overlong_punishment and reward.overlong_cache >= rollout.max_response_length:
             raise ConfigError(
                 f"reward.overlong_cache={reward.overlong_cache} leaves nothing of rollout.max_response_length="
                 f"{rollout.max_response_length} unpunished: make it smaller, or set reward.soft_overlong_punishment=false"
             )
+
+        self._check_offload()
+
+    def _check_offload(self) -> None:
+        """Optimizer state in main memory: Megatron 0.16.1 resumes it in one way only."""
+        megatron = self.policy.megatron
+        if not megatron.get("optimizer_cpu_offload"):
+            return
+        wrong = []
+        if not megatron.get("use_precision_aware_optimizer"):
+            wrong.append("policy.megatron.use_precision_aware_optimizer=true: without it no checkpoint can be loaded")
+        if megatron.get("optimizer_offload_fraction", 0.0) != 1.0:
+            wrong.append("policy.megatron.optimizer_offload_fraction=1.0: a part left on the GPU resumes with a wrong count of its steps")
+        if self.policy.dtype != "bfloat16":
+            wrong.append("policy.dtype=bfloat16: 32-bit parameters cannot be offloaded")
+        if wrong:
+            raise ConfigError(f"policy.megatron.optimizer_cpu_offload wants {'; '.join(wrong)}")
 
     def warnings(self) -> list[str]:
         """What is allowed and rarely meant."""

@@ -132,6 +132,13 @@ def free_gib(directory: Path) -> float:
     return shutil.disk_usage(directory).free / 2**30
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a small file, in place of one that may be there: a process that is killed meanwhile leaves the old one, or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(path)
+
+
 @contextmanager
 def made_whole(target: Path, num_bytes: int, may_replace: bool = False) -> Iterator[Path]:
     """A hidden directory to write into, beside `target`, whose name it gets when the block ends well; else it is removed.

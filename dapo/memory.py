@@ -1,7 +1,8 @@
 """The bytes that a rank holds while it learns, from the config alone: nothing is allocated and torch is not loaded.
 
-T = packed tokens of a microbatch, t = T/tp of them under sequence parallelism, H = hidden size. Of one tensor rank: q, kv = columns of
-all heads' queries and of all KV heads' keys, F = feed-forward columns, V = vocabulary rows. b = bytes of the parameters' type.
+T = packed tokens of a microbatch on one of the context ranks, t = T/tp of them under sequence parallelism, H = hidden size. Of one tensor
+rank: q, kv = columns of all heads' queries and of all KV heads' keys, F = feed-forward columns, V = vocabulary rows. b = bytes of the
+parameters' type. Tensor ranks do not split experts: each sends its own tokens to the ranks that have them. Routing is taken as balanced.
 
 Activations are what autograd keeps in dapo/policy/layers.py and in Megatron-core's local layers around it, tensor by tensor;
 tests/dapo/test_plan.py counts the same in a real backward pass. For Transformer Engine's layers the list is read from its source.
@@ -25,15 +26,19 @@ BATCH_BYTES = 42  # a token of the step's batch: ids, targets, positions of 8 by
 # fields of policy.megatron that change what is counted here, and those that change no memory worth counting
 COUNTED = {
     "recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules", "optimizer_cpu_offload",
-    "optimizer_offload_fraction",
+    "optimizer_offload_fraction", "use_precision_aware_optimizer", "moe_token_dispatcher_type",
 }  # fmt: skip
-NEGLIGIBLE = {"adam_eps", "bucket_size", "overlap_grad_reduce", "overlap_param_gather", "attention_backend", "log_num_zeros_in_grad"}
+NEGLIGIBLE = {"adam_eps", "bucket_size", "overlap_grad_reduce", "attention_backend", "log_num_zeros_in_grad"}
 
 
 def stage_parameters(shape: ModelShape, tensor: int, pipeline: int, stage: int) -> tuple[int, int]:
-    """Parameters on a rank of a pipeline stage: (its shards of those that tensor ranks split, those that every tensor rank has whole)."""
+    """Parameters on a rank of a pipeline stage: (its shards of those that tensor ranks split, those that every tensor rank has whole).
+
+    Without experts: `expert_parameters` counts them.
+    """
     hidden, heads, kv = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    matrices = hidden * (heads + 2 * kv) + heads * hidden + 3 * hidden * shape.ffn_size  # qkv, projection; gate, up, down
+    matrices = hidden * (heads + 2 * kv) + heads * hidden  # qkv, projection
+    matrices += 0 if shape.num_experts else 3 * hidden * shape.ffn_size  # gate, up, down
     bias = heads + 2 * kv if shape.has_qkv_bias else 0
     norms = 2 * hidden + (2 * shape.head_dim if shape.has_qk_norm else 0)
     layers = shape.num_layers // pipeline
@@ -41,14 +46,26 @@ def stage_parameters(shape: ModelShape, tensor: int, pipeline: int, stage: int) 
     # a tied head is the embedding itself where both are on one stage, else the last stage's own copy
     tables = is_first + (is_last and not (shape.is_tied and is_first))
     embedding = padded_vocab(shape, tensor) * hidden
-    return (layers * (matrices + bias) + tables * embedding) // tensor, layers * norms + (hidden if is_last else 0)
+    whole = norms + shape.num_experts * hidden  # the router
+    return (layers * (matrices + bias) + tables * embedding) // tensor, layers * whole + (hidden if is_last else 0)
+
+
+def expert_parameters(shape: ModelShape, pipeline: int, expert: int) -> int:
+    """Of the experts that a rank has."""
+    return shape.num_layers // pipeline * shape.num_experts // expert * 3 * shape.hidden_size * shape.expert_ffn_size
 
 
 def num_parameters(shape: ModelShape) -> int:
     """Of the whole model, as its authors count: no padding, a tied head once."""
     split, whole = stage_parameters(shape, 1, 1, 0)
     padding = (padded_vocab(shape, 1) - shape.vocab_size) * shape.hidden_size
-    return split + whole - padding * (1 if shape.is_tied else 2)
+    return split + whole + expert_parameters(shape, 1, 1) - padding * (1 if shape.is_tied else 2)
+
+
+def active_parameters(shape: ModelShape) -> int:
+    """Those that one token meets: of the experts, the ones that it is sent to."""
+    idle = shape.num_experts - shape.experts_per_token
+    return num_parameters(shape) - idle * shape.num_layers * 3 * shape.hidden_size * shape.expert_ffn_size
 
 
 @dataclass(frozen=True)
@@ -59,6 +76,12 @@ class Layer:
     tensor: int
     value_bytes: int  # b
     backend: Backend
+    context: int = 1
+
+    @property
+    def keys(self) -> float:
+        """Keys that plain attention holds for a token of its own: with context ranks, of each sequence both chunks' whole past."""
+        return self.context + 0.5 if self.context > 1 else 1
 
     @property
     def q(self) -> int:
@@ -88,8 +111,20 @@ class Layer:
         return (4 + b if is_plain else b) * width + 4 * rows
 
     @property
-    def mlp(self) -> int:
+    def mlp(self) -> float:
+        """Of experts, too, without the norm's output."""
+        if self.shape.num_experts:
+            return self.experts
         return 5 * self.value_bytes * self.ffn  # gate and up, silu(gate), up + 0, their product
+
+    @property
+    def experts(self) -> float:
+        shape, b = self.shape, self.value_bytes
+        # as it is sent; gate and up, silu(gate), up + 0, their product, that weighed; its weight, and its place before it was sent
+        sent = b * (shape.hidden_size + 6 * shape.expert_ffn_size) + 4 + 8
+        chosen = 8 if shape.is_expert_sum_one else 8 - 4  # which, and the softmax over them, or over all
+        router = (5 if shape.is_expert_sum_one else 9) * shape.num_experts  # a weight for each expert, whether it is chosen
+        return (shape.experts_per_token * (sent + chosen + 4) + router) / self.tensor
 
     @property
     def core_attention(self) -> float:
@@ -97,7 +132,9 @@ class Layer:
         if self.backend == "transformer_engine":
             return b * (q + kv) + b * (q + 2 * kv) + 4 * heads  # v is a view of the fused q, k, v
         if self.backend == "cuda":
-            return b * 3 * q + 4 * heads  # KV heads are repeated; the output is the projection's input
+            return b * (1 + 2 * self.keys) * q + 4 * heads  # KV heads are repeated; the output is the projection's input
+        if self.context > 1:
+            return self.keys * (b * (2 * q + 2 * kv) + 4 * heads)  # queries are padded to the keys' length
         return ATTENTION_PADDING * (b * (2 * q + 2 * kv) + 4 * heads) + 8  # q, k, v, output; where each row belongs
 
     @property
@@ -138,6 +175,15 @@ class Rank:
         return self.config.parallel.pipeline
 
     @property
+    def context(self) -> int:
+        return self.config.parallel.context
+
+    @property
+    def chunks(self) -> int:
+        """Of layers, on this stage."""
+        return self.config.parallel.virtual_pipeline
+
+    @property
     def is_last(self) -> bool:
         return self.stage == self.pipeline - 1
 
@@ -153,22 +199,36 @@ class Rank:
     @property
     def tokens(self) -> int:
         """T."""
-        return ceil(self.config.policy.tokens_per_microbatch / self.tensor) * self.tensor
+        multiple = self.config.parallel.pack_multiple
+        return ceil(self.config.policy.tokens_per_microbatch / multiple) * multiple // self.context
 
     @property
     def microbatches(self) -> int:
         """Of an update, on each data-parallel rank, when every sample is as long as it may be."""
         samples = self.config.optim.prompts_per_minibatch * self.config.rollout.group_size
-        return ceil(samples / (self.data * (self.config.policy.tokens_per_microbatch // self.longest)))
+        multiple = self.config.parallel.sequence_multiple
+        together = self.config.policy.tokens_per_microbatch // (ceil(self.longest / multiple) * multiple)
+        turns = self.pipeline if self.chunks > 1 else 1
+        return ceil(samples / (self.data * together * turns)) * turns
 
     @property
     def in_flight(self) -> int:
-        """Microbatches whose activations are held together, in the 1F1B schedule."""
-        return min(self.microbatches, self.pipeline - self.stage)
+        """Microbatches whose activations are held together, in the 1F1B schedule; with several chunks, each microbatch of each chunk."""
+        behind = self.pipeline - self.stage - 1
+        return min(self.microbatches * self.chunks, 2 * behind + (self.chunks - 1) * self.pipeline + 1 if self.chunks > 1 else behind + 1)
 
     @property
     def parameters(self) -> int:
-        return sum(stage_parameters(self.shape, self.tensor, self.pipeline, self.stage))
+        return sum(stage_parameters(self.shape, self.tensor, self.pipeline, self.stage)) + self.expert_parameters
+
+    @property
+    def expert_parameters(self) -> int:
+        return expert_parameters(self.shape, self.pipeline, self.config.parallel.expert)
+
+    @property
+    def expert_data(self) -> int:
+        """Ranks that have the same experts, and share the optimizer's state of them."""
+        return self.tensor * self.context * self.data // self.config.parallel.expert
 
     # What is there all the time
 
@@ -182,15 +242,16 @@ class Rank:
 
     @property
     def optimizer(self) -> int:
-        """Adam's two moments, and the float32 parameters where the model's are 16-bit; each data-parallel rank holds its share."""
-        kept = (8 if self.value_bytes == 4 else 12) * self.parameters // self.data
-        megatron = self.config.policy.megatron
-        return round(kept * (1 - megatron.get("optimizer_offload_fraction", 0.0))) if megatron.get("optimizer_cpu_offload") else kept
+        """Adam's two moments, and the float32 parameters where the model's are 16-bit; each data and context rank holds its share."""
+        share = (self.parameters - self.expert_parameters) // (self.data * self.context) + self.expert_parameters // self.expert_data
+        if self._megatron("optimizer_cpu_offload"):  # all of it in main memory, with a copy of the gradients
+            return 16 * share if self.backend == "cpu" else 0
+        return (8 if self.value_bytes == 4 else 12) * share
 
     @property
     def batch(self) -> int:
         samples = self.config.rollout.prompts_per_step * self.config.rollout.group_size
-        return BATCH_BYTES * ceil(samples / self.data) * self.longest
+        return BATCH_BYTES * ceil(samples / self.data) * ceil(self.longest / self.context)
 
     @property
     def engine(self) -> int:
@@ -202,29 +263,33 @@ class Rank:
 
     @property
     def layer(self) -> Layer:
-        return Layer(self.shape, self.tensor, self.value_bytes, self.backend)
+        return Layer(self.shape, self.tensor, self.value_bytes, self.backend, self.context)
 
     @property
     def kept(self) -> int:
-        """What one microbatch's forward pass leaves on this stage for its backward pass."""
-        layer, layers = self.layer, self.shape.num_layers // self.pipeline
+        """What one microbatch's forward pass leaves on this stage, or the last chunk of it, for its backward pass."""
+        # the final norm and the hidden states; or what was sent on, which is held until its gradient comes
+        return round(self._kept_by_layers + (self.layer.norm + self.layer.stream if self.is_last else self.layer.stream) * self.tokens)
+
+    @property
+    def _kept_by_layers(self) -> float:
+        layer, layers = self.layer, self.shape.num_layers // (self.pipeline * self.chunks)
         if self._recomputes("full"):
             unit = min(self._megatron("recompute_num_layers") or 1, layers)
             is_block = self._megatron("recompute_method") == "block"  # the first layers, each for itself; uniform: all, `unit` at a time
             kept = unit * layer.stream + (layers - unit) * layer.everything if is_block else layers / unit * layer.stream
         else:
             kept = layers * layer.everything
-        if self._recomputes("mlp"):
+        if self._recomputes_mlp:
             kept -= layers * layer.mlp
         if self._recomputes("core_attn"):
             kept -= layers * (layer.core_attention - layer.core_attention_inputs)
-        # the final norm and the hidden states; or what was sent on, which is held until its gradient comes
-        kept += layer.norm + layer.stream if self.is_last else layer.stream
-        return round(kept * self.tokens)
+        return kept * self.tokens
 
     @property
     def activations(self) -> int:
-        return self.in_flight * self.kept
+        """Of the chunks that are held together, one is the last."""
+        return self.kept + round((self.in_flight - 1) * (self._kept_by_layers + self.layer.stream * self.tokens))
 
     @property
     def working(self) -> int:
@@ -233,12 +298,24 @@ class Rank:
         recomputed = 0.0
         if self._recomputes("full"):
             recomputed = layer.everything * (1 if self._megatron("recompute_method") == "block" else self._megatron("recompute_num_layers"))
-        recomputed += layer.mlp if self._recomputes("mlp") else 0
+        recomputed += layer.mlp if self._recomputes_mlp else 0
         recomputed += layer.core_attention if self._recomputes("core_attn") else 0
         gathered = b * T * hidden if self.tensor > 1 else 0  # the stream of all tensor ranks
+        if self.shape.num_experts:
+            return round(recomputed * T + self._experts_working + 2 * layer.stream * T + gathered)
         gated = 2 * b * T * layer.ffn  # the gradients of gate and up, while the product's own is there
         projected = b * T * layer.ffn + b * hidden * layer.ffn + 2 * gathered  # through the last matrix, and that matrix's own gradient
-        return round(recomputed * T + max(gated, projected) + 2 * layer.stream * T + gathered)
+        shared = layer.keys + self.context if self.context > 1 else 0  # gradients of keys and values, before they are sent to their ranks
+        keys = 2 * b * T * layer.kv * shared
+        return round(recomputed * T + max(gated, projected, keys) + 2 * layer.stream * T + gathered)
+
+    @property
+    def _experts_working(self) -> int:
+        """The same of experts: the gradients of what tokens were sent as and of what came back, of gate and up; gathered tokens."""
+        shape, b, tokens = self.shape, self.value_bytes, self.tokens // self.tensor
+        sent = tokens * shape.experts_per_token * b * (2 * shape.hidden_size + 2 * shape.expert_ffn_size)
+        gathers = self._megatron("moe_token_dispatcher_type") == "allgather"
+        return sent + (tokens * self.config.parallel.expert * (b + 4) * shape.hidden_size if gathers else 0)
 
     @property
     def table(self) -> int:
@@ -272,8 +349,9 @@ class Rank:
         if self.stage == 0:
             moments["the embedding's gradient"] = self.activations - self.kept + self.table + zeros
         # clipping writes each scaled gradient beside the old one; gloo, even among one, reduces a copy of all gradients
-        largest = max(self._vocab, 2 * self.layer.ffn) * self.shape.hidden_size
-        moments["the optimizer's step"] = self.grads if self.backend == "cpu" else 4 * largest // self.data
+        ffn = self.shape.expert_ffn_size if self.shape.num_experts else self.layer.ffn
+        largest = max(self._vocab, 2 * ffn) * self.shape.hidden_size
+        moments["the optimizer's step"] = self.grads if self.backend == "cpu" else 4 * largest // (self.data * self.context)
         return moments
 
     @property
@@ -287,6 +365,10 @@ class Rank:
     @property
     def _vocab(self) -> int:
         return padded_vocab(self.shape, self.tensor) // self.tensor
+
+    @property
+    def _recomputes_mlp(self) -> bool:
+        return self._recomputes("moe" if self.shape.num_experts else "mlp")
 
     def _megatron(self, field: str) -> Any:
         return self.config.policy.megatron.get(field)

@@ -57,29 +57,33 @@ def _connect(device: torch.device) -> tuple[Any, dist.ProcessGroup]:
 
 
 class Mesh:
-    """The ranks of this run: world = tensor × data × pipeline, tensor ranks adjacent (Megatron's order tp-dp-pp).
+    """The ranks of this run: world = tensor × context × data × pipeline, tensor ranks adjacent (Megatron's order tp-cp-dp-pp).
+
+    A step's batch has a share for each pair of data and context rank, which the pair's tensor and pipeline ranks all receive.
 
     Raises:
-        ConfigError: the world size does not divide by tensor × pipeline.
+        ConfigError: the world size does not divide by tensor × pipeline × context.
     """
 
     _numbers = itertools.count()
 
     def __init__(self, parallel: Parallel):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.tensor, self.pipeline, self.data = parallel.tensor, parallel.pipeline, parallel.data(self.world)
-        self.data_rank = self.data_rank_of(self.rank)
+        self.tensor, self.pipeline, self.context = parallel.tensor, parallel.pipeline, parallel.context
+        self.data = parallel.data(self.world)
+        self.num_shares = self.data * self.context
+        self.share = self.share_of(self.rank)  # data rank × context + context rank
         self.is_main = self.rank == 0
         self.device = _device(int(os.environ.get("LOCAL_RANK", 0)))
         self._store, self.control = _connect(self.device)
         self._number = next(Mesh._numbers)  # the same on every rank
         self._num_received = 0  # bytes, by this rank's last `scatter`
 
-    def data_rank_of(self, rank: int) -> int:
-        return rank // self.tensor % self.data
+    def share_of(self, rank: int) -> int:
+        return rank // self.tensor % self.num_shares
 
     def scatter(self, function: Callable[..., Sequence[T]], *args: Any) -> T:
-        """Run `function` on the main rank; it returns one share per data-parallel rank, and each rank receives its own share only.
+        """Run `function` on the main rank; it returns `num_shares` shares, and each rank receives its own only.
 
         Raises, on every rank: Interrupted if the function does; its own exception on the main rank, FailedElsewhere on the others.
         """
@@ -91,9 +95,9 @@ class Mesh:
             for rank in range(1, self.world):
                 self._send(error if isinstance(error, Interrupted) else FailedElsewhere(str(error)), rank)
             raise
-        assert len(shares) == self.data, f"{len(shares)} shares for {self.data} data-parallel ranks"
+        assert len(shares) == self.num_shares, f"{len(shares)} shares for {self.data} data-parallel × {self.context} context ranks"
         for rank in range(1, self.world):
-            self._send(shares[self.data_rank_of(rank)], rank)
+            self._send(shares[self.share_of(rank)], rank)
         return shares[0]
 
     def received(self) -> dict[str, float]:
@@ -108,7 +112,7 @@ class Mesh:
 
     def on_main(self, function: Callable[..., T], *args: Any) -> T:
         """Run `function` on the main rank; every rank returns its result. Raises as `scatter` does."""
-        return self.scatter(lambda: [function(*args)] * self.data)
+        return self.scatter(lambda: [function(*args)] * self.num_shares)
 
     def on_main_only(self, function: Callable[..., T], *args: Any) -> T | None:
         """Run `function` on the main rank; the result stays there, the others have None. Raises as `scatter` does."""

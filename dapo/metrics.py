@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dapo import clock
+from dapo import clock, files
 from dapo.config import Config
 
 COLUMNS = {  # console header → metric, format
@@ -49,7 +49,7 @@ class Log:
 
         self.config, self.path = config, config.run.dir / "metrics.jsonl"
         kept = [row for row in read(self.path) if row["step"] < start]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        files.write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.tensorboard = SummaryWriter(str(config.run.dir / "tensorboard"), purge_step=start)
         self.console = Console()
         self.wandb = _start_wandb(config) if config.run.wandb_project else None

@@ -46,6 +46,8 @@ _REASONS = {
     "stages may only exchange one message at a time, of any length": """
         variable_seq_lengths batch_p2p_comm batch_p2p_sync overlap_p2p_comm overlap_p2p_comm_warmup_flush use_ring_exchange_p2p
         deallocate_pipeline_outputs""",
+    "microbatches come in groups of parallel.pipeline": "microbatch_group_size_per_vp_stage",
+    "weights are read between updates, before they would have arrived": "overlap_param_gather overlap_param_gather_with_optimizer_step",
     "use recompute_granularity": "num_microbatches_with_partial_activation_checkpoints",
     "weights are loaded, never drawn": """
         perform_initialization use_cpu_initialization init_model_with_meta_device init_method output_layer_init_method

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from math import ceil, prod
 
 from dapo.config import Config, ConfigError
-from dapo.memory import COUNTED, NEGLIGIBLE, Backend, Rank, num_parameters
+from dapo.memory import COUNTED, NEGLIGIBLE, Backend, Rank, active_parameters, num_parameters
 from dapo.shape import ModelShape, check_layout, padded_vocab, read_shape
 
 GIB = 2**30
@@ -93,7 +93,8 @@ class Plan:
     @property
     def microbatches(self) -> int:
         """Of an update, on each data-parallel rank, at the mean length."""
-        return ceil(self.tokens / (self.data * self.config.policy.tokens_per_microbatch))
+        turns = self.config.parallel.pipeline if self.config.parallel.virtual_pipeline > 1 else 1
+        return ceil(self.tokens / (self.data * self.config.policy.tokens_per_microbatch * turns)) * turns
 
     @property
     def score_seconds(self) -> float:
@@ -115,20 +116,23 @@ class Plan:
             layers = min(megatron["recompute_num_layers"], stage) if megatron["recompute_method"] == "block" else stage
             again = layers / stage * (forward - 2 * shape.vocab_size * shape.hidden_size)
         elif megatron.get("recompute_granularity") == "selective":
-            again += 6 * shape.num_layers * shape.hidden_size * shape.ffn_size if "mlp" in modules else 0
+            again += 2 * shape.num_layers * _feed_forward(shape) if {"mlp", "moe"} & set(modules) else 0
             again += 2 * shape.num_layers * self.length * shape.num_heads * shape.head_dim if "core_attn" in modules else 0
         return 3 * forward + again
 
     def _pass_seconds(self, flops: float) -> float:
         """All of an update's tokens; the pipeline's stages wait for each other at both ends."""
-        bubble = (self.config.parallel.pipeline - 1) / self.microbatches
+        bubble = (self.config.parallel.pipeline - 1) / (self.microbatches * self.config.parallel.virtual_pipeline)
         return self.tokens * flops / (self.world * self.hardware.flops * self.hardware.mfu) * (1 + bubble)
 
     @property
     def _reduce_seconds(self) -> float:
-        """Gradients are summed over data-parallel ranks, parameters gathered."""
+        """Gradients are summed over data and context ranks, parameters gathered."""
         rate = self.hardware.link if self.world <= MACHINE else self.hardware.network
-        return (self.worst.grads + self.worst.params) * (1 - 1 / self.data) / rate
+        rank, each = self.worst, 4 + self.worst.value_bytes
+        dense, experts = rank.parameters - rank.expert_parameters, rank.expert_parameters
+        shared = dense * (1 - 1 / (self.data * self.config.parallel.context)) + experts * (1 - 1 / rank.expert_data)
+        return each * shared / rate
 
     @property
     def _optimizer_seconds(self) -> float:
@@ -139,18 +143,25 @@ class Plan:
 def forward_flops(shape: ModelShape, length: int) -> float:
     """Of one token of a sequence of `length`, forward: a multiplication and an addition for each weight, and for each cell of attention."""
     heads, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    matrices = shape.hidden_size * (2 * heads + 2 * kv + 3 * shape.ffn_size)
+    matrices = shape.hidden_size * (2 * heads + 2 * kv) + _feed_forward(shape)
     attention = length * heads  # a token sees half of the sequence on average, in two products
     return 2 * (shape.num_layers * (matrices + attention) + shape.vocab_size * shape.hidden_size)
+
+
+def _feed_forward(shape: ModelShape) -> int:
+    """Weights that a token meets in a layer's feed-forward network; or in the router and its experts."""
+    if shape.num_experts:
+        return shape.hidden_size * (shape.num_experts + 3 * shape.experts_per_token * shape.expert_ffn_size)
+    return 3 * shape.hidden_size * shape.ffn_size
 
 
 def make_plan(config: Config, gpu: str, world: int | None = None, length: int | None = None, has_te: bool = False) -> Plan:
     """Raises ConfigError: the model's config.json, the layout or the world size will not do."""
     shape = read_shape(config.policy.model)
     check_layout(shape, config)
-    world = config.parallel.tensor * config.parallel.pipeline if world is None else world
+    world = config.parallel.least_world if world is None else world
     if world < 1 or config.parallel.data(world) < 1:
-        raise ConfigError(f"a world of {world} processes; expected at least {config.parallel.tensor * config.parallel.pipeline}")
+        raise ConfigError(f"a world of {world} processes; expected at least {config.parallel.least_world}")
     backend: Backend = "cpu" if gpu == "cpu" else "transformer_engine" if has_te else "cuda"
     longest = config.data.max_prompt_length + config.rollout.max_response_length
     length = longest // 2 if length is None else length
@@ -184,17 +195,24 @@ def _kinds(plan: Plan) -> list[list[Change]]:
     """Changes by kind, from the cheapest to the dearest; of each, the smallest first."""
     policy, parallel = plan.config.policy, plan.config.parallel
     smaller = {max(policy.tokens_per_microbatch >> halvings, plan.worst.longest) for halvings in range(1, 6)}
-    gated = "policy.megatron.recompute_granularity=selective", "policy.megatron.recompute_modules=[mlp]"
+    module = "moe" if plan.shape.num_experts else "mlp"
+    gated = "policy.megatron.recompute_granularity=selective", f"policy.megatron.recompute_modules=[{module}]"
     full = tuple(f"policy.megatron.recompute_{field}" for field in ("granularity=full", "method=uniform", "num_layers=1"))
     recompute = {None: [Change(gated), Change(full)], "selective": [Change(full)]}
-    offload = ("policy.megatron.optimizer_cpu_offload=true", "policy.megatron.optimizer_offload_fraction=1.0")
+    offload = tuple(
+        f"policy.megatron.{field}"
+        for field in ("optimizer_cpu_offload=true", "optimizer_offload_fraction=1.0", "use_precision_aware_optimizer=true")
+    )
+    can_offload = plan.backend != "cpu" and policy.dtype == "bfloat16" and not policy.megatron.get("optimizer_cpu_offload")
     return [
         [Change((f"policy.tokens_per_microbatch={n}",)) for n in sorted(smaller - {policy.tokens_per_microbatch}, reverse=True)],
         recompute.get(policy.megatron.get("recompute_granularity"), []),
         [Change((f"parallel.tensor={n}",)) for n in (2, 4, 8) if n > parallel.tensor],
         [Change((f"parallel.pipeline={n}",)) for n in (2, 4, 8, 16) if n > parallel.pipeline],
+        [Change((f"parallel.context={n}",)) for n in (2, 4, 8) if n > parallel.context],
+        [Change((f"parallel.expert={n}",)) for n in (2, 4, 8, 16, 32) if plan.shape.num_experts and n > parallel.expert],
         [Change(times=n) for n in (2, 4, 8)],
-        [] if plan.backend == "cpu" or policy.megatron.get("optimizer_cpu_offload") else [Change(offload)],
+        [Change(offload)] if can_offload else [],
     ]
 
 
@@ -210,13 +228,13 @@ def _first_that_fits(plan: Plan, kinds: tuple[list[Change], ...]) -> tuple[str, 
 
 def _changed(plan: Plan, changes: tuple[Change, ...]) -> Plan | None:
     """The plan with the changes, on as many devices as they need; None where the model cannot be split so."""
-    config = plan.config.changed([override for change in changes for override in change.overrides])
     try:
+        config = plan.config.changed([override for change in changes for override in change.overrides])
         check_layout(plan.shape, config)
     except ConfigError:
         return None
-    model_size = config.parallel.tensor * config.parallel.pipeline
-    world = ceil(plan.world / model_size) * model_size * prod(change.times for change in changes)
+    least = config.parallel.least_world
+    world = ceil(plan.world / least) * least * prod(change.times for change in changes)
     return replace(plan, config=config, world=world)
 
 
@@ -225,12 +243,15 @@ def describe(plan: Plan) -> list[str]:
     config, shape, parallel, rank = plan.config, plan.shape, plan.config.parallel, plan.worst
     samples = config.optim.prompts_per_minibatch * config.rollout.group_size
     asked = config.rollout.prompts_per_round * config.rollout.group_size
+    active = f" ({active_parameters(shape):,} for a token)" if shape.num_experts else ""
+    experts = f", {shape.num_experts // parallel.expert} of {shape.num_experts} experts" if shape.num_experts else ""
     return [
-        f"model     {shape.model_type}, {num_parameters(shape):,} parameters, {config.policy.dtype}; "
+        f"model     {shape.model_type}, {num_parameters(shape):,} parameters{active}, {config.policy.dtype}; "
         f"vocabulary {shape.vocab_size:,}, padded to {padded_vocab(shape, parallel.tensor):,}",
-        f"layout    {plan.world} × {plan.hardware.name} = tensor {parallel.tensor} × pipeline {parallel.pipeline} × data {plan.data}; "
+        f"layout    {plan.world} × {plan.hardware.name} = tensor {parallel.tensor} × pipeline {parallel.pipeline}{_more(plan)} "
+        f"× data {plan.data}; "
         f"a rank has {shape.num_heads // parallel.tensor} of {shape.num_heads} heads, {shape.num_kv_heads // parallel.tensor} of "
-        f"{shape.num_kv_heads} KV heads, {shape.num_layers // parallel.pipeline} of {shape.num_layers} layers",
+        f"{shape.num_kv_heads} KV heads, {shape.num_layers // parallel.pipeline} of {shape.num_layers} layers{experts}",
         f"an update {samples:,} samples of {plan.length:,} tokens (the longest has {rank.longest:,}) = {plan.tokens:,} tokens; "
         f"{plan.microbatches} microbatches of up to {config.policy.tokens_per_microbatch:,} on each data-parallel rank, "
         f"{rank.microbatches} if all are longest",
@@ -247,10 +268,16 @@ def describe(plan: Plan) -> list[str]:
     ]  # fmt: skip
 
 
+def _more(plan: Plan) -> str:
+    chunks, context = plan.config.parallel.virtual_pipeline, plan.config.parallel.context
+    return (f" in {chunks} chunks each" if chunks > 1 else "") + (f" × context {context}" if context > 1 else "")
+
+
 def _memory_table(plan: Plan) -> list[str]:
     """GiB of a rank, by pipeline stage."""
     columns = ("params", "grads", "optimizer", "batch", "engine", "activations", "logits", "peak")
-    lines = ["GiB a rank " + "".join(f"{name:>13}" for name in columns) + "  microbatches in flight"]
+    of_what = " (of a chunk)" if plan.config.parallel.virtual_pipeline > 1 else ""
+    lines = ["GiB a rank " + "".join(f"{name:>13}" for name in columns) + "  microbatches in flight" + of_what]
     for rank in plan.stages:
         values = "".join(f"{getattr(rank, name) / GIB:13.2f}" for name in columns)
         lines.append(f"stage {rank.stage:<5}{values}  {rank.in_flight}")
@@ -268,8 +295,16 @@ def _notes(plan: Plan) -> Iterator[str]:
         yield "float32 on a GPU: attention keeps its scores, length² a head, and the times are bfloat16's; neither is counted: use bfloat16"
     if plan.backend != "cpu" and parallel.tensor > MACHINE:
         yield f"parallel.tensor={parallel.tensor} reaches past a machine's {MACHINE} devices: its traffic goes over the slow network"
+    if plan.shape.num_experts:
+        yield "experts are taken to get as many tokens each, and as large a share of the FLOP/s as a dense model; neither is so at first"
+    if parallel.expert > 1:
+        yield "the tokens' way to other ranks' experts and back is not in the seconds"
+    if plan.backend != "cpu" and parallel.expert > MACHINE:
+        yield f"parallel.expert={parallel.expert} reaches past a machine's {MACHINE} devices: tokens travel over the slow network"
     if plan.microbatches < parallel.pipeline:
         yield f"{plan.microbatches} microbatches for {parallel.pipeline} pipeline stages: some are idle; lower policy.tokens_per_microbatch"
+    if parallel.context > 1:
+        yield "keys and values are sent to all context ranks in every layer: no time is counted for that"
     samples = config.optim.prompts_per_minibatch * config.rollout.group_size
     if samples < plan.data:
         yield f"an update has {samples} samples for {plan.data} data-parallel ranks: some learn from nothing"

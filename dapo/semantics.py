@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dapo.config import Config
+from dapo.files import write_text
 
 Source = Literal["paper", "verl"]
 UNSAID = "unsaid"  # the source leaves it open: nothing departs from it
@@ -117,7 +118,7 @@ def keep(found: dict[str, Any], path: Path) -> list[str]:
     Versions may change without a word: they are kept, the newest.
     """
     before = json.loads(path.read_text()) if path.is_file() else found
-    path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     now = found["choices"] | {"data": found["data"]} | found["reward functions"]
     then = before["choices"] | {"data": before["data"]} | before["reward functions"]
     return [

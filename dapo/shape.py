@@ -10,7 +10,10 @@ from typing import Any
 from dapo.config import Config, ConfigError
 from dapo.passthrough import check_passthrough
 
-ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+ARCHITECTURES = {
+    "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+}  # fmt: skip
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")  # have no default worth guessing
 # config.json fields that become part of the model
@@ -32,6 +35,12 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "pretraining_tp": (1,),
 }
+# the same for a mixture of experts. The coefficient and whether router logits are returned belong to a training loss that is not ours;
+# every layer has experts, so that all of them are alike
+EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+EXPERTS_USED = {*EXPERT_SIZES, "num_local_experts", "norm_topk_prob"}
+EXPERTS_IGNORED = {"router_aux_loss_coef", "output_router_logits"}
+EXPERTS_FIXED: dict[str, tuple[Any, ...]] = {"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)}
 # how each rope_type stretches the rotary embedding: its fields beside rope_theta and their defaults; `...` must be there
 ROPE_TYPES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -60,6 +69,10 @@ class ModelShape:
     rope_theta: float
     is_tied: bool
     rope_scaling: dict[str, Any] | None = None  # rope_type and all of its fields in ROPE_TYPES; None: not stretched
+    num_experts: int = 0  # of each layer; 0: a dense model
+    experts_per_token: int = 0
+    expert_ffn_size: int = 0
+    is_expert_sum_one: bool = False  # whether the weights of a token's experts are scaled to sum to 1
 
     @property
     def has_qkv_bias(self) -> bool:
@@ -67,7 +80,7 @@ class ModelShape:
 
     @property
     def has_qk_norm(self) -> bool:
-        return self.model_type == "qwen3"
+        return self.model_type in ("qwen3", "qwen3_moe")
 
 
 def read_shape(directory: Path) -> ModelShape:
@@ -81,10 +94,9 @@ def read_shape(directory: Path) -> ModelShape:
         raise ConfigError(f"{path}: not JSON: {error}") from None
     if raw.get("model_type") not in ARCHITECTURES:
         raise ConfigError(f"{path}: model_type {raw.get('model_type')!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
-    for name, value in raw.items():
-        _check_field(path, name, value)
-
     kind = raw["model_type"]
+    for name, value in raw.items():
+        _check_field(path, kind, name, value)
     if kind == "mistral" and raw.get("sliding_window", 4096) is not None:  # Hugging Face's default, and no use_sliding_window beside it
         raise ConfigError(f"{path}: sliding_window={raw.get('sliding_window', 4096)} is not supported; supported: null")
     vocab_size, hidden_size, ffn_size, num_layers, num_heads = (_size(path, raw, name) for name in SIZES)
@@ -106,7 +118,22 @@ def read_shape(directory: Path) -> ModelShape:
         rope_theta=rope_theta,
         is_tied=filled.get("tie_word_embeddings", False),
         rope_scaling=rope_scaling,
+        **(_experts(path, filled) if kind == "qwen3_moe" else {}),
     )
+
+
+def _experts(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a mixture of experts. transformers 5 writes num_experts as num_local_experts."""
+    raw = {"num_experts": raw.get("num_local_experts"), **raw}
+    if raw.get("num_local_experts", raw["num_experts"]) != raw["num_experts"]:
+        raise ConfigError(f"{path}: num_experts={raw['num_experts']}, num_local_experts={raw['num_local_experts']}: remove the wrong one")
+    num_experts, per_token, ffn_size = (_size(path, raw, name) for name in EXPERT_SIZES)
+    if per_token > num_experts:
+        raise ConfigError(f"{path}: num_experts_per_tok={per_token} of num_experts={num_experts}")
+    is_sum_one = raw.get("norm_topk_prob", False)
+    if is_sum_one and per_token == 1:
+        raise ConfigError(f"{path}: norm_topk_prob=True with num_experts_per_tok=1: every expert weighs 1, so the router never learns")
+    return dict(num_experts=num_experts, experts_per_token=per_token, expert_ffn_size=ffn_size, is_expert_sum_one=is_sum_one)
 
 
 def _size(path: Path, raw: dict[str, Any], name: str) -> int:
@@ -145,7 +172,11 @@ def _rope(path: Path, raw: dict[str, Any]) -> tuple[float, dict[str, Any] | None
     return float(theta), {"rope_type": kind, **scaling} if scaling else None
 
 
-def _check_field(path: Path, name: str, value: Any) -> None:
+def _check_field(path: Path, kind: str, name: str, value: Any) -> None:
+    has_experts = kind == "qwen3_moe"
+    fixed = FIXED | (EXPERTS_FIXED if has_experts else {})
+    if has_experts and name in EXPERTS_USED | EXPERTS_IGNORED:
+        return
     if name in USED | IGNORED:
         return
     if name == "layer_types":
@@ -153,37 +184,54 @@ def _check_field(path: Path, name: str, value: Any) -> None:
             raise ConfigError(f"{path}: layer_types {sorted(set(value))} are not supported; supported: full_attention")
     elif name == "sliding_window":
         pass  # Qwen's is in force only with use_sliding_window, which is checked
-    elif name not in FIXED:
+    elif name not in fixed:
         raise ConfigError(
             f"{path}: field {name!r} is not understood, so the model might be computed wrongly; remove it if it has no effect"
         )
-    elif value not in FIXED[name]:
-        raise ConfigError(f"{path}: {name}={value!r} is not supported; supported: {FIXED[name][0]!r}")
+    elif value not in fixed[name]:
+        raise ConfigError(f"{path}: {name}={value!r} is not supported; supported: {fixed[name][0]!r}")
 
 
 def check_layout(shape: ModelShape, config: Config) -> None:
-    """Raises ConfigError, all that is wrong in one line: heads, KV heads, columns, layers do not divide; layers cannot be recomputed so.
+    """Raises ConfigError, all that is wrong in one line.
 
-    And of policy.megatron, what it may not say.
+    Heads, KV heads, columns, layers do not divide; layers cannot be recomputed so; policy.megatron says what it may not.
     """
-    tensor, pipeline, megatron = config.parallel.tensor, config.parallel.pipeline, config.policy.megatron
-    check_passthrough(megatron)
+    check_passthrough(config.policy.megatron)
+    tensor, pipeline, virtual = config.parallel.tensor, config.parallel.pipeline, config.parallel.virtual_pipeline
+    megatron, chunks = config.policy.megatron, pipeline * virtual
+    stages = f"parallel.pipeline={pipeline}" + (f" × parallel.virtual_pipeline={virtual}" if virtual > 1 else "")
+    a_stage = "a stage's layers" if virtual == 1 else "a stage's chunk of layers"
     divisions = [
         (f"parallel.tensor={tensor}", tensor, "the model's num_attention_heads", shape.num_heads),
         (f"parallel.tensor={tensor}", tensor, "the model's num_key_value_heads", shape.num_kv_heads),
-        (f"parallel.tensor={tensor}", tensor, "the model's intermediate_size", shape.ffn_size),
-        (f"parallel.pipeline={pipeline}", pipeline, "the model's num_hidden_layers", shape.num_layers),
+        (f"parallel.tensor={tensor}", tensor, "the model's intermediate_size", 0 if shape.num_experts else shape.ffn_size),
+        (stages, chunks, "the model's num_hidden_layers", shape.num_layers),
     ]
     method, unit = megatron.get("recompute_method"), megatron.get("recompute_num_layers")
     if unit and method == "uniform":  # Megatron would meet the end of the layers in its first forward pass
-        divisions.append((f"policy.megatron.recompute_num_layers={unit}", unit, "a stage's layers", shape.num_layers // pipeline))
+        divisions.append((f"policy.megatron.recompute_num_layers={unit}", unit, a_stage, shape.num_layers // chunks))
     wrong = [f"{option} does not divide {what}={number}" for option, by, what, number in divisions if number % by]
     if megatron.get("recompute_granularity") == "full" and (method not in ("uniform", "block") or not unit):
         wrong.append("policy.megatron.recompute_granularity=full wants recompute_method=uniform or block, and recompute_num_layers")
     if "layernorm" in (megatron.get("recompute_modules") or []):  # Megatron wants Transformer Engine, whose layers have no norm apart
         wrong.append("policy.megatron.recompute_modules: layernorm cannot be recomputed by itself; core_attn and mlp can")
+    wrong += _wrong_with_experts(shape, config)
     if wrong:
         raise ConfigError("; ".join(wrong))
+
+
+def _wrong_with_experts(shape: ModelShape, config: Config) -> list[str]:
+    expert, megatron, wrong = config.parallel.expert, config.policy.megatron, []
+    modules = megatron.get("recompute_modules") or []
+    if not shape.num_experts:
+        wrong += [f"parallel.expert={expert}, but {shape.model_type} has no experts: leave it 1"] if expert > 1 else []
+        return wrong + (["policy.megatron.recompute_modules: moe, but there are no experts; the other is mlp"] if "moe" in modules else [])
+    if shape.num_experts % expert:
+        wrong.append(f"parallel.expert={expert} does not divide the model's num_experts={shape.num_experts}")
+    if "mlp" in modules:
+        wrong.append("policy.megatron.recompute_modules: mlp recomputes nothing where every layer has experts; moe does")
+    return wrong
 
 
 def padded_vocab(shape: ModelShape, tensor: int) -> int:

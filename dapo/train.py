@@ -14,22 +14,24 @@ from dapo import clock, dump, evaluate
 from dapo.assemble import make_rollouts
 from dapo.checkpoint import Checkpoints
 from dapo.config import Config, ConfigError
+from dapo.files import write_text
 from dapo.mesh import Mesh
 from dapo.metrics import Log, SilentLog, mean
 from dapo.policy.megatron import Policy
 from dapo.recorder import Recorder
 from dapo.rollout import Rollouts, RolloutsElsewhere
-from dapo.shape import read_shape
+from dapo.shape import ModelShape, check_layout, read_shape
 from dapo.types import Interrupted
 
 
 def train(config: Config, mesh: Mesh) -> None:
     """Run Algorithm 1 from the newest checkpoint to config.run.steps. Interrupted, it saves and raises Interrupted."""
     is_interrupted = Interruption()
+    checkpoints = Checkpoints(config.run, mesh)
+    checkpoints.find(mesh.on_main(_shape, config))  # what will not do is refused before anything is written
     mesh.on_main(_prepare, config)
     rollouts, sets = make_rollouts(config, mesh, is_interrupted)
     policy = Policy(config, mesh)  # π_θ
-    checkpoints = Checkpoints(config.run, mesh)
     step = checkpoints.load(policy, rollouts)
     log = make_log(config, rollouts, start=step)
     recorder = make_recorder(config, mesh, rollouts)
@@ -80,7 +82,7 @@ def keep_traces(step: int, policy: Policy, mesh: Mesh, config: Config) -> None:
     """Write beside the step's dump what the updates saw of its tokens; nothing is gathered where nothing is dumped."""
     if config.rollout.dump_share:
         traces = [trace for of_a_rank in mesh.gather(policy.take_traces()) for trace in of_a_rank]
-        dump.write_traces(dump.traces_path_of(config.run.dir / "rollouts", step), traces)
+        dump.write_traces(dump.traces_path_of(config.run.dir / "rollouts", step), dump.merged(traces))
 
 
 def make_log(config: Config, rollouts: Rollouts | RolloutsElsewhere, start: int) -> Log | SilentLog:
@@ -116,13 +118,19 @@ class Interruption:
         self.since = self.since or time.monotonic()
 
 
+def _shape(config: Config) -> ModelShape:
+    """The model's, if the layout can hold it."""
+    shape = read_shape(config.policy.model)
+    check_layout(shape, config)
+    return shape
+
+
 def _prepare(config: Config) -> None:
-    """Refuse a model that will not do, before anything is built; make the run directory and keep the resolved config in it."""
-    read_shape(config.policy.model)
+    """Make the run directory and keep the resolved config in it."""
     for warning in config.warnings():
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     try:
         config.run.dir.mkdir(parents=True, exist_ok=True)
-        (config.run.dir / "config.yaml").write_text(config.dump())
+        write_text(config.run.dir / "config.yaml", config.dump())
     except OSError as error:
         raise ConfigError(f"run.dir={config.run.dir} cannot be written: {error.strerror}") from error

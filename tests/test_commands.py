@@ -23,6 +23,8 @@ NOT_RUN = {
     "git clone … && cd dapo": "what `clone` does",
     "sbatch examples/qwen2.5_32b_paper/launch.sh": "wants SLURM and 128 GPUs; the script runs below",
     "sbatch examples/qwen2.5_32b_paper/launch.sh run.steps=10 optim.lr=2e-6": "wants SLURM and 128 GPUs",
+    "sbatch examples/qwen3_30b_a3b/launch.sh": "wants SLURM and 16 GPUs; it is the 32B's script but for the config and the number of nodes",
+    "sbatch examples/qwen3_30b_a3b/launch.sh run.steps=10 optim.lr=2e-6": "wants SLURM and 16 GPUs",
     "bash examples/qwen2.5_7b/launch.sh": "wants eight GPUs; test_examples.py checks what can be checked without",
     "sbatch examples/qwen2.5_7b/slurm.sbatch": "wants a cluster",
 }
@@ -55,6 +57,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "base").symlink_to("examples/arithmetic/base")
     (folder / "path/to/Qwen2.5-32B").mkdir(parents=True)
     write_model(folder / "path/to/Qwen2.5-32B", "Qwen2.5-32B")
+    write_model(folder / "path/to/Qwen3-30B-A3B-Base", "Qwen3-30B-A3B")
     my = yaml.safe_load((ROOT / "examples/arithmetic/config.yaml").read_text())
     my["run"] |= {"dir": "runs/mine", "steps": 1}
     my["eval"] |= {"every": 100, "samples": 2}

@@ -15,6 +15,7 @@ import transformers
 from megatron_to_hf import model_of
 
 from dapo.config import ConfigError
+from dapo.engine.embedded import as_stored
 from dapo.policy.weight_files import hf_tensors, open_weights
 from dapo.shape import ModelShape, read_shape
 
@@ -25,8 +26,9 @@ def logprobs(source: Path, shape: ModelShape, text: str) -> torch.Tensor:
     model = model_of(source)
     tokens = transformers.AutoTokenizer.from_pretrained(model)(text, return_tensors="pt").input_ids
     hf = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(model), dtype=torch.float32).eval()
+    params = dict(as_stored(hf.named_parameters()))
     for name, tensor in hf_tensors(open_weights(source, shape), shape, torch.float32):
-        hf.get_parameter(name).copy_(tensor)
+        params[name].copy_(tensor)
     return hf(tokens).logits[0, :-1].log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0]  # type: ignore[no-any-return]
 
 

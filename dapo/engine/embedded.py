@@ -55,7 +55,7 @@ class EmbeddedEngine:
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy the weights in; every parameter must be among them."""
-        params = dict(self.model.named_parameters())
+        params = dict(as_stored(self.model.named_parameters()))
         with torch.no_grad():
             for name, tensor in weights:
                 params.pop(name).copy_(tensor)
@@ -107,6 +107,19 @@ class EmbeddedEngine:
             versions=((self.version, 0, length),),
             finish_reason="stop" if len(stops) else "length",
         )
+
+
+def as_stored(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """A transformers model's (name, tensor) as its files have them: a layer's experts, fused in memory, one by one. They are views."""
+    for name, tensor in tensors:
+        layer, _, fused = name.partition(".experts.")
+        if fused == "gate_up_proj":  # [experts, 2 · F, H]
+            for i, expert in enumerate(tensor):
+                yield from zip((f"{layer}.experts.{i}.{part}_proj.weight" for part in ("gate", "up")), expert.chunk(2), strict=True)
+        elif fused == "down_proj":  # [experts, H, F]
+            yield from ((f"{layer}.experts.{i}.down_proj.weight", expert) for i, expert in enumerate(tensor))
+        else:
+            yield name, tensor
 
 
 class SeededSampling(LogitsProcessor):  # type: ignore[misc]

@@ -14,8 +14,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,6 +49,8 @@ class Peer:
 class Transport:
     """`open`, then `start` for each bucket, then `commit`; when anything has failed on the way, `forget`. No wait beyond `limit` seconds.
 
+    Two buckets at most are on their way: what a `start` has returned is called after the next `start`, before the one after that.
+
     Raises: EngineError.
     """
 
@@ -62,11 +65,11 @@ class Transport:
         self.peers = peers
 
     def start(self, bucket: Bucket) -> Callable[[], object]:
-        """Set off with a bucket. Returns what waits until it has arrived."""
+        """Set off with a bucket. Returns what waits until its memory can be filled anew."""
         raise NotImplementedError
 
     def commit(self, version: int) -> None:
-        """Every bucket has arrived."""
+        """There are no more buckets: on return every server has loaded them all."""
 
     def forget(self) -> None:
         """Let go of what was set up with the servers as they were, and of what a broken sync left."""
@@ -125,101 +128,135 @@ class Disk(Transport):
         shutil.rmtree(self.partial, ignore_errors=True)
 
 
+@dataclass
+class _Group:
+    """A process group with the servers, and what is going on in it."""
+
+    name: str
+    backend: Any  # ProcessGroupGloo or ProcessGroupNCCL
+    work: dist.Work | None = None  # the last broadcast, until it has ended: it holds the bucket's memory
+    answers: list[Future[Any]] = field(default_factory=list)  # the servers', to the call that goes with it
+
+
 class Broadcast(Transport):
-    """A process group of its own: this process is rank 0, the servers' tensor ranks come after. NCCL from a GPU, else gloo."""
+    """Process groups in which this process is rank 0, the servers' tensor ranks come after. NCCL from a GPU, else gloo.
+
+    Servers are called for the next bucket while they load the last. Calls may overtake each other on their way, so there are two groups,
+    used in turn: a call names the group whose next broadcast is its own.
+    """
 
     def __init__(self, bucket_bytes: int, limit: float, device: torch.device):
         super().__init__(bucket_bytes, limit, device)
         self.backend = "nccl" if device.type == "cuda" else "gloo"
-        self.name = ""
-        self.group: Any = None  # ProcessGroupGloo or ProcessGroupNCCL
-        self.work: dist.Work | None = None  # the last broadcast
+        self.groups: list[_Group] = []  # the next bucket goes through the first
 
     def open(self, peers: list[Peer]) -> None:
         super().open(peers)
-        if self.group is None:
-            self._connect()
+        while len(self.groups) < 2:
+            self.groups.append(self._connect())
 
     def start(self, bucket: Bucket) -> Callable[[], object]:
+        group, other = self.groups
+        self.groups = [other, group]
         call = dict(
             names=[part.name for part in bucket.parts],
             dtypes=[str(part.dtype).removeprefix("torch.") for part in bucket.parts],
             shapes=[part.shape for part in bucket.parts],
-            group_name=self.name,
+            group_name=group.name,
             load_format="flattened_bucket",
             flush_cache=False,
         )
-        answers = [self.pool.submit(peer.server.post, "/update_weights_from_distributed", call, self.limit) for peer in self.peers]
-        self.work = work = self.group.broadcast(bucket.data, 0)
-        return lambda: self._finish(work, answers)
+        self._settle(group)
+        group.answers = [self.pool.submit(peer.server.post, "/update_weights_from_distributed", call, self.limit) for peer in self.peers]
+        group.work = group.backend.broadcast(bucket.data, 0)
+        return lambda: self._finish(group)
+
+    def commit(self, version: int) -> None:
+        for group in self.groups:
+            self._settle(group)
 
     def forget(self) -> None:
-        if self.group is not None and self.backend == "nccl":
-            self.group.abort()
-        if self.group is not None:
-            threading.Thread(target=_outlive, args=(self.work, self.group), daemon=True).start()
-            self.group = self.work = None
-        if self.name:
+        groups, self.groups = self.groups, []
+        for group in groups:
+            if self.backend == "nccl":
+                group.backend.abort()
+            threading.Thread(target=_outlive, args=(group,), daemon=True).start()
             with contextlib.suppress(EngineError):  # a server that was restarted does not know it
-                on_all([p.server for p in self.peers], lambda s: s.post("/destroy_weights_update_group", {"group_name": self.name}, GRACE))
-            self.name = ""
+                on_all(
+                    [p.server for p in self.peers],
+                    partial(Server.post, path="/destroy_weights_update_group", body={"group_name": group.name}, timeout=GRACE),
+                )
 
-    def _connect(self) -> None:
+    def _connect(self) -> _Group:
         """Join with all servers. Each blocks until all have joined, so the calls are in flight while this rank joins."""
-        self.name = f"dapo-{os.getpid()}-{time.time_ns()}"  # no name twice: a server may still hold the old group
+        name = f"dapo-{os.getpid()}-{time.time_ns()}"  # no name twice: a server may still hold the old group
         addresses = [_address_towards(peer.server) for peer in self.peers]
         address = next((a for a in addresses if a not in ("127.0.0.1", "::1")), addresses[0])
         store = dist.TCPStore(address, 0, is_master=True, timeout=timedelta(seconds=self.limit), wait_for_workers=False)  # type: ignore[attr-defined]
         *offsets, world = itertools.accumulate([1, *(peer.tensor_ranks for peer in self.peers)])
-        call = dict(master_address=address, master_port=store.port, world_size=world, group_name=self.name, backend=self.backend)
+        call = dict(master_address=address, master_port=store.port, world_size=world, group_name=name, backend=self.backend)
         joining = [
             self.pool.submit(peer.server.post, "/init_weights_update_group", call | {"rank_offset": offset}, self.limit)
             for peer, offset in zip(self.peers, offsets, strict=True)
         ]
-        ours = self.pool.submit(_join, self.backend, store, self.name, world, self.limit)
+        ours = self.pool.submit(_join, self.backend, store, name, world, self.limit)
         try:
             _settle([*joining, ours], self.limit, f"joining a {self.backend} group with {self.urls}")
         except RuntimeError as error:
             raise EngineError(f"no {self.backend} group with {self.urls}: {_first_line(error)}") from None
-        self.group = ours.result()
+        return _Group(name, ours.result())
 
-    def _finish(self, work: dist.Work, answers: list[Future[Any]]) -> None:
-        """Wait for a broadcast and every server's answer; a refusal is seen while the broadcast still waits for that server."""
+    def _finish(self, group: _Group) -> None:
+        """Wait for a group's broadcast; a refusal is seen while the broadcast still waits for that server."""
+        assert group.work is not None
         deadline = time.monotonic() + self.limit
-        while not work.is_completed():
-            for answer in answers:
-                if answer.done():
-                    answer.result()
+        while not group.work.is_completed():
+            self._heed()
             if time.monotonic() > deadline:
                 raise EngineError(f"a broadcast of weights to {self.urls} took more than {self.limit:.0f} s")
             time.sleep(0.0005)
         try:
-            work.wait()
+            group.work.wait()
         except RuntimeError as error:
-            wait(answers, GRACE, FIRST_EXCEPTION)  # whoever is the cause may say it better
-            for answer in answers:
-                if answer.done():
-                    answer.result()
+            wait(group.answers, GRACE, FIRST_EXCEPTION)  # whoever is the cause may say it better
+            self._heed()
             raise EngineError(f"broadcast of weights to {self.urls}: {_first_line(error)}") from None
-        self.work = None  # it holds the bucket's memory
-        _settle(answers, self.limit, f"a bucket of weights at {self.urls}")
+        group.work = None
+
+    def _heed(self) -> None:
+        """Raise the refusal of any server that has refused."""
+        for answer in itertools.chain.from_iterable(group.answers for group in self.groups):
+            if answer.done():
+                answer.result()
+
+    def _settle(self, group: _Group) -> None:
+        """Wait until every server has loaded the group's last bucket."""
+        _settle(group.answers, self.limit, f"a bucket of weights at {self.urls}")
+        group.answers = []
 
 
 class Tensors(Transport):
     """In the call itself, to servers of this host: CUDA IPC handles from a GPU, the pickled bytes from a CPU."""
 
     def __init__(self, bucket_bytes: int, limit: float, device: torch.device):
-        if device.type == "cpu":  # of two buckets' memory: both buckets, and four copies of one: pickled, in base64, as JSON, encoded
-            bucket_bytes //= 3
+        if device.type == "cpu":  # of two buckets' memory: both buckets, and of one: its clone, pickled, in base64, as JSON, encoded, sent
+            bucket_bytes //= 4
         super().__init__(bucket_bytes, limit, device)
+        self.pool = ThreadPoolExecutor(1, "weights")  # one call after the other: each holds copies of its bucket
+        self.last: Future[None] | None = None
 
     def start(self, bucket: Bucket) -> Callable[[], object]:
         if bucket.data.is_cuda:
             torch.cuda.synchronize(bucket.data.device)  # filled, before another process reads it
-        return self.pool.submit(self._send, bucket).result
+        self.last = self.pool.submit(self._send, bucket)
+        return self.last.result
+
+    def commit(self, version: int) -> None:
+        if self.last:
+            self.last.result()
 
     def _send(self, bucket: Bucket) -> None:
-        for peer in self.peers:  # one after the other: together they would hold a copy each
+        for peer in self.peers:
             payloads = _payloads(bucket, peer.tensor_ranks)
             call = {"serialized_named_tensors": payloads, "load_format": "flattened_bucket", "flush_cache": False}
             peer.server.post("/update_weights_from_tensor", call, self.limit)
@@ -302,11 +339,11 @@ def _settle(futures: Sequence[Future[Any]], limit: float, doing: str) -> None:
         raise EngineError(f"{doing}: not done after {limit:.0f} s")
 
 
-def _outlive(work: dist.Work | None, group: Any) -> None:
+def _outlive(group: _Group) -> None:
     """Keep a group until its broadcast has ended, if only by the time limit: its destructor would wait for that, and stop every thread."""
-    if work is not None:
+    if group.work is not None:
         with contextlib.suppress(RuntimeError):
-            work.wait()
+            group.work.wait()
 
 
 def _address_towards(server: Server) -> str:

@@ -77,8 +77,9 @@ class WeightSync:
         watched = checksums.watch(weights) if self.verify else weights
         finish: Callable[[], object] = dict  # waits for the bucket before; there is none yet
         for bucket in buckets(watched, self.transport.bucket_bytes, self.transport.device):
+            started = self.transport.start(bucket)
             finish()
-            finish = self.transport.start(bucket)
+            finish = started
         finish()
         self.transport.commit(version)
         self._post("/end_weight_update", to=self._in_session())

@@ -86,6 +86,9 @@ class NoCuda:
 
         def __exit__(self, *args: Any) -> None: ...
 
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, NoCuda.Null)  # there is one stream
+
         def __getattr__(self, name: str) -> Callable[..., Any]:
             return lambda *args, **kwargs: 0.0 if name == "elapsed_time" else NoCuda.Null()
 
@@ -102,6 +105,7 @@ class Rule:
         return re.subn(self.pattern, self.replacement, source) if self.module in (None, module) else (source, 0)
 
 
+HYBRID = "megatron.core.optimizer.cpu_offloading.hybrid_optimizer"
 NO_CUDA = [
     Rule(r"\btorch\.cuda\.current_device\(\)", "_cpu.device()"),
     Rule(r"\btorch\.cuda\.synchronize\([^()]*\)", "_cpu.nothing()"),
@@ -123,6 +127,13 @@ NO_CUDA = [
     ),
     # the tracker warns when a fork consumes CPU randomness: here that is the only randomness there is
     Rule(r"if not torch\.all\(cpu_rng_state == torch\.get_rng_state\(\)\)\.item\(\):", "if False:", "megatron.core.tensor_parallel.random"),
+    # optimizer state in main memory: a parameter on the CPU is the device's, and its copy is the CPU's
+    Rule(r"if param\.is_cuda:", "if not cpu_copy:", HYBRID),
+    Rule(r"\bparam\.is_cuda\b", "True", HYBRID),
+    Rule(r"\.cpu\(\)\.pin_memory\(\)", "", HYBRID),
+    Rule(r"pin_memory=self\.pin_cpu_grads", "pin_memory=False", HYBRID),
+    # the alltoall dispatcher sends what a split lists, which is a tensor until it is "on the CPU"
+    Rule(r"torch\.is_tensor\(tensor\) and tensor\.is_cuda", "torch.is_tensor(tensor)", "megatron.core.transformer.moe.moe_utils"),
     # jit_fuser is torch.compile: 10-40 s per function on a CPU
     Rule(r"\nenable_jit_fuser\(\)", "\ndisable_jit_fuser()", "megatron.core.jit"),
 ]
@@ -131,6 +142,13 @@ NO_TRANSFORMER_ENGINE = [
     Rule(r"USING_PYTORCH_OPTIMIZER = True", "USING_PYTORCH_OPTIMIZER = False", "megatron.core.optimizer"),
     Rule(
         r"from torch\.optim import Adam as Adam\b", "from dapo.policy.cpu import AdamW as Adam", "megatron.core.optimizer.distrib_optimizer"
+    ),
+    # the version of none is no number; only the state in main memory gets past the check that comes after
+    Rule(r"if not is_te_min_version\(\"2\.1\.0\"\):", "if True:", "megatron.core.optimizer.optimizer_config"),
+    Rule(
+        r"(?<=except ImportError:\n)    HAVE_TE = False",
+        "    HAVE_TE, te_general_gemm = False, None",
+        "megatron.core.transformer.moe.moe_utils",
     ),
     Rule(r"HAVE_APEX_OR_TE = False", "USING_TE_OPTIMIZER = True  # in its ways", "megatron.core.optimizer.distrib_optimizer"),
 ]

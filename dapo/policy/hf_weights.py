@@ -3,6 +3,7 @@
 Every tensor of the model is named here once. `kind` says how Megatron shards and fuses it:
   whole  the same on every tensor rank          rows  split along dimension 0      columns  split along dimension 1
   qkv    q, k, v interleaved by KV group, rows  pair  gate and up, each split along dimension 0, stacked
+Experts are split among expert ranks, each has whole ones.
 """
 
 from __future__ import annotations
@@ -25,13 +26,22 @@ Kind = Literal["whole", "rows", "columns", "qkv", "pair"]
 
 @dataclass(frozen=True)
 class Entry:
-    """One Megatron parameter and the Hugging Face tensors it holds. `layer` counts over the whole model; None: outside the layers."""
+    """One Megatron parameter and the Hugging Face tensors it holds.
+
+    `layer` and `expert` count over the whole model; None: outside the layers, of no expert. One name stands for all experts.
+    """
 
     megatron: str
     hf: tuple[str, ...]
     kind: Kind
     layer: int | None = None
     stage: Literal["first", "last", "layer"] = "layer"
+    expert: int | None = None
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """Where the tensor lies in that of a checkpoint, whose first dimensions count layers and experts."""
+        return tuple(i for i in (self.layer, self.expert) if i is not None)
 
 
 def table(shape: ModelShape, is_fused: bool) -> list[Entry]:
@@ -42,16 +52,21 @@ def table(shape: ModelShape, is_fused: bool) -> list[Entry]:
     entries = [Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "rows", stage="first")]
     for i in range(shape.num_layers):
         hf, attn, mlp = f"model.layers.{i}.", f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
-        norms = ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight")
-        input_norm, mlp_norm = norms if is_fused else ("input_layernorm.weight", "pre_mlp_layernorm.weight")
+        input_norm = "self_attention.linear_qkv.layer_norm_weight" if is_fused else "input_layernorm.weight"
+        mlp_norm = "mlp.linear_fc1.layer_norm_weight" if is_fused and not shape.num_experts else "pre_mlp_layernorm.weight"
         entries += [
             Entry(input_norm, (hf + "input_layernorm.weight",), "whole", i),
             Entry("self_attention.linear_qkv.weight", tuple(f"{attn}{x}_proj.weight" for x in "qkv"), "qkv", i),
             Entry("self_attention.linear_proj.weight", (attn + "o_proj.weight",), "columns", i),
             Entry(mlp_norm, (hf + "post_attention_layernorm.weight",), "whole", i),
-            Entry("mlp.linear_fc1.weight", (mlp + "gate_proj.weight", mlp + "up_proj.weight"), "pair", i),
-            Entry("mlp.linear_fc2.weight", (mlp + "down_proj.weight",), "columns", i),
         ]
+        if shape.num_experts:
+            entries.append(Entry("mlp.router.weight", (mlp + "gate.weight",), "whole", i))
+        for expert in range(shape.num_experts) or [None]:
+            here, part = (mlp, "mlp.") if expert is None else (f"{mlp}experts.{expert}.", "mlp.experts.experts.")
+            gate_up, down = (here + "gate_proj.weight", here + "up_proj.weight"), (here + "down_proj.weight",)
+            entries.append(Entry(part + "linear_fc1.weight", gate_up, "pair", i, expert=expert))
+            entries.append(Entry(part + "linear_fc2.weight", down, "columns", i, expert=expert))
         if shape.has_qkv_bias:
             entries.append(Entry("self_attention.linear_qkv.bias", tuple(f"{attn}{x}_proj.bias" for x in "qkv"), "qkv", i))
         if shape.has_qk_norm:
@@ -66,14 +81,17 @@ def table(shape: ModelShape, is_fused: bool) -> list[Entry]:
 def hf_shapes(entry: Entry, shape: ModelShape) -> list[tuple[int, ...]]:
     """Shapes of the entry's Hugging Face tensors."""
     h, q, kv = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    ffn = shape.ffn_size if entry.expert is None else shape.expert_ffn_size
     if entry.kind == "qkv":
         return [(n,) if entry.megatron.endswith("bias") else (n, h) for n in (q, kv, kv)]
     if entry.kind == "pair":
-        return [(shape.ffn_size, h)] * 2
+        return [(ffn, h)] * 2
     if entry.kind == "rows":
         return [(shape.vocab_size, h)]
     if entry.kind == "columns":
-        return [(h, q if "linear_proj" in entry.megatron else shape.ffn_size)]
+        return [(h, q if "linear_proj" in entry.megatron else ffn)]
+    if "router" in entry.megatron:
+        return [(shape.num_experts, h)]
     return [(shape.head_dim,) if entry.megatron.endswith(("q_layernorm.weight", "k_layernorm.weight")) else (h,)]
 
 
@@ -121,29 +139,52 @@ class StoredWeights(Protocol):
 
 
 class Weights:
-    """The table against one rank's part of a model: which parameter each entry is here, if any."""
+    """The table against one rank's part of a model: which parameter each entry is here, if any.
 
-    def __init__(self, model: GPTModel, shape: ModelShape):
+    The part is one or more chunks of layers: chunk v of stage p is the whole model's chunk v · stages + p, and the first and last hold
+    what is outside the layers. Parameters bear their chunk's number: "1.decoder.layers.0.…".
+    """
+
+    def __init__(self, chunks: Sequence[GPTModel], shape: ModelShape):
         self.shape, self.entries = shape, table(shape, is_fused=has_transformer_engine())
-        self.params = dict(model.named_parameters())
+        self.params = {f"{i}.{name}": param for i, chunk in enumerate(chunks) for name, param in chunk.named_parameters()}
+        self.num_chunks = len(chunks)
         self.tensor_rank = parallel_state.get_tensor_model_parallel_rank()
         self.tensor_size = parallel_state.get_tensor_model_parallel_world_size()
         self.tensor_group = parallel_state.get_tensor_model_parallel_group()
         self.pipeline_group = parallel_state.get_pipeline_model_parallel_group()
         self.stage = parallel_state.get_pipeline_model_parallel_rank()
         self.num_stages = parallel_state.get_pipeline_model_parallel_world_size()
-        self.layers_per_stage = shape.num_layers // self.num_stages
+        self.layers_per_chunk = shape.num_layers // (self.num_stages * self.num_chunks)
+        self.expert_group = parallel_state.get_expert_model_parallel_group()
+        self.expert_rank = parallel_state.get_expert_model_parallel_rank()
+        self.experts_per_rank = shape.num_experts // parallel_state.get_expert_model_parallel_world_size()
+        self.is_grouped = bool(shape.num_experts) and chunks[0].config.moe_grouped_gemm
+
+    def chunk_of(self, entry: Entry) -> int:
+        """Which of the whole model's chunks holds it."""
+        if entry.layer is None:
+            return 0 if entry.stage == "first" else self.num_stages * self.num_chunks - 1
+        return int(entry.layer // self.layers_per_chunk)
 
     def stage_of(self, entry: Entry) -> int:
-        if entry.layer is None:
-            return 0 if entry.stage == "first" else self.num_stages - 1
-        return int(entry.layer // self.layers_per_stage)
+        return int(self.chunk_of(entry) % self.num_stages)
 
     def local_name(self, entry: Entry) -> str | None:
-        """The parameter's name in this rank's model, None if it lives on another pipeline stage."""
-        if self.stage_of(entry) != self.stage:
+        """The parameter's name in this rank's model, None if it lives on another pipeline stage or expert rank."""
+        if self.stage_of(entry) != self.stage or self.expert_rank_of(entry) not in (None, self.expert_rank):
             return None
-        return entry.megatron if entry.layer is None else f"decoder.layers.{entry.layer % self.layers_per_stage}.{entry.megatron}"
+        layer = "" if entry.layer is None else f"decoder.layers.{entry.layer % self.layers_per_chunk}."
+        name = f"{self.chunk_of(entry) // self.num_stages}.{layer}{entry.megatron}"
+        if entry.expert is None:
+            return name
+        here = entry.expert % self.experts_per_rank
+        if self.is_grouped:
+            return f"{name.replace('.experts.experts.', '.experts.')}{here}"
+        return name.replace(".experts.experts.", f".experts.local_experts.{here}.")
+
+    def expert_rank_of(self, entry: Entry) -> int | None:
+        return None if entry.expert is None else entry.expert // self.experts_per_rank
 
     def load(self, weights: StoredWeights) -> None:
         """Copy stored weights into the model, this rank's part of them.
@@ -157,29 +198,34 @@ class Weights:
             if name is not None:
                 self._copy(entry, name, weights)
                 seen.add(name)
-        if self.shape.is_tied and "output_layer.weight" in self.params:  # the last stage's own copy of the embedding
-            self._copy(self.entries[0], "output_layer.weight", weights)
-            seen.add("output_layer.weight")
+        copy = f"{self.num_chunks - 1}.output_layer.weight"
+        if self.shape.is_tied and copy in self.params:  # the last stage's own copy of the embedding
+            self._copy(self.entries[0], copy, weights)
+            seen.add(copy)
         assert seen == set(self.params), f"parameters outside the name table: {set(self.params) - seen}"
 
     def _copy(self, entry: Entry, name: str, weights: StoredWeights) -> None:
         with torch.no_grad():
-            self.params[name].copy_(to_shard(entry, weights.read(entry), self.shape, self.tensor_rank, self.tensor_size))
+            rank, size = (self.tensor_rank, self.tensor_size) if entry.expert is None else (0, 1)
+            self.params[name].copy_(to_shard(entry, weights.read(entry), self.shape, rank, size))
 
     def export(self, read: Callable[[torch.nn.Parameter], Tensor] = lambda p: p.data) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, full tensor) of the whole model, on every rank, tensor by tensor. Collective: every rank drains it."""
-        sources = dist.get_process_group_ranks(self.pipeline_group)
+        stages, owners = (dist.get_process_group_ranks(group) for group in (self.pipeline_group, self.expert_group))
         for entry in self.entries:
             name = self.local_name(entry)
             if name is not None:
-                tensors = from_shards(entry, self._gather(read(self.params[name]).contiguous()), self.shape)
+                shard = read(self.params[name]).contiguous()
+                tensors = from_shards(entry, self._gather(shard) if entry.expert is None else [shard], self.shape)
             else:
                 like = read(next(iter(self.params.values())))
                 tensors = [torch.empty(size, dtype=like.dtype, device=like.device) for size in hf_shapes(entry, self.shape)]
             for hf_name, tensor in zip(entry.hf, tensors, strict=True):
                 tensor = tensor.contiguous()
+                if (owner := self.expert_rank_of(entry)) is not None and len(owners) > 1 and self.stage_of(entry) == self.stage:
+                    dist.broadcast(tensor, owners[owner], group=self.expert_group)
                 if self.num_stages > 1:
-                    dist.broadcast(tensor, sources[self.stage_of(entry)], group=self.pipeline_group)
+                    dist.broadcast(tensor, stages[self.stage_of(entry)], group=self.pipeline_group)
                 yield hf_name, tensor
 
     def _gather(self, shard: Tensor) -> list[Tensor]:

@@ -1,19 +1,21 @@
 """The two modules that Megatron-core takes from Transformer Engine, in plain torch: norm and packed attention.
 
 With Transformer Engine on a GPU machine its own layers are used and nothing here runs.
-S = sequences, T = packed tokens, h = heads, g = KV heads, d = head size.
+S = sequences, T = packed tokens (of one context rank), h = heads, g = KV heads, d = head size.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -41,37 +43,84 @@ class RMSNorm(torch.nn.Module):
 
 
 class PackedAttention(MegatronModule):  # type: ignore[misc]
-    """Causal attention within each packed sequence; grouped KV heads. The constructor is that of Transformer Engine's module."""
+    """Causal attention within each packed sequence; grouped KV heads. The constructor is that of Transformer Engine's module.
+
+    Context ranks share each sequence in the zig-zag of batch.share: every rank gathers all keys and values, attends from its own tokens,
+    and the gradients of keys and values go back summed to the rank whose tokens they are.
+    """
 
     def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: Any, attention_type: str,
-                 softmax_scale: float | None = None, **_: Any):  # fmt: skip
+                 pg_collection: ProcessGroupCollection, softmax_scale: float | None = None, **_: Any):  # fmt: skip
         super().__init__(config=config)
         self.scale = softmax_scale
+        self.context = pg_collection.cp
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
                 packed_seq_params: PackedSeqParams, **_: Any) -> Tensor:  # fmt: skip
         """query [T, h, d], key and value [T, g, d] → [T, h·d]."""
         has_kernel = query.is_cuda and query.dtype != torch.float32  # torch's flash attention for packed sequences
-        attend = self._varlen if has_kernel else self._padded
-        return attend(query, key, value, packed_seq_params).flatten(1)
+        if self.context.size() > 1:
+            both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=1), group=self.context)  # [context·T, 2g, d]
+            runs = key_runs(packed_seq_params.cu_seqlens_q, len(query), self.context.rank(), self.context.size())
+            key, value = (x[runs.places] for x in both.chunk(2, dim=1))
+            attend = self._varlen if has_kernel else self._run_by_run
+            return attend(query, key, value, runs.queries, runs.keys, packed_seq_params.max_seqlen_q).flatten(1)
+        cu, longest = packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q
+        return (self._varlen(query, key, value, cu, cu, longest) if has_kernel else self._padded(query, key, value, cu)).flatten(1)
 
-    def _varlen(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
+    def _varlen(self, query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, longest: int) -> Tensor:
+        """Run i: queries queries[i] : queries[i + 1] see keys keys[i] : keys[i + 1], the last one all of them, the one before it …"""
         from torch.nn.attention.varlen import varlen_attn
 
         repeat = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-        cu, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-        return varlen_attn(query, key, value, cu, cu, longest, longest, scale=self.scale, window_size=(-1, 0))  # type: ignore[return-value]
+        return varlen_attn(query, key, value, queries, keys, longest, longest, scale=self.scale, window_size=(-1, 0))  # type: ignore[return-value]
 
-    def _padded(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
+    def _run_by_run(self, query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, _: int) -> Tensor:
+        """As `_varlen`, where there is no kernel for it: queries padded in front, and so no mask of queries × keys is ever held."""
+        parts = []
+        sizes = queries.diff().tolist(), keys.diff().tolist()
+        for q, k, v in zip(query.split(sizes[0]), key.split(sizes[1]), value.split(sizes[1]), strict=True):
+            padding = len(k) - len(q)
+            q, k, v = (x.transpose(0, 1)[None] for x in (F.pad(q, (0, 0, 0, 0, padding, 0)), k, v))
+            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
+            parts.append(o[0].transpose(0, 1)[padding:])
+        return torch.cat(parts)
+
+    def _padded(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Sequences of like length together, padded on the right, where causality hides the padding."""
-        parts, batches = [], padded_batches(tuple(packed.cu_seqlens_q.tolist()), query.device)
+        parts, batches = [], padded_batches(tuple(cu_seqlens.tolist()), query.device)
         for places, is_real in batches:
             q, k, v = (x[places].transpose(1, 2) for x in (query, key, value))  # [S, h or g, longest, d]
             o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
             parts.append(o.transpose(1, 2)[is_real])
         order = torch.cat([places[is_real] for places, is_real in batches])  # where each computed row belongs in the pack
         return torch.cat(parts)[order.argsort()]
+
+
+class Runs(NamedTuple):
+    """A context rank's two chunks of each sequence, each a run of queries, and the keys up to its end."""
+
+    queries: Tensor  # int32 [2S + 1]: run i of this rank's tokens is queries[i] : queries[i + 1]
+    keys: Tensor  # int32 [2S + 1]: its keys are keys[i] : keys[i + 1]
+    places: Tensor  # int64 [keys[-1]]: of each key, where it lies among the tokens of all context ranks, rank after rank
+
+
+@functools.lru_cache(maxsize=16)
+def key_runs(cu_seqlens: Tensor, num_tokens: int, rank: int, context: int) -> Runs:
+    """What `rank` of `context` attends to, for the zig-zag of batch.share. `num_tokens`: T. Never waits for the device."""
+    sizes = cu_seqlens.diff() // (2 * context)  # [S], of a chunk
+    ends = torch.tensor([rank + 1, 2 * context - rank], device=sizes.device, dtype=sizes.dtype)
+    lengths = sizes[:, None].expand(-1, 2), sizes[:, None] * ends  # [S, 2]
+    queries, keys = (F.pad(x.flatten().cumsum(0, dtype=torch.int32), (1, 0)) for x in lengths)
+    num_keys = num_tokens // 2 * (2 * context + 1)
+    run = torch.repeat_interleave(torch.arange(len(keys) - 1, device=keys.device), keys.diff(), output_size=num_keys)
+    size, start = sizes[run // 2], cu_seqlens[run // 2] // context  # of the key's sequence: its chunks, its beginning on every rank
+    step = torch.arange(num_keys, device=keys.device) - keys[run]
+    chunk = step // size
+    is_late = chunk >= context
+    owner = torch.where(is_late, 2 * context - 1 - chunk, chunk)
+    return Runs(queries, keys, owner * num_tokens + start + is_late * size + step % size)
 
 
 @functools.lru_cache(maxsize=16)
@@ -97,9 +146,12 @@ def padded_batches(cu_seqlens: tuple[int, ...], device: torch.device) -> list[tu
 
 def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> ModuleSpec | TransformerBlockSubmodules:
     """Megatron's layers with Transformer Engine where there is one, else with the modules above."""
+    experts = dict(num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm)
     if has_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm, **experts)
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm", **experts)
+    if config.num_moe_experts:  # Transformer Engine keeps this norm apart from experts, and so do checkpoints
+        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention

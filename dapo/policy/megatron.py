@@ -1,6 +1,6 @@
 """π_θ on Megatron-core: build it, score with it, update it, read its weights, save and load it.
 
-T = packed tokens of a microbatch (T/tp of them on a rank under sequence parallelism), H = hidden size, V = vocabulary.
+T = packed tokens of a microbatch on a context rank (T/tp of them on a rank under sequence parallelism), H = hidden size, V = vocabulary.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from dapo_kernels import linear_logprobs, linear_policy_loss
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -26,12 +27,13 @@ from torch import Tensor
 
 from dapo.batch import Batch, Microbatch, Place
 from dapo.clock import beat, timed
-from dapo.config import Config
-from dapo.dump import Trace
+from dapo.config import Config, ConfigError
+from dapo.dump import Trace, blank
 from dapo.mesh import Mesh
 from dapo.policy import torch_dist, weight_files
 from dapo.policy.hf_weights import Weights
-from dapo.policy.model import build_model, split_passthrough, transformer_config
+from dapo.policy.layout import initialize_megatron, interleaved
+from dapo.policy.model import build_model, optimizer_config, split_passthrough, transformer_config
 from dapo.shape import read_shape
 
 
@@ -67,39 +69,29 @@ class Policy:
         self.config, self.mesh = config, mesh
         self.shape = read_shape(config.policy.model)
         self.transformer = transformer_config(self.shape, config)
-        parallel_state.initialize_model_parallel(config.parallel.tensor, config.parallel.pipeline)
-        assert parallel_state.get_data_parallel_rank() == mesh.data_rank, "mesh and Megatron disagree on who holds which data"
+        optimizer = optimizer_config(config, self.transformer)
+        initialize_megatron(config.parallel)
+        assert parallel_state.get_data_parallel_rank(with_context_parallel=True) == mesh.share, "mesh and Megatron disagree on the ranks"
         model_parallel_cuda_manual_seed(config.run.seed)
         self.tensor_group = parallel_state.get_tensor_model_parallel_group()
         self.is_last_stage = parallel_state.is_pipeline_last_stage()
         self.reports = self.is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0  # metrics are summed over these ranks
 
-        _, optimizer_fields, ddp_fields = split_passthrough(config.policy.megatron)
-        self._module = model = build_model(self.shape, self.transformer).to(mesh.device)
-        self._weights = Weights(model, self.shape)
+        _, _, ddp_fields = split_passthrough(config.policy.megatron)
+        self.chunks = [chunk.to(mesh.device) for chunk in build_model(self.shape, self.transformer)]
+        self._weights = Weights(self.chunks, self.shape)
         self._weights.load(weight_files.open_weights(config.policy.model, self.shape))
-        ddp = dict(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-        self.model = DistributedDataParallel(
-            self.transformer,
-            DistributedDataParallelConfig(**ddp | ddp_fields),
-            Float16Module(self.transformer, model) if self.transformer.bf16 else model,
-        )
-        optim = dict(
-            optimizer="adam",
-            lr=config.optim.lr,
-            weight_decay=config.optim.weight_decay,
-            adam_beta1=config.optim.betas[0],
-            adam_beta2=config.optim.betas[1],
-            clip_grad=config.optim.clip_grad,
-            bf16=self.transformer.bf16,
-            params_dtype=self.transformer.params_dtype,
-            use_distributed_optimizer=True,
-        )
-        self.optimizer = get_megatron_optimizer(OptimizerConfig(**optim | optimizer_fields), [self.model])
+        ddp = DistributedDataParallelConfig(**dict(use_distributed_optimizer=True, grad_reduce_in_fp32=True) | ddp_fields)
+        self.models = [
+            DistributedDataParallel(self.transformer, ddp, Float16Module(self.transformer, chunk) if self.transformer.bf16 else chunk)
+            for chunk in self.chunks
+        ]
+        self.optimizer = get_megatron_optimizer(optimizer, self.models)
         self.scheduler = self._make_scheduler()
         self.transformer.finalize_model_grads_func = finalize_model_grads
         self.transformer.grad_scale_func = self.optimizer.scale_loss
-        self.transformer.no_sync_func = self.model.no_sync if self.model.ddp_config.overlap_grad_reduce else None
+        no_sync = [model.no_sync for model in self.models]
+        self.transformer.no_sync_func = (no_sync if len(no_sync) > 1 else no_sync[0]) if ddp.overlap_grad_reduce else None
         self._on_device: dict[int, _Tensors] = {}
         self._traces: dict[tuple[int, int], Trace] = {}  # by (group, index), where this rank reports
 
@@ -160,7 +152,8 @@ class Policy:
 
     def backward(self, minibatch: list[Microbatch]) -> dict[str, float]:
         """Gradients of the minibatch's loss, summed over microbatches and data-parallel ranks; its metrics, means over response tokens."""
-        self.model.zero_grad_buffer()
+        for model in self.models:
+            model.zero_grad_buffer()
         self.optimizer.zero_grad()
         work = [self._on_device[id(microbatch)] for microbatch in minibatch]
         sums = sum(self._run(work, self._loss, forward_only=False), start=torch.zeros(len(SUMS), dtype=torch.float64))
@@ -206,12 +199,23 @@ class Policy:
         return torch_dist.Save(self._sharded_state(is_loading=False), directory)
 
     def load(self, directory: Path) -> None:
+        """Restore what `save` planned, in this layout or another.
+
+        Raises:
+            ConfigError: a parameter holds NaN or infinite values.
+        """
+        now = [{key: group[key] for key in SETTINGS} for group in self.optimizer.param_groups]
         state = dist_checkpointing.load(self._sharded_state(is_loading=True), str(directory))
-        self._module.load_state_dict(state["model"])
+        for i, chunk in enumerate(self.chunks):
+            chunk.load_state_dict(state["model"][f"chunk{i}"])
         with torch.no_grad():
             self.optimizer.load_state_dict(state["optimizer"])
+        for group, settings in zip(self.optimizer.param_groups, now, strict=True):
+            group.update(settings)  # what the config says now, not what it said then
         self.scheduler.num_steps = 0
         self.scheduler.step(state["num_updates"])
+        broken = [name for chunk in self.chunks for name, param in chunk.named_parameters() if not param.isfinite().all()]
+        self.mesh.on_main(_refuse_broken, directory, self.mesh.gather(broken))
 
     def _make_scheduler(self) -> OptimizerParamScheduler:
         optim = self.config.optim
@@ -234,14 +238,15 @@ class Policy:
         # fully_reshardable: the optimizer's state can be loaded into another layout
         metadata = {
             "distrib_optim_sharding_type": "fully_reshardable",
+            "chained_optim_avoid_prefix": True,  # experts have an optimizer of their own; the state's names are those of the parameters
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         }
-        model = self._module.sharded_state_dict(metadata=metadata)
+        model = {f"chunk{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(self.chunks)}
         if not is_loading:
             for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
-                part.init_state_fn(part.optimizer, part.config)  # before the first update there are no moments, and saving wants them
+                _begin_state(part)
         optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
-        return {"model": model, "optimizer": optimizer, "num_updates": self.scheduler.num_steps}
+        return {"model": model, "optimizer": _without_classes(optimizer), "num_updates": self.scheduler.num_steps}
 
     def _run(self, work: list[_Tensors], finish: Any, forward_only: bool) -> list[Any]:
         """Megatron's pipeline schedule over the microbatches. Returns what `finish` reported for each, on the last stage; else nothing."""
@@ -256,16 +261,23 @@ class Policy:
 
         return get_forward_backward_func()(  # type: ignore[no-any-return]
             forward_step_func=forward_step,
-            data_iterator=iter(work),
-            model=self.model,
+            data_iterator=[iter(work) for _ in self.models],
+            model=self.models,
             num_microbatches=len(work),
             seq_length=work[0].tokens.shape[1],  # not used: lengths travel with the activations
             micro_batch_size=1,
             forward_only=forward_only,
+            **self._schedule_options([tensors.tokens.shape[1] for tensors in work]),
         )
 
+    def _schedule_options(self, lengths: list[int]) -> dict[str, Any]:
+        if len(self.models) == 1:
+            return {}
+        split = self.config.parallel.tensor if self.transformer.sequence_parallel else 1
+        return interleaved(self.transformer, [length // split for length in lengths])
+
     def _score(self, tensors: _Tensors, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logprobs = linear_logprobs(hidden, self._module.head, tensors.targets, tensors.mask, **self._head_options)
+        logprobs = linear_logprobs(hidden, self._head, tensors.targets, tensors.mask, **self._head_options)
         return logprobs.sum(), torch.zeros((), dtype=torch.int, device=hidden.device), logprobs
 
     def _loss(self, tensors: _Tensors, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -273,7 +285,7 @@ class Policy:
         objective = self.config.objective
         out = linear_policy_loss(
             hidden,
-            self._module.head,
+            self._head,
             tensors.targets,
             tensors.old_logprobs,  # type: ignore[arg-type]
             tensors.advantages,
@@ -282,15 +294,18 @@ class Policy:
             clip_high=objective.clip_high,
             weights=tensors.weights,
             dual_clip=objective.dual_clip,
-            weight_grad=self._module.head.main_grad,  # type: ignore[attr-defined]  # the head's gradient is added where Megatron keeps it
+            weight_grad=self._head.main_grad,  # type: ignore[attr-defined]  # the head's gradient is added where Megatron keeps it
             **self._head_options,
         )
         if tensors.dumped and self.reports:
             per_token = [tensors.old_logprobs, out.logprobs, out.clipped_low, out.clipped_high]
             old, new, low, high = torch.stack([x.float() for x in per_token]).cpu().numpy()  # type: ignore[union-attr]
             for place in tensors.dumped:
-                t = place.tokens
-                self._traces[place.group, place.index] = Trace(place.group, place.index, old[t], new[t], low[t] > 0, high[t] > 0)
+                key, t = (place.group, place.index), place.tokens
+                trace = self._traces.setdefault(key, blank(*key, place.length))
+                here = slice(place.start, place.start + t.stop - t.start)
+                trace.old_logprobs[here], trace.logprobs[here] = old[t], new[t]
+                trace.clipped_low[here], trace.clipped_high[here] = low[t] > 0, high[t] > 0
         probability = out.logprobs[tensors.mask].exp()
         high = out.clipped_high[tensors.mask]
         sums = [
@@ -303,6 +318,12 @@ class Policy:
             probability[high].sum(),
         ]
         return out.loss, torch.zeros((), dtype=torch.int, device=hidden.device), torch.stack([s.double() for s in sums]).cpu()
+
+    @property
+    def _head(self) -> torch.nn.Parameter:
+        """The LM head, on the last pipeline stage."""
+        head: torch.nn.Parameter = self.chunks[-1].head
+        return head
 
     @property
     def _head_options(self) -> dict[str, Any]:
@@ -335,6 +356,33 @@ class Policy:
             dumped=microbatch.dumped,
         )
 
+
+def _begin_state(optimizer: Any) -> None:
+    """Moments of 0 where there are none yet: before the first update there are none, and saving wants them."""
+    if not isinstance(optimizer.optimizer, HybridDeviceOptimizer):
+        optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
+        return
+    for part in optimizer.optimizer.sub_optimizers:
+        for p in (p for group in part.param_groups for p in group["params"] if not part.state[p]):
+            part.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    optimizer.optimizer._sync_sub_optimizers_state_to_hdo()
+
+
+def _without_classes(state: Any) -> Any:
+    """Without what Megatron's own loading refuses: the groups of an optimizer in main memory name the optimizers that it is made of."""
+    if isinstance(state, dict):
+        return {key: _without_classes(value) for key, value in state.items() if not isinstance(value, type)}
+    return [_without_classes(value) for value in state] if isinstance(state, list) else state
+
+
+def _refuse_broken(directory: Path, names: list[list[str]]) -> None:
+    if broken := [name for of_rank in names for name in of_rank]:
+        raise ConfigError(
+            f"{directory}: {len(broken)} parameters hold NaN or infinite values, first {broken[0]}: use an earlier checkpoint"
+        )
+
+
+SETTINGS = ("max_lr", "min_lr", "betas", "eps")  # of the optimizer's groups; the scheduler sets lr and weight_decay
 
 # what one microbatch adds up over its response tokens, in this order
 SUMS = ("tokens", "loss", "entropy", "probability", "clipped_low", "clipped_high", "clipped_high_probability")

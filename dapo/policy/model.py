@@ -14,6 +14,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dapo.config import Config, ConfigError, nearest
+from dapo.policy.cpu import has_transformer_engine
 from dapo.policy.layers import layer_spec
 from dapo.policy.rope import inverse_frequencies, softmax_scale
 from dapo.shape import ModelShape, check_layout, padded_vocab
@@ -35,7 +36,7 @@ def split_passthrough(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str
 
 def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
     """Raises ConfigError: heads, KV heads or layers do not divide by the layout, or Megatron refuses a passed-through field."""
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    tensor, pipeline, virtual = config.parallel.tensor, config.parallel.pipeline, config.parallel.virtual_pipeline
     check_layout(shape, config)
     passed, _, _ = split_passthrough(config.policy.megatron)
     dtype = getattr(torch, config.policy.dtype)
@@ -60,13 +61,15 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         tensor_model_parallel_size=tensor,
         sequence_parallel=tensor > 1,
         pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        context_parallel_size=config.parallel.context,
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         calculate_per_token_loss=True,  # the loss is a sum over tokens: Megatron must divide by nothing
-        variable_seq_lengths=True,  # packed microbatches differ in length
         moe_token_dispatcher_type="alltoall",  # what variable_seq_lengths insists on, dense models included
-        batch_p2p_comm=False,
+        batch_p2p_comm=False,  # between two stages that take turns, batched sends in both directions are swapped
+        overlap_p2p_comm=False,
         use_cpu_initialization=not has_cuda,
         # the weights are loaded; but Megatron marks a parameter as tensor-parallel while it initialises it, and unmarked ones are missing
         # from the gradient norm: so initialise, with functions that do nothing
@@ -81,9 +84,45 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         apply_rope_fusion=False,
         persist_layer_norm=False,
     )
+    if shape.num_experts:
+        fields |= dict(
+            num_moe_experts=shape.num_experts,
+            moe_ffn_hidden_size=shape.expert_ffn_size,
+            moe_router_topk=shape.experts_per_token,
+            moe_router_pre_softmax=not shape.is_expert_sum_one,  # softmax over all experts; or over the chosen ones, whose weights sum to 1
+            moe_router_load_balancing_type="none",
+            moe_router_dtype="fp32",
+            moe_grouped_gemm=has_transformer_engine(),
+            expert_model_parallel_size=config.parallel.expert,
+            expert_tensor_parallel_size=1,
+        )
+    # Megatron refuses unlike lengths for allgather, which gathers as many tokens from every rank. batch.py makes them alike within a group
+    fields["variable_seq_lengths"] = passed.get("moe_token_dispatcher_type") != "allgather"
     try:
-        return TransformerConfig(**fields | passed)
+        made = TransformerConfig(**fields | passed)
+        made.variable_seq_lengths = True  # packed microbatches differ in length
+        return made
     except (ValueError, AssertionError, TypeError) as error:
+        raise ConfigError(f"policy.megatron={config.policy.megatron}: Megatron refuses it: {error}") from error
+
+
+def optimizer_config(config: Config, transformer: TransformerConfig) -> OptimizerConfig:
+    """Raises ConfigError: Megatron refuses a passed-through field."""
+    _, passed, _ = split_passthrough(config.policy.megatron)
+    fields = dict(
+        optimizer="adam",
+        lr=config.optim.lr,
+        weight_decay=config.optim.weight_decay,
+        adam_beta1=config.optim.betas[0],
+        adam_beta2=config.optim.betas[1],
+        clip_grad=config.optim.clip_grad,
+        bf16=transformer.bf16,
+        params_dtype=transformer.params_dtype,
+        use_distributed_optimizer=True,
+    )
+    try:
+        return OptimizerConfig(**fields | passed)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"policy.megatron={config.policy.megatron}: Megatron refuses it: {error}") from error
 
 
@@ -106,19 +145,28 @@ class HeadlessGPTModel(GPTModel):  # type: ignore[misc]
         return head
 
 
-def build_model(shape: ModelShape, config: TransformerConfig) -> HeadlessGPTModel:
-    """This rank's part of the model, with uninitialised weights."""
+def build_model(shape: ModelShape, config: TransformerConfig) -> list[HeadlessGPTModel]:
+    """This rank's part of the model, with uninitialised weights: a chunk of layers for each virtual pipeline stage, or all in one."""
+    num_chunks = config.virtual_pipeline_model_parallel_size
+    return [_build_chunk(shape, config, chunk) for chunk in (range(num_chunks) if num_chunks else [None])]
+
+
+def _build_chunk(shape: ModelShape, config: TransformerConfig, chunk: int | None) -> HeadlessGPTModel:
     model = HeadlessGPTModel(
         config,
-        layer_spec(config),
+        layer_spec(config, vp_stage=chunk),
         vocab_size=padded_vocab(shape, config.tensor_model_parallel_size),
         max_sequence_length=2**20,  # used by learned position embeddings only
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
+        vp_stage=chunk,
         parallel_output=True,  # logits stay sharded over the vocabulary
         share_embeddings_and_output_weights=shape.is_tied,
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
     )
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:  # Megatron marks them where expert > 1; but tensor ranks too see other tokens each, with whole experts
+            parameter.allreduce = False
     model.rotary_pos_emb.inv_freq = inverse_frequencies(shape)  # Megatron knows one kind of llama3's and another softmax for yarn's
     return model

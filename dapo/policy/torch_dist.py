@@ -6,6 +6,7 @@ common.pt and metadata.json (what is no tensor, and which format this is).
 
 from __future__ import annotations
 
+import functools
 import mmap
 import pickle
 import zipfile
@@ -168,25 +169,29 @@ class Reader:
     def dtype(self, name: str) -> torch.dtype:
         return self._metadata.state_dict_metadata[name].properties.dtype  # type: ignore[union-attr]
 
-    def read(self, name: str, layer: int | None = None) -> Tensor:
-        """The whole tensor, or of one whose first dimension counts layers, that layer's.
+    def read(self, name: str, place: tuple[int, ...] = ()) -> Tensor:
+        """The whole tensor, or of one whose first dimensions count layers (and experts), that layer's (and expert's).
 
         Raises:
             ConfigError: a file is missing, cut short or damaged.
         """
-        chunks = self._metadata.state_dict_metadata[name].chunks  # type: ignore[union-attr]
-        if layer is not None:
-            chunks = [chunk for chunk in chunks if chunk.offsets[0] == layer]
+        chunks = self._by_place(name, len(place))[place]
         parts = [self._chunk(name, chunk) for chunk in chunks]
         if len(parts) == 1:
             whole = parts[0]
         else:
-            size = self.sizes[name] if layer is None else (1, *self.sizes[name][1:])
-            whole = torch.empty(size, dtype=self.dtype(name))
+            whole = torch.empty([1] * len(place) + list(self.sizes[name][len(place) :]), dtype=self.dtype(name))
             for chunk, part in zip(chunks, parts, strict=True):
-                starts = [chunk.offsets[0] - (layer or 0), *chunk.offsets[1:]]
+                starts = [0] * len(place) + list(chunk.offsets[len(place) :])
                 whole[tuple(slice(start, start + n) for start, n in zip(starts, part.shape, strict=True))] = part
-        return whole if layer is None else whole[0]
+        return whole[(0,) * len(place)]
+
+    @functools.cache  # noqa: B019  # as long-lived as the process that converts
+    def _by_place(self, name: str, depth: int) -> dict[tuple[int, ...], list[ChunkStorageMetadata]]:
+        found: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
+        for chunk in self._metadata.state_dict_metadata[name].chunks:  # type: ignore[union-attr]
+            found.setdefault(tuple(chunk.offsets[:depth]), []).append(chunk)
+        return found
 
     def _chunk(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
         """Mapped, not copied: torch.save's archive is not compressed, and keeps a CRC-32 of each tensor, which is checked."""
@@ -248,17 +253,16 @@ class Writer:
         self._metadata: dict[str, Any] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
 
-    def write(self, name: str, tensor: Tensor, layer: int | None = None, num_layers: int = 0) -> None:
-        """The whole tensor, or layer `layer` of one whose first dimension counts `num_layers` layers."""
-        if layer is not None:
-            tensor = tensor[None]
-        offsets = torch.Size([layer or 0, *[0] * (tensor.dim() - 1)])
+    def write(self, name: str, tensor: Tensor, place: tuple[int, ...] = (), counts: tuple[int, ...] = ()) -> None:
+        """The whole tensor, or that of layer (and expert) `place` of one whose first dimensions count `counts` of them."""
+        offsets = torch.Size([*place, *[0] * tensor.dim()])
+        size = torch.Size([*counts, *tensor.shape])
+        tensor = tensor[(None,) * len(place)]
         if self._file and self._file.tell() + tensor.nbytes > self.file_bytes:
             self._next_file()
         self._file = self._file or SummedFile(self.directory / self._name)
         start = self._file.tell()
         torch.save(_on_cpu(tensor), self._file)  # type: ignore[arg-type]
-        size = tensor.shape if layer is None else torch.Size([num_layers, *tensor.shape[1:]])
         known = self._metadata.setdefault(name, TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), size, []))
         known.chunks.append(ChunkStorageMetadata(offsets, tensor.shape))
         self._places[MetadataIndex(name, offsets)] = _StorageInfo(self._name, start, self._file.tell() - start)

@@ -64,31 +64,36 @@ class MegatronWeights:
         if damage := files.file_damage(directory, name, files.read_manifest(directory)["files"].get(name, (0, 0))):
             raise ConfigError(f"{directory}: damaged: {damage}")
         self._reader = torch_dist.Reader(directory / "policy")
-        sizes = {name: size for name, size in self._reader.sizes.items() if not name.startswith("optimizer.")}
+        self.optimizer_sizes = {name: size for name, size in self._reader.sizes.items() if name.startswith("optimizer.")}
+        self.sizes = sizes = {name: size for name, size in self._reader.sizes.items() if name not in self.optimizer_sizes}
         self._entries = {entry.hf: entry for entry in table(shape, is_fused=True)}
         expected = {_key(entry): entry for entry in self._entries.values()}
         _check_names(directory, set(sizes), set(expected), allowed=set())
         for key, entry in expected.items():
-            size = list(sizes[key])[entry.layer is not None :]
+            counts = _counts(entry, shape)
+            size = list(sizes[key])[len(counts) :]
             wanted = _megatron_size(entry, shape)
             if entry.kind == "rows":  # padded for its layout
                 wanted[0] = max(size[0], shape.vocab_size)
-            if size != wanted or (entry.layer is not None and sizes[key][0] != shape.num_layers):
-                raise ConfigError(
-                    f"{directory}: tensor {key} has shape {sizes[key]}, the model's config.json means {tuple(wanted)} each layer"
-                )
+            if (*counts, *wanted) != (*sizes[key][: len(counts)], *size):
+                raise ConfigError(f"{directory}: tensor {key} has shape {sizes[key]}, the model's config.json means {(*counts, *wanted)}")
         self.dtype = self._reader.dtype("embedding.word_embeddings.weight")
 
     def read(self, entry: Entry) -> list[Tensor]:
         """See StoredWeights."""
         entry = self._entries[entry.hf]  # under the name that checkpoints use
-        tensors = from_shards(entry, [self._reader.read(_key(entry), entry.layer)], self.shape)
+        tensors = from_shards(entry, [self._reader.read(_key(entry), entry.place)], self.shape)
         return _checked(self.directory, entry, tensors, self.shape)
 
 
 def _key(entry: Entry) -> str:
-    """The tensor's name in a checkpoint, where one tensor holds all layers."""
+    """The tensor's name in a checkpoint, where one tensor holds all layers, and all their experts."""
     return entry.megatron if entry.layer is None else f"decoder.layers.{entry.megatron}"
+
+
+def _counts(entry: Entry, shape: ModelShape) -> tuple[int, ...]:
+    """First dimensions of that tensor."""
+    return (shape.num_layers, shape.num_experts)[: len(entry.place)]
 
 
 def _megatron_size(entry: Entry, shape: ModelShape) -> list[int]:
@@ -158,6 +163,24 @@ def check_model(directory: Path, shape: ModelShape) -> None:
     differences = [f"{name}={there[name]!r} there, {here[name]!r} here" for name in here if name in there and there[name] != here[name]]
     if differences:
         raise ConfigError(f"{directory} is a checkpoint of another model: {'; '.join(differences)}")
+
+
+def check_checkpoint(directory: Path, shape: ModelShape) -> None:
+    """Is there what a run of this model goes on from, weights and optimizer, every tensor of the right shape? Reads none of them.
+
+    Raises:
+        ConfigError: it is of another model; a tensor is missing, of another shape, or has no place in this architecture.
+    """
+    weights = MegatronWeights(directory, shape)
+    for part in ("param", "exp_avg", "exp_avg_sq"):
+        for key, size in weights.sizes.items():
+            name = f"optimizer.state.{part}.{key}"
+            if name not in weights.optimizer_sizes:
+                raise ConfigError(
+                    f"{directory}: tensor {name} is missing: no run can go on from there; policy.model={directory} starts one"
+                )
+            if weights.optimizer_sizes[name] != size:
+                raise ConfigError(f"{directory}: tensor {name} has shape {weights.optimizer_sizes[name]}, the parameter has {size}")
 
 
 def hf_tensors(weights: StoredWeights, shape: ModelShape, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -241,7 +264,7 @@ def save_megatron(
         (partial / "policy").mkdir()
         writer = torch_dist.Writer(partial / "policy", shard_bytes)
         for entry, tensor in ahead((e, to_shard(e, weights.read(e), shape, 0, 1).to(dtype)) for e in entries):
-            writer.write(_key(entry), tensor, entry.layer, shape.num_layers)
+            writer.write(_key(entry), tensor, entry.place, _counts(entry, shape))
         writer.close()
         files.write_manifest(partial, {f"policy/{name}": s for name, s in writer.sums.items()}, {"model": asdict(shape)})
 

@@ -56,10 +56,10 @@ HOSTILE = {
 @pytest.mark.parametrize("gold", ["34", r"\frac{1}{2}"])
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_answer_is_wrong_and_costs_time_in_proportion_to_its_length(name, gold):
-    start = time.perf_counter()
+    start = time.process_time()
     assert not is_correct("Answer: " + HOSTILE[name], gold)
     assert not is_correct(HOSTILE[name], gold)
-    assert time.perf_counter() - start < 4
+    assert time.process_time() - start < 20, "in proportion to the square of its length it would be hours"
 
 
 def test_a_million_digits_are_compared_exactly():

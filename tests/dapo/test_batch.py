@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from dapo.batch import ATTENTION_SPAN, pack, plan
+from dapo.dump import blank, merged
 from tests.conftest import make_config, make_group
 
 
@@ -216,6 +217,106 @@ def test_filtered_samples_stay_in_the_batch_and_weigh_nothing(tmp_path):
     [[m]] = batch.minibatches
     assert m.mask.sum() == 37 and m.weights[m.mask].sum() == pytest.approx(1)
     assert np.count_nonzero(m.weights) == 5
+
+
+# context ranks
+
+
+def shares_of(tmp_path, context, *overrides, num_ranks=1, num_groups=6):
+    """[data rank][update][microbatch][context rank], and beside it the same unshared."""
+    layout = [f"parallel.context={context}", "policy.tokens_per_microbatch=96", "rollout.dump_share=1", *overrides]
+    batches = plan(random_groups(num_groups), make_config(tmp_path, *layout), num_ranks, {})
+    assert len(batches) == num_ranks * context
+    return [
+        [list(zip(*minibatches, strict=True)) for minibatches in zip(*(b.minibatches for b in batches[i : i + context]), strict=True)]
+        for i in range(0, len(batches), context)
+    ]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("context", [2, 3, 4])
+def test_context_ranks_share_each_sequence_in_a_zig_zag_of_equal_parts(tmp_path, context, tensor, num_ranks):
+    for minibatches in shares_of(tmp_path, context, f"parallel.tensor={tensor}", num_ranks=num_ranks):
+        for parts in (parts for minibatch in minibatches for parts in minibatch):
+            assert len({len(part.tokens) for part in parts}) == 1 and len(parts[0].tokens) % tensor == 0
+            assert all(np.array_equal(part.cu_seqlens, parts[0].cu_seqlens) for part in parts)
+            for start, end in sequences_of(parts[0]):
+                size = (end - start) // (2 * context)
+                assert size * 2 * context == end - start
+                for rank, part in enumerate(parts):
+                    mine = part.positions[start // context : end // context]
+                    chunks = [np.arange(k * size, (k + 1) * size) for k in (rank, 2 * context - 1 - rank)]
+                    assert np.array_equal(mine, np.concatenate(chunks))
+
+
+@pytest.mark.parametrize("context", [2, 3])
+def test_a_token_keeps_its_target_across_the_edge_of_a_chunk(tmp_path, context):
+    groups = {s.tokens.tobytes(): g.prompt for g in random_groups(6) for s in g.samples}
+    for [minibatch] in [
+        m for m in shares_of(tmp_path, context, "optim.prompts_per_minibatch=4", "rollout.prompts_per_step=4", num_groups=4)
+    ]:
+        for parts in minibatch:
+            for start, end in sequences_of(parts[0]):
+                here = slice(start // context, end // context)
+                order = np.concatenate([part.positions[here] for part in parts]).argsort()
+                whole = {name: np.concatenate([getattr(p, name)[here] for p in parts])[order] for name in ("tokens", "targets", "mask")}
+                response = whole["targets"][whole["mask"]]
+                if len(response):
+                    prompt = groups[response.astype(np.int32).tobytes()]
+                    fed = np.concatenate([prompt.tokens, response])
+                    assert np.array_equal(whole["tokens"][: len(fed) - 1], fed[:-1])
+                    assert not whole["mask"][len(fed) - 1 :].any()
+
+
+@pytest.mark.parametrize("context", [2, 4])
+@pytest.mark.parametrize("normaliser", ["token_mean", "sample_mean"])
+def test_context_ranks_together_weigh_what_one_weighs(tmp_path, normaliser, context):
+    objective = f"objective.normaliser={normaliser}"
+    groups = random_groups(5, longest=30)
+    expected = sums_of_updates(plan(groups, make_config(tmp_path, objective), 1, {}))
+    split = make_config(tmp_path, objective, f"parallel.context={context}", "parallel.tensor=2")
+    assert sums_of_updates(plan(groups, split, 2, {})) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("context", [2, 3])
+def test_the_places_of_a_sample_on_all_context_ranks_hold_its_tokens_once(tmp_path, context):
+    placed: dict = {}
+    for m in (m for minibatches in shares_of(tmp_path, context) for minibatch in minibatches for parts in minibatch for m in parts):
+        for place in m.dumped:
+            tokens = placed.setdefault((place.group, place.index), np.full(place.length, -1))
+            here = slice(place.start, place.start + place.tokens.stop - place.tokens.start)
+            assert (tokens[here] == -1).all()
+            tokens[here] = m.targets[place.tokens]
+    assert {key: tokens.tolist() for key, tokens in placed.items()} == {
+        (s.group, s.index): s.tokens.tolist() for group in random_groups(6) for s in group.samples
+    }
+
+
+def test_a_pack_of_no_sequences_is_shared_too(tmp_path):
+    config = make_config(tmp_path, "parallel.context=2", "parallel.tensor=2")
+    batches = plan(random_groups(1), config, 4, {})
+    assert {len(m.tokens) for batch in batches[4:] for [m] in batch.minibatches} == {4}
+    assert not any(m.mask.any() for batch in batches[4:] for [m] in batch.minibatches)
+
+
+def test_traces_of_context_ranks_are_one_trace():
+    parts = [blank(3, 1, 5), blank(3, 1, 5), blank(3, 0, 2)]
+    parts[0].logprobs[:2], parts[1].logprobs[2:] = [-1, -2], [-3, -4, -5]
+    parts[1].clipped_low[4] = True
+    whole, other = merged(parts)
+    assert whole.logprobs.tolist() == [-1, -2, -3, -4, -5] and whole.clipped_low.tolist() == [False] * 4 + [True]
+    assert (whole.group, whole.index, other.index) == (3, 1, 0)
+
+
+# chunks that take turns
+
+
+@pytest.mark.parametrize(("virtual", "multiple"), [(1, 1), (2, 3)])
+def test_an_update_has_microbatches_in_groups_of_the_stages_where_chunks_take_turns(tmp_path, virtual, multiple):
+    config = make_config(tmp_path, "parallel.pipeline=3", f"parallel.virtual_pipeline={virtual}")
+    counts = {len(minibatch) for batch in plan(random_groups(9), config, 2, {}) for minibatch in batch.minibatches}
+    assert all(count % multiple == 0 for count in counts) and (virtual > 1 or any(count % 3 for count in counts))
 
 
 # dumped samples

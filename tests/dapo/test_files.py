@@ -93,3 +93,19 @@ def test_a_file_that_the_disk_begins_early_with_is_whole_and_its_sum_right(tmp_p
     assert (tmp_path / "file").read_bytes() == data
     assert file.sum == files.sum_of(tmp_path / "file")
     assert begun == [(start, 1200) for start in range(0, 9600, 1200)]  # end to end, each once
+
+
+def test_a_small_file_that_cannot_be_rewritten_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files.write_text(tmp_path / "file", "old")
+    seen = []
+
+    def killed(self: Path, target: Path) -> None:
+        seen.append((tmp_path / "file").read_text())
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "rename", killed)
+        files.write_text(tmp_path / "file", "new and longer")
+    assert seen == ["old"] and (tmp_path / "file").read_text() == "old"
+    files.write_text(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "new"

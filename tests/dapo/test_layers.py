@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dapo.policy.layers import MAX_PADDING, PackedAttention, RMSNorm, padded_batches
+from dapo.batch import Microbatch, share
+from dapo.policy.layers import MAX_PADDING, PackedAttention, RMSNorm, key_runs, padded_batches
 from tests.conftest import attend
 
 CPU = torch.device("cpu")
@@ -21,10 +22,10 @@ def test_each_sequence_attends_to_itself_only(lengths: list[int]) -> None:
     torch.manual_seed(0)
     attention = PackedAttention.__new__(PackedAttention)
     torch.nn.Module.__init__(attention)
-    attention.scale = None
+    attention.scale, attention.context = None, SimpleNamespace(size=lambda: 1)
     total = sum(lengths)
     query, key, value = (torch.randn(total, h, 8, requires_grad=True) for h in (4, 2, 2))
-    packed = SimpleNamespace(cu_seqlens_q=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32))
+    packed = SimpleNamespace(cu_seqlens_q=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32), max_seqlen_q=max(lengths))
     out = attention(query, key, value, None, packed_seq_params=packed)
     expected = torch.cat([attend(*parts) for parts in zip(*(x.split(lengths) for x in (query, key, value)), strict=True)])
     torch.testing.assert_close(out, expected)
@@ -33,6 +34,31 @@ def test_each_sequence_attends_to_itself_only(lengths: list[int]) -> None:
     theirs = torch.autograd.grad((expected * direction).sum(), (query, key, value))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("context", [2, 3, 4])
+@pytest.mark.parametrize("chunks", [[1], [1, 1, 1], [2, 5, 1, 3]])
+def test_context_ranks_together_attend_as_one(context: int, chunks: list[int]) -> None:
+    torch.manual_seed(0)
+    lengths = [2 * context * n for n in chunks]
+    cu_seqlens = np.cumsum([0, *lengths]).astype(np.int32)
+    everything = microbatch_of(np.arange(sum(lengths)), cu_seqlens)
+    shares = [torch.from_numpy(share(everything, rank, context).tokens) for rank in range(context)]
+    query, key, value = (torch.randn(sum(lengths), h, 8) for h in (4, 2, 2))
+    expected = torch.cat([attend(*parts) for parts in zip(*(x.split(lengths) for x in (query, key, value)), strict=True)])
+    attention = PackedAttention.__new__(PackedAttention)
+    torch.nn.Module.__init__(attention)
+    attention.scale = None
+    gathered = torch.cat(shares)
+    for rank, mine in enumerate(shares):
+        runs = key_runs(torch.from_numpy(cu_seqlens), len(mine), rank, context)
+        seen = gathered[runs.places]
+        ours = attention._run_by_run(query[mine], key[seen], value[seen], runs.queries, runs.keys, max(lengths))
+        torch.testing.assert_close(ours.flatten(1), expected[mine])
+
+
+def microbatch_of(tokens: np.ndarray, cu_seqlens: np.ndarray) -> Microbatch:
+    return Microbatch(tokens, *[tokens] * 2, cu_seqlens, *[tokens] * 5)
 
 
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=40))

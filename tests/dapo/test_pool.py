@@ -85,7 +85,7 @@ def test_a_call_that_never_returns_is_wrong_within_the_limit_and_the_others_keep
     score(pool, ["1"])
     start = time.perf_counter()
     assert score(pool, ["1", text, "1", "2"]) == [RIGHT, WRONG, RIGHT, WRONG]
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 60, "the call would never have returned"
     metrics = pool.take_metrics()
     assert (metrics["reward/timeouts"], metrics["reward/crashes"]) == ((0, 1) if text == "die" else (1, 0))
 

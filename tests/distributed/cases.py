@@ -3,6 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+MEGATRON: dict[str, dict[str, Any]] = {  # fields of policy.megatron, by the name part that stands for them
+    "overlap": {"overlap_grad_reduce": True, "bucket_size": 20_000},
+    "recompute": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
+    "moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    "allgather": {"moe_token_dispatcher_type": "allgather"},
+}
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How far a policy may be from the plain model in float32."""
+
+    logprobs: float = 1e-5
+    gradients: float = 1e-5  # before clipping, relative to the norm
+    params: float = 2e-5  # after three updates at a learning rate of 1e-3
+    mismatch: float = 1e-5  # relative
+    grad_norm: float = 1e-4  # relative
+    direction: float = 0.9999  # cosine of the parameters' movement in the three updates
+
+
+FLOAT32 = Bounds()
+# 8 bits of mantissa in every parameter and activation. Adam turns the sign of a small gradient into a whole step, so one parameter in
+# thousands goes the other way: params is the bound of two runs that disagree on it in every update, with the rounding of a norm's weight
+# near 1 on top; direction says how few those are.
+BFLOAT16 = Bounds(logprobs=0.1, gradients=0.05, params=1e-2, mismatch=0.02, grad_norm=0.05, direction=0.98)
 
 
 @dataclass(frozen=True)
@@ -17,20 +45,44 @@ class Case:
     filtering: bool = False
     stale: bool = False  # some tokens were written by older weights
     overlap: bool = False  # gradients are reduced while the backward pass runs
+    context: int = 1
+    virtual: int = 1  # chunks of layers on a pipeline stage
+    recompute: str = ""  # "recompute": every layer; "selective": attention and MLP; "moe": router and experts
+    dtype: str = "float32"
+    fault: str = ""  # a wrong gradient scale: "context factor", "token mean"
+    expert: int = 1  # ranks that share a layer's experts
+    dispatcher: str = ""  # how tokens get to them: "" is the default
+
+    @property
+    def megatron(self) -> dict[str, Any]:
+        parts = [MEGATRON[part] for part in (self.recompute, "overlap" if self.overlap else "", self.dispatcher) if part]
+        return {name: value for part in parts for name, value in part.items()}
+
+    @property
+    def bounds(self) -> Bounds:
+        return FLOAT32 if self.dtype == "float32" else BFLOAT16
 
     @property
     def name(self) -> str:
-        data = self.world // (self.tensor * self.pipeline)
+        data = self.world // (self.tensor * self.pipeline * self.context)
+        layout = f"tp{self.tensor}cp{self.context}pp{self.pipeline}vpp{self.virtual}dp{data}"
+        for part in ("cp1", "vpp1"):
+            layout = layout.replace(part, "")
         extras = [
             self.model,
             "tied" if self.is_tied else "",
+            "" if self.dtype == "float32" else self.dtype,
             f"b{self.budget}",
             self.normaliser,
             "filtered" if self.filtering else "",
             "stale" if self.stale else "",
             "overlap" if self.overlap else "",
+            self.recompute,
+            f"ep{self.expert}" if self.expert > 1 else "",
+            self.dispatcher,
+            self.fault.replace(" ", "-"),
         ]
-        return "-".join([f"tp{self.tensor}pp{self.pipeline}dp{data}", *filter(None, extras)])
+        return "-".join([layout, *filter(None, extras)])
 
 
 CASES = [
@@ -40,8 +92,13 @@ CASES = [
     Case(1, 1, 1, "llama", is_tied=True, normaliser="sample_mean"),
     Case(1, 1, 1, "qwen2", stale=True),
     Case(1, 1, 1, "llama3"),
+    Case(1, 1, 1, "qwen3", recompute="recompute"),
+    Case(1, 1, 1, "llama", recompute="selective"),
+    Case(1, 1, 1, "qwen2", dtype="bfloat16"),
     Case(2, 2, 1, "qwen2", is_tied=True),
     Case(2, 2, 1, "llama", normaliser="group_token_mean"),
+    Case(2, 2, 1, "qwen2", recompute="recompute"),
+    Case(2, 2, 1, "qwen3", dtype="bfloat16"),
     Case(2, 1, 2, "qwen3"),
     Case(2, 1, 2, "qwen2", is_tied=True, stale=True),
     Case(2, 1, 1, "qwen2", filtering=True),
@@ -49,10 +106,46 @@ CASES = [
     Case(2, 1, 1, "qwen2", is_tied=True, budget=40, overlap=True),
     Case(2, 2, 1, "qwen3", overlap=True, stale=True, filtering=True),
     Case(2, 2, 1, "qwen3-yarn"),
+    Case(2, 1, 1, "qwen2", context=2),
+    Case(2, 1, 1, "qwen3-yarn", context=2, budget=4096, stale=True, filtering=True),
+    Case(2, 1, 1, "llama", context=2, is_tied=True, normaliser="sample_mean", overlap=True, recompute="selective"),
+    Case(2, 1, 2, "qwen2", virtual=2, budget=32),
+    Case(2, 1, 2, "qwen3", virtual=2, budget=40, is_tied=True, stale=True, overlap=True, recompute="recompute"),
+    Case(2, 1, 2, "llama3", virtual=2, budget=4096),
     Case(4, 2, 2, "qwen3"),
     Case(4, 2, 2, "qwen2", is_tied=True, normaliser="group_token_mean"),
     Case(4, 2, 1, "qwen2", filtering=True),
     Case(4, 2, 2, "mistral"),
     Case(4, 1, 2, "llama", budget=4096),
     Case(4, 1, 2, "qwen2", is_tied=True, budget=40, overlap=True),
+    Case(4, 2, 1, "qwen3", context=2, recompute="recompute"),
+    Case(4, 1, 2, "qwen2", context=2, is_tied=True),
+    Case(4, 1, 1, "qwen2", context=2, overlap=True, stale=True),
+    Case(4, 1, 1, "qwen3", context=4, normaliser="group_token_mean"),
+    Case(4, 2, 2, "qwen3", virtual=2, is_tied=True, budget=32),
+    Case(4, 1, 2, "llama", virtual=2, budget=40, overlap=True),
+    Case(4, 1, 2, "qwen2", context=2, virtual=2, budget=40),
+    Case(4, 2, 1, "qwen2", context=2, is_tied=True, dtype="bfloat16"),
+]
+
+FAULTS = [
+    Case(2, 1, 1, "qwen2", context=2, fault="context factor"),
+    Case(2, 1, 1, "qwen2", context=2, fault="token mean"),
+]
+
+CASES += [  # mixture of experts
+    Case(1, 1, 1, "qwen3_moe"),
+    Case(1, 1, 1, "qwen3_moe-unnormalised", stale=True),
+    Case(2, 1, 1, "qwen3_moe", expert=2),
+    Case(2, 1, 1, "qwen3_moe-unnormalised", expert=2, dispatcher="allgather"),
+    Case(2, 2, 1, "qwen3_moe", is_tied=True),  # experts whole on every rank, which sees a part of the tokens
+    Case(2, 2, 1, "qwen3_moe", expert=2, budget=40),
+    Case(4, 2, 1, "qwen3_moe", expert=2, overlap=True),  # over the tensor ranks, twice
+    Case(4, 2, 1, "qwen3_moe-unnormalised", expert=4, dispatcher="allgather"),
+    Case(4, 1, 2, "qwen3_moe", expert=2),
+    Case(4, 1, 2, "qwen3_moe", expert=2, dispatcher="allgather", budget=40),
+    Case(4, 1, 1, "qwen3_moe", expert=4, is_tied=True),
+    Case(4, 1, 1, "qwen3_moe-unnormalised", expert=2, budget=4096),
+    Case(4, 1, 1, "qwen3_moe", context=2, expert=4, recompute="moe"),
+    Case(4, 1, 2, "qwen3_moe", virtual=2, expert=2, budget=40),
 ]

@@ -1,6 +1,6 @@
 """Hugging Face → Megatron → a run's checkpoint → Hugging Face, for every architecture, in one launch of TP 2 × PP 2.
 
-torchrun --nproc-per-node 4 -m tests.distributed.convert OUT.json
+A mixture of experts has them split over the tensor ranks. torchrun --nproc-per-node 4 -m tests.distributed.convert OUT.json
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ sys.path.insert(0, str(ROOT / "tools"))
 import hf_to_megatron
 import megatron_to_hf
 
-MODELS = [("qwen2", True), ("qwen2", False), ("qwen3", False), ("llama", False), ("llama", True), ("mistral", False)]
+MODELS = [
+    ("qwen2", True), ("qwen2", False), ("qwen3", False), ("llama", False), ("llama", True), ("mistral", False), ("qwen3_moe", False),
+]  # fmt: skip
 
 
 def stored(directory: Path) -> dict[str, torch.Tensor]:
@@ -35,6 +37,10 @@ def stored(directory: Path) -> dict[str, torch.Tensor]:
 
 def is_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+
+
+def layout(model: str) -> configs.Parallel:
+    return configs.Parallel(tensor=2, pipeline=2, expert=2 if "moe" in model else 1)
 
 
 def run(model: str, is_tied: bool, directory: Path, mesh: Mesh) -> dict[str, Any]:
@@ -51,12 +57,12 @@ def run(model: str, is_tied: bool, directory: Path, mesh: Mesh) -> dict[str, Any
     config = configs.Config(
         run=configs.Run(dir=directory / "run"),
         data=configs.Data(train=directory / "none"),
-        parallel=configs.Parallel(tensor=2, pipeline=2),
+        parallel=layout(model),
         policy=configs.Policy(model=megatron, dtype="float32"),
     )
     policy = Policy(config, mesh)  # loads `megatron`
-    ours = {name: param.detach().clone() for name, param in policy._module.named_parameters()}
-    wanted = {name: part for name, part in policy._module.sharded_state_dict().items() if "_extra_state" not in name}
+    ours = {name: param.detach().clone() for name, param in policy.chunks[0].named_parameters()}
+    wanted = {name: part for name, part in policy.chunks[0].sharded_state_dict().items() if "_extra_state" not in name}
     theirs = dist_checkpointing.load(wanted, str(megatron / "policy"))
     is_read_alike = all(torch.equal(theirs[name], ours[name]) for name in ours if name in theirs)
 
@@ -66,7 +72,7 @@ def run(model: str, is_tied: bool, directory: Path, mesh: Mesh) -> dict[str, Any
     saving.start(in_background=True)
     is_early = saving.is_written()
     with torch.no_grad():
-        for param in policy._module.parameters():
+        for param in policy.chunks[0].parameters():
             param.zero_()  # training goes on
     gate.set()
     sums = mesh.gather(saving.finish())
@@ -93,7 +99,7 @@ def main(out: str) -> None:
     torch.set_num_threads(1)
     results = []
     for model, is_tied in MODELS:
-        mesh = Mesh(configs.Parallel(tensor=2, pipeline=2))
+        mesh = Mesh(layout(model))
         name = f"{model}{'-tied' if is_tied else ''}"
         results.append({"name": name, **run(model, is_tied, Path(out).parent / name, mesh)})
         parallel_state.destroy_model_parallel()

@@ -23,10 +23,16 @@ from dapo import files
 from dapo.__main__ import main as dapo
 from dapo.config import Parallel
 from dapo.mesh import Mesh
+from dapo.policy import torch_dist
+from dapo.policy.hf_weights import table, to_shard
+from dapo.policy.weight_files import _key as megatron_name
+from dapo.policy.weight_files import open_weights
 from dapo.shape import read_shape
 from tests.distributed.launch import ROOT
 
 EXAMPLE = ROOT / "examples/arithmetic"
+MINE = "what a run left there\n"
+STATE = tuple(f"optimizer.state.{part}." for part in ("param", "exp_avg", "exp_avg_sq"))
 CASES: dict[str, Callable[[Path], list[str]]] = {}  # name → (a scratch directory → the overrides that make it go wrong)
 
 
@@ -171,6 +177,7 @@ def cap_reached(directory: Path) -> list[str]:
 @case
 def run_exists(directory: Path) -> list[str]:
     (directory / "run" / "checkpoints" / "step-000001").mkdir(parents=True)
+    (directory / "run" / "config.yaml").write_text(MINE)
     return ["run.resume=never", f"run.dir={directory / 'run'}"]
 
 
@@ -183,13 +190,81 @@ def missing_shard(directory: Path) -> list[str]:
     return options
 
 
-@case
-def checkpoint_of_another_model(directory: Path) -> list[str]:
-    """Of the same tensors, and another rope."""
-    step = directory / "run" / "checkpoints" / "step-000001"
-    step.mkdir(parents=True)
-    files.write_manifest(step, {}, {"step": 1, "model": asdict(read_shape(EXAMPLE / "base")) | {"rope_theta": 5e5}})
+def checkpoint(
+    directory: Path, model: dict[str, Any] | None = None, change: Callable[[dict[str, torch.Tensor]], None] | None = None
+) -> list[str]:
+    """A run with one whole checkpoint, of the base policy but for `model`; `change` is made to the tensors that it holds."""
+    step, shape = directory / "run" / "checkpoints" / "step-000001", read_shape(EXAMPLE / "base")
+    (step / "policy").mkdir(parents=True)
+    (directory / "run" / "config.yaml").write_text(MINE)
+    weights = open_weights(EXAMPLE / "base", shape)
+    entries = {
+        megatron_name(entry): to_shard(entry, weights.read(entry), shape, 0, 1) for entry in table(shape, is_fused=True) if not entry.layer
+    }
+    tensors = {prefix + name: tensor for prefix in ("", *STATE) for name, tensor in entries.items()}
+    if change:
+        change(tensors)
+    writer = torch_dist.Writer(step / "policy", 2**30)
+    for name, tensor in tensors.items():
+        for layer in range(shape.num_layers) if ".layers." in name else [None]:
+            writer.write(name, tensor, layer, shape.num_layers)
+    writer.close()
+    files.write_manifest(step, {}, {"step": 1, "model": asdict(shape) | (model or {})})
     return [f"run.dir={directory / 'run'}"]
+
+
+@case
+def checkpoint_of_another_rope(directory: Path) -> list[str]:
+    """Of the same tensors."""
+    return checkpoint(directory, {"rope_theta": 5e5})
+
+
+@case
+def checkpoint_of_another_architecture(directory: Path) -> list[str]:
+    return checkpoint(directory, {"model_type": "llama"})
+
+
+@case
+def checkpoint_of_another_vocabulary(directory: Path) -> list[str]:
+    return checkpoint(directory, {"vocab_size": 30})
+
+
+@case
+def checkpoint_without_a_tensor(directory: Path) -> list[str]:
+    return checkpoint(directory, change=lambda tensors: tensors.pop("decoder.final_layernorm.weight"))
+
+
+@case
+def checkpoint_with_a_wrong_shape(directory: Path) -> list[str]:
+    return checkpoint(directory, change=lambda tensors: tensors.update({"decoder.final_layernorm.weight": torch.ones(65)}))
+
+
+@case
+def checkpoint_without_optimizer(directory: Path) -> list[str]:
+    return checkpoint(directory, change=lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("optimizer.")])
+
+
+@case
+def checkpoint_with_a_wrong_moment(directory: Path) -> list[str]:
+    name = STATE[2] + "decoder.final_layernorm.weight"
+    return checkpoint(directory, change=lambda tensors: tensors.update({name: torch.ones(65)}))
+
+
+@case
+def no_whole_checkpoint(directory: Path) -> list[str]:
+    options = checkpoint(directory)
+    (directory / "run/checkpoints/step-000001/policy/common.pt").unlink()
+    return options
+
+
+@case
+def precision_without_transformer_engine(directory: Path) -> list[str]:
+    return ["policy.megatron.use_precision_aware_optimizer=true"]
+
+
+@case
+def offloaded_in_another_way(directory: Path) -> list[str]:
+    return ["policy.megatron.optimizer_cpu_offload=true", "policy.megatron.optimizer_offload_fraction=0.5"]
 
 
 @case
@@ -243,7 +318,8 @@ def main(out: str) -> None:
         ranks: list[Any] = [None] * mesh.world
         torch.distributed.all_gather_object(ranks, mine)
         left = [str(p.relative_to(root)) for p in (root / f"{name}-run").rglob("*") if "step-" in str(p) or "partial" in str(p)]
-        results.append({"name": name, "ranks": ranks, "left": left})
+        config = root / name / "run" / "config.yaml"
+        results.append({"name": name, "ranks": ranks, "left": left, "is_overwritten": config.exists() and config.read_text() != MINE})
         if mesh.is_main:
             Path(out).write_text(json.dumps(results))
 

@@ -1,12 +1,14 @@
 """Policy against a plain Hugging Face model trained by the same equations, case after case in one launch.
 
-torchrun --nproc-per-node WORLD -m tests.distributed.parity OUT.json: every case of that world size; the main rank writes what it measured.
+torchrun --nproc-per-node WORLD -m tests.distributed.parity OUT.json [PATTERN]: every case of that world size, or those whose name has the
+pattern; the main rank writes what it measured.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -20,13 +22,14 @@ from safetensors.torch import load_file
 
 from dapo import batch as batches
 from dapo import config as configs
+from dapo.engine.embedded import as_stored
 from dapo.mesh import Mesh
 from dapo.objective import token_weights
 from dapo.policy import megatron as policy_module
 from dapo.policy.megatron import Policy, PolicyError
 from dapo.rollout import group_advantages
 from dapo.types import Group, Prompt, Sample
-from tests.distributed.cases import CASES, Case
+from tests.distributed.cases import CASES, FAULTS, Case
 
 EPS = 1e-6  # Adam divides by |g| + eps: at 1e-8 it would turn the rounding of all but vanishing gradients into steps
 LR, NUM_UPDATES, GROUPS_PER_UPDATE, GROUP_SIZE, VOCAB = 1e-3, 3, 2, 4, 250  # 250 is padded at every tensor size
@@ -54,6 +57,11 @@ def make_hf(model: str, is_tied: bool, directory: Path) -> None:
     kinds |= {  # the rotary embedding stretched: sequences are up to 31 tokens long
         "qwen3-yarn": (*kinds["qwen3"][:2], {"head_dim": 16, "rope_parameters": YARN}),
         "llama3": (*kinds["llama"][:2], {"rope_parameters": LLAMA3}),
+    }
+    experts = dict(head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48)
+    kinds |= {
+        "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM, experts | {"norm_topk_prob": True}),
+        "qwen3_moe-unnormalised": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM, experts | {"norm_topk_prob": False}),
     }
     config, cls, extra = kinds[model]
     shape = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)
@@ -92,7 +100,8 @@ class HFTrainer:
     """The same equations in the plainest torch: one unpacked sample at a time, torch's AdamW and gradient clipping."""
 
     def __init__(self, directory: Path, config: configs.Config):
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+        plain = dict(attn_implementation="eager", experts_implementation="eager")
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **plain)
         self.config = config
         matrices, vectors = ([p for p in self.model.parameters() if (p.dim() > 1) == is_matrix] for is_matrix in (True, False))
         groups = [{"params": matrices, "weight_decay": config.optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -126,19 +135,21 @@ class HFTrainer:
 
 
 def run(case: Case, directory: Path) -> dict[str, Any]:
-    mesh_options = configs.Parallel(tensor=case.tensor, pipeline=case.pipeline)
+    mesh_options = configs.Parallel(
+        tensor=case.tensor, pipeline=case.pipeline, virtual_pipeline=case.virtual, context=case.context, expert=case.expert
+    )
     config = configs.Config(
         run=configs.Run(dir=directory / "run"),
         data=configs.Data(train=directory / "none"),
-        rollout=configs.Rollout(prompts_per_step=NUM_UPDATES * GROUPS_PER_UPDATE, group_size=GROUP_SIZE, temperature=0.9),
+        rollout=configs.Rollout(prompts_per_step=NUM_UPDATES * GROUPS_PER_UPDATE, group_size=GROUP_SIZE, temperature=0.9, dump_share=1.0),
         objective=configs.Objective(normaliser=case.normaliser, overlong_filtering=case.filtering),
         optim=configs.Optim(lr=LR, warmup_steps=0, prompts_per_minibatch=GROUPS_PER_UPDATE, clip_grad=0.5),
         parallel=mesh_options,
         policy=configs.Policy(
             model=directory / "hf",
-            dtype="float32",
+            dtype=case.dtype,
             tokens_per_microbatch=case.budget,
-            megatron={"adam_eps": EPS, **({"overlap_grad_reduce": True, "bucket_size": 20_000} if case.overlap else {})},
+            megatron={"adam_eps": EPS} | case.megatron,
         ),
     )
     mesh = Mesh(mesh_options)
@@ -146,13 +157,14 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
         make_hf(case.model, case.is_tied, directory / "hf")
     mesh.barrier()
     policy, hf = Policy(config, mesh), HFTrainer(directory / "hf", config)
+    inject(case.fault, policy)
     groups = make_groups(np.random.default_rng(3), case.stale)
-    batch = batches.plan(groups, config, mesh.data, metrics={}, version=VERSION)[mesh.data_rank]
+    batch = batches.plan(groups, config, mesh.data, metrics={}, version=VERSION)[mesh.share]
     result: dict[str, Any] = {"case": asdict(case), "microbatches": len(batch.minibatches[0])}
 
     policy.save_hf(directory / "exported")
     before, after = load_file(directory / "hf" / "model.safetensors"), load_file(directory / "exported" / "model.safetensors")
-    result["round_trip"] = set(before) == set(after) and all(torch.equal(before[k], after[k]) for k in before)
+    result["round_trip"] = set(before) == set(after) and all(torch.equal(before[k].to(after[k].dtype), after[k]) for k in before)
 
     with torch.no_grad():
         old = {(g.id, s.index): hf.logprobs(g, s).detach() for g in groups for s in g.samples}
@@ -171,23 +183,52 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     result["ratio"] = mesh.max(max(ratio_gaps, default=0.0))
     policy_module.linear_policy_loss = _plain_loss
     hf.backward(groups[:GROUPS_PER_UPDATE], old)
-    params = dict(hf.model.named_parameters())
-    gaps, norms = zip(*((float((g - params[n].grad).norm()), float(params[n].grad.norm())) for n, g in policy.gradients()), strict=True)
+    params = dict(as_stored(hf.model.named_parameters()))
+    grads = dict(as_stored((n, p.grad) for n, p in hf.model.named_parameters()))
+    gaps, norms = zip(*((float((g - grads[n]).norm()), float(grads[n].norm())) for n, g in policy.gradients()), strict=True)
     result["gradients"] = float(np.linalg.norm(gaps) / np.linalg.norm(norms))
 
     start = {name: param.detach().clone() for name, param in params.items()}
+    our_start = {name: weight.clone().float() for name, weight in policy.weights()}
     result["grad_norms"] = []
     for i, minibatch in enumerate(batch.minibatches):
         norm = policy.update(minibatch)["policy/grad_norm"]
         hf.backward(groups[i * GROUPS_PER_UPDATE : (i + 1) * GROUPS_PER_UPDATE], old)
         result["grad_norms"].append([norm, hf.step()])
-    result["params"], result["worst"] = max((float((w - params[n].detach()).abs().max()), n) for n, w in policy.weights())
+    our_end = {name: weight.clone().float() for name, weight in policy.weights()}
+    result["params"], result["worst"] = max((float((w - params[n].detach()).abs().max()), n) for n, w in our_end.items())
     result["moved"] = max(float((params[n].detach() - start[n]).abs().max()) for n in params)
+    ours = torch.cat([(our_end[n] - our_start[n]).flatten() for n in params])
+    theirs = torch.cat([(params[n].detach() - start[n]).flatten() for n in params])
+    result["direction"] = float(torch.nn.functional.cosine_similarity(ours, theirs, dim=0))
 
     with torch.no_grad():
-        next(policy._module.parameters()).fill_(torch.nan)
+        next(policy.chunks[0].parameters()).fill_(torch.nan)
     result["refused"] = [_refusal(policy.update, batch.minibatches[0]), _refusal(policy.set_old_logprobs, batch)]
     return result
+
+
+def inject(fault: str, policy: Policy) -> None:
+    """A wrong gradient scale, as it comes about: nothing else changes."""
+    if fault == "context factor":  # Megatron multiplies a loss that comes without a number of tokens so, and averages it
+        finalize = policy.transformer.finalize_model_grads_func
+
+        def twice(model: list[Any], *arguments: Any, **options: Any) -> None:
+            finalize(model, *arguments, **options)
+            for chunk in model:
+                chunk.scale_gradients(policy.config.parallel.context)
+
+        policy.transformer.finalize_model_grads_func = twice
+    elif fault == "token mean":  # told the number of tokens, Megatron divides by it
+        loss = policy._loss
+
+        def counted(tensors: Any, hidden: torch.Tensor) -> Any:
+            total, _, sums = loss(tensors, hidden)
+            return total, tensors.mask.sum().int(), sums
+
+        policy._loss = counted  # type: ignore[method-assign]
+    else:
+        assert not fault
 
 
 def expected_mismatch(groups: list[Group], old: dict[tuple[int, int], torch.Tensor], cap: float) -> dict[str, float]:
@@ -218,23 +259,20 @@ def _refusal(function: Any, argument: Any) -> str:
 
 
 def _logprob_error(policy: Policy, batch: batches.Batch, groups: list[Group], old: dict[tuple[int, int], torch.Tensor]) -> float:
-    """Found by the advantages' sequences: every masked log-prob of this rank, against the Hugging Face model's."""
+    """Of every masked log-prob of this rank, against the Hugging Face model's: found by the sample's place in the microbatch."""
     if not policy.is_last_stage:
         return 0.0
-    by_tokens = {
-        np.concatenate([g.prompt.tokens, s.tokens]).tobytes(): old[g.id, s.index][torch.from_numpy(s.loss_mask)]
-        for g in groups
-        for s in g.samples
-    }
-    worst = 0.0
+    masks = {(sample.group, sample.index): sample.loss_mask for group in groups for sample in group.samples}
+    worst, seen = 0.0, 0
     for minibatch in batch.minibatches:
         for microbatch in minibatch:
             ours = policy._on_device[id(microbatch)].old_logprobs
-            for start, end in zip(microbatch.cu_seqlens[:-1], microbatch.cu_seqlens[1:], strict=True):
-                mask = microbatch.mask[start:end]
-                if mask.any():
-                    whole = np.append(microbatch.tokens[start:end], microbatch.targets[end - 1]).astype(np.int32)
-                    worst = max(worst, float((ours[start:end][torch.from_numpy(mask)] - by_tokens[whole.tobytes()]).abs().max()))
+            for place in microbatch.dumped:
+                here = slice(place.start, place.start + place.tokens.stop - place.tokens.start)
+                mask = torch.from_numpy(masks[place.group, place.index][here])
+                gaps = (ours[place.tokens] - old[place.group, place.index][here])[mask].abs()
+                worst, seen = max(worst, float(gaps.max()) if len(gaps) else 0.0), seen + len(gaps)
+    assert seen == sum(int(m.mask.sum()) for minibatch in batch.minibatches for m in minibatch)
     return worst
 
 
@@ -250,13 +288,13 @@ def _watch_ratios(gaps: list[float]) -> None:
     policy_module.linear_policy_loss = watched
 
 
-def main(out: str) -> None:
+def main(out: str, only: str = "") -> None:
     from megatron.core import parallel_state
 
     torch.set_num_threads(1)
     results = []
-    for case in CASES:
-        if case.world != int(os.environ["WORLD_SIZE"]):
+    for case in CASES + FAULTS:
+        if case.world != int(os.environ["WORLD_SIZE"]) or not re.search(only, case.name):
             continue
         directory = Path(out).parent / case.name
         results.append({"name": case.name, **run(case, directory)})
@@ -266,4 +304,4 @@ def main(out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -8,12 +8,17 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+import torch.distributed as dist
+import transformers
+from safetensors.torch import load_file, save_file
+from torch.distributed import distributed_c10d as c10d
 
 from dapo import config as configs
 from dapo.mesh import Mesh
@@ -35,6 +40,9 @@ LAYOUTS = {
     "pipeline-parallel": ["parallel.pipeline=2"],
     "carried-over": ["parallel.tensor=1", "rollout.prompts_per_round=16", "rollout.max_staleness=1"],
     "bfloat16": ["parallel.tensor=2", "policy.dtype=bfloat16"],
+    "context-parallel": ["parallel.context=2"],
+    "interleaved": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+    "expert-parallel": ["parallel.tensor=1", "parallel.expert=2", "reward.function=tests.distributed.resume:is_even"],
 }
 ONLY_STOPPED = {  # options of the run that stops: they change nothing of the outcome
     "tensor-parallel": ["run.async_save=true"],
@@ -42,14 +50,62 @@ ONLY_STOPPED = {  # options of the run that stops: they change nothing of the ou
 }
 
 
-def run(directory: Path, *options: str) -> None:
-    from megatron.core import parallel_state  # after dapo.policy, which adapts it
+def make_base(layout: str, directory: Path) -> Path:
+    """The model that a layout starts from: the example's, or deeper; or a random mixture of experts with its vocabulary and tokenizer."""
+    example = ROOT / "examples/arithmetic/base"
+    if layout == "interleaved":
+        deepen(directory)
+        return directory
+    if layout != "expert-parallel":
+        return example
+    sizes = dict(vocab_size=25, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    experts = dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True)
+    torch.manual_seed(7)
+    config = transformers.Qwen3MoeConfig(**sizes, **experts, initializer_range=0.125, eos_token_id=1, pad_token_id=0)
+    transformers.Qwen3MoeForCausalLM(config).save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(example / name, directory)
+    return directory
 
+
+def is_even(response: str, answer: str) -> bool:
+    """A task that a random model gets right half of the time."""
+    return len(response) % 2 == 0
+
+
+def run(directory: Path, *options: str) -> None:
     config = configs.load(ROOT / "examples/arithmetic/config.yaml", [f"run.dir={directory}", *OPTIONS, *options])
     mesh = Mesh(config.parallel)
     train(config, mesh)
+    leave(mesh)
+
+
+def leave(mesh: Mesh) -> None:
+    """Give back Megatron's groups: each of gloo's keeps threads, and hundreds of groups would keep thousands."""
+    from megatron.core import parallel_state  # after dapo.policy, which adapts it
+
     mesh.barrier()
     parallel_state.destroy_model_parallel()
+    for group in [group for group in c10d._world.pg_map if group not in (dist.group.WORLD, mesh.control)]:
+        dist.destroy_process_group(group)
+
+
+def deepen(target: Path) -> None:
+    """The example's model with twice the layers, which are enough for two chunks a stage; the new ones add nothing to begin with."""
+    base = ROOT / "examples/arithmetic/base"
+    shutil.copytree(base, target, dirs_exist_ok=True)
+    values = json.loads((base / "config.json").read_text())
+    depth = values["num_hidden_layers"]
+    values |= {"num_hidden_layers": 2 * depth, "layer_types": ["full_attention"] * 2 * depth}
+    (target / "config.json").write_text(json.dumps(values))
+    tensors = weights(base)
+    for name, tensor in list(tensors.items()):
+        if found := re.match(r"model\.layers\.(\d+)\.", name):
+            is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
+            tensors[f"model.layers.{int(found[1]) + depth}.{name[found.end() :]}"] = (
+                torch.zeros_like(tensor) if is_output else tensor.clone()
+            )
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
 
 
 def rows(directory: Path) -> list[dict[str, Any]]:
@@ -87,9 +143,11 @@ def main(out: str) -> None:
     results = [replay(Path(out).parent / "replay")]
     for name, layout in LAYOUTS.items():
         through, stopped = Path(out).parent / name / "through", Path(out).parent / name / "stopped"
+        mesh = Mesh(configs.Parallel(tensor=1))
+        base = mesh.on_main(make_base, name, Path(out).parent / name / "base")
+        layout = [*layout, f"policy.model={base}"]
         run(through, "run.steps=4", *layout)
         run(stopped, "run.steps=2", "run.keep_checkpoints=2", *layout)
-        mesh = Mesh(configs.Parallel(tensor=1))
         mesh.on_main(DAMAGE[name], stopped / "checkpoints" / "step-000002")
         with contextlib.redirect_stderr(io.StringIO()) as printed:
             run(stopped, "run.steps=4", *layout, *ONLY_STOPPED.get(name, []))
@@ -100,13 +158,15 @@ def main(out: str) -> None:
                 "stale": max(row.get("rollout/staleness", 0.0) for row in rows(stopped)),
                 "steps": [row["step"] for row in rows(stopped)],
                 "weights": is_equal(weights(through / "hf"), weights(stopped / "hf")),
-                "moved": not is_equal(weights(through / "hf"), weights(ROOT / "examples/arithmetic/base")),
+                "moved": not is_equal(weights(through / "hf"), weights(base)),
                 "checkpoints": sorted(path.name for path in (stopped / "checkpoints").iterdir()),
                 "warnings": printed.getvalue().splitlines(),
             }
         )
         if mesh.is_main:
             Path(out).write_text(json.dumps(results))
+    if Mesh(configs.Parallel(tensor=1)).is_main:
+        Path(out).write_text(json.dumps(results))
 
 
 def cut_short(checkpoint: Path) -> None:
@@ -135,6 +195,9 @@ DAMAGE = {
     "pipeline-parallel": lose_a_shard,
     "carried-over": cut_short,
     "bfloat16": lose_the_manifest,
+    "context-parallel": cut_short,
+    "interleaved": lose_a_shard,
+    "expert-parallel": flip_a_bit,
 }
 
 

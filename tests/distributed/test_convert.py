@@ -7,7 +7,7 @@ import pytest
 from tests.distributed.launch import measured
 
 
-@pytest.mark.parametrize("model", ["qwen2-tied", "qwen2", "qwen3", "llama", "llama-tied", "mistral"])
+@pytest.mark.parametrize("model", ["qwen2-tied", "qwen2", "qwen3", "llama", "llama-tied", "mistral", "qwen3_moe"])
 def test_hugging_face_to_megatron_and_back_is_the_same_to_the_bit(model: str) -> None:
     result = measured("tests.distributed.convert", 4)[model]
     assert result["status"] == [0, 0]

@@ -39,7 +39,16 @@ SAYS = {  # what went wrong → words that must be in the line
     "nothing_correct": ["0 of 4 mixed groups", "100% all wrong"],
     "cap_reached": ["rollout.max_rounds=1", "0 of 4 mixed groups"],
     "missing_shard": ["model-00002-of-00002.safetensors is missing", "model.safetensors.index.json"],
-    "checkpoint_of_another_model": ["step-000001 is a checkpoint of another model", "rope_theta=500000.0 there, 10000.0 here"],
+    "checkpoint_of_another_rope": ["step-000001 is a checkpoint of another model", "rope_theta=500000.0 there, 10000.0 here"],
+    "checkpoint_of_another_architecture": ["step-000001 is a checkpoint of another model", "model_type='llama' there, 'qwen2' here"],
+    "checkpoint_of_another_vocabulary": ["step-000001 is a checkpoint of another model", "vocab_size=30 there, 25 here"],
+    "checkpoint_without_a_tensor": ["step-000001", "1 tensors are missing, first decoder.final_layernorm.weight"],
+    "checkpoint_with_a_wrong_shape": ["step-000001", "decoder.final_layernorm.weight has shape (65,)", "(64,)"],
+    "checkpoint_without_optimizer": ["step-000001", "optimizer.state.param.", "missing", "policy.model="],
+    "checkpoint_with_a_wrong_moment": ["optimizer.state.exp_avg_sq.decoder.final_layernorm.weight has shape (65,)", "(64,)"],
+    "no_whole_checkpoint": ["no checkpoint below", "is whole", "step-000001", "policy/common.pt is missing", "another run.dir"],
+    "precision_without_transformer_engine": ["use_precision_aware_optimizer", "Megatron refuses it", "TransformerEngine"],
+    "offloaded_in_another_way": ["use_precision_aware_optimizer=true", "optimizer_offload_fraction=1.0", "policy.dtype=bfloat16"],
     "too_little_disk": ["step-000001 cannot be written", "0.0 GiB free", "GiB are needed"],
     "disk_full": ["step-000001 cannot be written", "GiB free", "those before it are whole"],
     "run_exists": ["run.resume=never", "already holds a run"],
@@ -54,6 +63,7 @@ def test_bad_input_is_one_clear_line_and_every_rank_stops(name: str) -> None:
     assert len(lines) == 1, lines
     assert all(word in lines[0] for word in ["error: ", *SAYS[name]]), lines[0]
     assert result["left"] == [], "something was left half-written"
+    assert not result["is_overwritten"], "the config of the run that was there"
 
 
 @pytest.mark.parametrize("argument", ["optim.lrr=1", "optim.lr=fast", "nonsense"])

@@ -20,6 +20,9 @@ LAYOUTS = {  # how its newest checkpoint was damaged → what the warning says
     "pipeline-parallel": "policy/__1_0.distcp is missing",
     "carried-over": "rollouts.json has ",
     "bfloat16": "manifest.json",
+    "context-parallel": "rollouts.json has ",
+    "interleaved": "policy/__1_0.distcp is missing",
+    "expert-parallel": "policy/__1_0.distcp is not what was written",
 }
 
 

@@ -7,7 +7,7 @@ import pytest
 from tests.distributed.launch import measured
 
 
-@pytest.mark.parametrize("layout", ["data-parallel", "tensor-parallel", "pipeline-parallel"])
+@pytest.mark.parametrize("layout", ["data-parallel", "tensor-parallel", "pipeline-parallel", "context-parallel", "interleaved"])
 def test_traces_say_of_every_token_what_follows_from_its_log_probs(layout: str) -> None:
     result = measured("tests.distributed.traces", 2)[layout]
     assert result["same_samples"], "a trace for each sample that was learnt from, in the dump's order"

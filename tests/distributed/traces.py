@@ -19,13 +19,15 @@ from dapo import dump
 from dapo.mesh import Mesh
 from dapo.train import train
 from tests.distributed.launch import ROOT, numbers
-from tests.distributed.resume import OPTIONS
+from tests.distributed.resume import OPTIONS, deepen
 
 CLIPPING = ["run.steps=1", "optim.lr=2e-3", "optim.warmup_steps=0", "objective.clip_low=0.02", "objective.clip_high=0.04"]
 LAYOUTS = {
     "data-parallel": ["parallel.tensor=1"],
     "tensor-parallel": ["parallel.tensor=2"],
     "pipeline-parallel": ["parallel.pipeline=2"],
+    "context-parallel": ["parallel.tensor=1", "parallel.context=2"],
+    "interleaved": ["parallel.tensor=1", "parallel.pipeline=2", "parallel.virtual_pipeline=2"],
     "a part": ["parallel.tensor=2", "rollout.dump_share=0.25"],
     "nothing": ["parallel.tensor=2", "rollout.dump_share=0"],
 }
@@ -40,6 +42,9 @@ def run(directory: Path, layout: list[str]) -> configs.Config:
 
     config = configs.load(ROOT / "examples/arithmetic/config.yaml", [f"run.dir={directory}", *options(layout)])
     mesh = Mesh(config.parallel)
+    if config.parallel.virtual_pipeline > 1:
+        mesh.on_main(deepen, directory / "deeper")
+        config = config.changed([f"policy.model={directory / 'deeper'}"])
     train(config, mesh)
     mesh.barrier()
     parallel_state.destroy_model_parallel()

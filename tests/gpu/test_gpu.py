@@ -15,6 +15,7 @@ from dapo_kernels import linear_logprobs, linear_policy_loss, policy_loss, refer
 
 from tests.conftest import attend
 from tests.distributed.launch import torchrun
+from tests.distributed.moves import OFFLOADED
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
@@ -148,13 +149,37 @@ def test_packed_attention_kernel_keeps_sequences_apart() -> None:
     lengths = [7, 1, 130, 64]
     attention = PackedAttention.__new__(PackedAttention)
     torch.nn.Module.__init__(attention)
-    attention.scale = None
+    attention.scale, attention.context = None, SimpleNamespace(size=lambda: 1)
     query, key, value = (torch.randn(sum(lengths), h, 64, device=GPU, dtype=torch.bfloat16) for h in (8, 2, 2))
     cu_seqlens = torch.tensor([0, 7, 8, 138, 202], dtype=torch.int32, device=GPU)
     out = attention(query, key, value, None, packed_seq_params=SimpleNamespace(cu_seqlens_q=cu_seqlens, max_seqlen_q=130))
     parts = zip(*(x.double().split(lengths) for x in (query, key, value)), strict=True)
     expected = torch.cat([attend(*(p.cpu() for p in part)) for part in parts])
     assert relative(out.cpu(), expected) < 1e-2
+
+
+@pytest.mark.parametrize("context", [2, 4])
+def test_packed_attention_kernel_gives_each_context_rank_its_own_tokens_past(context: int) -> None:
+    """A run's queries are fewer than its keys: the kernel must take the last query to be the one that sees all."""
+    from dapo.policy.layers import PackedAttention, key_runs
+
+    torch.manual_seed(5)
+    lengths = [2 * context * n for n in (3, 1, 40)]
+    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32, device=GPU).cumsum(0, dtype=torch.int32)
+    query, key, value = (torch.randn(sum(lengths), h, 64, device=GPU, dtype=torch.bfloat16) for h in (8, 2, 2))
+    parts = zip(*(x.double().cpu().split(lengths) for x in (query, key, value)), strict=True)
+    expected = torch.cat([attend(*part) for part in parts])
+    attention = PackedAttention.__new__(PackedAttention)
+    torch.nn.Module.__init__(attention)
+    attention.scale = None
+    # of every sequence, rank r has chunks r and 2·context − 1 − r
+    chunks = [torch.arange(a, a + n, device=GPU).chunk(2 * context) for a, n in zip(cu_seqlens.tolist(), lengths, strict=False)]
+    shares = [torch.cat([c for own in chunks for c in (own[rank], own[2 * context - 1 - rank])]) for rank in range(context)]
+    for rank, mine in enumerate(shares):
+        runs = key_runs(cu_seqlens, len(mine), rank, context)
+        seen = torch.cat(shares)[runs.places]
+        out = attention._varlen(query[mine], key[seen], value[seen], runs.queries, runs.keys, max(lengths))
+        assert relative(out.flatten(1).cpu(), expected[mine.cpu()]) < 1e-2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -166,3 +191,21 @@ def test_the_arithmetic_example_learns_on_a_gpu(dtype: str, tmp_path: Path) -> N
     assert rows[0]["eval/accuracy"] <= 0.45
     assert rows[-1]["eval/accuracy"] >= 0.65
     assert max(row.get("policy/mismatch", 0) for row in rows) < (1e-5 if dtype == "float32" else 2e-2)
+
+
+def test_optimizer_state_in_main_memory_learns_the_same_and_goes_on(tmp_path: Path) -> None:
+    options = ["eval.data=null", "parallel.tensor=1", "policy.dtype=bfloat16", "rollout.dump_share=1.0"]
+    for name, steps, more in (("gpu", 4, []), ("whole", 4, OFFLOADED), ("stopped", 2, OFFLOADED), ("stopped", 4, OFFLOADED)):
+        run = [*options, *more, f"run.steps={steps}", f"run.dir={tmp_path / name}"]
+        done = torchrun(1, "-m", "dapo", "train", "examples/arithmetic/config.yaml", *run)
+        assert done.returncode == 0, done.stdout
+    gpu, whole, stopped = (rows_of(tmp_path / name) for name in ("gpu", "whole", "stopped"))
+    for a, b in zip(gpu[:1] + whole[:-1], whole[:1] + stopped[:-1], strict=True):  # embeddings' gradients are added in no fixed order
+        assert b["policy/loss"] == pytest.approx(a["policy/loss"], abs=1e-3)
+        assert b["policy/grad_norm"] == pytest.approx(a["policy/grad_norm"], rel=0.05)
+    assert [row["step"] for row in stopped] == [0, 1, 2, 3, 4]
+    assert whole[0]["perf/peak_memory_gib"] <= gpu[0]["perf/peak_memory_gib"]
+
+
+def rows_of(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

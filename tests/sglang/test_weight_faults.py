@@ -77,7 +77,7 @@ def test_every_server_holds_the_weights_of_every_sync(kind: str, servers: list[W
         sync.load(iter(make_weights(version)), version)
         for server in servers:
             assert_holds(server, version)
-            assert len(server.groups) == (kind == "broadcast")
+            assert len(server.groups) == 2 * (kind == "broadcast")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -157,7 +157,7 @@ def test_a_server_that_was_started_anew_joins_a_new_group(servers: list[WeightSe
     sync.load(iter(make_weights(2)), 2)
     for server in servers:
         assert_holds(server, 2)
-        assert len(server.groups) == 1
+        assert len(server.groups) == 2
 
 
 def test_a_version_that_did_not_arrive_is_noticed(servers: list[WeightServer], start: Any) -> None:

@@ -37,6 +37,8 @@ class WeightServer:
         self.is_dead = threading.Event()
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.http.daemon_threads = True
+        tell = self.http.handle_error
+        self.http.handle_error = lambda *where: None if self.is_dead.is_set() else tell(*where)  # type: ignore[method-assign]  # the dead say nothing
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 

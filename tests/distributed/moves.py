@@ -1,0 +1,42 @@
+"""The layouts between which reshard.py moves a run."""
+
+from __future__ import annotations
+
+OFFLOADED = [
+    "policy.dtype=bfloat16",
+    "policy.megatron.optimizer_cpu_offload=true",
+    "policy.megatron.optimizer_offload_fraction=1.0",
+    "policy.megatron.use_precision_aware_optimizer=true",
+]
+LAYOUTS = {  # of four processes
+    "tensor 2, pipeline 2": ["parallel.tensor=2", "parallel.pipeline=2"],
+    "data 4": ["parallel.tensor=1"],
+    "tensor 4": ["parallel.tensor=4"],
+    "tensor 2, data 2": ["parallel.tensor=2"],
+    "tensor 2, context 2": ["parallel.tensor=2", "parallel.context=2"],
+    "pipeline 2 in chunks, context 2": ["parallel.tensor=1", "parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.context=2"],
+    "tensor 2, pipeline 2, bfloat16": ["parallel.tensor=2", "parallel.pipeline=2", "policy.dtype=bfloat16"],
+    "tensor 4, bfloat16": ["parallel.tensor=4", "policy.dtype=bfloat16"],
+    "tensor 2, data 2, bfloat16": ["parallel.tensor=2", "policy.dtype=bfloat16"],
+    "tensor 2, data 2, offloaded": ["parallel.tensor=2", *OFFLOADED],
+    "pipeline 2, data 2, offloaded": ["parallel.tensor=1", "parallel.pipeline=2", *OFFLOADED],
+}
+HUB = "tensor 2, pipeline 2"
+MOVES = [  # saved in → gone on in
+    *[(HUB, other) for other in ("data 4", "tensor 4", "tensor 2, data 2", "tensor 2, context 2", "pipeline 2 in chunks, context 2")],
+    *[(other, HUB) for other in ("data 4", "tensor 4", "tensor 2, context 2", "pipeline 2 in chunks, context 2")],
+    ("tensor 2, pipeline 2, bfloat16", "tensor 4, bfloat16"),
+    ("tensor 2, data 2, bfloat16", "tensor 2, data 2, offloaded"),
+    ("tensor 2, data 2, offloaded", "tensor 2, data 2, offloaded"),
+    ("tensor 2, data 2, offloaded", "pipeline 2, data 2, offloaded"),
+]
+
+
+def is_same(source: str, target: str) -> bool:
+    """The ranks hold the same: where the optimizer's state lies changes nothing."""
+    return source.split(", ")[:2] == target.split(", ")[:2]
+
+
+def is_bfloat16(layout: str) -> bool:
+    """Its layouts differ by 10⁻³ after a step, and then other tokens are drawn: one step is compared, of float32 two."""
+    return "bfloat16" in layout or "offloaded" in layout

@@ -1,0 +1,140 @@
+"""A run saved in one layout goes on in another: what is restored, and what is learnt from there, every pair of layouts in one launch.
+
+torchrun --nproc-per-node 4 -m tests.distributed.reshard OUT.json
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from dapo import compare
+from dapo import config as configs
+from dapo.mesh import FailedElsewhere, Mesh
+from dapo.policy.megatron import Policy
+from dapo.policy.torch_dist import Reader
+from dapo.shape import read_shape
+from tests.distributed import resume
+from tests.distributed.launch import ROOT
+from tests.distributed.moves import HUB, LAYOUTS, MOVES, is_bfloat16
+
+STEPS = 2  # before the move
+OPTIONS = [
+    "reward.function=tests.distributed.reshard:is_even",
+    "rollout.max_response_length=24",
+    "reward.overlong_cache=8",
+    "rollout.dump_share=1.0",
+    "rollout.max_staleness=1",
+    "rollout.prompts_per_step=4",
+    "rollout.prompts_per_round=6",
+    "optim.prompts_per_minibatch=2",
+    "policy.megatron.adam_eps=1e-6",  # at 1e-8 the rounding of all but vanishing gradients, of key biases, would become whole steps
+]
+
+
+def is_even(response: str, answer: str) -> bool:
+    """What a random model can do, and fail to do: an even number of digits."""
+    return sum(c.isdigit() for c in response) % 2 == 0
+
+
+def make_model(directory: Path) -> None:
+    """A random model that every layout can split, with the arithmetic example's tokenizer."""
+    shutil.copytree(ROOT / "examples/arithmetic/base", directory)
+    config = transformers.Qwen2Config.from_pretrained(
+        directory, num_hidden_layers=4, num_key_value_heads=4, layer_types=["full_attention"] * 4
+    )
+    torch.manual_seed(1)
+    transformers.Qwen2ForCausalLM(config).save_pretrained(directory)
+
+
+def restored(source: Path, target: Path, options: list[str], is_poisoned: bool = False) -> str:
+    """Load the checkpoint `source` in the layout of `options`, and save it as it is: no arithmetic on the way.
+
+    Poisoned, it is saved with a NaN on one rank, and loaded again. Returns how that was refused.
+    """
+    config = configs.load(ROOT / "examples/arithmetic/config.yaml", [*resume.OPTIONS, *options])
+    mesh = Mesh(config.parallel)
+    policy = Policy(config, mesh)
+    policy.load(source / "policy")
+    if is_poisoned and mesh.rank == mesh.world - 1:
+        dict(policy.chunks[0].named_parameters())["decoder.layers.0.mlp.linear_fc2.weight"].data[3, 5] = torch.nan
+    mesh.on_main((target / "policy").mkdir, 0o777, True)
+    saving = policy.save(target / "policy")
+    saving.start(in_background=False)
+    saving.finish()
+    said = ""
+    if is_poisoned:
+        try:
+            policy.load(target / "policy")
+        except (configs.ConfigError, FailedElsewhere) as error:
+            said = str(error)
+    resume.leave(mesh)
+    return said
+
+
+def settings(checkpoint: Path) -> Any:
+    """Updates so far; steps, learning rates and weight decays of the optimizer's groups."""
+    found = torch.load(checkpoint / "policy/common.pt", weights_only=False)
+    groups = found["optimizer"]["optimizer"]["param_groups"]
+    return found["num_updates"], [
+        {key: group[key] for key in ("step", "lr", "max_lr", "weight_decay", "wd_mult", "betas", "eps")} for group in groups
+    ]
+
+
+def padding(checkpoint: Path) -> float:
+    """The largest value in the rows that pad the vocabulary, of the embedding, its main parameters and its moments."""
+    tensors = Reader(checkpoint / "policy")
+    vocab = read_shape(ROOT / "examples/arithmetic/base").vocab_size
+    found = [float(tensors.read(name)[vocab:].abs().max()) for name in tensors.sizes if name.endswith("word_embeddings.weight")]
+    assert len(found) == 4
+    return max(found)
+
+
+def main(out: str) -> None:
+    torch.set_num_threads(1)
+    root, results = Path(out).parent, []
+    mesh = Mesh(configs.Parallel(tensor=1))
+    mesh.on_main(make_model, root / "model")
+    options = [*OPTIONS, f"policy.model={root / 'model'}", "run.keep_checkpoints=9"]
+    for i, (source, target) in enumerate(MOVES):
+        through, moved, again = root / source, root / f"moved-{i}", root / f"again-{i}"
+        end = STEPS + (1 if is_bfloat16(source) else 2)
+        if not mesh.on_main(through.exists):
+            resume.run(through, f"run.steps={end}", *options, *LAYOUTS[source])
+        ignored = shutil.ignore_patterns(
+            *(f"step-{step + 1:06}" for step in range(STEPS, end)), *(f"step-{step:06}.*" for step in range(STEPS, end))
+        )
+        mesh.on_main_only(lambda: shutil.copytree(through, moved, ignore=ignored))  # noqa: B023
+        first = through / "checkpoints" / f"step-{STEPS:06}"
+        restored(first, again, [f"run.dir={moved}", *options, *LAYOUTS[target]])
+        resume.run(moved, f"run.steps={end}", *options, *LAYOUTS[target])
+        if mesh.is_main:
+            results.append({"name": f"{source} → {target}", **compared(first, again, through, moved, end)})
+            Path(out).write_text(json.dumps(results))
+    changed = [f"run.dir={root}", *options, *LAYOUTS["tensor 4"], "optim.lr=7e-5", "optim.betas=[0.8, 0.9]"]
+    said = restored(root / HUB / f"checkpoints/step-{STEPS:06}", root / "poisoned", changed, is_poisoned=True)
+    if mesh.is_main:
+        groups = settings(root / "poisoned")[1]
+        Path(out).write_text(json.dumps([*results, {"name": "poisoned", "said": said, "groups": groups}]))
+
+
+def compared(first: Path, again: Path, through: Path, moved: Path, end: int) -> dict[str, Any]:
+    x, start = resume.weights(through / "hf"), resume.weights(first.parents[2] / "model")
+    return {
+        "restored": [asdict(found) for found in compare.policies(first / "policy", again / "policy")],
+        "padding": padding(again),
+        "settings": settings(first) == settings(again),
+        "went on": [asdict(found) for found in compare.runs(through, moved, STEPS, end)],
+        "moved": max(float((x[name] - start[name]).abs().max()) for name in x),
+    }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

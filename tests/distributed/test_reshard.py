@@ -1,0 +1,50 @@
+"""A run saved in one layout goes on in another: what reshard.py found, move by move."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.distributed.launch import measured
+from tests.distributed.moves import MOVES, is_bfloat16, is_same
+
+
+@pytest.fixture(params=MOVES, ids=" → ".join)
+def result(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return measured("tests.distributed.reshard", 4)[" → ".join(request.param)]
+
+
+def test_another_layout_restores_every_tensor_to_the_bit(result: dict[str, Any]) -> None:
+    found = {finding["what"]: finding for finding in result["restored"]}
+    assert all(finding["gap"] == 0 for finding in found.values()), found
+    assert found["main parameters"]["count"] == found["parameters"]["count"] == found["moments"]["count"] / 2 > 8
+    assert result["padding"] == 0.0, "rows that pad the vocabulary hold something"
+    assert result["settings"], "updates, steps, learning rates or weight decays differ"
+
+
+TOLERANCE = {  # of the loss; of the norms of the rest
+    "float32": {"loss": 1e-6, "parameters": 1e-6, "main parameters": 1e-6, "moments": 1e-5},
+    "bfloat16": {"loss": 1e-2, "parameters": 2e-3, "main parameters": 1e-3, "moments": 0.3},
+}
+
+
+def test_what_follows_is_the_run_that_did_not_move(result: dict[str, Any]) -> None:
+    source, target = result["name"].split(" → ")
+    tolerance = TOLERANCE["bfloat16" if is_bfloat16(source) else "float32"]
+    for finding in result["went on"]:
+        allowed = tolerance[finding["what"]] if finding["is_rounded"] and not is_same(source, target) else 0.0
+        assert finding["gap"] <= allowed, finding
+    assert result["moved"] > 1e-4, "nothing was learnt, so nothing was tested"
+
+
+def test_a_checkpoint_that_holds_nan_is_refused() -> None:
+    said = measured("tests.distributed.reshard", 4)["poisoned"]["said"]
+    assert "poisoned/policy: 1 parameters hold NaN or infinite values, first decoder.layers.0.mlp.linear_fc2.weight" in said
+
+
+def test_the_optimizer_goes_on_with_what_the_config_says_now() -> None:
+    groups = measured("tests.distributed.reshard", 4)["poisoned"]["groups"]
+    assert len(groups) == 2
+    assert {(group["max_lr"], *group["betas"]) for group in groups} == {(7e-5, 0.8, 0.9)}
+    assert all(0 < group["lr"] <= 7e-5 for group in groups)
