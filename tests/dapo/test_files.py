@@ -109,18 +109,3 @@ def test_a_small_file_that_cannot_be_rewritten_stays_as_it_was(tmp_path: Path, m
     assert seen == ["old"] and (tmp_path / "file").read_text() == "old"
     files.write_text(tmp_path / "file", "new")
     assert (tmp_path / "file").read_text() == "new"
-
-
-def test_a_file_that_the_disk_begins_early_with_is_whole_and_its_sum_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "EARLY", 1000)
-    begun: list[tuple[int, int]] = []
-    advise = os.posix_fadvise
-    monkeypatch.setattr(os, "posix_fadvise", lambda fd, at, size, how: begun.append((at, size)) or advise(fd, at, size, how))
-    data = np.random.default_rng(0).bytes(10_000)
-    file = files.SummedFile(tmp_path / "file")
-    for start in range(0, len(data), 300):
-        file.write(data[start : start + 300])
-    file.close()
-    assert (tmp_path / "file").read_bytes() == data
-    assert file.sum == files.sum_of(tmp_path / "file")
-    assert begun == [(start, 1200) for start in range(0, 9600, 1200)]  # end to end, each once
