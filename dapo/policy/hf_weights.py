@@ -230,7 +230,7 @@ class Weights:
 
     def _gather(self, shard: Tensor) -> list[Tensor]:
         if self.tensor_size == 1:
-            return [shard]
+            return [shard.clone()]  # who takes it may share its memory with a server: not the parameter's
         shards = [torch.empty_like(shard) for _ in range(self.tensor_size)]
         dist.all_gather(shards, shard, group=self.tensor_group)
         return shards
