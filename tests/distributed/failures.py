@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -206,8 +207,9 @@ def checkpoint(
         change(tensors)
     writer = torch_dist.Writer(step / "policy", 2**30)
     for name, tensor in tensors.items():
-        for layer in range(shape.num_layers) if ".layers." in name else [None]:
-            writer.write(name, tensor, layer, shape.num_layers)
+        counts = (shape.num_layers,) if ".layers." in name else ()
+        for place in product(*map(range, counts)):
+            writer.write(name, tensor, place, counts)
     writer.close()
     files.write_manifest(step, {}, {"step": 1, "model": asdict(shape) | (model or {})})
     return [f"run.dir={directory / 'run'}"]
