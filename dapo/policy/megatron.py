@@ -86,6 +86,7 @@ class Policy:
             DistributedDataParallel(self.transformer, ddp, Float16Module(self.transformer, chunk) if self.transformer.bf16 else chunk)
             for chunk in self.chunks
         ]
+        _count_padding(self.models)
         self.optimizer = get_megatron_optimizer(optimizer, self.models)
         self.scheduler = self._make_scheduler()
         self.transformer.finalize_model_grads_func = finalize_model_grads
@@ -383,6 +384,18 @@ def _refuse_broken(directory: Path, names: list[list[str]]) -> None:
 
 
 SETTINGS = ("max_lr", "min_lr", "betas", "eps")  # of the optimizer's groups; the scheduler sets lr and weight_decay
+
+def _count_padding(models: list[DistributedDataParallel]) -> None:
+    """Let a saved optimizer keep the padding between buckets of parameters.
+
+    Megatron writes each parameter's state from where it lies among padded buckets, in a copy that it has stripped of their padding: whatever
+    comes after a padded bucket would be that of its neighbour. A tied embedding on a pipeline stage has a bucket of its own.
+    """
+    for buffer in [buffer for model in models for buffer in model.buffers + model.expert_parallel_buffers]:
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+
 
 # what one microbatch adds up over its response tokens, in this order
 SUMS = ("tokens", "loss", "entropy", "probability", "clipped_low", "clipped_high", "clipped_high_probability")
