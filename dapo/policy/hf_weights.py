@@ -216,7 +216,7 @@ class Weights:
             name = self.local_name(entry)
             if name is not None:
                 shard = read(self.params[name]).contiguous()
-                tensors = from_shards(entry, self._gather(shard) if entry.expert is None else [shard], self.shape)
+                tensors = from_shards(entry, self._gather(shard) if entry.expert is None else [shard.clone()], self.shape)
             else:
                 like = read(next(iter(self.params.values())))
                 tensors = [torch.empty(size, dtype=like.dtype, device=like.device) for size in hf_shapes(entry, self.shape)]
