@@ -24,6 +24,7 @@ from dapo.memory import Rank
 from dapo.mesh import Mesh
 from dapo.policy.megatron import Policy
 from dapo.types import Group, Prompt, Sample
+from tests.distributed.ranks import prepare_rank
 
 LENGTHS, PROMPT = (40, 75, 190, 60, 90, 120, 20, 200), 5
 SHAPE = dict(vocab_size=250, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2)
@@ -149,7 +150,7 @@ def kept_by_scoring(policy: Policy, batch: batches.Batch) -> int:
 def main(out: str) -> None:
     from megatron.core import parallel_state
 
-    torch.set_num_threads(1)
+    prepare_rank()
     results = []
     for number, case in enumerate(CASES):
         if case.tensor * case.pipeline * case.context == int(os.environ["WORLD_SIZE"]):

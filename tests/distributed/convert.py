@@ -21,6 +21,7 @@ from dapo.mesh import Mesh
 from dapo.policy.megatron import Policy
 from tests.distributed.launch import ROOT
 from tests.distributed.parity import make_hf
+from tests.distributed.ranks import prepare_rank
 
 sys.path.insert(0, str(ROOT / "tools"))
 import hf_to_megatron
@@ -96,7 +97,7 @@ def run(model: str, is_tied: bool, directory: Path, mesh: Mesh) -> dict[str, Any
 def main(out: str) -> None:
     from megatron.core import parallel_state
 
-    torch.set_num_threads(1)
+    prepare_rank()
     results = []
     for model, is_tied in MODELS:
         mesh = Mesh(layout(model))

@@ -30,6 +30,7 @@ from dapo.policy.weight_files import _key as megatron_name
 from dapo.policy.weight_files import open_weights
 from dapo.shape import read_shape
 from tests.distributed.launch import ROOT
+from tests.distributed.ranks import prepare_rank
 
 EXAMPLE = ROOT / "examples/arithmetic"
 MINE = "what a run left there\n"
@@ -310,7 +311,7 @@ def attempt(options: list[str], run: Path) -> dict[str, Any]:
 def main(out: str) -> None:
     import dapo.policy  # noqa: F401
 
-    torch.set_num_threads(1)
+    prepare_rank()
     root = Path(out).parent
     mesh = Mesh(Parallel(tensor=1))
     results = []

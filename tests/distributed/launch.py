@@ -29,11 +29,21 @@ def numbers(run: Path) -> dict[str, Any]:
     return values | {"weights": hashlib.sha256((run / "hf" / "model.safetensors").read_bytes()).hexdigest()}
 
 
-@functools.cache
 def measured(module: str, num_processes: int) -> dict[str, Any]:
     """The results by name of `python -m module OUT.json`, launched once per number of processes."""
+    printed, results = _launched(module, num_processes)
+    assert results is not None, printed
+    return results
+
+
+@functools.cache
+def _launched(module: str, num_processes: int) -> tuple[str, dict[str, Any] | None]:
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "out.json"
-        done = torchrun(num_processes, "-m", module, str(out))
-        assert done.returncode == 0, done.stdout[-6000:]
-        return {result["name"]: result for result in json.loads(out.read_text())}
+        try:
+            done = torchrun(num_processes, "-m", module, str(out), timeout=900)
+        except subprocess.TimeoutExpired as error:
+            return f"{error}: {str(error.stdout)[-6000:]}", None
+        if done.returncode:
+            return done.stdout[-6000:], None
+        return done.stdout, {result["name"]: result for result in json.loads(out.read_text())}

@@ -30,6 +30,7 @@ from dapo.policy.megatron import Policy, PolicyError
 from dapo.rollout import group_advantages
 from dapo.types import Group, Prompt, Sample
 from tests.distributed.cases import CASES, FAULTS, Case
+from tests.distributed.ranks import prepare_rank
 
 EPS = 1e-6  # Adam divides by |g| + eps: at 1e-8 it would turn the rounding of all but vanishing gradients into steps
 LR, NUM_UPDATES, GROUPS_PER_UPDATE, GROUP_SIZE, VOCAB = 1e-3, 3, 2, 4, 250  # 250 is padded at every tensor size
@@ -291,7 +292,7 @@ def _watch_ratios(gaps: list[float]) -> None:
 def main(out: str, only: str = "") -> None:
     from megatron.core import parallel_state
 
-    torch.set_num_threads(1)
+    prepare_rank()
     results = []
     for case in CASES + FAULTS:
         if case.world != int(os.environ["WORLD_SIZE"]) or not re.search(only, case.name):

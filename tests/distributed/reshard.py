@@ -24,6 +24,7 @@ from dapo.shape import read_shape
 from tests.distributed import resume
 from tests.distributed.launch import ROOT
 from tests.distributed.moves import HUB, LAYOUTS, MOVES, is_bfloat16
+from tests.distributed.ranks import prepare_rank
 
 STEPS = 2  # before the move
 OPTIONS = [
@@ -98,7 +99,7 @@ def padding(checkpoint: Path) -> float:
 
 
 def main(out: str) -> None:
-    torch.set_num_threads(1)
+    prepare_rank()
     root, results = Path(out).parent, []
     mesh = Mesh(configs.Parallel(tensor=1))
     mesh.on_main(make_model, root / "model")

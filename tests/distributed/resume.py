@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
-from torch.distributed import distributed_c10d as c10d
 
 from dapo import config as configs
 from dapo.mesh import Mesh
 from dapo.train import train
 from tests.distributed.launch import ROOT
+from tests.distributed.ranks import prepare_rank
 
 OPTIONS = [
     "run.save_every=1",
@@ -81,13 +80,10 @@ def run(directory: Path, *options: str) -> None:
 
 
 def leave(mesh: Mesh) -> None:
-    """Give back Megatron's groups: each of gloo's keeps threads, and hundreds of groups would keep thousands."""
     from megatron.core import parallel_state  # after dapo.policy, which adapts it
 
     mesh.barrier()
     parallel_state.destroy_model_parallel()
-    for group in [group for group in c10d._world.pg_map if group not in (dist.group.WORLD, mesh.control)]:
-        dist.destroy_process_group(group)
 
 
 def deepen(target: Path) -> None:
@@ -139,7 +135,7 @@ def replay(directory: Path) -> dict[str, Any]:
 
 
 def main(out: str) -> None:
-    torch.set_num_threads(1)
+    prepare_rank()
     results = [replay(Path(out).parent / "replay")]
     for name, layout in LAYOUTS.items():
         through, stopped = Path(out).parent / name / "through", Path(out).parent / name / "stopped"

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 
 from dapo import config as configs
 from dapo import dump
 from dapo.mesh import Mesh
 from dapo.train import train
 from tests.distributed.launch import ROOT, numbers
+from tests.distributed.ranks import prepare_rank
 from tests.distributed.resume import OPTIONS, deepen
 
 CLIPPING = ["run.steps=1", "optim.lr=2e-3", "optim.warmup_steps=0", "objective.clip_low=0.02", "objective.clip_high=0.04"]
@@ -79,7 +79,7 @@ def read(config: configs.Config) -> dict[str, Any]:
 
 
 def main(out: str) -> None:
-    torch.set_num_threads(1)
+    prepare_rank()
     results = []
     for name, layout in LAYOUTS.items():
         config = run(Path(out).parent / name.replace(" ", "-"), layout)
