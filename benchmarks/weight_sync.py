@@ -6,11 +6,13 @@ python benchmarks/weight_sync.py URL DIR      measure against that server
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +34,14 @@ from dapo.engine.weight_sync import make_sync
 RUNS = 7
 WARM_UP = 3  # runs: a virtual machine is slow to hand out memory that it has not used before
 BUCKETS = {"broadcast": (16, 24, 64), "disk": (64,), "tensor": (64,)}  # MiB
+RECEIVER = """
+import sys, torch
+from tests.sglang.weight_server import WeightServer
+torch.set_num_threads(1)
+with WeightServer() as server:
+    print(server.url, flush=True)
+    sys.stdin.read()
+"""
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "examples/arithmetic/base"
 
@@ -148,6 +158,15 @@ class RawPickle:
             pickle.loads(self.pickled)
 
 
+@contextlib.contextmanager
+def receiver() -> Iterator[Server]:
+    """A process that takes weights by SGLang's calls and loads nothing: what it costs to carry them, without what SGLang does with them."""
+    with subprocess.Popen([sys.executable, "-c", RECEIVER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdin
+        yield Server(process.stdout.readline().strip())
+        process.stdin.close()
+
+
 def measure(kind: Any, mib: int, server: Server, weights: dict[str, Tensor], scratch: Path, model: Path) -> list[str]:
     """A row of the table."""
     num_bytes, bucket = sum(tensor.nbytes for tensor in weights.values()), mib << 20
@@ -204,6 +223,11 @@ def main(url: str, model: Path) -> None:
         for mib in sizes:
             rows.append(measure(kind, mib, server, weights, scratch, model))
             print(*rows[-1], flush=True)
+    with receiver() as taker:
+        for mib in BUCKETS["broadcast"]:
+            name, *row = measure("broadcast", mib, taker, weights, scratch, model)
+            rows.append([f"{name}, nothing loaded", *row])
+            print(*rows[-1], flush=True)
     shutil.rmtree(scratch)
     about, num_bytes = server.get("/server_info"), sum(tensor.nbytes for tensor in weights.values())
     text = heading("Weights to a real SGLang server on the same machine")
@@ -212,7 +236,7 @@ def main(url: str, model: Path) -> None:
         f"{num_bytes / 1e9:.2f} GB of float32 in {len(weights)} tensors, the largest {max(t.nbytes for t in weights.values()) >> 20} MiB. "
         f"{RUNS} syncs and raw copies by turns, after {WARM_UP} that are not counted: median (least–most). "
         "The trainer is one process that has the full tensors: gathering them over ranks is not in this.\n\n"
-        "*MiB*: of a bucket. *sync*: prepare to continue. *carry*: of that from the first tensor until the server has loaded the last. "
+        "*nothing loaded*: to a process that takes weights by SGLang's calls and does nothing with them. *MiB*: of a bucket. *sync*: prepare to continue. *carry*: of that from the first tensor until the server has loaded the last. "
         "*server*: how long the calls took that carry weights, or name files. "
         "*raw send*: the same bytes and nothing else: gloo broadcasts of a bucket's size from the weights' memory into one buffer of "
         "another process; new files of a bucket's size, those before removed; tensors of a bucket's size pickled. *raw copy*: the other "
