@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from dapo.types import EngineError
 
+S = TypeVar("S")
 T = TypeVar("T")
 KEY_VARIABLE = "DAPO_ENGINE_KEY"  # servers' API key: from the environment, for a config is kept with the run
 
@@ -55,7 +56,7 @@ class Server:
         return value if isinstance(value, dict) else {"items": value}
 
 
-def on_all(servers: Sequence[Server], call: Callable[[Server], T]) -> list[T]:
+def on_all(servers: Sequence[S], call: Callable[[S], T]) -> list[T]:
     """`call` on every server at once; their answers in order. Raises the first error, after all have answered."""
     with ThreadPoolExecutor(max(1, len(servers))) as pool:
         return [future.result() for future in [pool.submit(call, server) for server in servers]]

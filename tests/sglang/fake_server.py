@@ -64,6 +64,7 @@ class FakeServer:
         app.router.add_post("/abort_request", self._abort)
         app.router.add_get("/health", self._health)
         app.router.add_get("/model_info", self._model_info)
+        app.router.add_get("/server_info", self._server_info)
         app.router.add_get("/v1/loads", self._loads)
         self.runner = web.AppRunner(app, shutdown_timeout=0, handler_cancellation=True)
         await self.runner.setup()
@@ -97,6 +98,9 @@ class FakeServer:
 
     async def _model_info(self, request: web.Request) -> web.Response:
         return web.json_response({"weight_version": self.version})
+
+    async def _server_info(self, request: web.Request) -> web.Response:
+        return web.json_response({"version": "0.5.23"})
 
     async def _loads(self, request: web.Request) -> web.Response:
         return web.json_response({"loads": self.loads}, status=404 if self.loads is None else 200)

@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from dapo.config import ConfigError
-from dapo.engine.servers import OURS, Servers, known_arguments, server_options
+from dapo.engine.server_options import OURS, known_arguments, server_options
+from dapo.engine.servers import Servers
 from tests.sglang.conftest import RunningServer, server_config
 from tests.sglang.two_servers import NUM_REQUESTS
 

@@ -21,11 +21,13 @@ import pytest
 import torch
 
 from dapo.config import ConfigError
-from dapo.engine import servers
+from dapo.engine import server_process
 from dapo.engine.server import KEY_VARIABLE, Server
-from dapo.engine.servers import Servers, child_environment, command_line, gpu_sets, introduce, known_arguments, server_options
+from dapo.engine.server_options import child_environment, command_line, gpu_sets, known_arguments, server_options
+from dapo.engine.servers import Servers, introduce
 from dapo.types import EngineError
 from tests.sglang.conftest import server_config
+from tests.sglang.fake_server import FakeServer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="SGLang runs on Linux")
 ROOT = Path(__file__).parents[2]
@@ -172,7 +174,7 @@ def test_a_server_that_does_not_start_is_one_clear_line(
         if what == "model":
             (fake / "broken").touch()
         if what == "port":
-            monkeypatch.setattr(servers, "free_port", lambda avoid=0: occupied.getsockname()[1])
+            monkeypatch.setattr(server_process, "free_port", lambda avoid=0: occupied.getsockname()[1])
         started = start(sglang={"tp-size": "two"} if what == "argument" else {})
         with pytest.raises(ConfigError) as error:
             started.wait()
@@ -213,6 +215,33 @@ def test_servers_of_other_people_are_checked_and_left_alone(
     theirs.close()
     with pytest.raises(ConfigError, match=rf"engine.urls: {url}/model_info: .*refused.*is it up"):
         introduce(Server(url), fake)
+
+
+def test_a_server_of_other_people_that_died_is_left_out_until_it_answers(start: Callable[..., Servers], fake: Path) -> None:
+    said: list[str] = []
+    first, second = FakeServer(), FakeServer()
+    try:
+        started = start(said, urls=[first.url, second.url])
+        started.wait()
+        assert started.refresh() is False
+        del said[:]
+        first.die()
+        assert [started.refresh(), started.refresh()] == [True, False]
+        assert started.generate_urls == [second.url]
+        assert (
+            len(said) == 1 and f"{first.url}/model_info" in said[0] and said[0].endswith("left out until it answers at a sync of weights")
+        )
+        first.start()
+        assert started.refresh() is True
+        assert started.generate_urls == [first.url, second.url]
+        assert said[1:] == [f"{first.url} answers again"]
+        first.die()
+        second.die()
+        with pytest.raises(EngineError, match=rf"no server is left: .*{first.url}.*{second.url}"):
+            started.refresh()
+    finally:
+        first.stop()
+        second.stop()
 
 
 KNOWN = {
