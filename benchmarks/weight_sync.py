@@ -34,11 +34,21 @@ from dapo.engine.weight_sync import make_sync
 RUNS = 7
 WARM_UP = 3  # runs: a virtual machine is slow to hand out memory that it has not used before
 BUCKETS = {"broadcast": (16, 24, 64), "disk": (64,), "tensor": (64,)}  # MiB
-RECEIVER = """
+TAKER = """
 import sys, torch
+from math import prod
 from tests.sglang.weight_server import WeightServer
+
+class Taker(WeightServer):
+    memory = {}
+    def _from_broadcast(self, body):
+        size = sum(prod(shape) * getattr(torch, dtype).itemsize for shape, dtype in zip(body["shapes"], body["dtypes"]))
+        memory = self.memory.setdefault(body["group_name"], torch.ones(1 << 27, dtype=torch.uint8))
+        self.groups[body["group_name"]].broadcast(memory[:size], 0).wait()
+        return {}
+
 torch.set_num_threads(1)
-with WeightServer() as server:
+with Taker() as server:
     print(server.url, flush=True)
     sys.stdin.read()
 """
@@ -159,9 +169,9 @@ class RawPickle:
 
 
 @contextlib.contextmanager
-def receiver() -> Iterator[Server]:
-    """A process that takes weights by SGLang's calls and loads nothing: what it costs to carry them, without what SGLang does with them."""
-    with subprocess.Popen([sys.executable, "-c", RECEIVER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+def taker() -> Iterator[Server]:
+    """A process that takes weights by SGLang's calls and does nothing with them: what is left is the carrying."""
+    with subprocess.Popen([sys.executable, "-c", TAKER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stdin
         yield Server(process.stdout.readline().strip())
         process.stdin.close()

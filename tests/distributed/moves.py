@@ -20,6 +20,11 @@ LAYOUTS = {  # of four processes
     "tensor 2, data 2, bfloat16": ["parallel.tensor=2", "policy.dtype=bfloat16"],
     "tensor 2, data 2, offloaded": ["parallel.tensor=2", *OFFLOADED],
     "pipeline 2, data 2, offloaded": ["parallel.tensor=1", "parallel.pipeline=2", *OFFLOADED],
+    "experts whole, tensor 2, data 2": ["parallel.tensor=2"],
+    "experts whole, pipeline 2, data 2": ["parallel.tensor=1", "parallel.pipeline=2"],
+    "experts over 2, tensor 2, pipeline 2": ["parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=2"],
+    "experts over 2, data 4": ["parallel.tensor=1", "parallel.expert=2"],
+    "experts over 4, data 4": ["parallel.tensor=1", "parallel.expert=4"],
 }
 HUB = "tensor 2, pipeline 2"
 MOVES = [  # saved in → gone on in
@@ -32,7 +37,15 @@ MOVES = [  # saved in → gone on in
     ("tensor 2, data 2, bfloat16", "tensor 2, data 2, offloaded"),
     ("tensor 2, data 2, offloaded", "tensor 2, data 2, offloaded"),
     ("tensor 2, data 2, offloaded", "pipeline 2, data 2, offloaded"),
+    ("experts whole, tensor 2, data 2", "experts over 4, data 4"),
+    ("experts over 4, data 4", "experts whole, pipeline 2, data 2"),
+    ("experts over 4, data 4", "experts over 2, tensor 2, pipeline 2"),
+    ("experts over 2, tensor 2, pipeline 2", "experts over 2, data 4"),
 ]
+
+
+def model_of(layout: str) -> str:
+    return "experts" if "experts" in layout else "dense"
 
 
 def is_bfloat16(layout: str) -> bool:

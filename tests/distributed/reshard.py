@@ -23,7 +23,7 @@ from dapo.policy.torch_dist import Reader
 from dapo.shape import read_shape
 from tests.distributed import resume
 from tests.distributed.launch import ROOT
-from tests.distributed.moves import HUB, LAYOUTS, MOVES, is_bfloat16
+from tests.distributed.moves import HUB, LAYOUTS, MOVES, is_bfloat16, model_of
 from tests.distributed.ranks import prepare_rank
 
 STEPS = 2  # before the move
@@ -45,14 +45,15 @@ def is_even(response: str, answer: str) -> bool:
     return sum(c.isdigit() for c in response) % 2 == 0
 
 
-def make_model(directory: Path) -> None:
-    """A random model that every layout can split, with the arithmetic example's tokenizer."""
-    shutil.copytree(ROOT / "examples/arithmetic/base", directory)
+def make_models(root: Path) -> None:
+    """Random models that every layout can split, with the arithmetic example's tokenizer."""
+    shutil.copytree(ROOT / "examples/arithmetic/base", root / "dense")
     config = transformers.Qwen2Config.from_pretrained(
-        directory, num_hidden_layers=4, num_key_value_heads=4, layer_types=["full_attention"] * 4
+        root / "dense", num_hidden_layers=4, num_key_value_heads=4, layer_types=["full_attention"] * 4
     )
     torch.manual_seed(1)
-    transformers.Qwen2ForCausalLM(config).save_pretrained(directory)
+    transformers.Qwen2ForCausalLM(config).save_pretrained(root / "dense")
+    resume.make_base("expert-parallel", root / "experts")
 
 
 def restored(source: Path, target: Path, options: list[str], is_poisoned: bool = False) -> str:
@@ -83,7 +84,9 @@ def restored(source: Path, target: Path, options: list[str], is_poisoned: bool =
 def settings(checkpoint: Path) -> Any:
     """Updates so far; steps, learning rates and weight decays of the optimizer's groups."""
     found = torch.load(checkpoint / "policy/common.pt", weights_only=False)
-    groups = found["optimizer"]["optimizer"]["param_groups"]
+    optimizer = found["optimizer"]
+    parts = [optimizer] if "optimizer" in optimizer else [optimizer[i] for i in sorted(optimizer)]  # experts have one of their own
+    groups = [group for part in parts for group in part["optimizer"]["param_groups"]]
     return found["num_updates"], [
         {key: group[key] for key in ("step", "lr", "max_lr", "weight_decay", "wd_mult", "betas", "eps")} for group in groups
     ]
@@ -102,9 +105,9 @@ def main(out: str) -> None:
     prepare_rank()
     root, results = Path(out).parent, []
     mesh = Mesh(configs.Parallel(tensor=1))
-    mesh.on_main(make_model, root / "model")
-    options = [*OPTIONS, f"policy.model={root / 'model'}", "run.keep_checkpoints=9"]
+    mesh.on_main(make_models, root)
     for i, (source, target) in enumerate(MOVES):
+        options = [*OPTIONS, f"policy.model={root / model_of(source)}", "run.keep_checkpoints=9"]
         through, moved, again = root / source, root / f"moved-{i}", root / f"again-{i}"
         end = STEPS + (1 if is_bfloat16(source) else 2)
         if not mesh.on_main(through.exists):
@@ -117,17 +120,24 @@ def main(out: str) -> None:
         restored(first, again, [f"run.dir={moved}", *options, *LAYOUTS[target]])
         resume.run(moved, f"run.steps={end}", *options, *LAYOUTS[target])
         if mesh.is_main:
-            results.append({"name": f"{source} → {target}", **compared(first, again, through, moved, end)})
+            results.append({"name": f"{source} → {target}", **compared(root / model_of(source), first, again, through, moved, end)})
             Path(out).write_text(json.dumps(results))
-    changed = [f"run.dir={root}", *options, *LAYOUTS["tensor 4"], "optim.lr=7e-5", "optim.betas=[0.8, 0.9]"]
+    changed = [
+        f"run.dir={root}",
+        *OPTIONS,
+        f"policy.model={root / 'dense'}",
+        *LAYOUTS["tensor 4"],
+        "optim.lr=7e-5",
+        "optim.betas=[0.8, 0.9]",
+    ]
     said = restored(root / HUB / f"checkpoints/step-{STEPS:06}", root / "poisoned", changed, is_poisoned=True)
     if mesh.is_main:
         groups = settings(root / "poisoned")[1]
         Path(out).write_text(json.dumps([*results, {"name": "poisoned", "said": said, "groups": groups}]))
 
 
-def compared(first: Path, again: Path, through: Path, moved: Path, end: int) -> dict[str, Any]:
-    x, start = resume.weights(through / "hf"), resume.weights(first.parents[2] / "model")
+def compared(model: Path, first: Path, again: Path, through: Path, moved: Path, end: int) -> dict[str, Any]:
+    x, start = resume.weights(through / "hf"), resume.weights(model)
     return {
         "restored": [asdict(found) for found in compare.policies(first / "policy", again / "policy")],
         "padding": padding(again),
