@@ -33,7 +33,7 @@ from dapo.engine.weight_sync import make_sync
 
 RUNS = 7
 WARM_UP = 3  # runs: a virtual machine is slow to hand out memory that it has not used before
-BUCKETS = {"broadcast": (16, 24, 64), "disk": (64,), "tensor": (64,)}  # MiB
+CASES = [("broadcast", 16), ("broadcast", 24), ("broadcast", 64), ("disk", 64), ("tensor", 64)]  # MiB: of a bucket
 TAKER = """
 import sys, torch
 from math import prod
@@ -229,15 +229,13 @@ def main(url: str, model: Path) -> None:
     weights = {name: tensor.clone() for name, tensor in load_file(model / "model.safetensors").items()}
     scratch = Path(tempfile.mkdtemp(dir=model.parent))
     rows = []
-    for kind, sizes in BUCKETS.items():
-        for mib in sizes:
-            rows.append(measure(kind, mib, server, weights, scratch, model))
-            print(*rows[-1], flush=True)
-    with receiver() as taker:
-        for mib in BUCKETS["broadcast"]:
-            name, *row = measure("broadcast", mib, taker, weights, scratch, model)
-            rows.append([f"{name}, nothing loaded", *row])
-            print(*rows[-1], flush=True)
+    with taker() as other:
+        for kind, mib in CASES:
+            receivers = {"": server} | ({", nothing loaded": other} if kind == "broadcast" else {})
+            for name, receiver in receivers.items():
+                row = measure(kind, mib, receiver, weights, scratch, model)
+                rows.append([row[0] + name, *row[1:]])
+                print(*rows[-1], flush=True)
     shutil.rmtree(scratch)
     about, num_bytes = server.get("/server_info"), sum(tensor.nbytes for tensor in weights.values())
     text = heading("Weights to a real SGLang server on the same machine")
