@@ -36,15 +36,16 @@ WARM_UP = 3  # runs: a virtual machine is slow to hand out memory that it has no
 CASES = [("broadcast", 16), ("broadcast", 24), ("broadcast", 64), ("disk", 64), ("tensor", 64)]  # MiB: of a bucket
 TAKER = """
 import sys, torch
+from collections import defaultdict
 from math import prod
 from tests.sglang.weight_server import WeightServer
 
 class Taker(WeightServer):
-    memory = {}
+    memory = defaultdict(lambda: torch.ones(1 << 27, dtype=torch.uint8))
     def _from_broadcast(self, body):
         size = sum(prod(shape) * getattr(torch, dtype).itemsize for shape, dtype in zip(body["shapes"], body["dtypes"]))
-        memory = self.memory.setdefault(body["group_name"], torch.ones(1 << 27, dtype=torch.uint8))
-        self.groups[body["group_name"]].broadcast(memory[:size], 0).wait()
+        name = body["group_name"]
+        self.groups[name].broadcast(self.memory[name][:size], 0).wait()
         return {}
 
 torch.set_num_threads(1)

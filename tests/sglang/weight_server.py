@@ -120,6 +120,8 @@ def _refuse_if(condition: bool, message: str) -> None:
 
 def _handler(server: WeightServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
+        disable_nagle_algorithm = True
+
         def do_GET(self) -> None:
             self._answer(200, server.get(self.path))
 
