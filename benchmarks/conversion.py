@@ -122,7 +122,7 @@ def main() -> None:
         (root / "config").mkdir()
         (root / "config" / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": args.layers}))
         shape = read_shape(root / "config")
-        save_hf(random_tensors(shape), shape, torch.bfloat16, root / "config", root / "hf", shard_bytes=SHARD_BYTES)
+        save_hf([random_tensors(shape)], shape, torch.bfloat16, root / "config", root / "hf", shard_bytes=SHARD_BYTES)
         num_bytes = forget(root / "hf")
         found: dict[str, list[list[float]]] = defaultdict(list)
         for _ in range(args.trials):

@@ -16,7 +16,7 @@ from hf_to_megatron import convert, parser
 from dapo import config
 from dapo.config import ConfigError
 from dapo.policy.hf_weights import StoredWeights
-from dapo.policy.weight_files import ahead, hf_tensors, save_hf
+from dapo.policy.weight_files import hf_tensors, save_hf, shares
 from dapo.shape import ModelShape
 
 
@@ -35,7 +35,8 @@ def model_of(checkpoint: Path) -> Path:
 
 
 def save(weights: StoredWeights, shape: ModelShape, dtype: torch.dtype, model: Path, target: Path, *, shard_bytes: int) -> None:
-    save_hf(ahead(hf_tensors(weights, shape, dtype)), shape, dtype, model, target, shard_bytes=shard_bytes)
+    tensors = [hf_tensors(weights, shape, dtype, share) for share in shares(shape)]
+    save_hf(tensors, shape, dtype, model, target, shard_bytes=shard_bytes)
 
 
 def main(argv: list[str]) -> int:

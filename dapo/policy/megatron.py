@@ -190,7 +190,7 @@ class Policy:
         """Write the model as a Hugging Face directory, which appears whole or not at all."""
         if self.mesh.is_main:
             dtype = self.transformer.params_dtype
-            weight_files.save_hf(self.weights(), self.shape, dtype, self.config.policy.model, target, may_replace=True)
+            weight_files.save_hf([self.weights()], self.shape, dtype, self.config.policy.model, target, may_replace=True)
         else:
             for _ in self.weights():
                 pass

@@ -11,6 +11,7 @@ import mmap
 import pickle
 import zipfile
 import zlib
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -242,45 +243,53 @@ class _Slice:
 
 
 class Writer:
-    """A checkpoint of tensors written one by one, in files of at most `file_bytes` (or one chunk)."""
+    """A checkpoint of tensors written one by one, in files of at most `file_bytes` (or one chunk). Each thread writes a part of its own."""
 
     def __init__(self, directory: Path, file_bytes: int):
         self.directory, self.file_bytes = directory, file_bytes
         self.sums: dict[str, Sum] = {}  # of the files that are done
-        self._file: SummedFile | None = None
+        self._files: dict[int, tuple[str, SummedFile]] = {}  # open ones, by part
+        self._counts: Counter[int] = Counter()  # of files begun, by part
         self._closing = ThreadPoolExecutor(1)  # waits for the disk while the next file is written
         self._closed: list[Future[None]] = []
         self._metadata: dict[str, Any] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
 
-    def write(self, name: str, tensor: Tensor, place: tuple[int, ...] = (), counts: tuple[int, ...] = ()) -> None:
+    def write(self, name: str, tensor: Tensor, place: tuple[int, ...] = (), counts: tuple[int, ...] = (), part: int = 0) -> None:
         """The whole tensor, or that of layer (and expert) `place` of one whose first dimensions count `counts` of them."""
         offsets = torch.Size([*place, *[0] * tensor.dim()])
         size = torch.Size([*counts, *tensor.shape])
         tensor = tensor[(None,) * len(place)]
-        if self._file and self._file.tell() + tensor.nbytes > self.file_bytes:
-            self._next_file()
-        self._file = self._file or SummedFile(self.directory / self._name)
-        start = self._file.tell()
-        torch.save(_on_cpu(tensor), self._file)  # type: ignore[arg-type]
+        file_name, file = self._file_of(part, tensor.nbytes)
+        start = file.tell()
+        torch.save(_on_cpu(tensor), file)  # type: ignore[arg-type]
         known = self._metadata.setdefault(name, TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), size, []))
         known.chunks.append(ChunkStorageMetadata(offsets, tensor.shape))
-        self._places[MetadataIndex(name, offsets)] = _StorageInfo(self._name, start, self._file.tell() - start)
+        self._places[MetadataIndex(name, offsets)] = _StorageInfo(file_name, start, file.tell() - start)
 
     def close(self) -> None:
         """Write which chunk lies where: without it there is no checkpoint."""
-        self._next_file()
+        for part in list(self._files):
+            self._end_file(part)
         for closed in self._closed:
             closed.result()
+        for known in self._metadata.values():
+            known.chunks.sort(key=lambda chunk: tuple(chunk.offsets))
         torch.save({}, self.directory / "common.pt")
         (self.directory / ".metadata").write_bytes(pickle.dumps(Metadata(self._metadata, storage_data=self._places)))
         save_config(CheckpointingConfig("torch_dist", 1), str(self.directory))
 
-    @property
-    def _name(self) -> str:
-        return f"__0_{len(self.sums)}.distcp"
+    def _file_of(self, part: int, num_bytes: int) -> tuple[str, SummedFile]:
+        """The part's file, with room for so many bytes."""
+        if part in self._files and self._files[part][1].tell() + num_bytes > self.file_bytes:
+            self._end_file(part)
+        if part not in self._files:
+            name = f"__{part}_{self._counts[part]}.distcp"
+            self._counts[part] += 1
+            self._files[part] = name, SummedFile(self.directory / name)
+        return self._files[part]
 
-    def _next_file(self) -> None:
-        if self._file:
-            self._closed.append(self._closing.submit(self._file.close))
-            self.sums[self._name], self._file = self._file.sum, None
+    def _end_file(self, part: int) -> None:
+        name, file = self._files.pop(part)
+        self._closed.append(self._closing.submit(file.close))
+        self.sums[name] = file.sum

@@ -1,14 +1,15 @@
 """A model's weights in files, of either format: Hugging Face safetensors, and Megatron's distributed checkpoint. Both are streamed.
 
-Reading takes the name table's entries; writing holds one tensor at a time. HF directory: config.json, *.safetensors, tokenizer. Megatron
-directory: policy/ in torch_dist, manifest.json; one that hf_to_megatron.py made has config.json and the tokenizer too.
+Reading takes the name table's entries; writing holds one tensor at a time, in each thread. HF directory: config.json, *.safetensors,
+tokenizer. Megatron directory: policy/ in torch_dist, manifest.json; one that hf_to_megatron.py made has config.json and tokenizer too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from math import prod
@@ -26,7 +27,9 @@ from dapo.policy.hf_weights import Entry, StoredWeights, from_shards, hf_shapes,
 from dapo.shape import ModelShape
 
 T = TypeVar("T")
+Named = Iterator[tuple[str, Tensor]]  # by their Hugging Face names
 SHARD_BYTES = 4 * 2**30  # of a written file
+THREADS = 2  # that convert: reading, checking, rearranging and writing take about as long as the disk
 SAFETENSORS_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -183,15 +186,26 @@ def check_checkpoint(directory: Path, shape: ModelShape) -> None:
                 raise ConfigError(f"{directory}: tensor {name} has shape {weights.optimizer_sizes[name]}, the parameter has {size}")
 
 
-def hf_tensors(weights: StoredWeights, shape: ModelShape, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, tensor) of all, in the table's order."""
-    for entry in table(shape, is_fused=True):
+def shares(shape: ModelShape) -> list[list[Entry]]:
+    """The table in THREADS parts of about the same size: whoever reads and writes in threads gives each one of them."""
+    entries = table(shape, is_fused=True)
+    sizes = [sum(prod(size) for size in hf_shapes(entry, shape)) for entry in entries]
+    part, loads = [0] * len(entries), [0] * THREADS
+    for i in sorted(range(len(entries)), key=lambda i: -sizes[i]):  # the largest first: small ones fill what is left
+        part[i] = loads.index(min(loads))
+        loads[part[i]] += sizes[i]
+    return [[entry for entry, where in zip(entries, part, strict=True) if where == i] for i in range(THREADS)]
+
+
+def hf_tensors(weights: StoredWeights, shape: ModelShape, dtype: torch.dtype, entries: list[Entry] | None = None) -> Named:
+    """(Hugging Face name, tensor) of these entries; of all, in the table's order."""
+    for entry in table(shape, is_fused=True) if entries is None else entries:
         for name, tensor in zip(entry.hf, weights.read(entry), strict=True):
             yield name, tensor.to(dtype)
 
 
 def save_hf(
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Sequence[Named],
     shape: ModelShape,
     dtype: torch.dtype,
     source: Path,
@@ -202,6 +216,7 @@ def save_hf(
 ) -> None:
     """Write a Hugging Face directory: the table's tensors in its order, and config, tokenizer and the like from `source`.
 
+    `tensors`: all of them, in any order; each iterator is drained by a thread of its own, a single one by the caller's.
     It appears whole or not at all.
 
     Raises:
@@ -218,36 +233,52 @@ def save_hf(
             shards[-1][name] = size
             room -= num_bytes
     total = sum(prod(size) for shard in shards for size in shard.values()) * dtype.itemsize
-    with files.made_whole(target, total, may_replace) as partial:
+    with files.made_whole(target, total, may_replace) as partial, contextlib.ExitStack() as opened:
         carry_over(source, partial, dtype)
+        written: dict[str, _Safetensors] = {}
         places: dict[str, str] = {}
-        coming = iter(tensors)
         for i, shard in enumerate(shards):
             name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-            _write_safetensors(partial / name, shard, dtype, coming)
+            written |= dict.fromkeys(shard, opened.enter_context(_Safetensors(partial / name, shard, dtype)))
             places |= dict.fromkeys(shard, name)
-        assert next(coming, None) is None, "tensors beyond the table"
+
+        def drain(share: Named) -> None:
+            for name, tensor in share:
+                written.pop(name).write(name, tensor)
+
+        _in_threads(drain, tensors)
+        assert not written, f"never came: {sorted(written)}"
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": places}
             (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
-def _write_safetensors(path: Path, sizes: dict[str, tuple[int, ...]], dtype: torch.dtype, tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """The format: the header's length in 8 bytes, a JSON header, the tensors end to end. Here as they come: none is kept."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, size in sizes.items():
-        start, end = end, end + prod(size) * dtype.itemsize
-        header[name] = {"dtype": SAFETENSORS_DTYPE[dtype], "shape": size, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        begun = file.write(len(text).to_bytes(8, "little") + text)
-        for expected in sizes:
-            name, tensor = next(tensors)
-            assert name == expected and tuple(tensor.shape) == sizes[name], f"{name} {tuple(tensor.shape)} instead of {expected}"
-            file.write(tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
-            begun = files.begin_writing(file, begun)
+class _Safetensors:
+    """A file of tensors that come in any order, from any thread: 8 bytes of the header's length, a JSON header, the tensors end to end."""
+
+    def __init__(self, path: Path, sizes: dict[str, tuple[int, ...]], dtype: torch.dtype):
+        self.sizes, self.dtype = sizes, dtype
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, size in sizes.items():
+            start, end = end, end + prod(size) * dtype.itemsize
+            header[name] = {"dtype": SAFETENSORS_DTYPE[dtype], "shape": size, "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115  # until close
+        begin = self._file.write(len(text).to_bytes(8, "little") + text)
+        self._places = {name: begin + header[name]["data_offsets"][0] for name in sizes}
+
+    def __enter__(self) -> _Safetensors:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        assert tuple(tensor.shape) == self.sizes[name], f"{name} {tuple(tensor.shape)} instead of {self.sizes[name]}"
+        data = tensor.detach().to("cpu", self.dtype).contiguous().view(-1).view(torch.uint8).numpy().data
+        files.write_at(self._file, data, self._places[name])
 
 
 def save_megatron(
@@ -257,26 +288,30 @@ def save_megatron(
 
     It appears whole or not at all. Raises as `save_hf` does.
     """
-    entries = table(shape, is_fused=True)
-    total = sum(prod(_megatron_size(entry, shape)) for entry in entries) * dtype.itemsize
+    parts = shares(shape)
+    total = sum(prod(_megatron_size(entry, shape)) for part in parts for entry in part) * dtype.itemsize
     with files.made_whole(target, total) as partial:
         carry_over(source, partial, dtype)
         (partial / "policy").mkdir()
         writer = torch_dist.Writer(partial / "policy", shard_bytes)
-        for entry, tensor in ahead((e, to_shard(e, weights.read(e), shape, 0, 1).to(dtype)) for e in entries):
-            writer.write(_key(entry), tensor, entry.place, _counts(entry, shape))
+
+        def convert(part: int) -> None:
+            for entry in parts[part]:
+                tensor = to_shard(entry, weights.read(entry), shape, 0, 1).to(dtype)
+                writer.write(_key(entry), tensor, entry.place, _counts(entry, shape), part)
+
+        _in_threads(convert, range(len(parts)))
         writer.close()
         files.write_manifest(partial, {f"policy/{name}": s for name, s in writer.sums.items()}, {"model": asdict(shape)})
 
 
-def ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items; a thread makes the next one while the caller uses this one."""
-    end = object()
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = thread.submit(next, items, end)
-            yield item  # type: ignore[misc]
+def _in_threads(work: Callable[[T], None], items: Sequence[T]) -> None:
+    """`work` on every item, each in a thread of its own; on a single one in this thread. Raises what the first that failed raises."""
+    if len(items) == 1:
+        work(items[0])
+        return
+    with ThreadPoolExecutor(len(items)) as pool:
+        list(pool.map(work, items))
 
 
 def carry_over(source: Path, target: Path, dtype: torch.dtype) -> None:
