@@ -4,7 +4,7 @@ python benchmarks/plan_accuracy.py            # about ten minutes on two cores; 
 
 Each case is a torchrun of its own: Policy on random weights, the log-probs of two minibatches and two updates (a small first one makes
 the optimizer's state). Compared is, on a CPU, the rise of the process's peak resident memory above what it held after the imports, on a
-GPU max_memory_allocated. The plan counts what is held: all cases but the last let malloc return what is freed (MALLOC_MMAP_THRESHOLD_).
+GPU max_memory_allocated.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ class Case:
     recompute: str = "none"
     microbatches: int = 1  # of an update, on each data-parallel rank
     layers: int = 20
-    returns_memory: bool = True  # what was freed; by default glibc keeps freed blocks of up to 32 MiB
 
     @property
     def world(self) -> int:
@@ -75,7 +74,6 @@ CASES = [
     Case(512, pipeline=2, microbatches=3, recompute="full"),
     Case(1024, dtype="bfloat16"),
     Case(256, data=2, layers=8),
-    Case(1024, returns_memory=False),
 ]  # fmt: skip
 
 
@@ -96,10 +94,9 @@ def main(chosen: list[int]) -> None:
 def cells(row: dict[str, Any]) -> list[object]:
     case = Case(**row["case"])
     off = row["planned"] / row["measured"] - 1
-    recomputed = case.recompute + ("" if case.returns_memory else "; glibc's malloc as it is")
     return [
         f"{row['parameters'] / 2**20:.0f} Mi", f"tp{case.tensor} pp{case.pipeline} dp{case.data}", row["rank"], case.dtype, case.tokens,
-        case.microbatches, recomputed, f"{row['planned'] / GIB:.2f}", f"{row['measured'] / GIB:.2f}", f"{off:+.1%}", row["moment"],
+        case.microbatches, case.recompute, f"{row['planned'] / GIB:.2f}", f"{row['measured'] / GIB:.2f}", f"{off:+.1%}", row["moment"],
     ]  # fmt: skip
 
 
@@ -109,8 +106,7 @@ def measured(number: int, directory: Path) -> list[dict[str, Any]]:
     if not model.exists():
         make_model(model, case.layers)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.world), __file__, str(number), str(model)]
-    env = {"MALLOC_MMAP_THRESHOLD_": str(2**20)} if case.returns_memory else {}
-    subprocess.run([sys.executable, *command], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | env, timeout=1200)
+    subprocess.run([sys.executable, *command], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=1200)
     rows = [json.loads((model / f"{rank}.json").read_text()) for rank in range(case.world)]
     print(*(" ".join(map(str, cells(row))) for row in rows), sep="\n", flush=True)
     return rows

@@ -289,8 +289,6 @@ def _notes(plan: Plan) -> Iterator[str]:
     config, parallel = plan.config, plan.config.parallel
     for field in sorted(set(config.policy.megatron) - COUNTED - NEGLIGIBLE):
         yield f"policy.megatron.{field} is not counted"
-    if plan.backend == "cpu":
-        yield "glibc keeps freed memory, and a run holds up to a quarter more, unless MALLOC_MMAP_THRESHOLD_=1048576 is in its environment"
     if plan.backend != "cpu" and config.policy.dtype == "float32":
         yield "float32 on a GPU: attention keeps its scores, length² a head, and the times are bfloat16's; neither is counted: use bfloat16"
     if plan.backend != "cpu" and parallel.tensor > MACHINE:

@@ -30,7 +30,7 @@ from dapo.clock import beat, timed
 from dapo.config import Config, ConfigError
 from dapo.dump import Trace, blank
 from dapo.mesh import Mesh
-from dapo.policy import torch_dist, weight_files
+from dapo.policy import cpu, torch_dist, weight_files
 from dapo.policy.hf_weights import Weights
 from dapo.policy.layout import initialize_megatron, interleaved
 from dapo.policy.model import build_model, optimizer_config, split_passthrough, transformer_config
@@ -67,6 +67,8 @@ class Policy:
 
     def __init__(self, config: Config, mesh: Mesh):
         self.config, self.mesh = config, mesh
+        if mesh.device.type == "cpu":
+            cpu.return_freed_memory()
         self.shape = read_shape(config.policy.model)
         self.transformer = transformer_config(self.shape, config)
         optimizer = optimizer_config(config, self.transformer)

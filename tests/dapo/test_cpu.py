@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,3 +56,29 @@ def test_adamw_equals_torch_and_keeps_its_step_in_the_group() -> None:
     torch.testing.assert_close(ours, theirs)
     assert a.param_groups[0]["step"] == 4
     assert set(a.state[ours]) == {"exp_avg", "exp_avg_sq"}
+
+
+FREED = """
+import sys, psutil, torch
+from dapo.policy import cpu
+def resident():
+    return psutil.Process().memory_info().rss >> 20
+if sys.argv[1] == "returned":
+    cpu.return_freed_memory()
+torch.ones(2**22).sum()  # glibc serves up to this size from its heap from now on
+before = resident()
+held = [(torch.ones(2**21), torch.ones(2**10)) for _ in range(32)]  # 8 MiB, and a little behind it that stays
+small = [pair[1] for pair in held]
+del held
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc")
+def test_freed_memory_is_returned() -> None:
+    kept, returned = (
+        int(subprocess.run([sys.executable, "-c", FREED, how], check=True, capture_output=True, text=True).stdout)
+        for how in ("kept", "returned")
+    )
+    assert kept > 200, "glibc returns it by itself: nothing was tested"
+    assert returned < 20
