@@ -109,3 +109,11 @@ def test_a_small_file_that_cannot_be_rewritten_stays_as_it_was(tmp_path: Path, m
     assert seen == ["old"] and (tmp_path / "file").read_text() == "old"
     files.write_text(tmp_path / "file", "new")
     assert (tmp_path / "file").read_text() == "new"
+
+
+def test_a_long_block_is_written_in_pieces_at_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "EARLY", 8)
+    with open(tmp_path / "file", "wb", buffering=0) as file:
+        files.write_at(file, memoryview(b"0123456789abcdefghij"), 4)
+        files.write_at(file, memoryview(b"head"), 0)
+    assert (tmp_path / "file").read_bytes() == b"head0123456789abcdefghij"
