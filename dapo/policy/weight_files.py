@@ -7,10 +7,12 @@ tokenizer. Megatron directory: policy/ in torch_dist, manifest.json; one that hf
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
@@ -295,23 +297,37 @@ def save_megatron(
         (partial / "policy").mkdir()
         writer = torch_dist.Writer(partial / "policy", shard_bytes)
 
-        def convert(part: int) -> None:
-            for entry in parts[part]:
+        def convert(share: Iterator[tuple[int, Entry]]) -> None:
+            for part, entry in share:
                 tensor = to_shard(entry, weights.read(entry), shape, 0, 1).to(dtype)
                 writer.write(_key(entry), tensor, entry.place, _counts(entry, shape), part)
 
-        _in_threads(convert, range(len(parts)))
+        _in_threads(convert, [zip(itertools.repeat(part), entries) for part, entries in enumerate(parts)])
         writer.close()
         files.write_manifest(partial, {f"policy/{name}": s for name, s in writer.sums.items()}, {"model": asdict(shape)})
 
 
-def _in_threads(work: Callable[[T], None], items: Sequence[T]) -> None:
-    """`work` on every item, each in a thread of its own; on a single one in this thread. Raises what the first that failed raises."""
-    if len(items) == 1:
-        work(items[0])
+def _in_threads(work: Callable[[Iterator[T]], None], shares: Sequence[Iterator[T]]) -> None:
+    """`work` on every share, each in a thread of its own; on a single one in this thread.
+
+    When one fails, or the caller is interrupted, the others stop at their next item.
+    """
+    if len(shares) == 1:
+        work(shares[0])
         return
-    with ThreadPoolExecutor(len(items)) as pool:
-        list(pool.map(work, items))
+    is_over = threading.Event()
+
+    def until_over(share: Iterator[T]) -> Iterator[T]:
+        return itertools.takewhile(lambda _: not is_over.is_set(), share)
+
+    with ThreadPoolExecutor(len(shares)) as pool:
+        working = [pool.submit(work, until_over(share)) for share in shares]
+        try:
+            wait(working, return_when=FIRST_EXCEPTION)
+        finally:
+            is_over.set()
+        for each in working:
+            each.result()
 
 
 def carry_over(source: Path, target: Path, dtype: torch.dtype) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -155,11 +156,11 @@ def test_a_directory_that_holds_no_checkpoint_is_refused(tmp_path: Path, capsys:
 
 @pytest.mark.parametrize("tool", [hf_to_megatron, megatron_to_hf])
 def test_a_conversion_that_is_interrupted_leaves_nothing(converted: Path, tmp_path: Path, monkeypatch, tool) -> None:
-    reads, checked = [], weight_files._checked
+    reads, number, checked = [], itertools.count(1), weight_files._checked
 
     def interrupted(*arguments):
         reads.append(list(tmp_path.rglob("*.distcp")) + list(tmp_path.rglob("*.safetensors")))
-        if len(reads) == 12:
+        if next(number) == 12:
             raise KeyboardInterrupt
         return checked(*arguments)
 
@@ -168,6 +169,20 @@ def test_a_conversion_that_is_interrupted_leaves_nothing(converted: Path, tmp_pa
         tool.main([str(BASE if tool is hf_to_megatron else converted), str(tmp_path / "out")])
     assert reads[-1], "nothing had been written yet, so nothing was tested"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_when_one_thread_fails_the_others_stop() -> None:
+    items = iter(range(1000))
+
+    def work(share):
+        for item in share:
+            if item < 0:
+                raise KeyboardInterrupt
+            time.sleep(0.001)
+
+    with pytest.raises(KeyboardInterrupt):
+        weight_files._in_threads(work, [items, iter([-1])])
+    assert next(items, 1000) < 1000
 
 
 def test_a_conversion_that_is_killed_leaves_no_target_and_the_next_one_succeeds(tmp_path: Path) -> None:
