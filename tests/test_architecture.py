@@ -1,6 +1,7 @@
 """Who may import whom. Read from the source, so that a lazy import inside a function counts too."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,15 @@ def test_nothing_that_installs_imports_what_does_not(path):
 
 def test_the_kernels_folder_is_not_importable():  # it would shadow Hugging Face's package of that name
     assert not (ROOT / "kernels/__init__.py").exists()
+
+
+def test_no_files_import_each_other_in_a_circle():
+    modules = {module_of(path): path for path in FILES if path.name != "__init__.py"}  # a package's face only hands names on
+    assert {"dapo.policy.megatron", "dapo_kernels.rows"} <= set(modules)
+    order = TopologicalSorter({module: imports_in(path) & set(modules) for module, path in modules.items()})
+    order.prepare()  # raises CycleError, which names them
+
+
+def module_of(path: Path) -> str:
+    """kernels/dapo_kernels/rows.py → "dapo_kernels.rows"."""
+    return ".".join(path.relative_to("kernels" if path.parts[0] == "kernels" else "").with_suffix("").parts)

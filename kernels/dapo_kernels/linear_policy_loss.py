@@ -19,8 +19,9 @@ from torch.autograd.function import once_differentiable
 
 from dapo_kernels import logits_torch
 from dapo_kernels.checks import check_matrix, check_options, check_tokens, check_vocabulary
+from dapo_kernels.passes import evaluate, kernels_for
 from dapo_kernels.reference import PolicyLoss
-from dapo_kernels.rows import Objective, Rows, Shard, Tokens, evaluate, kernels_for
+from dapo_kernels.rows import Objective, Rows, Shard, Tokens
 
 GPU_CHUNK_BYTES = 2400 << 20  # 8192 bf16 rows of 152k columns: adding up the weight's gradient then costs 3 % of a chunk
 CPU_CHUNK_BYTES = 64 << 20

@@ -11,8 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from dapo_kernels import reference
 from dapo_kernels.checks import check_matrix, check_options, check_tokens, check_vocabulary
+from dapo_kernels.passes import Kernels, evaluate, kernels_for
 from dapo_kernels.reference import PolicyLoss
-from dapo_kernels.rows import Kernels, Objective, Shard, Tokens, evaluate, kernels_for
+from dapo_kernels.rows import Objective, Shard, Tokens
 
 
 def policy_loss(
