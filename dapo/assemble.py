@@ -20,6 +20,7 @@ from dapo.engine.servers import Servers
 from dapo.engine.sglang import SGLangEngine
 from dapo.engine.weight_sync import make_sync
 from dapo.files import write_text
+from dapo.hf_files import stored_weights
 from dapo.mesh import Mesh
 from dapo.reward.pool import Reward
 from dapo.rollout import Rollouts, RolloutsElsewhere
@@ -145,7 +146,7 @@ def evaluate_models(config: Config, mesh: Mesh, models: list[Path]) -> None:
     for summary in summaries:
         print(summary)
     for model in models:
-        rollouts.load_weights(evaluate.stored_weights(model), version=0)
+        rollouts.load_weights(stored_weights(model), version=0)
         results[str(model)] = evaluate.run(rollouts, sets, config, f"evaluating {model}")
         for name, scores in results[str(model)].items():
             print(f"{model}  {name}: {scores}", flush=True)

@@ -7,6 +7,7 @@ disk: what bears the name is whole, unless damaged later, and that is noticed.
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -126,13 +127,13 @@ class Checkpoints:
         written = {name: sum for of_rank in sums for name, sum in of_rank.items()}
         files.write_manifest(partial, written, {"step": self.saved, "model": asdict(shape)})
         files.publish(partial, self._path(self.saved))
-        for step in self._steps()[self.options.keep_checkpoints :]:
-            if not self.options.keep_every or step % self.options.keep_every:
-                shutil.rmtree(self._path(step))
+        for step in superseded(self._steps(), self.saved, self.options.keep_checkpoints, self.options.keep_every):
+            shutil.rmtree(self._path(step))
 
     def _steps(self) -> list[int]:
         """Steps that have a checkpoint, newest first."""
-        return sorted((int(p.name.removeprefix("step-")) for p in self.root.glob("step-*")), reverse=True)
+        names = (re.fullmatch(r"step-(\d+)", path.name) for path in self.root.glob("step-*"))
+        return sorted((int(name[1]) for name in names if name), reverse=True)
 
     def _newest_whole(self) -> int | None:
         """Every rank verifies its share of the files, so that what one process would take minutes for takes seconds."""
@@ -163,6 +164,16 @@ class Checkpoints:
     def _remove_leftovers(self) -> None:
         for leftover in self.root.glob(".step-*"):  # of a run that was killed while it saved
             shutil.rmtree(leftover)
+
+
+def superseded(steps: list[int], saved: int, keep: int, keep_every: int | None) -> list[int]:
+    """Which checkpoints go when that of `saved` is there: all but the `keep` newest and those of every `keep_every` steps.
+
+    What is newer than `saved` was found damaged: it counts for nothing, and is replaced when its step comes.
+    `superseded([40, 30, 23, 20], saved=23, keep=1, keep_every=20)` → []; with keep_every None → [20].
+    """
+    older = [step for step in sorted(steps, reverse=True) if step <= saved]
+    return [step for step in older[keep:] if not keep_every or step % keep_every]
 
 
 def _begin(partial: Path, rollouts: Rollouts) -> None:

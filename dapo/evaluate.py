@@ -8,18 +8,14 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load_file
-from torch import Tensor
 
 from dapo import config
 from dapo.clock import timed
-from dapo.config import ConfigError
 from dapo.reward.answer import last_answer
 from dapo.rollout import Rollouts
 from dapo.types import Group, Prompt, Sampling
@@ -135,22 +131,6 @@ def compare(before: Scores, after: Scores, flips: int = 10_000) -> dict[str, flo
 def powers_of_two(k: int) -> list[int]:
     """`powers_of_two(6)` → [1, 2, 4, 6]: up to k, and k itself."""
     return sorted({1 << i for i in range(k.bit_length()) if 1 << i <= k} | {k})
-
-
-def stored_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a Hugging Face directory, without the copy of the embedding that some store as the head of a tied model.
-
-    Raises:
-        ConfigError: no config.json or no weights there.
-    """
-    files = sorted(directory.glob("*.safetensors"))
-    if not files or not (directory / "config.json").is_file():
-        raise ConfigError(f"model {directory}: no config.json and *.safetensors there; expected a Hugging Face model directory")
-    is_tied = json.loads((directory / "config.json").read_text()).get("tie_word_embeddings", False)
-    for file in files:
-        for name, tensor in load_file(file).items():
-            if not (is_tied and name == "lm_head.weight"):
-                yield name, tensor
 
 
 def write(results: dict[str, dict[str, Scores]], path: Path) -> dict[str, Any]:

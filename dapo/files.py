@@ -6,6 +6,7 @@ what disks and copies do to files, and is no help against forgery.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -122,11 +123,14 @@ def damage(directory: Path, part: int = 0, parts: int = 1) -> str | None:
 def file_damage(directory: Path, name: str, sum: Sum) -> str | None:
     """What is wrong with one file of the directory, None if it has this sum."""
     path, (size, crc) = directory / name, sum
-    if not path.is_file():
-        return f"{name} is missing"
-    if path.stat().st_size != size:
-        return f"{name} has {path.stat().st_size} of {size} bytes"
-    return None if sum_of(path)[1] == crc else f"{name} is not what was written: its checksum differs"
+    try:
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} of {size} bytes"
+        return None if sum_of(path)[1] == crc else f"{name} is not what was written: its checksum differs"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
 
 
 def require_space(directory: Path, num_bytes: int) -> None:
@@ -154,21 +158,43 @@ def made_whole(target: Path, num_bytes: int, may_replace: bool = False) -> Itera
     """A hidden directory to write into, beside `target`, whose name it gets when the block ends well; else it is removed.
 
     Raises:
-        ConfigError: `target` exists and may not be replaced, or the disk has no room for `num_bytes`. Nothing was written.
+        ConfigError: `target` exists and may not be replaced, or another process is writing it, or the disk has no room for `num_bytes`.
+            Nothing was written.
     """
-    if target.exists() and not may_replace:
-        raise ConfigError(f"{target} exists and is not overwritten: name another directory, or remove it")
+    _refuse_existing(target, may_replace)
     partial = hidden(target)
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        require_space(partial, num_bytes)
-        yield partial
-        publish(partial, target)
+        with _locked(partial):
+            try:
+                for leftover in partial.iterdir():  # of a process that was killed
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                require_space(partial, num_bytes)
+                yield partial
+                _refuse_existing(target, may_replace)  # it may have come meanwhile
+                publish(partial, target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except BlockingIOError as error:
+        raise ConfigError(f"{target} is being written by another process: wait for it, or name another directory") from error
     except OSError as error:
         raise ConfigError(f"{target} cannot be written, {free_gib(target.parent):.1f} GiB free there: {error}") from error
+
+
+def _refuse_existing(target: Path, may_replace: bool) -> None:
+    if target.exists() and not may_replace:
+        raise ConfigError(f"{target} exists and is not overwritten: name another directory, or remove it")
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """The directory, made if it is not there, for this process alone; the lock ends with the process. Raises BlockingIOError: another's."""
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(descriptor)
 
 
 def hidden(target: Path) -> Path:

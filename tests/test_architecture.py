@@ -12,7 +12,7 @@ FILES = [path.relative_to(ROOT) for folder in ("dapo", "kernels/dapo_kernels") f
 LEAVES = {"types", "config", "clock", "files"}  # import nothing of ours
 PURE = {  # no process groups: testable in milliseconds
     "buffer", "reward", "data", "dump", "objective", "batch", "pending", "rollout", "metrics", "report", "semantics", "shape",
-    "passthrough",
+    "passthrough", "hf_files",
 }  # fmt: skip
 ALLOWED = {  # a room → the rooms it may see; those that are not named here see everything
     **{room: frozenset() for room in LEAVES},

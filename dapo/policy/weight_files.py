@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from dapo import files
 from dapo.config import ConfigError
+from dapo.hf_files import open_safetensors, read_tensor
 from dapo.policy import torch_dist
 from dapo.policy.hf_weights import Entry, StoredWeights, from_shards, hf_shapes, table, to_shard
 from dapo.shape import ModelShape
@@ -124,34 +125,6 @@ def _check_names(directory: Path, found: set[str], expected: set[str], allowed: 
         )
     if extra:
         raise ConfigError(f"{directory}: {len(extra)} tensors have no place in this architecture, first {extra[0]}")
-
-
-def open_safetensors(directory: Path) -> dict[str, Path]:
-    """Tensor name → file, of all safetensors files in the directory.
-
-    Raises:
-        ConfigError: none there, one is damaged, or one that the index names is missing.
-    """
-    paths = sorted(directory.glob("*.safetensors"))
-    if not paths:
-        raise ConfigError(f"policy.model={directory}: no *.safetensors there; the model has no weights")
-    index = directory / "model.safetensors.index.json"
-    named = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
-    if absent := sorted(named - {path.name for path in paths}):
-        raise ConfigError(f"{directory}: {absent[0]} is missing, one of {len(named)} files that {index.name} names")
-    found = {}
-    for path in paths:
-        try:
-            with safe_open(path, framework="pt") as file:
-                found.update(dict.fromkeys(file.keys(), path))
-        except SafetensorError as error:
-            raise ConfigError(f"{path}: damaged or cut short: {error}") from error
-    return found
-
-
-def read_tensor(path: Path, name: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)  # type: ignore[no-any-return]
 
 
 def check_model(directory: Path, shape: ModelShape) -> None:

@@ -117,3 +117,44 @@ def test_a_long_block_is_written_in_pieces_at_its_place(tmp_path: Path, monkeypa
         files.write_at(file, memoryview(b"0123456789abcdefghij"), 4)
         files.write_at(file, memoryview(b"head"), 0)
     assert (tmp_path / "file").read_bytes() == b"head0123456789abcdefghij"
+
+
+def test_two_processes_do_not_write_to_one_target(tmp_path):
+    target = tmp_path / "model"
+    with files.made_whole(target, 10) as partial:
+        (partial / "file").write_text("first")
+        with pytest.raises(ConfigError, match="is being written by another process"), files.made_whole(target, 10):
+            pass
+        assert (partial / "file").read_text() == "first"
+    assert (target / "file").read_text() == "first"
+
+
+def test_a_target_that_appears_meanwhile_is_not_overwritten(tmp_path):
+    target = tmp_path / "model"
+    with pytest.raises(ConfigError, match="exists and is not overwritten"), files.made_whole(target, 10) as partial:
+        (partial / "file").write_text("mine")
+        target.mkdir()
+        (target / "file").write_text("theirs")
+    assert (target / "file").read_text() == "theirs"
+    assert not partial.exists()
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    target = tmp_path / "model"
+    files.hidden(target).mkdir()
+    (files.hidden(target) / "old").write_text("half")
+    with files.made_whole(target, 10) as partial:
+        (partial / "file").write_text("new")
+    assert [path.name for path in target.iterdir()] == ["file"]
+
+
+def test_a_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
+    (tmp_path / "data").write_bytes(b"12345")
+    sum = files.sum_of(tmp_path / "data")
+
+    def broken(path):
+        raise OSError(5, "Input/output error")
+
+    assert files.file_damage(tmp_path, "data", sum) is None
+    monkeypatch.setattr(files, "sum_of", broken)
+    assert files.file_damage(tmp_path, "data", sum) == "data cannot be read: Input/output error"
