@@ -200,7 +200,8 @@ class Policy:
 
     def save(self, directory: Path) -> torch_dist.Save:
         """Plan a Megatron distributed checkpoint of model, optimizer and scheduler, in an existing, empty directory: `start` it."""
-        return torch_dist.Save(self._sharded_state(is_loading=False), directory)
+        copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        return torch_dist.Save(self._sharded_state(is_loading=False), directory, copies, self.mesh.barrier)
 
     def load(self, directory: Path) -> None:
         """Restore what `save` planned, in this layout or another.

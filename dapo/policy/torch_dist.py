@@ -12,15 +12,18 @@ import pickle
 import zipfile
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -47,11 +50,15 @@ class Save:
     Megatron's own writers are forked processes, and a manager process that a killed trainer leaves behind: here a thread writes.
     """
 
-    def __init__(self, state: dict[str, Any], directory: Path):
-        """Plan who writes what, into an existing, empty directory. Nothing large is written yet."""
+    def __init__(self, state: dict[str, Any], directory: Path, copies: dist.ProcessGroup, barrier: Callable[[], None]):
+        """Plan who writes what, into an existing, empty directory. Nothing large is written yet.
+
+        `copies`: ranks that have the same state, who share the writing of it. `barrier` has time for a slow disk, as NCCL's has not.
+        """
         strategy = _Strategy("torch_dist", 1)
-        self._request = dist_checkpointing.save(state, str(directory), strategy, async_sharded_save=True)
-        self._writer = strategy.writer
+        shared = FullyParallelSaveStrategyWrapper(strategy, copies)
+        self._request = dist_checkpointing.save(state, str(directory), shared, async_sharded_save=True)
+        self._writer, self._barrier = strategy.writer, barrier
         self._file = f"{directory.name}/{self._writer.file_name}"
 
     @property
@@ -78,6 +85,7 @@ class Save:
             FailedElsewhere: this rank's was, another's was not.
         """
         self._writer.wait()
+        self._barrier()
         try:
             for finalize in self._request.finalize_fns:
                 finalize()

@@ -9,6 +9,7 @@ MEGATRON: dict[str, dict[str, Any]] = {  # fields of policy.megatron, by the nam
     "overlap": {"overlap_grad_reduce": True, "bucket_size": 20_000},
     "recompute": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]},
+    "block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
     "moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
     "allgather": {"moe_token_dispatcher_type": "allgather"},
 }
@@ -31,6 +32,8 @@ FLOAT32 = Bounds()
 # thousands goes the other way: params is the bound of two runs that disagree on it in every update, with the rounding of a norm's weight
 # near 1 on top; direction says how few those are.
 BFLOAT16 = Bounds(logprobs=0.1, gradients=0.05, params=1e-2, mismatch=0.02, grad_norm=0.05, direction=0.98)
+# a token between two experts goes to the other one
+BFLOAT16_EXPERTS = Bounds(logprobs=0.4, gradients=0.1, params=1e-2, mismatch=0.05, grad_norm=0.1, direction=0.97)
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,10 @@ class Case:
     overlap: bool = False  # gradients are reduced while the backward pass runs
     context: int = 1
     virtual: int = 1  # chunks of layers on a pipeline stage
-    recompute: str = ""  # "recompute": every layer; "selective": attention and MLP; "moe": router and experts
+    layers: int = 4
+    recompute: str = ""  # "recompute": every layer; "block": a chunk's first; "selective": attention and MLP; "moe": router and experts
     dtype: str = "float32"
-    fault: str = ""  # a wrong gradient scale: "context factor", "token mean"
+    fault: str = ""  # a wrong gradient scale: "context factor", "token mean", "expert factor"
     expert: int = 1  # ranks that share a layer's experts
     dispatcher: str = ""  # how tokens get to them: "" is the default
 
@@ -60,7 +64,9 @@ class Case:
 
     @property
     def bounds(self) -> Bounds:
-        return FLOAT32 if self.dtype == "float32" else BFLOAT16
+        if self.dtype == "float32":
+            return FLOAT32
+        return BFLOAT16_EXPERTS if "moe" in self.model else BFLOAT16
 
     @property
     def name(self) -> str:
@@ -78,6 +84,7 @@ class Case:
             "stale" if self.stale else "",
             "overlap" if self.overlap else "",
             self.recompute,
+            f"{self.layers}layers" if self.layers != 4 else "",
             f"ep{self.expert}" if self.expert > 1 else "",
             self.dispatcher,
             self.fault.replace(" ", "-"),
@@ -126,11 +133,15 @@ CASES = [
     Case(4, 1, 2, "llama", virtual=2, budget=40, overlap=True),
     Case(4, 1, 2, "qwen2", context=2, virtual=2, budget=40),
     Case(4, 2, 1, "qwen2", context=2, is_tied=True, dtype="bfloat16"),
+    Case(4, 1, 4, "qwen2", is_tied=True, budget=40),  # stages in the middle
+    Case(4, 1, 4, "qwen3", virtual=2, layers=8, budget=32, overlap=True),
+    Case(4, 1, 2, "llama", virtual=2, layers=8, budget=40, recompute="block"),
 ]
 
 FAULTS = [
     Case(2, 1, 1, "qwen2", context=2, fault="context factor"),
     Case(2, 1, 1, "qwen2", context=2, fault="token mean"),
+    Case(2, 2, 1, "qwen3_moe", expert=2, fault="expert factor"),
 ]
 
 CASES += [  # mixture of experts
@@ -148,4 +159,7 @@ CASES += [  # mixture of experts
     Case(4, 1, 1, "qwen3_moe-unnormalised", expert=2, budget=4096),
     Case(4, 1, 1, "qwen3_moe", context=2, expert=4, recompute="moe"),
     Case(4, 1, 2, "qwen3_moe", virtual=2, expert=2, budget=40),
+    Case(2, 2, 1, "qwen3_moe", expert=2, dtype="bfloat16"),
+    Case(4, 2, 1, "qwen3_moe", context=2, expert=2),
+    Case(4, 1, 1, "qwen3_moe-unnormalised", context=2, expert=2, dispatcher="allgather", budget=40),
 ]

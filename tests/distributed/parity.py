@@ -47,7 +47,7 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "original_m
           "high_freq_factor": 2.0}  # fmt: skip
 
 
-def make_hf(model: str, is_tied: bool, directory: Path) -> None:
+def make_hf(model: str, is_tied: bool, directory: Path, layers: int = 4) -> None:
     """A random model in which biases and norms matter."""
     kinds = {
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
@@ -65,7 +65,9 @@ def make_hf(model: str, is_tied: bool, directory: Path) -> None:
         "qwen3_moe-unnormalised": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM, experts | {"norm_topk_prob": False}),
     }
     config, cls, extra = kinds[model]
-    shape = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)
+    shape = dict(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4
+    )
     torch.manual_seed(5)
     hf = cls(config(**shape, tie_word_embeddings=is_tied, **extra))
     with torch.no_grad():
@@ -155,7 +157,7 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     )
     mesh = Mesh(mesh_options)
     if mesh.is_main:
-        make_hf(case.model, case.is_tied, directory / "hf")
+        make_hf(case.model, case.is_tied, directory / "hf", case.layers)
     mesh.barrier()
     policy, hf = Policy(config, mesh), HFTrainer(directory / "hf", config)
     inject(case.fault, policy)
@@ -228,6 +230,17 @@ def inject(fault: str, policy: Policy) -> None:
             return total, tensors.mask.sum().int(), sums
 
         policy._loss = counted  # type: ignore[method-assign]
+    elif fault == "expert factor":  # summed over the data-parallel ranks and left so, where other ranks have the experts too
+        finalize_all = policy.transformer.finalize_model_grads_func
+
+        def halved(model: list[Any], *arguments: Any, **options: Any) -> None:
+            finalize_all(model, *arguments, **options)
+            for chunk in model:
+                for name, param in chunk.named_parameters():
+                    if ".experts." in name:
+                        param.main_grad.mul_(1 / policy.config.parallel.tensor)
+
+        policy.transformer.finalize_model_grads_func = halved
     else:
         assert not fault
 

@@ -155,6 +155,7 @@ def main(out: str) -> None:
                 "steps": [row["step"] for row in rows(stopped)],
                 "weights": is_equal(weights(through / "hf"), weights(stopped / "hf")),
                 "moved": not is_equal(weights(through / "hf"), weights(base)),
+                "written": sorted(path.stat().st_size for path in (stopped / "checkpoints/step-000004/policy").glob("*.distcp")),
                 "checkpoints": sorted(path.name for path in (stopped / "checkpoints").iterdir()),
                 "warnings": printed.getvalue().splitlines(),
             }

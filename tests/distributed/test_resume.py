@@ -37,3 +37,9 @@ def test_resuming_from_the_checkpoint_before_a_damaged_one_equals_going_on(layou
     assert (result["stale"] > 0) is (layout == "carried-over")
     assert result["moved"], "nothing was learnt, so nothing was tested"
     assert result["checkpoints"] == ["step-000003", "step-000004"], "keep_checkpoints=2, or 1 and every third; no leftovers"
+
+
+@pytest.mark.parametrize("layout", ["data-parallel", "context-parallel", "expert-parallel"])
+def test_ranks_that_have_the_same_share_the_writing(layout: str) -> None:
+    least, most = measured("tests.distributed.resume", 2)[layout]["written"]
+    assert most < 1.5 * least
