@@ -23,6 +23,8 @@ CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 2400 << 20, "transformer_engine": 2400 <
 ATTENTION_PADDING = 1.12  # on a CPU, sequences of like length are padded to one: at most by a third, by an eighth on mixed lengths
 BATCH_BYTES = 42  # a token of the step's batch: ids, targets, positions of 8 bytes, four numbers of 4, the mask, its staleness
 
+CHECKPOINT = "a checkpoint"
+
 # fields of policy.megatron that change what is counted here, and those that change no memory worth counting
 COUNTED = {
     "recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules", "optimizer_cpu_offload",
@@ -338,6 +340,31 @@ class Rank:
         return chunk
 
     @property
+    def gathered_state(self) -> int:
+        """In main memory while a checkpoint is written: Megatron gathers the optimizer's state, three float32 numbers a parameter, whole on
+        every rank; of one buffer at a time also this rank's share of it, and one of the three numbers as it comes, twice, and by gloo a
+        third time, and what gloo sends."""
+        gloo = 4 if self.backend == "cpu" else 0
+        return 12 * self.parameters + max((8 + gloo) * buffer + (12 + gloo) * share for buffer, share in self._buffers)
+
+    @property
+    def _buffers(self) -> list[tuple[int, int]]:
+        """Parameters that are gathered together, and this rank's share of them: a chunk's dense ones, a chunk's experts."""
+        dense = (self.parameters - self.expert_parameters) // self.chunks
+        experts = self.expert_parameters // self.chunks
+        return [(dense, dense // (self.data * self.context)), (experts, experts // self.expert_data)]
+
+    @property
+    def copied_state(self) -> int:
+        """In main memory while a checkpoint is written in the background: this rank's share of parameters and optimizer state."""
+        return (12 + self.value_bytes) * self.parameters // (self.data * self.context) if self.config.run.async_save else 0
+
+    @property
+    def main_memory(self) -> int:
+        """What a checkpoint takes of a machine's main memory, beside whatever else is there."""
+        return max(self.gathered_state, self.copied_state)
+
+    @property
     def moments(self) -> dict[str, int]:
         """Each moment that can be the peak, and what is there beyond parameters, gradients, optimizer, batch and engine."""
         is_one_table = self.shape.is_tied and self.pipeline == 1  # for embedding and head
@@ -352,11 +379,19 @@ class Rank:
         ffn = self.shape.expert_ffn_size if self.shape.num_experts else self.layer.ffn
         largest = max(self._vocab, 2 * ffn) * self.shape.hidden_size
         moments["the optimizer's step"] = self.grads if self.backend == "cpu" else 4 * largest // (self.data * self.context)
+        if self.backend == "cpu":
+            moments = {moment: held + self.copied_state for moment, held in moments.items()} | {CHECKPOINT: self.gathered_state}
+        else:  # a buffer's state passes through the device, one of the three numbers at a time
+            moments[CHECKPOINT] = max(4 * (buffer + share) for buffer, share in self._buffers)
         return moments
 
     @property
     def peak(self) -> int:
-        return self.params + self.grads + self.optimizer + self.batch + self.engine + max(self.moments.values())
+        return self.at(self.peak_moment)
+
+    def at(self, moment: str) -> int:
+        """All that is held at one of the moments."""
+        return self.params + self.grads + self.optimizer + self.batch + self.engine + self.moments[moment]
 
     @property
     def peak_moment(self) -> str:

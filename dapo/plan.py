@@ -259,6 +259,7 @@ def describe(plan: Plan) -> list[str]:
         "",
         *_memory_table(plan),
         f"peak on stage {rank.stage}, during {rank.peak_moment}: {rank.peak / GIB:.1f} of {plan.room:.1f} GiB that are free for tensors",
+        *_main_memory(plan),
         "",
         f"seconds   an update {plan.update_seconds:.3g}, a step's scores {plan.score_seconds:.3g} and updates "
         f"{config.updates_per_step * plan.update_seconds:.3g}, at {plan.hardware.mfu:.0%} of the data sheet's FLOP/s; and the sampling",
@@ -282,6 +283,15 @@ def _memory_table(plan: Plan) -> list[str]:
         values = "".join(f"{getattr(rank, name) / GIB:13.2f}" for name in columns)
         lines.append(f"stage {rank.stage:<5}{values}  {rank.in_flight}")
     return lines
+
+
+def _main_memory(plan: Plan) -> list[str]:
+    """What a checkpoint takes beside the devices; on a CPU it is in the peak."""
+    if plan.backend == "cpu":
+        return []
+    most = max(rank.main_memory for rank in plan.stages)
+    ranks = min(plan.world, MACHINE)
+    return [f"writing a checkpoint takes {ranks * most / GIB:.0f} GiB of the main memory of a machine with {ranks} devices"]
 
 
 def _notes(plan: Plan) -> Iterator[str]:
