@@ -27,10 +27,14 @@ from torch._dynamo.utils import counters
 
 try:
     import triton
+    from triton.errors import TritonError
 
     HAS_TRITON = True
 except ImportError:  # only on machines without a GPU
-    HAS_TRITON = False
+    HAS_TRITON, TritonError = False, RuntimeError
+
+# what a contender's code may raise; it is its result then
+FAULTS = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, NotImplementedError, TritonError)
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}
 CHECKED_TOKENS = 512  # the error is measured on so many, against float64
@@ -324,7 +328,7 @@ def compare(shape: Shape, device: torch.device, dtype: torch.dtype, rounds: int)
                 facts[name]["failed"] = "out of memory"
                 del ready[name]
                 torch.cuda.empty_cache()
-            except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, NotImplementedError) as error:
+            except FAULTS as error:
                 facts[name]["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
                 del ready[name]
     rows = []
@@ -439,7 +443,12 @@ def main() -> None:
     text += "\n## Compiled anew while 50 further numbers of tokens come by\n\n"
     works = [row["contender"] for row in facts["rows"] if row["shape"] == shapes[0].name and "failed" not in row]
     ready, _ = contenders(device.type == "cuda")
-    facts["compilations"] = {name: compilations(ready[name], device, dtype) for name in works}
+    facts["compilations"] = {}
+    for name in works:
+        try:
+            facts["compilations"][name] = compilations(ready[name], device, dtype)
+        except FAULTS as error:
+            facts["compilations"][name] = type(error).__name__
     text += table(["contender", "kernels and graphs"], [[name, count] for name, count in facts["compilations"].items()])
     facts["scoring"] = [scoring(shape, device, dtype, args.rounds) for shape in shapes]
     text += "\n## Scoring alone\n\n" + table(["shape", "dapo, ms", "plain torch, ms"], facts["scoring"])

@@ -58,7 +58,7 @@ def options(size: str, directory: Path) -> list[str]:
         f"run.steps={STEPS}",
         "parallel.tensor=1",
         "policy.dtype=bfloat16",
-        f"policy.tokens_per_microbatch={32 * length}",
+        f"policy.tokens_per_microbatch={16 * length}",
         f"rollout.max_response_length={length}",
         f"reward.overlong_cache={length // 4}",
         "reward.function=train_gpu:coin",

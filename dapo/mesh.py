@@ -51,6 +51,7 @@ def _connect(device: torch.device) -> tuple[Any, dist.ProcessGroup]:
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")  # as SGLang sets it: processes that differ in it cannot join in a group
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return store, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)

@@ -134,7 +134,7 @@ class _Group:
 
     name: str
     backend: Any  # ProcessGroupGloo or ProcessGroupNCCL
-    work: dist.Work | None = None  # the last broadcast, until it has ended: it holds the bucket's memory
+    work: Future[dist.Work] | None = None  # the last broadcast, until it has ended: it holds the bucket's memory
     answers: list[Future[Any]] = field(default_factory=list)  # the servers', to the call that goes with it
 
 
@@ -167,8 +167,9 @@ class Broadcast(Transport):
             flush_cache=False,
         )
         self._settle(group)
-        group.answers = [self.pool.submit(peer.server.post, "/update_weights_from_distributed", call, self.limit) for peer in self.peers]
-        group.work = group.backend.broadcast(bucket.data, 0)
+        limit = self.limit + GRACE  # the broadcast's own end comes first
+        group.answers = [self.pool.submit(peer.server.post, "/update_weights_from_distributed", call, limit) for peer in self.peers]
+        group.work = self.pool.submit(self._broadcast, group, bucket.data)
         return lambda: self._finish(group)
 
     def commit(self, version: int) -> None:
@@ -186,6 +187,12 @@ class Broadcast(Transport):
                     [p.server for p in self.peers],
                     partial(Server.post, path="/destroy_weights_update_group", body={"group_name": group.name}, timeout=GRACE),
                 )
+
+    def _broadcast(self, group: _Group, data: Tensor) -> dist.Work:
+        """In a thread: NCCL's first call in a group waits until the servers make theirs, and one that has refused never does."""
+        if data.is_cuda:
+            torch.cuda.set_device(data.device)
+        return group.backend.broadcast(data, 0)  # type: ignore[no-any-return]
 
     def _connect(self) -> _Group:
         """Join with all servers. Each blocks until all have joined, so the calls are in flight while this rank joins."""
@@ -210,13 +217,16 @@ class Broadcast(Transport):
         """Wait for a group's broadcast; a refusal is seen while the broadcast still waits for that server."""
         assert group.work is not None
         deadline = time.monotonic() + self.limit
-        while not group.work.is_completed():
+        while not (group.work.done() and (group.work.exception() or group.work.result().is_completed())):
             self._heed()
             if time.monotonic() > deadline:
                 raise EngineError(f"a broadcast of weights to {self.urls} took more than {self.limit:.0f} s")
             time.sleep(0.0005)
         try:
-            group.work.wait()
+            work = group.work.result()
+            work.wait()
+            if not work.is_success():  # NCCL's wait is for the device's order alone
+                raise RuntimeError("it ended with an error")
         except RuntimeError as error:
             wait(group.answers, GRACE, FIRST_EXCEPTION)  # whoever is the cause may say it better
             self._heed()
@@ -326,7 +336,12 @@ def _join(backend: str, store: Any, name: str, world: int, limit: float) -> Any:
         return dist.ProcessGroupGloo(seen, 0, world, timedelta(seconds=limit))
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=limit)
-    return dist.ProcessGroupNCCL(seen, 0, world, options)
+    handling, before = "TORCH_NCCL_ASYNC_ERROR_HANDLING", os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING")
+    os.environ[handling] = "0"  # a server that is lost must not end this process, which has the policy to save; `_finish` sees it
+    try:
+        return dist.ProcessGroupNCCL(seen, 0, world, options)
+    finally:
+        os.environ.pop(handling) if before is None else os.environ.update({handling: before})
 
 
 def _settle(futures: Sequence[Future[Any]], limit: float, doing: str) -> None:
@@ -343,7 +358,7 @@ def _outlive(group: _Group) -> None:
     """Keep a group until its broadcast has ended, if only by the time limit: its destructor would wait for that, and stop every thread."""
     if group.work is not None:
         with contextlib.suppress(RuntimeError):
-            group.work.wait()
+            group.work.result().wait()
 
 
 def _address_towards(server: Server) -> str:

@@ -83,8 +83,7 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         for q, k, v in zip(query.split(sizes[0]), key.split(sizes[1]), value.split(sizes[1]), strict=True):
             padding = len(k) - len(q)
             q, k, v = (x.transpose(0, 1)[None] for x in (F.pad(q, (0, 0, 0, 0, padding, 0)), k, v))
-            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
-            parts.append(o[0].transpose(0, 1)[padding:])
+            parts.append(self._causal(q, k, v)[0].transpose(0, 1)[padding:])
         return torch.cat(parts)
 
     def _padded(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -92,10 +91,15 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         parts, batches = [], padded_batches(tuple(cu_seqlens.tolist()), query.device)
         for places, is_real in batches:
             q, k, v = (x[places].transpose(1, 2) for x in (query, key, value))  # [S, h or g, longest, d]
-            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=True)
-            parts.append(o.transpose(1, 2)[is_real])
+            parts.append(self._causal(q, k, v).transpose(1, 2)[is_real])
         order = torch.cat([places[is_real] for places, is_real in batches])  # where each computed row belongs in the pack
         return torch.cat(parts)[order.argsort()]
+
+    def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query [S, h, n, d], key and value [S, g, n, d] → [S, h, n, d]."""
+        if query.is_cuda:  # in float32 only a kernel without grouped heads does not hold n × n scores
+            key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale, enable_gqa=not query.is_cuda)
 
 
 class Runs(NamedTuple):

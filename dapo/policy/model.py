@@ -96,6 +96,10 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
             expert_model_parallel_size=config.parallel.expert,
             expert_tensor_parallel_size=1,
         )
+    if has_transformer_engine() and config.parallel.context > 1 and dtype == torch.float32:
+        raise ConfigError(
+            f"parallel.context={config.parallel.context} with policy.dtype=float32: Transformer Engine has no such attention; use bfloat16"
+        )
     # Megatron refuses unlike lengths for allgather, which gathers as many tokens from every rank. batch.py makes them alike within a group
     fields["variable_seq_lengths"] = passed.get("moe_token_dispatcher_type") != "allgather"
     try:
