@@ -52,6 +52,15 @@ def read_tensor(path: Path, name: str) -> Tensor:
         return file.get_tensor(name)  # type: ignore[no-any-return]
 
 
+def read_dtypes(files: dict[str, Path]) -> dict[str, str]:
+    """Tensor name → its dtype as the file's header has it, such as BF16."""
+    found = {}
+    for path in set(files.values()):
+        with safe_open(path, framework="pt") as file:
+            found.update({name: file.get_slice(name).get_dtype() for name, where in files.items() if where == path})
+    return found
+
+
 def stored_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor, without the copy of the embedding that some store as the head of a tied model.
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dapo.policy import weight_files
+from dapo.policy.hf_weights import table
+from dapo.policy.weight_files import open_weights
+from dapo.shape import read_shape
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import check_checkpoint
@@ -51,6 +55,15 @@ def refusal(tool, *arguments: str | Path, capsys: pytest.CaptureFixture[str]) ->
 
 def edit_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def changed_base(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """A copy of the base policy with `change` made to its tensors."""
+    shutil.copytree(BASE, directory)
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+    return directory
 
 
 def test_dtype_shards_tokenizer_and_generation_config_are_carried_over(converted: Path, tmp_path: Path) -> None:
@@ -140,12 +153,54 @@ def test_a_damaged_table_of_contents_is_not_even_opened(megatron: Path, tmp_path
     ],
 )
 def test_weights_that_do_not_fit_are_not_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str], change, said: str) -> None:
-    source = shutil.copytree(BASE, tmp_path / "source")
-    tensors = load_file(source / "model.safetensors")
-    change(tensors)
-    save_file(tensors, source / "model.safetensors")
+    source = changed_base(tmp_path / "source", change)
     assert said in refusal(hf_to_megatron, source, tmp_path / "out", capsys=capsys)
     assert not list(tmp_path.glob("*out*")), "a part of it was left"
+
+
+@pytest.mark.parametrize("value", [65520.0, -1e6])  # from 65,520 on, float16 rounds to infinity
+def test_a_value_beyond_the_range_of_the_dtype_is_not_written_as_infinite(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    source = changed_base(tmp_path / "source", lambda tensors: tensors[name][5, 7:8].fill_(value))
+    assert hf_to_megatron.main([str(source), str(tmp_path / "megatron")]) == 0
+    for tool, whence in ((hf_to_megatron, source), (megatron_to_hf, tmp_path / "megatron")):
+        line = refusal(tool, whence, tmp_path / "out", "--dtype", "float16", capsys=capsys)
+        assert f"tensor {name} holds {value:.9g}, but float16 ends at 65504" in line
+    assert not list(tmp_path.glob("*out*")), "a part of it was left"
+
+
+def test_the_largest_value_of_the_dtype_is_written(tmp_path: Path) -> None:
+    source = changed_base(tmp_path / "source", lambda tensors: tensors["model.norm.weight"][3:4].fill_(-65504.0))
+    assert hf_to_megatron.main([str(source), str(tmp_path / "megatron"), "--dtype", "float16"]) == 0
+
+
+def narrow_all_but_the_norms(tensors: dict[str, torch.Tensor]) -> None:
+    tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items() if "norm" not in name})
+
+
+def test_mixed_dtypes_are_converted_only_where_one_is_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = changed_base(tmp_path / "source", narrow_all_but_the_norms)
+    line = refusal(hf_to_megatron, source, tmp_path / "out", capsys=capsys)
+    first, other = "model.embed_tokens.weight is bfloat16", "model.layers.0.input_layernorm.weight is float32"
+    assert f"tensor {first}, {other}: choose one for all of them with --dtype" in line
+    assert not list(tmp_path.glob("*out*")), "a part of it was left"
+    assert hf_to_megatron.main([str(source), str(tmp_path / "megatron"), "--dtype", "float32"]) == 0
+    assert check_checkpoint.main([str(source), str(tmp_path / "megatron")]) == 0
+
+
+def test_a_run_starts_from_mixed_dtypes(tmp_path: Path) -> None:
+    source, shape = changed_base(tmp_path / "source", narrow_all_but_the_norms), read_shape(BASE)
+    stored = load_file(source / "model.safetensors")
+    read = {name: t for e in table(shape, is_fused=True) for name, t in zip(e.hf, open_weights(source, shape).read(e), strict=True)}
+    assert all(read[name].dtype == stored[name].dtype and torch.equal(read[name], stored[name]) for name in read)
+
+
+def test_a_dtype_that_is_not_written_wants_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = changed_base(tmp_path / "source", lambda tensors: tensors.update({name: t.double() for name, t in tensors.items()}))
+    line = refusal(hf_to_megatron, source, tmp_path / "out", capsys=capsys)
+    assert "the tensors are F64: choose float32, bfloat16, float16 with --dtype" in line
 
 
 def test_a_directory_that_holds_no_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
