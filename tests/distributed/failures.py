@@ -75,6 +75,13 @@ def no_model(directory: Path) -> list[str]:
 
 
 @case
+def no_tokenizer(directory: Path) -> list[str]:
+    options = broken_model(directory, lambda config, weights: None)
+    (directory / "tokenizer.json").unlink()
+    return options
+
+
+@case
 def no_weights(directory: Path) -> list[str]:
     options = broken_model(directory, lambda config, weights: None)
     (directory / "model.safetensors").unlink()

@@ -19,6 +19,7 @@ SAYS = {  # what went wrong → words that must be in the line
     "world_size": ["world size 2", "parallel.tensor=4", "launch 4"],
     "heads_do_not_divide": ["num_key_value_heads=1", "parallel.tensor=2"],
     "no_model": ["policy.model=", "config.json"],
+    "no_tokenizer": ["policy.model=", "no usable tokenizer"],
     "no_weights": ["no *.safetensors"],
     "weights_cut_short": ["model.safetensors", "cut short"],
     "missing_tensor": ["missing", "model.norm.weight"],

@@ -259,12 +259,63 @@ def test_check_checkpoint_tells_equal_from_different(converted: Path, tmp_path: 
     (tmp_path / "text").write_text("12+34=46 7+8=15")
     assert check_checkpoint.main([str(converted), str(BASE), "--text", str(tmp_path / "text")]) == 0
     assert "log-probs of 14 tokens" in capsys.readouterr().out
-    other = shutil.copytree(BASE, tmp_path / "other")
-    tensors = load_file(other / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][5, 7] += 0.25
-    save_file(tensors, other / "model.safetensors")
+    other = changed_base(tmp_path / "other", lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"][5, 7].add_(0.25))
     assert check_checkpoint.main([str(converted), str(other)]) == 1
     assert capsys.readouterr().out == "model.layers.1.mlp.up_proj.weight: differs by up to 0.25\ntensors: the largest difference is 0.25\n"
     assert check_checkpoint.main([str(converted), str(other), "--tolerance", "0.3"]) == 0
-    edit_json(other / "config.json", rms_norm_eps=1e-5)
-    assert "the architectures differ: norm_eps: 1e-06 against 1e-05" in refusal(check_checkpoint, BASE, other, capsys=capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rms_norm_eps": 1e-5}, "norm_eps: 1e-06 against 1e-05"),
+        ({"vocab_size": 30}, "vocab_size: 25 against 30"),
+        ({"model_type": "llama"}, "model_type: 'qwen2' against 'llama'"),
+    ],
+)
+def test_models_of_unlike_architectures_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str], changes, said: str) -> None:
+    other = shutil.copytree(BASE, tmp_path / "other")
+    edit_json(other / "config.json", **changes)
+    assert f"the architectures differ: {said}" in refusal(check_checkpoint, BASE, other, capsys=capsys)
+
+
+def swap_two_digits(model: Path) -> None:
+    path = model / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["3"], vocab["4"] = vocab["4"], vocab["3"]
+    path.write_text(json.dumps(tokenizer))
+
+
+def shrink_vocabulary(model: Path) -> None:
+    """The tokenizer keeps its 25 tokens, the model has 10 of them."""
+    edit_json(model / "config.json", vocab_size=10)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:10].clone()
+    save_file(tensors, model / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "said"),
+    [
+        (None, (), "text cannot be read: [Errno 2] No such file"),
+        (b"1\xff2", (), "text cannot be read: 'utf-8' codec"),
+        (b"", (), "text has too few tokens, 0"),
+        (b"7", (), "text has too few tokens, 1"),
+        (b"12+34=46", (swap_two_digits,), "the tokenizers differ: --text"),
+        (b"12+34=46", (swap_two_digits,), "is 8 tokens to one, 8 to the other, unlike from 3 on"),
+        (b"12+34=46", (lambda model: (model / "tokenizer.json").unlink(),), "other: no usable tokenizer there"),
+        (b"12+34=46", (lambda model: [path.unlink() for path in model.glob("tokenizer*")],), "other: no usable tokenizer there"),
+        (b"12+34=46", (lambda model: (model / "tokenizer.json").write_text("{}"),), "other: no usable tokenizer there"),
+        (b"12+34=46", (shrink_vocabulary, shrink_vocabulary), "text has token 14, the models have a vocabulary of 10"),
+    ],
+)
+def test_a_text_that_is_not_the_same_tokens_to_both_models_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: bytes | None, changes, said: str
+) -> None:
+    models = [shutil.copytree(BASE, tmp_path / name) for name in ("other", "one")]
+    for model, change in zip(models, changes, strict=False):
+        change(model)
+    if text is not None:
+        (tmp_path / "text").write_bytes(text)
+    assert said in refusal(check_checkpoint, *models, "--text", tmp_path / "text", capsys=capsys)
