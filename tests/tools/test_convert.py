@@ -12,12 +12,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dapo.policy import weight_files
+from dapo.policy import torch_dist, weight_files
 from dapo.policy.hf_weights import table
 from dapo.policy.weight_files import open_weights
 from dapo.shape import read_shape
@@ -112,6 +113,9 @@ def test_a_checkpoint_of_another_model_is_refused_by_what_differs(
     other = shutil.copytree(BASE, tmp_path / "other")
     edit_json(other / "config.json", **changes)
     assert said in refusal(megatron_to_hf, megatron, tmp_path / "out", "--model", other, capsys=capsys)
+    shutil.copy(other / "config.json", megatron)  # the checkpoint says otherwise
+    assert said in refusal(megatron_to_hf, megatron, tmp_path / "out", capsys=capsys)
+    assert said in refusal(check_checkpoint, megatron, other, capsys=capsys)
     assert not list(tmp_path.glob("*out*"))
 
 
@@ -129,11 +133,13 @@ def flip_a_bit(path: Path) -> None:
         (lambda path: path.unlink(), "missing"),
     ],
 )
-def test_a_damaged_checkpoint_is_not_converted_and_the_file_is_named(
+def test_a_damaged_checkpoint_is_neither_converted_nor_compared_and_the_file_is_named(
     megatron: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage, said: str
 ) -> None:
     damage(megatron / "policy" / "__0_1.distcp")
     line = refusal(megatron_to_hf, megatron, tmp_path / "out", capsys=capsys)
+    assert said in line and "__0_1.distcp" in line
+    line = refusal(check_checkpoint, BASE, megatron, capsys=capsys)
     assert said in line and "__0_1.distcp" in line
     assert not list(tmp_path.glob("*out*")), "a part of it was left"
 
@@ -152,10 +158,50 @@ def test_a_damaged_table_of_contents_is_not_even_opened(megatron: Path, tmp_path
         (lambda tensors: tensors.pop("model.norm.weight"), "1 tensors are missing, first model.norm.weight"),
     ],
 )
-def test_weights_that_do_not_fit_are_not_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str], change, said: str) -> None:
+def test_weights_that_do_not_fit_are_neither_converted_nor_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change, said: str
+) -> None:
     source = changed_base(tmp_path / "source", change)
     assert said in refusal(hf_to_megatron, source, tmp_path / "out", capsys=capsys)
     assert not list(tmp_path.glob("*out*")), "a part of it was left"
+    for models in ((source, BASE), (BASE, source)):
+        assert said in refusal(check_checkpoint, *models, capsys=capsys)
+
+
+def changed_megatron(directory: Path, change: Callable[[str, torch.Tensor], torch.Tensor | None]) -> Path:
+    """What the base policy is as a Megatron directory, but for its tensors, which are as `change` has them; None: left out."""
+    write = torch_dist.Writer.write
+
+    def write_changed(self: torch_dist.Writer, name: str, tensor: torch.Tensor, *place: Any) -> None:
+        if (changed := change(name, tensor)) is not None:
+            write(self, name, changed, *place)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_dist.Writer, "write", write_changed)
+        assert hf_to_megatron.main([str(BASE), str(directory)]) == 0
+    return directory
+
+
+NORM = "decoder.final_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda name, tensor: tensor * torch.nan if name == NORM else tensor, "model.norm.weight holds NaN"),
+        (lambda name, tensor: torch.ones(65) if name == NORM else tensor, f"{NORM} has shape (65,), the model's config.json means (64,)"),
+        (lambda name, tensor: None if name == NORM else tensor, f"1 tensors are missing, first {NORM}"),
+        (lambda name, tensor: tensor[:20] if "embedding" in name else tensor, "embeddings.weight has shape (20, 64), the model's config"),
+    ],
+)
+def test_megatron_weights_that_do_not_fit_are_neither_converted_nor_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change, said: str
+) -> None:
+    source = changed_megatron(tmp_path / "megatron", change)
+    assert said in refusal(megatron_to_hf, source, tmp_path / "out", capsys=capsys)
+    assert not list(tmp_path.glob("*out*")), "a part of it was left"
+    for models in ((source, BASE), (BASE, source)):
+        assert said in refusal(check_checkpoint, *models, capsys=capsys)
 
 
 @pytest.mark.parametrize("value", [65520.0, -1e6])  # from 65,520 on, float16 rounds to infinity
@@ -203,8 +249,20 @@ def test_a_dtype_that_is_not_written_wants_another(tmp_path: Path, capsys: pytes
     assert "the tensors are F64: choose float32, bfloat16, float16 with --dtype" in line
 
 
+def test_a_missing_shard_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, second = shutil.copytree(BASE, tmp_path / "source"), "model-00002-of-00002.safetensors"
+    (source / "model.safetensors").rename(source / "model-00001-of-00002.safetensors")
+    names = load_file(BASE / "model.safetensors")
+    places = dict.fromkeys(names, "model-00001-of-00002.safetensors") | {"model.norm.weight": second}
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    for tool, arguments in ((hf_to_megatron, (source, tmp_path / "out")), (check_checkpoint, (source, BASE))):
+        assert f"{second} is missing, one of 2 files that" in refusal(tool, *arguments, capsys=capsys)
+    assert not list(tmp_path.glob("*out*"))
+
+
 def test_a_directory_that_holds_no_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "has no config.json" in refusal(megatron_to_hf, tmp_path, tmp_path / "out", capsys=capsys)
+    assert "has no config.json" in refusal(check_checkpoint, tmp_path, BASE, capsys=capsys)
     (tmp_path / "policy").mkdir()
     assert "no Megatron checkpoint" in refusal(megatron_to_hf, tmp_path, tmp_path / "out", "--model", BASE, capsys=capsys)
 
