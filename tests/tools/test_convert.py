@@ -236,7 +236,16 @@ def test_mixed_dtypes_are_converted_only_where_one_is_chosen(tmp_path: Path, cap
     assert check_checkpoint.main([str(source), str(tmp_path / "megatron")]) == 0
 
 
-def test_a_run_starts_from_mixed_dtypes(tmp_path: Path) -> None:
+def test_mixed_dtypes_of_a_megatron_checkpoint_are_converted_only_where_one_is_chosen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = changed_megatron(tmp_path / "megatron", lambda name, tensor: tensor.bfloat16() if name == NORM else tensor)
+    line = refusal(megatron_to_hf, source, tmp_path / "out", capsys=capsys)
+    assert f"tensor {NORM} is bfloat16, decoder.layers.mlp.linear_fc1.layer_norm_weight is float32: choose one" in line
+    assert megatron_to_hf.main([str(source), str(tmp_path / "out"), "--dtype", "float32"]) == 0
+
+
+def test_mixed_dtypes_are_read_as_they_are_for_a_run_to_start_from(tmp_path: Path) -> None:
     source, shape = changed_base(tmp_path / "source", narrow_all_but_the_norms), read_shape(BASE)
     stored = load_file(source / "model.safetensors")
     read = {name: t for e in table(shape, is_fused=True) for name, t in zip(e.hf, open_weights(source, shape).read(e), strict=True)}
