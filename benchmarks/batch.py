@@ -52,6 +52,18 @@ def idle_shares(lengths: np.ndarray, updates: list[tuple[np.ndarray, list[list[i
     return [f"{1 - work / most:.2%}" for work, most in waits]
 
 
+def gathered_shares(lengths: np.ndarray, updates: list[tuple[np.ndarray, list[list[int]]]], num_ranks: int) -> list[str]:
+    """Where all tokens of a turn are gathered at every layer, in percent: of all tokens, those that pad the ranks to the longest; of the
+    ranks' time, waiting, if a turn takes the most tokens and the most attention that a rank has in it."""
+    padded, waits = np.zeros(2), np.zeros(2)  # each: what there is, and what there would be if every rank had the most
+    for members, bins in updates:
+        parts = [[f(lengths[members[b]]).sum() if b else 0.0 for b in bins] for f in (np.asarray, lambda n: n**2 / ATTENTION_SPAN)]
+        tokens, attention = (np.reshape(x, (-1, num_ranks)) for x in parts)  # [turn, rank]
+        padded += tokens.sum(), num_ranks * tokens.max(1).sum()
+        waits += tokens.sum() + attention.sum(), num_ranks * (tokens.max(1) + attention.max(1)).sum()
+    return [f"{1 - work / most:.2%}" for work, most in (padded, waits)]
+
+
 def groups_of(lengths: list[int], rng: np.random.Generator) -> Iterator[Group]:
     for g in range(0, len(lengths), GROUP_SIZE):
         prompt, samples = Prompt(g, np.zeros(PROMPT, np.int32), "0"), []
@@ -77,7 +89,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8192)
     parser.add_argument("--trials", type=int, default=20)
     args = parser.parse_args()
-    rows = []
+    rows, gathered = [], []
     for mix, draw in MIXES.items():
         rng = np.random.default_rng(0)
         lengths = PROMPT + np.clip(draw(rng, args.samples).astype(int), 1, LONGEST) - 1
@@ -90,6 +102,9 @@ def main() -> None:
                     timing = spread([1e3 * s for s in taken], 1) if how == "packed" else "–"
                     num_bins = sum(len(bins) for _, bins in updates)
                     rows.append([mix, name, how, timing, num_bins // args.ranks, *idle_shares(lengths, updates, args.ranks)])
+            for how in (False, True):
+                updates = [(part, pack(lengths[part].tolist(), BUDGET, args.ranks, by_tokens=how)) for part in parts]
+                gathered.append([mix, name, "by tokens" if how else "by cost", *gathered_shares(lengths, updates, args.ranks)])
 
     lengths = np.clip(MIXES[next(iter(MIXES))](np.random.default_rng(0), args.samples).astype(int), 1, LONGEST).tolist()
     groups = list(groups_of(lengths, np.random.default_rng(0)))
@@ -118,6 +133,13 @@ def main() -> None:
         f"{spread(whole, 2)} s. Sequence parallelism over 8 tensor ranks pads {num_tokens - num_real:,} tokens, "
         f"{1 - num_real / num_tokens:.4%}.\n"
     )
+    text += (
+        "\n## Experts by allgather\n\n"
+        "There all tokens of a turn are gathered at every layer: ranks are padded to the longest and wait for the slowest.\n"
+        "Packed by cost as above, or by tokens as `plan` does for this dispatcher. Padding is a share of all tokens; idle is of\n"
+        "the ranks' time, if a turn takes the most tokens and the most attention that a rank has in it.\n\n"
+    )
+    text += table(["response lengths", "samples in", "packed", "padding", "idle"], gathered)
     save("batch.md", text)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import string
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -104,10 +105,14 @@ def load_sets(config: Config, tokenizer: Any) -> tuple[dict[str, list[Prompt]], 
 
 
 def load_tokenizer(model: Path) -> Any:
+    """Raises ConfigError: there is none."""
     try:
-        return transformers.AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"policy.model={model}: no usable tokenizer there: {' '.join(str(error).split())}") from error
+    if not tokenizer(string.printable, add_special_tokens=False)["input_ids"]:  # transformers makes an empty one up where there is no file
+        raise ConfigError(f"policy.model={model}: no usable tokenizer there: it makes no tokens of text")
+    return tokenizer
 
 
 def stop_ids(model: Path, tokenizer: Any) -> tuple[int, ...]:

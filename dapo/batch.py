@@ -92,8 +92,9 @@ def plan(groups: list[Group], config: Config, num_ranks: int, metrics: dict[str,
             for sample, weight in zip(group.samples, group_weights, strict=True)
         ]
         lengths = [_padded(s.length, parallel.sequence_multiple) for s in sequences]
-        bins = pack(lengths, config.policy.tokens_per_microbatch, num_ranks * turns)
-        least = _least_tokens([sum(lengths[i] for i in b) for b in bins], config, num_ranks)
+        is_gathered = config.policy.megatron.get("moe_token_dispatcher_type") == "allgather"
+        bins = pack(lengths, config.policy.tokens_per_microbatch, num_ranks * turns, by_tokens=is_gathered)
+        least = _least_tokens([sum(lengths[i] for i in b) for b in bins], num_ranks) if is_gathered else [0] * len(bins)
         for rank in range(num_ranks):
             packs = [build([sequences[i] for i in bins[b]], parallel, least[b]) for b in range(rank, len(bins), num_ranks)]
             for context_rank in range(parallel.context):
@@ -102,10 +103,8 @@ def plan(groups: list[Group], config: Config, num_ranks: int, metrics: dict[str,
     return [Batch(work, metrics) for work in minibatches]
 
 
-def _least_tokens(tokens: list[int], config: Config, num_ranks: int) -> list[int]:
-    """What each bin is padded to at least: as many on all ranks at a time, where every rank's tokens are gathered for the experts."""
-    if config.policy.megatron.get("moe_token_dispatcher_type") != "allgather":
-        return [0] * len(tokens)
+def _least_tokens(tokens: list[int], num_ranks: int) -> list[int]:
+    """What each bin is padded to where every rank's tokens are gathered for the experts: as many on all ranks at a time."""
     return [max(tokens[b - b % num_ranks :][:num_ranks]) for b in range(len(tokens))]
 
 
@@ -117,22 +116,27 @@ def stale_tokens(sample: Sample, version: int) -> np.ndarray:
     return is_stale
 
 
-def pack(lengths: list[int], budget: int, num_ranks: int) -> list[list[int]]:
+def pack(lengths: list[int], budget: int, num_ranks: int, by_tokens: bool = False) -> list[list[int]]:
     """Indices of sequences in bins of at most `budget` tokens; as few bins as fit, a multiple of num_ranks. Rank r gets bins[r::num_ranks].
 
     Longest first, each to the cheapest bin with room; cost = linear + attention (n + n²/span). The costliest bins come first, those of like
     cost in one turn of the ranks, where the rank with the least work so far takes the costliest. Within a bin the order is kept.
+    `by_tokens`: bins get like numbers of tokens instead, and those of a turn are alike in tokens and cost, for ranks that wait for the
+    longest at every layer.
     """
     assert max(lengths) <= budget, f"a sequence of {max(lengths)} tokens in microbatches of {budget}"
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     fewest = max(-(-sum(lengths) // budget), sum(2 * n > budget for n in lengths), 1)  # of those above half, each has a bin of its own
-    attempts = (_fill(lengths, order, budget, num_bins) for num_bins in count(-(-fewest // num_ranks) * num_ranks, num_ranks))
+    weights = [float(n) for n in lengths] if by_tokens else [_cost(n) for n in lengths]
+    attempts = (_fill(lengths, weights, order, budget, num_bins) for num_bins in count(-(-fewest // num_ranks) * num_ranks, num_ranks))
     bins = next(bins for bins in attempts if bins)
     costs = [sum(_cost(lengths[i]) for i in b) for b in bins]
-    by_cost = sorted(range(len(bins)), key=lambda b: -costs[b])
+    weight = [cost + sum(lengths[i] for i in b) * by_tokens for cost, b in zip(costs, bins, strict=True)]
+    by_weight = sorted(range(len(bins)), key=lambda b: -weight[b])
     work, dealt = [0.0] * num_ranks, list[list[int]]()
     for turn in range(0, len(bins), num_ranks):
-        taken = dict(zip(sorted(range(num_ranks), key=lambda rank: work[rank]), by_cost[turn : turn + num_ranks], strict=True))
+        costliest = sorted(by_weight[turn : turn + num_ranks], key=lambda b: -costs[b])
+        taken = dict(zip(sorted(range(num_ranks), key=lambda rank: work[rank]), costliest, strict=True))
         dealt += [sorted(bins[taken[rank]]) for rank in range(num_ranks)]
         work = [work[rank] + costs[taken[rank]] for rank in range(num_ranks)]
     return dealt
@@ -143,8 +147,8 @@ def _cost(length: int) -> float:
     return length + length**2 / ATTENTION_SPAN
 
 
-def _fill(lengths: list[int], order: list[int], budget: int, num_bins: int) -> list[list[int]] | None:
-    """Bins for all sequences in this order of falling length; None if one finds no room."""
+def _fill(lengths: list[int], costs: list[float], order: list[int], budget: int, num_bins: int) -> list[list[int]] | None:
+    """Bins of like cost for all sequences in this order of falling length; None if one finds no room."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     room = [budget] * num_bins
     by_cost = [(0.0, b) for b in range(num_bins)]  # a heap: bins with room, the cheapest first
@@ -161,7 +165,7 @@ def _fill(lengths: list[int], order: list[int], budget: int, num_bins: int) -> l
         cost, b = by_cost[0]
         bins[b].append(i)
         room[b] -= n
-        heapreplace(by_cost, (cost + _cost(n), b))
+        heapreplace(by_cost, (cost + costs[i], b))
     return bins
 
 

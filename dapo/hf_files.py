@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dapo.config import ConfigError
+from dapo.shape import read_object
 
 
 def open_safetensors(directory: Path) -> dict[str, Path]:
@@ -52,15 +53,24 @@ def read_tensor(path: Path, name: str) -> Tensor:
         return file.get_tensor(name)  # type: ignore[no-any-return]
 
 
+def read_dtypes(files: dict[str, Path]) -> dict[str, str]:
+    """Tensor name → its dtype as the file's header has it, such as BF16."""
+    found = {}
+    for path in set(files.values()):
+        with safe_open(path, framework="pt") as file:
+            found.update({name: file.get_slice(name).get_dtype() for name, where in files.items() if where == path})
+    return found
+
+
 def stored_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor, without the copy of the embedding that some store as the head of a tied model.
 
     Raises:
-        ConfigError: no config.json there, or as `open_safetensors`.
+        ConfigError: no config.json there, or it is broken, or as `open_safetensors`.
     """
     if not (directory / "config.json").is_file():
         raise ConfigError(f"model {directory}: no config.json there; expected a Hugging Face model directory")
-    is_tied = json.loads((directory / "config.json").read_text()).get("tie_word_embeddings", False)
+    is_tied = read_object(directory / "config.json").get("tie_word_embeddings", False)
     for name, path in open_safetensors(directory).items():
         if not (is_tied and name == "lm_head.weight"):
             yield name, read_tensor(path, name)

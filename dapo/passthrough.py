@@ -55,6 +55,7 @@ _REASONS = {
     "it is always the distributed optimizer, whose state moves between layouts": """
         use_distributed_optimizer num_distributed_optimizer_instances use_megatron_fsdp use_custom_fsdp data_parallel_sharding_strategy
         outer_dp_sharding_strategy""",
+    "a checkpoint has the tensors of all layers in one, so that any layout reads it": "hetereogenous_dist_checkpoint",
     "it is a function, which YAML cannot name": """
         finalize_model_grads_func grad_scale_func no_sync_func grad_sync_func param_sync_func timers""",
 }

@@ -88,11 +88,8 @@ def read_shape(directory: Path) -> ModelShape:
     path = directory / "config.json"
     if not path.is_file():
         raise ConfigError(f"policy.model={directory}: no config.json there; expected a Hugging Face model directory")
-    try:
-        raw = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from None
-    if raw.get("model_type") not in ARCHITECTURES:
+    raw = read_object(path)
+    if raw.get("model_type") not in tuple(ARCHITECTURES):
         raise ConfigError(f"{path}: model_type {raw.get('model_type')!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
     kind = raw["model_type"]
     for name, value in raw.items():
@@ -120,6 +117,17 @@ def read_shape(directory: Path) -> ModelShape:
         rope_scaling=rope_scaling,
         **(_experts(path, filled) if kind == "qwen3_moe" else {}),
     )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file of one object, such as config.json. Raises ConfigError: it holds something else."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: no JSON object; expected a Hugging Face model's fields and their values")
+    return raw
 
 
 def _experts(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
@@ -155,7 +163,7 @@ def _rope(path: Path, raw: dict[str, Any]) -> tuple[float, dict[str, Any] | None
     if raw.get("rope_theta", theta) != theta:
         raise ConfigError(f"{path}: rope_theta={raw['rope_theta']!r}, but {theta!r} in {name}: remove the wrong one")
     kind = given.pop("rope_type", old_kind)
-    if kind not in ROPE_TYPES:
+    if kind not in tuple(ROPE_TYPES):
         raise ConfigError(f"{path}: {name}: rope_type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
     if unknown := sorted(set(given) - set(ROPE_TYPES[kind])):
         raise ConfigError(f"{path}: {name}: rope_type {kind} has no field {unknown[0]!r}; known: {', '.join(ROPE_TYPES[kind])}")
@@ -180,8 +188,9 @@ def _check_field(path: Path, kind: str, name: str, value: Any) -> None:
     if name in USED | IGNORED:
         return
     if name == "layer_types":
-        if set(value) != {"full_attention"}:
-            raise ConfigError(f"{path}: layer_types {sorted(set(value))} are not supported; supported: full_attention")
+        kinds = sorted({str(kind) for kind in value}) if isinstance(value, list) else value
+        if kinds is not None and kinds != ["full_attention"]:
+            raise ConfigError(f"{path}: layer_types {kinds!r} are not supported; supported: full_attention")
     elif name == "sliding_window":
         pass  # Qwen's is in force only with use_sliding_window, which is checked
     elif name not in fixed:

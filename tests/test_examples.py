@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -32,6 +33,12 @@ def test_an_examples_script_is_sound(path: Path) -> None:
         assert checked.returncode == 0, checked.stdout + checked.stderr
     assert path.stat().st_mode & 0o100, "not executable"
     assert "set -euo pipefail" in path.read_text()
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*/launch.sh")), ids=lambda path: path.parent.name)
+def test_a_launch_script_names_one_number_of_machines(path: Path) -> None:
+    told = re.findall(r"\b(?:--nodes|NODES)=(\d+)", path.read_text() + (path.parent / "README.md").read_text())
+    assert len(set(told)) <= 1, told
 
 
 def test_a_trainer_apart_is_given_its_servers_urls(tmp_path: Path) -> None:

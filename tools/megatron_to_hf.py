@@ -31,7 +31,9 @@ def model_of(checkpoint: Path) -> Path:
         return checkpoint
     if run.is_file():
         return config.load(run).policy.model
-    raise ConfigError(f"{checkpoint} is in no run directory and has no config.json: name its model with --model")
+    raise ConfigError(
+        f"{checkpoint} is in no run directory and has no config.json: its model is not known; megatron_to_hf.py takes it with --model"
+    )
 
 
 def save(weights: StoredWeights, shape: ModelShape, dtype: torch.dtype, model: Path, target: Path, *, shard_bytes: int) -> None:

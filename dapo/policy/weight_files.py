@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from dapo import files
 from dapo.config import ConfigError
-from dapo.hf_files import open_safetensors, read_tensor
+from dapo.hf_files import open_safetensors, read_dtypes, read_tensor
 from dapo.policy import torch_dist
 from dapo.policy.hf_weights import Entry, StoredWeights, from_shards, hf_shapes, table, to_shard
 from dapo.shape import ModelShape
@@ -52,8 +51,13 @@ class HFWeights:
         self.directory, self.shape, self._files = directory, shape, open_safetensors(directory)
         expected = {name for entry in table(shape, is_fused=True) for name in entry.hf}
         _check_names(directory, set(self._files), expected, allowed={"lm_head.weight"} if shape.is_tied else set())
-        with safe_open(self._files[min(expected)], framework="pt") as file:
-            self.dtype: torch.dtype = file.get_tensor(min(expected)).dtype
+        self._files = {name: self._files[name] for name in expected}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all tensors. Raises ConfigError: they are of several."""
+        known = {code: dtype for dtype, code in SAFETENSORS_DTYPE.items()}
+        return _only_dtype(self.directory, {name: known.get(code, code) for name, code in read_dtypes(self._files).items()})
 
     def read(self, entry: Entry) -> list[Tensor]:
         """See StoredWeights."""
@@ -83,7 +87,11 @@ class MegatronWeights:
                 wanted[0] = max(size[0], shape.vocab_size)
             if (*counts, *wanted) != (*sizes[key][: len(counts)], *size):
                 raise ConfigError(f"{directory}: tensor {key} has shape {sizes[key]}, the model's config.json means {(*counts, *wanted)}")
-        self.dtype = self._reader.dtype("embedding.word_embeddings.weight")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all tensors. Raises ConfigError: they are of several."""
+        return _only_dtype(self.directory, {name: self._reader.dtype(name) for name in self.sizes})
 
     def read(self, entry: Entry) -> list[Tensor]:
         """See StoredWeights."""
@@ -115,6 +123,19 @@ def _checked(directory: Path, entry: Entry, tensors: list[Tensor], shape: ModelS
         if not torch.stack(torch.aminmax(tensor)).isfinite().all():  # of NaN both are NaN; an eighth of isfinite's time
             raise ConfigError(f"{directory}: tensor {name} holds NaN or infinite values")
     return tensors
+
+
+def _only_dtype(directory: Path, dtypes: dict[str, torch.dtype | str]) -> torch.dtype:
+    """The one that every tensor has: in one that only some have, the others would be rounded without a word."""
+    first = min(dtypes)
+    dtype = dtypes[first]
+    if other := min((name for name in dtypes if dtypes[name] != dtype), default=None):
+        raise ConfigError(
+            f"{directory}: tensor {first} is {_name(dtype)}, {other} is {_name(dtypes[other])}: choose one for all of them with --dtype"
+        )
+    if not isinstance(dtype, torch.dtype) or dtype not in SAFETENSORS_DTYPE:
+        raise ConfigError(f"{directory}: the tensors are {_name(dtype)}: choose {', '.join(map(_name, SAFETENSORS_DTYPE))} with --dtype")
+    return dtype
 
 
 def _check_names(directory: Path, found: set[str], expected: set[str], allowed: set[str]) -> None:
@@ -176,7 +197,20 @@ def hf_tensors(weights: StoredWeights, shape: ModelShape, dtype: torch.dtype, en
     """(Hugging Face name, tensor) of these entries; of all, in the table's order."""
     for entry in table(shape, is_fused=True) if entries is None else entries:
         for name, tensor in zip(entry.hf, weights.read(entry), strict=True):
-            yield name, tensor.to(dtype)
+            yield name, _cast(name, tensor, dtype)
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Raises ConfigError: a value is beyond the dtype's range, and would become infinite without a word."""
+    if tensor.dtype != dtype:
+        largest = max(torch.aminmax(tensor), key=abs)
+        if largest.to(dtype).isinf():
+            raise ConfigError(f"tensor {name} holds {float(largest):.9g}, but {_name(dtype)} ends at {torch.finfo(dtype).max:.9g}")
+    return tensor.to(dtype)
+
+
+def _name(dtype: torch.dtype | str) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def save_hf(
@@ -272,8 +306,8 @@ def save_megatron(
 
         def convert(share: Iterator[tuple[int, Entry]]) -> None:
             for part, entry in share:
-                tensor = to_shard(entry, weights.read(entry), shape, 0, 1).to(dtype)
-                writer.write(_key(entry), tensor, entry.place, _counts(entry, shape), part)
+                tensors = [_cast(name, tensor, dtype) for name, tensor in zip(entry.hf, weights.read(entry), strict=True)]
+                writer.write(_key(entry), to_shard(entry, tensors, shape, 0, 1), entry.place, _counts(entry, shape), part)
 
         _in_threads(convert, [zip(itertools.repeat(part), entries) for part, entries in enumerate(parts)])
         writer.close()
@@ -311,5 +345,5 @@ def carry_over(source: Path, target: Path, dtype: torch.dtype) -> None:
             shutil.copy2(path, target / path.name)
     config = json.loads((target / "config.json").read_text())
     name = "torch_dtype" if "torch_dtype" in config else "dtype"
-    if config.get(name) != str(dtype).removeprefix("torch."):
-        (target / "config.json").write_text(json.dumps(config | {name: str(dtype).removeprefix("torch.")}, indent=2) + "\n")
+    if config.get(name) != _name(dtype):
+        (target / "config.json").write_text(json.dumps(config | {name: _name(dtype)}, indent=2) + "\n")

@@ -5,7 +5,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 # One torchrun agent a machine, eight ranks each. Under SLURM: sbatch launch.sh [section.key=value …]. Without it, on every machine:
-#   NODES=16 HEAD=first-machine bash launch.sh [section.key=value …]
+#   NODES=2 HEAD=first-machine bash launch.sh [section.key=value …]
 # The same command goes on where the run stopped. dapo and its environment are the ones on PATH.
 set -euo pipefail
 CONFIG=${CONFIG:-examples/qwen3_30b_a3b/config.yaml}

@@ -75,6 +75,29 @@ def test_a_heavy_tail_leaves_sixteen_ranks_next_to_nothing_to_wait_for(count, mo
     assert 1 - costs.sum() / (16 * costs.max(axis=1).sum()) < most_in_turns  # if they waited after every microbatch
 
 
+def padded_share(batches):
+    """Of all tokens that the ranks compute on, those that only fill up."""
+    microbatches = [m for batch in batches for minibatch in batch.minibatches for m in minibatch]
+    num_tokens = sum(len(m.tokens) for m in microbatches)
+    return 1 - sum(end - start for m in microbatches for start, end in sequences_of(m) if m.mask[start:end].any()) / num_tokens
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("mix", ["lognormal", "Pareto", "uniform"])
+def test_at_most_two_percent_of_the_tokens_of_sixteen_ranks_are_padding(tmp_path, mix, dispatcher):
+    rng = np.random.default_rng(0)
+    drawn = {
+        "lognormal": lambda: rng.lognormal(np.log(2500), 1.0, 512),
+        "Pareto": lambda: 500 * (1 + rng.pareto(1.1, 512)),
+        "uniform": lambda: rng.integers(1, 20_481, 512),
+    }[mix]()
+    lengths = np.clip(drawn.astype(int), 1, 20_480).reshape(32, 16)  # an update of the paper's: 32 groups of 16
+    groups = [make_group([1, *[0] * 15], row.tolist(), id=i, prompt_length=256) for i, row in enumerate(lengths)]
+    options = ["rollout.prompts_per_step=32", "rollout.prompts_per_round=32", "rollout.group_size=16", "optim.prompts_per_minibatch=32"]
+    options += ["parallel.tensor=8", "policy.tokens_per_microbatch=32768", f"policy.megatron.moe_token_dispatcher_type={dispatcher}"]
+    assert padded_share(plan(groups, make_config(tmp_path, *options), 16, {})) <= 0.02
+
+
 def test_packing_is_deterministic():
     lengths = [5, 5, 5, 9, 9, 1] * 10
     assert pack(lengths, 20, 2) == pack(list(lengths), 20, 2)

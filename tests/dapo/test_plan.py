@@ -14,6 +14,7 @@ import transformers
 
 from dapo import config
 from dapo.config import ConfigError
+from dapo.hf_files import stored_weights
 from dapo.memory import BATCH_BYTES, CHUNK_BYTES, Rank, active_parameters, expert_parameters, num_parameters, stage_parameters
 from dapo.plan import GIB, HARDWARE, Plan, describe, make_plan, remedies
 from dapo.shape import ModelShape, padded_vocab, read_shape
@@ -151,6 +152,11 @@ def test_llama_without_kv_heads_has_as_many_as_heads(tmp_path: Path) -> None:
         ({"model_type": "llama", "pretraining_tp": 2}, "pretraining_tp=2 is not supported"),
         ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
         ({"layer_types": LAYERS * 14}, "layer_types ['full_attention', 'sliding_attention'] are not supported"),
+        ({"layer_types": [["full_attention"]]}, "layer_types [\"['full_attention']\"] are not supported"),
+        ({"layer_types": 28}, "layer_types 28 are not supported"),
+        ({"layer_types": []}, "layer_types [] are not supported"),
+        ({"model_type": ["qwen2"]}, "model_type ['qwen2'] is not supported"),
+        ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_type ['yarn'] is not supported"),
         ({"use_mrope": True}, "use_mrope=True is not supported"),
         ({"model_type": "mistral"}, "sliding_window=131072 is not supported; supported: null"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type yarn wants the field 'original_max_position_embeddings'"),
@@ -160,6 +166,27 @@ def test_llama_without_kv_heads_has_as_many_as_heads(tmp_path: Path) -> None:
 def test_what_is_not_understood_is_refused_by_name(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         read_shape(write_model(tmp_path, "Qwen2.5-7B", **changed))
+
+
+def test_layer_types_that_are_null_are_absent(tmp_path: Path) -> None:
+    write_model(tmp_path, "Qwen2.5-7B", layer_types=None)
+    assert read_shape(tmp_path) == hf_shape(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"{", "config.json: not JSON: Expecting property name"),
+        (b"\xff\xfe", "config.json: not JSON: 'utf-8' codec"),
+        (b"[]", "config.json: no JSON object; expected"),
+        (b"null", "config.json: no JSON object; expected"),
+    ],
+)
+def test_a_config_that_is_no_json_object_is_one_line(text: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(text)
+    for read in (read_shape, lambda directory: next(stored_weights(directory))):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from dapo import config as configs
@@ -27,9 +28,11 @@ sys.path.insert(0, str(ROOT / "tools"))
 import hf_to_megatron
 import megatron_to_hf
 
-MODELS = [
-    ("qwen2", True), ("qwen2", False), ("qwen3", False), ("llama", False), ("llama", True), ("mistral", False), ("qwen3_moe", False),
-]  # fmt: skip
+MODELS = [  # name, whether tied, dtype
+    *[("qwen2", True, "float32"), ("qwen2", False, "float32"), ("qwen3", False, "float32"), ("qwen3", True, "float32")],
+    *[("llama", False, "float32"), ("llama", True, "float32"), ("mistral", False, "float32"), ("qwen3_moe", False, "float32")],
+    *[("qwen2", False, "bfloat16"), ("qwen3", True, "bfloat16"), ("qwen3_moe", False, "bfloat16")],
+]
 
 
 def stored(directory: Path) -> dict[str, torch.Tensor]:
@@ -44,13 +47,14 @@ def layout(model: str) -> configs.Parallel:
     return configs.Parallel(tensor=2, pipeline=2, expert=2 if "moe" in model else 1)
 
 
-def run(model: str, is_tied: bool, directory: Path, mesh: Mesh) -> dict[str, Any]:
+def run(model: str, is_tied: bool, dtype: str, directory: Path, mesh: Mesh) -> dict[str, Any]:
     from megatron.core import dist_checkpointing
 
     hf, megatron, checkpoint, back = (directory / name for name in ("hf", "megatron", "checkpoint", "back"))
 
     def to_megatron() -> int:
         make_hf(model, is_tied, hf)
+        transformers.AutoModelForCausalLM.from_pretrained(hf, dtype=getattr(torch, dtype)).save_pretrained(hf)
         (checkpoint / "policy").mkdir(parents=True)
         return hf_to_megatron.main([str(hf), str(megatron), "--shard-size", "200KiB"])
 
@@ -59,7 +63,7 @@ def run(model: str, is_tied: bool, directory: Path, mesh: Mesh) -> dict[str, Any
         run=configs.Run(dir=directory / "run"),
         data=configs.Data(train=directory / "none"),
         parallel=layout(model),
-        policy=configs.Policy(model=megatron, dtype="float32"),
+        policy=configs.Policy(model=megatron, dtype=dtype),
     )
     policy = Policy(config, mesh)  # loads `megatron`
     ours = {name: param.detach().clone() for name, param in policy.chunks[0].named_parameters()}
@@ -87,6 +91,7 @@ def run(model: str, is_tied: bool, directory: Path, mesh: Mesh) -> dict[str, Any
         "status": [status, mesh.on_main(to_hf)],
         "files": len(list((megatron / "policy").glob("*.distcp"))),
         "read_alike": mesh.max(not is_read_alike) == 0 and len(theirs) >= len(ours),
+        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in stored(back).values()}),
         "back": is_equal(stored(hf), stored(back)),
         "early": bool(mesh.max(is_early)),
         "damage": files.damage(checkpoint),
@@ -99,10 +104,10 @@ def main(out: str) -> None:
 
     prepare_rank()
     results = []
-    for model, is_tied in MODELS:
+    for model, is_tied, dtype in MODELS:
         mesh = Mesh(layout(model))
-        name = f"{model}{'-tied' if is_tied else ''}"
-        results.append({"name": name, **run(model, is_tied, Path(out).parent / name, mesh)})
+        name = f"{model}{'-tied' if is_tied else ''}{'-bfloat16' if dtype == 'bfloat16' else ''}"
+        results.append({"name": name, **run(model, is_tied, dtype, Path(out).parent / name, mesh)})
         parallel_state.destroy_model_parallel()
         if mesh.is_main:
             Path(out).write_text(json.dumps(results))

@@ -70,8 +70,37 @@ def heads_do_not_divide(directory: Path) -> list[str]:
 
 
 @case
+def layers_do_not_divide(directory: Path) -> list[str]:
+    changed = {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
+    return [*broken_model(directory, lambda config, weights: config.update(changed)), "parallel.tensor=1", "parallel.pipeline=2"]
+
+
+@case
+def layers_do_not_divide_into_chunks(directory: Path) -> list[str]:
+    return ["parallel.tensor=1", "parallel.pipeline=2", "parallel.virtual_pipeline=2"]
+
+
+@case
+def experts_do_not_divide(directory: Path) -> list[str]:
+    experts = {"model_type": "qwen3_moe", "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
+    return [*broken_model(directory, lambda config, weights: config.update(experts)), "parallel.tensor=1", "parallel.expert=2"]
+
+
+@case
+def experts_of_a_dense_model(directory: Path) -> list[str]:
+    return ["parallel.tensor=1", "parallel.expert=2"]
+
+
+@case
 def no_model(directory: Path) -> list[str]:
     return [f"policy.model={directory}"]
+
+
+@case
+def no_tokenizer(directory: Path) -> list[str]:
+    options = broken_model(directory, lambda config, weights: None)
+    (directory / "tokenizer.json").unlink()
+    return options
 
 
 @case

@@ -18,7 +18,12 @@ from tests.distributed.launch import ROOT, measured, torchrun
 SAYS = {  # what went wrong → words that must be in the line
     "world_size": ["world size 2", "parallel.tensor=4", "launch 4"],
     "heads_do_not_divide": ["num_key_value_heads=1", "parallel.tensor=2"],
+    "layers_do_not_divide": ["parallel.pipeline=2 does not divide the model's num_hidden_layers=3"],
+    "layers_do_not_divide_into_chunks": ["parallel.pipeline=2 × parallel.virtual_pipeline=2 does not divide", "num_hidden_layers=2"],
+    "experts_do_not_divide": ["parallel.expert=2 does not divide the model's num_experts=3"],
+    "experts_of_a_dense_model": ["parallel.expert=2, but qwen2 has no experts"],
     "no_model": ["policy.model=", "config.json"],
+    "no_tokenizer": ["policy.model=", "no usable tokenizer"],
     "no_weights": ["no *.safetensors"],
     "weights_cut_short": ["model.safetensors", "cut short"],
     "missing_tensor": ["missing", "model.norm.weight"],

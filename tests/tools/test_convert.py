@@ -10,13 +10,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dapo.policy import weight_files
+from dapo.policy import torch_dist, weight_files
+from dapo.policy.hf_weights import table
+from dapo.policy.weight_files import open_weights
+from dapo.shape import read_shape
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import check_checkpoint
@@ -51,6 +56,15 @@ def refusal(tool, *arguments: str | Path, capsys: pytest.CaptureFixture[str]) ->
 
 def edit_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def changed_base(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """A copy of the base policy with `change` made to its tensors."""
+    shutil.copytree(BASE, directory)
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+    return directory
 
 
 def test_dtype_shards_tokenizer_and_generation_config_are_carried_over(converted: Path, tmp_path: Path) -> None:
@@ -99,6 +113,9 @@ def test_a_checkpoint_of_another_model_is_refused_by_what_differs(
     other = shutil.copytree(BASE, tmp_path / "other")
     edit_json(other / "config.json", **changes)
     assert said in refusal(megatron_to_hf, megatron, tmp_path / "out", "--model", other, capsys=capsys)
+    shutil.copy(other / "config.json", megatron)  # the checkpoint says otherwise
+    assert said in refusal(megatron_to_hf, megatron, tmp_path / "out", capsys=capsys)
+    assert said in refusal(check_checkpoint, megatron, other, capsys=capsys)
     assert not list(tmp_path.glob("*out*"))
 
 
@@ -116,11 +133,13 @@ def flip_a_bit(path: Path) -> None:
         (lambda path: path.unlink(), "missing"),
     ],
 )
-def test_a_damaged_checkpoint_is_not_converted_and_the_file_is_named(
+def test_a_damaged_checkpoint_is_neither_converted_nor_compared_and_the_file_is_named(
     megatron: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage, said: str
 ) -> None:
     damage(megatron / "policy" / "__0_1.distcp")
     line = refusal(megatron_to_hf, megatron, tmp_path / "out", capsys=capsys)
+    assert said in line and "__0_1.distcp" in line
+    line = refusal(check_checkpoint, BASE, megatron, capsys=capsys)
     assert said in line and "__0_1.distcp" in line
     assert not list(tmp_path.glob("*out*")), "a part of it was left"
 
@@ -139,17 +158,120 @@ def test_a_damaged_table_of_contents_is_not_even_opened(megatron: Path, tmp_path
         (lambda tensors: tensors.pop("model.norm.weight"), "1 tensors are missing, first model.norm.weight"),
     ],
 )
-def test_weights_that_do_not_fit_are_not_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str], change, said: str) -> None:
-    source = shutil.copytree(BASE, tmp_path / "source")
-    tensors = load_file(source / "model.safetensors")
-    change(tensors)
-    save_file(tensors, source / "model.safetensors")
+def test_weights_that_do_not_fit_are_neither_converted_nor_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change, said: str
+) -> None:
+    source = changed_base(tmp_path / "source", change)
     assert said in refusal(hf_to_megatron, source, tmp_path / "out", capsys=capsys)
     assert not list(tmp_path.glob("*out*")), "a part of it was left"
+    for models in ((source, BASE), (BASE, source)):
+        assert said in refusal(check_checkpoint, *models, capsys=capsys)
+
+
+def changed_megatron(directory: Path, change: Callable[[str, torch.Tensor], torch.Tensor | None]) -> Path:
+    """What the base policy is as a Megatron directory, but for its tensors, which are as `change` has them; None: left out."""
+    write = torch_dist.Writer.write
+
+    def write_changed(self: torch_dist.Writer, name: str, tensor: torch.Tensor, *place: Any) -> None:
+        if (changed := change(name, tensor)) is not None:
+            write(self, name, changed, *place)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_dist.Writer, "write", write_changed)
+        assert hf_to_megatron.main([str(BASE), str(directory)]) == 0
+    return directory
+
+
+NORM = "decoder.final_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda name, tensor: tensor * torch.nan if name == NORM else tensor, "model.norm.weight holds NaN"),
+        (lambda name, tensor: torch.ones(65) if name == NORM else tensor, f"{NORM} has shape (65,), the model's config.json means (64,)"),
+        (lambda name, tensor: None if name == NORM else tensor, f"1 tensors are missing, first {NORM}"),
+        (lambda name, tensor: tensor[:20] if "embedding" in name else tensor, "embeddings.weight has shape (20, 64), the model's config"),
+    ],
+)
+def test_megatron_weights_that_do_not_fit_are_neither_converted_nor_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change, said: str
+) -> None:
+    source = changed_megatron(tmp_path / "megatron", change)
+    assert said in refusal(megatron_to_hf, source, tmp_path / "out", capsys=capsys)
+    assert not list(tmp_path.glob("*out*")), "a part of it was left"
+    for models in ((source, BASE), (BASE, source)):
+        assert said in refusal(check_checkpoint, *models, capsys=capsys)
+
+
+@pytest.mark.parametrize("value", [65520.0, -1e6])  # from 65,520 on, float16 rounds to infinity
+def test_a_value_beyond_the_range_of_the_dtype_is_not_written_as_infinite(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    source = changed_base(tmp_path / "source", lambda tensors: tensors[name][5, 7:8].fill_(value))
+    assert hf_to_megatron.main([str(source), str(tmp_path / "megatron")]) == 0
+    for tool, whence in ((hf_to_megatron, source), (megatron_to_hf, tmp_path / "megatron")):
+        line = refusal(tool, whence, tmp_path / "out", "--dtype", "float16", capsys=capsys)
+        assert f"tensor {name} holds {value:.9g}, but float16 ends at 65504" in line
+    assert not list(tmp_path.glob("*out*")), "a part of it was left"
+
+
+def test_the_largest_value_of_the_dtype_is_written(tmp_path: Path) -> None:
+    source = changed_base(tmp_path / "source", lambda tensors: tensors["model.norm.weight"][3:4].fill_(-65504.0))
+    assert hf_to_megatron.main([str(source), str(tmp_path / "megatron"), "--dtype", "float16"]) == 0
+
+
+def narrow_all_but_the_norms(tensors: dict[str, torch.Tensor]) -> None:
+    tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items() if "norm" not in name})
+
+
+def test_mixed_dtypes_are_converted_only_where_one_is_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = changed_base(tmp_path / "source", narrow_all_but_the_norms)
+    line = refusal(hf_to_megatron, source, tmp_path / "out", capsys=capsys)
+    first, other = "model.embed_tokens.weight is bfloat16", "model.layers.0.input_layernorm.weight is float32"
+    assert f"tensor {first}, {other}: choose one for all of them with --dtype" in line
+    assert not list(tmp_path.glob("*out*")), "a part of it was left"
+    assert hf_to_megatron.main([str(source), str(tmp_path / "megatron"), "--dtype", "float32"]) == 0
+    assert check_checkpoint.main([str(source), str(tmp_path / "megatron")]) == 0
+
+
+def test_mixed_dtypes_of_a_megatron_checkpoint_are_converted_only_where_one_is_chosen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = changed_megatron(tmp_path / "megatron", lambda name, tensor: tensor.bfloat16() if name == NORM else tensor)
+    line = refusal(megatron_to_hf, source, tmp_path / "out", capsys=capsys)
+    assert f"tensor {NORM} is bfloat16, decoder.layers.mlp.linear_fc1.layer_norm_weight is float32: choose one" in line
+    assert megatron_to_hf.main([str(source), str(tmp_path / "out"), "--dtype", "float32"]) == 0
+
+
+def test_mixed_dtypes_are_read_as_they_are_for_a_run_to_start_from(tmp_path: Path) -> None:
+    source, shape = changed_base(tmp_path / "source", narrow_all_but_the_norms), read_shape(BASE)
+    stored = load_file(source / "model.safetensors")
+    read = {name: t for e in table(shape, is_fused=True) for name, t in zip(e.hf, open_weights(source, shape).read(e), strict=True)}
+    assert all(read[name].dtype == stored[name].dtype and torch.equal(read[name], stored[name]) for name in read)
+
+
+def test_a_dtype_that_is_not_written_wants_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = changed_base(tmp_path / "source", lambda tensors: tensors.update({name: t.double() for name, t in tensors.items()}))
+    line = refusal(hf_to_megatron, source, tmp_path / "out", capsys=capsys)
+    assert "the tensors are F64: choose float32, bfloat16, float16 with --dtype" in line
+
+
+def test_a_missing_shard_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, second = shutil.copytree(BASE, tmp_path / "source"), "model-00002-of-00002.safetensors"
+    (source / "model.safetensors").rename(source / "model-00001-of-00002.safetensors")
+    names = load_file(BASE / "model.safetensors")
+    places = dict.fromkeys(names, "model-00001-of-00002.safetensors") | {"model.norm.weight": second}
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    for tool, arguments in ((hf_to_megatron, (source, tmp_path / "out")), (check_checkpoint, (source, BASE))):
+        assert f"{second} is missing, one of 2 files that" in refusal(tool, *arguments, capsys=capsys)
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_a_directory_that_holds_no_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "has no config.json" in refusal(megatron_to_hf, tmp_path, tmp_path / "out", capsys=capsys)
+    assert "has no config.json" in refusal(check_checkpoint, tmp_path, BASE, capsys=capsys)
     (tmp_path / "policy").mkdir()
     assert "no Megatron checkpoint" in refusal(megatron_to_hf, tmp_path, tmp_path / "out", "--model", BASE, capsys=capsys)
 
@@ -204,12 +326,63 @@ def test_check_checkpoint_tells_equal_from_different(converted: Path, tmp_path: 
     (tmp_path / "text").write_text("12+34=46 7+8=15")
     assert check_checkpoint.main([str(converted), str(BASE), "--text", str(tmp_path / "text")]) == 0
     assert "log-probs of 14 tokens" in capsys.readouterr().out
-    other = shutil.copytree(BASE, tmp_path / "other")
-    tensors = load_file(other / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][5, 7] += 0.25
-    save_file(tensors, other / "model.safetensors")
+    other = changed_base(tmp_path / "other", lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"][5, 7].add_(0.25))
     assert check_checkpoint.main([str(converted), str(other)]) == 1
     assert capsys.readouterr().out == "model.layers.1.mlp.up_proj.weight: differs by up to 0.25\ntensors: the largest difference is 0.25\n"
     assert check_checkpoint.main([str(converted), str(other), "--tolerance", "0.3"]) == 0
-    edit_json(other / "config.json", rms_norm_eps=1e-5)
-    assert "the architectures differ: norm_eps: 1e-06 against 1e-05" in refusal(check_checkpoint, BASE, other, capsys=capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rms_norm_eps": 1e-5}, "norm_eps: 1e-06 against 1e-05"),
+        ({"vocab_size": 30}, "vocab_size: 25 against 30"),
+        ({"model_type": "llama"}, "model_type: 'qwen2' against 'llama'"),
+    ],
+)
+def test_models_of_unlike_architectures_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str], changes, said: str) -> None:
+    other = shutil.copytree(BASE, tmp_path / "other")
+    edit_json(other / "config.json", **changes)
+    assert f"the architectures differ: {said}" in refusal(check_checkpoint, BASE, other, capsys=capsys)
+
+
+def swap_two_digits(model: Path) -> None:
+    path = model / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["3"], vocab["4"] = vocab["4"], vocab["3"]
+    path.write_text(json.dumps(tokenizer))
+
+
+def shrink_vocabulary(model: Path) -> None:
+    """The tokenizer keeps its 25 tokens, the model has 10 of them."""
+    edit_json(model / "config.json", vocab_size=10)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:10].clone()
+    save_file(tensors, model / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "said"),
+    [
+        (None, (), "text cannot be read: [Errno 2] No such file"),
+        (b"1\xff2", (), "text cannot be read: 'utf-8' codec"),
+        (b"", (), "text has too few tokens, 0"),
+        (b"7", (), "text has too few tokens, 1"),
+        (b"12+34=46", (swap_two_digits,), "the tokenizers differ: --text"),
+        (b"12+34=46", (swap_two_digits,), "is 8 tokens to one, 8 to the other, unlike from 3 on"),
+        (b"12+34=46", (lambda model: (model / "tokenizer.json").unlink(),), "other: no usable tokenizer there"),
+        (b"12+34=46", (lambda model: [path.unlink() for path in model.glob("tokenizer*")],), "other: no usable tokenizer there"),
+        (b"12+34=46", (lambda model: (model / "tokenizer.json").write_text("{}"),), "other: no usable tokenizer there"),
+        (b"12+34=46", (shrink_vocabulary, shrink_vocabulary), "text has token 14, the models have a vocabulary of 10"),
+    ],
+)
+def test_a_text_that_is_not_the_same_tokens_to_both_models_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: bytes | None, changes, said: str
+) -> None:
+    models = [shutil.copytree(BASE, tmp_path / name) for name in ("other", "one")]
+    for model, change in zip(models, changes, strict=False):
+        change(model)
+    if text is not None:
+        (tmp_path / "text").write_bytes(text)
+    assert said in refusal(check_checkpoint, *models, "--text", tmp_path / "text", capsys=capsys)
