@@ -1,8 +1,8 @@
 """The checksums that an SGLang server should have of the policy's weights, to compare with those it has.
 
-SGLang keeps q, k, v in one parameter, gate and up in another, the vocabulary padded with zeros to a multiple of 64, and shards every matrix
-over its tensor ranks. `/weights_checker` gives 8 bytes for a parameter: on a CPU, the first of the SHA-256 of its memory; on a GPU, a hash
-of its own (`gpu_digest`).
+SGLang keeps q, k, v in one parameter, gate and up in another, those of all of a layer's experts together, the vocabulary padded with zeros
+to a multiple of 64, and shards every matrix over its tensor ranks. `/weights_checker` gives 8 bytes for a parameter: on a CPU, the first of
+the SHA-256 of its memory; on a GPU, a hash of its own (`gpu_digest`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,20 @@ TILE, TILES_AT_ONCE = 8192, 128  # words; tiles whose intermediate values are in
 LOW = 0xFFFFFFFF
 PLACES = ((0x27D4EB2D, 0x243F6A88, 15), (0x165667B1, ((0x243F6A88 * 0x9E3779B1) ^ 0xDEADBEEF) & LOW, 13))  # factor, seed, turn of each half
 FUSED_INTO = {part: whole for whole, parts in FUSED.items() for part in parts}
+EXPERTS = {"w13_weight": ("gate_proj", "up_proj"), "w2_weight": ("down_proj",)}  # of every expert, one after another
+EXPERTS_INTO = {part: whole for whole, parts in EXPERTS.items() for part in parts}
 
 
 class Checksums:
-    """Of weights as they pass by, for servers of each of these numbers of tensor ranks, on one kind of device."""
+    """Of weights as they pass by, for servers of each of these numbers of tensor ranks, on one kind of device.
 
-    def __init__(self, tensor_ranks: Iterable[int], num_kv_heads: int, device: str = "cpu"):
+    Experts as a server on a CPU has them, if their columns are a multiple of 32 × tensor ranks, else it pads them; on a GPU it orders them
+    by the kernel that it chooses.
+    """
+
+    def __init__(self, tensor_ranks: Iterable[int], num_kv_heads: int, device: str = "cpu", num_experts: int = 0):
         self.num_kv_heads, self.digest = num_kv_heads, cpu_digest if device == "cpu" else gpu_digest
+        self.num_experts = num_experts
         self.of_ranks: dict[int, list[dict[str, str]]] = {size: [{} for _ in range(size)] for size in set(tensor_ranks)}
         self._waiting: dict[str, dict[str, Tensor]] = {}  # parts of a fused parameter whose others have not come by
 
@@ -37,16 +44,23 @@ class Checksums:
     def add(self, name: str, tensor: Tensor) -> None:
         """`name` and `tensor` are Hugging Face's."""
         *path, module, kind = name.split(".")  # [model, layers, 0, self_attn], q_proj, weight
-        if module not in FUSED_INTO:
+        if "experts" in path:  # [model, layers, 0, mlp, experts, 7], down_proj, weight
+            whole = EXPERTS_INTO[module]
+            order = [f"{expert}.{part}" for expert in range(self.num_experts) for part in EXPERTS[whole]]
+            self._collect(".".join([*path[:-1], whole]), f"{path[-1]}.{module}", tensor, order)
+        elif module in FUSED_INTO:
+            whole = FUSED_INTO[module]
+            self._collect(".".join([*path, whole, kind]), module, tensor, FUSED[whole])
+        else:
             self._enter(name, [(module, tensor)])
-            return
-        whole = FUSED_INTO[module]
-        fused = ".".join([*path, whole, kind])
+
+    def _collect(self, fused: str, part: str, tensor: Tensor, order: Sequence[str]) -> None:
+        """One more of the parts of a parameter; when all are there, in this order, they are entered."""
         parts = self._waiting.setdefault(fused, {})
-        parts[module] = tensor
-        if len(parts) == len(FUSED[whole]):
+        parts[part] = tensor
+        if len(parts) == len(order):
             del self._waiting[fused]
-            self._enter(fused, [(part, parts[part]) for part in FUSED[whole]])
+            self._enter(fused, [(part.split(".")[-1], parts[part]) for part in order])
 
     def differences(self, found: Sequence[dict[str, str]]) -> list[str]:
         """Names that a server, of which `found` has one dictionary per tensor rank, does not hold as they passed by, or should not hold."""

@@ -46,8 +46,9 @@ class WeightSync:
     whose update broke off stay paused, for their weights are partly new; the next sync begins anew.
     """
 
-    def __init__(self, workers: Callable[[], Sequence[Server]], transport: Transport, *, num_kv_heads: int, verify: bool, limit: float):
-        self.find_workers, self.transport, self.num_kv_heads = workers, transport, num_kv_heads
+    def __init__(self, workers: Callable[[], Sequence[Server]], transport: Transport, *, num_kv_heads: int, num_experts: int = 0,
+                 verify: bool, limit: float):  # fmt: skip
+        self.find_workers, self.transport, self.num_kv_heads, self.num_experts = workers, transport, num_kv_heads, num_experts
         self.verify, self.limit = verify, limit
         self.workers: Sequence[Server] = []
         self.peers: list[Peer] = []
@@ -74,7 +75,7 @@ class WeightSync:
         if self._prepared != version:
             self.prepare(version)
         self._prepared, self._synced = None, {}
-        checksums = Checksums((peer.tensor_ranks for peer in self.peers), self.num_kv_heads, self.peers[0].device)
+        checksums = Checksums((peer.tensor_ranks for peer in self.peers), self.num_kv_heads, self.peers[0].device, self.num_experts)
         watched = checksums.watch(weights) if self.verify else weights
         finish: Callable[[], object] = dict  # waits for the bucket before; there is none yet
         for bucket in buckets(watched, self.transport.bucket_bytes, self.transport.device):
@@ -162,7 +163,11 @@ def make_sync(
         "tensor": lambda: Tensors(bucket_bytes, limit, device),
     }
     layout = json.loads((model / "config.json").read_text())
-    if verify and "num_experts_per_tok" in layout:  # a server fuses and orders experts by the kernel that it chooses
-        raise ConfigError(f"engine.verify_weights=true: {model} is a mixture of experts, of which a server's checksums are not known")
-    num_kv_heads = layout["num_key_value_heads"]
-    return WeightSync(workers, kinds[kind](), num_kv_heads=num_kv_heads, verify=verify, limit=limit)
+    num_experts = layout.get("num_experts", layout.get("num_local_experts", 0))
+    if verify and num_experts and device.type == "cuda":
+        raise ConfigError(
+            f"engine.verify_weights=true: {model} is a mixture of experts, which a server on GPUs orders by the kernel that it chooses: "
+            "their checksums are not known; leave it false"
+        )
+    options = dict(num_kv_heads=layout["num_key_value_heads"], num_experts=num_experts)
+    return WeightSync(workers, kinds[kind](), **options, verify=verify, limit=limit)

@@ -57,23 +57,27 @@ def sglang_server(sglang_python: Path, random_model: Path, tmp_path_factory: pyt
         servers.close()
 
 
-def make_model(folder: Path) -> Path:
-    """In a Hugging Face directory, with the arithmetic example's tokenizer: biases and norms matter, and so does every weight."""
+def make_model(folder: Path, num_experts: int = 0) -> Path:
+    """In a Hugging Face directory, with the arithmetic example's tokenizer: biases and norms matter, and so does every weight.
+
+    A Qwen2; with experts a Qwen3-MoE.
+    """
     folder.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(BASE / name, folder)
     torch.manual_seed(5)
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = transformers.Qwen2Config(
-        vocab_size=VOCAB,
-        max_position_embeddings=1024,
-        tie_word_embeddings=False,
-        eos_token_id=1,
-        pad_token_id=0,
-        bos_token_id=None,
-        **shape,
+    common: dict[str, Any] = shape | dict(
+        vocab_size=VOCAB, max_position_embeddings=1024, tie_word_embeddings=False, eos_token_id=1, pad_token_id=0, bos_token_id=None
     )
-    model = transformers.Qwen2ForCausalLM(config)
+    experts: dict[str, Any] = dict(
+        head_dim=16, num_experts=num_experts, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True
+    )
+    model = (
+        transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**common, **experts))
+        if num_experts
+        else transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**common))
+    )
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" in name:

@@ -82,13 +82,15 @@ def measure(server: Server, directory: Path, vocab: int) -> dict[str, Any]:
 def main(url: str, model: str, out: str) -> None:
     torch.set_num_threads(1)
     folder = Path(out).parent
-    mesh = Mesh(configs.Parallel(tensor=2))
+    has_experts = "num_experts_per_tok" in json.loads((Path(model) / "config.json").read_text())
+    parallel = configs.Parallel(tensor=2, expert=2 if has_experts else 1)
+    mesh = Mesh(parallel)
     variants = [folder / f"variant-{i}" for i in range(4)]
     mesh.on_main(lambda: [make_variant(Path(model), variant, seed) for seed, variant in enumerate(variants)] and None)
     config = configs.Config(
         run=configs.Run(dir=folder / "run"),
         data=configs.Data(train=folder / "none"),
-        parallel=configs.Parallel(tensor=2),
+        parallel=parallel,
         policy=configs.Policy(model=variants[0], dtype="float32"),
     )
     policy, server = Policy(config, mesh), Server(url)

@@ -293,6 +293,32 @@ def test_checksums_are_of_the_parameters_as_a_server_shards_them() -> None:
         assert checksums.differences(expected) == ["model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"]
 
 
+def test_checksums_of_experts_are_of_all_of_a_layer_together() -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"gate_proj": (12, 8), "up_proj": (12, 8), "down_proj": (8, 12)}
+    experts = [{name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()} for _ in range(3)]
+    router = rng.normal(size=(3, 8)).astype(np.float32)
+    checksums = Checksums([1, 2], num_kv_heads=2, num_experts=3)
+    checksums.add("model.layers.0.mlp.gate.weight", torch.from_numpy(router))
+    for expert in (2, 0, 1):  # in any order
+        for name, weight in experts[expert].items():
+            checksums.add(f"model.layers.0.mlp.experts.{expert}.{name}.weight", torch.from_numpy(weight))
+    for size in (1, 2):
+        expected = [
+            {
+                "model.layers.0.mlp.gate.weight": sha(router),
+                "model.layers.0.mlp.experts.w13_weight": sha(
+                    *(np.split(expert[part], size)[rank] for expert in experts for part in ("gate_proj", "up_proj"))
+                ),
+                "model.layers.0.mlp.experts.w2_weight": sha(
+                    *(np.ascontiguousarray(np.split(expert["down_proj"], size, axis=1)[rank]) for expert in experts)
+                ),
+            }
+            for rank in range(size)
+        ]
+        assert checksums.differences(expected) == []
+
+
 @pytest.mark.parametrize(
     ("length", "dtype", "digest"),
     [
@@ -337,8 +363,9 @@ def test_the_same_command_goes_on_after_a_sync_that_failed() -> None:
 
 
 def test_a_mixture_of_experts_whose_checksums_are_not_known_is_refused_before_any_server_is_asked(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"num_key_value_heads": 2, "num_experts_per_tok": 2}')
-    options: dict[str, Any] = dict(bucket_bytes=600, device=CPU, directory=tmp_path / "weights", model=tmp_path)
+    (tmp_path / "config.json").write_text('{"num_key_value_heads": 2, "num_experts": 4}')
+    options: dict[str, Any] = dict(bucket_bytes=600, directory=tmp_path / "weights", model=tmp_path)
     with pytest.raises(ConfigError, match=r"engine.verify_weights=true: .* is a mixture of experts"):
-        make_sync("tensor", list, verify=True, **options)
-    make_sync("tensor", list, verify=False, **options).close()
+        make_sync("tensor", list, verify=True, device=torch.device("cuda"), **options)
+    for device, verify in (("cuda", False), ("cpu", True)):
+        make_sync("tensor", list, verify=verify, device=torch.device(device), **options).close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from dapo.engine.server import KEY_VARIABLE, Server
+from dapo.engine.servers import Servers
 from dapo.engine.weight_sync import WeightSync, make_sync
 from dapo.types import EngineError
 from tests.distributed.launch import torchrun
+from tests.sglang.conftest import make_model, server_config
 from tests.sglang.sync import gap, generate, load, logprobs, make_variant
 
 LONG = 700  # tokens: a generation that is still going on when a sync begins, on a busy machine too
@@ -25,12 +28,28 @@ LONG = 700  # tokens: a generation that is still going on when a sync begins, on
 
 @pytest.fixture(scope="module")
 def results(sglang_server: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    out = tmp_path_factory.mktemp("sync") / "out.json"
-    server = sglang_server.server
+    return synced(sglang_server.server, sglang_server.model, tmp_path_factory.mktemp("sync") / "out.json")
+
+
+@pytest.fixture(scope="module")
+def results_of_experts(sglang_python: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """As `results`, of a mixture of experts and a server of its own."""
+    folder = tmp_path_factory.mktemp("experts")
+    model = make_model(folder / "model", num_experts=4)
+    servers = Servers(server_config(folder, model, python=str(sglang_python)), say=lambda text: print(text, file=sys.stderr))
+    try:
+        servers.wait()
+        return synced(servers.workers[0], model, folder / "out.json")
+    finally:
+        servers.close()
+
+
+def synced(server: Server, model: Path, out: Path) -> list[dict[str, Any]]:
+    """What sync.py measured with the server."""
     key = {KEY_VARIABLE: server.key} if server.key else {}
-    done = torchrun(2, "-m", "tests.sglang.sync", server.url, str(sglang_server.model), str(out), **key)
+    done = torchrun(2, "-m", "tests.sglang.sync", server.url, str(model), str(out), **key)
     assert done.returncode == 0, done.stdout[-6000:]
-    return json.loads(out.read_text())
+    return json.loads(out.read_text())  # type: ignore[no-any-return]
 
 
 @pytest.fixture
@@ -62,7 +81,15 @@ def stored(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("index", range(4), ids=["disk", "tensor", "broadcast", "broadcast again"])
 def test_a_server_generates_with_the_weights_of_a_trainer_on_two_ranks(results: list[dict[str, Any]], index: int) -> None:
-    result = results[index]
+    check(results[index])
+
+
+@pytest.mark.parametrize("index", range(4), ids=["disk", "tensor", "broadcast", "broadcast again"])
+def test_a_server_generates_with_the_experts_of_a_trainer_on_two_ranks(results_of_experts: list[dict[str, Any]], index: int) -> None:
+    check(results_of_experts[index])
+
+
+def check(result: dict[str, Any]) -> None:
     assert result["before"]["gap"] > 0.1, "it had these weights before"
     assert result["after"]["gap"] <= 1e-4
     assert [v["version"] for v in result["after"]["versions"]] == [str(result["version"])]
