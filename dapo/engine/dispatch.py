@@ -295,8 +295,7 @@ class Dispatch:
             await asyncio.gather(*(self._look(endpoint) for endpoint in self.endpoints if endpoint.asked))
             now = time.monotonic()
             if self.is_loading or not (self.ready or any(endpoint.asked for endpoint in self.endpoints)):
-                self.progressed_at = now
-                beat()
+                self.progressed_at = now  # and no beat: of what the ranks do meanwhile this thread knows nothing
             if now - self.progressed_at > 2 * self.stall_seconds:
                 self.fail(EngineError(f"no progress for 2 × engine.stall_seconds={self.stall_seconds:g}: {_joined(self.waiting())}"))
                 return

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from dapo.clock import beat
 from dapo.config import Config, ConfigError
 from dapo.engine.server import KEY_VARIABLE, Server, on_all
 from dapo.engine.server_options import child_environment, command_line, gpu_sets, known_arguments, server_options
@@ -130,6 +131,7 @@ class Servers:
                     break
             if self.is_interrupted():
                 raise Interrupted
+            beat()  # a start has its own limit: the watcher gives up one that fails or falls silent
             time.sleep(LOOK_EVERY)
         self.check()
         return has_changed

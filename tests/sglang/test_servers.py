@@ -20,6 +20,7 @@ import psutil
 import pytest
 import torch
 
+from dapo import clock
 from dapo.config import ConfigError
 from dapo.engine import server_process
 from dapo.engine.server import KEY_VARIABLE, Server
@@ -140,6 +141,16 @@ def test_a_server_that_died_takes_part_from_the_next_sync_on(start: Callable[...
     assert started.generate_urls == [after.url]
     assert after.post("/generate")["authorization"] == f"Bearer {started.key}"
     assert started.refresh() is False
+
+
+def test_waiting_for_a_server_that_starts_again_is_progress(start: Callable[..., Servers], fake: Path) -> None:
+    started = start()
+    started.wait()
+    processes_of(fake)[1].kill()
+    until(lambda: not started.workers)
+    before, _ = clock.pulse()
+    assert started.refresh() is True
+    assert clock.pulse()[0] > before
 
 
 def test_a_server_that_cannot_start_again_is_given_up(start: Callable[..., Servers], fake: Path) -> None:
