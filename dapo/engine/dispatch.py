@@ -54,6 +54,9 @@ class Servers(Protocol):
     def check(self) -> None:
         """Raises EngineError if nobody is left who could answer."""
 
+    def restart(self, url: str, fault: str) -> None:
+        """Start a worker that stands still again, if it is not someone else's. Returns at once."""
+
     def close(self) -> None: ...
 
 
@@ -80,6 +83,7 @@ class Endpoint:
     is_usable: bool = True
     usable_since: float = 0.0
     progressed_at: float = 0.0  # when it last answered, or was seen to generate
+    moved_at: dict[str, float] = field(default_factory=dict)  # of each worker behind a router: when it last generated, or had nothing to do
     num_faults: int = 0  # since it last answered
     fault: str = ""  # the last one
 
@@ -87,8 +91,9 @@ class Endpoint:
 class Dispatch:
     """Asks the servers for what is added, until it is delivered, failed or abandoned. All in one event loop, unless stated.
 
-    A worker is asked for at most `max_concurrent` responses at a time. Where nothing has come for `stall_seconds` the missing responses
-    are asked for again, elsewhere if there is an elsewhere; after twice as long without any, anywhere, that is a failure.
+    A worker is asked for at most `max_concurrent` responses at a time. One that stands still for `stall_seconds` is started again, or,
+    if it is someone else's, left alone until the next sync of weights; its responses are asked for again, elsewhere if there is an
+    elsewhere. After twice as long without progress, anywhere, that is a failure.
     """
 
     def __init__(self, servers: Servers, max_concurrent: int, stall_seconds: float, is_wanted: Callable[[Job], bool],
@@ -117,7 +122,7 @@ class Dispatch:
         await self.meet()
 
     async def meet(self) -> None:
-        """Take up those that have joined the servers, let go of those that have left."""
+        """After a sync: take up those that have joined the servers or were left alone, let go of those that have left."""
         known = {endpoint.url: endpoint for endpoint in self.endpoints}
         urls, workers = [url.rstrip("/") for url in self.servers.generate_urls], [worker.url for worker in self.servers.workers]
         self.endpoints = [known.get(url) or Endpoint(url, is_router=url not in workers) for url in urls]
@@ -240,9 +245,11 @@ class Dispatch:
         pause = min(FIRST_PAUSE * 2.0 ** min(endpoint.num_faults - 1, 10), LONGEST_PAUSE)
         _say(f"{endpoint.url} failed, {len(endpoint.asked)} more responses asked there: {endpoint.fault}")
         await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-        while not await self._is_well(endpoint):
+        while endpoint in self.endpoints and not await self._is_well(endpoint):
             pause = min(2 * pause, LONGEST_PAUSE)
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+        if endpoint not in self.endpoints:
+            return
         endpoint.is_usable, endpoint.usable_since = True, time.monotonic()
         _say(f"{endpoint.url} is asked again")
         self._send()
@@ -289,7 +296,7 @@ class Dispatch:
                         await response.read()
 
     async def _watch(self) -> None:
-        """Where a server has not progressed for stall_seconds, ask elsewhere; where nothing has for twice as long, give up."""
+        """Where a server has not progressed for stall_seconds, give it up and ask elsewhere; where nothing has for twice as long, fail."""
         while True:
             await asyncio.sleep(min(self.stall_seconds / 10, 10.0))
             await asyncio.gather(*(self._look(endpoint) for endpoint in self.endpoints if endpoint.asked))
@@ -299,24 +306,39 @@ class Dispatch:
             if now - self.progressed_at > 2 * self.stall_seconds:
                 self.fail(EngineError(f"no progress for 2 × engine.stall_seconds={self.stall_seconds:g}: {_joined(self.waiting())}"))
                 return
-            for endpoint in self.endpoints:
+            for endpoint in list(self.endpoints):
                 if self.is_loading or not endpoint.asked:
-                    endpoint.progressed_at = now
+                    endpoint.progressed_at, endpoint.moved_at = now, {}
+                for url in [url for url, moved_at in endpoint.moved_at.items() if now - moved_at > self.stall_seconds]:
+                    self.servers.restart(url, f"stood still for {self.stall_seconds:g} s")
+                    del endpoint.moved_at[url]
                 if now - endpoint.progressed_at > self.stall_seconds:
                     self._move(endpoint)
 
     async def _look(self, endpoint: Endpoint) -> None:
         """Progress is also a worker that holds another number of tokens than at the last look: it works on long responses."""
+        busy = await self._busy_behind(endpoint) if endpoint.is_router else set()
         for url in self._workers_at(endpoint):
             loads = (await self._get(url + "/v1/loads") or {}).get("loads", [])
             held = [(load.get("num_running_reqs"), load.get("num_used_tokens")) for load in loads]
-            if held != self.loads.get(url) and any(running for running, _ in held):
-                self._note_progress(endpoint)
+            has_moved = held != self.loads.get(url) and any(running for running, _ in held)
             self.loads[url] = held
+            if has_moved:
+                self._note_progress(endpoint)
+            if endpoint.is_router and (has_moved or url not in busy or url not in endpoint.moved_at):
+                endpoint.moved_at[url] = time.monotonic()
+
+    async def _busy_behind(self, router: Endpoint) -> set[str]:
+        """The workers from which the router expects answers. Their own account is no evidence: what hangs has not brought it up to date."""
+        workers = (await self._get(router.url + "/workers") or {}).get("workers", [])
+        return {worker["url"].rstrip("/") for worker in workers if worker["load"]}
 
     def _move(self, endpoint: Endpoint) -> None:
         _say(f"no progress at {endpoint.url} for {self.stall_seconds:g} s, asking again\n{self.waiting()}")
         jobs = list(endpoint.asked.values())
+        self.servers.restart(endpoint.url, f"stood still for {self.stall_seconds:g} s")
+        if len(self.endpoints) > 1:
+            self.endpoints.remove(endpoint)  # until the next sync of weights: health is no sign that it would generate now
         self._note_fault(endpoint, f"no progress for {self.stall_seconds:g} s", time.monotonic())
         self.abandon(jobs)
         for job in jobs:

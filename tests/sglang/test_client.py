@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from aiohttp import web
 
 from dapo.engine import dispatch, generate
 from dapo.engine.server import Server
@@ -37,6 +39,7 @@ class Fakes:
         self.fakes, self.router = list(fakes), router
         self.workers = [Server(server.url) for server in fakes]
         self.calls: list[str] = []
+        self.restarted: list[str] = []
 
     @property
     def generate_urls(self) -> list[str]:
@@ -60,6 +63,9 @@ class Fakes:
     def check(self) -> None:
         if not self.workers:
             raise EngineError("no server is left")
+
+    def restart(self, url: str, fault: str) -> None:
+        self.restarted.append(url)
 
     def close(self) -> None:
         self.calls.append("close")
@@ -208,6 +214,60 @@ def test_what_is_never_answered_is_asked_again_elsewhere_after_the_stall(capfd: 
     err = capfd.readouterr().err
     assert f"no progress at {hung.url} for 1 s" in err
     assert re.search(rf"{hung.url} \(usable\): 2 asked: 0\.0 for \d+ s; 1\.0 for \d+ s", err)
+
+
+def test_a_server_that_hangs_with_its_health_good_is_left_alone_until_the_next_sync() -> None:
+    hung, good = FakeServer(afterwards=fake.nothing), FakeServer(seconds=0.4)
+    wanted = requests(10)
+    with engine_of(hung, good, max_concurrent=1, stall_seconds=0.5) as engine:
+        engine.submit(wanted)
+        assert_answered(collect(engine), wanted)  # in eight times stall_seconds
+        assert len(hung.bodies) == 1
+        assert engine.servers.restarted == [hung.url], "those that started it do so again"
+        hung.afterwards = fake.well
+        engine.load_weights([], 1)
+        more = requests(10, first=10)
+        engine.submit(more)
+        assert_answered(collect(engine), more)
+        assert len(hung.bodies) > 1
+
+
+def test_a_worker_that_hangs_behind_a_router_is_started_again_while_another_works() -> None:
+    """Its own account of its work is of before it hung: it says that it has nothing to do."""
+    hung, good, idle = FakeServer(), FakeServer(), FakeServer()
+    hung.loads = idle.loads = [{"num_running_reqs": 0, "num_used_tokens": 0}]
+    good.loads = [{"num_running_reqs": 1, "num_used_tokens": 0}]
+    is_restarted = threading.Event()
+
+    async def at_the_hung_worker(router: FakeServer, request: web.Request, body: dict) -> web.StreamResponse:
+        while not is_restarted.is_set():
+            await asyncio.sleep(0.02)
+        return await fake.status(502)(router, request, body)
+
+    router = FakeServer([at_the_hung_worker] * 2, seconds=0.3)
+    router.workers = [{"url": hung.url + "/", "load": 2}, {"url": good.url, "load": 1}, {"url": idle.url, "load": 0}]
+    wanted, done = requests(9), threading.Event()
+
+    def generate() -> None:
+        while not done.wait(0.02):
+            good.loads[0]["num_used_tokens"] += 1
+
+    threading.Thread(target=generate, daemon=True).start()
+    with engine_of(hung, good, idle, router=router, max_concurrent=1, stall_seconds=0.5) as engine:
+
+        def restart(url: str, fault: str) -> None:
+            assert fault == "stood still for 0.5 s"
+            engine.servers.restarted.append(url)
+            engine.servers.workers = [worker for worker in engine.servers.workers if worker.url != url]
+            is_restarted.set()
+
+        engine.servers.restart = restart
+        engine.submit(wanted)
+        assert_answered(collect(engine), wanted)
+        assert engine.servers.restarted == [hung.url]
+    done.set()
+    for worker in (hung, good, idle):
+        worker.stop()
 
 
 def test_twice_the_stall_without_an_answer_is_an_error_that_says_who_is_waited_for() -> None:

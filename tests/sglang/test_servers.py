@@ -153,6 +153,23 @@ def test_waiting_for_a_server_that_starts_again_is_progress(start: Callable[...,
     assert clock.pulse()[0] > before
 
 
+def test_a_server_that_stands_still_is_started_again(start: Callable[..., Servers], fake: Path) -> None:
+    said: list[str] = []
+    started = start(said)
+    started.wait()
+    [before], family = started.workers, processes_of(fake)
+    started.restart("http://127.0.0.1:1", "stood still for 5 s")
+    started.restart(before.url, "stood still for 5 s")
+    until(lambda: any("up again" in line for line in said))
+    assert "server 0 stood still for 5 s: " in said[-2] and "starting it again" in said[-2]
+    assert survivors(family) == []
+    assert started.refresh() is True
+    [after] = started.workers
+    assert after.url != before.url
+    time.sleep(1)
+    assert "up again" in said[-1], "once"
+
+
 def test_a_server_that_cannot_start_again_is_given_up(start: Callable[..., Servers], fake: Path) -> None:
     said: list[str] = []
     started = start(said)
