@@ -52,7 +52,7 @@ class Servers(Protocol):
         """After it: every worker has the weights, and may be asked."""
 
     def check(self) -> None:
-        """Raises EngineError if nobody is left who could answer."""
+        """Raises EngineError if nobody is left who could answer: WeightsLost if somebody can after a sync."""
 
     def restart(self, url: str, fault: str) -> None:
         """Start a worker that stands still again, if it is not someone else's. Returns at once."""
@@ -278,6 +278,7 @@ class Dispatch:
 
     def abandon(self, jobs: list[Job]) -> None:
         """Stop asking, and tell the servers."""
+        self.ready = deque(filter(self.is_wanted, self.ready))
         for job in jobs:
             if job.task and not job.task.done() and job.endpoint:
                 job.task.cancel()

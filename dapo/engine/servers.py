@@ -26,7 +26,7 @@ from dapo.config import Config, ConfigError
 from dapo.engine.server import KEY_VARIABLE, Server, on_all
 from dapo.engine.server_options import child_environment, command_line, gpu_sets, known_arguments, server_options
 from dapo.engine.server_process import LOOPBACK, ServerProcess, free_port
-from dapo.types import EngineError, Interrupted
+from dapo.types import EngineError, Interrupted, WeightsLost
 
 LOOK_EVERY = 0.5  # seconds
 SAY_EVERY = 10.0  # seconds
@@ -162,10 +162,14 @@ class Servers:
         """Whether anyone can answer.
 
         Raises:
-            EngineError: no server with the policy's weights is left: what each died of.
+            WeightsLost: after the next sync someone can.
+            EngineError: no server is left: what each died of.
         """
-        if not self.workers:
-            raise EngineError("no server is left: " + "; ".join([*(server.failure for server in self.local), *self._guests.values()]))
+        if self.workers:
+            return
+        if any(server.state != "dead" for server in self.local):
+            raise WeightsLost("no server has the policy's weights; those that were started again get them at the next sync")
+        raise EngineError("no server is left: " + "; ".join([*(server.failure for server in self.local), *self._guests.values()]))
 
     def restart(self, url: str, fault: str) -> None:
         """Have the watcher start the server at `url` again, which lives, but has this fault; if it is one of those started here."""

@@ -473,6 +473,18 @@ def test_nothing_comes_back_for_what_was_aborted_and_the_server_is_told() -> Non
         assert len({body["rid"] for body in server.bodies}) == 26
 
 
+def test_what_was_aborted_is_not_waited_for() -> None:
+    server = FakeServer(afterwards=fake.nothing)
+    with engine_of(server, max_concurrent=1, stall_seconds=0.3) as engine:
+        engine.submit(requests(3))
+        wait_for(lambda: len(server.bodies) == 1)
+        server.die()
+        wait_for(lambda: not engine.dispatch.endpoints[0].is_usable)
+        engine.abort([request.id for request in requests(3)])
+        time.sleep(1.0)  # three times stall_seconds
+        assert engine.failure is None
+
+
 def test_what_is_aborted_before_it_was_sent_leaves_its_place_to_others() -> None:
     server = FakeServer()
     with engine_of(server, max_concurrent=2) as engine:
