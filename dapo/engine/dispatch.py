@@ -126,7 +126,6 @@ class Dispatch:
         known = {endpoint.url: endpoint for endpoint in self.endpoints}
         urls, workers = [url.rstrip("/") for url in self.servers.generate_urls], [worker.url for worker in self.servers.workers]
         self.endpoints = [known.get(url) or Endpoint(url, is_router=url not in workers) for url in urls]
-        self.max_asked = max(1, self.max_concurrent * len(workers) // len(urls))  # at each endpoint
         self._send()
 
     async def settle(self) -> None:
@@ -169,7 +168,7 @@ class Dispatch:
         """Ask for what is ready, wherever there is room: not where it was asked for last, if possible; where the least is outstanding."""
         now = time.monotonic()
         while self.ready:
-            free = [endpoint for endpoint in self.endpoints if endpoint.is_usable and len(endpoint.asked) < self.max_asked]
+            free = [endpoint for endpoint in self.endpoints if endpoint.is_usable and len(endpoint.asked) < self._room_at(endpoint)]
             if not free:
                 return
             job = self.ready.popleft()
@@ -184,6 +183,10 @@ class Dispatch:
             endpoint.asked[job.rid] = job
             job.task = self._spawn(self._ask(job, endpoint, job.rid))
             job.task.add_done_callback(partial(self._end_asking, endpoint, job.rid))  # also when it is cancelled before it has begun
+
+    def _room_at(self, endpoint: Endpoint) -> int:
+        """For how many responses at a time: fewer at a router that has lost a worker since the last sync."""
+        return self.max_concurrent * len(self._workers_at(endpoint))
 
     async def _ask(self, job: Job, endpoint: Endpoint, rid: str) -> None:
         try:

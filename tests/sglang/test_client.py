@@ -415,6 +415,23 @@ def test_no_server_is_asked_for_more_than_it_should_and_both_work() -> None:
     assert min(len(server.bodies) for server in servers) >= 20
 
 
+def test_a_router_that_loses_a_worker_is_asked_for_no_more_than_the_others_should_be() -> None:
+    router, workers = FakeServer(seconds=0.02), [FakeServer(), FakeServer()]
+    wanted = requests(60)
+    with engine_of(*workers, router=router, max_concurrent=3) as engine:
+        engine.submit(wanted)
+        samples = []
+        for sample in engine.completed():
+            samples.append(sample)
+            if len(samples) == 20:
+                assert router.most_asked == 6
+                engine.servers.workers.pop()
+            if len(samples) == 40:
+                router.most_asked = 0
+        assert_answered(samples, wanted)
+        assert router.most_asked == 3
+
+
 def test_the_server_with_the_least_outstanding_is_asked_next() -> None:
     servers = FakeServer(afterwards=fake.nothing), FakeServer(afterwards=fake.nothing)
     with engine_of(*servers, max_concurrent=100) as engine:
