@@ -7,7 +7,6 @@ ready (429, 5xx), an answer that is no answer, an abort that nobody asked for. A
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import random
 import socket
@@ -32,6 +31,7 @@ from dapo.types import EngineError, Request, Sample
 RETRIED = {408, 429, 500, 502, 503, 504}  # HTTP: not now; anything else but 200 is a refusal
 MAX_ATTEMPTS = 8  # for one response
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds for which a server that failed is left alone, doubled from failure to failure
+ABORT_LIMIT, NUM_ABORTS = 10.0, 32  # seconds for one, so many at a time
 KEEP_ALIVE = 2.0  # seconds that an idle connection is kept: fewer than the server's 5, which would close it under a new request
 FAULTS = (aiohttp.ClientError, OSError, TimeoutError, BadAnswer)  # of a server, in one request
 
@@ -117,7 +117,7 @@ class Dispatch:
         key = self.servers.workers[0].key
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self.session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers, cookie_jar=aiohttp.DummyCookieJar())
-        self.abort_slots = asyncio.Semaphore(32)
+        self.abort_slots = asyncio.Semaphore(NUM_ABORTS)
         self._spawn(self._watch())
         await self.meet()
 
@@ -282,22 +282,32 @@ class Dispatch:
     def abandon(self, jobs: list[Job]) -> None:
         """Stop asking, and tell the servers."""
         self.ready = deque(filter(self.is_wanted, self.ready))
+        silent = set[str]()
         for job in jobs:
             if job.task and not job.task.done() and job.endpoint:
                 job.task.cancel()
                 job.endpoint.asked.pop(job.rid, None)
-                task = self._spawn(self._tell(job.endpoint, job.rid))
+                task = self._spawn(self._tell(job.endpoint, job.rid, silent))
                 self.aborts.add(task)
                 task.add_done_callback(self.aborts.discard)
 
-    async def _tell(self, endpoint: Endpoint, rid: str) -> None:
-        """Abort `rid` at the server; at every worker behind a router. One that cannot be reached has nothing to abort."""
+    async def _tell(self, endpoint: Endpoint, rid: str, silent: set[str]) -> None:
+        """Abort `rid` at the server; at every worker behind a router. One that cannot be reached has nothing to abort.
+
+        One that has let ABORT_LIMIT pass is `silent`, and told no more.
+        """
         for url in self._workers_at(endpoint):
             async with self.abort_slots:
-                with contextlib.suppress(*FAULTS):
-                    body, limit = orjson.dumps({"rid": rid}), aiohttp.ClientTimeout(total=10)
+                if url in silent:
+                    continue
+                try:
+                    body, limit = orjson.dumps({"rid": rid}), aiohttp.ClientTimeout(total=ABORT_LIMIT)
                     async with self.session.post(url + "/abort_request", data=body, timeout=limit) as response:
                         await response.read()
+                except TimeoutError:
+                    silent.add(url)
+                except FAULTS:
+                    pass
 
     async def _watch(self) -> None:
         """Where a server has not progressed for stall_seconds, give it up and ask elsewhere; where nothing has for twice as long, fail."""

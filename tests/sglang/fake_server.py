@@ -93,6 +93,8 @@ class FakeServer:
 
     async def _abort(self, request: web.Request) -> web.Response:
         self.aborted.append(orjson.loads(await request.read())["rid"])
+        if self.is_hung:
+            await asyncio.sleep(3600)
         return web.Response()
 
     async def _health(self, request: web.Request) -> web.Response:

@@ -543,6 +543,24 @@ def test_behind_a_router_every_worker_is_told_of_an_abort() -> None:
         assert router.aborted == [] and {len(set(worker.aborted)) for worker in workers} == {6}
 
 
+def test_a_worker_that_is_silent_about_an_abort_is_not_told_of_all_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "ABORT_LIMIT", 0.5)
+    router, silent, good = FakeServer(afterwards=fake.nothing), FakeServer(), FakeServer()
+    silent.is_hung = True
+    with engine_of(silent, good, router=router, max_concurrent=75) as engine:
+        engine.submit(requests(150))
+        wait_for(lambda: len(router.bodies) == 150)
+        engine.abort([request.id for request in requests(150)])
+        engine.load_weights([], 0)
+        assert len(silent.aborted) == dispatch.NUM_ABORTS
+        assert sorted(good.aborted) == sorted(body["rid"] for body in router.bodies)
+        engine.submit(requests(2))
+        wait_for(lambda: len(router.bodies) == 152)
+        engine.abort([request.id for request in requests(2)])
+        engine.load_weights([], 1)
+        assert len(silent.aborted) == dispatch.NUM_ABORTS + 2, "the next time it is told again"
+
+
 def test_an_interruption_is_noticed_while_nothing_comes() -> None:
     server = FakeServer(afterwards=fake.nothing)
     with engine_of(server) as engine:
