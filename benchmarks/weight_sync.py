@@ -187,7 +187,7 @@ def measure(kind: Any, mib: int, server: Server, weights: dict[str, Tensor], scr
         "tensor": lambda: RawPickle(num_bytes, bucket),
     }
     raw = raws[kind]()
-    options: dict[str, Any] = dict(bucket_bytes=bucket, device=torch.device("cpu"), directory=scratch / "weights", model=model)
+    options: dict[str, Any] = dict(bucket_bytes=bucket, device=torch.device("cpu"), directory=scratch / "weights", model=model, limit=600)
     sync = make_sync(kind, lambda: [server], **options)
     commit, post, carried, waits = sync.transport.commit, server.post, [], []  # type: ignore[var-annotated]
 

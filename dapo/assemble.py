@@ -88,6 +88,7 @@ def make_engine(config: Config, mesh: Mesh, is_interrupted: Callable[[], bool]) 
         device=mesh.device,
         directory=config.run.dir / "weights",
         model=config.policy.model,
+        limit=2 * options.stall_seconds,  # sooner than the flight recorder's end, which saves nothing
         verify=options.verify_weights,
     )
     engine = SGLangEngine(servers, sync, options.max_concurrent, options.stall_seconds)

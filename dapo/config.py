@@ -168,8 +168,9 @@ class Engine(Section):
     weight_sync: Literal["disk", "broadcast", "tensor"] = "broadcast"  # files · NCCL, or gloo on a CPU · same host only
     bucket_mib: Positive = 512  # weights travel in buckets of this size
     verify_weights: bool = False  # after every sync compare the servers' checksums with the policy's
-    # without any progress on any rank: say who is waited for, keep stacks in run.dir/stalls, and ask again for missing responses; twice as
-    # long without one: save and stop; three times as long in a collective, where no rank can save: stop
+    # without any progress on any rank: say who is waited for, keep stacks in run.dir/stalls, and ask again for missing responses; at one
+    # server: start it again; twice as long without a response, or in one wait of a weight sync: save and stop; three times as long in a
+    # collective, where no rank can save: stop
     stall_seconds: AboveZero = 300.0
 
     @property

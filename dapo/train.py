@@ -5,10 +5,13 @@ torchrun --nproc-per-node 2 -m dapo train examples/arithmetic/config.yaml
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
 
 from dapo import clock, dump, evaluate
 from dapo.assemble import make_rollouts
@@ -21,7 +24,11 @@ from dapo.policy.megatron import Policy
 from dapo.recorder import Recorder
 from dapo.rollout import Rollouts, RolloutsElsewhere
 from dapo.shape import ModelShape, check_layout, read_shape
-from dapo.types import Interrupted
+from dapo.types import Interrupted, WeightsLost
+
+P = ParamSpec("P")
+R = TypeVar("R")
+RESTARTS = 3  # in one step's rollouts: servers that are lost more often are not well
 
 
 def train(config: Config, mesh: Mesh) -> None:
@@ -37,9 +44,10 @@ def train(config: Config, mesh: Mesh) -> None:
     recorder = make_recorder(config, mesh, rollouts)
     try:
         for step in range(step, config.run.steps):  # noqa: B020  # 1
-            sync(policy, rollouts, mesh, version=step)  # 3: π_θold ← π_θ
-            scores = mesh.on_main(evaluate.maybe, step, rollouts, sets, config)
-            batch = mesh.scatter(rollouts.next_batch, step)  # 2, 4–9: the main rank collects; each rank receives its own share
+            load = partial(sync, policy, rollouts, mesh, version=step)
+            load()  # 3: π_θold ← π_θ
+            scores = sampled(load, mesh.on_main, evaluate.maybe, step, rollouts, sets, config)
+            batch = sampled(load, mesh.scatter, rollouts.next_batch, step)  # 2, 4–9: the main rank collects; each receives its share
             received = mesh.received()
             mismatch = policy.set_old_logprobs(batch)  # log π_θold, in the trainer's numerics and the updates' own packing
             updates = [policy.update(minibatch) for minibatch in batch.minibatches]  # 10–11: Eq. 8
@@ -47,8 +55,9 @@ def train(config: Config, mesh: Mesh) -> None:
             log(step, scores | batch.metrics | received | mismatch | mean(updates))
             checkpoints.maybe_save(step + 1, policy, rollouts)
         step = config.run.steps
-        sync(policy, rollouts, mesh, version=step)
-        log(step, mesh.on_main(evaluate.maybe, step, rollouts, sets, config))
+        load = partial(sync, policy, rollouts, mesh, version=step)
+        load()
+        log(step, sampled(load, mesh.on_main, evaluate.maybe, step, rollouts, sets, config))
         policy.save_hf(config.run.dir / "hf")
     except Interrupted:
         checkpoints.save(step, policy, rollouts)
@@ -76,6 +85,21 @@ def sync(policy: Policy, rollouts: Rollouts | RolloutsElsewhere, mesh: Mesh, ver
                 pass
 
     mesh.together(load)
+
+
+def sampled(load: Callable[[], None], ask: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """`ask(*args)`; where every server was lost under it, anew from servers that have started again and been sent the weights.
+
+    Its prompts are back in the stream by then, and seeds are functions of names: the same is asked for.
+
+    Raises, on every rank:
+        WeightsLost: the servers were lost more than RESTARTS times.
+    """
+    for _ in range(RESTARTS):
+        with contextlib.suppress(WeightsLost):
+            return ask(*args, **kwargs)
+        load()
+    return ask(*args, **kwargs)
 
 
 def keep_traces(step: int, policy: Policy, mesh: Mesh, config: Config) -> None:

@@ -22,6 +22,10 @@ class EngineError(Interrupted):
     """The engine cannot go on, the policy could: every rank saves, then leaves with this one line."""
 
 
+class WeightsLost(EngineError):
+    """Every server that had the policy's weights is gone, and some start again: after a sync the same can be asked for anew."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A task and its ground truth. `index` is its row in the data, the same in every epoch."""

@@ -7,7 +7,6 @@ ready (429, 5xx), an answer that is no answer, an abort that nobody asked for. A
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import random
 import socket
@@ -32,6 +31,7 @@ from dapo.types import EngineError, Request, Sample
 RETRIED = {408, 429, 500, 502, 503, 504}  # HTTP: not now; anything else but 200 is a refusal
 MAX_ATTEMPTS = 8  # for one response
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds for which a server that failed is left alone, doubled from failure to failure
+ABORT_LIMIT, NUM_ABORTS = 10.0, 32  # seconds for one, so many at a time
 KEEP_ALIVE = 2.0  # seconds that an idle connection is kept: fewer than the server's 5, which would close it under a new request
 FAULTS = (aiohttp.ClientError, OSError, TimeoutError, BadAnswer)  # of a server, in one request
 
@@ -52,7 +52,10 @@ class Servers(Protocol):
         """After it: every worker has the weights, and may be asked."""
 
     def check(self) -> None:
-        """Raises EngineError if nobody is left who could answer."""
+        """Raises EngineError if nobody is left who could answer: WeightsLost if somebody can after a sync."""
+
+    def restart(self, url: str, fault: str) -> None:
+        """Start a worker that stands still again, if it is not someone else's. Returns at once."""
 
     def close(self) -> None: ...
 
@@ -80,6 +83,7 @@ class Endpoint:
     is_usable: bool = True
     usable_since: float = 0.0
     progressed_at: float = 0.0  # when it last answered, or was seen to generate
+    moved_at: dict[str, float] = field(default_factory=dict)  # of each worker behind a router: when it last generated, or had nothing to do
     num_faults: int = 0  # since it last answered
     fault: str = ""  # the last one
 
@@ -87,8 +91,9 @@ class Endpoint:
 class Dispatch:
     """Asks the servers for what is added, until it is delivered, failed or abandoned. All in one event loop, unless stated.
 
-    A worker is asked for at most `max_concurrent` responses at a time. Where nothing has come for `stall_seconds` the missing responses
-    are asked for again, elsewhere if there is an elsewhere; after twice as long without any, anywhere, that is a failure.
+    A worker is asked for at most `max_concurrent` responses at a time. One that stands still for `stall_seconds` is started again, or,
+    if it is someone else's, left alone until the next sync of weights; its responses are asked for again, elsewhere if there is an
+    elsewhere. After twice as long without progress, anywhere, that is a failure.
     """
 
     def __init__(self, servers: Servers, max_concurrent: int, stall_seconds: float, is_wanted: Callable[[Job], bool],
@@ -112,16 +117,15 @@ class Dispatch:
         key = self.servers.workers[0].key
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self.session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers, cookie_jar=aiohttp.DummyCookieJar())
-        self.abort_slots = asyncio.Semaphore(32)
+        self.abort_slots = asyncio.Semaphore(NUM_ABORTS)
         self._spawn(self._watch())
         await self.meet()
 
     async def meet(self) -> None:
-        """Take up those that have joined the servers, let go of those that have left."""
+        """After a sync: take up those that have joined the servers or were left alone, let go of those that have left."""
         known = {endpoint.url: endpoint for endpoint in self.endpoints}
         urls, workers = [url.rstrip("/") for url in self.servers.generate_urls], [worker.url for worker in self.servers.workers]
         self.endpoints = [known.get(url) or Endpoint(url, is_router=url not in workers) for url in urls]
-        self.max_asked = max(1, self.max_concurrent * len(workers) // len(urls))  # at each endpoint
         self._send()
 
     async def settle(self) -> None:
@@ -164,7 +168,7 @@ class Dispatch:
         """Ask for what is ready, wherever there is room: not where it was asked for last, if possible; where the least is outstanding."""
         now = time.monotonic()
         while self.ready:
-            free = [endpoint for endpoint in self.endpoints if endpoint.is_usable and len(endpoint.asked) < self.max_asked]
+            free = [endpoint for endpoint in self.endpoints if endpoint.is_usable and len(endpoint.asked) < self._room_at(endpoint)]
             if not free:
                 return
             job = self.ready.popleft()
@@ -179,6 +183,10 @@ class Dispatch:
             endpoint.asked[job.rid] = job
             job.task = self._spawn(self._ask(job, endpoint, job.rid))
             job.task.add_done_callback(partial(self._end_asking, endpoint, job.rid))  # also when it is cancelled before it has begun
+
+    def _room_at(self, endpoint: Endpoint) -> int:
+        """For how many responses at a time: fewer at a router that has lost a worker since the last sync."""
+        return self.max_concurrent * len(self._workers_at(endpoint))
 
     async def _ask(self, job: Job, endpoint: Endpoint, rid: str) -> None:
         try:
@@ -240,9 +248,11 @@ class Dispatch:
         pause = min(FIRST_PAUSE * 2.0 ** min(endpoint.num_faults - 1, 10), LONGEST_PAUSE)
         _say(f"{endpoint.url} failed, {len(endpoint.asked)} more responses asked there: {endpoint.fault}")
         await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-        while not await self._is_well(endpoint):
+        while endpoint in self.endpoints and not await self._is_well(endpoint):
             pause = min(2 * pause, LONGEST_PAUSE)
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+        if endpoint not in self.endpoints:
+            return
         endpoint.is_usable, endpoint.usable_since = True, time.monotonic()
         _say(f"{endpoint.url} is asked again")
         self._send()
@@ -271,53 +281,78 @@ class Dispatch:
 
     def abandon(self, jobs: list[Job]) -> None:
         """Stop asking, and tell the servers."""
+        self.ready = deque(filter(self.is_wanted, self.ready))
+        silent = set[str]()
         for job in jobs:
             if job.task and not job.task.done() and job.endpoint:
                 job.task.cancel()
                 job.endpoint.asked.pop(job.rid, None)
-                task = self._spawn(self._tell(job.endpoint, job.rid))
+                task = self._spawn(self._tell(job.endpoint, job.rid, silent))
                 self.aborts.add(task)
                 task.add_done_callback(self.aborts.discard)
 
-    async def _tell(self, endpoint: Endpoint, rid: str) -> None:
-        """Abort `rid` at the server; at every worker behind a router. One that cannot be reached has nothing to abort."""
+    async def _tell(self, endpoint: Endpoint, rid: str, silent: set[str]) -> None:
+        """Abort `rid` at the server; at every worker behind a router. One that cannot be reached has nothing to abort.
+
+        One that has let ABORT_LIMIT pass is `silent`, and told no more.
+        """
         for url in self._workers_at(endpoint):
             async with self.abort_slots:
-                with contextlib.suppress(*FAULTS):
-                    body, limit = orjson.dumps({"rid": rid}), aiohttp.ClientTimeout(total=10)
+                if url in silent:
+                    continue
+                try:
+                    body, limit = orjson.dumps({"rid": rid}), aiohttp.ClientTimeout(total=ABORT_LIMIT)
                     async with self.session.post(url + "/abort_request", data=body, timeout=limit) as response:
                         await response.read()
+                except TimeoutError:
+                    silent.add(url)
+                except FAULTS:
+                    pass
 
     async def _watch(self) -> None:
-        """Where a server has not progressed for stall_seconds, ask elsewhere; where nothing has for twice as long, give up."""
+        """Where a server has not progressed for stall_seconds, give it up and ask elsewhere; where nothing has for twice as long, fail."""
         while True:
             await asyncio.sleep(min(self.stall_seconds / 10, 10.0))
             await asyncio.gather(*(self._look(endpoint) for endpoint in self.endpoints if endpoint.asked))
             now = time.monotonic()
             if self.is_loading or not (self.ready or any(endpoint.asked for endpoint in self.endpoints)):
-                self.progressed_at = now
-                beat()
+                self.progressed_at = now  # and no beat: of what the ranks do meanwhile this thread knows nothing
             if now - self.progressed_at > 2 * self.stall_seconds:
                 self.fail(EngineError(f"no progress for 2 × engine.stall_seconds={self.stall_seconds:g}: {_joined(self.waiting())}"))
                 return
-            for endpoint in self.endpoints:
+            for endpoint in list(self.endpoints):
                 if self.is_loading or not endpoint.asked:
-                    endpoint.progressed_at = now
+                    endpoint.progressed_at, endpoint.moved_at = now, {}
+                for url in [url for url, moved_at in endpoint.moved_at.items() if now - moved_at > self.stall_seconds]:
+                    self.servers.restart(url, f"stood still for {self.stall_seconds:g} s")
+                    del endpoint.moved_at[url]
                 if now - endpoint.progressed_at > self.stall_seconds:
                     self._move(endpoint)
 
     async def _look(self, endpoint: Endpoint) -> None:
         """Progress is also a worker that holds another number of tokens than at the last look: it works on long responses."""
+        busy = await self._busy_behind(endpoint) if endpoint.is_router else set()
         for url in self._workers_at(endpoint):
             loads = (await self._get(url + "/v1/loads") or {}).get("loads", [])
             held = [(load.get("num_running_reqs"), load.get("num_used_tokens")) for load in loads]
-            if held != self.loads.get(url) and any(running for running, _ in held):
-                self._note_progress(endpoint)
+            has_moved = held != self.loads.get(url) and any(running for running, _ in held)
             self.loads[url] = held
+            if has_moved:
+                self._note_progress(endpoint)
+            if endpoint.is_router and (has_moved or url not in busy or url not in endpoint.moved_at):
+                endpoint.moved_at[url] = time.monotonic()
+
+    async def _busy_behind(self, router: Endpoint) -> set[str]:
+        """The workers from which the router expects answers. Their own account is no evidence: what hangs has not brought it up to date."""
+        workers = (await self._get(router.url + "/workers") or {}).get("workers", [])
+        return {worker["url"].rstrip("/") for worker in workers if worker["load"]}
 
     def _move(self, endpoint: Endpoint) -> None:
         _say(f"no progress at {endpoint.url} for {self.stall_seconds:g} s, asking again\n{self.waiting()}")
         jobs = list(endpoint.asked.values())
+        self.servers.restart(endpoint.url, f"stood still for {self.stall_seconds:g} s")
+        if len(self.endpoints) > 1:
+            self.endpoints.remove(endpoint)  # until the next sync of weights: health is no sign that it would generate now
         self._note_fault(endpoint, f"no progress for {self.stall_seconds:g} s", time.monotonic())
         self.abandon(jobs)
         for job in jobs:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from dapo.clock import beat
 from dapo.types import EngineError
 
 S = TypeVar("S")
@@ -47,6 +48,8 @@ class Server:
             raise EngineError(f"{self.url}{path} answered {error.code}: {one_line(error.read())}") from None
         except (OSError, http.client.HTTPException) as error:
             raise EngineError(f"{self.url}{path}: {error or type(error).__name__}") from None
+        finally:
+            beat()  # it has ended, well or not: the next call has a limit of its own
         try:
             value = json.loads(text) if text.strip().startswith((b"{", b"[")) else {}  # some calls answer in words, or with nothing
         except ValueError:

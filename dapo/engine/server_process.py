@@ -33,6 +33,7 @@ class ServerProcess:
     def start(self, port: int) -> None:
         self.state: Literal["starting", "up", "serving", "dead"] = "starting"
         self.port, self.started = port, time.time()
+        self.fault = ""  # for which it is to be started again, though it lives
         self.url = f"http://{self.host}:{port}"
         with open(self.log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as log:
             self.begin = log.tell()  # of this start's lines
@@ -42,6 +43,9 @@ class ServerProcess:
 
     def has_ended(self) -> bool:
         return self.process.poll() is not None
+
+    def has_failed(self) -> bool:
+        return bool(self.fault) or self.has_ended()
 
     def is_up(self) -> bool:
         try:
@@ -66,7 +70,9 @@ class ServerProcess:
 
     def describe_failure(self) -> str:
         status = self.process.poll()
-        if status is None:
+        if self.fault:
+            how = self.fault
+        elif status is None:
             how = f"said nothing for {SILENCE:.0f} s"
         else:
             how = f"ended with status {status}" if 0 <= status <= 128 else f"was killed by signal {max(-status, status - 128)}"

@@ -21,11 +21,12 @@ from pathlib import Path
 
 import torch
 
+from dapo.clock import beat
 from dapo.config import Config, ConfigError
 from dapo.engine.server import KEY_VARIABLE, Server, on_all
 from dapo.engine.server_options import child_environment, command_line, gpu_sets, known_arguments, server_options
 from dapo.engine.server_process import LOOPBACK, ServerProcess, free_port
-from dapo.types import EngineError, Interrupted
+from dapo.types import EngineError, Interrupted, WeightsLost
 
 LOOK_EVERY = 0.5  # seconds
 SAY_EVERY = 10.0  # seconds
@@ -130,6 +131,7 @@ class Servers:
                     break
             if self.is_interrupted():
                 raise Interrupted
+            beat()  # a start has its own limit: the watcher gives up one that fails or falls silent
             time.sleep(LOOK_EVERY)
         self.check()
         return has_changed
@@ -160,10 +162,20 @@ class Servers:
         """Whether anyone can answer.
 
         Raises:
-            EngineError: no server with the policy's weights is left: what each died of.
+            WeightsLost: after the next sync someone can.
+            EngineError: no server is left: what each died of.
         """
-        if not self.workers:
-            raise EngineError("no server is left: " + "; ".join([*(server.failure for server in self.local), *self._guests.values()]))
+        if self.workers:
+            return
+        if any(server.state != "dead" for server in self.local):
+            raise WeightsLost("no server has the policy's weights; those that were started again get them at the next sync")
+        raise EngineError("no server is left: " + "; ".join([*(server.failure for server in self.local), *self._guests.values()]))
+
+    def restart(self, url: str, fault: str) -> None:
+        """Have the watcher start the server at `url` again, which lives, but has this fault; if it is one of those started here."""
+        for process in self.local:
+            if process.url == url and process.state == "serving":
+                process.fault = fault
 
     def close(self) -> None:
         """Stop whatever was started here."""
@@ -235,20 +247,20 @@ class Servers:
             self._guests, self._workers = found, [Server(url, self.key) for url, failure in found.items() if not failure]
 
     def _watch(self) -> None:
-        """Start again what dies. What dies again before it has served is left dead."""
+        """Start again what dies or stands still. What dies again before it has served is left dead."""
         while not self._is_closing.wait(LOOK_EVERY):
             for process in self.local:
                 if process.state == "starting" and process.is_up():
                     process.state = "up"
                     self.say(f"{process.name} is up again; it takes requests after the next sync of weights")
-                elif process.state != "dead" and (process.has_ended() or (process.state == "starting" and process.is_silent())):
-                    self._restart(process)
+                elif process.state != "dead" and (process.has_failed() or (process.state == "starting" and process.is_silent())):
+                    self._start_again(process)
             if self.router and self.router.has_ended():
                 self.say(f"{self.router.describe_failure()}; starting it again")
                 self.router.command = self._router_command()
                 self.router.start(self.router.port)
 
-    def _restart(self, process: ServerProcess) -> None:
+    def _start_again(self, process: ServerProcess) -> None:
         process.failure = process.describe_failure()
         had_served = process.state == "serving"
         with self._lock:

@@ -22,6 +22,7 @@ class SGLangEngine:
 
     Raises, from `completed`:
         EngineError: a refused request, one that failed too often, no server left, no response at all for 2 × stall_seconds.
+        WeightsLost: no server left that had the weights, but some that start again; what is outstanding is to be aborted.
         Interrupted: `is_interrupted` said so, which is asked every half second of waiting; what was outstanding is aborted.
     """
 

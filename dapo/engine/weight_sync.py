@@ -23,8 +23,6 @@ from dapo.engine.server import Server, on_all
 from dapo.engine.transports import Broadcast, Disk, Peer, Tensors, Transport
 from dapo.types import EngineError
 
-LIMIT = 600.0  # seconds: for an answer, for a bucket
-
 
 def meet(server: Server) -> Peer:
     """Ask a server what it is; the one place that knows of differences between versions.
@@ -147,10 +145,11 @@ def make_sync(
     device: torch.device,
     directory: Path,
     model: Path,
+    limit: float,
     verify: bool = False,
-    limit: float = LIMIT,
 ) -> WeightSync:
-    """`workers` is asked before every sync, for servers come and go; `device` is where the policy's weights are.
+    """`workers` is asked before every sync, for servers come and go; `device` is where the policy's weights are; `limit`, in seconds,
+    is for an answer, and for a bucket.
 
     `directory` belongs to disk alone; the config.json of `model` says how the weights are laid out, and its small files go along on disk.
 

@@ -1,14 +1,18 @@
 """The flight recorder: silent while anybody gets on, then exact about who does not."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
 from dapo import clock
 from dapo.clock import beat, timed
+from dapo.engine.server import Server
+from dapo.engine.sglang import SGLangEngine
 from dapo.recorder import Recorder, spell
 from tests.distributed.launch import torchrun
+from tests.sglang.fake_server import FakeServer
 
 
 @pytest.fixture
@@ -79,6 +83,26 @@ def test_a_stall_is_told_once_with_phase_and_who_is_waited_for(watch, tmp_path, 
     assert "nothing has progressed for 0 s: rank 0 in rollout; waiting for group 3; Python stacks in " in told
     stacks = (tmp_path / "stalls/rank-0.txt").read_text()
     assert "rank 0 in rollout" in stacks and "in rollout\n" in stacks and "test_recorder.py" in stacks
+
+
+def test_an_engine_that_waits_for_nothing_is_no_progress(watch, capsys):
+    server = FakeServer()
+    fakes = SimpleNamespace(workers=[Server(server.url)], generate_urls=[server.url], close=server.stop)
+    engine = SGLangEngine(fakes, fakes, max_concurrent=4, stall_seconds=0.3)
+
+    @timed("checkpoint")
+    def hang():
+        for is_loading in (False, True):
+            engine.dispatch.is_loading = is_loading
+            beat()
+            wait_until(lambda: "stalled" in capsys.readouterr().err)
+
+    try:
+        watch()
+        hang()
+    finally:
+        watch.close()
+        engine.close()
 
 
 def test_while_something_progresses_nothing_is_told_and_no_file_stays(watch, tmp_path, capsys):

@@ -30,6 +30,7 @@ class FakeServer:
         self.bodies: list[dict] = []  # of the generation requests, in order of arrival
         self.aborted: list[str] = []  # rids
         self.loads: list[dict] | None = None  # what /v1/loads says
+        self.workers: list[dict] = []  # what a router's /workers says
         self.num_asked = self.most_asked = 0
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
@@ -66,6 +67,7 @@ class FakeServer:
         app.router.add_get("/model_info", self._model_info)
         app.router.add_get("/server_info", self._server_info)
         app.router.add_get("/v1/loads", self._loads)
+        app.router.add_get("/workers", self._workers)
         self.runner = web.AppRunner(app, shutdown_timeout=0, handler_cancellation=True)
         await self.runner.setup()
         site = web.TCPSite(self.runner, "127.0.0.1", self.port, reuse_address=True)
@@ -91,6 +93,8 @@ class FakeServer:
 
     async def _abort(self, request: web.Request) -> web.Response:
         self.aborted.append(orjson.loads(await request.read())["rid"])
+        if self.is_hung:
+            await asyncio.sleep(3600)
         return web.Response()
 
     async def _health(self, request: web.Request) -> web.Response:
@@ -104,6 +108,9 @@ class FakeServer:
 
     async def _loads(self, request: web.Request) -> web.Response:
         return web.json_response({"loads": self.loads}, status=404 if self.loads is None else 200)
+
+    async def _workers(self, request: web.Request) -> web.Response:
+        return web.json_response({"workers": self.workers})
 
 
 def tokens_of(request: Request) -> np.ndarray:

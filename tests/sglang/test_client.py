@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from aiohttp import web
 
 from dapo.engine import dispatch, generate
 from dapo.engine.server import Server
@@ -37,6 +39,7 @@ class Fakes:
         self.fakes, self.router = list(fakes), router
         self.workers = [Server(server.url) for server in fakes]
         self.calls: list[str] = []
+        self.restarted: list[str] = []
 
     @property
     def generate_urls(self) -> list[str]:
@@ -60,6 +63,9 @@ class Fakes:
     def check(self) -> None:
         if not self.workers:
             raise EngineError("no server is left")
+
+    def restart(self, url: str, fault: str) -> None:
+        self.restarted.append(url)
 
     def close(self) -> None:
         self.calls.append("close")
@@ -210,6 +216,60 @@ def test_what_is_never_answered_is_asked_again_elsewhere_after_the_stall(capfd: 
     assert re.search(rf"{hung.url} \(usable\): 2 asked: 0\.0 for \d+ s; 1\.0 for \d+ s", err)
 
 
+def test_a_server_that_hangs_with_its_health_good_is_left_alone_until_the_next_sync() -> None:
+    hung, good = FakeServer(afterwards=fake.nothing), FakeServer(seconds=0.4)
+    wanted = requests(10)
+    with engine_of(hung, good, max_concurrent=1, stall_seconds=0.5) as engine:
+        engine.submit(wanted)
+        assert_answered(collect(engine), wanted)  # in eight times stall_seconds
+        assert len(hung.bodies) == 1
+        assert engine.servers.restarted == [hung.url], "those that started it do so again"
+        hung.afterwards = fake.well
+        engine.load_weights([], 1)
+        more = requests(10, first=10)
+        engine.submit(more)
+        assert_answered(collect(engine), more)
+        assert len(hung.bodies) > 1
+
+
+def test_a_worker_that_hangs_behind_a_router_is_started_again_while_another_works() -> None:
+    """Its own account of its work is of before it hung: it says that it has nothing to do."""
+    hung, good, idle = FakeServer(), FakeServer(), FakeServer()
+    hung.loads = idle.loads = [{"num_running_reqs": 0, "num_used_tokens": 0}]
+    good.loads = [{"num_running_reqs": 1, "num_used_tokens": 0}]
+    is_restarted = threading.Event()
+
+    async def at_the_hung_worker(router: FakeServer, request: web.Request, body: dict) -> web.StreamResponse:
+        while not is_restarted.is_set():
+            await asyncio.sleep(0.02)
+        return await fake.status(502)(router, request, body)
+
+    router = FakeServer([at_the_hung_worker] * 2, seconds=0.3)
+    router.workers = [{"url": hung.url + "/", "load": 2}, {"url": good.url, "load": 1}, {"url": idle.url, "load": 0}]
+    wanted, done = requests(9), threading.Event()
+
+    def generate() -> None:
+        while not done.wait(0.02):
+            good.loads[0]["num_used_tokens"] += 1
+
+    threading.Thread(target=generate, daemon=True).start()
+    with engine_of(hung, good, idle, router=router, max_concurrent=1, stall_seconds=0.5) as engine:
+
+        def restart(url: str, fault: str) -> None:
+            assert fault == "stood still for 0.5 s"
+            engine.servers.restarted.append(url)
+            engine.servers.workers = [worker for worker in engine.servers.workers if worker.url != url]
+            is_restarted.set()
+
+        engine.servers.restart = restart
+        engine.submit(wanted)
+        assert_answered(collect(engine), wanted)
+        assert engine.servers.restarted == [hung.url]
+    done.set()
+    for worker in (hung, good, idle):
+        worker.stop()
+
+
 def test_twice_the_stall_without_an_answer_is_an_error_that_says_who_is_waited_for() -> None:
     server = FakeServer(afterwards=fake.nothing)
     with engine_of(server, max_concurrent=2, stall_seconds=0.5) as engine:
@@ -355,6 +415,23 @@ def test_no_server_is_asked_for_more_than_it_should_and_both_work() -> None:
     assert min(len(server.bodies) for server in servers) >= 20
 
 
+def test_a_router_that_loses_a_worker_is_asked_for_no_more_than_the_others_should_be() -> None:
+    router, workers = FakeServer(seconds=0.02), [FakeServer(), FakeServer()]
+    wanted = requests(60)
+    with engine_of(*workers, router=router, max_concurrent=3) as engine:
+        engine.submit(wanted)
+        samples = []
+        for sample in engine.completed():
+            samples.append(sample)
+            if len(samples) == 20:
+                assert router.most_asked == 6
+                engine.servers.workers.pop()
+            if len(samples) == 40:
+                router.most_asked = 0
+        assert_answered(samples, wanted)
+        assert router.most_asked == 3
+
+
 def test_the_server_with_the_least_outstanding_is_asked_next() -> None:
     servers = FakeServer(afterwards=fake.nothing), FakeServer(afterwards=fake.nothing)
     with engine_of(*servers, max_concurrent=100) as engine:
@@ -413,6 +490,18 @@ def test_nothing_comes_back_for_what_was_aborted_and_the_server_is_told() -> Non
         assert len({body["rid"] for body in server.bodies}) == 26
 
 
+def test_what_was_aborted_is_not_waited_for() -> None:
+    server = FakeServer(afterwards=fake.nothing)
+    with engine_of(server, max_concurrent=1, stall_seconds=0.3) as engine:
+        engine.submit(requests(3))
+        wait_for(lambda: len(server.bodies) == 1)
+        server.die()
+        wait_for(lambda: not engine.dispatch.endpoints[0].is_usable)
+        engine.abort([request.id for request in requests(3)])
+        time.sleep(1.0)  # three times stall_seconds
+        assert engine.failure is None
+
+
 def test_what_is_aborted_before_it_was_sent_leaves_its_place_to_others() -> None:
     server = FakeServer()
     with engine_of(server, max_concurrent=2) as engine:
@@ -452,6 +541,24 @@ def test_behind_a_router_every_worker_is_told_of_an_abort() -> None:
         engine.load_weights([], 0)
         assert len(router.bodies) == 6, "max_concurrent for each worker behind it"
         assert router.aborted == [] and {len(set(worker.aborted)) for worker in workers} == {6}
+
+
+def test_a_worker_that_is_silent_about_an_abort_is_not_told_of_all_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "ABORT_LIMIT", 0.5)
+    router, silent, good = FakeServer(afterwards=fake.nothing), FakeServer(), FakeServer()
+    silent.is_hung = True
+    with engine_of(silent, good, router=router, max_concurrent=75) as engine:
+        engine.submit(requests(150))
+        wait_for(lambda: len(router.bodies) == 150)
+        engine.abort([request.id for request in requests(150)])
+        engine.load_weights([], 0)
+        assert len(silent.aborted) == dispatch.NUM_ABORTS
+        assert sorted(good.aborted) == sorted(body["rid"] for body in router.bodies)
+        engine.submit(requests(2))
+        wait_for(lambda: len(router.bodies) == 152)
+        engine.abort([request.id for request in requests(2)])
+        engine.load_weights([], 1)
+        assert len(silent.aborted) == dispatch.NUM_ABORTS + 2, "the next time it is told again"
 
 
 def test_an_interruption_is_noticed_while_nothing_comes() -> None:

@@ -31,6 +31,8 @@ class Alone:
 
     def check(self) -> None: ...
 
+    def restart(self, url: str, fault: str) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -166,11 +168,24 @@ def test_an_aborted_response_comes_back_in_part_and_is_no_sample(shape, sglang_s
         generate.read(json.dumps(answer).encode(), requests(1, shape, sampling)[0])
 
 
-def test_a_long_response_is_no_stall(engine, shape, long_responses, capfd: pytest.CaptureFixture[str]) -> None:
-    """Nothing is completed for longer than stall_seconds, while the server generates."""
-    engine.dispatch.stall_seconds = 1.0
-    engine.submit(requests(8, shape, Sampling(1.0, shape.context * 3 // 4, shape.stop_ids)))
-    assert len(list(engine.completed())) == 8
+def test_a_long_response_is_no_stall(engine, shape, sglang_server, long_responses, capfd: pytest.CaptureFixture[str]) -> None:
+    """Nothing is completed for longer than stall_seconds, while the server generates: a quarter of what all took before."""
+    wanted = requests(8, shape, Sampling(1.0, shape.context * 3 // 4, shape.stop_ids))
+
+    def seconds_to_first(engine: SGLangEngine) -> float:
+        start = time.monotonic()
+        engine.submit(wanted)
+        completed = engine.completed()
+        next(completed)
+        seconds = time.monotonic() - start
+        assert len(list(completed)) == 7
+        return seconds
+
+    stall = seconds_to_first(engine) / 4
+    alone = Alone(sglang_server.server)
+    impatient = SGLangEngine(alone, alone, max_concurrent=64, stall_seconds=stall)  # type: ignore[arg-type]  # no sync takes place
+    assert seconds_to_first(impatient) > 1.5 * stall
+    impatient.close()
     assert "no progress" not in capfd.readouterr().err
 
 

@@ -53,7 +53,7 @@ def test_a_server_that_does_not_start_says_why(
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_a_server_killed_at_work_loses_nothing_and_comes_back_and_all_die_with_the_trainer(
+def test_a_server_killed_or_hung_at_work_loses_nothing_and_comes_back_and_all_die_with_the_trainer(
     sglang_python: Path, random_model: Path, tmp_path: Path
 ) -> None:
     with open(tmp_path / "stderr", "w") as stderr:
@@ -67,9 +67,9 @@ def test_a_server_killed_at_work_loses_nothing_and_comes_back_and_all_die_with_t
         assert printed, (tmp_path / "stderr").read_text()[-3000:]
         seen = json.loads(printed)
         family = [psutil.Process(pid) for pid in seen["family"]]
-        assert len(family) >= 11, "three guardians, two servers of at least three processes, a router"
+        assert seen["num_processes"] >= 11, "three guardians, two servers of at least three processes, a router"
 
-        assert seen["busy_when_killed"] == NUM_REQUESTS, "it was killed at work"
+        assert seen["busy_when_killed"] > NUM_REQUESTS // 2, "it was killed at work"
         assert [answer["tokens"] for answer in seen["during"]] == [400] * NUM_REQUESTS
         assert {answer["version"] for answer in seen["during"]} == {"7"}
         assert seen["workers_before_sync"] == seen["urls"][1:]
@@ -78,6 +78,9 @@ def test_a_server_killed_at_work_loses_nothing_and_comes_back_and_all_die_with_t
         assert len(seen["urls_after_sync"]) == 2 and seen["urls"][0] not in seen["urls_after_sync"]
         assert {answer["version"] for answer in seen["after_sync"]} == {"7", "8"}, "both serve"
         assert any("starting it again" in line for line in seen["said"]) and any("up again" in line for line in seen["said"])
+
+        assert len(set(seen["beside_a_hung_server"])) == len(seen["beside_a_hung_server"]) == NUM_REQUESTS
+        assert any("server 0 stood still for 5 s" in line for line in seen["said"])
 
         guarded = [psutil.Process(pid) for pid in seen["guarded"]]
         assert len(guarded) >= 3

@@ -14,20 +14,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 import torch
 
+from dapo import clock
 from dapo.config import ConfigError
 from dapo.engine import server_process
 from dapo.engine.server import KEY_VARIABLE, Server
 from dapo.engine.server_options import child_environment, command_line, gpu_sets, known_arguments, server_options
 from dapo.engine.servers import Servers, introduce
-from dapo.types import EngineError
+from dapo.engine.sglang import SGLangEngine
+from dapo.types import EngineError, WeightsLost
 from tests.sglang.conftest import server_config
-from tests.sglang.fake_server import FakeServer
+from tests.sglang.fake_server import FakeServer, requests, tokens_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="SGLang runs on Linux")
 ROOT = Path(__file__).parents[2]
@@ -131,7 +134,7 @@ def test_a_server_that_died_takes_part_from_the_next_sync_on(start: Callable[...
     until(lambda: any("up again" in line for line in said))
     assert "server 0 was killed by signal 9" in said[-2] and "starting it again" in said[-2]
     assert started.generate_urls == [], "it has the initial weights"
-    with pytest.raises(EngineError, match="no server is left: server 0 was killed by signal 9"):
+    with pytest.raises(WeightsLost, match="no server has the policy's weights; those that were started again get them at the next sync"):
         started.check()
     assert started.refresh() is True
     started.serve()
@@ -140,6 +143,33 @@ def test_a_server_that_died_takes_part_from_the_next_sync_on(start: Callable[...
     assert started.generate_urls == [after.url]
     assert after.post("/generate")["authorization"] == f"Bearer {started.key}"
     assert started.refresh() is False
+
+
+def test_waiting_for_a_server_that_starts_again_is_progress(start: Callable[..., Servers], fake: Path) -> None:
+    started = start()
+    started.wait()
+    processes_of(fake)[1].kill()
+    until(lambda: not started.workers)
+    before, _ = clock.pulse()
+    assert started.refresh() is True
+    assert clock.pulse()[0] > before
+
+
+def test_a_server_that_stands_still_is_started_again(start: Callable[..., Servers], fake: Path) -> None:
+    said: list[str] = []
+    started = start(said)
+    started.wait()
+    [before], family = started.workers, processes_of(fake)
+    started.restart("http://127.0.0.1:1", "stood still for 5 s")
+    started.restart(before.url, "stood still for 5 s")
+    until(lambda: any("up again" in line for line in said))
+    assert "server 0 stood still for 5 s: " in said[-2] and "starting it again" in said[-2]
+    assert survivors(family) == []
+    assert started.refresh() is True
+    [after] = started.workers
+    assert after.url != before.url
+    time.sleep(1)
+    assert "up again" in said[-1], "once"
 
 
 def test_a_server_that_cannot_start_again_is_given_up(start: Callable[..., Servers], fake: Path) -> None:
@@ -151,10 +181,40 @@ def test_a_server_that_cannot_start_again_is_given_up(start: Callable[..., Serve
     until(lambda: not started.workers)
     with pytest.raises(
         EngineError, match=r"no server is left: server 0 ended with status 1: OSError: .* holds no model; see .*server-0\.log"
-    ):
+    ) as error:
         started.refresh()
+    assert not isinstance(error.value, WeightsLost), "another sync would not help"
     assert "given up" in said[-1]
     assert processes_of(fake) == []
+
+
+@pytest.mark.parametrize("how", ["killed", "hung"])
+def test_what_the_only_server_was_asked_when_it_was_lost_is_asked_of_it_after_the_next_sync(
+    start: Callable[..., Servers], fake: Path, how: str
+) -> None:
+    started = start()
+    started.wait()
+    sync = SimpleNamespace(prepare=lambda version: None, close=lambda: None)
+    sync.load = lambda weights, version: [
+        worker.post("/update_weight_version", {"new_version": str(version)}) for worker in started.workers
+    ]
+    engine = SGLangEngine(started, sync, max_concurrent=4, stall_seconds=60 if how == "killed" else 1)  # type: ignore[arg-type]
+    engine.load_weights([], 3)
+    (fake / "hung").touch()
+    wanted = requests(6)
+    engine.submit(wanted)
+    until(lambda: engine.dispatch.endpoints[0].asked)
+    if how == "killed":
+        processes_of(fake)[1].kill()
+    with pytest.raises(WeightsLost):
+        list(engine.completed())
+    engine.abort([request.id for request in wanted])
+    (fake / "hung").unlink()
+    engine.load_weights([], 3)
+    engine.submit(wanted)
+    found = {f"{sample.group}.{sample.index}": sample.tokens.tolist() for sample in engine.completed()}
+    assert found == {request.id: tokens_of(request).tolist() for request in wanted}
+    engine.close()
 
 
 @pytest.mark.parametrize(

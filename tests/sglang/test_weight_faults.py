@@ -364,7 +364,7 @@ def test_the_same_command_goes_on_after_a_sync_that_failed() -> None:
 
 def test_a_mixture_of_experts_whose_checksums_are_not_known_is_refused_before_any_server_is_asked(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"num_key_value_heads": 2, "num_experts": 4}')
-    options: dict[str, Any] = dict(bucket_bytes=600, directory=tmp_path / "weights", model=tmp_path)
+    options: dict[str, Any] = dict(bucket_bytes=600, directory=tmp_path / "weights", model=tmp_path, limit=10)
     with pytest.raises(ConfigError, match=r"engine.verify_weights=true: .* is a mixture of experts"):
         make_sync("tensor", list, verify=True, device=torch.device("cuda"), **options)
     for device, verify in (("cuda", False), ("cpu", True)):

@@ -1,4 +1,5 @@
-"""A run's main process with two real servers and a router, one of which is killed at work. Prints what was seen as JSON, and stays.
+"""A run's main process with two real servers and a router. One is killed at work, and hangs when it is back.
+Prints what was seen as JSON, and stays.
 
 Versions tell who answered: the first servers' weights are called 7, a restarted server's "default" until it is synced, then 8.
 """
@@ -12,16 +13,20 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 
 from dapo.engine.server import Server
 from dapo.engine.servers import Servers
-from dapo.types import EngineError
+from dapo.engine.sglang import SGLangEngine
+from dapo.types import EngineError, Sampling
 from tests.sglang.conftest import server_config
+from tests.sglang.fake_server import requests
 
 NUM_REQUESTS = 48
+STALL = 5.0  # seconds
 
 
 def main(folder: Path, model: Path, python: str) -> None:
@@ -36,7 +41,8 @@ def main(folder: Path, model: Path, python: str) -> None:
 
     with ThreadPoolExecutor(NUM_REQUESTS) as pool:
         answers = [pool.submit(generate, router, i, 400) for i in range(NUM_REQUESTS)]
-        time.sleep(2)
+        while not all(worker["load"] for worker in router.get("/workers")["workers"]):
+            time.sleep(0.1)
         seen["busy_when_killed"] = sum(not answer.done() for answer in answers)
         scheduler(servers.local[0].process.pid).kill()
         seen["during"] = [answer.result() for answer in answers]
@@ -54,6 +60,12 @@ def main(folder: Path, model: Path, python: str) -> None:
     seen["urls_after_sync"] = [worker.url for worker in servers.workers]
     with ThreadPoolExecutor(NUM_REQUESTS) as pool:
         seen["after_sync"] = list(pool.map(lambda i: generate(router, i, 50), range(NUM_REQUESTS)))
+    seen["num_processes"] = len(psutil.Process().children(recursive=True))
+
+    scheduler(servers.local[0].process.pid).suspend()  # its HTTP goes on
+    engine = SGLangEngine(servers, SimpleNamespace(), max_concurrent=64, stall_seconds=STALL)  # type: ignore[arg-type]  # no sync takes place
+    engine.submit(requests(NUM_REQUESTS, Sampling(1.0, 100, (1,))))
+    seen["beside_a_hung_server"] = [f"{sample.group}.{sample.index}" for sample in engine.completed()]
     seen["said"] = said
     seen["family"] = [child.pid for child in psutil.Process().children(recursive=True)]
     seen["guardian"] = servers.local[1].process.pid

@@ -60,6 +60,8 @@ class WeightServer:
             "/server_info": {"tp_size": 1, "pp_size": 1, "dp_size": 1, "device": "cpu", "enable_memory_saver": self.has_memory_saver},
             "/openapi.json": {"paths": dict.fromkeys(SESSION if self.has_sessions else ())},
             "/model_info": {"weight_version": self.version},
+            "/health": {},
+            "/v1/loads": {"loads": []},
         }[path]
 
     def post(self, path: str, body: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
-"""A server with a child of its own, like SGLang's scheduler. A model folder that holds a file `broken` ends it."""
+"""A server with a child of its own, like SGLang's scheduler. A model folder that holds a file `broken` ends it;
+while it holds a file `hung`, nothing is generated, and all else goes on."""
 
 from __future__ import annotations
 
@@ -6,8 +7,10 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from sglang.srt.server_args import ServerArgs
 
@@ -17,15 +20,29 @@ ARGUMENTS = parser.parse_args()
 
 
 class Handler(BaseHTTPRequestHandler):
+    version = "default"
+
     def do_GET(self) -> None:
         self.answer(
             {"model_path": ARGUMENTS.model_path, "served_model_name": "fake", "is_generation": True, "version": "0.5.23"}
-            | {"architectures": ["Qwen2ForCausalLM"]}
+            | {"architectures": ["Qwen2ForCausalLM"], "weight_version": Handler.version}
         )
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/update_weight_version":
+            Handler.version = body["new_version"]
+        if "rid" in body and self.path == "/generate":
+            self.generate(body)
+            return
         self.answer({"port": ARGUMENTS.port, "authorization": self.headers["Authorization"]})
+
+    def generate(self, body: dict[str, Any]) -> None:
+        from tests.sglang import fake_server
+
+        while Path(ARGUMENTS.model_path, "hung").exists():
+            time.sleep(0.1)
+        self.answer(fake_server.answer(body, Handler.version))
 
     def answer(self, value: dict[str, object]) -> None:
         body = json.dumps(value).encode()

@@ -1,0 +1,81 @@
+"""Training on two ranks whose engine loses its servers in mid-evaluation and in mid-rollout; and loses them for ever.
+
+torchrun --nproc-per-node 2 -m tests.sglang.servers_lost OUT.json. Sampling is the embedded engine's, which loses nothing by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+import dapo.assemble
+import dapo.policy  # before Megatron, which it adapts
+from dapo.__main__ import main as run_dapo
+from dapo.config import Parallel
+from dapo.engine.embedded import EmbeddedEngine
+from dapo.mesh import Mesh
+from dapo.types import Sample, WeightsLost
+from tests.distributed.launch import ROOT, numbers
+
+CASES = {"never": [], "now_and_then": [0, 1, 2], "for_ever": list(range(9))}  # which readings of samples end in a loss
+
+
+class LosingEngine(EmbeddedEngine):
+    losses: ClassVar[list[int]] = []
+    instances: ClassVar[list[LosingEngine]] = []
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self.num_readings, self.synced = 0, list[int]()
+        self.instances.append(self)
+
+    def completed(self) -> Iterator[Sample]:
+        reading, self.num_readings = self.num_readings, self.num_readings + 1
+        for number, sample in enumerate(super().completed()):
+            if number == 10 and reading in self.losses:
+                raise WeightsLost("no server has the policy's weights")
+            yield sample
+
+    def load_weights(self, weights: Any, version: int) -> None:
+        assert not self.queue and not self.finished, "what was lost is aborted"
+        self.synced.append(version)
+        super().load_weights(weights, version)
+
+
+def attempt(run: Path) -> dict[str, Any]:
+    from megatron.core import parallel_state
+
+    printed = io.StringIO()
+    options = ["eval.every=1", "eval.samples=1", "reward.workers=0", "rollout.prompts_per_step=4", "rollout.prompts_per_round=4",
+               "parallel.tensor=2", "run.steps=1", "run.save_every=100", "engine.max_concurrent=32", f"run.dir={run}"]  # fmt: skip
+    with contextlib.redirect_stderr(printed):
+        status = run_dapo(["train", str(ROOT / "examples/arithmetic/config.yaml"), *options])
+    parallel_state.destroy_model_parallel()
+    return {"status": status, "printed": printed.getvalue()}
+
+
+def main(out: str) -> None:
+    torch.set_num_threads(1)
+    dapo.assemble.EmbeddedEngine = LosingEngine  # type: ignore[misc]
+    root, mesh, results = Path(out).parent, Mesh(Parallel(tensor=2)), []
+    for name, LosingEngine.losses in CASES.items():
+        mine = attempt(root / name)
+        ranks: list[Any] = [None] * mesh.world
+        torch.distributed.all_gather_object(ranks, mine)
+        if mesh.is_main:
+            saved = sorted(path.name for path in (root / name / "checkpoints").glob("*"))
+            made = numbers(root / name) if (root / name / "hf").exists() else None
+            results.append({"name": name, "ranks": ranks, "saved": saved, "numbers": made, "synced": LosingEngine.instances[-1].synced})
+    if mesh.is_main:
+        Path(out).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,52 @@
+"""Servers that die, or hang, under a run: what it makes of that, and how it ends when they do not come back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launch import measured, torchrun
+from tests.sglang.weight_server import WeightServer
+
+
+def test_a_step_whose_servers_were_lost_is_made_anew_and_is_the_same() -> None:
+    """Lost in mid-evaluation once, in mid-rollout twice."""
+    results = measured("tests.sglang.servers_lost", 2)
+    never, lost = results["never"], results["now_and_then"]
+    assert [rank["status"] for rank in never["ranks"] + lost["ranks"]] == [0] * 4
+    assert never["synced"] == [0, 1] and lost["synced"] == [0, 0, 0, 0, 1]
+    assert lost["numbers"] == never["numbers"]
+
+
+def test_servers_that_are_lost_for_ever_end_a_run_on_two_ranks_with_one_line_and_a_checkpoint() -> None:
+    result = measured("tests.sglang.servers_lost", 2)["for_ever"]
+    assert [rank["status"] for rank in result["ranks"]] == [1, 1]
+    [line] = "".join(rank["printed"] for rank in result["ranks"]).splitlines()
+    assert line.startswith("error: no server has the policy's weights; saved in ")
+    assert result["saved"] == ["step-000000"] and result["synced"] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("silent", "says"),
+    [
+        (["/generate"], "no progress for 2 × engine.stall_seconds=3: waiting for 32 responses"),
+        (["/begin_weight_update", "/end_weight_update"], "/begin_weight_update: timed out"),
+    ],
+    ids=["rollout", "sync"],
+)
+def test_a_server_that_falls_silent_ends_a_run_on_two_ranks_with_one_line_and_a_checkpoint(
+    tmp_path: Path, silent: list[str], says: str
+) -> None:
+    """The sync waits for two answers, twice stall_seconds each, and the flight recorder, which would save nothing, does not end it."""
+    run = tmp_path / "run"
+    options = ["engine.kind=sglang", "engine.weight_sync=tensor", "engine.stall_seconds=3", "rollout.prompts_per_step=4",
+               "rollout.prompts_per_round=4", "eval.data=null", "reward.workers=0", "parallel.tensor=2", f"run.dir={run}"]  # fmt: skip
+    with WeightServer() as server:
+        server.faults = {path: ["silence"] * 99 for path in silent}
+        done = torchrun(2, "-m", "dapo", "train", "examples/arithmetic/config.yaml", *options, f"engine.urls=[{server.url}]")
+    assert done.returncode != 0
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    assert says in line and server.url in line and line.endswith(f"saved in {run}, the same command goes on from there")
+    assert done.stdout.count("stalled: nothing has progressed") >= 1
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000000"]
