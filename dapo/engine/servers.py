@@ -145,7 +145,8 @@ class Servers:
         router, deadline = Server(self.router.url, self.key), time.monotonic() + ROUTER_LIMIT
         while True:
             wanted = {worker.url for worker in self.workers}  # one may die meanwhile
-            known = {worker["url"]: worker for worker in router.get("/workers")["workers"]}
+            listed = router.get("/workers", fields={"workers": list})["workers"]
+            known = {worker["url"]: worker for worker in listed}
             if wanted == {url for url, worker in known.items() if worker["is_healthy"]}:
                 return
             for url in wanted - known.keys():

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.multiprocessing import reductions
 
 from dapo.engine.buckets import Bucket
-from dapo.engine.server import Server, on_all
+from dapo.engine.server import SUCCESS, Server, on_all
 from dapo.types import EngineError
 
 GRACE = 5.0  # seconds that a server has to say why its broadcast broke, or to forget a group
@@ -119,7 +119,7 @@ class Disk(Transport):
             shutil.rmtree(whole, ignore_errors=True)
             os.rename(self.partial, whole)
         call = {"model_path": str(whole), "flush_cache": False}
-        on_all([peer.server for peer in self.peers], lambda server: server.post("/update_weights_from_disk", call, self.limit))
+        on_all([peer.server for peer in self.peers], lambda server: server.post("/update_weights_from_disk", call, self.limit, SUCCESS))
         for path in self.directory.iterdir():
             if path != whole:
                 shutil.rmtree(path, ignore_errors=True)
@@ -167,7 +167,8 @@ class Broadcast(Transport):
             flush_cache=False,
         )
         self._settle(group)
-        group.answers = [self.pool.submit(peer.server.post, "/update_weights_from_distributed", call, self.limit) for peer in self.peers]
+        path = "/update_weights_from_distributed"
+        group.answers = [self.pool.submit(peer.server.post, path, call, self.limit, SUCCESS) for peer in self.peers]
         group.work = group.backend.broadcast(bucket.data, 0)
         return lambda: self._finish(group)
 
@@ -196,7 +197,7 @@ class Broadcast(Transport):
         *offsets, world = itertools.accumulate([1, *(peer.tensor_ranks for peer in self.peers)])
         call = dict(master_address=address, master_port=store.port, world_size=world, group_name=name, backend=self.backend)
         joining = [
-            self.pool.submit(peer.server.post, "/init_weights_update_group", call | {"rank_offset": offset}, self.limit)
+            self.pool.submit(peer.server.post, "/init_weights_update_group", call | {"rank_offset": offset}, self.limit, SUCCESS)
             for peer, offset in zip(self.peers, offsets, strict=True)
         ]
         ours = self.pool.submit(_join, self.backend, store, name, world, self.limit)
@@ -259,7 +260,7 @@ class Tensors(Transport):
         for peer in self.peers:
             payloads = _payloads(bucket, peer.tensor_ranks)
             call = {"serialized_named_tensors": payloads, "load_format": "flattened_bucket", "flush_cache": False}
-            peer.server.post("/update_weights_from_tensor", call, self.limit)
+            peer.server.post("/update_weights_from_tensor", call, self.limit, SUCCESS)
 
 
 class _Handle:

@@ -9,7 +9,7 @@ What was being generated is retracted, not lost: it goes on with the new weights
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +19,13 @@ from torch import Tensor
 from dapo.config import ConfigError
 from dapo.engine.buckets import buckets
 from dapo.engine.checksums import Checksums
-from dapo.engine.server import Server, on_all
+from dapo.engine.server import NOTHING, SUCCESS, Server, on_all
 from dapo.engine.transports import Broadcast, Disk, Peer, Tensors, Transport
 from dapo.types import EngineError
 
 LIMIT = 600.0  # seconds: for an answer, for a bucket
+ABOUT = {"tp_size": int, "pp_size": int, "dp_size": int, "device": str, "enable_memory_saver": bool}
+STATUS = {"status": str}
 
 
 def meet(server: Server) -> Peer:
@@ -32,10 +34,10 @@ def meet(server: Server) -> Peer:
     Raises:
         EngineError: no answer, or a layout that weights cannot be sent to.
     """
-    info = server.get("/server_info")
+    info = server.get("/server_info", fields=ABOUT)
     if info["dp_size"] * info["pp_size"] > 1:
         raise EngineError(f"{server.url} has dp-size {info['dp_size']}, pp-size {info['pp_size']}: start more servers, with tp-size alone")
-    has_sessions = "/begin_weight_update" in server.get("/openapi.json")["paths"]
+    has_sessions = "/begin_weight_update" in server.get("/openapi.json", fields={"paths": dict})["paths"]
     return Peer(server, info["tp_size"], info["device"], has_sessions, can_release=info["enable_memory_saver"])
 
 
@@ -64,7 +66,7 @@ class WeightSync:
             self.peers = on_all(self.workers, meet)
         self._released = [server for server in self._released if server.url in self._synced]  # what was restarted holds its memory
         self._post("/resume_memory_occupation", {"tags": ["weights"]}, to=self._released)
-        self._post("/pause_generation", {"mode": "retract"})
+        self._post("/pause_generation", {"mode": "retract"}, STATUS)
         on_all(self._in_session(), self._begin)
         self.transport.open(self.peers)
         self._prepared = version
@@ -83,20 +85,20 @@ class WeightSync:
             finish = started
         finish()
         self.transport.commit(version)
-        self._post("/end_weight_update", to=self._in_session())
+        self._post("/end_weight_update", fields=SUCCESS, to=self._in_session())
         self._post("/resume_memory_occupation", {"tags": ["kv_cache", "cuda_graph"]}, to=self._released)
         self._released = []
         self._post("/flush_cache")  # the old weights' keys and values
-        self._post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
+        self._post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False}, SUCCESS)
         self._check(version, checksums)
-        self._post("/continue_generation")
+        self._post("/continue_generation", fields=STATUS)
 
     def release(self) -> None:
         """Servers that share the trainer's GPUs give their memory to it, until the next `prepare`."""
         sharing = [peer.server for peer in self.peers if peer.can_release]
         if self._released or not sharing:
             return
-        self._post("/pause_generation", {"mode": "retract"}, to=sharing)  # only an idle server can
+        self._post("/pause_generation", {"mode": "retract"}, STATUS, to=sharing)  # only an idle server can
         self._post("/release_memory_occupation", {"tags": ["kv_cache", "weights", "cuda_graph"]}, to=sharing)
         self._released = sharing
 
@@ -106,13 +108,13 @@ class WeightSync:
     def _begin(self, server: Server) -> None:
         """Open the update. A session that a broken sync left open is closed first."""
         try:
-            server.post("/begin_weight_update", timeout=self.limit)
+            server.post("/begin_weight_update", None, self.limit, SUCCESS)
         except EngineError as refusal:
             try:
-                server.post("/end_weight_update", timeout=self.limit)
+                server.post("/end_weight_update", None, self.limit, SUCCESS)
             except EngineError:  # it was not that
                 raise refusal from None
-            server.post("/begin_weight_update", timeout=self.limit)
+            server.post("/begin_weight_update", None, self.limit, SUCCESS)
 
     def _check(self, version: int, checksums: Checksums) -> None:
         versions = self._versions()
@@ -120,22 +122,36 @@ class WeightSync:
             if found != str(version):
                 raise EngineError(f"{url} says that it holds weights {found}, after a sync of {version}")
         if self.verify:
-            answers = on_all(self.workers, lambda server: server.post("/weights_checker", {"action": "checksum"}, self.limit))
-            for server, answer in zip(self.workers, answers, strict=True):
-                wrong = checksums.differences([rank["checksums"] for rank in answer["ranks"]])
+            for peer, held in zip(self.peers, on_all(self.peers, self._checksums), strict=True):
+                wrong = checksums.differences(held)
                 if wrong:
-                    raise EngineError(f"{server.url}: after the sync of {version}, {len(wrong)} weights are not the policy's: {wrong[0]}")
+                    raise EngineError(
+                        f"{peer.server.url}: after the sync of {version}, {len(wrong)} weights are not the policy's: {wrong[0]}"
+                    )
         self._synced = versions
 
+    def _checksums(self, peer: Peer) -> list[dict[str, str]]:
+        """By parameter, on each of the server's tensor ranks."""
+        answer = peer.server.post("/weights_checker", {"action": "checksum"}, self.limit, {"ranks": list})
+        held = [rank["checksums"] for rank in answer["ranks"] if isinstance(rank, dict) and isinstance(rank.get("checksums"), dict)]
+        if len(held) != peer.tensor_ranks:
+            raise EngineError(f"{peer.server.url}/weights_checker answered without checksums of {peer.tensor_ranks} tensor ranks")
+        return held
+
     def _versions(self) -> dict[str, str]:
-        return dict(on_all(self.workers, lambda server: (server.url, str(server.get("/model_info")["weight_version"]))))
+        def version(server: Server) -> tuple[str, str]:
+            return server.url, server.get("/model_info", fields={"weight_version": str})["weight_version"]
+
+        return dict(on_all(self.workers, version))
 
     def _in_session(self) -> list[Server]:
         """Servers that take this transport's weights in a session only."""
         return [peer.server for peer in self.peers if peer.has_sessions and self.transport.needs_session]
 
-    def _post(self, path: str, body: dict[str, Any] | None = None, to: Sequence[Server] | None = None) -> None:
-        on_all(self.workers if to is None else to, lambda server: server.post(path, body, self.limit))
+    def _post(
+        self, path: str, body: dict[str, Any] | None = None, fields: Mapping[str, type] = NOTHING, to: Sequence[Server] | None = None
+    ) -> None:
+        on_all(self.workers if to is None else to, lambda server: server.post(path, body, self.limit, fields))
 
 
 def make_sync(

@@ -19,7 +19,7 @@ from dapo.engine.server import Server
 from dapo.engine.weight_sync import WeightSync, make_sync
 from dapo.types import EngineError
 from tests.distributed.launch import measured
-from tests.sglang.weight_server import WeightServer
+from tests.sglang.weight_server import MALFORMED, WeightServer
 
 KINDS = ["disk", "broadcast", "tensor"]
 UPDATE = {"disk": "/update_weights_from_disk", "broadcast": "/update_weights_from_distributed", "tensor": "/update_weights_from_tensor"}
@@ -142,6 +142,71 @@ def test_a_server_that_fails_half_way_is_one_error_and_the_next_sync_works(
     assert_holds(servers[0], 3)
     if fault == "refuse":
         assert_holds(servers[1], 3)
+
+
+CALLS = ["/server_info", "/openapi.json", "/model_info", "/pause_generation", "/begin_weight_update", UPDATE["tensor"],
+         "/end_weight_update", "/flush_cache", "/update_weight_version", "/weights_checker", "/continue_generation"]  # fmt: skip
+WORDS = ("garbage", "half a JSON", "empty")  # what /flush_cache may say
+
+
+@pytest.mark.parametrize("fault", MALFORMED)
+@pytest.mark.parametrize("path", CALLS)
+def test_a_malformed_answer_is_one_error_and_the_next_sync_works(path: str, fault: str, servers: list[WeightServer], start: Any) -> None:
+    sync = start("tensor")
+    sync.verify = path == "/weights_checker"
+    servers[0].faults[path] = [fault] * 2  # the update is opened a second time
+    if path == "/flush_cache" and fault in WORDS:
+        sync.load(iter(make_weights(1)), 1)
+    else:
+        with pytest.raises(EngineError) as error:
+            sync.load(iter(make_weights(1)), 1)
+        assert str(error.value).startswith(servers[0].url + path) and "\n" not in str(error.value)
+        status = str(MALFORMED[fault][0])
+        assert status in str(error.value) or status == "200"
+    servers[0].faults.clear()
+    sync.verify = False
+    sync.load(iter(make_weights(2)), 2)
+    for server in servers:
+        assert_holds(server, 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fault", MALFORMED)
+def test_a_malformed_answer_half_way_is_one_error_by_every_transport(
+    kind: str, fault: str, servers: list[WeightServer], start: Any
+) -> None:
+    sync = start(kind)
+    servers[1].faults[UPDATE[kind]] = [fault] if kind == "disk" else [None, fault]
+    with pytest.raises(EngineError, match=f"{servers[1].url}{UPDATE[kind]}"):
+        sync.load(iter(make_weights(1)), 1)
+    sync.load(iter(make_weights(2)), 2)
+    for server in servers:
+        assert_holds(server, 2)
+
+
+@pytest.mark.parametrize("path", ["/pause_generation", UPDATE["tensor"], "/flush_cache"])
+def test_an_answer_of_a_byte_now_and_then_is_late(path: str, servers: list[WeightServer], start: Any) -> None:
+    servers[1].faults[path] = ["slow"]
+    with pytest.raises(EngineError, match=f"{servers[1].url}{path}: timed out"):
+        start("tensor", limit=1).load(iter(make_weights(1)), 1)
+
+
+@pytest.mark.parametrize(
+    ("about", "missing"), [({"tp_size": 1}, "pp_size"), ({"tp_size": "two"}, "tp_size"), ({"tp_size": None}, "tp_size")]
+)
+def test_a_field_that_is_missing_is_named(about: dict[str, Any], missing: str, servers: list[WeightServer], start: Any) -> None:
+    servers[0].get = lambda path: about  # type: ignore[method-assign]
+    with pytest.raises(EngineError, match=f"{servers[0].url}/server_info answered without {missing}: {{"):
+        start("tensor").prepare(0)
+
+
+def test_checksums_of_too_few_ranks_are_an_error(servers: list[WeightServer], start: Any) -> None:
+    sync = start("tensor")
+    sync.verify = True
+    for ranks in ([], [{}], [{"checksums": None}]):
+        servers[0].answer = lambda path, ranks=ranks: json.dumps({"success": True, "status": "ok", "ranks": ranks}).encode()  # type: ignore[misc]
+        with pytest.raises(EngineError, match=f"{servers[0].url}/weights_checker answered without checksums of 1 tensor ranks"):
+            sync.load(iter(make_weights(1)), 1)
 
 
 def test_a_session_that_a_broken_sync_left_open_is_closed(servers: list[WeightServer], start: Any) -> None:
@@ -318,6 +383,11 @@ def test_the_digest_for_gpus_is_what_sglangs_kernel_computes(
         ("refused_half_way", "/update_weights_from_distributed answered 400"),
         ("silent_half_way", "took more than 5 s"),
         ("dead_half_way", "/update_weights_from_distributed"),
+        ("garbage_at_first", "/model_info answered what is not JSON: <html>"),
+        ("half_a_500_half_way", "/update_weights_from_distributed answered 500"),
+        ("half_a_json_half_way", "/update_weights_from_distributed answered what is not JSON"),
+        ("empty_half_way", "/update_weights_from_distributed answered without success: nothing"),
+        ("slow_half_way", "took more than 5 s"),
     ],
 )
 def test_a_sync_that_fails_ends_a_run_on_two_ranks_with_one_line_and_a_checkpoint(name: str, says: str) -> None:
