@@ -101,13 +101,13 @@ class Servers:
             return
         try:
             self._wait_for([*self.local, *([self.router] if self.router else [])])
+            for server in self.local:
+                server.state = "serving"
+            self._watcher.start()
             self.serve()
         except (ConfigError, EngineError, Interrupted):
             self.close()
             raise
-        for server in self.local:
-            server.state = "serving"
-        self._watcher.start()
 
     def refresh(self) -> bool:
         """Count the servers that are up, again or still, among the workers: called before a sync of weights, as `serve` is after it.
@@ -142,19 +142,10 @@ class Servers:
         """
         if not self.router:
             return
-        router, deadline = Server(self.router.url, self.key), time.monotonic() + ROUTER_LIMIT
-        while True:
-            wanted = {worker.url for worker in self.workers}  # one may die meanwhile
-            listed = router.get("/workers", fields={"workers": list})["workers"]
-            known = {worker["url"]: worker for worker in listed}
-            if wanted == {url for url, worker in known.items() if worker["is_healthy"]}:
-                return
-            for url in wanted - known.keys():
-                router.post("/workers", {"url": url, "api_key": self.key})
-            for url in known.keys() - wanted:  # they died
-                router.delete(f"/workers/{known[url]['id']}")
+        deadline = time.monotonic() + ROUTER_LIMIT
+        while lacking := self._tell_router(Server(self.router.url, self.key)):
             if time.monotonic() > deadline:
-                raise EngineError(f"router {router.url} serves {sorted(known)}, not {sorted(wanted)}, see {self.router.log}")
+                raise EngineError(f"{lacking}, after {ROUTER_LIMIT:.0f} s; see {self.router.log}")
             time.sleep(LOOK_EVERY)
 
     def check(self) -> None:
@@ -205,6 +196,22 @@ class Servers:
             "balance-rel-threshold": 1.1,
         }
         return [str(self.config.engine.python or sys.executable), "-c", BOOT, "sglang_router.launch_router", *command_line(options)]
+
+    def _tell_router(self, router: Server) -> str:
+        """What the router lacks of serving the workers and nobody else, after it was told of them; "" if nothing."""
+        wanted = {worker.url for worker in self.workers}  # one may die meanwhile
+        try:
+            listed = router.get("/workers", fields={"workers": list})["workers"]
+            known = {str(worker.get("url")): worker for worker in listed if isinstance(worker, dict)}
+            if wanted == {url for url, worker in known.items() if worker.get("is_healthy")}:
+                return ""
+            for url in wanted - known.keys():
+                router.post("/workers", {"url": url, "api_key": self.key})
+            for url in known.keys() - wanted:  # they died
+                router.delete(f"/workers/{known[url].get('id')}")
+        except EngineError as error:  # it has died itself, and is started again
+            return str(error)
+        return f"router {router.url} serves {sorted(known)}, not {sorted(wanted)}"
 
     def _wait_for(self, processes: Sequence[ServerProcess]) -> None:
         told = time.monotonic()

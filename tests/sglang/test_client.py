@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dapo.engine import dispatch, generate
+from dapo.engine import dispatch, generate, sglang
 from dapo.engine.server import Server
 from dapo.engine.sglang import SGLangEngine
 from dapo.types import EngineError, Interrupted, Request, Sample, Sampling
@@ -452,6 +452,27 @@ def test_behind_a_router_every_worker_is_told_of_an_abort() -> None:
         engine.load_weights([], 0)
         assert len(router.bodies) == 6, "max_concurrent for each worker behind it"
         assert router.aborted == [] and {len(set(worker.aborted)) for worker in workers} == {6}
+
+
+@pytest.mark.parametrize("has_died", [True, False])
+def test_a_sync_that_a_server_refuses_is_prepared_once_more_if_one_has_died(has_died: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang, "NOTICED", 0.0)
+    with engine_of(FakeServer()) as engine:
+        both, failures = engine.sync, [EngineError("connection refused")]
+
+        def prepare(version: int) -> None:
+            Fakes.prepare(both, version)  # type: ignore[arg-type]
+            if failures:
+                raise failures.pop()
+
+        monkeypatch.setattr(both, "prepare", prepare)
+        monkeypatch.setattr(both, "refresh", lambda: both.calls.append("refresh") or has_died)  # type: ignore[attr-defined]
+        if has_died:
+            engine.prepare_weights(3)
+            assert both.calls == ["refresh", "prepare 3"] * 2  # type: ignore[attr-defined]
+        else:
+            with pytest.raises(EngineError, match="connection refused"):
+                engine.prepare_weights(3)
 
 
 def test_an_interruption_is_noticed_while_nothing_comes() -> None:

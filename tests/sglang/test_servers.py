@@ -21,10 +21,12 @@ import pytest
 import torch
 
 from dapo.config import ConfigError
-from dapo.engine import server_process
+from dapo.engine import server_process, servers
 from dapo.engine.server import KEY_VARIABLE, Server
 from dapo.engine.server_options import child_environment, command_line, gpu_sets, known_arguments, server_options
 from dapo.engine.servers import Servers, introduce
+from dapo.engine.sglang import SGLangEngine
+from dapo.engine.weight_sync import make_sync
 from dapo.types import EngineError
 from tests.sglang.conftest import server_config
 from tests.sglang.fake_server import FakeServer
@@ -140,6 +142,57 @@ def test_a_server_that_died_takes_part_from_the_next_sync_on(start: Callable[...
     assert started.generate_urls == [after.url]
     assert after.post("/generate")["authorization"] == f"Bearer {started.key}"
     assert started.refresh() is False
+
+
+def test_a_router_that_died_is_started_again_under_a_sync(start: Callable[..., Servers], fake: Path) -> None:
+    said: list[str] = []
+    started = start(said, servers=2)
+    started.wait()
+    assert started.router
+    started.router.process.kill()
+    started.router.process.wait()
+    started.serve()
+    listed = Server(started.router.url).get("/workers")["workers"]
+    assert sorted(worker["url"] for worker in listed) == sorted(worker.url for worker in started.workers)
+    assert any("router was killed by signal 9" in line and "starting it again" in line for line in said)
+
+
+def test_a_router_that_does_not_come_back_is_one_error(start: Callable[..., Servers], fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = start(servers=2)
+    started.wait()
+    assert started.router
+    monkeypatch.setattr(servers, "ROUTER_LIMIT", 2.0)
+    monkeypatch.setattr(started.router, "has_ended", lambda: False)
+    started.router.process.kill()
+    with pytest.raises(EngineError, match=rf"{started.router.url}/workers: .*, after 2 s; see .*router\.log"):
+        started.serve()
+
+
+def test_a_server_that_dies_just_before_a_sync_is_left_out_of_it(start: Callable[..., Servers], fake: Path) -> None:
+    (fake / "config.json").write_text('{"architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 2}')
+    started = start(servers=2)
+    started.wait()
+    where: dict[str, Any] = {"directory": fake / "weights", "model": fake, "device": torch.device("cpu")}
+    engine = SGLangEngine(started, make_sync("disk", lambda: started.workers, bucket_bytes=64, **where), 4, 60.0)
+    try:
+        dead, alive = started.workers
+        for version in (1, 2):
+            engine.load_weights([("w", torch.ones(3))], version)
+            if version == 1:
+                psutil.Process(started.local[0].process.pid).children()[0].kill()
+                until(lambda: refuses(dead), limit=5)
+        assert alive.get("/model_info")["weight_version"] == "2"
+        assert dead.url not in [worker.url for worker in started.workers]
+    finally:
+        engine.close()
+
+
+def refuses(server: Server) -> bool:
+    try:
+        server.get("/health")
+    except EngineError:
+        return True
+    return False
 
 
 def test_a_server_that_cannot_start_again_is_given_up(start: Callable[..., Servers], fake: Path) -> None:

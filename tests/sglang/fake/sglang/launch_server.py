@@ -14,18 +14,18 @@ from sglang.srt.server_args import ServerArgs
 parser = argparse.ArgumentParser(prog="sglang serve")
 ServerArgs.add_cli_args(parser)
 ARGUMENTS = parser.parse_args()
+ABOUT = {"model_path": ARGUMENTS.model_path, "architectures": ["Qwen2ForCausalLM"], "version": "0.5.23", "weight_version": "default"}
+ABOUT |= {"tp_size": 1, "pp_size": 1, "dp_size": 1, "device": "cpu", "enable_memory_saver": False, "paths": {}}  # whatever is asked for
 
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        self.answer(
-            {"model_path": ARGUMENTS.model_path, "served_model_name": "fake", "is_generation": True, "version": "0.5.23"}
-            | {"architectures": ["Qwen2ForCausalLM"]}
-        )
+        self.answer(ABOUT)
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
-        self.answer({"port": ARGUMENTS.port, "authorization": self.headers["Authorization"]})
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        ABOUT["weight_version"] = body.get("new_version", ABOUT["weight_version"])
+        self.answer({"port": ARGUMENTS.port, "authorization": self.headers["Authorization"], "success": True, "status": "ok"})
 
     def answer(self, value: dict[str, object]) -> None:
         body = json.dumps(value).encode()
