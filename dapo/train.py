@@ -50,8 +50,9 @@ def train(config: Config, mesh: Mesh) -> None:
         sync(policy, rollouts, mesh, version=step)
         log(step, mesh.on_main(evaluate.maybe, step, rollouts, sets, config))
         policy.save_hf(config.run.dir / "hf")
-    except Interrupted:
+    except Interrupted as stop:
         checkpoints.save(step, policy, rollouts)
+        stop.is_saved = True
         raise
     finally:
         recorder.close()
