@@ -10,9 +10,11 @@ someone else's server, but for the starting: one that does not answer is left ou
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
+import subprocess
 import sys
 import threading
 import time
@@ -24,7 +26,7 @@ import torch
 from dapo.config import Config, ConfigError
 from dapo.engine.server import KEY_VARIABLE, Server, on_all
 from dapo.engine.server_options import child_environment, command_line, gpu_sets, known_arguments, server_options
-from dapo.engine.server_process import LOOPBACK, ServerProcess, free_port
+from dapo.engine.server_process import LOOPBACK, RESTARTS, ServerProcess, free_port
 from dapo.types import EngineError, Interrupted
 
 LOOK_EVERY = 0.5  # seconds
@@ -243,32 +245,53 @@ class Servers:
             self._guests, self._workers = found, [Server(url, self.key) for url, failure in found.items() if not failure]
 
     def _watch(self) -> None:
-        """Start again what dies. What dies again before it has served is left dead."""
+        """Start again what dies. What dies again and again before it has served is left dead."""
         while not self._is_closing.wait(LOOK_EVERY):
-            for process in self.local:
-                if process.state == "starting" and process.is_up():
-                    process.state = "up"
-                    self.say(f"{process.name} is up again; it takes requests after the next sync of weights")
-                elif process.state != "dead" and (process.has_ended() or (process.state == "starting" and process.is_silent())):
-                    self._restart(process)
-            if self.router and self.router.has_ended():
-                self.say(f"{self.router.describe_failure()}; starting it again")
-                self.router.command = self._router_command()
-                self.router.start(self.router.port)
+            for process in [*self.local, *([self.router] if self.router else [])]:
+                try:
+                    self._look_at_router(process) if process is self.router else self._look_at(process)
+                except (OSError, subprocess.SubprocessError) as error:  # no process can be made, or the like: the next look sees it dead
+                    self._tell(f"{process.name} cannot be started: {error}")
 
-    def _restart(self, process: ServerProcess) -> None:
+    def _look_at(self, process: ServerProcess) -> None:
+        if process.state == "dead":
+            return
+        if process.restart_at is not None:
+            if time.monotonic() >= process.restart_at:
+                process.restart_at = None
+                process.start(free_port(process.port))
+        elif process.state == "starting" and process.is_up():
+            process.state = "up"
+            self._tell(f"{process.name} is up again; it takes requests after the next sync of weights")
+        elif process.has_ended() or (process.state == "starting" and process.is_silent()):
+            self._note_death(process)
+
+    def _look_at_router(self, router: ServerProcess) -> None:
+        """Never given up: nothing is generated without it."""
+        if router.state != "serving" and router.is_up():
+            router.state = "serving"
+        if router.has_ended() and router.restart_at is None:
+            self._tell(f"{router.describe_failure()}; starting it again")
+            router.plan_restart()
+        if router.restart_at is not None and time.monotonic() >= router.restart_at:
+            router.restart_at, router.command = None, self._router_command()
+            router.start(router.port)
+
+    def _note_death(self, process: ServerProcess) -> None:
         process.failure = process.describe_failure()
-        had_served = process.state == "serving"
+        process.plan_restart()
+        goes_on = process.num_restarts <= RESTARTS
         with self._lock:
             self._workers = [worker for worker in self._workers if worker.url != process.url]
             self._has_changed = True
-            process.state = "starting" if had_served else "dead"
+            process.state = "starting" if goes_on else "dead"
         process.stop()
-        if had_served:
-            self.say(f"{process.failure}; starting it again")
-            process.start(free_port(process.port))
-        else:
-            self.say(f"{process.failure}; it had not served since it was started again, so it is given up")
+        given_up = f"it has not served since it was started again {RESTARTS} times, so it is given up"
+        self._tell(f"{process.failure}; {'starting it again' if goes_on else given_up}")
+
+    def _tell(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # nobody listens, or the disk is full: servers are watched all the same
+            self.say(text)
 
 
 def introduce(server: Server, model: Path) -> str:

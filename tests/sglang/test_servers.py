@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -195,7 +196,12 @@ def refuses(server: Server) -> bool:
     return False
 
 
-def test_a_server_that_cannot_start_again_is_given_up(start: Callable[..., Servers], fake: Path) -> None:
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_process, "FIRST_PAUSE", 0.1)
+
+
+def test_a_server_that_cannot_start_again_is_given_up(start: Callable[..., Servers], fake: Path, short_pauses: None) -> None:
     said: list[str] = []
     started = start(said)
     started.wait()
@@ -207,7 +213,51 @@ def test_a_server_that_cannot_start_again_is_given_up(start: Callable[..., Serve
     ):
         started.refresh()
     assert "given up" in said[-1]
+    assert [line.endswith("; starting it again") for line in said] == [True] * server_process.RESTARTS + [False]
     assert processes_of(fake) == []
+
+
+def test_a_start_that_fails_is_tried_again(
+    start: Callable[..., Servers], fake: Path, short_pauses: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A port that another process takes first, then no process at all; the log has gone, too."""
+    said: list[str] = []
+    started = start(said)
+    started.wait()
+    begin, failures = subprocess.Popen, [BlockingIOError(11, "Resource temporarily unavailable")]
+
+    def popen(*arguments: Any, **options: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return begin(*arguments, **options)
+
+    with socket.socket() as occupied:
+        occupied.bind(("127.0.0.1", 0))
+        occupied.listen()
+        ports = [occupied.getsockname()[1]]
+        monkeypatch.setattr(servers, "free_port", lambda avoid=0: ports.pop() if ports else server_process.free_port(avoid))
+        monkeypatch.setattr(server_process.subprocess, "Popen", popen)
+        shutil.rmtree(fake / "run/servers")
+        processes_of(fake)[1].kill()
+        until(lambda: any("up again" in line for line in said))
+    assert "killed by signal 9: its log cannot be read" in said[0]
+    assert "server 0 cannot be started: [Errno 11]" in said[1]
+    assert not any("given up" in line for line in said)
+    started.refresh()
+    started.serve()
+    assert started.workers[0].post("/generate")
+
+
+def test_servers_are_watched_though_nobody_can_be_told(start: Callable[..., Servers], fake: Path) -> None:
+    started = start()
+    started.wait()
+
+    def full(text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    started.say = full
+    processes_of(fake)[1].kill()
+    until(lambda: started.local[0].state == "up")
 
 
 @pytest.mark.parametrize(
