@@ -108,7 +108,9 @@ class Disk(Transport):
     def start(self, bucket: Bucket) -> Callable[[], object]:
         self.files.append([part.name for part in bucket.parts])
         self.num_bytes += len(bucket.data)
-        return self.pool.submit(_write, self.partial / _file_name(len(self.files)), bucket).result
+        path = self.partial / _file_name(len(self.files))
+        writing = self.pool.submit(_write, path, bucket)
+        return lambda: _settle([writing], self.limit, f"writing weights to {path}")
 
     def commit(self, version: int) -> None:
         names = {name: _file_name(i) for i, file in enumerate(self.files, start=1) for name in file}

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from dapo.config import ConfigError
-from dapo.engine import server_process, servers
+from dapo.engine import server_process, servers, supervise
 from dapo.engine.server import KEY_VARIABLE, Server
 from dapo.engine.server_options import child_environment, command_line, gpu_sets, known_arguments, server_options
 from dapo.engine.servers import Servers, introduce
@@ -122,6 +122,12 @@ def test_a_server_goes_with_its_guardian(start: Callable[..., Servers], fake: Pa
     guardian.kill()
     assert survivors([guardian, server]) == []
     child.kill()  # SGLang's own children watch their parent
+
+
+def test_a_server_lives_on_though_its_log_cannot_be_written() -> None:
+    command = [sys.executable, "-I", supervise.__file__, str(os.getpid()), "/dev/full", "sh", "-c", "echo said; sleep 0.5; exit 7"]
+    guardian = subprocess.run(command, capture_output=True, text=True)
+    assert (guardian.returncode, guardian.stderr) == (7, "")
 
 
 def test_a_server_that_died_takes_part_from_the_next_sync_on(start: Callable[..., Servers], fake: Path) -> None:

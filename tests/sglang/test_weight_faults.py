@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -294,6 +295,19 @@ def test_weights_that_cannot_be_written_are_one_error_before_a_weight_is_asked_f
     (tmp_path / "weights").write_text("a file in the way")
     with pytest.raises(EngineError, match=r"cannot be written to .*weights"):
         start("disk").prepare(1)
+
+
+def test_a_disk_that_hangs_is_one_error(servers: list[WeightServer], start: Any, tmp_path: Path) -> None:
+    sync = start("disk", limit=1)
+    sync.prepare(1)
+    path = tmp_path / "weights/.partial/model-00001.safetensors"
+    os.mkfifo(path)  # opening it waits for a reader
+    try:
+        with pytest.raises(EngineError, match=f"writing weights to {path}: not done after 1 s"):
+            sync.load(iter(make_weights(1)), 1)
+    finally:
+        with open(path, "rb") as reader:  # so that the thread ends
+            reader.read()
 
 
 def test_buckets_hold_every_byte_in_order_within_their_size() -> None:
