@@ -39,8 +39,7 @@ ROUTER = {  # for generation only: control calls go to each worker
     "health-failure-threshold": 2,
     "health-success-threshold": 1,
     "worker-startup-check-interval": 1,
-    "retry-max-retries": 3,  # at other workers; what still fails, the client asks again
-    "retry-max-backoff-ms": 2000,
+    "disable-retries": True,  # they would come under the same id, which a server refuses while it knows it; the client asks under a new one
     "cb-failure-threshold": 5,
     "cb-timeout-duration-secs": 10,
     "request-timeout-secs": 24 * 3600,  # a long response is no failure: the client has its own limits
