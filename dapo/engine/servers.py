@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from dapo.config import Config, ConfigError
+from dapo.engine import versions
 from dapo.engine.server import KEY_VARIABLE, Server, on_all
 from dapo.engine.server_options import child_environment, command_line, gpu_sets, known_arguments, server_options
 from dapo.engine.server_process import LOOPBACK, RESTARTS, ServerProcess, free_port
@@ -294,17 +295,16 @@ class Servers:
 
 
 def introduce(server: Server, model: Path) -> str:
-    """What a server that someone else has started is.
+    """What a server that someone else has started is, in words.
 
     Raises:
         ConfigError: it does not answer, or serves another architecture than the policy's.
     """
     try:
-        about, version = server.get("/model_info"), server.get("/server_info").get("version", "of unknown version")
+        words, theirs = versions.introduce(server)
     except EngineError as error:
         raise ConfigError(f"engine.urls: {error}; is it up, and {KEY_VARIABLE} set if it wants a key?") from error
     ours = json.loads((model / "config.json").read_text()).get("architectures")
-    theirs = about.get("architectures", ours)  # older versions do not say
-    if theirs != ours:
+    if theirs not in (ours, None):
         raise ConfigError(f"engine.urls: {server.url} serves {theirs}, policy.model={model} is {ours}: start it with that model")
-    return f"{server.url}: SGLang {version}, {about.get('model_path')}"
+    return words

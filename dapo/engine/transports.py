@@ -29,21 +29,11 @@ from torch.multiprocessing import reductions
 
 from dapo.engine.buckets import Bucket
 from dapo.engine.server import SUCCESS, Server, on_all
+from dapo.engine.versions import Peer
 from dapo.types import EngineError
 
 GRACE = 5.0  # seconds that a server has to say why its broadcast broke, or to forget a group
 SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A server that takes weights."""
-
-    server: Server
-    tensor_ranks: int
-    device: str
-    has_sessions: bool  # it takes tensors and broadcasts between begin_weight_update and end_weight_update only
-    can_release: bool  # it was started to share its GPUs with the trainer, with --enable-memory-saver
 
 
 class Transport:

@@ -20,25 +20,12 @@ from dapo.config import ConfigError
 from dapo.engine.buckets import buckets
 from dapo.engine.checksums import Checksums
 from dapo.engine.server import NOTHING, SUCCESS, Server, on_all
-from dapo.engine.transports import Broadcast, Disk, Peer, Tensors, Transport
+from dapo.engine.transports import Broadcast, Disk, Tensors, Transport
+from dapo.engine.versions import Peer, meet
 from dapo.types import EngineError
 
 LIMIT = 600.0  # seconds: for an answer, for a bucket
-ABOUT = {"tp_size": int, "pp_size": int, "dp_size": int, "device": str, "enable_memory_saver": bool}
 STATUS = {"status": str}
-
-
-def meet(server: Server) -> Peer:
-    """Ask a server what it is; the one place that knows of differences between versions.
-
-    Raises:
-        EngineError: no answer, or a layout that weights cannot be sent to.
-    """
-    info = server.get("/server_info", fields=ABOUT)
-    if info["dp_size"] * info["pp_size"] > 1:
-        raise EngineError(f"{server.url} has dp-size {info['dp_size']}, pp-size {info['pp_size']}: start more servers, with tp-size alone")
-    has_sessions = "/begin_weight_update" in server.get("/openapi.json", fields={"paths": dict})["paths"]
-    return Peer(server, info["tp_size"], info["device"], has_sessions, can_release=info["enable_memory_saver"])
 
 
 class WeightSync:
@@ -63,7 +50,7 @@ class WeightSync:
         self.workers = self.find_workers()
         if not self._synced or self._versions() != self._synced:  # the first sync, the one after a failure, or not the same servers
             self.transport.forget()
-            self.peers = on_all(self.workers, meet)
+            self.peers = meet(self.workers)
         self._released = [server for server in self._released if server.url in self._synced]  # what was restarted holds its memory
         self._post("/resume_memory_occupation", {"tags": ["weights"]}, to=self._released)
         self._post("/pause_generation", {"mode": "retract"}, STATUS)

@@ -242,6 +242,13 @@ def test_a_server_without_sessions_is_asked_for_none(start: Any, servers: list[W
     assert "/begin_weight_update" in servers[1].calls
 
 
+def test_a_version_that_was_not_run_is_said_once(servers: list[WeightServer], start: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    servers[0].sglang = servers[1].sglang = "0.5.10"
+    for _ in range(2):
+        start("tensor").prepare(0)
+    assert capsys.readouterr().err == "warning: a server is SGLang 0.5.10; this trainer was run with 0.5.23 only\n"
+
+
 def test_a_layout_that_cannot_be_served_is_refused(servers: list[WeightServer], start: Any) -> None:
     about = servers[0].get("/server_info") | {"dp_size": 2}
     plain = servers[0].get

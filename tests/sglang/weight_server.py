@@ -40,6 +40,7 @@ class Refusal(Exception):
 class WeightServer:
     def __init__(self, has_sessions: bool = True, has_memory_saver: bool = False):
         self.has_sessions, self.has_memory_saver = has_sessions, has_memory_saver
+        self.sglang = "0.5.23"
         self.faults: dict[str, list[str | None]] = {}
         self.calls: list[str] = []  # paths of what was posted, /resume_memory_occupation with its tags
         self.weights: dict[str, torch.Tensor] = {}
@@ -68,7 +69,8 @@ class WeightServer:
 
     def get(self, path: str) -> dict[str, Any]:
         return {
-            "/server_info": {"tp_size": 1, "pp_size": 1, "dp_size": 1, "device": "cpu", "enable_memory_saver": self.has_memory_saver},
+            "/server_info": {"tp_size": 1, "pp_size": 1, "dp_size": 1, "device": "cpu", "enable_memory_saver": self.has_memory_saver}
+            | {"version": self.sglang},
             "/openapi.json": {"paths": dict.fromkeys(SESSION if self.has_sessions else ())},
             "/model_info": {"weight_version": self.version},
         }[path]
