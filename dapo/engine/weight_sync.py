@@ -42,17 +42,22 @@ class WeightSync:
         self.peers: list[Peer] = []
         self._synced: dict[str, str] = {}  # url → the version last set, if all went well
         self._prepared: int | None = None
-        self._released: list[Server] = []
+        self._released: dict[str, str] = {}  # url → the version held when its memory was last given away
+        self._weightless: set[str] = set()  # urls of those whose weights have no memory yet
+        self._cacheless: set[str] = set()  # whose cache has none
 
     def prepare(self, version: int) -> None:
         """Have every server ready to take the weights of `version`."""
         self._prepared = None
         self.workers = self.find_workers()
-        if not self._synced or self._versions() != self._synced:  # the first sync, the one after a failure, or not the same servers
+        versions = self._versions()
+        if not self._synced or versions != self._synced:  # the first sync, the one after a failure, or not the same servers
             self.transport.forget()
             self.peers = meet(self.workers)
-        self._released = [server for server in self._released if server.url in self._synced]  # what was restarted holds its memory
-        self._post("/resume_memory_occupation", {"tags": ["weights"]}, to=self._released)
+        restarted = {url for url, version in self._released.items() if versions.get(url) != version}  # these hold their memory
+        self._weightless -= restarted
+        self._cacheless -= restarted
+        self._resume(["weights"], self._weightless)
         self._post("/pause_generation", {"mode": "retract"}, STATUS)
         on_all(self._in_session(), self._begin)
         self.transport.open(self.peers)
@@ -73,24 +78,36 @@ class WeightSync:
         finish()
         self.transport.commit(version)
         self._post("/end_weight_update", fields=SUCCESS, to=self._in_session())
-        self._post("/resume_memory_occupation", {"tags": ["kv_cache", "cuda_graph"]}, to=self._released)
-        self._released = []
+        self._resume(["kv_cache", "cuda_graph"], self._cacheless)
         self._post("/flush_cache")  # the old weights' keys and values
         self._post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False}, SUCCESS)
         self._check(version, checksums)
         self._post("/continue_generation", fields=STATUS)
 
     def release(self) -> None:
-        """Servers that share the trainer's GPUs give their memory to it, until the next `prepare`."""
+        """Servers that share the trainer's GPUs give their memory to it, until the next `prepare`; before the first sync, too."""
+        if not self.peers:
+            self.workers = self.find_workers()
+            self.peers = meet(self.workers)
         sharing = [peer.server for peer in self.peers if peer.can_release]
-        if self._released or not sharing:
+        if self._cacheless or not sharing:
             return
         self._post("/pause_generation", {"mode": "retract"}, STATUS, to=sharing)  # only an idle server can
         self._post("/release_memory_occupation", {"tags": ["kv_cache", "weights", "cuda_graph"]}, to=sharing)
-        self._released = sharing
+        self._released = {url: version for url, version in self._versions().items() if url in {server.url for server in sharing}}
+        self._weightless, self._cacheless = set(self._released), set(self._released)
 
     def close(self) -> None:
         self.transport.close()
+
+    def _resume(self, tags: list[str], lacking: set[str]) -> None:
+        """Each server that lacks it, once: SGLang ends when it is told to resume what it has."""
+
+        def resume(server: Server) -> None:
+            server.post("/resume_memory_occupation", {"tags": tags}, self.limit)
+            lacking.discard(server.url)
+
+        on_all([server for server in self.workers if server.url in lacking], resume)
 
     def _begin(self, server: Server) -> None:
         """Open the update. A session that a broken sync left open is closed first."""

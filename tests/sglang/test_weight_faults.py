@@ -7,12 +7,14 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from dapo.assemble import make_engine
 from dapo.config import ConfigError
 from dapo.engine.buckets import buckets
 from dapo.engine.checksums import Checksums, gpu_digest
@@ -20,6 +22,7 @@ from dapo.engine.server import Server
 from dapo.engine.weight_sync import WeightSync, make_sync
 from dapo.types import EngineError
 from tests.distributed.launch import measured
+from tests.sglang.conftest import server_config
 from tests.sglang.weight_server import MALFORMED, WeightServer
 
 KINDS = ["disk", "broadcast", "tensor"]
@@ -257,31 +260,66 @@ def test_a_layout_that_cannot_be_served_is_refused(servers: list[WeightServer], 
         start("tensor").prepare(0)
 
 
+COLOCATED = [
+    "/pause_generation",
+    "/release_memory_occupation kv_cache weights cuda_graph",
+    "/resume_memory_occupation weights",
+    "/pause_generation",
+    "/begin_weight_update",
+    "/end_weight_update",
+    "/resume_memory_occupation kv_cache cuda_graph",
+    "/flush_cache",
+    "/update_weight_version",
+    "/continue_generation",
+]
+
+
 def test_memory_is_resumed_weights_first_and_the_cache_after_the_update(servers: list[WeightServer], start: Any) -> None:
     servers[0].has_memory_saver = True
     sync = start("tensor")
+    for version in (1, 2):  # before any sync, and after one
+        servers[0].calls.clear()
+        sync.release()
+        sync.release()
+        sync.load(iter(make_weights(version)), version)
+        assert_holds(servers[0], version)
+        assert [call for call in servers[0].calls if call != UPDATE["tensor"]] == COLOCATED
+    assert not [call for call in servers[1].calls if "memory" in call], "it does not share the trainer's GPUs"
+
+
+def test_a_sync_that_breaks_off_resumes_nothing_twice(servers: list[WeightServer], start: Any) -> None:
+    servers[0].has_memory_saver = True
+    servers[1].faults["/pause_generation"] = ["refuse"]
+    sync = start("tensor")
     sync.release()
-    sync.load(iter(make_weights(1)), 1)
-    assert not [call for call in servers[0].calls if "memory" in call], "nothing is known of the servers yet"
-    servers[0].calls.clear()
-    sync.release()
-    sync.release()
+    with pytest.raises(EngineError, match="not today"):
+        sync.load(iter(make_weights(1)), 1)
     sync.load(iter(make_weights(2)), 2)
     assert_holds(servers[0], 2)
-    calls = [call for call in servers[0].calls if call != UPDATE["tensor"]]
-    assert calls == [
-        "/pause_generation",
-        "/release_memory_occupation kv_cache weights cuda_graph",
-        "/resume_memory_occupation weights",
-        "/pause_generation",
-        "/begin_weight_update",
-        "/end_weight_update",
-        "/resume_memory_occupation kv_cache cuda_graph",
-        "/flush_cache",
-        "/update_weight_version",
-        "/continue_generation",
-    ]
-    assert not [call for call in servers[1].calls if "memory" in call], "it does not share the trainer's GPUs"
+    resumed = [call for call in servers[0].calls if call.startswith("/resume")]
+    assert resumed == ["/resume_memory_occupation weights", "/resume_memory_occupation kv_cache cuda_graph"]
+
+
+def test_a_server_that_was_started_anew_since_has_nothing_to_resume(servers: list[WeightServer], start: Any) -> None:
+    servers[0].has_memory_saver = True
+    sync = start("tensor")
+    sync.load(iter(make_weights(1)), 1)
+    sync.release()
+    servers[0].version = "default"
+    sync.load(iter(make_weights(2)), 2)
+    assert_holds(servers[0], 2)
+    assert not [call for call in servers[0].calls if call.startswith("/resume")]
+
+
+def test_servers_give_up_the_memory_that_they_share_before_the_policy_is_built(servers: list[WeightServer], tmp_path: Path) -> None:
+    servers[0].has_memory_saver = True
+    (tmp_path / "config.json").write_text('{"num_key_value_heads": 2}')
+    config = server_config(tmp_path, tmp_path, urls=[server.url for server in servers], weight_sync="tensor")
+    engine = make_engine(config, SimpleNamespace(device=CPU), lambda: False)  # type: ignore[arg-type]
+    try:
+        assert servers[0].calls == COLOCATED[:2] and servers[1].calls == []
+    finally:
+        engine.close()
 
 
 def test_disk_keeps_one_whole_directory_that_a_server_could_start_from(servers: list[WeightServer], start: Any, tmp_path: Path) -> None:
