@@ -34,7 +34,7 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.9,<2.12", "triton"],
-        "sglang": ["sglang==0.5.23", "sglang-router"],
+        "sglang": ["sglang==0.5.23", "sglang-router==0.3.2"],  # those that the tests run: tests/sglang/environment/requirements.txt
         "wandb": ["wandb"],
         "test": TEST,
         "dev": [*TEST, "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "types-psutil"],

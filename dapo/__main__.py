@@ -98,14 +98,12 @@ def _run(options: config.Config, models: list[Path] | None = None) -> int:
         return 0
     except FailedElsewhere:
         return 1
-    except EngineError as error:
+    except Interrupted as stop:
+        is_error = isinstance(stop, EngineError)
         if mesh is None or mesh.is_main:
-            print(f"error: {error}; saved in {options.run.dir}, the same command goes on from there", file=sys.stderr)
-        return 1
-    except Interrupted:
-        if mesh is None or mesh.is_main:
-            print(f"interrupted; saved in {options.run.dir}; the same command goes on from there", file=sys.stderr)
-        return 130
+            saved = f"; saved in {options.run.dir}, the same command goes on from there" if stop.is_saved else ""
+            print(f"{f'error: {stop}' if is_error else 'interrupted'}{saved}", file=sys.stderr)
+        return 1 if is_error else 130
     except (config.ConfigError, CheckpointError, PolicyError, RolloutError) as error:
         return _fail(error, is_told=mesh.is_first_to_fail() if mesh else os.environ.get("RANK", "0") == "0")
     except Exception:  # noqa: BLE001  # a bug: its traceback, once, not once per rank that it takes along

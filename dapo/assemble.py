@@ -70,11 +70,12 @@ def build_rollouts(
 
 
 def make_engine(config: Config, mesh: Mesh, is_interrupted: Callable[[], bool]) -> Engine:
-    """The sampler that engine.kind names; servers are up when it returns.
+    """The sampler that engine.kind names; servers are up when it returns, and have given up what memory they share with the trainer.
 
     Raises:
         ConfigError: engine.sglang is not what SGLang understands, or a server does not start.
         Interrupted: while waiting for one.
+        EngineError: one does not say what it is, or keeps its memory.
     """
     options = config.engine
     if options.kind == "embedded":
@@ -93,6 +94,7 @@ def make_engine(config: Config, mesh: Mesh, is_interrupted: Callable[[], bool]) 
     )
     engine = SGLangEngine(servers, sync, options.max_concurrent, options.stall_seconds)
     engine.is_interrupted = is_interrupted
+    engine.release_memory()  # the policy needs it, from when it is built
     return engine
 
 

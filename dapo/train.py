@@ -59,8 +59,9 @@ def train(config: Config, mesh: Mesh) -> None:
         load()
         log(step, sampled(load, mesh.on_main, evaluate.maybe, step, rollouts, sets, config))
         policy.save_hf(config.run.dir / "hf")
-    except Interrupted:
+    except Interrupted as stop:
         checkpoints.save(step, policy, rollouts)
+        stop.is_saved = True
         raise
     finally:
         recorder.close()

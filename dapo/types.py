@@ -17,6 +17,8 @@ FinishReason = Literal["stop", "length", "abort"]
 class Interrupted(Exception):
     """The user, or the scheduler, asked the run to stop: every rank saves, then leaves."""
 
+    is_saved = False  # set where that has been done: there is nothing to save before the policy is built
+
 
 class EngineError(Interrupted):
     """The engine cannot go on, the policy could: every rank saves, then leaves with this one line."""

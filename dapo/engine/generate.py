@@ -1,4 +1,4 @@
-"""SGLang's generation call: a Request as its body, the answer as a Sample. Written for SGLang 0.5.23. Pure: tested without a server.
+"""SGLang's generation call: a Request as its body, the answer as a Sample. Pure: tested without a server.
 
 n = response tokens.
 """
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from dapo.engine.versions import weight_spans
 from dapo.types import EngineError, FinishReason, Request, Sample
 
 UNKNOWN_VERSION = -1  # of weights that no sync has named: SGLang calls them "default"
@@ -127,8 +128,8 @@ def _end(tokens: np.ndarray, reason: Any, request: Request) -> tuple[int, Finish
 
 
 def _versions(meta: dict[str, Any], length: int) -> tuple[tuple[int, int, int], ...]:
-    """(weight version, start, end) by token range, without gaps. Servers before `weight_versions` know the last one only."""
-    spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0, "end": length}]
+    """(weight version, start, end) by token range, without gaps."""
+    spans = weight_spans(meta, length)
     versions = tuple((version_of(span["version"]), int(span["start"]), int(span["end"])) for span in spans)
     if [start for _, start, _ in versions] + [length] != [0] + [end for _, _, end in versions]:
         raise ValueError(f"weight versions {spans} of {length} tokens")

@@ -18,6 +18,8 @@ from dapo.engine import supervise
 
 SILENCE = 600.0  # seconds without a new line in its log before a starting server is given up: large weights take long, and say so
 STOP_LIMIT = 10.0  # seconds
+RESTARTS = 3  # in a row, of a server that dies again before it has served
+FIRST_PAUSE, LONGEST_PAUSE = 2.0, 30.0  # seconds before the second of them, doubled from one to the next
 LOOPBACK = "127.0.0.1"
 
 
@@ -28,6 +30,8 @@ class ServerProcess:
         self.name, self.command, self.log, self.environment = name, command, log, environment
         self.host = LOOPBACK if host in ("0.0.0.0", "::") else host
         self.failure = ""  # what it last died of
+        self.num_restarts = 0  # since it last served
+        self.restart_at: float | None = None  # time.monotonic(), where it waits for its next start
         self.start(free_port())
 
     def start(self, port: int) -> None:
@@ -35,11 +39,18 @@ class ServerProcess:
         self.port, self.started = port, time.time()
         self.fault = ""  # for which it is to be started again, though it lives
         self.url = f"http://{self.host}:{port}"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as log:
             self.begin = log.tell()  # of this start's lines
         guardian = [sys.executable, "-I", supervise.__file__, str(os.getpid()), str(self.log)]
         command = [*guardian, *self.command, "--port", str(port)]
         self.process = subprocess.Popen(command, env=self.environment, stdin=subprocess.DEVNULL, start_new_session=True)  # Ctrl-C is ours
+
+    def plan_restart(self) -> None:
+        """At once where it had served, after a pause where it died on its way there."""
+        self.num_restarts = 1 if self.state == "serving" else self.num_restarts + 1
+        pause = min(FIRST_PAUSE * 2 ** (self.num_restarts - 2), LONGEST_PAUSE) if self.num_restarts > 1 else 0.0
+        self.restart_at = time.monotonic() + pause
 
     def has_ended(self) -> bool:
         return self.process.poll() is not None
@@ -55,12 +66,19 @@ class ServerProcess:
             return False
 
     def is_silent(self) -> bool:
-        return time.time() - max(self.started, self.log.stat().st_mtime) > SILENCE
+        try:
+            told = self.log.stat().st_mtime
+        except OSError:  # someone has removed it
+            told = 0.0
+        return time.time() - max(self.started, told) > SILENCE
 
     def lines(self) -> list[str]:
-        with open(self.log, "rb") as log:
-            log.seek(self.begin)
-            text = log.read().decode("utf-8", "replace")
+        try:
+            with open(self.log, "rb") as log:
+                log.seek(self.begin)
+                text = log.read().decode("utf-8", "replace")
+        except OSError as error:
+            return [f"its log cannot be read: {error.strerror}"]
         return [line for line in re.split(r"[\r\n]+", text) if line.strip()]
 
     def describe_progress(self) -> str:

@@ -10,9 +10,11 @@ someone else's server, but for the starting: one that does not answer is left ou
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
+import subprocess
 import sys
 import threading
 import time
@@ -23,9 +25,10 @@ import torch
 
 from dapo.clock import beat
 from dapo.config import Config, ConfigError
+from dapo.engine import versions
 from dapo.engine.server import KEY_VARIABLE, Server, on_all
 from dapo.engine.server_options import child_environment, command_line, gpu_sets, known_arguments, server_options
-from dapo.engine.server_process import LOOPBACK, ServerProcess, free_port
+from dapo.engine.server_process import LOOPBACK, RESTARTS, ServerProcess, free_port
 from dapo.types import EngineError, Interrupted, WeightsLost
 
 LOOK_EVERY = 0.5  # seconds
@@ -38,8 +41,7 @@ ROUTER = {  # for generation only: control calls go to each worker
     "health-failure-threshold": 2,
     "health-success-threshold": 1,
     "worker-startup-check-interval": 1,
-    "retry-max-retries": 3,  # at other workers; what still fails, the client asks again
-    "retry-max-backoff-ms": 2000,
+    "disable-retries": True,  # they would come under the same id, which a server refuses while it knows it; the client asks under a new one
     "cb-failure-threshold": 5,
     "cb-timeout-duration-secs": 10,
     "request-timeout-secs": 24 * 3600,  # a long response is no failure: the client has its own limits
@@ -102,13 +104,13 @@ class Servers:
             return
         try:
             self._wait_for([*self.local, *([self.router] if self.router else [])])
+            for server in self.local:
+                server.state = "serving"
+            self._watcher.start()
             self.serve()
         except (ConfigError, EngineError, Interrupted):
             self.close()
             raise
-        for server in self.local:
-            server.state = "serving"
-        self._watcher.start()
 
     def refresh(self) -> bool:
         """Count the servers that are up, again or still, among the workers: called before a sync of weights, as `serve` is after it.
@@ -144,18 +146,10 @@ class Servers:
         """
         if not self.router:
             return
-        router, deadline = Server(self.router.url, self.key), time.monotonic() + ROUTER_LIMIT
-        while True:
-            wanted = {worker.url for worker in self.workers}  # one may die meanwhile
-            known = {worker["url"]: worker for worker in router.get("/workers")["workers"]}
-            if wanted == {url for url, worker in known.items() if worker["is_healthy"]}:
-                return
-            for url in wanted - known.keys():
-                router.post("/workers", {"url": url, "api_key": self.key})
-            for url in known.keys() - wanted:  # they died
-                router.delete(f"/workers/{known[url]['id']}")
+        deadline = time.monotonic() + ROUTER_LIMIT
+        while lacking := self._tell_router(Server(self.router.url, self.key)):
             if time.monotonic() > deadline:
-                raise EngineError(f"router {router.url} serves {sorted(known)}, not {sorted(wanted)}, see {self.router.log}")
+                raise EngineError(f"{lacking}, after {ROUTER_LIMIT:.0f} s; see {self.router.log}")
             time.sleep(LOOK_EVERY)
 
     def check(self) -> None:
@@ -217,6 +211,22 @@ class Servers:
         }
         return [str(self.config.engine.python or sys.executable), "-c", BOOT, "sglang_router.launch_router", *command_line(options)]
 
+    def _tell_router(self, router: Server) -> str:
+        """What the router lacks of serving the workers and nobody else, after it was told of them; "" if nothing."""
+        wanted = {worker.url for worker in self.workers}  # one may die meanwhile
+        try:
+            listed = router.get("/workers", fields={"workers": list})["workers"]
+            known = {str(worker.get("url")): worker for worker in listed if isinstance(worker, dict)}
+            if wanted == {url for url, worker in known.items() if worker.get("is_healthy")}:
+                return ""
+            for url in wanted - known.keys():
+                router.post("/workers", {"url": url, "api_key": self.key})
+            for url in known.keys() - wanted:  # they died
+                router.delete(f"/workers/{known[url].get('id')}")
+        except EngineError as error:  # it has died itself, and is started again
+            return str(error)
+        return f"router {router.url} serves {sorted(known)}, not {sorted(wanted)}"
+
     def _wait_for(self, processes: Sequence[ServerProcess]) -> None:
         told = time.monotonic()
         while waiting := [process for process in processes if not process.is_up()]:
@@ -247,46 +257,66 @@ class Servers:
             self._guests, self._workers = found, [Server(url, self.key) for url, failure in found.items() if not failure]
 
     def _watch(self) -> None:
-        """Start again what dies or stands still. What dies again before it has served is left dead."""
+        """Start again what dies or stands still. What dies again and again before it has served is left dead."""
         while not self._is_closing.wait(LOOK_EVERY):
-            for process in self.local:
-                if process.state == "starting" and process.is_up():
-                    process.state = "up"
-                    self.say(f"{process.name} is up again; it takes requests after the next sync of weights")
-                elif process.state != "dead" and (process.has_failed() or (process.state == "starting" and process.is_silent())):
-                    self._start_again(process)
-            if self.router and self.router.has_ended():
-                self.say(f"{self.router.describe_failure()}; starting it again")
-                self.router.command = self._router_command()
-                self.router.start(self.router.port)
+            for process in [*self.local, *([self.router] if self.router else [])]:
+                try:
+                    self._look_at_router(process) if process is self.router else self._look_at(process)
+                except (OSError, subprocess.SubprocessError) as error:  # no process can be made, or the like: the next look sees it dead
+                    self._tell(f"{process.name} cannot be started: {error}")
 
-    def _start_again(self, process: ServerProcess) -> None:
+    def _look_at(self, process: ServerProcess) -> None:
+        if process.state == "dead":
+            return
+        if process.restart_at is not None:
+            if time.monotonic() >= process.restart_at:
+                process.restart_at = None
+                process.start(free_port(process.port))
+        elif process.state == "starting" and process.is_up():
+            process.state = "up"
+            self._tell(f"{process.name} is up again; it takes requests after the next sync of weights")
+        elif process.has_failed() or (process.state == "starting" and process.is_silent()):
+            self._note_death(process)
+
+    def _look_at_router(self, router: ServerProcess) -> None:
+        """Never given up: nothing is generated without it."""
+        if router.state != "serving" and router.is_up():
+            router.state = "serving"
+        if router.has_ended() and router.restart_at is None:
+            self._tell(f"{router.describe_failure()}; starting it again")
+            router.plan_restart()
+        if router.restart_at is not None and time.monotonic() >= router.restart_at:
+            router.restart_at, router.command = None, self._router_command()
+            router.start(router.port)
+
+    def _note_death(self, process: ServerProcess) -> None:
         process.failure = process.describe_failure()
-        had_served = process.state == "serving"
+        process.plan_restart()
+        goes_on = process.num_restarts <= RESTARTS
         with self._lock:
             self._workers = [worker for worker in self._workers if worker.url != process.url]
             self._has_changed = True
-            process.state = "starting" if had_served else "dead"
+            process.state = "starting" if goes_on else "dead"
         process.stop()
-        if had_served:
-            self.say(f"{process.failure}; starting it again")
-            process.start(free_port(process.port))
-        else:
-            self.say(f"{process.failure}; it had not served since it was started again, so it is given up")
+        given_up = f"it has not served since it was started again {RESTARTS} times, so it is given up"
+        self._tell(f"{process.failure}; {'starting it again' if goes_on else given_up}")
+
+    def _tell(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # nobody listens, or the disk is full: servers are watched all the same
+            self.say(text)
 
 
 def introduce(server: Server, model: Path) -> str:
-    """What a server that someone else has started is.
+    """What a server that someone else has started is, in words.
 
     Raises:
         ConfigError: it does not answer, or serves another architecture than the policy's.
     """
     try:
-        about, version = server.get("/model_info"), server.get("/server_info").get("version", "of unknown version")
+        words, theirs = versions.introduce(server)
     except EngineError as error:
         raise ConfigError(f"engine.urls: {error}; is it up, and {KEY_VARIABLE} set if it wants a key?") from error
     ours = json.loads((model / "config.json").read_text()).get("architectures")
-    theirs = about.get("architectures", ours)  # older versions do not say
-    if theirs != ours:
+    if theirs not in (ours, None):
         raise ConfigError(f"engine.urls: {server.url} serves {theirs}, policy.model={model} is {ours}: start it with that model")
-    return f"{server.url}: SGLang {version}, {about.get('model_path')}"
+    return words

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 
 from dapo.engine.dispatch import Dispatch, Job, Servers
 from dapo.engine.weight_sync import WeightSync
-from dapo.types import Interrupted, Request, Sample
+from dapo.types import EngineError, Interrupted, Request, Sample
+
+NOTICED = 1.5  # seconds within which a server that has died is known to have
 
 
 class SGLangEngine:
@@ -73,7 +76,13 @@ class SGLangEngine:
         """Ready every server for weights: whoever refuses does so here, before any rank enters a collective."""
         self._wait_for(self.dispatch.settle())
         self.servers.refresh()
-        self.sync.prepare(version)
+        try:
+            self.sync.prepare(version)
+        except EngineError:
+            time.sleep(NOTICED)
+            if not self.servers.refresh():
+                raise
+            self.sync.prepare(version)  # without the one that has died
         self.prepared = version
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:

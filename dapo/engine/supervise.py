@@ -34,7 +34,8 @@ class Log:
         text = self.line + data
         end = len(text) if is_last else max(text.rfind(b"\n"), text.rfind(b"\r")) + 1  # \r: progress bars
         self.line = text[end:]
-        self.file.write(text[:end].replace(self.key, b"***") if self.key else text[:end])
+        with contextlib.suppress(OSError):  # a full disk: a server is worth more than its log
+            self.file.write(text[:end].replace(self.key, b"***") if self.key else text[:end])
 
 
 def main(trainer: int, log: Log, command: list[str]) -> int:

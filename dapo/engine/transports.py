@@ -28,22 +28,12 @@ from torch import Tensor
 from torch.multiprocessing import reductions
 
 from dapo.engine.buckets import Bucket
-from dapo.engine.server import Server, on_all
+from dapo.engine.server import SUCCESS, Server, on_all
+from dapo.engine.versions import Peer
 from dapo.types import EngineError
 
 GRACE = 5.0  # seconds that a server has to say why its broadcast broke, or to forget a group
 SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A server that takes weights."""
-
-    server: Server
-    tensor_ranks: int
-    device: str
-    has_sessions: bool  # it takes tensors and broadcasts between begin_weight_update and end_weight_update only
-    can_release: bool  # it was started to share its GPUs with the trainer, with --enable-memory-saver
 
 
 class Transport:
@@ -108,7 +98,9 @@ class Disk(Transport):
     def start(self, bucket: Bucket) -> Callable[[], object]:
         self.files.append([part.name for part in bucket.parts])
         self.num_bytes += len(bucket.data)
-        return self.pool.submit(_write, self.partial / _file_name(len(self.files)), bucket).result
+        path = self.partial / _file_name(len(self.files))
+        writing = self.pool.submit(_write, path, bucket)
+        return lambda: _settle([writing], self.limit, f"writing weights to {path}")
 
     def commit(self, version: int) -> None:
         names = {name: _file_name(i) for i, file in enumerate(self.files, start=1) for name in file}
@@ -119,7 +111,7 @@ class Disk(Transport):
             shutil.rmtree(whole, ignore_errors=True)
             os.rename(self.partial, whole)
         call = {"model_path": str(whole), "flush_cache": False}
-        on_all([peer.server for peer in self.peers], lambda server: server.post("/update_weights_from_disk", call, self.limit))
+        on_all([peer.server for peer in self.peers], lambda server: server.post("/update_weights_from_disk", call, self.limit, SUCCESS))
         for path in self.directory.iterdir():
             if path != whole:
                 shutil.rmtree(path, ignore_errors=True)
@@ -167,8 +159,8 @@ class Broadcast(Transport):
             flush_cache=False,
         )
         self._settle(group)
-        limit = self.limit + GRACE  # the broadcast's own end comes first
-        group.answers = [self.pool.submit(peer.server.post, "/update_weights_from_distributed", call, limit) for peer in self.peers]
+        path, limit = "/update_weights_from_distributed", self.limit + GRACE  # the broadcast's own end comes first
+        group.answers = [self.pool.submit(peer.server.post, path, call, limit, SUCCESS) for peer in self.peers]
         group.work = self.pool.submit(self._broadcast, group, bucket.data)
         return lambda: self._finish(group)
 
@@ -203,7 +195,7 @@ class Broadcast(Transport):
         *offsets, world = itertools.accumulate([1, *(peer.tensor_ranks for peer in self.peers)])
         call = dict(master_address=address, master_port=store.port, world_size=world, group_name=name, backend=self.backend)
         joining = [
-            self.pool.submit(peer.server.post, "/init_weights_update_group", call | {"rank_offset": offset}, self.limit)
+            self.pool.submit(peer.server.post, "/init_weights_update_group", call | {"rank_offset": offset}, self.limit, SUCCESS)
             for peer, offset in zip(self.peers, offsets, strict=True)
         ]
         ours = self.pool.submit(_join, self.backend, store, name, world, self.limit)
@@ -269,7 +261,7 @@ class Tensors(Transport):
         for peer in self.peers:
             payloads = _payloads(bucket, peer.tensor_ranks)
             call = {"serialized_named_tensors": payloads, "load_format": "flattened_bucket", "flush_cache": False}
-            peer.server.post("/update_weights_from_tensor", call, self.limit)
+            peer.server.post("/update_weights_from_tensor", call, self.limit, SUCCESS)
 
 
 class _Handle:

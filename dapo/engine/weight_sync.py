@@ -9,7 +9,7 @@ What was being generated is retracted, not lost: it goes on with the new weights
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,22 +19,12 @@ from torch import Tensor
 from dapo.config import ConfigError
 from dapo.engine.buckets import buckets
 from dapo.engine.checksums import Checksums
-from dapo.engine.server import Server, on_all
-from dapo.engine.transports import Broadcast, Disk, Peer, Tensors, Transport
+from dapo.engine.server import NOTHING, SUCCESS, Server, on_all
+from dapo.engine.transports import Broadcast, Disk, Tensors, Transport
+from dapo.engine.versions import Peer, meet
 from dapo.types import EngineError
 
-
-def meet(server: Server) -> Peer:
-    """Ask a server what it is; the one place that knows of differences between versions.
-
-    Raises:
-        EngineError: no answer, or a layout that weights cannot be sent to.
-    """
-    info = server.get("/server_info")
-    if info["dp_size"] * info["pp_size"] > 1:
-        raise EngineError(f"{server.url} has dp-size {info['dp_size']}, pp-size {info['pp_size']}: start more servers, with tp-size alone")
-    has_sessions = "/begin_weight_update" in server.get("/openapi.json")["paths"]
-    return Peer(server, info["tp_size"], info["device"], has_sessions, can_release=info["enable_memory_saver"])
+STATUS = {"status": str}
 
 
 class WeightSync:
@@ -52,18 +42,23 @@ class WeightSync:
         self.peers: list[Peer] = []
         self._synced: dict[str, str] = {}  # url → the version last set, if all went well
         self._prepared: int | None = None
-        self._released: list[Server] = []
+        self._released: dict[str, str] = {}  # url → the version held when its memory was last given away
+        self._weightless: set[str] = set()  # urls of those whose weights have no memory yet
+        self._cacheless: set[str] = set()  # whose cache has none
 
     def prepare(self, version: int) -> None:
         """Have every server ready to take the weights of `version`."""
         self._prepared = None
         self.workers = self.find_workers()
-        if not self._synced or self._versions() != self._synced:  # the first sync, the one after a failure, or not the same servers
+        versions = self._versions()
+        if not self._synced or versions != self._synced:  # the first sync, the one after a failure, or not the same servers
             self.transport.forget()
-            self.peers = on_all(self.workers, meet)
-        self._released = [server for server in self._released if server.url in self._synced]  # what was restarted holds its memory
-        self._post("/resume_memory_occupation", {"tags": ["weights"]}, to=self._released)
-        self._post("/pause_generation", {"mode": "retract"})
+            self.peers = meet(self.workers)
+        restarted = {url for url, version in self._released.items() if versions.get(url) != version}  # these hold their memory
+        self._weightless -= restarted
+        self._cacheless -= restarted
+        self._resume(["weights"], self._weightless)
+        self._post("/pause_generation", {"mode": "retract"}, STATUS)
         on_all(self._in_session(), self._begin)
         self.transport.open(self.peers)
         self._prepared = version
@@ -82,36 +77,48 @@ class WeightSync:
             finish = started
         finish()
         self.transport.commit(version)
-        self._post("/end_weight_update", to=self._in_session())
-        self._post("/resume_memory_occupation", {"tags": ["kv_cache", "cuda_graph"]}, to=self._released)
-        self._released = []
+        self._post("/end_weight_update", fields=SUCCESS, to=self._in_session())
+        self._resume(["kv_cache", "cuda_graph"], self._cacheless)
         self._post("/flush_cache")  # the old weights' keys and values
-        self._post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
+        self._post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False}, SUCCESS)
         self._check(version, checksums)
-        self._post("/continue_generation")
+        self._post("/continue_generation", fields=STATUS)
 
     def release(self) -> None:
-        """Servers that share the trainer's GPUs give their memory to it, until the next `prepare`."""
+        """Servers that share the trainer's GPUs give their memory to it, until the next `prepare`; before the first sync, too."""
+        if not self.peers:
+            self.workers = self.find_workers()
+            self.peers = meet(self.workers)
         sharing = [peer.server for peer in self.peers if peer.can_release]
-        if self._released or not sharing:
+        if self._cacheless or not sharing:
             return
-        self._post("/pause_generation", {"mode": "retract"}, to=sharing)  # only an idle server can
+        self._post("/pause_generation", {"mode": "retract"}, STATUS, to=sharing)  # only an idle server can
         self._post("/release_memory_occupation", {"tags": ["kv_cache", "weights", "cuda_graph"]}, to=sharing)
-        self._released = sharing
+        self._released = {url: version for url, version in self._versions().items() if url in {server.url for server in sharing}}
+        self._weightless, self._cacheless = set(self._released), set(self._released)
 
     def close(self) -> None:
         self.transport.close()
 
+    def _resume(self, tags: list[str], lacking: set[str]) -> None:
+        """Each server that lacks it, once: SGLang ends when it is told to resume what it has."""
+
+        def resume(server: Server) -> None:
+            server.post("/resume_memory_occupation", {"tags": tags}, self.limit)
+            lacking.discard(server.url)
+
+        on_all([server for server in self.workers if server.url in lacking], resume)
+
     def _begin(self, server: Server) -> None:
         """Open the update. A session that a broken sync left open is closed first."""
         try:
-            server.post("/begin_weight_update", timeout=self.limit)
+            server.post("/begin_weight_update", None, self.limit, SUCCESS)
         except EngineError as refusal:
             try:
-                server.post("/end_weight_update", timeout=self.limit)
+                server.post("/end_weight_update", None, self.limit, SUCCESS)
             except EngineError:  # it was not that
                 raise refusal from None
-            server.post("/begin_weight_update", timeout=self.limit)
+            server.post("/begin_weight_update", None, self.limit, SUCCESS)
 
     def _check(self, version: int, checksums: Checksums) -> None:
         versions = self._versions()
@@ -119,22 +126,36 @@ class WeightSync:
             if found != str(version):
                 raise EngineError(f"{url} says that it holds weights {found}, after a sync of {version}")
         if self.verify:
-            answers = on_all(self.workers, lambda server: server.post("/weights_checker", {"action": "checksum"}, self.limit))
-            for server, answer in zip(self.workers, answers, strict=True):
-                wrong = checksums.differences([rank["checksums"] for rank in answer["ranks"]])
+            for peer, held in zip(self.peers, on_all(self.peers, self._checksums), strict=True):
+                wrong = checksums.differences(held)
                 if wrong:
-                    raise EngineError(f"{server.url}: after the sync of {version}, {len(wrong)} weights are not the policy's: {wrong[0]}")
+                    raise EngineError(
+                        f"{peer.server.url}: after the sync of {version}, {len(wrong)} weights are not the policy's: {wrong[0]}"
+                    )
         self._synced = versions
 
+    def _checksums(self, peer: Peer) -> list[dict[str, str]]:
+        """By parameter, on each of the server's tensor ranks."""
+        answer = peer.server.post("/weights_checker", {"action": "checksum"}, self.limit, {"ranks": list})
+        held = [rank["checksums"] for rank in answer["ranks"] if isinstance(rank, dict) and isinstance(rank.get("checksums"), dict)]
+        if len(held) != peer.tensor_ranks:
+            raise EngineError(f"{peer.server.url}/weights_checker answered without checksums of {peer.tensor_ranks} tensor ranks")
+        return held
+
     def _versions(self) -> dict[str, str]:
-        return dict(on_all(self.workers, lambda server: (server.url, str(server.get("/model_info")["weight_version"]))))
+        def version(server: Server) -> tuple[str, str]:
+            return server.url, server.get("/model_info", fields={"weight_version": str})["weight_version"]
+
+        return dict(on_all(self.workers, version))
 
     def _in_session(self) -> list[Server]:
         """Servers that take this transport's weights in a session only."""
         return [peer.server for peer in self.peers if peer.has_sessions and self.transport.needs_session]
 
-    def _post(self, path: str, body: dict[str, Any] | None = None, to: Sequence[Server] | None = None) -> None:
-        on_all(self.workers if to is None else to, lambda server: server.post(path, body, self.limit))
+    def _post(
+        self, path: str, body: dict[str, Any] | None = None, fields: Mapping[str, type] = NOTHING, to: Sequence[Server] | None = None
+    ) -> None:
+        on_all(self.workers if to is None else to, lambda server: server.post(path, body, self.limit, fields))
 
 
 def make_sync(

@@ -32,6 +32,11 @@ CASES: dict[str, dict[str, list[str | None]]] = {
     "refused_half_way": {UPDATE: [None, "refuse"]},
     "silent_half_way": {UPDATE: [None, "silence"]},
     "dead_half_way": {UPDATE: [None, "die"]},
+    "garbage_at_first": {"/model_info": ["garbage"]},
+    "half_a_500_half_way": {UPDATE: [None, "half a 500"]},
+    "half_a_json_half_way": {UPDATE: [None, "half a JSON"]},
+    "empty_half_way": {UPDATE: [None, "empty"]},
+    "slow_half_way": {UPDATE: [None, "slow"]},
     "no_fault": {},
 }
 FAILS_AT = 2

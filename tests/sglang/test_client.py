@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from dapo.engine import dispatch, generate
+from dapo.engine import dispatch, generate, sglang
 from dapo.engine.server import Server
 from dapo.engine.sglang import SGLangEngine
 from dapo.types import EngineError, Interrupted, Request, Sample, Sampling
@@ -559,6 +559,27 @@ def test_a_worker_that_is_silent_about_an_abort_is_not_told_of_all_the_others(mo
         engine.abort([request.id for request in requests(2)])
         engine.load_weights([], 1)
         assert len(silent.aborted) == dispatch.NUM_ABORTS + 2, "the next time it is told again"
+
+
+@pytest.mark.parametrize("has_died", [True, False])
+def test_a_sync_that_a_server_refuses_is_prepared_once_more_if_one_has_died(has_died: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang, "NOTICED", 0.0)
+    with engine_of(FakeServer()) as engine:
+        both, failures = engine.sync, [EngineError("connection refused")]
+
+        def prepare(version: int) -> None:
+            Fakes.prepare(both, version)  # type: ignore[arg-type]
+            if failures:
+                raise failures.pop()
+
+        monkeypatch.setattr(both, "prepare", prepare)
+        monkeypatch.setattr(both, "refresh", lambda: both.calls.append("refresh") or has_died)  # type: ignore[attr-defined]
+        if has_died:
+            engine.prepare_weights(3)
+            assert both.calls == ["refresh", "prepare 3"] * 2  # type: ignore[attr-defined]
+        else:
+            with pytest.raises(EngineError, match="connection refused"):
+                engine.prepare_weights(3)
 
 
 def test_an_interruption_is_noticed_while_nothing_comes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dapo.engine import versions
 from tests.sglang.environment import build as environment
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="SGLang runs on Linux")
@@ -30,6 +32,14 @@ def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     monkeypatch.setattr(environment, "PYTHON", folder / "bin/python")
     monkeypatch.setattr(environment, "run", run)
     return ran
+
+
+def test_who_installs_the_servers_gets_what_the_tests_run() -> None:
+    pinned = (environment.HERE / "requirements.txt").read_text().splitlines()
+    ours = [line for line in pinned if line.startswith(("sglang==", "sglang-router=="))]
+    listed = re.search(r'"sglang": \[(.*)\]', (environment.HERE.parents[2] / "setup.py").read_text())
+    assert listed and listed[1] == ", ".join(f'"{package}"' for package in ours)
+    assert [f"sglang=={version}" for version in versions.RUN] == ours[:1]
 
 
 def test_it_is_made_once_torch_first_and_holds_the_standins(commands: list[str]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,11 +24,12 @@ import torch
 
 from dapo import clock
 from dapo.config import ConfigError
-from dapo.engine import server_process
+from dapo.engine import server_process, servers, supervise
 from dapo.engine.server import KEY_VARIABLE, Server
 from dapo.engine.server_options import child_environment, command_line, gpu_sets, known_arguments, server_options
 from dapo.engine.servers import Servers, introduce
 from dapo.engine.sglang import SGLangEngine
+from dapo.engine.weight_sync import make_sync
 from dapo.types import EngineError, WeightsLost
 from tests.sglang.conftest import server_config
 from tests.sglang.fake_server import FakeServer, requests, tokens_of
@@ -124,6 +126,12 @@ def test_a_server_goes_with_its_guardian(start: Callable[..., Servers], fake: Pa
     child.kill()  # SGLang's own children watch their parent
 
 
+def test_a_server_lives_on_though_its_log_cannot_be_written() -> None:
+    command = [sys.executable, "-I", supervise.__file__, str(os.getpid()), "/dev/full", "sh", "-c", "echo said; sleep 0.5; exit 7"]
+    guardian = subprocess.run(command, capture_output=True, text=True)
+    assert (guardian.returncode, guardian.stderr) == (7, "")
+
+
 def test_a_server_that_died_takes_part_from_the_next_sync_on(start: Callable[..., Servers], fake: Path) -> None:
     said: list[str] = []
     started = start(said)
@@ -172,7 +180,63 @@ def test_a_server_that_stands_still_is_started_again(start: Callable[..., Server
     assert "up again" in said[-1], "once"
 
 
-def test_a_server_that_cannot_start_again_is_given_up(start: Callable[..., Servers], fake: Path) -> None:
+def test_a_router_that_died_is_started_again_under_a_sync(start: Callable[..., Servers], fake: Path) -> None:
+    said: list[str] = []
+    started = start(said, servers=2)
+    started.wait()
+    assert started.router
+    started.router.process.kill()
+    started.router.process.wait()
+    started.serve()
+    listed = Server(started.router.url).get("/workers")["workers"]
+    assert sorted(worker["url"] for worker in listed) == sorted(worker.url for worker in started.workers)
+    assert any("router was killed by signal 9" in line and "starting it again" in line for line in said)
+
+
+def test_a_router_that_does_not_come_back_is_one_error(start: Callable[..., Servers], fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = start(servers=2)
+    started.wait()
+    assert started.router
+    monkeypatch.setattr(servers, "ROUTER_LIMIT", 2.0)
+    monkeypatch.setattr(started.router, "has_ended", lambda: False)
+    started.router.process.kill()
+    with pytest.raises(EngineError, match=rf"{started.router.url}/workers: .*, after 2 s; see .*router\.log"):
+        started.serve()
+
+
+def test_a_server_that_dies_just_before_a_sync_is_left_out_of_it(start: Callable[..., Servers], fake: Path) -> None:
+    (fake / "config.json").write_text('{"architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 2}')
+    started = start(servers=2)
+    started.wait()
+    where: dict[str, Any] = {"directory": fake / "weights", "model": fake, "device": torch.device("cpu")}
+    engine = SGLangEngine(started, make_sync("disk", lambda: started.workers, bucket_bytes=64, **where), 4, 60.0)
+    try:
+        dead, alive = started.workers
+        for version in (1, 2):
+            engine.load_weights([("w", torch.ones(3))], version)
+            if version == 1:
+                psutil.Process(started.local[0].process.pid).children()[0].kill()
+                until(lambda: refuses(dead), limit=5)
+        assert alive.get("/model_info")["weight_version"] == "2"
+        assert dead.url not in [worker.url for worker in started.workers]
+    finally:
+        engine.close()
+
+
+def refuses(server: Server) -> bool:
+    try:
+        server.get("/health")
+    except EngineError:
+        return True
+    return False
+
+
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_process, "FIRST_PAUSE", 0.1)
+
+
+def test_a_server_that_cannot_start_again_is_given_up(start: Callable[..., Servers], fake: Path, short_pauses: None) -> None:
     said: list[str] = []
     started = start(said)
     started.wait()
@@ -185,6 +249,7 @@ def test_a_server_that_cannot_start_again_is_given_up(start: Callable[..., Serve
         started.refresh()
     assert not isinstance(error.value, WeightsLost), "another sync would not help"
     assert "given up" in said[-1]
+    assert [line.endswith("; starting it again") for line in said] == [True] * server_process.RESTARTS + [False]
     assert processes_of(fake) == []
 
 
@@ -215,6 +280,49 @@ def test_what_the_only_server_was_asked_when_it_was_lost_is_asked_of_it_after_th
     found = {f"{sample.group}.{sample.index}": sample.tokens.tolist() for sample in engine.completed()}
     assert found == {request.id: tokens_of(request).tolist() for request in wanted}
     engine.close()
+
+
+def test_a_start_that_fails_is_tried_again(
+    start: Callable[..., Servers], fake: Path, short_pauses: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A port that another process takes first, then no process at all; the log has gone, too."""
+    said: list[str] = []
+    started = start(said)
+    started.wait()
+    begin, failures = subprocess.Popen, [BlockingIOError(11, "Resource temporarily unavailable")]
+
+    def popen(*arguments: Any, **options: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return begin(*arguments, **options)
+
+    with socket.socket() as occupied:
+        occupied.bind(("127.0.0.1", 0))
+        occupied.listen()
+        ports = [occupied.getsockname()[1]]
+        monkeypatch.setattr(servers, "free_port", lambda avoid=0: ports.pop() if ports else server_process.free_port(avoid))
+        monkeypatch.setattr(server_process.subprocess, "Popen", popen)
+        shutil.rmtree(fake / "run/servers")
+        processes_of(fake)[1].kill()
+        until(lambda: any("up again" in line for line in said))
+    assert "killed by signal 9: its log cannot be read" in said[0]
+    assert "server 0 cannot be started: [Errno 11]" in said[1]
+    assert not any("given up" in line for line in said)
+    started.refresh()
+    started.serve()
+    assert started.workers[0].post("/generate")
+
+
+def test_servers_are_watched_though_nobody_can_be_told(start: Callable[..., Servers], fake: Path) -> None:
+    started = start()
+    started.wait()
+
+    def full(text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    started.say = full
+    processes_of(fake)[1].kill()
+    until(lambda: started.local[0].state == "up")
 
 
 @pytest.mark.parametrize(

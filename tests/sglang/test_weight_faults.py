@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from dapo.assemble import make_engine
 from dapo.config import ConfigError
 from dapo.engine.buckets import buckets
 from dapo.engine.checksums import Checksums, gpu_digest
@@ -19,7 +22,8 @@ from dapo.engine.server import Server
 from dapo.engine.weight_sync import WeightSync, make_sync
 from dapo.types import EngineError
 from tests.distributed.launch import measured
-from tests.sglang.weight_server import WeightServer
+from tests.sglang.conftest import server_config
+from tests.sglang.weight_server import MALFORMED, WeightServer
 
 KINDS = ["disk", "broadcast", "tensor"]
 UPDATE = {"disk": "/update_weights_from_disk", "broadcast": "/update_weights_from_distributed", "tensor": "/update_weights_from_tensor"}
@@ -144,6 +148,71 @@ def test_a_server_that_fails_half_way_is_one_error_and_the_next_sync_works(
         assert_holds(servers[1], 3)
 
 
+CALLS = ["/server_info", "/openapi.json", "/model_info", "/pause_generation", "/begin_weight_update", UPDATE["tensor"],
+         "/end_weight_update", "/flush_cache", "/update_weight_version", "/weights_checker", "/continue_generation"]  # fmt: skip
+WORDS = ("garbage", "half a JSON", "empty")  # what /flush_cache may say
+
+
+@pytest.mark.parametrize("fault", MALFORMED)
+@pytest.mark.parametrize("path", CALLS)
+def test_a_malformed_answer_is_one_error_and_the_next_sync_works(path: str, fault: str, servers: list[WeightServer], start: Any) -> None:
+    sync = start("tensor")
+    sync.verify = path == "/weights_checker"
+    servers[0].faults[path] = [fault] * 2  # the update is opened a second time
+    if path == "/flush_cache" and fault in WORDS:
+        sync.load(iter(make_weights(1)), 1)
+    else:
+        with pytest.raises(EngineError) as error:
+            sync.load(iter(make_weights(1)), 1)
+        assert str(error.value).startswith(servers[0].url + path) and "\n" not in str(error.value)
+        status = str(MALFORMED[fault][0])
+        assert status in str(error.value) or status == "200"
+    servers[0].faults.clear()
+    sync.verify = False
+    sync.load(iter(make_weights(2)), 2)
+    for server in servers:
+        assert_holds(server, 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fault", MALFORMED)
+def test_a_malformed_answer_half_way_is_one_error_by_every_transport(
+    kind: str, fault: str, servers: list[WeightServer], start: Any
+) -> None:
+    sync = start(kind)
+    servers[1].faults[UPDATE[kind]] = [fault] if kind == "disk" else [None, fault]
+    with pytest.raises(EngineError, match=f"{servers[1].url}{UPDATE[kind]}"):
+        sync.load(iter(make_weights(1)), 1)
+    sync.load(iter(make_weights(2)), 2)
+    for server in servers:
+        assert_holds(server, 2)
+
+
+@pytest.mark.parametrize("path", ["/pause_generation", UPDATE["tensor"], "/flush_cache"])
+def test_an_answer_of_a_byte_now_and_then_is_late(path: str, servers: list[WeightServer], start: Any) -> None:
+    servers[1].faults[path] = ["slow"]
+    with pytest.raises(EngineError, match=f"{servers[1].url}{path}: timed out"):
+        start("tensor", limit=1).load(iter(make_weights(1)), 1)
+
+
+@pytest.mark.parametrize(
+    ("about", "missing"), [({"tp_size": 1}, "pp_size"), ({"tp_size": "two"}, "tp_size"), ({"tp_size": None}, "tp_size")]
+)
+def test_a_field_that_is_missing_is_named(about: dict[str, Any], missing: str, servers: list[WeightServer], start: Any) -> None:
+    servers[0].get = lambda path: about  # type: ignore[method-assign]
+    with pytest.raises(EngineError, match=f"{servers[0].url}/server_info answered without {missing}: {{"):
+        start("tensor").prepare(0)
+
+
+def test_checksums_of_too_few_ranks_are_an_error(servers: list[WeightServer], start: Any) -> None:
+    sync = start("tensor")
+    sync.verify = True
+    for ranks in ([], [{}], [{"checksums": None}]):
+        servers[0].answer = lambda path, ranks=ranks: json.dumps({"success": True, "status": "ok", "ranks": ranks}).encode()  # type: ignore[misc]
+        with pytest.raises(EngineError, match=f"{servers[0].url}/weights_checker answered without checksums of 1 tensor ranks"):
+            sync.load(iter(make_weights(1)), 1)
+
+
 def test_a_session_that_a_broken_sync_left_open_is_closed(servers: list[WeightServer], start: Any) -> None:
     servers[0].is_open = True
     start("tensor").load(iter(make_weights(1)), 1)
@@ -176,6 +245,13 @@ def test_a_server_without_sessions_is_asked_for_none(start: Any, servers: list[W
     assert "/begin_weight_update" in servers[1].calls
 
 
+def test_a_version_that_was_not_run_is_said_once(servers: list[WeightServer], start: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    servers[0].sglang = servers[1].sglang = "0.5.10"
+    for _ in range(2):
+        start("tensor").prepare(0)
+    assert capsys.readouterr().err == "warning: a server is SGLang 0.5.10; this trainer was run with 0.5.23 only\n"
+
+
 def test_a_layout_that_cannot_be_served_is_refused(servers: list[WeightServer], start: Any) -> None:
     about = servers[0].get("/server_info") | {"dp_size": 2}
     plain = servers[0].get
@@ -184,31 +260,66 @@ def test_a_layout_that_cannot_be_served_is_refused(servers: list[WeightServer], 
         start("tensor").prepare(0)
 
 
+COLOCATED = [
+    "/pause_generation",
+    "/release_memory_occupation kv_cache weights cuda_graph",
+    "/resume_memory_occupation weights",
+    "/pause_generation",
+    "/begin_weight_update",
+    "/end_weight_update",
+    "/resume_memory_occupation kv_cache cuda_graph",
+    "/flush_cache",
+    "/update_weight_version",
+    "/continue_generation",
+]
+
+
 def test_memory_is_resumed_weights_first_and_the_cache_after_the_update(servers: list[WeightServer], start: Any) -> None:
     servers[0].has_memory_saver = True
     sync = start("tensor")
+    for version in (1, 2):  # before any sync, and after one
+        servers[0].calls.clear()
+        sync.release()
+        sync.release()
+        sync.load(iter(make_weights(version)), version)
+        assert_holds(servers[0], version)
+        assert [call for call in servers[0].calls if call != UPDATE["tensor"]] == COLOCATED
+    assert not [call for call in servers[1].calls if "memory" in call], "it does not share the trainer's GPUs"
+
+
+def test_a_sync_that_breaks_off_resumes_nothing_twice(servers: list[WeightServer], start: Any) -> None:
+    servers[0].has_memory_saver = True
+    servers[1].faults["/pause_generation"] = ["refuse"]
+    sync = start("tensor")
     sync.release()
-    sync.load(iter(make_weights(1)), 1)
-    assert not [call for call in servers[0].calls if "memory" in call], "nothing is known of the servers yet"
-    servers[0].calls.clear()
-    sync.release()
-    sync.release()
+    with pytest.raises(EngineError, match="not today"):
+        sync.load(iter(make_weights(1)), 1)
     sync.load(iter(make_weights(2)), 2)
     assert_holds(servers[0], 2)
-    calls = [call for call in servers[0].calls if call != UPDATE["tensor"]]
-    assert calls == [
-        "/pause_generation",
-        "/release_memory_occupation kv_cache weights cuda_graph",
-        "/resume_memory_occupation weights",
-        "/pause_generation",
-        "/begin_weight_update",
-        "/end_weight_update",
-        "/resume_memory_occupation kv_cache cuda_graph",
-        "/flush_cache",
-        "/update_weight_version",
-        "/continue_generation",
-    ]
-    assert not [call for call in servers[1].calls if "memory" in call], "it does not share the trainer's GPUs"
+    resumed = [call for call in servers[0].calls if call.startswith("/resume")]
+    assert resumed == ["/resume_memory_occupation weights", "/resume_memory_occupation kv_cache cuda_graph"]
+
+
+def test_a_server_that_was_started_anew_since_has_nothing_to_resume(servers: list[WeightServer], start: Any) -> None:
+    servers[0].has_memory_saver = True
+    sync = start("tensor")
+    sync.load(iter(make_weights(1)), 1)
+    sync.release()
+    servers[0].version = "default"
+    sync.load(iter(make_weights(2)), 2)
+    assert_holds(servers[0], 2)
+    assert not [call for call in servers[0].calls if call.startswith("/resume")]
+
+
+def test_servers_give_up_the_memory_that_they_share_before_the_policy_is_built(servers: list[WeightServer], tmp_path: Path) -> None:
+    servers[0].has_memory_saver = True
+    (tmp_path / "config.json").write_text('{"num_key_value_heads": 2}')
+    config = server_config(tmp_path, tmp_path, urls=[server.url for server in servers], weight_sync="tensor")
+    engine = make_engine(config, SimpleNamespace(device=CPU), lambda: False)  # type: ignore[arg-type]
+    try:
+        assert servers[0].calls == COLOCATED[:2] and servers[1].calls == []
+    finally:
+        engine.close()
 
 
 def test_disk_keeps_one_whole_directory_that_a_server_could_start_from(servers: list[WeightServer], start: Any, tmp_path: Path) -> None:
@@ -229,6 +340,19 @@ def test_weights_that_cannot_be_written_are_one_error_before_a_weight_is_asked_f
     (tmp_path / "weights").write_text("a file in the way")
     with pytest.raises(EngineError, match=r"cannot be written to .*weights"):
         start("disk").prepare(1)
+
+
+def test_a_disk_that_hangs_is_one_error(servers: list[WeightServer], start: Any, tmp_path: Path) -> None:
+    sync = start("disk", limit=1)
+    sync.prepare(1)
+    path = tmp_path / "weights/.partial/model-00001.safetensors"
+    os.mkfifo(path)  # opening it waits for a reader
+    try:
+        with pytest.raises(EngineError, match=f"writing weights to {path}: not done after 1 s"):
+            sync.load(iter(make_weights(1)), 1)
+    finally:
+        with open(path, "rb") as reader:  # so that the thread ends
+            reader.read()
 
 
 def test_buckets_hold_every_byte_in_order_within_their_size() -> None:
@@ -344,6 +468,11 @@ def test_the_digest_for_gpus_is_what_sglangs_kernel_computes(
         ("refused_half_way", "/update_weights_from_distributed answered 400"),
         ("silent_half_way", "took more than 5 s"),
         ("dead_half_way", "/update_weights_from_distributed"),
+        ("garbage_at_first", "/model_info answered what is not JSON: <html>"),
+        ("half_a_500_half_way", "/update_weights_from_distributed answered 500"),
+        ("half_a_json_half_way", "/update_weights_from_distributed answered what is not JSON"),
+        ("empty_half_way", "/update_weights_from_distributed answered without success: nothing"),
+        ("slow_half_way", "took more than 5 s"),
     ],
 )
 def test_a_sync_that_fails_ends_a_run_on_two_ranks_with_one_line_and_a_checkpoint(name: str, says: str) -> None:

@@ -1,71 +1,98 @@
 """A run's main process with two real servers and a router. One is killed at work, and hangs when it is back.
-Prints what was seen as JSON, and stays.
 
-Versions tell who answered: the first servers' weights are called 7, a restarted server's "default" until it is synced, then 8.
+Three steps are collected as a run does it: under the first the server dies, before the second it gets the weights again, under the third
+it hangs. What was seen is printed as JSON, and the process stays.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import sys
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import psutil
+import torch
+from safetensors.torch import load_file
 
+from dapo.assemble import make_engine
+from dapo.config import Config
+from dapo.data import PromptStream
+from dapo.engine import generate
 from dapo.engine.server import Server
 from dapo.engine.servers import Servers
 from dapo.engine.sglang import SGLangEngine
-from dapo.types import EngineError, Sampling
+from dapo.reward.pool import Reward
+from dapo.rollout import Rollouts
+from dapo.types import EngineError, Group, Prompt, Request, Sample
 from tests.sglang.conftest import server_config
-from tests.sglang.fake_server import requests
 
-NUM_REQUESTS = 48
+GROUPS, SAMPLES = 12, 4  # of a step, of a group
 STALL = 5.0  # seconds
 
 
-def main(folder: Path, model: Path, python: str) -> None:
-    said: list[str] = []
-    servers = Servers(server_config(folder, model, python=python, servers=2), say=said.append)
-    servers.wait()
-    first, second = servers.workers
-    for worker in (first, second):
-        worker.post("/update_weight_version", {"new_version": "7"})
-    router = Server(servers.generate_urls[0], servers.key)
-    seen: dict[str, Any] = {"urls": [worker.url for worker in servers.workers], "generate_urls": servers.generate_urls}
+class Seen(Rollouts):
+    """Keeps what the engine delivers."""
 
-    with ThreadPoolExecutor(NUM_REQUESTS) as pool:
-        answers = [pool.submit(generate, router, i, 400) for i in range(NUM_REQUESTS)]
-        while not all(worker["load"] for worker in router.get("/workers")["workers"]):
-            time.sleep(0.1)
-        seen["busy_when_killed"] = sum(not answer.done() for answer in answers)
-        scheduler(servers.local[0].process.pid).kill()
-        seen["during"] = [answer.result() for answer in answers]
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.samples: list[tuple[int, int, list[int]]] = []  # group, index, versions
+
+    def _read(self, group: Group, sample: Sample) -> None:
+        super()._read(group, sample)
+        self.samples.append((sample.group, sample.index, sorted({version for version, _, _ in sample.versions})))
+
+
+class Work:
+    """How many requests each worker was seen to run at once."""
+
+    def __init__(self, workers: list[Server]):
+        self.most = {worker.url: 0 for worker in workers}
+        self.workers, self.is_over = workers, threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while not self.is_over.wait(0.1):
+            for worker in self.workers:
+                self.most[worker.url] = max(self.most[worker.url], running(worker))
+
+
+def main(folder: Path, model: Path, python: str) -> None:
+    generate.body = endless(generate.body)  # type: ignore[assignment]
+    rollouts, said = make_rollouts(server_config(folder, model, python=python, servers=2, weight_sync="tensor"))
+    servers: Servers = rollouts.engine.servers  # type: ignore[attr-defined]
+    weights = load_file(model / "model.safetensors")
+    rollouts.load_weights(weights.items(), 0)
+    first, _ = servers.workers
+    seen: dict[str, Any] = {"urls": [worker.url for worker in servers.workers]}
+
+    killer = threading.Thread(target=kill_at_work, args=(servers, first, seen))
+    killer.start()
+    seen["first_step"] = collect(rollouts, 0)
+    killer.join()
 
     deadline = time.monotonic() + 600
     while servers.local[0].state != "up" and time.monotonic() < deadline:
         time.sleep(0.5)
     seen["workers_before_sync"] = [worker.url for worker in servers.workers]
-    seen["before_sync"] = [generate(router, i, 4) for i in range(8)]
-    seen["has_changed"] = servers.refresh()
-    for worker in servers.workers:
-        if worker.url != second.url:
-            worker.post("/update_weight_version", {"new_version": "8"})
-    servers.serve()
+    rollouts.load_weights(weights.items(), 1)
     seen["urls_after_sync"] = [worker.url for worker in servers.workers]
-    with ThreadPoolExecutor(NUM_REQUESTS) as pool:
-        seen["after_sync"] = list(pool.map(lambda i: generate(router, i, 50), range(NUM_REQUESTS)))
+    work = Work(servers.workers)
+    seen["second_step"] = collect(rollouts, 1)
+    work.is_over.set()
+    seen["most_running"] = work.most
     seen["num_processes"] = len(psutil.Process().children(recursive=True))
 
     scheduler(servers.local[0].process.pid).suspend()  # its HTTP goes on
-    engine = SGLangEngine(servers, SimpleNamespace(), max_concurrent=64, stall_seconds=STALL)  # type: ignore[arg-type]  # no sync takes place
-    engine.submit(requests(NUM_REQUESTS, Sampling(1.0, 100, (1,))))
-    seen["beside_a_hung_server"] = [f"{sample.group}.{sample.index}" for sample in engine.completed()]
+    rollouts.engine.dispatch.stall_seconds = STALL  # type: ignore[attr-defined]
+    seen["third_step"] = collect(rollouts, 2)
     seen["said"] = said
     seen["family"] = [child.pid for child in psutil.Process().children(recursive=True)]
     seen["guardian"] = servers.local[1].process.pid
@@ -75,16 +102,48 @@ def main(folder: Path, model: Path, python: str) -> None:
     time.sleep(600)
 
 
-def generate(router: Server, number: int, length: int) -> dict[str, Any]:
-    """One response of `length` tokens, asked for until it comes."""
-    body = {"input_ids": [2 + number % 20] * 8, "sampling_params": {"max_new_tokens": length, "ignore_eos": True}}
-    for attempt in range(20):
-        try:
-            answer = router.post("/generate", body, timeout=120)
-            return {"tokens": len(answer["output_ids"]), "version": answer["meta_info"]["weight_version"], "attempts": attempt + 1}
-        except EngineError:
-            time.sleep(0.5)
-    return {"tokens": 0, "version": None, "attempts": 20}
+def make_rollouts(config: Config) -> tuple[Seen, list[str]]:
+    """And what the servers are said to do, as it comes."""
+    said: list[str] = []
+    rollout = {"prompts_per_step": GROUPS, "prompts_per_round": GROUPS, "group_size": SAMPLES, "dynamic_sampling": False}
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update=rollout)})
+    engine = make_engine(config, SimpleNamespace(device=torch.device("cpu")), lambda: False)  # type: ignore[arg-type]
+    assert isinstance(engine, SGLangEngine)
+    engine.servers.say = said.append  # type: ignore[attr-defined]
+    prompts = [Prompt(i, np.full(8, 2 + i, np.int32), "1") for i in range(2 * GROUPS)]
+    reward = Reward(config.reward.model_copy(update={"workers": 0}), config.rollout.max_response_length)
+    return Seen(config, 1, engine, PromptStream(prompts, 1), reward, lambda tokens: " ".join(map(str, tokens)), (1,)), said
+
+
+def collect(rollouts: Seen, step: int) -> dict[str, Any]:
+    rollouts.samples.clear()
+    buffer = rollouts.collect(step)
+    return {"kept": [[group.id, len(group.samples)] for group in buffer.kept], "samples": list(rollouts.samples)}
+
+
+def kill_at_work(servers: Servers, worker: Server, seen: dict[str, Any]) -> None:
+    for _ in itertools.takewhile(lambda _: running(worker) == 0, range(600)):
+        time.sleep(0.1)
+    seen["running_when_killed"] = running(worker)
+    scheduler(servers.local[0].process.pid).kill()
+
+
+def running(worker: Server) -> int:
+    try:
+        return sum(load["num_running_reqs"] for load in worker.get("/v1/loads", fields={"loads": list})["loads"])
+    except EngineError:
+        return 0
+
+
+def endless(body: Any) -> Any:
+    """Responses go on behind a stop token, so that there is work for seconds; the client cuts there."""
+
+    def longer(request: Request, rid: str) -> bytes:
+        asked = json.loads(body(request, rid))
+        asked["sampling_params"]["ignore_eos"] = True
+        return json.dumps(asked).encode()
+
+    return longer
 
 
 def scheduler(guardian: int) -> psutil.Process:

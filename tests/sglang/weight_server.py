@@ -1,12 +1,14 @@
 """A server that takes weights as SGLang does, in a thread of this process, and that can be told to fail: for fault injection only.
 
 `server.faults["/begin_weight_update"] = [None, "refuse"]`: the first such call goes well, the second is refused, later ones go well.
-"refuse" answers 400, "silence" nothing while the server lives, "die" closes every connection and takes no more.
+"refuse" answers 400, "silence" nothing while the server lives, "die" closes every connection and takes no more, "slow" sends a byte now
+and then; what the others answer is in `MALFORMED`.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import pickle
 import threading
@@ -20,6 +22,15 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 SESSION = ("/begin_weight_update", "/end_weight_update")
+MALFORMED = {  # status, bytes that are announced, what comes of them
+    "500": (500, 0, b'{"error": {"message": "out of memory"}}'),
+    "503": (503, 0, b"not ready"),
+    "half a 500": (500, 1000, b'{"error": {"mess'),
+    "garbage": (200, 0, b"<html>\xff\x00 It works!</html>"),
+    "half a JSON": (200, 0, b'{"success": true, "mess'),
+    "half a body": (200, 1000, b'{"success": true, "mess'),
+    "empty": (200, 0, b""),
+}
 
 
 class Refusal(Exception):
@@ -29,6 +40,7 @@ class Refusal(Exception):
 class WeightServer:
     def __init__(self, has_sessions: bool = True, has_memory_saver: bool = False):
         self.has_sessions, self.has_memory_saver = has_sessions, has_memory_saver
+        self.sglang = "0.5.23"
         self.faults: dict[str, list[str | None]] = {}
         self.calls: list[str] = []  # paths of what was posted, /resume_memory_occupation with its tags
         self.weights: dict[str, torch.Tensor] = {}
@@ -57,12 +69,21 @@ class WeightServer:
 
     def get(self, path: str) -> dict[str, Any]:
         return {
-            "/server_info": {"tp_size": 1, "pp_size": 1, "dp_size": 1, "device": "cpu", "enable_memory_saver": self.has_memory_saver},
+            "/server_info": {"tp_size": 1, "pp_size": 1, "dp_size": 1, "device": "cpu", "enable_memory_saver": self.has_memory_saver}
+            | {"version": self.sglang},
             "/openapi.json": {"paths": dict.fromkeys(SESSION if self.has_sessions else ())},
             "/model_info": {"weight_version": self.version},
             "/health": {},
             "/v1/loads": {"loads": []},
         }[path]
+
+    def answer(self, path: str) -> bytes:
+        """To a call that went well, in SGLang's words."""
+        if path in ("/pause_generation", "/continue_generation"):
+            return b'{"message": "Generation paused successfully.", "status": "ok"}'
+        if path == "/flush_cache":
+            return b"Cache flushed.\nPlease check backend logs for more details."
+        return b"null" if path.endswith("_memory_occupation") else b'{"success": true, "message": "Success"}'
 
     def post(self, path: str, body: dict[str, Any]) -> None:
         if path == "/begin_weight_update":
@@ -125,11 +146,22 @@ def _handler(server: WeightServer) -> type[BaseHTTPRequestHandler]:
         disable_nagle_algorithm = True
 
         def do_GET(self) -> None:
-            self._answer(200, server.get(self.path))
+            if not self._fail():
+                self._answer(200, server.get(self.path))
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             server.calls.append(self.path + ("".join(f" {tag}" for tag in body["tags"]) if "tags" in body else ""))
+            if not self._fail():
+                try:
+                    server.post(self.path, body)
+                except (Refusal, RuntimeError) as error:
+                    self._answer(400, {"success": False, "message": str(error)})
+                else:
+                    self._send(200, server.answer(self.path))
+
+        def _fail(self) -> bool:
+            """As this call is told to, if it is."""
             faults = server.faults.get(self.path)
             fault = faults.pop(0) if faults else None
             if fault == "silence":
@@ -140,18 +172,23 @@ def _handler(server: WeightServer) -> type[BaseHTTPRequestHandler]:
                 self.close_connection = True
             elif fault == "refuse":
                 self._answer(400, {"success": False, "message": "not today"})
-            else:
-                try:
-                    server.post(self.path, body)
-                except (Refusal, RuntimeError) as error:
-                    self._answer(400, {"success": False, "message": str(error)})
-                else:
-                    self._answer(200, {"success": True, "message": "Success"})
+            elif fault == "slow":
+                self._send(200, b" ", announced=1000)
+                with contextlib.suppress(OSError):
+                    while not server.is_dead.wait(0.1):
+                        self.wfile.write(b" ")
+            elif fault:
+                status, announced, data = MALFORMED[fault]
+                self._send(status, data, announced)
+                self.close_connection = True
+            return fault is not None
 
         def _answer(self, status: int, value: dict[str, Any]) -> None:
-            data = json.dumps(value).encode()
+            self._send(status, json.dumps(value).encode())
+
+        def _send(self, status: int, data: bytes, announced: int = 0) -> None:
             self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
+            self.send_header("Content-Length", str(announced or len(data)))
             self.end_headers()
             self.wfile.write(data)
 

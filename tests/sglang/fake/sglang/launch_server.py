@@ -17,32 +17,28 @@ from sglang.srt.server_args import ServerArgs
 parser = argparse.ArgumentParser(prog="sglang serve")
 ServerArgs.add_cli_args(parser)
 ARGUMENTS = parser.parse_args()
+ABOUT = {"model_path": ARGUMENTS.model_path, "architectures": ["Qwen2ForCausalLM"], "version": "0.5.23", "weight_version": "default"}
+ABOUT |= {"tp_size": 1, "pp_size": 1, "dp_size": 1, "device": "cpu", "enable_memory_saver": False, "paths": {}}  # whatever is asked for
 
 
 class Handler(BaseHTTPRequestHandler):
-    version = "default"
-
     def do_GET(self) -> None:
-        self.answer(
-            {"model_path": ARGUMENTS.model_path, "served_model_name": "fake", "is_generation": True, "version": "0.5.23"}
-            | {"architectures": ["Qwen2ForCausalLM"], "weight_version": Handler.version}
-        )
+        self.answer(ABOUT)
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path == "/update_weight_version":
-            Handler.version = body["new_version"]
+        ABOUT["weight_version"] = body.get("new_version", ABOUT["weight_version"])
         if "rid" in body and self.path == "/generate":
             self.generate(body)
             return
-        self.answer({"port": ARGUMENTS.port, "authorization": self.headers["Authorization"]})
+        self.answer({"port": ARGUMENTS.port, "authorization": self.headers["Authorization"], "success": True, "status": "ok"})
 
     def generate(self, body: dict[str, Any]) -> None:
         from tests.sglang import fake_server
 
         while Path(ARGUMENTS.model_path, "hung").exists():
             time.sleep(0.1)
-        self.answer(fake_server.answer(body, Handler.version))
+        self.answer(fake_server.answer(body, str(ABOUT["weight_version"])))
 
     def answer(self, value: dict[str, object]) -> None:
         body = json.dumps(value).encode()

@@ -1,0 +1,1 @@
+"""As much of the router as starting and stopping it needs."""

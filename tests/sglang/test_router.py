@@ -1,0 +1,59 @@
+"""The real router before fake servers: what it makes of their failures."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from dapo.engine.server import KEY_VARIABLE, Server
+from dapo.engine.server_options import child_environment, command_line
+from dapo.engine.server_process import LOOPBACK, ServerProcess, free_port
+from dapo.engine.servers import BOOT, ROUTER
+from dapo.engine.sglang import SGLangEngine
+from tests.sglang import fake_server as fake
+from tests.sglang.fake_server import FakeServer, requests
+from tests.sglang.test_client import Fakes, assert_answered, collect
+from tests.sglang.test_servers import until
+
+
+class Routed(Fakes):
+    """The engine's servers: fakes behind a real router."""
+
+    def __init__(self, folder: Path, python: Path, *fakes: FakeServer):
+        super().__init__(*fakes)
+        self.workers = [Server(server.url, "key") for server in fakes]
+        options = {"host": LOOPBACK, "prometheus-port": free_port(), "worker-urls": [server.url for server in fakes]}
+        command = [str(python), "-c", BOOT, "sglang_router.launch_router", *command_line(ROUTER | options)]
+        environment = child_environment(has_cuda=True) | {KEY_VARIABLE: "key"}
+        self.process = ServerProcess("router", command, folder / "router.log", environment)
+
+    @property
+    def generate_urls(self) -> list[str]:
+        return [self.process.url]
+
+    def num_healthy(self) -> int:
+        listed = Server(self.process.url, "key").get("/workers", fields={"workers": list})["workers"]
+        return sum(worker["is_healthy"] for worker in listed)
+
+    def close(self) -> None:
+        self.process.stop()
+        super().close()
+
+
+def test_what_fails_behind_the_router_is_asked_again_and_never_under_the_same_id(sglang_python: Path, tmp_path: Path) -> None:
+    faults = [fake.status(500), fake.status(503), fake.closed]
+    routed = Routed(tmp_path, sglang_python, FakeServer(faults), FakeServer(faults))
+    try:
+        until(routed.process.is_up, limit=120)
+        until(lambda: routed.num_healthy() == 2, limit=120)
+        engine = SGLangEngine(routed, routed, 8, 60.0)  # type: ignore[arg-type]
+        try:
+            wanted = requests(40)
+            engine.submit(wanted)
+            assert_answered(collect(engine), wanted)
+        finally:
+            engine.close()
+    finally:
+        routed.close()
+    asked = Counter(body["rid"] for server in routed.fakes for body in server.bodies)
+    assert len(asked) >= 40 + len(faults) and set(asked.values()) == {1}
