@@ -209,7 +209,7 @@ def test_a_server_that_dies_just_before_a_sync_is_left_out_of_it(start: Callable
     started = start(servers=2)
     started.wait()
     where: dict[str, Any] = {"directory": fake / "weights", "model": fake, "device": torch.device("cpu")}
-    engine = SGLangEngine(started, make_sync("disk", lambda: started.workers, bucket_bytes=64, **where), 4, 60.0)
+    engine = SGLangEngine(started, make_sync("disk", lambda: started.workers, bucket_bytes=64, limit=20, **where), 4, 60.0)
     try:
         dead, alive = started.workers
         for version in (1, 2):

@@ -199,7 +199,7 @@ def test_an_answer_of_a_byte_now_and_then_is_late(path: str, servers: list[Weigh
     ("about", "missing"), [({"tp_size": 1}, "pp_size"), ({"tp_size": "two"}, "tp_size"), ({"tp_size": None}, "tp_size")]
 )
 def test_a_field_that_is_missing_is_named(about: dict[str, Any], missing: str, servers: list[WeightServer], start: Any) -> None:
-    servers[0].get = lambda path: about  # type: ignore[method-assign]
+    servers[0].get = lambda path: about | {"weight_version": "0"}  # type: ignore[method-assign]
     with pytest.raises(EngineError, match=f"{servers[0].url}/server_info answered without {missing}: {{"):
         start("tensor").prepare(0)
 
