@@ -75,6 +75,7 @@ def sync(policy: Policy, rollouts: Rollouts | RolloutsElsewhere, mesh: Mesh, ver
     Raises, on every rank:
         EngineError: the engine refused, and no rank has entered a collective; or it failed on the way, and all have left the last one.
     """
+    policy.free_unused()
     mesh.on_main(rollouts.prepare_weights, version)
     weights = policy.weights()
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,37 @@ def command_line(options: dict[str, Any]) -> list[str]:
     return arguments
 
 
-def gpu_sets(servers: int, options: dict[str, Any]) -> list[list[str]]:
+def check_broadcast(config: Config, options: dict[str, Any], python: str) -> None:
+    """Whether the trainer and servers of these options can join in an NCCL group.
+
+    Raises:
+        ConfigError: they share GPUs, or have different versions of NCCL; what to use instead.
+    """
+    if config.engine.weight_sync != "broadcast":
+        return
+    if options.get("enable-memory-saver"):
+        raise ConfigError(
+            "engine.weight_sync=broadcast with engine.sglang.enable-memory-saver: NCCL joins no two processes on one GPU; set "
+            "engine.weight_sync=tensor"
+        )
+    ours, theirs = (nccl_version(path) for path in (sys.executable, python))
+    if ours != theirs:
+        raise ConfigError(
+            f"engine.weight_sync=broadcast: engine.python={python} has NCCL {theirs}, the trainer {ours}, and only equal ones join: "
+            "install the same torch, or set engine.weight_sync=disk"
+        )
+
+
+def nccl_version(python: str) -> str:
+    if python == sys.executable:
+        return ".".join(map(str, torch.cuda.nccl.version()))
+    return _ask(python, "import torch; print('.'.join(map(str, torch.cuda.nccl.version())))", has_cuda=True)
+
+
+def gpu_sets(servers: int, options: dict[str, Any], sees_main: bool = False) -> list[list[str]]:
     """Each server's GPUs, as CUDA_VISIBLE_DEVICES names them: those after the trainer's, or from the first on, if memory is handed over.
+
+    `sees_main`: behind its own each also sees the main rank's GPU, to read weights there.
 
     Raises:
         ConfigError: there are not enough.
@@ -108,9 +138,11 @@ def gpu_sets(servers: int, options: dict[str, Any]) -> list[list[str]]:
     if taken + servers * each > len(names):
         raise ConfigError(
             f"engine.servers={servers} of {each} GPUs (tp-size × pp-size × dp-size in engine.sglang) after the trainer's {taken}: "
-            f"here are {len(names)}; start fewer, or share the trainer's with engine.sglang.enable-memory-saver=true"
+            f"here are {len(names)}; start fewer, or share the trainer's with engine.sglang.enable-memory-saver=true and "
+            "engine.weight_sync=tensor"
         )
-    return [names[taken + i * each : taken + (i + 1) * each] for i in range(servers)]
+    sets = [names[taken + i * each : taken + (i + 1) * each] for i in range(servers)]
+    return [own + ([names[0]] if sees_main and names[0] not in own else []) for own in sets]
 
 
 def child_environment(has_cuda: bool) -> dict[str, str]:

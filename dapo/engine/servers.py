@@ -27,7 +27,7 @@ from dapo.clock import beat
 from dapo.config import Config, ConfigError
 from dapo.engine import versions
 from dapo.engine.server import KEY_VARIABLE, Server, on_all
-from dapo.engine.server_options import child_environment, command_line, gpu_sets, known_arguments, server_options
+from dapo.engine.server_options import check_broadcast, child_environment, command_line, gpu_sets, known_arguments, server_options
 from dapo.engine.server_process import LOOPBACK, RESTARTS, ServerProcess, free_port
 from dapo.types import EngineError, Interrupted, WeightsLost
 
@@ -189,7 +189,10 @@ class Servers:
         python = str(config.engine.python or sys.executable)
         has_cuda = torch.cuda.is_available()
         options = server_options(config, known_arguments(python, has_cuda) if config.engine.sglang else {}, has_cuda)
-        sets = [",".join(gpus) for gpus in gpu_sets(config.engine.servers, options)] if has_cuda else [""] * config.engine.servers
+        sets = [""] * config.engine.servers
+        if has_cuda:
+            check_broadcast(config, options, python)
+            sets = [",".join(gpus) for gpus in gpu_sets(config.engine.servers, options, sees_main=config.engine.weight_sync == "tensor")]
         environment = child_environment(has_cuda) | {KEY_VARIABLE: str(self.key)}
         command = [python, "-c", BOOT, "sglang.launch_server", *command_line(options)]
         return [

@@ -187,6 +187,11 @@ class Policy:
         """As `weights`, the gradients of the last `backward` (whole on every rank only without data parallelism)."""
         return self._weights.export(lambda p: p.main_grad)  # type: ignore[attr-defined]
 
+    def free_unused(self) -> None:
+        """Give back the GPU memory that is kept for later: servers that share the GPU sample from it."""
+        if self.mesh.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     @timed("export")
     def save_hf(self, target: Path) -> None:
         """Write the model as a Hugging Face directory, which appears whole or not at all."""

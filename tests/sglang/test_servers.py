@@ -24,9 +24,10 @@ import torch
 
 from dapo import clock
 from dapo.config import ConfigError
+from dapo.engine import server_options as server_options_module
 from dapo.engine import server_process, servers, supervise
 from dapo.engine.server import KEY_VARIABLE, Server
-from dapo.engine.server_options import child_environment, command_line, gpu_sets, known_arguments, server_options
+from dapo.engine.server_options import check_broadcast, child_environment, command_line, gpu_sets, known_arguments, server_options
 from dapo.engine.servers import Servers, introduce
 from dapo.engine.sglang import SGLangEngine
 from dapo.engine.weight_sync import make_sync
@@ -482,10 +483,24 @@ def test_servers_take_the_gpus_after_the_trainers(monkeypatch: pytest.MonkeyPatc
     assert gpu_sets(2, {"tp-size": 2}) == [["4", "5"], ["6", "7"]]
     assert gpu_sets(4, {}) == [["4"], ["5"], ["6"], ["7"]]
     assert gpu_sets(2, {"tp-size": 4, "enable-memory-saver": True}) == [["0", "1", "2", "3"], ["4", "5", "6", "7"]]
+    assert gpu_sets(2, {"tp-size": 2}, sees_main=True) == [["4", "5", "0"], ["6", "7", "0"]], "the main rank's GPU comes last"
+    assert gpu_sets(1, {"tp-size": 2, "enable-memory-saver": True}, sees_main=True) == [["0", "1"]]
     with pytest.raises(ConfigError, match=r"engine.servers=3 of 2 GPUs .* after the trainer's 4: here are 8"):
         gpu_sets(3, {"tp-size": 2})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3,5,7,GPU-a,GPU-b")
     assert gpu_sets(1, {"tp-size": 2}) == [["GPU-a", "GPU-b"]]
+
+
+def test_a_broadcast_that_nccl_would_refuse_is_refused_before_a_server_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
+    monkeypatch.setattr(server_options_module, "_ask", lambda *arguments, **options: "2.30.7")
+    broadcast, tensor = (server_config(tmp_path, tmp_path, weight_sync=kind) for kind in ("broadcast", "tensor"))
+    check_broadcast(broadcast, {}, sys.executable)
+    with pytest.raises(ConfigError, match=r"engine.python=/other/python has NCCL 2.30.7, the trainer 2.28.9.* set engine.weight_sync=disk"):
+        check_broadcast(broadcast, {}, "/other/python")
+    with pytest.raises(ConfigError, match=r"no two processes on one GPU; set engine.weight_sync=tensor"):
+        check_broadcast(broadcast, {"enable-memory-saver": True}, sys.executable)
+    check_broadcast(tensor, {"enable-memory-saver": True}, "/other/python")
 
 
 def test_a_server_does_not_take_the_trainers_place_for_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
