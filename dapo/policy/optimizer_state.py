@@ -24,18 +24,16 @@ class OwnState:
     """What this rank owns of an optimizer's state. `model`: the model's sharded state dict, which says where each parameter lies."""
 
     def __init__(self, optimizer: Any, model: dict[str, Any]):
-        self._parts = _parts(optimizer)
-        self._owned: list[tuple[Any, Tensor, dict[str, Tensor]]] = []  # (optimizer, parameter, its range of the state by name)
-        self.boxes: dict[str, ShardedTensor] = {}  # views of the state
         places = {entry.data: entry for entry in nested_values(model) if isinstance(entry, ShardedTensor | ShardedTensorFactory)}
+        self._parts, boxes = _parts(optimizer), list[ShardedTensor]()
+        self._owned: list[tuple[Any, Tensor, dict[str, Tensor]]] = []  # (optimizer, parameter, its range of the state by name)
         for part in self._parts:
             _begin(part)
             for param, start in _ranges(part):
-                state = part._get_main_param_and_optimizer_states(param)
-                state = {name: tensor.detach() for name, tensor in state.items() if name != "step"}  # a group's, and no tensor of a place
+                state = _state(part, param)
                 self._owned.append((part, param, state))
-                for box in _boxes_of(param, places[param], start, state, part.distributed_optimizer_instance_id):
-                    self.boxes[f"{len(self.boxes)}"] = box
+                boxes += _boxes_of(param, places[param], start, state, part.distributed_optimizer_instance_id)
+        self.boxes = {str(i): box for i, box in enumerate(boxes)}  # views of the state
 
     def take(self) -> None:
         """Hand what was read into the boxes to the optimizers, some of which keep it elsewhere or in another form."""
@@ -105,6 +103,12 @@ def _ranges(part: Any) -> Iterator[tuple[Tensor, int]]:
     for buckets in (buckets for buffer in part.gbuf_ranges for buckets in buffer.values()):
         for param, ranges in (item for bucket in buckets for item in bucket["param_map"].items()):
             yield param, ranges["param"].start
+
+
+def _state(part: Any, param: Tensor) -> dict[str, Tensor]:
+    """This rank's range of the main parameter, "param", and of the moments, "exp_avg" and "exp_avg_sq"."""
+    state = part._get_main_param_and_optimizer_states(param)
+    return {name: tensor.detach() for name, tensor in state.items() if name != "step"}  # the groups have it
 
 
 def _parts(optimizer: Any) -> list[Any]:
