@@ -244,11 +244,10 @@ class Rank:
 
     @property
     def optimizer(self) -> int:
-        """Adam's two moments, and the float32 parameters where the model's are 16-bit; each data and context rank holds its share."""
-        share = (self.parameters - self.expert_parameters) // (self.data * self.context) + self.expert_parameters // self.expert_data
+        """Adam's two moments, and the float32 parameters where the model's are 16-bit."""
         if self._megatron("optimizer_cpu_offload"):  # all of it in main memory, with a copy of the gradients
-            return 16 * share if self.backend == "cpu" else 0
-        return (8 if self.value_bytes == 4 else 12) * share
+            return 16 * self._share if self.backend == "cpu" else 0
+        return (8 if self.value_bytes == 4 else 12) * self._share
 
     @property
     def batch(self) -> int:
@@ -340,29 +339,20 @@ class Rank:
         return chunk
 
     @property
-    def gathered_state(self) -> int:
-        """In main memory while a checkpoint is written: Megatron gathers the optimizer's state, three float32 numbers a parameter, whole on
-        every rank; of one buffer at a time also this rank's share of it, and one of the three numbers as it comes, twice, and by gloo a
-        third time, and what gloo sends."""
-        gloo = 4 if self.backend == "cpu" else 0
-        return 12 * self.parameters + max((8 + gloo) * buffer + (12 + gloo) * share for buffer, share in self._buffers)
-
-    @property
-    def _buffers(self) -> list[tuple[int, int]]:
-        """Parameters that are gathered together, and this rank's share of them: a chunk's dense ones, a chunk's experts."""
-        dense = (self.parameters - self.expert_parameters) // self.chunks
-        experts = self.expert_parameters // self.chunks
-        return [(dense, dense // (self.data * self.context)), (experts, experts // self.expert_data)]
+    def written_tensor(self) -> int:
+        """In main memory while a checkpoint is written: a copy of one tensor in float32, for each lies in a buffer with others."""
+        return 4 * self._largest
 
     @property
     def copied_state(self) -> int:
         """In main memory while a checkpoint is written in the background: this rank's share of parameters and optimizer state."""
-        return (12 + self.value_bytes) * self.parameters // (self.data * self.context) if self.config.run.async_save else 0
+        copied = 12 * self._share + self.value_bytes * self.parameters // (self.data * self.context)
+        return copied if self.config.run.async_save else 0
 
     @property
     def main_memory(self) -> int:
         """What a checkpoint takes of a machine's main memory, beside whatever else is there."""
-        return max(self.gathered_state, self.copied_state)
+        return max(self.written_tensor, self.copied_state)
 
     @property
     def moments(self) -> dict[str, int]:
@@ -376,14 +366,10 @@ class Rank:
         if self.stage == 0:
             moments["the embedding's gradient"] = self.activations - self.kept + self.table + zeros
         # clipping writes each scaled gradient beside the old one; gloo, even among one, reduces a copy of all gradients
-        ffn = self.shape.expert_ffn_size if self.shape.num_experts else self.layer.ffn
-        largest = max(self._vocab, 2 * ffn) * self.shape.hidden_size
-        moments["the optimizer's step"] = self.grads if self.backend == "cpu" else 4 * largest // (self.data * self.context)
+        moments["the optimizer's step"] = self.grads if self.backend == "cpu" else 4 * self._largest // (self.data * self.context)
         if self.backend == "cpu":
-            moments = {moment: held + self.copied_state for moment, held in moments.items()} | {CHECKPOINT: self.gathered_state}
-        else:  # a buffer's state passes through the device, one of the three numbers at a time
-            moments[CHECKPOINT] = max(4 * (buffer + share) for buffer, share in self._buffers)
-        return moments
+            moments = {moment: held + self.copied_state for moment, held in moments.items()}
+        return moments | {CHECKPOINT: self.main_memory if self.backend == "cpu" else 0}
 
     @property
     def peak(self) -> int:
@@ -396,6 +382,17 @@ class Rank:
     @property
     def peak_moment(self) -> str:
         return max(self.moments, key=self.moments.__getitem__)
+
+    @property
+    def _share(self) -> int:
+        """Parameters whose optimizer state is this rank's: data and context ranks share them; of experts, all ranks that have the same."""
+        return (self.parameters - self.expert_parameters) // (self.data * self.context) + self.expert_parameters // self.expert_data
+
+    @property
+    def _largest(self) -> int:
+        """Numbers of the largest parameter: a table, or gate and up."""
+        ffn = self.shape.expert_ffn_size if self.shape.num_experts else self.layer.ffn
+        return max(self._vocab, 2 * ffn) * self.shape.hidden_size
 
     @property
     def _vocab(self) -> int:

@@ -17,7 +17,6 @@ from dapo_kernels import linear_logprobs, linear_policy_loss
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -34,6 +33,7 @@ from dapo.policy import cpu, torch_dist, weight_files
 from dapo.policy.hf_weights import Weights
 from dapo.policy.layout import initialize_megatron, interleaved
 from dapo.policy.model import build_model, optimizer_config, split_passthrough, transformer_config
+from dapo.policy.optimizer_state import OwnState, groups
 from dapo.shape import read_shape
 
 
@@ -88,8 +88,6 @@ class Policy:
             DistributedDataParallel(self.transformer, ddp, Float16Module(self.transformer, chunk) if self.transformer.bf16 else chunk)
             for chunk in self.chunks
         ]
-        for model in self.models:
-            _count_padding(model)
         self.optimizer = get_megatron_optimizer(optimizer, self.models)
         self.scheduler = self._make_scheduler()
         self.transformer.finalize_model_grads_func = finalize_model_grads
@@ -206,7 +204,9 @@ class Policy:
     def save(self, directory: Path) -> torch_dist.Save:
         """Plan a Megatron distributed checkpoint of model, optimizer and scheduler, in an existing, empty directory: `start` it."""
         copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        return torch_dist.Save(self._sharded_state(is_loading=False), directory, copies, self.mesh.barrier)
+        tensors, _ = self._sharded_state()
+        state = tensors | {"optimizer": groups(self.optimizer), "num_updates": self.scheduler.num_steps}
+        return torch_dist.Save(state, directory, copies, self.mesh.barrier)
 
     def load(self, directory: Path) -> None:
         """Restore what `save` planned, in this layout or another.
@@ -215,11 +215,13 @@ class Policy:
             ConfigError: a parameter holds NaN or infinite values.
         """
         now = [{key: group[key] for key in SETTINGS} for group in self.optimizer.param_groups]
-        state = dist_checkpointing.load(self._sharded_state(is_loading=True), str(directory))
+        tensors, own = self._sharded_state()
+        state = dist_checkpointing.load(tensors, str(directory))
         for i, chunk in enumerate(self.chunks):
             chunk.load_state_dict(state["model"][f"chunk{i}"])
         with torch.no_grad():
             self.optimizer.load_state_dict(state["optimizer"])
+            own.take()
         for group, settings in zip(self.optimizer.param_groups, now, strict=True):
             group.update(settings)  # what the config says now, not what it said then
         self.scheduler.num_steps = 0
@@ -244,19 +246,12 @@ class Policy:
             wd_incr_style="constant",
         )
 
-    def _sharded_state(self, is_loading: bool) -> dict[str, Any]:
-        # fully_reshardable: the optimizer's state can be loaded into another layout
-        metadata = {
-            "distrib_optim_sharding_type": "fully_reshardable",
-            "chained_optim_avoid_prefix": True,  # experts have an optimizer of their own; the state's names are those of the parameters
-            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        }
+    def _sharded_state(self) -> tuple[dict[str, Any], OwnState]:
+        """The tensors that a checkpoint holds, this rank's parts of them; and those of the optimizer among them."""
+        metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
         model = {f"chunk{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(self.chunks)}
-        if not is_loading:
-            for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
-                _begin_state(part)
-        optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
-        return {"model": model, "optimizer": _without_classes(optimizer), "num_updates": self.scheduler.num_steps}
+        own = OwnState(self.optimizer, model)
+        return {"model": model, "state": own.boxes}, own
 
     def _run(self, work: list[_Tensors], finish: Any, forward_only: bool) -> list[Any]:
         """Megatron's pipeline schedule over the microbatches. Returns what `finish` reported for each, on the last stage; else nothing."""
@@ -365,36 +360,6 @@ class Policy:
             ),
             dumped=microbatch.dumped,
         )
-
-
-def _count_padding(model: DistributedDataParallel) -> None:
-    """Let padding count as content of its bucket.
-
-    Megatron 0.16.1 saves the optimizer's buckets end to end without their padding, and looks parameters up at places that count it: behind
-    a padded bucket (a tied embedding has one of its own on a pipeline) it would save another parameter's moments.
-    """
-    for buffer in (*model.buffers, *model.expert_parallel_buffers):
-        buffer.numel_unpadded = buffer.numel
-        for bucket in buffer.buckets:
-            bucket.numel_unpadded = bucket.grad_data.numel()
-
-
-def _begin_state(optimizer: Any) -> None:
-    """Moments of 0 where there are none yet: before the first update there are none, and saving wants them."""
-    if not isinstance(optimizer.optimizer, HybridDeviceOptimizer):
-        optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
-        return
-    for part in optimizer.optimizer.sub_optimizers:
-        for p in (p for group in part.param_groups for p in group["params"] if not part.state[p]):
-            part.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    optimizer.optimizer._sync_sub_optimizers_state_to_hdo()
-
-
-def _without_classes(state: Any) -> Any:
-    """Without what Megatron's own loading refuses: the groups of an optimizer in main memory name the optimizers that it is made of."""
-    if isinstance(state, dict):
-        return {key: _without_classes(value) for key, value in state.items() if not isinstance(value, type)}
-    return [_without_classes(value) for value in state] if isinstance(state, list) else state
 
 
 def _refuse_broken(directory: Path, names: list[list[str]]) -> None:

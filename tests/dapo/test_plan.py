@@ -321,6 +321,19 @@ def test_memory_and_work_follow_the_layout_of_experts(tmp_path: Path) -> None:
     assert 1.6 * least < plan.update_seconds < 1.8 * least, "attention over 11,264 tokens costs 0.7 of the matrices"
 
 
+def test_a_checkpoint_takes_the_main_memory_of_one_tensor_and_in_the_background_of_the_rank_s_share(tmp_path: Path) -> None:
+    def plan(*overrides: str, gpu: str = "h100") -> Plan:
+        return plan_of(tmp_path, "Qwen3-30B-A3B", "parallel.tensor=4", "parallel.expert=8", *overrides, gpu=gpu, world=16)
+
+    table = 4 * 151936 // 4 * 2048
+    assert plan().worst.main_memory == table
+    assert f"writing a checkpoint takes {8 * table / GIB:.0f} GiB of the main memory of a machine with 8 devices" in describe(plan())
+    background = plan("run.async_save=true").worst
+    assert background.main_memory == background.optimizer + background.params // 4
+    on_cpu, in_background = (plan(f"run.async_save={on}", gpu="cpu").worst for on in ("false", "true"))
+    assert in_background.activations == on_cpu.activations and in_background.peak == on_cpu.peak + in_background.copied_state
+
+
 def test_a_mixture_of_experts_that_does_not_fit_is_told_to_spread_them(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "Qwen3-30B-A3B", "parallel.tensor=4", "parallel.expert=2", gpu="h100", world=32)
     assert not plan.fits

@@ -19,6 +19,7 @@ from dapo import compare
 from dapo import config as configs
 from dapo.mesh import FailedElsewhere, Mesh
 from dapo.policy.megatron import Policy
+from dapo.policy.optimizer_state import without_classes
 from dapo.policy.torch_dist import Reader
 from dapo.shape import read_shape
 from tests.distributed import resume
@@ -59,12 +60,16 @@ def make_models(root: Path) -> None:
 def restored(source: Path, target: Path, options: list[str], is_poisoned: bool = False) -> str:
     """Load the checkpoint `source` in the layout of `options`, and save it as it is: no arithmetic on the way.
 
-    Poisoned, it is saved with a NaN on one rank, and loaded again. Returns how that was refused.
+    On the way Megatron writes it in its own form: where that has a tensor's numbers is where they belong. Poisoned, it is saved with a NaN
+    on one rank instead, and loaded again. Returns how that was refused.
     """
     config = configs.load(ROOT / "examples/arithmetic/config.yaml", [*resume.OPTIONS, *options])
     mesh = Mesh(config.parallel)
     policy = Policy(config, mesh)
     policy.load(source / "policy")
+    if not is_poisoned:
+        written = write_as_megatron(policy, mesh, target.with_name(f"{target.name}-megatron"))
+        policy.load(written)
     if is_poisoned and mesh.rank == mesh.world - 1:
         dict(policy.chunks[0].named_parameters())["decoder.layers.0.mlp.linear_fc2.weight"].data[3, 5] = torch.nan
     mesh.on_main((target / "policy").mkdir, 0o777, True)
@@ -79,6 +84,24 @@ def restored(source: Path, target: Path, options: list[str], is_poisoned: bool =
             said = str(error)
     resume.leave(mesh)
     return said
+
+
+def write_as_megatron(policy: Policy, mesh: Mesh, directory: Path) -> Path:
+    """A checkpoint whose optimizer state was gathered, and cut by Megatron."""
+    from megatron.core import dist_checkpointing  # after dapo.policy, which adapts it
+
+    for model in policy.models:
+        for buffer in (*model.buffers, *model.expert_parallel_buffers):
+            buffer.numel_unpadded = buffer.numel  # else it gathers without the padding, and looks up at places that count it
+            for bucket in buffer.buckets:
+                bucket.numel_unpadded = bucket.grad_data.numel()
+    state, _ = policy._sharded_state()
+    options = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+    gathered = policy.optimizer.sharded_state_dict(state["model"], metadata=options)
+    mesh.on_main((directory / "policy").mkdir, 0o777, True)
+    state = {"model": state["model"], "optimizer": without_classes(gathered), "num_updates": policy.scheduler.num_steps}
+    dist_checkpointing.save(state, str(directory / "policy"))
+    return directory / "policy"
 
 
 def settings(checkpoint: Path) -> Any:
@@ -137,9 +160,10 @@ def main(out: str) -> None:
 
 
 def compared(model: Path, first: Path, again: Path, through: Path, moved: Path, end: int) -> dict[str, Any]:
-    x, start = resume.weights(through / "hf"), resume.weights(model)
+    x, start, gathered = resume.weights(through / "hf"), resume.weights(model), again.with_name(f"{again.name}-megatron")
     return {
         "restored": [asdict(found) for found in compare.policies(first / "policy", again / "policy")],
+        "as megatron": [asdict(found) for found in compare.policies(gathered / "policy", again / "policy")],
         "padding": padding(again),
         "settings": settings(first) == settings(again),
         "went on": [asdict(found) for found in compare.runs(through, moved, STEPS, end)],

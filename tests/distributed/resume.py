@@ -8,18 +8,23 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import re
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from dapo import config as configs
 from dapo.mesh import Mesh
+from dapo.policy.torch_dist import Reader
 from dapo.train import train
 from tests.distributed.launch import ROOT
 from tests.distributed.ranks import prepare_rank
@@ -156,12 +161,38 @@ def main(out: str) -> None:
                 "weights": is_equal(weights(through / "hf"), weights(stopped / "hf")),
                 "moved": not is_equal(weights(through / "hf"), weights(base)),
                 "written": sorted(path.stat().st_size for path in (stopped / "checkpoints/step-000004/policy").glob("*.distcp")),
+                "optimizer": mesh.on_main(optimizer_in, stopped / "checkpoints/step-000004"),
                 "checkpoints": sorted(path.name for path in (stopped / "checkpoints").iterdir()),
                 "warnings": printed.getvalue().splitlines(),
             }
         )
         if mesh.is_main:
             Path(out).write_text(json.dumps(results))
+
+
+def optimizer_in(checkpoint: Path) -> dict[str, Any]:
+    """How often numbers of the optimizer's tensors were written; their bytes, by file; do the main parameters equal the parameters?"""
+    directory = checkpoint / "policy"
+    found, reader = FileSystemReader(directory).read_metadata(), Reader(directory)
+    written, times = Counter[str](), set[int]()
+    names = [name for name in reader.sizes if name.startswith("optimizer.")]
+    for name in names:
+        count = torch.zeros(reader.sizes[name], dtype=torch.int)
+        for chunk in found.state_dict_metadata[name].chunks:
+            count[tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))] += 1
+            written[found.storage_data[MetadataIndex(name, chunk.offsets)].relative_path] += math.prod(chunk.sizes) * 4
+        times |= {int(count.min()), int(count.max())}
+    params = [name for name in reader.sizes if name not in names]
+    return {
+        "times": sorted(times),
+        "bytes": sorted(written.values()),
+        "wanted": 12 * sum(math.prod(reader.sizes[name]) for name in params),
+        "main": all(is_main(reader.read(f"optimizer.state.param.{name}"), reader.read(name)) for name in params),
+    }
+
+
+def is_main(main: torch.Tensor, param: torch.Tensor) -> bool:
+    return main.dtype == torch.float32 and torch.equal(main.to(param.dtype), param)
 
 
 def cut_short(checkpoint: Path) -> None:

@@ -15,6 +15,10 @@ def result(request: pytest.FixtureRequest) -> dict[str, Any]:
     return measured("tests.distributed.reshard", 4)[" → ".join(request.param)]
 
 
+def test_every_tensor_lies_where_megatron_writes_it(result: dict[str, Any]) -> None:
+    assert all(finding["gap"] == 0 for finding in result["as megatron"]), result["as megatron"]
+
+
 def test_another_layout_restores_every_tensor_to_the_bit(result: dict[str, Any]) -> None:
     found = {finding["what"]: finding for finding in result["restored"]}
     assert all(finding["gap"] == 0 for finding in found.values()), found

@@ -43,3 +43,13 @@ def test_resuming_from_the_checkpoint_before_a_damaged_one_equals_going_on(layou
 def test_ranks_that_have_the_same_share_the_writing(layout: str) -> None:
     least, most = measured("tests.distributed.resume", 2)[layout]["written"]
     assert most < 1.5 * least
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_number_of_the_optimizer_is_written_once_by_the_rank_that_owns_it(layout: str) -> None:
+    found = measured("tests.distributed.resume", 2)[layout]["optimizer"]
+    assert found["times"] == [1], "each once: no two ranks the same, and none left out"
+    assert sum(found["bytes"]) == found["wanted"], "a float32 and two moments of each parameter"
+    assert found["main"], "the main parameters are others than the parameters"
+    if layout in ("data-parallel", "context-parallel", "expert-parallel"):
+        assert found["bytes"] == pytest.approx([found["wanted"] / 2] * 2, rel=0.01), "half each"
