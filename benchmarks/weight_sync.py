@@ -1,7 +1,8 @@
 """Weights from a trainer to a real SGLang server, by each transport, against a raw copy of the same bytes on the same machine.
 
-python benchmarks/weight_sync.py model DIR    a random Qwen2 of 0.7 GB, for the server to be started with
-python benchmarks/weight_sync.py URL DIR      measure against that server
+OMP_NUM_THREADS=1 python benchmarks/weight_sync.py PYTHON DIR
+
+starts a server as a run does, of the SGLang that PYTHON has (`make sglang-cpu` prints one), with a random Qwen2 of 0.7 GB, made in DIR.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ from record import heading, save, spread, table
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dapo.config import Config
 from dapo.engine.server import Server
+from dapo.engine.servers import Servers
 from dapo.engine.weight_sync import make_sync
 
 RUNS = 7
 WARM_UP = 3  # runs: a virtual machine is slow to hand out memory that it has not used before
-CASES = [("broadcast", 16), ("broadcast", 24), ("broadcast", 64), ("disk", 64), ("tensor", 64)]  # MiB: of a bucket
+CASES = [("broadcast", 24), ("broadcast", 64), ("broadcast", 128), ("disk", 64), ("tensor", 64)]  # MiB: of a bucket
 TAKER = """
 import sys, torch
 from collections import defaultdict
@@ -224,9 +227,22 @@ def measure(kind: Any, mib: int, server: Server, weights: dict[str, Tensor], scr
     return [kind, str(mib), spread(whole, 2), spread(carry, 2), speed, server_time, *times, *shares, spread(extra, 2)]
 
 
-def main(url: str, model: Path) -> None:
+def main(python: str, directory: Path) -> None:
+    model = directory / "model"
+    if not model.exists():
+        make_model(model)
+    engine = {"kind": "sglang", "python": python, "max_concurrent": 4}
+    options = {"run": {"dir": directory / "run"}, "data": {"train": directory / "none"}, "engine": engine}
+    servers = Servers(Config.model_validate(options | {"policy": {"model": model, "dtype": "float32"}}))
+    try:
+        servers.wait()
+        measure_all(servers.workers[0], model)
+    finally:
+        servers.close()
+
+
+def measure_all(server: Server, model: Path) -> None:
     torch.set_num_threads(1)
-    server = Server(url)
     weights = {name: tensor.clone() for name, tensor in load_file(model / "model.safetensors").items()}
     scratch = Path(tempfile.mkdtemp(dir=model.parent))
     rows = []
@@ -259,4 +275,4 @@ def main(url: str, model: Path) -> None:
 
 
 if __name__ == "__main__":
-    make_model(Path(sys.argv[2])) if sys.argv[1] == "model" else main(sys.argv[1], Path(sys.argv[2]).resolve())
+    main(sys.argv[1], Path(sys.argv[2]).resolve())

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FIRST = 8  # the first bucket is at most a FIRST of the others: nothing travels while it is filled
+
 
 @dataclass(frozen=True)
 class Part:
@@ -28,17 +30,17 @@ class Bucket:
 
 
 def buckets(weights: Iterable[tuple[str, Tensor]], size: int, device: torch.device) -> Iterator[Bucket]:
-    """The weights packed into buckets of at most `size` bytes; a larger tensor travels alone, in its own memory.
+    """The weights packed into buckets of at most `size` bytes, the first one smaller; a larger tensor travels alone, in its own memory.
 
     A bucket's memory is used again for the next but one: be done with a bucket before asking for the second after it.
     """
     memory = itertools.cycle([torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)])
-    flat, parts, used = next(memory), list[Part](), 0
+    flat, parts, used, limit = next(memory), list[Part](), 0, size // FIRST
     for name, tensor in weights:
         data = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        if parts and (used + len(data) > size or used % tensor.itemsize):  # the receiver views each part as its dtype: aligned
+        if parts and (used + len(data) > limit or used % tensor.itemsize):  # the receiver views each part as its dtype: aligned
             yield Bucket(flat[:used], parts)
-            flat, parts, used = next(memory), [], 0
+            flat, parts, used, limit = next(memory), [], 0, size
         if len(data) > size:
             yield Bucket(data.to(device), [Part(name, tensor.dtype, tuple(tensor.shape), 0, len(data))])
             continue

@@ -35,6 +35,8 @@ CPU = {  # for a machine without CUDA; engine.sglang overrides
     "mem-fraction-static": 0.2,
     "sleep-on-idle": True,  # else an idle server keeps a core busy
 }
+# On a CPU a bucket of weights lies in memory that the last one has left: fresh pages would take as long as the copy
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 # Every spelling of every argument → its main spelling and what it takes
 LIST_ARGUMENTS = """import argparse, json
 from sglang.srt.server_args import ServerArgs
@@ -150,7 +152,7 @@ def child_environment(has_cuda: bool) -> dict[str, str]:
     torchrun = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(torchrun)}
     environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"  # health must not take a generated token: during a sync there is none
-    return environment if has_cuda else environment | {"SGLANG_USE_CPU_ENGINE": "1"}
+    return environment if has_cuda else KEEP_MEMORY | environment | {"SGLANG_USE_CPU_ENGINE": "1"}
 
 
 @functools.cache

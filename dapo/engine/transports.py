@@ -217,7 +217,7 @@ class Broadcast(Transport):
         try:
             work = group.work.result()
             work.wait()
-            if not work.is_success():  # NCCL's wait is for the device's order alone
+            if self.backend == "nccl" and not work.is_success():  # its wait is for the device's order alone
                 raise RuntimeError("it ended with an error")
         except RuntimeError as error:
             wait(group.answers, GRACE, FIRST_EXCEPTION)  # whoever is the cause may say it better
