@@ -1,6 +1,6 @@
 """kill -9 of every process of a run, at random moments, again and again: does every resume succeed, and is it the run that nobody killed?
 
-python benchmarks/crash_test.py [kills, default 50] [processes, default 2] [seed, default 0] [torchrun | forked, default torchrun]
+python benchmarks/crash_test.py [kills, default 50] [seed, default 0] [torchrun | forked, default torchrun] [data | tensor, default data]
 
 One run is launched, killed and launched again until it has been killed that often; it saves while training waits and in the background, in
 turn. Half of the moments are anywhere in the seconds after it has gone on, half inside a save. What it goes on from must be its newest
@@ -60,7 +60,7 @@ class Torchrun:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "dapo", "train"]
         with log.open("w") as out:
             self.process = subprocess.Popen(
-                [*command, "examples/arithmetic/config.yaml", f"parallel.tensor={processes}", *options],
+                [*command, "examples/arithmetic/config.yaml", *options],
                 cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=out, stderr=subprocess.STDOUT,
             )  # fmt: skip
 
@@ -111,8 +111,7 @@ class Forked:
         os.environ |= {name: str(value) for name, value in (where | {"RANK": rank, "LOCAL_RANK": rank}).items()}
         for stream in (1, 2):
             os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream)
-        command = ["train", str(ROOT / "examples/arithmetic/config.yaml"), f"parallel.tensor={where['WORLD_SIZE']}", *options]
-        dapo.__main__.end(dapo.__main__.main(command))
+        dapo.__main__.end(dapo.__main__.main(["train", str(ROOT / "examples/arithmetic/config.yaml"), *options]))
 
 
 @dataclass
@@ -132,8 +131,15 @@ class Kill:
         return "saving, before its last file" if files.MANIFEST not in self.left else "saving, all written and not yet named"
 
 
-def crash(directory: Path, num_kills: int, seed: int, launch: Callable[[list[str], Path], Launched]) -> dict[str, Any]:
-    """Kill a run `num_kills` times, let it end, and compare it with one that was left alone. What differs is an assertion's message."""
+def crash(directory: Path, num_kills: int, seed: int, layout: str, launcher: Callable[[int, list[str], Path], Launched]) -> dict[str, Any]:
+    """Kill a run `num_kills` times, let it end, and compare it with one that was left alone. What differs is an assertion's message.
+
+    Two processes; `layout`: "data", each with a share of the samples and of the optimizer's state, or "tensor".
+    """
+
+    def launch(options: list[str], log: Path) -> Launched:
+        return launcher(2, [f"parallel.tensor={2 if layout == 'tensor' else 1}", *options], log)
+
     moments, run, log = random.Random(seed), directory / "killed", directory / "log"
     kills: list[Kill] = []
     made: dict[int, dict[str, Any]] = {}  # step → sums of the files of its checkpoint
@@ -236,13 +242,12 @@ def _name(step: int) -> str:
     return f"step-{step:06}"
 
 
-def main(num_kills: str = "50", processes: str = "2", seed: str = "0", launcher: str = "torchrun") -> None:
+def main(num_kills: str = "50", seed: str = "0", launcher: str = "torchrun", layout: str = "data") -> None:
     from record import heading, save, table
 
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
-        launch = {"torchrun": Torchrun, "forked": Forked}[launcher]
-        found = crash(Path(directory), int(num_kills), int(seed), lambda options, log: launch(int(processes), options, log))
+        found = crash(Path(directory), int(num_kills), int(seed), layout, {"torchrun": Torchrun, "forked": Forked}[launcher])
     kills = found["kills"]
     body = []
     for moment, is_async in sorted({(kill.moment, kill.is_async) for kill in kills}):
@@ -251,7 +256,7 @@ def main(num_kills: str = "50", processes: str = "2", seed: str = "0", launcher:
         body.append([moment, kind, len(of), sum(bool(kill.aim) for kill in of), sum(kill.newest - kill.started for kill in of)])
     text = heading("Killed at any moment, a run goes on as if it had not been")
     whom = "torchrun and every rank" if launcher == "torchrun" else "every rank, forked from one process"
-    text += f"\n{num_kills} of {num_kills} launches of {processes} tensor-parallel processes were killed (SIGKILL to {whom}), "
+    text += f"\n{num_kills} of {num_kills} launches of 2 {layout}-parallel processes were killed (SIGKILL to {whom}), "
     text += f"went on from their newest checkpoint and came to step {found['steps']}. All {found['compared']} checkpoints met on the way, "
     text += "parameters, moments, prompts to come, groups carried over, are the uninterrupted run's of that step, by the checksum of every "
     text += (

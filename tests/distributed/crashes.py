@@ -18,5 +18,5 @@ import crash_test
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as directory:
-        found = crash_test.crash(Path(directory), 10, 0, lambda options, log: crash_test.Forked(2, options, log))
+        found = crash_test.crash(Path(directory), 10, 0, "tensor", crash_test.Forked)
     Path(sys.argv[1]).write_text(json.dumps(found | {"kills": [asdict(kill) for kill in found["kills"]]}))
