@@ -1,4 +1,4 @@
-"""Are two runs the same from one step to another? What was sampled, what was learnt, what they would go on from."""
+"""Are two runs the same from one step to another? What was sampled, what was learnt, what they would go on from. And two models?"""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 
 from dapo import dump, metrics
+from dapo.assemble import load_tokenizer
+from dapo.config import ConfigError
+from dapo.engine.embedded import as_stored
 from dapo.policy.torch_dist import Reader
+from dapo.policy.weight_files import hf_tensors, open_weights
+from dapo.shape import ModelShape
 
 SAMPLED = {  # seeds are made of run.seed, group and index
     "batches: groups, samples, prompts": ("kind", "group", "index", "prompt_index"),
@@ -65,3 +71,37 @@ def _kind(name: str) -> str:
     if not name.startswith("optimizer."):
         return "parameters"
     return "main parameters" if name.startswith("optimizer.state.param.") else "moments"
+
+
+def tokens_of(text: Path, models: list[Path], shape: ModelShape) -> torch.Tensor:
+    """[1, n] ids of the file's tokens, which are the same to both models. `models`: Hugging Face directories, for their tokenizers.
+
+    Raises:
+        ConfigError: they are not, or too few, or none of the vocabulary; a tokenizer or the file cannot be read.
+    """
+    try:
+        words = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--text {text} cannot be read: {error}") from error
+    a, b = (load_tokenizer(model)(words).input_ids for model in models)
+    if a != b:
+        place = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))  # noqa: B905
+        raise ConfigError(f"the tokenizers differ: --text {text} is {len(a)} tokens to one, {len(b)} to the other, unlike from {place} on")
+    if len(a) < 2:
+        raise ConfigError(f"--text {text} has too few tokens, {len(a)}: the first has no log-prob, so there must be two")
+    if max(a) >= shape.vocab_size:
+        raise ConfigError(f"--text {text} has token {max(a)}, the models have a vocabulary of {shape.vocab_size}: not their tokenizer")
+    return torch.tensor([a])
+
+
+@torch.no_grad()
+def logprobs(source: Path, model: Path, shape: ModelShape, tokens: torch.Tensor) -> torch.Tensor:
+    """log π(token | those before) of all tokens but the first, in float32: [1, n] → [n − 1].
+
+    The weights are those of `source`, in either format; `model` is the Hugging Face directory that describes them.
+    """
+    hf = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(model), dtype=torch.float32).eval()
+    params = dict(as_stored(hf.named_parameters()))
+    for name, tensor in hf_tensors(open_weights(source, shape), shape, torch.float32):
+        params[name].copy_(tensor)
+    return hf(tokens).logits[0, :-1].log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0]  # type: ignore[no-any-return]
