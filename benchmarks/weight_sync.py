@@ -36,7 +36,7 @@ from dapo.engine.weight_sync import make_sync
 
 RUNS = 7
 WARM_UP = 3  # runs: a virtual machine is slow to hand out memory that it has not used before
-CASES = [("broadcast", 24), ("broadcast", 64), ("broadcast", 128), ("disk", 64), ("tensor", 64)]  # MiB: of a bucket
+CASES = [("broadcast", 24), ("broadcast", 64), ("broadcast", 96), ("broadcast", 128), ("disk", 64), ("tensor", 64)]  # MiB: of a bucket
 TAKER = """
 import sys, torch
 from collections import defaultdict
