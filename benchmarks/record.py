@@ -27,7 +27,7 @@ def heading(title: str) -> str:
         f"# {title}\n\n"
         f"{machine}; {datetime.date.today()}; commit {commit or 'unknown'}{' (changed)' if changed.strip() else ''}; "
         f"Python {platform.python_version()}, torch {torch.__version__}\n\n"
-        f"    python {' '.join(sys.argv)}\n"
+        f"    python {' '.join(sys.argv).replace(str(Path.home()), '~')}\n"
     )
 
 
