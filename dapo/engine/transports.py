@@ -159,7 +159,7 @@ class Broadcast(Transport):
             flush_cache=False,
         )
         self._settle(group)
-        path, limit = "/update_weights_from_distributed", self.limit + GRACE  # the broadcast's own end comes first
+        path, limit = "/update_weights_from_distributed", self.limit + GRACE  # `_finish` comes first
         group.answers = [self.pool.submit(peer.server.post, path, call, limit, SUCCESS) for peer in self.peers]
         group.work = self.pool.submit(self._broadcast, group, bucket.data)
         return lambda: self._finish(group)
@@ -198,7 +198,7 @@ class Broadcast(Transport):
             self.pool.submit(peer.server.post, "/init_weights_update_group", call | {"rank_offset": offset}, self.limit, SUCCESS)
             for peer, offset in zip(self.peers, offsets, strict=True)
         ]
-        ours = self.pool.submit(_join, self.backend, store, name, world, self.limit)
+        ours = self.pool.submit(_join, self.backend, store, name, world, self.limit + GRACE)  # `_finish` comes first
         try:
             _settle([*joining, ours], self.limit, f"joining a {self.backend} group with {self.urls}")
         except RuntimeError as error:
