@@ -169,7 +169,7 @@ def test_an_aborted_response_comes_back_in_part_and_is_no_sample(shape, sglang_s
 
 
 def test_a_long_response_is_no_stall(engine, shape, sglang_server, long_responses, capfd: pytest.CaptureFixture[str]) -> None:
-    """Nothing is completed for longer than stall_seconds, while the server generates: an eighth of what it took before, or half a second."""
+    """Nothing is completed for longer than stall_seconds, an eighth of what it took before or half a second; but the server generates."""
     wanted = requests(8, shape, Sampling(1.0, shape.context * 3 // 4, shape.stop_ids))
 
     def seconds_to_first(engine: SGLangEngine) -> float:
