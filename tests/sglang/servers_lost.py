@@ -5,8 +5,6 @@ torchrun --nproc-per-node 2 -m tests.sglang.servers_lost OUT.json. Sampling is t
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import sys
 from collections.abc import Iterator
@@ -17,14 +15,18 @@ import torch
 
 import dapo.assemble
 import dapo.policy  # before Megatron, which it adapts
-from dapo.__main__ import main as run_dapo
 from dapo.config import Parallel
 from dapo.engine.embedded import EmbeddedEngine
 from dapo.mesh import Mesh
 from dapo.types import Sample, WeightsLost
-from tests.distributed.launch import ROOT, numbers
+from tests.distributed.launch import numbers
+from tests.sglang.sync_fails import attempt
 
 CASES = {"never": [], "now_and_then": [0, 1, 2], "for_ever": list(range(9))}  # which readings of samples end in a loss
+
+
+OPTIONS = ["eval.every=1", "eval.samples=1", "reward.workers=0", "rollout.prompts_per_step=4", "rollout.prompts_per_round=4",
+           "parallel.tensor=2", "run.steps=1", "run.save_every=100", "engine.max_concurrent=32"]  # fmt: skip
 
 
 class LosingEngine(EmbeddedEngine):
@@ -49,24 +51,12 @@ class LosingEngine(EmbeddedEngine):
         super().load_weights(weights, version)
 
 
-def attempt(run: Path) -> dict[str, Any]:
-    from megatron.core import parallel_state
-
-    printed = io.StringIO()
-    options = ["eval.every=1", "eval.samples=1", "reward.workers=0", "rollout.prompts_per_step=4", "rollout.prompts_per_round=4",
-               "parallel.tensor=2", "run.steps=1", "run.save_every=100", "engine.max_concurrent=32", f"run.dir={run}"]  # fmt: skip
-    with contextlib.redirect_stderr(printed):
-        status = run_dapo(["train", str(ROOT / "examples/arithmetic/config.yaml"), *options])
-    parallel_state.destroy_model_parallel()
-    return {"status": status, "printed": printed.getvalue()}
-
-
 def main(out: str) -> None:
     torch.set_num_threads(1)
     dapo.assemble.EmbeddedEngine = LosingEngine  # type: ignore[misc]
     root, mesh, results = Path(out).parent, Mesh(Parallel(tensor=2)), []
     for name, LosingEngine.losses in CASES.items():
-        mine = attempt(root / name)
+        mine = attempt([*OPTIONS, f"run.dir={root / name}"])
         ranks: list[Any] = [None] * mesh.world
         torch.distributed.all_gather_object(ranks, mine)
         if mesh.is_main:

@@ -42,6 +42,10 @@ CASES: dict[str, dict[str, list[str | None]]] = {
 FAILS_AT = 2
 
 
+OPTIONS = ["eval.data=null", "reward.workers=0", "rollout.prompts_per_step=4", "rollout.prompts_per_round=4", "rollout.max_rounds=1",
+           "rollout.max_empty_steps=9", "parallel.tensor=2", "run.steps=3", "run.save_every=100"]  # fmt: skip
+
+
 class SyncingEngine(EmbeddedEngine):
     faults: ClassVar[dict[str, list[str | None]]] = {}
 
@@ -64,12 +68,11 @@ class SyncingEngine(EmbeddedEngine):
         self.server.__exit__()
 
 
-def attempt(run: Path) -> dict[str, Any]:
+def attempt(options: list[str]) -> dict[str, Any]:
+    """`dapo train` on this rank: how it ended, and what it printed."""
     from megatron.core import parallel_state
 
     printed = io.StringIO()
-    options = ["eval.data=null", "reward.workers=0", "rollout.prompts_per_step=4", "rollout.prompts_per_round=4", "rollout.max_rounds=1",
-               "rollout.max_empty_steps=9", "parallel.tensor=2", "run.steps=3", "run.save_every=100", f"run.dir={run}"]  # fmt: skip
     with contextlib.redirect_stderr(printed):
         status = run_dapo(["train", str(ROOT / "examples/arithmetic/config.yaml"), *options])
     parallel_state.destroy_model_parallel()
@@ -82,7 +85,7 @@ def main(out: str) -> None:
     root, mesh, results = Path(out).parent, Mesh(Parallel(tensor=2)), []
     for name, SyncingEngine.faults in CASES.items():
         run = root / ("refused_half_way" if name == "no_fault" else name)  # the last one goes on where that one stopped
-        mine = attempt(run)
+        mine = attempt([*OPTIONS, f"run.dir={run}"])
         ranks: list[Any] = [None] * mesh.world
         torch.distributed.all_gather_object(ranks, mine)
         saved = sorted(path.name for path in (run / "checkpoints").glob("*"))
