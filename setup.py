@@ -1,7 +1,10 @@
-"""What installs: `dapo`, and from kernels/ `dapo_kernels`. The folder kernels/ itself must never be importable."""
+"""What installs: `dapo`, and from kernels/ `dapo_kernels`. The folder kernels/ itself must never be
+importable.
+"""
 
 from setuptools import setup
 
+WINGS = ("engine", "learn", "model", "plan", "policy", "report", "reward", "rollout")
 # Triton ≥ 3.7: the interpreter of older ones needs numpy < 2.4
 TEST = ["pytest>=8", "hypothesis>=6.100", "triton>=3.7; sys_platform == 'linux'"]
 
@@ -11,9 +14,9 @@ setup(
     description="DAPO (arXiv:2503.14476) on Megatron-core: reinforcement learning that teaches language models to reason",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["dapo", "dapo.engine", "dapo.policy", "dapo.reward", "dapo_kernels"],
+    packages=["dapo", *(f"dapo.{wing}" for wing in WINGS), "dapo_kernels"],
     package_dir={"dapo_kernels": "kernels/dapo_kernels"},
-    package_data={"dapo": ["py.typed", "report.html"], "dapo_kernels": ["py.typed"]},
+    package_data={"dapo": ["py.typed", "report/page.html"], "dapo_kernels": ["py.typed"]},
     install_requires=[
         "torch>=2.11",
         "megatron-core==0.16.1",  # pinned: policy/cpu.py adapts this very version
@@ -34,7 +37,10 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.9,<2.12", "triton"],
-        "sglang": ["sglang==0.5.23", "sglang-router==0.3.2"],  # those that the tests run: tests/sglang/environment/requirements.txt
+        "sglang": [
+            "sglang==0.5.23",
+            "sglang-router==0.3.2",
+        ],  # those that the tests run: tests/sglang/environment/requirements.txt
         "wandb": ["wandb"],
         "test": TEST,
         "dev": [*TEST, "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "types-psutil"],

@@ -1,4 +1,5 @@
-"""Answer checkers against the labelled set of tests/dapo/answer_cases.py: ours, math-verify alone, and verl's, where it is installed.
+"""Answer checkers against the labelled set of tests/dapo/reward/answer_cases.py: ours, math-verify alone, and
+verl's, where it is installed.
 
 python benchmarks/answer_checkers.py
 """
@@ -18,7 +19,7 @@ from record import heading, save, table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from dapo.reward import is_correct
-from tests.dapo.answer_cases import CASES
+from tests.dapo.reward.answer_cases import CASES
 
 Checker = Callable[[str, str], bool]
 
@@ -29,7 +30,9 @@ def math_verify_alone(response: str, gold: str) -> bool:
 
 
 def verls() -> Checker | None:
-    """The checker of verl's DAPO recipe. Its file needs only `re`; the package around it needs Ray, so the file is loaded alone."""
+    """The checker of verl's DAPO recipe. Its file needs only `re`; the package around it needs Ray, so the
+    file is loaded alone.
+    """
     package = importlib.util.find_spec("verl")
     if package is None or package.origin is None:
         return None

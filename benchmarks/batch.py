@@ -15,7 +15,7 @@ import numpy as np
 from record import heading, save, spread, table
 
 from dapo import config
-from dapo.batch import ATTENTION_SPAN, pack, plan
+from dapo.learn.batch import ATTENTION_SPAN, pack, plan
 from dapo.types import Group, Prompt, Sample
 
 BUDGET, LONGEST, GROUP_SIZE, PROMPT = 32_768, 20_480, 16, 256  # tokens; the paper's group size

@@ -28,7 +28,7 @@ from typing import Any, Protocol
 import psutil
 
 from dapo import files
-from dapo.engine.supervise import PR_SET_PDEATHSIG
+from dapo.engine.guardian import PR_SET_PDEATHSIG
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = [  # small steps, each of them saved

@@ -25,11 +25,12 @@ CHILD = """
 import resource, sys, time
 import transformers
 from pathlib import Path
-from dapo import config, data
+from dapo import config
+from dapo.rollout.prompts import load_prompts
 tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained("examples/arithmetic/base")
 tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-prompts, summary = data.load_prompts(Path(sys.argv[1]), tokenizer, config.Data(train=sys.argv[1]))
+prompts, summary = load_prompts(Path(sys.argv[1]), tokenizer, config.Data(train=sys.argv[1]))
 seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(seconds, before / 2**20, peak / 2**20, summary, sep="|")
 """

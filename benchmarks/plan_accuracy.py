@@ -25,10 +25,10 @@ import psutil
 import torch
 from record import heading, save, table
 
-from dapo import batch as batches
 from dapo import config as configs
-from dapo.memory import CHECKPOINT, Backend, Rank, num_parameters
+from dapo.learn import batch as batches
 from dapo.mesh import Mesh
+from dapo.plan.memory import CHECKPOINT, Backend, Rank, num_parameters
 from dapo.policy.cpu import has_transformer_engine
 from dapo.policy.megatron import Policy
 from dapo.types import Group, Prompt, Sample

@@ -1,6 +1,6 @@
 """How long the report of a 1,000-step run takes to make, and to open in headless Chromium.
 
-python benchmarks/report_page.py. The runs are synthetic: curves of the paper's shape, dumps written by dapo/dump.py, long responses
+python benchmarks/report_page.py. The runs are synthetic: curves of the paper's shape, dumps written by dapo/rollout/dump.py, long responses
 tokenized by a tokenizer trained here on this repository's own text.
 """
 
@@ -22,8 +22,10 @@ import numpy as np
 import tokenizers
 from record import heading, save, spread, table
 
-from dapo import dump, report
-from dapo.buffer import Buffer
+from dapo.learn.traces import Trace
+from dapo.report import page
+from dapo.rollout import dump
+from dapo.rollout.buffer import Buffer
 from dapo.types import Group, Prompt, Sample
 
 ROOT = Path(__file__).parents[1]
@@ -121,13 +123,13 @@ def excerpt(rng: np.random.Generator, corpus: np.ndarray, length: int) -> np.nda
     return np.concatenate(parts)[:length]
 
 
-def trace(rng: np.random.Generator, sample: Sample) -> dump.Trace:
+def trace(rng: np.random.Generator, sample: Sample) -> Trace:
     low, high = rng.random((2, sample.length)) < 0.001
     old = sample.behavior_logprobs
-    return dump.Trace(sample.group, sample.index, old, old + np.where(low, -0.3, np.where(high, 0.3, 0)).astype(np.float32), low, high)
+    return Trace(sample.group, sample.index, old, old + np.where(low, -0.3, np.where(high, 0.3, 0)).astype(np.float32), low, high)
 
 
-def open_page(chromium: str, page: Path, folder: Path) -> tuple[float, float]:
+def open_page(chromium: str, file: Path, folder: Path) -> tuple[float, float]:
     """Seconds until the page's script has drawn everything, counted from the navigation's start, by the page's own clock; and those of the
     whole process: start the browser, open the page, paint it, leave.
     """
@@ -139,13 +141,13 @@ def open_page(chromium: str, page: Path, folder: Path) -> tuple[float, float]:
         f"--user-data-dir={folder / 'profile'}",
         "--window-size=1500,1000",
     ]
-    dom = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120, check=True).stdout
+    dom = subprocess.run([*command, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120, check=True).stdout
     found = re.search(r'data-opened="(\d+)"', dom)
     if found is None:
-        raise SystemExit(f"{page} did not open:\n{dom[:2000]}")
+        raise SystemExit(f"{file} did not open:\n{dom[:2000]}")
     start = time.perf_counter()
-    picture = folder / f"{page.stem}.png"
-    subprocess.run([*command, f"--screenshot={picture}", page.as_uri()], capture_output=True, timeout=120, check=True)
+    picture = folder / f"{file.stem}.png"
+    subprocess.run([*command, f"--screenshot={picture}", file.as_uri()], capture_output=True, timeout=120, check=True)
     return int(found[1]) / 1000, time.perf_counter() - start
 
 
@@ -166,14 +168,14 @@ def main() -> None:
         for kind, options in kinds.items():
             write_run(folder / kind, model, tokenizer, **options)
         for title, names in {"long responses": ["long"], "short responses": ["short"], "both, side by side": ["long", "short"]}.items():
-            page = folder / f"{len(results)}.html"
+            file = folder / f"{len(results)}.html"
             start = time.perf_counter()
-            report.write([folder / name for name in names], page, samples_mib=16)
+            page.write([folder / name for name in names], file, samples_mib=16)
             making = time.perf_counter() - start
-            num_samples = sum(len(entry["outcomes"]) for entry in page_data(page))
-            opened, process = zip(*(open_page(chromium, page, folder) for _ in range(OPENINGS)), strict=True)
+            num_samples = sum(len(entry["outcomes"]) for entry in page_data(file))
+            opened, process = zip(*(open_page(chromium, file, folder) for _ in range(OPENINGS)), strict=True)
             results.append(
-                [title, f"{page.stat().st_size / 2**20:.1f}", num_samples, f"{making:.1f}", spread(opened, 2), spread(process, 2)]
+                [title, f"{file.stat().st_size / 2**20:.1f}", num_samples, f"{making:.1f}", spread(opened, 2), spread(process, 2)]
             )
             print(results[-1], file=sys.stderr, flush=True)
     text = heading(f"Opening the report of {STEPS:,} steps")
@@ -185,8 +187,8 @@ def main() -> None:
     save("report_page.md", text + table(["1,000 steps", "MiB", "samples in it", "made in s", "opened", "process"], results))
 
 
-def page_data(page: Path) -> list[dict[str, str]]:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text())
+def page_data(file: Path) -> list[dict[str, str]]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', file.read_text())
     assert found is not None
     return [entry for run in json.loads(found[1])["runs"] for entry in run["groups"]]
 

@@ -26,8 +26,8 @@ import orjson
 from record import heading, save, spread, table
 
 from dapo.engine import generate
-from dapo.engine.dispatch import Dispatch, Endpoint
-from dapo.engine.server import Server
+from dapo.engine.client import Dispatch, Endpoint
+from dapo.engine.control import Server
 from dapo.engine.sglang import SGLangEngine
 from dapo.types import Request, Sampling
 

@@ -19,12 +19,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.record import heading, save, spread, table
 from dapo import config as configs
-from dapo import pending
-from dapo.buffer import Buffer
-from dapo.data import PromptStream
-from dapo.pending import Pending, enough
 from dapo.reward.pool import Reward
-from dapo.rollout import Rollouts
+from dapo.rollout import pending
+from dapo.rollout.buffer import Buffer
+from dapo.rollout.pending import Pending, enough
+from dapo.rollout.prompts import PromptStream
+from dapo.rollout.rollouts import Rollouts
 from dapo.types import Group, Prompt, Request, Sample
 
 N, G, ROUND, MAX_LENGTH, SLOTS = 64, 8, 192, 20_480, 128  # the paper's ratio of round to step and its limit; an eighth of its groups

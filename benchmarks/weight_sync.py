@@ -30,8 +30,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dapo.config import Config
-from dapo.engine.server import Server
-from dapo.engine.servers import Servers
+from dapo.engine.control import Server
+from dapo.engine.fleet import Servers
 from dapo.engine.weight_sync import make_sync
 
 RUNS = 7

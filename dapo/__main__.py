@@ -13,8 +13,9 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from dapo import config, semantics
-from dapo.plan import HARDWARE, describe, make_plan
+from dapo import config
+from dapo.plan import semantics
+from dapo.plan.plan import HARDWARE, describe, make_plan
 
 
 def main(argv: list[str]) -> int:
@@ -52,10 +53,10 @@ def main(argv: list[str]) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from dapo import report
+    from dapo.report import page
 
     try:
-        made, warnings = report.write(args.runs, args.out, args.samples)
+        made, warnings = page.write(args.runs, args.out, args.samples)
     except config.ConfigError as error:
         return _fail(error, is_told=True)
     for warning in warnings:
@@ -87,7 +88,7 @@ def _run(options: config.Config, models: list[Path] | None = None) -> int:
     from dapo.checkpoint import CheckpointError  # torch and Megatron take seconds: not before the config is known to be good
     from dapo.mesh import FailedElsewhere, Mesh
     from dapo.policy.megatron import PolicyError
-    from dapo.rollout import RolloutError
+    from dapo.rollout.rollouts import RolloutError
     from dapo.train import train
     from dapo.types import EngineError, Interrupted
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import string
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -11,20 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from dapo import evaluate, semantics
 from dapo.config import Config, ConfigError
-from dapo.data import PromptStream, Summary, digest, load_prompts, load_stream
 from dapo.engine.embedded import EmbeddedEngine
-from dapo.engine.servers import Servers
+from dapo.engine.fleet import Servers
 from dapo.engine.sglang import SGLangEngine
 from dapo.engine.weight_sync import make_sync
 from dapo.files import write_text
-from dapo.hf_files import stored_weights
 from dapo.mesh import Mesh
+from dapo.model.files import stored_weights
+from dapo.model.tokenizer import load_tokenizer, stop_ids
+from dapo.plan import semantics
 from dapo.reward.pool import Reward
-from dapo.rollout import Rollouts, RolloutsElsewhere
+from dapo.rollout import evaluate
+from dapo.rollout.prompts import PromptStream, Summary, digest, load_prompts, load_stream
+from dapo.rollout.rollouts import Rollouts, RolloutsElsewhere
 from dapo.types import Engine, Prompt
 
 
@@ -105,36 +105,6 @@ def load_sets(config: Config, tokenizer: Any) -> tuple[dict[str, list[Prompt]], 
     options = config.data.model_copy(update={"too_long": "error"})
     loaded = {name: load_prompts(path, tokenizer, options) for name, path in paths.items()}
     return {name: prompts for name, (prompts, _) in loaded.items()}, [summary for _, summary in loaded.values()]
-
-
-def load_tokenizer(model: Path) -> Any:
-    """Raises ConfigError: there is none."""
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"policy.model={model}: no usable tokenizer there: {' '.join(str(error).split())}") from error
-    if not tokenizer(string.printable, add_special_tokens=False)["input_ids"]:  # transformers makes an empty one up where there is no file
-        raise ConfigError(f"policy.model={model}: no usable tokenizer there: it makes no tokens of text")
-    return tokenizer
-
-
-def stop_ids(model: Path, tokenizer: Any) -> tuple[int, ...]:
-    """The ids that end a response, for every engine alike: all that the model's files name, for a server would stop at them anyway.
-
-    Raises:
-        ConfigError: there are none; no response would ever end.
-    """
-    ids = {tokenizer.eos_token_id, *_listed(json.loads((model / "config.json").read_text()).get("eos_token_id"))}
-    if (model / "generation_config.json").is_file():
-        ids |= set(_listed(transformers.GenerationConfig.from_pretrained(model).eos_token_id))
-    ids.discard(None)
-    if not ids:
-        raise ConfigError(f"policy.model={model}: neither the tokenizer nor config.json nor generation_config.json names an EOS token")
-    return tuple(sorted(ids))
-
-
-def _listed(ids: int | list[int] | None) -> list[int | None]:
-    return list(ids) if isinstance(ids, list) else [ids]
 
 
 def evaluate_models(config: Config, mesh: Mesh, models: list[Path]) -> None:

@@ -22,11 +22,11 @@ from dapo.clock import timed
 from dapo.config import ConfigError
 from dapo.files import Sum
 from dapo.mesh import Mesh
+from dapo.model.shape import ModelShape
 from dapo.policy.megatron import Policy
 from dapo.policy.torch_dist import Save
 from dapo.policy.weight_files import check_checkpoint
-from dapo.rollout import Rollouts, RolloutsElsewhere
-from dapo.shape import ModelShape
+from dapo.rollout.rollouts import Rollouts, RolloutsElsewhere
 
 
 class CheckpointError(RuntimeError):

@@ -13,17 +13,19 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
-from dapo import clock, dump, evaluate
+from dapo import clock
 from dapo.assemble import make_rollouts
 from dapo.checkpoint import Checkpoints
 from dapo.config import Config, ConfigError
 from dapo.files import write_text
+from dapo.learn.traces import merged
+from dapo.log import Log, SilentLog, mean
 from dapo.mesh import Mesh
-from dapo.metrics import Log, SilentLog, mean
+from dapo.model.shape import ModelShape, check_layout, read_shape
 from dapo.policy.megatron import Policy
 from dapo.recorder import Recorder
-from dapo.rollout import Rollouts, RolloutsElsewhere
-from dapo.shape import ModelShape, check_layout, read_shape
+from dapo.rollout import dump, evaluate
+from dapo.rollout.rollouts import Rollouts, RolloutsElsewhere
 from dapo.types import Interrupted, WeightsLost
 
 P = ParamSpec("P")
@@ -108,7 +110,7 @@ def keep_traces(step: int, policy: Policy, mesh: Mesh, config: Config) -> None:
     """Write beside the step's dump what the updates saw of its tokens; nothing is gathered where nothing is dumped."""
     if config.rollout.dump_share:
         traces = [trace for of_a_rank in mesh.gather(policy.take_traces()) for trace in of_a_rank]
-        dump.write_traces(dump.traces_path_of(config.run.dir / "rollouts", step), dump.merged(traces))
+        dump.write_traces(dump.traces_path_of(config.run.dir / "rollouts", step), merged(traces))
 
 
 def make_log(config: Config, rollouts: Rollouts | RolloutsElsewhere, start: int) -> Log | SilentLog:

@@ -15,7 +15,7 @@ import transformers
 import yaml
 
 from dapo import config
-from tests.dapo.test_plan import write_model
+from tests.dapo.plan.test_plan import write_model
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [path.relative_to(ROOT) for path in [ROOT / "README.md", *sorted(ROOT.glob("examples/*/README.md"))]]

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from dapo.engine.server import Server
+from dapo.engine.control import Server
 from dapo.types import EngineError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="SGLang runs on Linux")

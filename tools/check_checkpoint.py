@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from megatron_to_hf import model_of
 
-from dapo.compare import logprobs, tokens_of
 from dapo.config import ConfigError
+from dapo.model.shape import read_shape
 from dapo.policy.weight_files import hf_tensors, open_weights
-from dapo.shape import read_shape
+from dapo.verify import logprobs, tokens_of
 
 
 def main(argv: list[str]) -> int:

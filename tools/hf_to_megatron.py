@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from dapo.config import ConfigError
+from dapo.model.shape import read_shape
 from dapo.policy.weight_files import open_weights, save_megatron
-from dapo.shape import read_shape
 
 
 def parser(description: str) -> argparse.ArgumentParser:

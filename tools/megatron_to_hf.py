@@ -15,9 +15,9 @@ from hf_to_megatron import convert, parser
 
 from dapo import config
 from dapo.config import ConfigError
-from dapo.policy.hf_weights import StoredWeights
+from dapo.model.shape import ModelShape
 from dapo.policy.weight_files import hf_tensors, save_hf, shares
-from dapo.shape import ModelShape
+from dapo.policy.weights import StoredWeights
 
 
 def model_of(checkpoint: Path) -> Path:

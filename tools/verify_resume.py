@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from dapo import compare
+from dapo import verify
 
 
 def train(directory: Path, steps: int, nproc: int, options: list[str]) -> None:
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
             for layout, run, nproc, then, tolerance in resumes:
                 train(run, k + m, nproc, args.options + then)
                 print(f"{k} steps, stopped, {m} more in {nproc} processes, {layout}; against {k + m} in one go:")
-                for found in compare.runs(whole, run, k, k + m):
+                for found in verify.runs(whole, run, k, k + m):
                     is_wrong |= (wrong := not found.gap <= tolerance * found.is_rounded)
                     print(f"  {found.what:45}{found.count:6}  {f'differ by {found.gap:.1e}' if found.gap else 'equal'}{'  WRONG' * wrong}")
         except subprocess.CalledProcessError as error:

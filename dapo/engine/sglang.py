@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dapo.engine.dispatch import Dispatch, Job, Servers
+from dapo.engine.client import Dispatch, Job, Servers
 from dapo.engine.weight_sync import WeightSync
 from dapo.types import EngineError, Interrupted, Request, Sample
 

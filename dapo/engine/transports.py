@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.multiprocessing import reductions
 
 from dapo.engine.buckets import Bucket
-from dapo.engine.server import SUCCESS, Server, on_all
+from dapo.engine.control import SUCCESS, Server, on_all
 from dapo.engine.versions import Peer
 from dapo.types import EngineError
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dapo.engine.server import Server, on_all
+from dapo.engine.control import Server, on_all
 from dapo.types import EngineError
 
 RUN = ("0.5.23",)  # what the tests run; other versions may do

@@ -19,7 +19,7 @@ from torch import Tensor
 from dapo.config import ConfigError
 from dapo.engine.buckets import buckets
 from dapo.engine.checksums import Checksums
-from dapo.engine.server import NOTHING, SUCCESS, Server, on_all
+from dapo.engine.control import NOTHING, SUCCESS, Server, on_all
 from dapo.engine.transports import Broadcast, Disk, Tensors, Transport
 from dapo.engine.versions import Peer, meet
 from dapo.types import EngineError

@@ -2,7 +2,7 @@
 
 Megatron-core 0.16.1 spells "cuda" in some 460 places, and expects Transformer Engine's FusedAdam wherever optimizer state is saved.
 `install` puts a finder before Python's own that rewrites those spellings while megatron.core's modules are imported; nothing on disk
-changes. On a GPU machine with Transformer Engine it does nothing. The version is pinned, and tests/dapo/test_cpu.py counts every rule's
+changes. On a GPU machine with Transformer Engine it does nothing. The version is pinned, and tests/dapo/policy/test_cpu.py counts every rule's
 hits over the package, so that an upgrade shows.
 """
 

@@ -24,17 +24,17 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from dapo.batch import Batch, Microbatch, Place
 from dapo.clock import beat, timed
 from dapo.config import Config, ConfigError
-from dapo.dump import Trace, blank
+from dapo.learn.batch import Batch, Microbatch, Place
+from dapo.learn.traces import Trace, blank
 from dapo.mesh import Mesh
+from dapo.model.shape import read_shape
 from dapo.policy import cpu, torch_dist, weight_files
-from dapo.policy.hf_weights import Weights
 from dapo.policy.layout import initialize_megatron, interleaved
 from dapo.policy.model import build_model, optimizer_config, split_passthrough, transformer_config
 from dapo.policy.optimizer_state import OwnState, groups
-from dapo.shape import read_shape
+from dapo.policy.weights import Weights
 
 
 class PolicyError(RuntimeError):

@@ -14,10 +14,10 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dapo.config import Config, ConfigError, nearest
+from dapo.model.shape import ModelShape, check_layout, padded_vocab
 from dapo.policy.cpu import has_transformer_engine
 from dapo.policy.layers import layer_spec
 from dapo.policy.rope import inverse_frequencies, softmax_scale
-from dapo.shape import ModelShape, check_layout, padded_vocab
 
 
 def split_passthrough(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from dapo.shape import ModelShape
+from dapo.model.shape import ModelShape
 
 
 def inverse_frequencies(shape: ModelShape) -> Tensor:

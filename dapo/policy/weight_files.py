@@ -23,10 +23,10 @@ from torch import Tensor
 
 from dapo import files
 from dapo.config import ConfigError
-from dapo.hf_files import open_safetensors, read_dtypes, read_tensor
+from dapo.model.files import open_safetensors, read_dtypes, read_tensor
+from dapo.model.shape import ModelShape
 from dapo.policy import torch_dist
-from dapo.policy.hf_weights import Entry, StoredWeights, from_shards, hf_shapes, table, to_shard
-from dapo.shape import ModelShape
+from dapo.policy.weights import Entry, StoredWeights, from_shards, hf_shapes, table, to_shard
 
 T = TypeVar("T")
 Named = Iterator[tuple[str, Tensor]]  # by their Hugging Face names

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from dapo import clock
 from dapo.clock import beat, timed
-from dapo.engine.server import Server
+from dapo.engine.control import Server
 from dapo.engine.sglang import SGLangEngine
 from dapo.recorder import Recorder, spell
 from tests.distributed.launch import torchrun

@@ -18,10 +18,10 @@ import torch.distributed as dist
 import transformers
 from torch.autograd.graph import saved_tensors_hooks
 
-from dapo import batch as batches
 from dapo import config as configs
-from dapo.memory import Rank
+from dapo.learn import batch as batches
 from dapo.mesh import Mesh
+from dapo.plan.memory import Rank
 from dapo.policy.megatron import Policy
 from dapo.types import Group, Prompt, Sample
 from tests.distributed.ranks import prepare_rank

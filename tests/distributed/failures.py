@@ -24,11 +24,11 @@ from dapo import files
 from dapo.__main__ import main as dapo
 from dapo.config import Parallel
 from dapo.mesh import Mesh
+from dapo.model.shape import read_shape
 from dapo.policy import torch_dist
-from dapo.policy.hf_weights import table, to_shard
 from dapo.policy.weight_files import _key as megatron_name
 from dapo.policy.weight_files import open_weights
-from dapo.shape import read_shape
+from dapo.policy.weights import table, to_shard
 from tests.distributed.launch import ROOT
 from tests.distributed.ranks import prepare_rank
 

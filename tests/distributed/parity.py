@@ -20,11 +20,11 @@ import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file
 
-from dapo import batch as batches
 from dapo import config as configs
 from dapo.engine.embedded import as_stored
+from dapo.learn import batch as batches
+from dapo.learn.objective import token_weights
 from dapo.mesh import Mesh
-from dapo.objective import token_weights
 from dapo.policy import megatron as policy_module
 from dapo.policy.megatron import Policy, PolicyError
 from dapo.rollout import group_advantages

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 import transformers
 
-from dapo import compare
 from dapo import config as configs
+from dapo import verify
 from dapo.mesh import FailedElsewhere, Mesh
+from dapo.model.shape import read_shape
 from dapo.policy.megatron import Policy
 from dapo.policy.optimizer_state import without_classes
 from dapo.policy.torch_dist import Reader
-from dapo.shape import read_shape
 from tests.distributed import resume
 from tests.distributed.launch import ROOT
 from tests.distributed.moves import HUB, LAYOUTS, MOVES, is_bfloat16, model_of
@@ -162,11 +162,11 @@ def main(out: str) -> None:
 def compared(model: Path, first: Path, again: Path, through: Path, moved: Path, end: int) -> dict[str, Any]:
     x, start, gathered = resume.weights(through / "hf"), resume.weights(model), again.with_name(f"{again.name}-megatron")
     return {
-        "restored": [asdict(found) for found in compare.policies(first / "policy", again / "policy")],
-        "as megatron": [asdict(found) for found in compare.policies(gathered / "policy", again / "policy")],
+        "restored": [asdict(found) for found in verify.policies(first / "policy", again / "policy")],
+        "as megatron": [asdict(found) for found in verify.policies(gathered / "policy", again / "policy")],
         "padding": padding(again),
         "settings": settings(first) == settings(again),
-        "went on": [asdict(found) for found in compare.runs(through, moved, STEPS, end)],
+        "went on": [asdict(found) for found in verify.runs(through, moved, STEPS, end)],
         "moved": max(float((x[name] - start[name]).abs().max()) for name in x),
     }
 

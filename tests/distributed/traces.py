@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from dapo import config as configs
-from dapo import dump
 from dapo.mesh import Mesh
+from dapo.rollout import dump
 from dapo.train import train
 from tests.distributed.launch import ROOT, numbers
 from tests.distributed.ranks import prepare_rank

@@ -14,8 +14,8 @@ import torch
 import transformers
 
 from dapo.config import Config
-from dapo.engine.server import Server
-from dapo.engine.servers import Servers
+from dapo.engine.control import Server
+from dapo.engine.fleet import Servers
 from tests.sglang.environment.build import build
 
 BASE = Path(__file__).parents[2] / "examples/arithmetic/base"

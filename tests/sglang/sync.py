@@ -16,12 +16,12 @@ import torch
 import transformers
 
 from dapo import config as configs
-from dapo.engine.server import Server
+from dapo.engine.control import Server
 from dapo.engine.weight_sync import WeightSync, make_sync
 from dapo.mesh import Mesh
 from dapo.policy.megatron import Policy
 from dapo.policy.weight_files import open_weights
-from dapo.rollout import RolloutsElsewhere
+from dapo.rollout.rollouts import RolloutsElsewhere
 from dapo.train import sync
 
 NUM_REQUESTS = 64  # at once

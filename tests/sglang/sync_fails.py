@@ -19,8 +19,8 @@ import dapo.assemble
 import dapo.policy  # before Megatron, which it adapts
 from dapo.__main__ import main as run_dapo
 from dapo.config import Parallel
+from dapo.engine.control import Server
 from dapo.engine.embedded import EmbeddedEngine
-from dapo.engine.server import Server
 from dapo.engine.weight_sync import make_sync
 from dapo.mesh import Mesh
 from tests.distributed.launch import ROOT

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from dapo.engine import dispatch, generate, sglang
-from dapo.engine.server import Server
+from dapo.engine import client, generate, sglang
+from dapo.engine.control import Server
 from dapo.engine.sglang import SGLangEngine
 from dapo.types import EngineError, Interrupted, Request, Sample, Sampling
 from tests.sglang import fake_server as fake
@@ -28,8 +28,8 @@ LIMIT = 30.0  # seconds for anything here; nothing takes so long, but nothing ma
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "FIRST_PAUSE", 0.02)
-    monkeypatch.setattr(dispatch, "LONGEST_PAUSE", 0.2)
+    monkeypatch.setattr(client, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(client, "LONGEST_PAUSE", 0.2)
 
 
 class Fakes:
@@ -179,10 +179,10 @@ def test_a_fault_without_end_is_one_error_that_names_request_server_and_fault(fa
     server = FakeServer(afterwards=fault)
     with engine_of(server) as engine:
         engine.submit(requests(3))
-        with pytest.raises(EngineError, match=rf"request [01]\.[01] failed {dispatch.MAX_ATTEMPTS} times.* at {server.url}: .+") as error:
+        with pytest.raises(EngineError, match=rf"request [01]\.[01] failed {client.MAX_ATTEMPTS} times.* at {server.url}: .+") as error:
             collect(engine)
     assert "\n" not in str(error.value)
-    assert len(server.bodies) <= 3 * dispatch.MAX_ATTEMPTS
+    assert len(server.bodies) <= 3 * client.MAX_ATTEMPTS
 
 
 @pytest.mark.parametrize("code", [400, 401, 404, 422])
@@ -515,7 +515,7 @@ def test_what_is_aborted_before_it_was_sent_leaves_its_place_to_others() -> None
 
 def test_no_id_at_a_server_is_the_beginning_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang aborts every request whose id begins with the one that it is told."""
-    monkeypatch.setattr(dispatch, "MAX_ATTEMPTS", 30)
+    monkeypatch.setattr(client, "MAX_ATTEMPTS", 30)
     server = FakeServer([fake.status(500)] * 12)
     sampling = Sampling(1.0, 8, (fake.STOP,))
     with engine_of(server, max_concurrent=1) as engine:
@@ -544,7 +544,7 @@ def test_behind_a_router_every_worker_is_told_of_an_abort() -> None:
 
 
 def test_a_worker_that_is_silent_about_an_abort_is_not_told_of_all_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "ABORT_LIMIT", 0.5)
+    monkeypatch.setattr(client, "ABORT_LIMIT", 0.5)
     router, silent, good = FakeServer(afterwards=fake.nothing), FakeServer(), FakeServer()
     silent.is_hung = True
     with engine_of(silent, good, router=router, max_concurrent=75) as engine:
@@ -552,13 +552,13 @@ def test_a_worker_that_is_silent_about_an_abort_is_not_told_of_all_the_others(mo
         wait_for(lambda: len(router.bodies) == 150)
         engine.abort([request.id for request in requests(150)])
         engine.load_weights([], 0)
-        assert len(silent.aborted) == dispatch.NUM_ABORTS
+        assert len(silent.aborted) == client.NUM_ABORTS
         assert sorted(good.aborted) == sorted(body["rid"] for body in router.bodies)
         engine.submit(requests(2))
         wait_for(lambda: len(router.bodies) == 152)
         engine.abort([request.id for request in requests(2)])
         engine.load_weights([], 1)
-        assert len(silent.aborted) == dispatch.NUM_ABORTS + 2, "the next time it is told again"
+        assert len(silent.aborted) == client.NUM_ABORTS + 2, "the next time it is told again"
 
 
 @pytest.mark.parametrize("has_died", [True, False])
@@ -610,7 +610,7 @@ def test_a_program_that_never_closes_the_engine_ends_all_the_same() -> None:
     server = FakeServer(afterwards=fake.nothing)
     code = f"""
 from types import SimpleNamespace
-from dapo.engine.server import Server
+from dapo.engine.control import Server
 from dapo.engine.sglang import SGLangEngine
 from tests.sglang.fake_server import requests
 servers = SimpleNamespace(workers=[Server("{server.url}")], generate_urls=["{server.url}"])

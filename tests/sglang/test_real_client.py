@@ -15,8 +15,8 @@ import torch
 import transformers
 
 from dapo.engine import generate
+from dapo.engine.control import Server
 from dapo.engine.generate import BadAnswer
-from dapo.engine.server import Server
 from dapo.engine.sglang import SGLangEngine
 from dapo.types import EngineError, Request, Sample, Sampling
 

@@ -12,9 +12,9 @@ import psutil
 import pytest
 
 from dapo.config import ConfigError
-from dapo.engine.server_options import OURS, known_arguments, server_options
-from dapo.engine.servers import Servers
-from dapo.rollout import GROUPS_PER_STEP
+from dapo.engine.arguments import OURS, known_arguments, server_options
+from dapo.engine.fleet import Servers
+from dapo.rollout.rollouts import GROUPS_PER_STEP
 from tests.sglang.conftest import RunningServer, server_config
 from tests.sglang.two_servers import GROUPS, SAMPLES
 

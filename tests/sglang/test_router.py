@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from dapo.engine.server import KEY_VARIABLE, Server
-from dapo.engine.server_options import child_environment, command_line
-from dapo.engine.server_process import LOOPBACK, ServerProcess, free_port
-from dapo.engine.servers import BOOT, ROUTER
+from dapo.engine.arguments import child_environment, command_line
+from dapo.engine.control import KEY_VARIABLE, Server
+from dapo.engine.fleet import BOOT, ROUTER
+from dapo.engine.process import LOOPBACK, ServerProcess, free_port
 from dapo.engine.sglang import SGLangEngine
 from tests.sglang import fake_server as fake
 from tests.sglang.fake_server import FakeServer, requests

@@ -24,11 +24,13 @@ import torch
 
 from dapo import clock
 from dapo.config import ConfigError
-from dapo.engine import server_options as server_options_module
-from dapo.engine import server_process, servers, supervise
-from dapo.engine.server import KEY_VARIABLE, Server
-from dapo.engine.server_options import check_broadcast, child_environment, command_line, gpu_sets, known_arguments, server_options
-from dapo.engine.servers import Servers, introduce
+from dapo.engine import arguments as server_options_module
+from dapo.engine import fleet as servers
+from dapo.engine import guardian
+from dapo.engine import process as server_process
+from dapo.engine.arguments import check_broadcast, child_environment, command_line, gpu_sets, known_arguments, server_options
+from dapo.engine.control import KEY_VARIABLE, Server
+from dapo.engine.fleet import Servers, introduce
 from dapo.engine.sglang import SGLangEngine
 from dapo.engine.weight_sync import make_sync
 from dapo.types import EngineError, WeightsLost
@@ -39,7 +41,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="SGLang runs on 
 ROOT = Path(__file__).parents[2]
 FAKE = Path(__file__).parent / "fake"
 TRAINER = """import pathlib, sys, time
-from dapo.engine.servers import Servers
+from dapo.engine.fleet import Servers
 from tests.sglang.conftest import server_config
 folder = pathlib.Path(sys.argv[1])
 Servers(server_config(folder, folder)).wait()
@@ -75,7 +77,7 @@ def start(fake: Path) -> Iterator[Callable[..., Servers]]:
 def processes_of(folder: Path) -> list[psutil.Process]:
     """The guardians that log below `folder`, and everything under them."""
     guardians = [
-        p for p in psutil.process_iter() if any(str(folder) in word for word in command_of(p)) and "supervise.py" in str(command_of(p))
+        p for p in psutil.process_iter() if any(str(folder) in word for word in command_of(p)) and "guardian.py" in str(command_of(p))
     ]
     return [*guardians, *(child for guardian in guardians for child in guardian.children(recursive=True))]
 
@@ -128,9 +130,9 @@ def test_a_server_goes_with_its_guardian(start: Callable[..., Servers], fake: Pa
 
 
 def test_a_server_lives_on_though_its_log_cannot_be_written() -> None:
-    command = [sys.executable, "-I", supervise.__file__, str(os.getpid()), "/dev/full", "sh", "-c", "echo said; sleep 0.5; exit 7"]
-    guardian = subprocess.run(command, capture_output=True, text=True)
-    assert (guardian.returncode, guardian.stderr) == (7, "")
+    command = [sys.executable, "-I", guardian.__file__, str(os.getpid()), "/dev/full", "sh", "-c", "echo said; sleep 0.5; exit 7"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (7, "")
 
 
 def test_a_server_that_died_takes_part_from_the_next_sync_on(start: Callable[..., Servers], fake: Path) -> None:

@@ -18,7 +18,7 @@ from dapo.assemble import make_engine
 from dapo.config import ConfigError
 from dapo.engine.buckets import buckets
 from dapo.engine.checksums import Checksums, gpu_digest
-from dapo.engine.server import Server
+from dapo.engine.control import Server
 from dapo.engine.weight_sync import WeightSync, make_sync
 from dapo.types import EngineError
 from tests.distributed.launch import measured

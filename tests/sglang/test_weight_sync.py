@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dapo.engine.server import KEY_VARIABLE, Server
-from dapo.engine.servers import Servers
+from dapo.engine.control import KEY_VARIABLE, Server
+from dapo.engine.fleet import Servers
 from dapo.engine.weight_sync import WeightSync, make_sync
 from dapo.types import EngineError
 from tests.distributed.launch import torchrun

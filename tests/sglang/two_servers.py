@@ -24,13 +24,13 @@ from safetensors.torch import load_file
 
 from dapo.assemble import make_engine
 from dapo.config import Config
-from dapo.data import PromptStream
 from dapo.engine import generate
-from dapo.engine.server import Server
-from dapo.engine.servers import Servers
+from dapo.engine.control import Server
+from dapo.engine.fleet import Servers
 from dapo.engine.sglang import SGLangEngine
 from dapo.reward.pool import Reward
-from dapo.rollout import Rollouts
+from dapo.rollout.prompts import PromptStream
+from dapo.rollout.rollouts import Rollouts
 from dapo.types import EngineError, Group, Prompt, Request, Sample
 from tests.sglang.conftest import server_config
 

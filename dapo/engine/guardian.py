@@ -1,0 +1,86 @@
+"""The guardian of one server: python guardian.py TRAINER LOG COMMAND…, until the command ends, SIGTERM comes, or process TRAINER is gone.
+
+Whichever it is, nothing that the command started survives: it is one process group, and SGLang's own children stay in it. Linux,
+standard library only. What the command prints goes to LOG, with the API key in the environment, if there is one, blotted out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from types import FrameType
+from typing import IO, NoReturn
+
+KEY_VARIABLE = "DAPO_ENGINE_KEY"
+LOOK_EVERY = 0.25  # seconds
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class Log:
+    """Appends whole lines to a file that only its owner may read."""
+
+    def __init__(self, path: str):
+        self.file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab", buffering=0)
+        self.key = os.environ.get(KEY_VARIABLE, "").encode()
+        self.line = b""
+
+    def write(self, data: bytes, is_last: bool = False) -> None:
+        text = self.line + data
+        end = len(text) if is_last else max(text.rfind(b"\n"), text.rfind(b"\r")) + 1  # \r: progress bars
+        self.line = text[end:]
+        with contextlib.suppress(OSError):  # a full disk: a server is worth more than its log
+            self.file.write(text[:end].replace(self.key, b"***") if self.key else text[:end])
+
+
+def main(trainer: int, log: Log, command: list[str]) -> int:
+    """The command's exit status, or 128 + the signal that ended it."""
+    signal.signal(signal.SIGTERM, _leave)
+    prctl = ctypes.CDLL(None).prctl
+
+    def with_us() -> None:  # should the guardian itself be killed: SGLang's children watch their parent in the same way
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    child = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0, preexec_fn=with_us
+    )
+    assert child.stdout is not None
+    try:
+        while os.getppid() == trainer and child.poll() is None:  # not an end-of-file on a pipe: any fork of the trainer would hold it open
+            _copy(child.stdout, log)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _end(child, child.stdout, log)
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
+
+
+def _end(child: subprocess.Popen[bytes], pipe: IO[bytes], log: Log) -> None:
+    with contextlib.suppress(ProcessLookupError):  # nobody is left
+        os.killpg(child.pid, signal.SIGKILL)  # a server has nothing to save; asked politely, SGLang finishes its requests first
+    child.wait()
+    while _copy(pipe, log):
+        pass
+    log.write(b"", is_last=True)
+
+
+def _copy(pipe: IO[bytes], log: Log) -> bool:
+    """Whether something came within LOOK_EVERY seconds."""
+    ready, _, _ = select.select([pipe], [], [], LOOK_EVERY)
+    data = os.read(pipe.fileno(), 1 << 16) if ready else b""
+    log.write(data)
+    if ready and not data:
+        time.sleep(LOOK_EVERY)  # it has closed its output, and may live on
+    return bool(data)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), Log(sys.argv[2]), sys.argv[3:]))

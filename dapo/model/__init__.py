@@ -1,0 +1,3 @@
+"""What a Hugging Face directory says: sizes, files, and whether a layout can hold the model. No process
+groups.
+"""

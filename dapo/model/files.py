@@ -1,0 +1,76 @@
+"""The tensors of a Hugging Face directory: which file holds which."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dapo.config import ConfigError
+from dapo.model.shape import read_object
+
+
+def open_safetensors(directory: Path) -> dict[str, Path]:
+    """Tensor name → file: by the index if there is one, whatever other files lie there, else of all safetensors files in the directory.
+
+    Raises:
+        ConfigError: none there, one is damaged, one that the index names is missing, or the index names what is not in it.
+    """
+    index = directory / "model.safetensors.index.json"
+    where = _indexed(index) if index.is_file() else {}
+    paths = sorted({directory / name for name in where.values()} or directory.glob("*.safetensors"))
+    if not paths:
+        raise ConfigError(f"{directory}: no *.safetensors there; the model has no weights")
+    found = {}
+    for path in paths:
+        if not path.is_file():
+            raise ConfigError(f"{directory}: {path.name} is missing, one of {len(paths)} files that {index.name} names")
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = {name for name in file.keys() if where.get(name, path.name) == path.name}  # noqa: SIM118  # it is no dictionary
+        except SafetensorError as error:
+            raise ConfigError(f"{path}: damaged or cut short: {error}") from error
+        if lacking := sorted({name for name, file_name in where.items() if file_name == path.name} - names):
+            raise ConfigError(f"{path}: tensor {lacking[0]} is not in it, though {index.name} says so")
+        found.update(dict.fromkeys(names, path))
+    return found
+
+
+def _indexed(index: Path) -> dict[str, str]:
+    """Tensor name → file name."""
+    try:
+        where = json.loads(index.read_text())["weight_map"]
+        return {str(name): str(file) for name, file in where.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{index}: no index of safetensors files: {error!r}") from error
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)  # type: ignore[no-any-return]
+
+
+def read_dtypes(files: dict[str, Path]) -> dict[str, str]:
+    """Tensor name → its dtype as the file's header has it, such as BF16."""
+    found = {}
+    for path in set(files.values()):
+        with safe_open(path, framework="pt") as file:
+            found.update({name: file.get_slice(name).get_dtype() for name, where in files.items() if where == path})
+    return found
+
+
+def stored_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor, without the copy of the embedding that some store as the head of a tied model.
+
+    Raises:
+        ConfigError: no config.json there, or it is broken, or as `open_safetensors`.
+    """
+    if not (directory / "config.json").is_file():
+        raise ConfigError(f"model {directory}: no config.json there; expected a Hugging Face model directory")
+    is_tied = read_object(directory / "config.json").get("tie_word_embeddings", False)
+    for name, path in open_safetensors(directory).items():
+        if not (is_tied and name == "lm_head.weight"):
+            yield name, read_tensor(path, name)

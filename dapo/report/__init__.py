@@ -1,0 +1,1 @@
+"""One HTML page of one run or several, read without torch."""

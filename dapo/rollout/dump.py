@@ -1,0 +1,178 @@
+"""Rollouts as parquet, one file a step: to look at, and to train from again (rollout.replay); and what the updates saw of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dapo.config import ConfigError
+from dapo.learn.traces import Trace, chosen
+from dapo.rollout.buffer import Buffer
+from dapo.types import Group, Prompt, Sample
+
+KINDS = ("kept", "all_correct", "all_wrong", "surplus")
+TRACES = ".traces.parquet"
+COLUMNS = {  # of a dump, a row a sample; [x]: a list of x
+    "kind": "string",
+    "group": "int64",
+    "index": "int64",
+    "prompt_index": "int64",
+    "prompt_tokens": "[int32]",
+    "answer": "string",
+    "tokens": "[int32]",
+    "behavior_logprobs": "[float]",
+    "loss_mask": "[bool]",
+    "versions": "[[int64]]",
+    "finish_reason": "string",
+    "text": "string",
+    "is_correct": "bool",
+    "reward": "double",
+    "advantage": "double",
+}
+TRACE_COLUMNS = {
+    "group": "int64",
+    "index": "int64",
+    "old_logprobs": "[float]",
+    "logprobs": "[float]",
+    "clipped_low": "[bool]",
+    "clipped_high": "[bool]",
+}
+
+
+def path_of(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:06}.parquet"
+
+
+def traces_path_of(directory: Path, step: int) -> Path:
+    return path_of(directory, step).with_suffix(TRACES)
+
+
+def write(path: Path, buffer: Buffer, share: float) -> None:
+    """One row a sample, of the chosen `share` of the groups of each kind. Appears whole or not at all."""
+    path.with_suffix(TRACES).unlink(missing_ok=True)  # of an earlier attempt at this step
+    _write(path, _rows([(kind, group) for kind in KINDS for group in chosen(getattr(buffer, kind), share)]), COLUMNS)
+
+
+def read(path: Path, capacity: int) -> Buffer:
+    """The buffer that `write` was given, as far as it was written.
+
+    Raises:
+        ConfigError: no such file, or it is not a dump.
+    """
+    if not path.exists():
+        raise ConfigError(f"rollout.replay: {path} does not exist; run fewer steps, or dump more")
+    buffer = Buffer(capacity, is_dynamic=True)
+    for kind, group in _groups(path):
+        getattr(buffer, kind).append(group)
+    return buffer
+
+
+def write_groups(path: Path, groups: Sequence[Group]) -> None:
+    """The groups that have samples, one row a sample; no file if none has."""
+    _write(path, _rows([("carried", group) for group in groups]), COLUMNS)
+
+
+def read_groups(path: Path) -> list[Group]:
+    """What `write_groups` was given, as far as it had samples."""
+    return [group for _, group in _groups(path)] if path.exists() else []
+
+
+def write_traces(path: Path, traces: Iterable[Trace]) -> None:
+    """One row a sample, by (group, index) as in the dump of the same step. Appears whole or not at all."""
+    _write(path, [asdict(trace) for trace in sorted(traces, key=lambda trace: (trace.group, trace.index))], TRACE_COLUMNS)
+
+
+def read_rows(path: Path, columns: Mapping[str, str], groups: Sequence[int] | None = None) -> list[dict[str, Any]]:
+    """The rows, of `groups` only if they are named, with `columns` of COLUMNS or TRACE_COLUMNS.
+
+    Raises:
+        ConfigError: the file is damaged, or was not written here.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    filters = None if groups is None else [("group", "in", groups)]
+    try:
+        table = pq.read_table(path, columns=list(columns), filters=filters, page_checksum_verification=True)
+        if not table.schema.equals(_schema(columns)):
+            raise pa.ArrowInvalid(f"columns {', '.join(table.column_names) or 'other than'} in place of {', '.join(columns)}")
+        rows: list[dict[str, Any]] = table.to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is damaged, or no dump of rollouts: {' '.join(str(error).split())}") from None
+    return rows
+
+
+def _groups(path: Path) -> list[tuple[str, Group]]:
+    """(kind, group), in the order in which they were written."""
+    groups: dict[int, tuple[str, Group]] = {}
+    for row in read_rows(path, COLUMNS):
+        if row["group"] not in groups:
+            prompt = Prompt(row["prompt_index"], np.array(row["prompt_tokens"], np.int32), row["answer"])
+            groups[row["group"]] = row["kind"], Group(row["group"], prompt)
+        groups[row["group"]][1].samples.append(_sample(row))
+    return list(groups.values())
+
+
+def _rows(groups: Iterable[tuple[str, Group]]) -> list[dict[str, Any]]:
+    return [_row(kind, group, sample) for kind, group in groups for sample in group.samples]
+
+
+def _schema(columns: Mapping[str, str]) -> Any:
+    import pyarrow as pa
+
+    def kind_of(name: str) -> Any:
+        return pa.list_(kind_of(name[1:-1])) if name.startswith("[") else pa.type_for_alias(name)
+
+    return pa.schema([(name, kind_of(kind)) for name, kind in columns.items()])
+
+
+def _write(path: Path, rows: list[dict[str, Any]], columns: Mapping[str, str]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not rows:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    pq.write_table(pa.Table.from_pylist(rows, schema=_schema(columns)), partial, compression="zstd", write_page_checksum=True)
+    partial.rename(path)
+
+
+def _row(kind: str, group: Group, sample: Sample) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "group": group.id,
+        "index": sample.index,
+        "prompt_index": group.prompt.index,
+        "prompt_tokens": group.prompt.tokens,
+        "answer": group.prompt.answer,
+        "tokens": sample.tokens,
+        "behavior_logprobs": sample.behavior_logprobs,
+        "loss_mask": sample.loss_mask,
+        "versions": [list(version) for version in sample.versions],
+        "finish_reason": sample.finish_reason,
+        "text": sample.text,
+        "is_correct": sample.is_correct,
+        "reward": sample.reward,
+        "advantage": sample.advantage,
+    }
+
+
+def _sample(row: dict[str, Any]) -> Sample:
+    return Sample(
+        group=row["group"],
+        index=row["index"],
+        tokens=np.array(row["tokens"], np.int32),
+        behavior_logprobs=np.array(row["behavior_logprobs"], np.float32),
+        loss_mask=np.array(row["loss_mask"], bool),
+        versions=tuple((version, start, end) for version, start, end in row["versions"]),
+        finish_reason=row["finish_reason"],
+        text=row["text"],
+        is_correct=row["is_correct"],
+        reward=row["reward"],
+        advantage=row["advantage"],
+    )

@@ -1,0 +1,108 @@
+"""Are two runs the same from one step to another? What was sampled, what was learnt, what they would go on from. And two models?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+from dapo.config import ConfigError
+from dapo.engine.embedded import as_stored
+from dapo.model.shape import ModelShape
+from dapo.model.tokenizer import load_tokenizer
+from dapo.policy.torch_dist import Reader
+from dapo.policy.weight_files import hf_tensors, open_weights
+from dapo.report import curves
+from dapo.rollout import dump
+
+SAMPLED = {  # seeds are made of run.seed, group and index
+    "batches: groups, samples, prompts": ("kind", "group", "index", "prompt_index"),
+    "draws: tokens, versions, rewards": ("tokens", "versions", "reward", "advantage"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`gap`: 0 where all `count` are equal; else the share that differs, the largest difference, or its norm relative to theirs."""
+
+    what: str
+    count: int
+    gap: float
+    is_rounded: bool = False  # another layout adds in another order
+
+
+def runs(a: Path, b: Path, first: int, end: int) -> Iterator[Finding]:
+    """Steps `first` … `end` − 1 of two run directories that dumped all rollouts and have a checkpoint after `end` steps.
+
+    Raises:
+        ConfigError: a dump or a checkpoint is missing, or damaged.
+    """
+    steps = range(first, end)
+    for what, names in SAMPLED.items():
+        columns = {name: dump.COLUMNS[name] for name in names}
+        x, y = ([dump.read_rows(dump.path_of(run / "rollouts", step), columns) for step in steps] for run in (a, b))
+        yield Finding(what, sum(map(len, x)), sum(p != q for p, q in zip(x, y, strict=True)) / len(x))
+    for what, key in (("learning rate", "policy/lr"), ("loss", "policy/loss")):
+        mine, its = ([row.get(key, 0.0) for row in curves.read(run / "metrics.jsonl") if row["step"] in steps] for run in (a, b))
+        yield Finding(what, len(mine), max(abs(p - q) for p, q in zip(mine, its, strict=True)), is_rounded=key == "policy/loss")
+    here, there = (run / "checkpoints" / f"step-{end:06}" for run in (a, b))
+    is_same = (here / "rollouts.json").read_bytes() == (there / "rollouts.json").read_bytes()
+    yield Finding("buffer: prompts to come, groups carried over", 1, float(not is_same))
+    yield from policies(here / "policy", there / "policy")
+
+
+def policies(a: Path, b: Path) -> Iterator[Finding]:
+    """The tensors of two checkpoints, of whichever layouts. Rows that only pad a vocabulary are left out."""
+    x, y = Reader(a), Reader(b)
+    missing = x.sizes.keys() ^ y.sizes.keys()
+    yield Finding("tensors, by name", len(x.sizes), len(missing) / len(x.sizes))
+    for what in ("parameters", "main parameters", "moments"):
+        names = [name for name in x.sizes if _kind(name) == what and name not in missing]
+        norms = torch.zeros(2, dtype=torch.float64)
+        for name in names:
+            p, q = (reader.read(name)[: min(x.sizes[name][0], y.sizes[name][0])].double() for reader in (x, y))
+            norms += torch.stack([(p - q).norm() ** 2, p.norm() ** 2])
+        yield Finding(what, len(names), float((norms[0] / norms[1].clamp(min=1e-300)).sqrt()), is_rounded=True)
+
+
+def _kind(name: str) -> str:
+    if not name.startswith("optimizer."):
+        return "parameters"
+    return "main parameters" if name.startswith("optimizer.state.param.") else "moments"
+
+
+def tokens_of(text: Path, models: list[Path], shape: ModelShape) -> torch.Tensor:
+    """[1, n] ids of the file's tokens, which are the same to both models. `models`: Hugging Face directories, for their tokenizers.
+
+    Raises:
+        ConfigError: they are not, or too few, or none of the vocabulary; a tokenizer or the file cannot be read.
+    """
+    try:
+        words = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--text {text} cannot be read: {error}") from error
+    a, b = (load_tokenizer(model)(words).input_ids for model in models)
+    if a != b:
+        place = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))  # noqa: B905
+        raise ConfigError(f"the tokenizers differ: --text {text} is {len(a)} tokens to one, {len(b)} to the other, unlike from {place} on")
+    if len(a) < 2:
+        raise ConfigError(f"--text {text} has too few tokens, {len(a)}: the first has no log-prob, so there must be two")
+    if max(a) >= shape.vocab_size:
+        raise ConfigError(f"--text {text} has token {max(a)}, the models have a vocabulary of {shape.vocab_size}: not their tokenizer")
+    return torch.tensor([a])
+
+
+@torch.no_grad()
+def logprobs(source: Path, model: Path, shape: ModelShape, tokens: torch.Tensor) -> torch.Tensor:
+    """log π(token | those before) of all tokens but the first, in float32: [1, n] → [n − 1].
+
+    The weights are those of `source`, in either format; `model` is the Hugging Face directory that describes them.
+    """
+    hf = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(model), dtype=torch.float32).eval()
+    params = dict(as_stored(hf.named_parameters()))
+    for name, tensor in hf_tensors(open_weights(source, shape), shape, torch.float32):
+        params[name].copy_(tensor)
+    return hf(tokens).logits[0, :-1].log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0]  # type: ignore[no-any-return]

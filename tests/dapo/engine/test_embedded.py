@@ -1,0 +1,125 @@
+"""The embedded engine: what it draws depends on the seed alone, and its log-probs are the model's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from dapo.engine.embedded import EmbeddedEngine
+from dapo.types import Request, Sample, Sampling
+
+BASE = Path(__file__).parents[3] / "examples/arithmetic/base"
+EOS = 1
+
+
+@pytest.fixture(scope="module")
+def engine() -> EmbeddedEngine:
+    engine = EmbeddedEngine(BASE, torch.float32, torch.device("cpu"), max_concurrent=6)
+    weights = load_file(BASE / "model.safetensors")
+    engine.load_weights(weights.items(), version=7)
+    return engine
+
+
+def requests(num_groups: int, sampling: Sampling) -> list[Request]:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(BASE)
+    texts = ["8+4-8+1=", "3+4=", "9-1+2-3+4-5="]
+    prompts = [np.array(tokenizer(text)["input_ids"], np.int32) for text in texts]
+    return [Request(g, i, prompts[g % 3], 1000 * g + i, sampling) for g in range(num_groups) for i in range(2)]
+
+
+def generate(engine: EmbeddedEngine, wanted: list[Request]) -> dict[str, Sample]:
+    engine.submit(wanted)
+    return {f"{sample.group}.{sample.index}": sample for sample in engine.completed()}
+
+
+def test_a_sample_does_not_depend_on_what_it_was_batched_with(engine: EmbeddedEngine) -> None:
+    wanted = requests(6, Sampling(1.0, 24, (EOS,)))
+    together, reversed_order = generate(engine, wanted), generate(engine, wanted[::-1])
+    alone = {key: sample for request in wanted for key, sample in generate(engine, [request]).items()}
+    assert together.keys() == alone.keys() == {request.id for request in wanted}
+    for key, sample in together.items():
+        assert sample.tokens.tolist() == alone[key].tokens.tolist() == reversed_order[key].tokens.tolist()
+    assert len({tuple(sample.tokens) for sample in together.values()}) > 3, "different seeds draw differently from the same prompt"
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
+def test_behavior_logprobs_are_the_models_at_the_sampling_temperature(engine: EmbeddedEngine, temperature: float) -> None:
+    wanted = requests(3, Sampling(temperature, 24, (EOS,)))
+    model = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    for request in wanted:
+        [sample] = generate(engine, [request]).values()
+        tokens = torch.from_numpy(np.concatenate([request.tokens, sample.tokens])).long()[None]
+        with torch.no_grad():
+            logprobs = (model(tokens).logits[0, len(request.tokens) - 1 : -1] / temperature).log_softmax(-1)
+        expected = logprobs.gather(-1, torch.from_numpy(sample.tokens).long()[:, None])[:, 0]
+        np.testing.assert_allclose(sample.behavior_logprobs, expected.numpy(), atol=2e-5)
+
+
+def test_a_response_ends_with_its_first_stop_token_or_at_the_limit(engine: EmbeddedEngine) -> None:
+    for sample in generate(engine, requests(6, Sampling(1.0, 9, (EOS,)))).values():
+        stops = np.flatnonzero(sample.tokens == EOS).tolist()
+        assert stops == ([sample.length - 1] if sample.finish_reason == "stop" else [])
+        assert sample.length <= 9 and (sample.finish_reason == "stop" or sample.length == 9)
+        assert sample.versions == ((7, 0, sample.length),)
+        assert sample.loss_mask.all() and len(sample.loss_mask) == len(sample.behavior_logprobs) == sample.length
+
+
+def test_draws_follow_the_models_distribution(engine: EmbeddedEngine) -> None:
+    """First tokens of 3,000 samples against the model's probabilities, and within top_p against the cut distribution."""
+    [request, *_] = requests(1, Sampling(1.5, 1, (EOS,)))
+    model = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    with torch.no_grad():
+        probabilities = (model(torch.from_numpy(request.tokens).long()[None]).logits[0, -1] / 1.5).softmax(-1).double().numpy()
+    for top_p in (1.0, 0.9):
+        order = np.argsort(-probabilities)
+        kept = order[: int(np.searchsorted(probabilities[order].cumsum(), top_p)) + 1]
+        cut = np.zeros_like(probabilities)
+        cut[kept] = probabilities[kept] / probabilities[kept].sum()
+        engine.max_concurrent = 1000
+        wanted = [Request(0, i, request.tokens, i, Sampling(1.5, 1, (EOS,), top_p)) for i in range(3000)]
+        drawn = np.bincount([int(sample.tokens[0]) for sample in generate(engine, wanted).values()], minlength=len(cut)) / 3000
+        assert np.abs(drawn - cut).max() < 4 * 0.5 / 3000**0.5
+        assert (drawn[cut == 0] == 0).all()
+
+
+def test_a_mixture_of_experts_takes_weights_as_its_files_have_them_and_generates_with_them(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True, head_dim=8)
+    sizes = dict(vocab_size=25, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**sizes, **experts, initializer_range=0.2)).eval()
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    assert "model.layers.1.mlp.experts.3.gate_proj.weight" in weights, "one by one in files, fused in memory"
+    engine = EmbeddedEngine(tmp_path, torch.float32, torch.device("cpu"), max_concurrent=6)
+    engine.load_weights(weights.items(), version=7)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(engine.model.get_parameter(name), parameter), name
+    wanted = requests(3, Sampling(1.0, 12, (EOS,)))
+    for sample, request in zip(generate(engine, wanted).values(), wanted, strict=True):
+        tokens = torch.from_numpy(np.concatenate([request.tokens, sample.tokens])).long()[None]
+        with torch.no_grad():
+            logprobs = model(tokens).logits[0, len(request.tokens) - 1 : -1].log_softmax(-1)
+        expected = logprobs.gather(-1, torch.from_numpy(sample.tokens).long()[:, None])[:, 0]
+        np.testing.assert_allclose(sample.behavior_logprobs, expected.numpy(), atol=2e-5)
+    weights.pop("model.layers.0.mlp.experts.2.down_proj.weight")
+    with pytest.raises(AssertionError, match=r"experts\.2\.down_proj"):
+        engine.load_weights(weights.items(), version=8)
+
+
+def test_abort_forgets_what_is_queued(engine: EmbeddedEngine) -> None:
+    wanted = requests(2, Sampling(1.0, 4, (EOS,)))
+    engine.submit(wanted)
+    engine.abort([wanted[0].id, wanted[3].id])
+    assert [f"{s.group}.{s.index}" for s in engine.completed()] == [wanted[1].id, wanted[2].id]
+
+
+def test_missing_weights_are_noticed(engine: EmbeddedEngine) -> None:
+    weights = load_file(BASE / "model.safetensors")
+    weights.pop("model.norm.weight")
+    with pytest.raises(AssertionError, match=r"model\.norm\.weight"):
+        engine.load_weights(weights.items(), version=8)

@@ -1,0 +1,93 @@
+"""Which of Megatron's fields a run may set, and which are refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dapo import policy  # noqa: F401  # adapts Megatron before it is imported
+from dapo.config import ConfigError, load
+from dapo.model.passthrough import REFUSED
+from dapo.model.shape import read_shape
+from dapo.plan.plan import make_plan
+from dapo.policy import model
+
+ROOT = Path(__file__).parents[3]
+OVERRIDABLE = {  # what the policy sets and a run may set otherwise: which kernels compute the same
+    "gradient_accumulation_fusion", "masked_softmax_fusion", "bias_activation_fusion", "bias_dropout_fusion", "apply_rope_fusion",
+    "persist_layer_norm", "moe_token_dispatcher_type",
+}  # fmt: skip
+
+
+def config_of(*options: str) -> Any:
+    return load(ROOT / "examples/arithmetic/config.yaml", [f"policy.model={ROOT / 'examples/arithmetic/base'}", *options])
+
+
+def test_every_refused_field_is_megatrons() -> None:
+    classes = model.TransformerConfig, model.OptimizerConfig, model.DistributedDataParallelConfig
+    assert set(REFUSED) <= {field.name for config in classes for field in dataclasses.fields(config)}
+
+
+def test_what_the_policy_sets_is_not_silently_overridden(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, seen = config_of(), set()
+
+    class Watched(model.TransformerConfig):
+        def __init__(self, **fields: Any):
+            seen.update(fields)
+            super().__init__(**fields)
+
+    monkeypatch.setattr(model, "TransformerConfig", Watched)
+    model.transformer_config(read_shape(config.policy.model), config)
+    assert len(seen) > 30
+    assert seen - set(REFUSED) == OVERRIDABLE
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("tensor_model_parallel_size=2", "use parallel.tensor"),
+        ("virtual_pipeline_model_parallel_size=2", "use parallel.virtual_pipeline"),
+        ("context_parallel_size=2", "use parallel.context"),
+        ("sequence_parallel=false", "on whenever parallel.tensor is above 1"),
+        ("calculate_per_token_loss=false", "the loss is a sum over tokens"),
+        ("average_in_collective=true", "the loss is a sum over tokens"),
+        ("cross_entropy_loss_fusion=true", "the loss is a sum over tokens"),
+        ("grad_reduce_in_fp32=false", "gradients are summed in float32"),
+        ("batch_p2p_comm=true", "one message at a time"),
+        ("overlap_p2p_comm=true", "one message at a time"),
+        ("deallocate_pipeline_outputs=true", "one message at a time"),
+        ("variable_seq_lengths=false", "of any length"),
+        ("num_layers_in_first_pipeline_stage=1", "weights find their places"),
+        ("hidden_dropout=0.1", "nothing is dropped"),
+        ("window_size=[128,0]", "config.json of policy.model decides it"),
+        ("layernorm_zero_centered_gamma=true", "config.json of policy.model decides it"),
+        ("softmax_type=learnable", "config.json of policy.model decides it"),
+        ("moe_aux_loss_coeff=0.01", "times the number of tokens"),
+        ("bf16=true", "use policy.dtype"),
+        ("loss_scale=128", "there is no loss scale"),
+        ("lr=1e-3", "use optim.lr"),
+        ("num_microbatches_with_partial_activation_checkpoints=1", "use recompute_granularity"),
+        ("hetereogenous_dist_checkpoint=true", "the tensors of all layers in one"),  # Megatron's spelling
+        ("delay_wgrad_compute=true", "complete when the backward pass is"),
+    ],
+)
+def test_a_field_that_makes_wrong_numbers_is_refused_by_training_and_by_the_plan(option: str, said: str) -> None:
+    config = config_of(f"policy.megatron.{option}")
+    message = f"policy.megatron.{option.split('=')[0]} cannot be set: .*{re.escape(said)}"
+    with pytest.raises(ConfigError, match=message):
+        model.transformer_config(read_shape(config.policy.model), config)
+    with pytest.raises(ConfigError, match=message):
+        make_plan(config, "h100", 1, has_te=False)
+
+
+def test_a_field_that_leaves_the_numbers_alone_reaches_megatron() -> None:
+    options = ["recompute_granularity=selective", "bucket_size=1000", "adam_eps=1e-6", "overlap_grad_reduce=true"]
+    config = config_of(*(f"policy.megatron.{option}" for option in options))
+    built = model.transformer_config(read_shape(config.policy.model), config)
+    _, optimizer, ddp = model.split_passthrough(config.policy.megatron)
+    assert built.recompute_granularity == "selective"
+    assert (optimizer, ddp) == ({"adam_eps": 1e-6}, {"bucket_size": 1000, "overlap_grad_reduce": True})

@@ -1,0 +1,81 @@
+"""Packed attention and the norm, against the plainest form of each."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dapo.learn.batch import Microbatch, share
+from dapo.policy.layers import MAX_PADDING, PackedAttention, RMSNorm, key_runs, padded_batches
+from tests.conftest import attend
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("lengths", [[5], [1, 1, 1], [7, 2, 30, 3, 29], [1, 64, 2]])
+def test_each_sequence_attends_to_itself_only(lengths: list[int]) -> None:
+    torch.manual_seed(0)
+    attention = PackedAttention.__new__(PackedAttention)
+    torch.nn.Module.__init__(attention)
+    attention.scale, attention.context = None, SimpleNamespace(size=lambda: 1)
+    total = sum(lengths)
+    query, key, value = (torch.randn(total, h, 8, requires_grad=True) for h in (4, 2, 2))
+    packed = SimpleNamespace(cu_seqlens_q=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32), max_seqlen_q=max(lengths))
+    out = attention(query, key, value, None, packed_seq_params=packed)
+    expected = torch.cat([attend(*parts) for parts in zip(*(x.split(lengths) for x in (query, key, value)), strict=True)])
+    torch.testing.assert_close(out, expected)
+    direction = torch.randn_like(out)
+    ours = torch.autograd.grad((out * direction).sum(), (query, key, value))
+    theirs = torch.autograd.grad((expected * direction).sum(), (query, key, value))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("context", [2, 3, 4])
+@pytest.mark.parametrize("chunks", [[1], [1, 1, 1], [2, 5, 1, 3]])
+def test_context_ranks_together_attend_as_one(context: int, chunks: list[int]) -> None:
+    torch.manual_seed(0)
+    lengths = [2 * context * n for n in chunks]
+    cu_seqlens = np.cumsum([0, *lengths]).astype(np.int32)
+    everything = microbatch_of(np.arange(sum(lengths)), cu_seqlens)
+    shares = [torch.from_numpy(share(everything, rank, context).tokens) for rank in range(context)]
+    query, key, value = (torch.randn(sum(lengths), h, 8) for h in (4, 2, 2))
+    expected = torch.cat([attend(*parts) for parts in zip(*(x.split(lengths) for x in (query, key, value)), strict=True)])
+    attention = PackedAttention.__new__(PackedAttention)
+    torch.nn.Module.__init__(attention)
+    attention.scale = None
+    gathered = torch.cat(shares)
+    for rank, mine in enumerate(shares):
+        runs = key_runs(torch.from_numpy(cu_seqlens), len(mine), rank, context)
+        seen = gathered[runs.places]
+        ours = attention._run_by_run(query[mine], key[seen], value[seen], runs.queries, runs.keys, max(lengths))
+        torch.testing.assert_close(ours.flatten(1), expected[mine])
+
+
+def microbatch_of(tokens: np.ndarray, cu_seqlens: np.ndarray) -> Microbatch:
+    return Microbatch(tokens, *[tokens] * 2, cu_seqlens, *[tokens] * 5)
+
+
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=40))
+def test_padded_batches_hold_every_place_once_with_little_padding(lengths: list[int]) -> None:
+    batches = padded_batches(tuple(np.cumsum([0, *lengths]).tolist()), CPU)
+    places = torch.cat([places[is_real] for places, is_real in batches])
+    assert sorted(places.tolist()) == list(range(sum(lengths)))
+    assert all(1 - is_real.float().mean() <= MAX_PADDING for _, is_real in batches)
+
+
+def test_norm_equals_hugging_face() -> None:
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+    torch.manual_seed(0)
+    x, weight = torch.randn(6, 16), torch.randn(16)
+    ours = RMSNorm(SimpleNamespace(params_dtype=torch.float32, sequence_parallel=True), 16, eps=1e-6)
+    theirs = Qwen2RMSNorm(16, eps=1e-6)
+    ours.weight.data, theirs.weight.data = weight, weight
+    assert torch.equal(ours(x), theirs(x))
+    assert ours.weight.sequence_parallel

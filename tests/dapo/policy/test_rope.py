@@ -1,0 +1,113 @@
+"""Stretched rotary embeddings: config.json's fields and the frequencies, against Hugging Face's."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from dapo.config import ConfigError
+from dapo.model.shape import read_shape
+from dapo.policy.rope import inverse_frequencies, softmax_scale
+
+SIZES = {
+    "model_type": "qwen2", "vocab_size": 100, "hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 131072,
+}  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+def write_model(directory: Path, **fields: Any) -> Path:
+    (directory / "config.json").write_text(json.dumps(SIZES | fields))
+    return directory
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 2.5},
+        LLAMA3,  # Llama 3.1's
+        LLAMA3 | {"factor": 32, "low_freq_factor": 0.3, "original_max_position_embeddings": 77},
+        YARN,  # Qwen2.5's and Qwen3's
+        YARN | {"beta_fast": 16, "beta_slow": 0.5, "truncate": False},
+        YARN | {"attention_factor": 0.8},
+        YARN | {"mscale": 0.707, "mscale_all_dim": 1.3},
+        YARN | {"mscale": 0.707},  # has no effect alone
+        YARN | {"factor": 1.0},
+        YARN | {"original_max_position_embeddings": 5},  # no pair turns once: the ends of the ramp change places
+        YARN | {"beta_fast": 1.0, "mscale": None},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("theta", [10_000.0, 1_000_000])
+def test_frequencies_and_attention_factor_are_hugging_faces(scaling: dict[str, Any], theta: float, tmp_path: Path) -> None:
+    shape = read_shape(write_model(tmp_path, rope_parameters=scaling | {"rope_theta": theta}))
+    hf = transformers.AutoConfig.from_pretrained(tmp_path)
+    frequencies, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](hf, torch.device("cpu"))
+    torch.testing.assert_close(inverse_frequencies(shape), frequencies, rtol=3e-7, atol=0)
+    assert (softmax_scale(shape) or 1 / math.sqrt(128)) == pytest.approx(factor**2 / math.sqrt(128), rel=1e-7)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_parameters": YARN | {"rope_theta": 1e6}},
+        {"rope_parameters": YARN | {"rope_theta": 1e6}, "rope_theta": 1e6},
+        {"rope_parameters": YARN | {"rope_theta": 1e6}, "rope_scaling": YARN | {"rope_theta": 1e6}},
+        {"rope_parameters": None, "rope_scaling": YARN, "rope_theta": 1e6},
+        {"rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 32768}, "rope_theta": 1e6},  # Qwen2.5's README
+        {"rope_scaling": YARN | {"type": "yarn"}, "rope_theta": 1000000},
+        {"rope_scaling": YARN | {"beta_fast": None, "beta_slow": 1}, "rope_theta": 1e6},
+    ],
+)
+def test_old_and_new_spellings_mean_the_same(fields: dict[str, Any], tmp_path: Path) -> None:
+    shape = read_shape(write_model(tmp_path, **fields))
+    assert shape.rope_theta == 1e6
+    assert shape.rope_scaling == YARN | {
+        "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "attention_factor": None, "mscale": None, "mscale_all_dim": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "fields", [{"rope_parameters": None}, {"rope_scaling": None}, {"rope_parameters": {}}, {"rope_scaling": {"rope_type": "default"}}]
+)
+def test_none_of_it_is_a_plain_embedding(fields: dict[str, Any], tmp_path: Path) -> None:
+    shape = read_shape(write_model(tmp_path, rope_theta=5e5, **fields))
+    assert (shape.rope_theta, shape.rope_scaling, softmax_scale(shape)) == (5e5, None, None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported; supported: default, linear, llama3, yarn"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters: rope_type 'longrope' is not supported"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}, "rope_type 'mrope' is not supported"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_type default has no field 'factor'"),
+        ({"rope_scaling": YARN | {"low_freq_factor": 1.0}}, "rope_type yarn has no field 'low_freq_factor'; known: factor"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_type default has no field 'partial_rotary_factor'"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_type default has no field 'full_attention'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type yarn wants the field 'original_max_position_embeddings'"),
+        ({"rope_scaling": LLAMA3 | {"factor": None}}, "rope_type llama3 wants the field 'factor'"),
+        ({"rope_scaling": YARN | {"factor": 0.5}}, "factor=0.5; expected a number of at least 1"),
+        ({"rope_scaling": YARN | {"beta_fast": "32"}}, "beta_fast='32'; expected a number above 0"),
+        ({"rope_scaling": YARN | {"truncate": 1}}, "truncate=1; expected true or false"),
+        ({"rope_scaling": YARN | {"truncate": None}}, "truncate=None; expected true or false"),
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "low_freq_factor=1.0 is not below high_freq_factor"),
+        ({"rope_theta": True}, "rope_theta=True; expected a number above 0"),
+        ({"rope_scaling": "yarn"}, "rope_scaling='yarn'; expected a rope_type and its fields"),
+        ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}, "rope_theta=10000.0, but 1000000.0 in rope_parameters"),
+        ({"rope_scaling": YARN, "rope_parameters": {"rope_theta": 1e6}}, "but rope_parameters={'rope_theta': 1000000.0}: remove"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_rope_that_is_not_understood_is_refused_by_name(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        read_shape(write_model(tmp_path, **fields))

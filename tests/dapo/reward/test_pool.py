@@ -1,0 +1,313 @@
+"""The reward pool: time limits, hostile responses, remote functions, several functions, shadow verifiers."""
+
+import http.server
+import json
+import os
+import threading
+import time
+
+import pytest
+
+from dapo.config import ConfigError
+from dapo.reward import remote
+from dapo.reward.pool import Reward
+from dapo.reward.worker import Job
+from dapo.reward.workers import Workers
+from tests.conftest import make_config, make_prompt, make_sample
+from tests.dapo.reward.test_answer import HOSTILE
+from tests.dapo.reward.test_reward import FUNCTIONS
+
+
+@pytest.fixture
+def reward(tmp_path):
+    """`reward("workers=2", …)`: a Reward without length penalty, closed at the end."""
+    made = []
+
+    def make(*options):
+        config = make_config(tmp_path, "reward.soft_overlong_punishment=false", *[f"reward.{option}" for option in options])
+        made.append(Reward(config.reward, 32, tmp_path / "disputes.jsonl"))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def score(reward, texts, answer="1"):
+    """(is_correct, reward) of every text; the i-th is the i-th sample of the i-th prompt."""
+    pairs = [(make_prompt(i, answer=answer), make_sample(group=i, index=i, text=text)) for i, text in enumerate(texts)]
+    reward.score(pairs)
+    return [(sample.is_correct, sample.reward) for _, sample in pairs]
+
+
+RIGHT, WRONG = (True, 1.0), (False, -1.0)
+
+
+# order
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_verdicts_come_back_in_the_order_of_the_samples(reward, workers):
+    texts = [str(i % 7 - 3) for i in range(500)]
+    assert score(reward(f"workers={workers}", f"function={FUNCTIONS}:graded"), texts) == [(float(t) > 0, float(t)) for t in texts]
+
+
+def test_verdicts_stay_with_their_samples_when_workers_are_lost_in_between(reward):
+    texts = ["1" if i % 3 else "2" for i in range(120)]
+    for i in (0, 17, 50, 51, 119):
+        texts[i] = "sleep" if i % 2 else "die"
+    pool = reward("workers=2", f"function={FUNCTIONS}:obedient", "time_limit=1.0")
+    assert score(pool, texts) == [RIGHT if text == "1" else WRONG for text in texts]
+    assert pool.take_metrics() == {"reward/timeouts": 3, "reward/crashes": 2}
+    assert pool.take_metrics() == {"reward/timeouts": 0, "reward/crashes": 0}
+    assert score(pool, texts[1:17]) == [RIGHT if text == "1" else WRONG for text in texts[1:17]]
+
+
+def test_work_is_shared_by_as_many_processes_as_asked_for_and_never_done_here(reward):
+    ids = {reward for _, reward in score(reward("workers=3", f"function={FUNCTIONS}:process_id"), ["x"] * 200)}
+    assert len(ids) == 3 and os.getpid() not in ids
+
+
+def test_without_workers_functions_are_called_in_this_process(reward):
+    assert score(reward("workers=0", f"function={FUNCTIONS}:process_id"), ["x"]) == [(True, os.getpid())]
+
+
+def test_nothing_to_score_is_no_work(reward):
+    assert score(reward(), []) == []
+
+
+# the limit
+
+
+@pytest.mark.parametrize("text", ["sleep", "deaf", "die"])
+def test_a_call_that_never_returns_is_wrong_within_the_limit_and_the_others_keep_their_verdicts(reward, text):
+    pool = reward("workers=1", f"function={FUNCTIONS}:obedient", "time_limit=1.0")
+    score(pool, ["1"])
+    start = time.perf_counter()
+    assert score(pool, ["1", text, "1", "2"]) == [RIGHT, WRONG, RIGHT, WRONG]
+    assert time.perf_counter() - start < 60, "the call would never have returned"
+    metrics = pool.take_metrics()
+    assert (metrics["reward/timeouts"], metrics["reward/crashes"]) == ((0, 1) if text == "die" else (1, 0))
+
+
+def test_a_worker_that_was_killed_from_outside_between_two_steps_is_replaced(reward):
+    pool = reward("workers=1", f"function={FUNCTIONS}:obedient")
+    score(pool, ["1"])
+    pool.workers.workers[0].process.kill()
+    pool.workers.workers[0].process.join()
+    assert score(pool, ["1"] * 40) == [RIGHT] * 40
+    assert pool.take_metrics()["reward/crashes"] == 0
+
+
+def test_a_catastrophic_pattern_is_cut_off(reward):
+    pool = reward("workers=2", f"function={FUNCTIONS}:catastrophic", "time_limit=1.0")
+    assert score(pool, ["aab", "a" * 60 + "!", "b"]) == [RIGHT, WRONG, WRONG]
+    assert pool.take_metrics()["reward/timeouts"] == 1
+
+
+def test_what_a_function_started_ends_with_it(reward, tmp_path):
+    score(reward("workers=1", f"function={FUNCTIONS}:obedient", "time_limit=1.0"), [f"spawn {tmp_path / 'pid'}"])
+    pid = int((tmp_path / "pid").read_text())
+    for _ in range(50):
+        if not is_running(pid):
+            return
+        time.sleep(0.05)
+    raise AssertionError("the child outlived its worker")
+
+
+def is_running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("gold", ["34", r"\frac{1}{2}"])
+def test_hostile_responses_are_wrong_and_the_step_goes_on(reward, gold):
+    texts = [f"Answer: {text}" for text in HOSTILE.values()]
+    assert score(reward("workers=2"), [*texts, f"Answer: {gold}"], gold) == [WRONG] * len(texts) + [RIGHT]
+
+
+def test_closing_ends_the_workers(reward):
+    pool = reward("workers=2", f"function={FUNCTIONS}:process_id")
+    ids = {int(reward) for _, reward in score(pool, ["x"] * 64)}
+    pool.close()
+    assert not [pid for pid in ids if is_running(pid)]
+
+
+def test_a_worker_imports_no_torch(reward):
+    assert score(reward("workers=1", f"function={FUNCTIONS}:is_free_of_torch"), ["x"]) == [RIGHT]
+    both = {"dapo.reward:is_correct": 1.0, f"{FUNCTIONS}:is_free_of_torch": 1.0}
+    assert score(reward("workers=1", f"function={json.dumps(both)}"), ["Answer: 0.5"], "1/2") == [(True, 2.0)]
+
+
+# bad functions
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("silent", "returned None"), ("wordy", "returned 'yes'"), ("listed", r"returned \[True\]"),
+        ("arrayed", r"returned array\(\[1., 2.\]\)"),
+        ("huge_integer", "returned 1000"), ("raising", r"raised KeyError: .*no such.*rule.*reward_functions.py:\d+"),
+        ("leaving", "raised SystemExit: 3"), ("graded", "raised ValueError: could not convert string to float: 'x'"),
+    ],
+)  # fmt: skip
+def test_a_function_that_gives_no_verdict_is_named_with_the_prompt_in_one_line(reward, workers, name, what):
+    with pytest.raises(
+        ConfigError, match=rf"reward\.function={FUNCTIONS}:{name} {what}.* for prompt 0; expected bool or finite float$"
+    ) as caught:
+        score(reward(f"workers={workers}", f"function={FUNCTIONS}:{name}"), ["x"])
+    assert "\n" not in str(caught.value)
+
+
+def test_the_prompt_that_is_named_is_the_one_whose_verdict_it_was(reward):
+    with pytest.raises(ConfigError, match="returned nan for prompt 33;"):
+        score(reward("workers=2", f"function={FUNCTIONS}:graded"), [*["1"] * 33, "nan", *["1"] * 10])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_numpy_scalars_are_verdicts(reward, workers):
+    pool = reward(f"workers={workers}", f"function={FUNCTIONS}:numpy_scalar")
+    assert score(pool, ["1", "2"]) == [RIGHT, WRONG]
+    assert score(pool, ["x"], "half") == [(True, 0.5)]
+
+
+def test_a_function_that_workers_cannot_import_is_an_error_and_no_hang():
+    for path, what in (("nowhere:f", "No module named 'nowhere'"), (f"{FUNCTIONS}:nothing", "no attribute 'nothing'")):
+        workers = Workers([path], 2, 1.0)
+        with pytest.raises(ConfigError, match=f"reward.function={path}.*{what}"):
+            workers.judge([Job(0, "", "")] * 3)
+        assert not workers.workers or workers.close() is None
+
+
+def test_a_shadow_that_cannot_be_imported_is_named_as_such(reward):
+    with pytest.raises(ConfigError, match=r"reward\.shadow=nowhere:f"):
+        reward("shadow=[nowhere:f]")
+
+
+# several functions, and shadows
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_several_functions_add_up_by_weight_and_the_first_decides_what_is_correct(reward, workers):
+    weights = json.dumps({f"{FUNCTIONS}:long_bool": 2.0, f"{FUNCTIONS}:graded": 0.5})
+    pool = reward(f"workers={workers}", f"function={weights}")
+    assert score(pool, ["1", "4", "-4"]) == [(True, 2.5), (False, 0.0), (False, -4.0)]
+
+
+def test_a_truncated_response_is_wrong_by_the_first_function_only(tmp_path, reward):
+    weights = json.dumps({f"{FUNCTIONS}:long_bool": 1.0, f"{FUNCTIONS}:graded": 0.5})
+    pool = reward("workers=0", f"function={weights}", "truncated_is_wrong=true")
+    sample = make_sample(text="1", is_truncated=True)
+    pool.score([(make_prompt(), sample)])
+    assert (sample.is_correct, sample.reward) == (False, -1.0 + 0.5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shadows_change_no_reward_and_their_disagreement_is_counted_and_kept(reward, workers, tmp_path):
+    pool = reward(f"workers={workers}", f"function={FUNCTIONS}:long_bool", f"shadow=[{FUNCTIONS}:one_or_two, {FUNCTIONS}:graded]")
+    assert score(pool, ["1", "2", "-3", "-4"]) == [RIGHT, WRONG, WRONG, WRONG]
+    assert pool.take_metrics()["reward/disagreement"] == 0.25
+    [row] = [json.loads(line) for line in (tmp_path / "disputes.jsonl").read_text().splitlines()]
+    verdicts = {f"{FUNCTIONS}:long_bool": False, f"{FUNCTIONS}:one_or_two": True, f"{FUNCTIONS}:graded": 2.0}
+    assert row == {"prompt": 1, "group": 1, "sample": 1, "answer": "1", "verdicts": verdicts, "response": "2"}
+    score(pool, ["1"])
+    assert pool.take_metrics()["reward/disagreement"] == 0
+
+
+def test_without_shadows_there_is_no_disagreement_to_log(reward):
+    assert set(reward("workers=1").take_metrics()) == {"reward/timeouts", "reward/crashes"}
+
+
+@pytest.mark.parametrize("option", ["function={}", "function=3", "shadow=x:y", "workers=-1", "time_limit=0", "function={a:b: heavy}"])
+def test_options_that_make_no_sense_are_refused(reward, option):
+    with pytest.raises(ConfigError, match=r"reward\." + option.partition("=")[0]):
+        reward(option)
+
+
+# over HTTP
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """`server(replies)`: a URL; each request takes the next of `replies`, a status or a function of the request's JSON."""
+    monkeypatch.setattr(remote, "BACK_OFF", 0.01)
+    servers = []
+
+    def start(*replies):
+        left, lock = list(replies), threading.Lock()
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                sent = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    reply = left.pop(0) if len(left) > 1 else left[0]
+                if reply == "hang up":
+                    self.connection.close()
+                    return
+                self.send_response(reply if isinstance(reply, int) else 200)
+                self.end_headers()
+                if callable(reply):
+                    self.wfile.write(json.dumps(reply(sent)).encode())
+
+            def log_message(self, *args): ...
+
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}/score"
+
+    yield start
+    for each in servers:
+        each.shutdown()
+        each.server_close()
+
+
+def equal(sent):
+    return [response == answer for response, answer in zip(sent["responses"], sent["answers"], strict=True)]
+
+
+def test_a_remote_function_is_asked_in_batches_and_answers_in_order(reward, server):
+    texts = [str(i % 2) for i in range(150)]
+    assert score(reward(f"function={server(equal)}"), texts) == [RIGHT if text == "1" else WRONG for text in texts]
+
+
+def test_a_remote_function_that_fails_for_a_while_is_asked_again(reward, server):
+    url = server(500, 503, "hang up", 429, equal)
+    assert score(reward(f"function={url}"), ["1", "\ud800\0"]) == [RIGHT, WRONG]
+
+
+@pytest.mark.parametrize(
+    ("reply", "what"),
+    [
+        (500, "no answer in 6 attempts, the last: 500"), ("hang up", "no answer in 6 attempts, the last: "),
+        (404, "the server answered 404"),
+        (lambda sent: [True], "sent 2 responses, expected a list of as many verdicts, got 1"), (lambda sent: {"a": 1}, "got dict"),
+        (lambda sent: [True, None], "returned None for prompt 1"),
+        (lambda sent: [float("nan"), 1], "returned nan for prompt 0"), (200, "is not JSON"),
+    ],
+)  # fmt: skip
+def test_a_remote_function_that_goes_on_failing_is_an_error_that_names_it(reward, server, reply, what):
+    url = server(reply)
+    with pytest.raises(ConfigError, match=f"reward.function={url}.*{what}"):
+        score(reward(f"function={url}"), ["1", "2"])
+
+
+def test_a_server_that_is_not_there_is_an_error_that_names_it(reward, monkeypatch):
+    monkeypatch.setattr(remote, "BACK_OFF", 0.01)
+    with pytest.raises(ConfigError, match=r"http://127.0.0.1:9/score: no answer in 6 attempts, the last: .*refused"):
+        score(reward("function=http://127.0.0.1:9/score"), ["1"])
+
+
+def test_a_server_that_never_answers_is_given_up(reward, server, monkeypatch):
+    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    url = server(lambda sent: time.sleep(1.5) or [True])
+    with pytest.raises(ConfigError, match=r"no answer in 2 attempts, the last: .*timed out"):
+        score(reward(f"function={url}", "time_limit=0.2"), ["1"])
+
+
+def test_remote_and_local_functions_work_together(reward, server):
+    weights = json.dumps({server(equal): 1.0, f"{FUNCTIONS}:graded": 0.5})
+    assert score(reward("workers=1", f"function={weights}", f"shadow=['{server(equal)}']"), ["1", "-2"]) == [(True, 1.5), (False, -2.0)]

@@ -1,0 +1,300 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dapo.config import ConfigError, Data
+from dapo.rollout.prompts import PromptStream, load_prompts, load_stream
+from tests.conftest import make_prompt
+
+
+class Tokenizer:
+    """One token a character. A chat becomes `<role>content` per message, then `<assistant>`."""
+
+    def __init__(self, chat_template="yes"):
+        self.chat_template = chat_template
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [ord(c) for c in text]}
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        assert not tokenize and add_generation_prompt
+        if not messages:
+            raise ValueError("Cannot apply chat template to an empty conversation.")  # as transformers does
+        return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
+
+
+def text_of(prompt):
+    return "".join(map(chr, prompt.tokens))
+
+
+def write_lines(path, *lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+    return path
+
+
+def dapo_math_row(index, question, truth="34"):
+    return {
+        "data_source": "math_dapo",
+        "prompt": [{"role": "user", "content": question}],
+        "ability": "MATH",
+        "reward_model": {"ground_truth": truth, "style": "rule-lighteval/MATH_v2"},
+        "extra_info": {"index": str(index)},
+    }
+
+
+def load_with_summary(path, max_length=100, too_long="error", tokenizer=None, on_error="stop"):
+    options = Data(train=path, max_prompt_length=max_length, too_long=too_long, on_error=on_error)
+    return load_prompts(path, tokenizer or Tokenizer(), options)
+
+
+def load(path, **options):
+    return load_with_summary(path, **options)[0]
+
+
+def test_jsonl_gives_text_and_chats_in_file_order_and_skips_empty_lines(tmp_path):
+    chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "2+2"}]
+    path = write_lines(tmp_path / "t.jsonl", {"prompt": "1+1=", "answer": 2}, "", {"prompt": chat, "answer": "4", "more": "ignored"})
+    prompts = load(path)
+    assert [(p.index, text_of(p), p.answer) for p in prompts] == [(0, "1+1=", "2"), (1, "<system>be brief<user>2+2<assistant>", "4")]
+    assert all(p.tokens.dtype == np.int32 for p in prompts)
+
+
+def test_jsonl_is_read_as_utf8(tmp_path):
+    (tmp_path / "t.jsonl").write_bytes('{"prompt": "∫₀¹ x² dx", "answer": "⅓"}'.encode())
+    [prompt] = load(tmp_path / "t.jsonl")
+    assert (text_of(prompt), prompt.answer) == ("∫₀¹ x² dx", "⅓")
+
+
+def test_parquet_in_the_schema_of_dapo_math_is_read_row_by_row(tmp_path):
+    rows = [dapo_math_row(i, f"question {i}", str(10**30 + i)) for i in range(5)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet", row_group_size=2)
+    prompts = load(tmp_path / "t.parquet")
+    assert [p.index for p in prompts] == [0, 1, 2, 3, 4]
+    assert [text_of(p) for p in prompts] == [f"<user>question {i}<assistant>" for i in range(5)]
+    assert [p.answer for p in prompts] == [str(10**30 + i) for i in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ("{not json", ["not JSON"]),
+        ("[1, 2]", ["list", "{prompt, answer}"]),
+        ({"prompt": "x", "answer": [2]}, ["'answer'", "list"]),
+        ({"prompt": [{"role": "wizard", "content": "x"}], "answer": "2"}, ["'wizard'", "user"]),
+        ({"answer": "2"}, ["'prompt'"]),
+        ({"prompt": "x"}, ["'answer'"]),
+        ({"prompt": "x", "answer": None}, ["'answer'"]),
+        ({"prompt": 3, "answer": "2"}, ["'prompt'", "int"]),
+        ({"prompt": ["x"], "answer": "2"}, ["'prompt'", "list"]),
+        ({"prompt": [], "answer": "2"}, ["'prompt'"]),
+        ({"prompt": "", "answer": "2"}, ["empty"]),
+        ({"prompt": "x" * 11, "answer": "2"}, ["11 tokens", "max_prompt_length=10"]),
+    ],
+)
+def test_a_bad_line_is_refused_with_file_and_line(tmp_path, bad, words):
+    path = write_lines(tmp_path / "t.jsonl", {"prompt": "x", "answer": "2"}, "", bad)
+    with pytest.raises(ConfigError) as error:
+        load(path, max_length=10)
+    assert all(word in str(error.value) for word in [f"{path}, line 3", *words]), error.value
+
+
+def test_a_line_that_is_not_utf8_is_refused_with_file_and_line(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(b'{"prompt": "x", "answer": "1"}\n{"prompt": "\xff", "answer": "1"}\n')
+    with pytest.raises(ConfigError, match=r"t\.jsonl, line 2"):
+        load(path)
+
+
+def test_a_chat_without_a_chat_template_is_refused_with_file_and_line(tmp_path):
+    path = write_lines(tmp_path / "t.jsonl", {"prompt": [{"role": "user", "content": "x"}], "answer": "2"})
+    with pytest.raises(ConfigError, match=r"t\.jsonl, line 1: .*no chat template"):
+        load(path, tokenizer=Tokenizer(chat_template=None))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda row: row.pop("prompt"), ["'prompt'", "data_source"]),
+        (lambda row: row.pop("reward_model"), ["reward_model.ground_truth", "data_source"]),
+        (lambda row: row["reward_model"].pop("ground_truth"), ["row 1", "reward_model.ground_truth"]),
+        (lambda row: row.update(reward_model="34"), ["row 1", "reward_model.ground_truth"]),
+        (lambda row: row["reward_model"].update(ground_truth=None), ["row 1", "reward_model.ground_truth"]),
+        (lambda row: row.update(prompt=7), ["row 1", "int"]),
+    ],
+)
+def test_a_parquet_file_of_another_schema_is_refused_by_name(tmp_path, change, words):
+    row = dapo_math_row(0, "question")
+    change(row)
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "t.parquet")
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path / "t.parquet")
+    assert all(word in str(error.value) for word in ["t.parquet", *words]), error.value
+
+
+def test_the_row_number_counts_through_all_row_groups(tmp_path):
+    rows = [dapo_math_row(i, "question" if i < 4 else "a question that is too long") for i in range(5)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet", row_group_size=2)
+    with pytest.raises(ConfigError, match=r"t\.parquet, row 5"):
+        load(tmp_path / "t.parquet", max_length=30)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("nowhere.jsonl", None, "does not exist"),
+        ("t.csv", "a,b", "expected .jsonl or .parquet"),
+        ("t.parquet", "not parquet", "not parquet"),
+        ("t.jsonl", "\n\n", "no prompts"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused_by_name(tmp_path, name, content, words):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=f"{name}.*{words}"):
+        load(tmp_path / name)
+
+
+@pytest.mark.parametrize(("too_long", "expected"), [("drop", ["short", "0123456789"]), ("truncate", ["short", "123456789a", "0123456789"])])
+def test_a_long_prompt_is_dropped_or_cut_on_the_left_and_indices_stay_dense(tmp_path, too_long, expected):
+    lines = [{"prompt": p, "answer": "1"} for p in ("short", "0123456789a", "0123456789")]
+    prompts = load(write_lines(tmp_path / "t.jsonl", *lines), max_length=10, too_long=too_long)
+    assert [text_of(p) for p in prompts] == expected
+    assert [p.index for p in prompts] == list(range(len(expected)))
+
+
+def test_dropping_every_prompt_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"t\.jsonl: no prompts.*max_prompt_length=1, data\.too_long=drop"):
+        load(write_lines(tmp_path / "t.jsonl", {"prompt": "xx", "answer": "1"}), max_length=1, too_long="drop")
+
+
+def make_stream(num_prompts=7, seed=3):
+    return PromptStream([make_prompt(i) for i in range(num_prompts)], seed)
+
+
+def take(stream, count):
+    return [prompt.index for prompt in stream.take(count)]
+
+
+def test_the_order_is_a_function_of_the_seed_alone():
+    assert take(make_stream(50, seed=1), 120) == take(make_stream(50, seed=1), 120)
+    assert take(make_stream(50, seed=1), 50) != take(make_stream(50, seed=2), 50)
+
+
+def test_every_epoch_is_another_permutation_of_all_prompts():
+    epochs = np.array(take(make_stream(50), 200)).reshape(4, 50)
+    assert (np.sort(epochs) == np.arange(50)).all()
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 4
+
+
+def test_how_many_are_taken_at_a_time_does_not_change_the_order():
+    by_three, at_once = make_stream(), make_stream()
+    assert [index for _ in range(8) for index in take(by_three, 3)] == take(at_once, 24)
+
+
+def test_what_was_put_back_comes_first_and_the_rest_follows_unchanged():
+    stream, untouched = make_stream(), make_stream()
+    taken = stream.take(5)
+    stream.put_back(taken[2:])
+    assert take(stream, 12) == take(untouched, 14)[2:]
+
+
+def test_what_was_put_back_last_comes_first_each_in_its_own_order():
+    stream = make_stream()
+    first, second = stream.take(2), stream.take(2)
+    stream.put_back(second)
+    stream.put_back(first)
+    assert take(stream, 4) == [p.index for p in first + second]
+
+
+@pytest.mark.parametrize("position", range(16))  # 7 prompts: through two ends of an epoch
+def test_a_resumed_stream_goes_on_from_any_position(position):
+    stream = make_stream()
+    taken = stream.take(position)
+    stream.put_back(taken[position // 2 :])
+    state = json.loads(json.dumps(stream.state_dict()))
+    resumed = make_stream()
+    resumed.load_state_dict(state)
+    assert take(resumed, 20) == take(stream, 20)
+
+
+def test_a_saved_state_does_not_change_when_the_stream_goes_on():
+    stream = make_stream()
+    stream.put_back(stream.take(3))
+    state = stream.state_dict()
+    expected = take(stream, 5)
+    resumed = make_stream()
+    resumed.load_state_dict(state)
+    assert take(resumed, 5) == expected
+
+
+def test_resuming_on_a_file_of_another_size_is_refused():
+    with pytest.raises(ConfigError, match="checkpoint"):
+        make_stream(8).load_state_dict(make_stream(7).state_dict())
+
+
+@pytest.mark.parametrize("other", [{"tokens": np.array([1, 2, 3], np.int32)}, {"answer": "2"}], ids=["tokens", "answer"])
+def test_resuming_on_a_file_of_other_prompts_is_refused(other):
+    changed = PromptStream([replace(make_prompt(0), **other), *(make_prompt(i) for i in range(1, 7))], seed=3)
+    with pytest.raises(ConfigError, match="checkpoint"):
+        changed.load_state_dict(make_stream(7).state_dict())
+
+
+def test_copies_are_left_out_and_counted(tmp_path):
+    rows = [dapo_math_row(i, f"question {i % 3}", str(i % 3)) for i in range(300)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet", row_group_size=7)
+    prompts, summary = load_with_summary(tmp_path / "t.parquet")
+    assert [(text_of(p), p.answer) for p in prompts] == [(f"<user>question {i}<assistant>", str(i)) for i in range(3)]
+    assert (summary.rows, summary.prompts, summary.copies) == (300, 3, 297)
+    assert "300 rows, 3 prompts; left out: 297 copies" in str(summary)
+
+
+def test_prompts_whose_copies_disagree_are_dropped_and_listed(tmp_path):
+    lines = [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": 2}, {"prompt": "a", "answer": 3}, {"prompt": "a", "answer": "1"}]
+    prompts, summary = load_with_summary(write_lines(tmp_path / "t.jsonl", *lines))
+    assert [text_of(p) for p in prompts] == ["b"]
+    [conflict] = summary.conflicts
+    assert (conflict["prompt"], conflict["answers"], summary.conflicting) == ("a", {"1": 2, "3": 1}, 3)
+    assert conflict["place"].endswith("t.jsonl, line 1")
+
+
+def test_a_chat_and_a_text_of_the_same_words_are_two_prompts(tmp_path):
+    lines = [{"prompt": "x", "answer": 1}, {"prompt": [{"role": "user", "content": "x"}], "answer": 2}]
+    assert len(load(write_lines(tmp_path / "t.jsonl", *lines))) == 2
+
+
+def test_malformed_rows_can_be_skipped_and_every_row_is_accounted_for(tmp_path):
+    good = [{"prompt": p, "answer": "1"} for p in ("a", "a", "b", "c" * 20, "d" * 30)]
+    lines = [*good, "{not json", {"prompt": 3, "answer": 1}, {"prompt": "e", "answer": 1}, {"prompt": "e", "answer": 2}]
+    prompts, s = load_with_summary(write_lines(tmp_path / "t.jsonl", *lines), max_length=10, too_long="drop", on_error="skip")
+    assert [text_of(p) for p in prompts] == ["a", "b"]
+    assert (s.rows, s.prompts, s.copies, s.skipped, s.conflicting, s.dropped) == (9, 2, 1, 2, 2, 2)
+    assert s.rows == s.prompts + s.copies + s.skipped + s.conflicting + s.dropped
+
+
+def sources(tmp_path, **sizes):
+    return {
+        name: write_lines(tmp_path / f"{name}.jsonl", *({"prompt": f"{name}{i}", "answer": 1} for i in range(size)))
+        for name, size in sizes.items()
+    }
+
+
+def test_several_files_are_one_stream(tmp_path):
+    files = sources(tmp_path, a=4, b=3)
+    stream, summaries = load_stream(Data(train=list(files.values())), Tokenizer(), seed=0)
+    assert sorted(text_of(p) for p in stream.take(7)) == ["a0", "a1", "a2", "a3", "b0", "b1", "b2"]
+    assert [s.prompts for s in summaries] == [4, 3]
+
+
+def test_weights_mix_files_evenly_whatever_their_sizes(tmp_path):
+    files = sources(tmp_path, a=40, b=3)
+    stream, _ = load_stream(Data(train={files["a"]: 1.0, files["b"]: 3.0}), Tokenizer(), seed=0)
+    drawn = [text_of(p)[0] for p in stream.take(40)]
+    assert all(abs(drawn[:n].count("b") - 0.75 * n) <= 1 for n in range(1, 41))
+    stream.put_back(stream.take(2))
+    resumed, _ = load_stream(Data(train={files["a"]: 1.0, files["b"]: 3.0}), Tokenizer(), seed=0)
+    resumed.load_state_dict(stream.state_dict())
+    assert [text_of(p) for p in resumed.take(60)] == [text_of(p) for p in stream.take(60)]

@@ -1,0 +1,94 @@
+import json
+
+import pytest
+
+from dapo import clock
+from dapo.log import Log, mean
+from dapo.report.curves import CURVES, plot, read
+from tests.conftest import make_config
+
+
+def test_mean_is_taken_key_by_key():
+    assert mean([{"loss": 1.0, "norm": 4.0}, {"loss": 3.0, "norm": 4.0}, {"loss": 8.0, "norm": 1.0}]) == {"loss": 4.0, "norm": 3.0}
+
+
+def test_mean_of_no_updates_is_empty():
+    assert mean([]) == {}
+
+
+def test_reading_leaves_out_a_last_line_that_a_crash_cut_short(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": i, "loss": i / 3} for i in range(3)]
+    whole = "".join(json.dumps(row) + "\n" for row in rows)
+    last = len(json.dumps(rows[-1]) + "\n")
+    for missing in range(2, last):  # 1: only the newline is missing, and the row is whole
+        path.write_text(whole[:-missing])
+        assert read(path) == rows[:2]
+    path.write_text(whole[:-1])
+    assert read(path) == rows
+
+
+def test_reading_where_nothing_was_written_gives_no_rows(tmp_path):
+    assert read(tmp_path / "metrics.jsonl") == []
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[], [{"step": 0, "eval/accuracy": 0.1}], [{"step": i, **dict.fromkeys(CURVES, i * 0.1)} for i in range(4)]],
+    ids=["empty", "one", "full"],
+)
+def test_plot_writes_a_png(tmp_path, rows):
+    plot({"a": rows, "b": rows[1:]}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def make_log(tmp_path, start):
+    config = make_config(tmp_path)
+    config.run.dir.mkdir(exist_ok=True)
+    return Log(config, start)
+
+
+def test_a_log_going_on_from_a_step_forgets_what_was_written_from_there_on(tmp_path):
+    log = make_log(tmp_path, 0)
+    for step in range(5):
+        log(step, {"loss": float(step)})
+    with log.path.open("a") as file:
+        file.write('{"step": 5, "lo')  # the crash
+    resumed = make_log(tmp_path, 3)
+    assert [row["step"] for row in read(log.path)] == [0, 1, 2]
+    resumed(3, {"loss": 30.0})
+    assert [(row["step"], row["loss"]) for row in read(log.path)] == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 30.0)]
+    log.close()
+    resumed.close()
+
+
+def test_a_row_holds_the_steps_values_times_and_memory(tmp_path, capsys):
+    clock.timed("setup")(lambda: None)()  # before the first step: no step's time
+    log = make_log(tmp_path, 0)
+    log.last -= 100  # as if the first step had taken so long
+    log(0, {"rollout/tokens": 120, "rollout/accuracy": 0.25, "eval/accuracy": 0.5})
+    clock.timed("update")(lambda: None)()
+    log(1, {"rollout/accuracy": 0.75})
+    log.close()
+    first, second = read(log.path)
+    assert first["perf/tokens_per_second"] == pytest.approx(120 / first["time/step"])
+    assert first["time/step"] > 100 > second["time/step"]
+    assert "time/setup" not in first and "time/update" not in first and second["time/update"] >= 0
+    assert 0 < first["perf/peak_memory_gib"] < 1024
+    assert (log.path.parent / "curves.png").exists() and list((log.path.parent / "tensorboard").iterdir())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "step 0: accuracy 0.500 on held-out problems"
+    assert all(word in line for word, line in zip(["accuracy", "0.250", "0.750"], lines[1:], strict=True))
+
+
+def test_a_phase_that_fails_is_timed_too_and_taken_once():
+    @clock.timed("broken")
+    def fail():
+        raise KeyError
+
+    clock.take()
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            fail()
+    assert list(clock.take()) == ["time/broken"]
+    assert clock.take() == {}
