@@ -36,7 +36,9 @@ def verls() -> Checker | None:
     package = importlib.util.find_spec("verl")
     if package is None or package.origin is None:
         return None
-    spec = importlib.util.spec_from_file_location("math_dapo", Path(package.origin).parent / "utils/reward_score/math_dapo.py")
+    spec = importlib.util.spec_from_file_location(
+        "math_dapo", Path(package.origin).parent / "utils/reward_score/math_dapo.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return lambda response, gold: bool(module.compute_score(response, gold)["acc"])
@@ -58,7 +60,13 @@ def main() -> None:
     peer = verls()
     if peer:
         checkers[f"verl {importlib.metadata.version('verl')} math_dapo"] = peer
-    rows, forms = [], {form: [form, sum(case.form == form for case in CASES)] for form in dict.fromkeys(case.form for case in CASES)}
+    rows, forms = (
+        [],
+        {
+            form: [form, sum(case.form == form for case in CASES)]
+            for form in dict.fromkeys(case.form for case in CASES)
+        },
+    )
     rights = sum(case.is_right for case in CASES)
     for name, checker in checkers.items():
         agrees, seconds = judge(checker)
@@ -68,17 +76,20 @@ def main() -> None:
         rows.append([name, f"{sum(agrees) / len(CASES):.1%}", f"{negatives} of {rights}", f"{positives} of {len(CASES) - rights}",
                      f"{len(CASES) / seconds:.0f}"])  # fmt: skip
         for form, row in forms.items():
-            row.append(f"{sum(c.is_right for c in missed if c.form == form)} / {sum(not c.is_right for c in missed if c.form == form)}")
+            row.append(
+                f"{sum(c.is_right for c in missed if c.form == form)} / "
+                f"{sum(not c.is_right for c in missed if c.form == form)}"
+            )
     text = heading("Answer checkers")
     text += f"\n{len(CASES)} hand-made cases, {rights} of them right. The labels are ours and were made with this checker: that it agrees "
     text += "with all of them is a regression test, not a measurement. Some labels are conventions (an integer must be written out; a "
-    text += (
-        'doubt is no answer; what the prompt does not ask for, as \\boxed{34} without "Answer:", is none); math-verify\'s purpose is to '
-    )
+    text += 'doubt is no answer; what the prompt does not ask for, as \\boxed{34} without "Answer:", is none); math-verify\'s purpose is to '
     text += "find mathematics anywhere in a text, so many of its false positives are answers that it was made to accept.\n"
     text += "" if peer else "\nverl is not installed: not measured.\n"
     text += "\n" + table(["checker", "agreement", "false negatives", "false positives", "answers/s"], rows)
-    text += "\nFalse negatives / false positives by form:\n\n" + table(["form", "cases", *checkers], list(forms.values()))
+    text += "\nFalse negatives / false positives by form:\n\n" + table(
+        ["form", "cases", *checkers], list(forms.values())
+    )
     save("answer_checkers.md", text)
 
 

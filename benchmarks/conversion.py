@@ -1,9 +1,11 @@
-"""How fast tools/hf_to_megatron.py and megatron_to_hf.py convert a random 4 GB model, against copying it; and how much memory they need.
+"""How fast tools/hf_to_megatron.py and megatron_to_hf.py convert a random 4 GB model, against copying it; and
+how much memory they need.
 
 python benchmarks/conversion.py [--layers 18] [--trials 3] [--directory DIR]
 
-Copying is `cp -r` and an fsync of every file; both end with the bytes on the disk. Before every trial the files to be read are dropped from
-the page cache and the directory written last is removed. Trials of copying and converting alternate.
+Copying is `cp -r` and an fsync of every file; both end with the bytes on the disk. Before every trial the
+files to be read are dropped from the page cache and the directory written last is removed. Trials of copying
+and converting alternate.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ sys.exit(status)
 
 
 def random_tensors(shape: ModelShape) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor another turn of the same 2²⁴ numbers: drawing billions takes longer than converting them."""
+    """Every tensor another turn of the same 2²⁴ numbers: drawing billions takes longer than converting
+    them.
+    """
     generator = torch.Generator().manual_seed(0)
     numbers = torch.empty(2**24, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
     for entry in entries(shape, is_fused=True):
@@ -83,15 +87,27 @@ def copy(source: Path, target: Path) -> float:
 
 
 def convert(tool: str, source: Path, target: Path) -> list[float]:
-    """Seconds to convert, seconds to import, peak KiB of memory after importing, and in the end, CPU seconds to convert."""
+    """Seconds to convert, seconds to import, peak KiB of memory after importing, and in the end, CPU seconds
+    to convert.
+    """
     forget(source)
-    command = [sys.executable, "-c", CONVERT.format(tool=tool), str(source), str(target), "--shard-size", f"{SHARD_BYTES >> 20}MiB"]
+    command = [
+        sys.executable,
+        "-c",
+        CONVERT.format(tool=tool),
+        str(source),
+        str(target),
+        "--shard-size",
+        f"{SHARD_BYTES >> 20}MiB",
+    ]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return [float(word) for word in done.stdout.split()]
 
 
 def checksum_cost(directory: Path, num_bytes: int = 2**29) -> list[list[object]]:
-    """GB per CPU second: writing tensors of 64 MiB as a checkpoint's thread does, without and with the file's CRC-32; verifying a file."""
+    """GB per CPU second: writing tensors of 64 MiB as a checkpoint's thread does, without and with the file's
+    CRC-32; verifying a file.
+    """
     tensor = torch.empty(2**25, dtype=torch.bfloat16).normal_()
     crc32, seconds = zlib.crc32, defaultdict(list)
     for _ in range(5):
@@ -115,23 +131,38 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=18)
     parser.add_argument("--trials", type=int, default=3)
-    parser.add_argument("--directory", type=Path, help="on the disk to measure; default: where temporary files go")
+    parser.add_argument(
+        "--directory", type=Path, help="on the disk to measure; default: where temporary files go"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.directory) as scratch:
         root = Path(scratch)
         (root / "config").mkdir()
         (root / "config" / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": args.layers}))
         shape = read_shape(root / "config")
-        save_hf([random_tensors(shape)], shape, torch.bfloat16, root / "config", root / "hf", shard_bytes=SHARD_BYTES)
+        save_hf(
+            [random_tensors(shape)],
+            shape,
+            torch.bfloat16,
+            root / "config",
+            root / "hf",
+            shard_bytes=SHARD_BYTES,
+        )
         num_bytes = forget(root / "hf")
         found: dict[str, list[list[float]]] = defaultdict(list)
         for _ in range(args.trials):
-            for tool, source, target in (("hf_to_megatron", "hf", "megatron"), ("megatron_to_hf", "megatron", "back")):
+            for tool, source, target in (
+                ("hf_to_megatron", "hf", "megatron"),
+                ("megatron_to_hf", "megatron", "back"),
+            ):
                 found["copy"].append([copy(root / source, root / "copy")])
                 shutil.rmtree(root / "copy")
                 shutil.rmtree(root / target, ignore_errors=True)
                 found[tool].append(convert(tool, root / source, root / target))
-        same = all((root / "back" / path.name).read_bytes() == path.read_bytes() for path in (root / "hf").glob("*.safetensors"))
+        same = all(
+            (root / "back" / path.name).read_bytes() == path.read_bytes()
+            for path in (root / "hf").glob("*.safetensors")
+        )
         checksums = checksum_cost(root)
     assert same, "the files that came back differ"
     speed = {name: [num_bytes / 1e9 / trial[0] for trial in trials] for name, trials in found.items()}
@@ -142,7 +173,10 @@ def main() -> None:
             f"{statistics.median(speed[name]) / statistics.median(speed['copy']):.0%}",
             spread([trial[0] for trial in trials], 1),
             *(
-                [spread([trial[1] for trial in trials], 1), f"{max(trial[3] for trial in trials) / 2**20:.2f}"]
+                [
+                    spread([trial[1] for trial in trials], 1),
+                    f"{max(trial[3] for trial in trials) / 2**20:.2f}",
+                ]
                 if len(trials[0]) > 1
                 else "––"
             ),
@@ -151,16 +185,29 @@ def main() -> None:
         ]
         for name, trials in found.items()
     ]
-    header = ["", "GB/s", "of copying", "seconds", "importing, seconds more", "peak memory, GiB", "of that after importing", "CPU seconds"]
+    header = [
+        "",
+        "GB/s",
+        "of copying",
+        "seconds",
+        "importing, seconds more",
+        "peak memory, GiB",
+        "of that after importing",
+        "CPU seconds",
+    ]
     text = heading("Conversion of a model between Hugging Face and Megatron files")
     text += (
-        f"\n{num_bytes / 1e9:.2f} GB of bfloat16, {shape.num_layers} layers, files of 1 GiB at most; one process; median (min–max) of "
-        f"{args.trials} trials ({2 * args.trials} of copying); load of the machine before the end {os.getloadavg()[0]:.1f}.\n"
-        "Read from a cold page cache, ended by fsync. Memory is the peak resident set, mapped files included. "
+        f"\n{num_bytes / 1e9:.2f} GB of bfloat16, {shape.num_layers} layers, files of 1 GiB at most; one "
+        "process; median (min–max) of "
+        f"{args.trials} trials ({2 * args.trials} of copying); load of the machine before the end "
+        f"{os.getloadavg()[0]:.1f}.\n"
+        "Read from a cold page cache, ended by fsync. Memory is the peak resident set, mapped files "
+        "included. "
         "There and back the files are equal to the byte.\n\n"
     )
     text += (
-        table(header, rows) + "\n## A checkpoint's checksums\n\nGB per CPU second of one thread, the disk's time left out; 5 trials.\n\n"
+        table(header, rows)
+        + "\n## A checkpoint's checksums\n\nGB per CPU second of one thread, the disk's time left out; 5 trials.\n\n"
     )
     save("conversion.md", text + table(["", "GB/s"], checksums))
 

@@ -1,10 +1,13 @@
-"""kill -9 of every process of a run, at random moments, again and again: does every resume succeed, and is it the run that nobody killed?
+"""kill -9 of every process of a run, at random moments, again and again: does every resume succeed, and is it
+the run that nobody killed?
 
-python benchmarks/crash_test.py [kills, default 50] [seed, default 0] [torchrun | forked, default torchrun] [data | tensor, default data]
+python benchmarks/crash_test.py [kills, default 50] [seed, default 0] [torchrun | forked, default torchrun]
+[data | tensor, default data]
 
-One run is launched, killed and launched again until it has been killed that often; it saves while training waits and in the background, in
-turn. Half of the moments are anywhere in the seconds after it has gone on, half inside a save. What it goes on from must be its newest
-checkpoint, whole; every checkpoint that it ever made, file by file, must be the one of that step of a run that was left alone.
+One run is launched, killed and launched again until it has been killed that often; it saves while training
+waits and in the background, in turn. Half of the moments are anywhere in the seconds after it has gone on,
+half inside a save. What it goes on from must be its newest checkpoint, whole; every checkpoint that it ever
+made, file by file, must be the one of that step of a run that was left alone.
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ OPTIONS = [  # small steps, each of them saved
     "optim.weight_decay=0.1", "rollout.max_staleness=1",
 ]  # fmt: skip
 LONGEST = 2.0  # seconds from going on to a kill that is aimed at no save
-AIMS = ["rollouts.json", "policy/*.distcp", files.MANIFEST]  # of a checkpoint that is being written: the first file, the largest, the last
+# of a checkpoint that is being written: the first file, the largest, the last
+AIMS = ["rollouts.json", "policy/*.distcp", files.MANIFEST]
 START_SECONDS = 900  # after so many a launch that does not go on has failed
 
 
@@ -57,7 +61,17 @@ class Torchrun:
     """`dapo train` under torchrun: its agent and the ranks."""
 
     def __init__(self, processes: int, options: list[str], log: Path):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "dapo", "train"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+            "-m",
+            "dapo",
+            "train",
+        ]
         with log.open("w") as out:
             self.process = subprocess.Popen(
                 [*command, "examples/arithmetic/config.yaml", *options],
@@ -78,7 +92,9 @@ class Torchrun:
 
 
 class Forked:
-    """The ranks of a run, as children of this process: torch and Megatron are imported once, and not for every launch."""
+    """The ranks of a run, as children of this process: torch and Megatron are imported once, and not for
+    every launch.
+    """
 
     def __init__(self, processes: int, options: list[str], log: Path):
         import dapo.train  # noqa: F401  # before the ranks are forked
@@ -87,9 +103,16 @@ class Forked:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        where = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        where = {
+            "WORLD_SIZE": processes,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": 1,
+        }
         fork = multiprocessing.get_context("fork")
-        self.ranks = [fork.Process(target=self._run, args=(rank, where, options, log)) for rank in range(processes)]
+        self.ranks = [
+            fork.Process(target=self._run, args=(rank, where, options, log)) for rank in range(processes)
+        ]
         for rank in self.ranks:
             rank.start()
 
@@ -108,10 +131,14 @@ class Forked:
         import dapo.__main__
 
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives this process
-        os.environ |= {name: str(value) for name, value in (where | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        os.environ |= {
+            name: str(value) for name, value in (where | {"RANK": rank, "LOCAL_RANK": rank}).items()
+        }
         for stream in (1, 2):
             os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream)
-        dapo.__main__.end(dapo.__main__.main(["train", str(ROOT / "examples/arithmetic/config.yaml"), *options]))
+        dapo.__main__.end(
+            dapo.__main__.main(["train", str(ROOT / "examples/arithmetic/config.yaml"), *options])
+        )
 
 
 @dataclass
@@ -128,13 +155,25 @@ class Kill:
     def moment(self) -> str:
         if not self.left:
             return "sampling, learning or deleting"
-        return "saving, before its last file" if files.MANIFEST not in self.left else "saving, all written and not yet named"
+        return (
+            "saving, before its last file"
+            if files.MANIFEST not in self.left
+            else "saving, all written and not yet named"
+        )
 
 
-def crash(directory: Path, num_kills: int, seed: int, layout: str, launcher: Callable[[int, list[str], Path], Launched]) -> dict[str, Any]:
-    """Kill a run `num_kills` times, let it end, and compare it with one that was left alone. What differs is an assertion's message.
+def crash(
+    directory: Path,
+    num_kills: int,
+    seed: int,
+    layout: str,
+    launcher: Callable[[int, list[str], Path], Launched],
+) -> dict[str, Any]:
+    """Kill a run `num_kills` times, let it end, and compare it with one that was left alone. What differs is
+    an assertion's message.
 
-    Two processes; `layout`: "data", each with a share of the samples and of the optimizer's state, or "tensor".
+    Two processes; `layout`: "data", each with a share of the samples and of the optimizer's state, or
+    "tensor".
     """
 
     def launch(options: list[str], log: Path) -> Launched:
@@ -147,15 +186,25 @@ def crash(directory: Path, num_kills: int, seed: int, layout: str, launcher: Cal
         expected = newest(run)
         is_last = i == num_kills
         steps = expected + 2 if is_last else 100_000
-        options = [*OPTIONS, f"run.dir={run}", f"run.steps={steps}", f"run.async_save={str(i % 2 == 1).lower()}"]
+        options = [
+            *OPTIONS,
+            f"run.dir={run}",
+            f"run.steps={steps}",
+            f"run.async_save={str(i % 2 == 1).lower()}",
+        ]
         launched = launch(options, log)
         try:
             started = _wait_until_it_goes_on(launched, run, log, expected)
-            assert started == expected, f"launch {i} went on from step {started}; the newest checkpoint was {expected}\n{log.read_text()}"
+            assert started == expected, (
+                f"launch {i} went on from step {started}; the newest checkpoint was "
+                f"{expected}\n{log.read_text()}"
+            )
             if is_last:
                 _wait_until_it_ends(launched, log)
             else:
-                kills.append(Kill(is_async=i % 2 == 1, aim=moments.choice([*AIMS, "", "", ""]), started=started))
+                kills.append(
+                    Kill(is_async=i % 2 == 1, aim=moments.choice([*AIMS, "", "", ""]), started=started)
+                )
                 _wait_for_the_moment(kills[-1], launched, run, moments)
                 assert launched.status() is None, f"launch {i} ended by itself\n{log.read_text()}"
         finally:
@@ -171,7 +220,12 @@ def crash(directory: Path, num_kills: int, seed: int, layout: str, launcher: Cal
             assert made.setdefault(step, sums) == sums, f"step {step} was made twice, and differently"
         if not is_last:
             kills[-1].newest = newest(run)
-            kills[-1].left = [path.name for hidden in (run / "checkpoints").glob(".step-*") for path in hidden.rglob("*") if path.is_file()]
+            kills[-1].left = [
+                path.name
+                for hidden in (run / "checkpoints").glob(".step-*")
+                for path in hidden.rglob("*")
+                if path.is_file()
+            ]
     whole = directory / "whole"
     undisturbed = launch([*OPTIONS, f"run.dir={whole}", f"run.steps={newest(run)}", "run.keep_every=1"], log)
     try:
@@ -180,7 +234,9 @@ def crash(directory: Path, num_kills: int, seed: int, layout: str, launcher: Cal
         undisturbed.kill()
     differing = [step for step in made if sums_of(whole, step) != made[step]]
     assert not differing, f"checkpoints of steps {differing} are not those of the run that nobody killed"
-    assert (run / "hf/model.safetensors").read_bytes() == (whole / "hf/model.safetensors").read_bytes(), "the final parameters differ"
+    assert (run / "hf/model.safetensors").read_bytes() == (whole / "hf/model.safetensors").read_bytes(), (
+        "the final parameters differ"
+    )
     assert rows(run) == rows(whole), "the metrics differ"
     assert not list((run / "checkpoints").glob(".*")), "a checkpoint half-written was left"
     return {"kills": kills, "compared": len(made), "steps": newest(run)}
@@ -212,7 +268,10 @@ def _wait_for_the_moment(kill: Kill, launched: Launched, run: Path, moments: ran
         return
     first, deadline = newest(run) + moments.randint(1, 3), time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and launched.status() is None:
-        writing = [path.relative_to(run / "checkpoints").parts[0] for path in (run / "checkpoints").glob(f".step-*/{kill.aim}")]
+        writing = [
+            path.relative_to(run / "checkpoints").parts[0]
+            for path in (run / "checkpoints").glob(f".step-*/{kill.aim}")
+        ]
         if any(int(name.removeprefix(".step-").removesuffix(".partial")) >= first for name in writing):
             return
         time.sleep(0.0005)
@@ -235,7 +294,9 @@ def sums_of(run: Path, step: int) -> dict[str, Any]:
 def rows(run: Path) -> list[dict[str, Any]]:
     """What metrics.jsonl says of every step but its times and memory."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith(("time/", "perf/"))} for line in lines]
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith(("time/", "perf/"))} for line in lines
+    ]
 
 
 def _name(step: int) -> str:
@@ -247,23 +308,44 @@ def main(num_kills: str = "50", seed: str = "0", launcher: str = "torchrun", lay
 
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
-        found = crash(Path(directory), int(num_kills), int(seed), layout, {"torchrun": Torchrun, "forked": Forked}[launcher])
+        found = crash(
+            Path(directory),
+            int(num_kills),
+            int(seed),
+            layout,
+            {"torchrun": Torchrun, "forked": Forked}[launcher],
+        )
     kills = found["kills"]
     body = []
     for moment, is_async in sorted({(kill.moment, kill.is_async) for kill in kills}):
         of = [kill for kill in kills if (kill.moment, kill.is_async) == (moment, is_async)]
         kind = "in the background" if is_async else "while training waits"
-        body.append([moment, kind, len(of), sum(bool(kill.aim) for kill in of), sum(kill.newest - kill.started for kill in of)])
+        body.append(
+            [
+                moment,
+                kind,
+                len(of),
+                sum(bool(kill.aim) for kill in of),
+                sum(kill.newest - kill.started for kill in of),
+            ]
+        )
     text = heading("Killed at any moment, a run goes on as if it had not been")
     whom = "torchrun and every rank" if launcher == "torchrun" else "every rank, forked from one process"
     text += f"\n{num_kills} of {num_kills} launches of 2 {layout}-parallel processes were killed (SIGKILL to {whom}), "
     text += f"went on from their newest checkpoint and came to step {found['steps']}. All {found['compared']} checkpoints met on the way, "
     text += "parameters, moments, prompts to come, groups carried over, are the uninterrupted run's of that step, by the checksum of every "
     text += (
-        "file but torch's table of contents, which holds a random number; the exported model is equal to the bit, the metrics are equal. "
+        "file but torch's table of contents, which holds a random number; the exported model is equal to the "
+        "bit, the metrics are equal. "
     )
     text += f"{(time.perf_counter() - begun) / 60:.0f} minutes.\n\n"
-    save("crash_test.md", text + table(["killed while", "it saves", "kills", "aimed at a save", "steps saved since its start"], body))
+    save(
+        "crash_test.md",
+        text
+        + table(
+            ["killed while", "it saves", "kills", "aimed at a save", "steps saved since its start"], body
+        ),
+    )
 
 
 if __name__ == "__main__":

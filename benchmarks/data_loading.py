@@ -1,4 +1,5 @@
-"""Loading a file like the published DAPO-Math-17k: 1.79 M rows that are 17.4 k prompts a hundred times over. Seconds and memory.
+"""Loading a file like the published DAPO-Math-17k: 1.79 M rows that are 17.4 k prompts a hundred times over.
+Seconds and memory.
 
 python benchmarks/data_loading.py [rows] [prompts]
 """
@@ -18,7 +19,8 @@ from record import heading, save, spread, table
 
 RUNS = 3
 TEMPLATE = (
-    "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer (without quotes) "
+    "Solve the following math problem step by step. The last line of your response should be of the form "
+    "Answer: $Answer (without quotes) "
     'where $Answer is the answer to the problem.\n\n{}\n\nRemember to put your answer on its own line after "Answer:".'
 )
 CHILD = """
@@ -73,13 +75,21 @@ def main(num_rows: int, num_prompts: int) -> None:
         print(f"made {path.stat().st_size / 2**20:.0f} MiB in {time.perf_counter() - start:.0f} s")
         runs = []
         for _ in range(RUNS):
-            done = subprocess.run([sys.executable, "-c", CHILD, str(path)], capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                [sys.executable, "-c", CHILD, str(path)], capture_output=True, text=True, check=True
+            )
             runs.append(done.stdout.strip().split("\n")[-1].split("|"))
         size = path.stat().st_size / 2**20
     text = heading("Loading 1.79 M rows of 17.4 k prompts")
     text += f"\n{runs[-1][3].split('/')[-1]}. File: {size:.0f} MiB. {RUNS} runs, each in a process of its own.\n\n"
     text += "Seconds: reading, removing copies, chat template, tokenizer (one token a character). Peak: resident memory of the process.\n\n"
-    rows = [[spread([float(r[0]) for r in runs], 1), spread([float(r[2]) for r in runs], 2), spread([float(r[1]) for r in runs], 2)]]
+    rows = [
+        [
+            spread([float(r[0]) for r in runs], 1),
+            spread([float(r[2]) for r in runs], 2),
+            spread([float(r[1]) for r in runs], 2),
+        ]
+    ]
     save("data_loading.md", text + table(["seconds", "peak GiB", "GiB before loading"], rows))
 
 

@@ -1,8 +1,10 @@
-"""Memory and CPU time of one loss with its gradients: linear_policy_loss beside the plain path on full logits.
+"""Memory and CPU time of one loss with its gradients: linear_policy_loss beside the plain path on full
+logits.
 
 python benchmarks/loss_memory.py
 
-Each run is a process of its own; what counts is the rise of its peak resident memory above the inputs. One thread.
+Each run is a process of its own; what counts is the rise of its peak resident memory above the inputs. One
+thread.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from dapo_kernels import linear_policy_loss, reference
 from record import heading, save, spread, table
 
 ROUNDS = 3
-SIZES = [(4096, 256, 32_768, "float32"), (1024, 256, 151_936, "float32"), (1024, 256, 151_936, "bfloat16")]  # T, H, V
+# T, H, V
+SIZES = [(4096, 256, 32_768, "float32"), (1024, 256, 151_936, "float32"), (1024, 256, 151_936, "bfloat16")]
 PATHS = {
     "plain": "the full logits, then `reference.policy_loss` and autograd",
     "log_softmax": "the full logits, `torch.log_softmax`, gather, and autograd; no entropy",
@@ -35,10 +38,10 @@ MIB = 2**20
 def main() -> None:
     text = heading("Memory and CPU time of the policy loss from hidden states")
     text += (
-        f"\nLoss, per-token statistics, gradients of hidden states and LM head; peak resident memory above the inputs (median of {ROUNDS} "
-        "processes) and CPU seconds, median (min–max). One thread; nothing masked, so that no path can skip a row.\n\n"
-        + "".join(f"- {path}: {what}\n" for path, what in PATHS.items())
-        + "\n"
+        "\nLoss, per-token statistics, gradients of hidden states and LM head; peak resident memory above "
+        f"the inputs (median of {ROUNDS} "
+        "processes) and CPU seconds, median (min–max). One thread; nothing masked, so that no path can skip "
+        "a row.\n\n" + "".join(f"- {path}: {what}\n" for path, what in PATHS.items()) + "\n"
     )
     rows = []
     for size in SIZES:
@@ -50,7 +53,9 @@ def main() -> None:
         for path, done in runs.items():
             mib, seconds = (median(run[key] for run in done) for key in ("mib", "seconds"))
             cpu = spread([run["seconds"] for run in done], 2)
-            rows.append([*size, path, f"{mib:.0f}", f"{mib / plain[0]:.1%}", cpu, f"{seconds / plain[1]:.2f}×"])
+            rows.append(
+                [*size, path, f"{mib:.0f}", f"{mib / plain[0]:.1%}", cpu, f"{seconds / plain[1]:.2f}×"]
+            )
     text += table(["T", "H", "V", "type", "path", "peak MiB", "of plain", "CPU s", "of plain"], rows)
     save("loss_memory.md", text)
 
@@ -75,7 +80,9 @@ def measure(path: str, num_tokens: int, hidden_size: int, vocab: int, dtype: str
 def one_loss(path: str, hidden: torch.Tensor, weight: torch.Tensor, *rest: torch.Tensor) -> None:
     if path == "log_softmax":
         targets, old, advantages, _ = rest  # nothing is masked
-        ratio = (torch.log_softmax((hidden @ weight.t()).float(), -1).gather(-1, targets[:, None])[:, 0] - old).exp()
+        ratio = (
+            torch.log_softmax((hidden @ weight.t()).float(), -1).gather(-1, targets[:, None])[:, 0] - old
+        ).exp()
         loss = torch.maximum(-ratio * advantages, -ratio.clamp(0.8, 1.28) * advantages).sum()
     elif path == "plain":
         loss = reference.policy_loss(hidden @ weight.t(), *rest, **CLIP).loss  # type: ignore[arg-type]
@@ -89,10 +96,21 @@ def make(num_tokens: int, hidden_size: int, vocab: int, dtype: str) -> tuple[Any
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(num_tokens, hidden_size, generator=g, dtype=getattr(torch, dtype)).requires_grad_()
     # in place: a peak while the inputs are made would hide the loss's
-    weight = torch.randn(vocab, hidden_size, generator=g, dtype=hidden.dtype).mul_(hidden_size**-0.5).requires_grad_()
+    weight = (
+        torch.randn(vocab, hidden_size, generator=g, dtype=hidden.dtype)
+        .mul_(hidden_size**-0.5)
+        .requires_grad_()
+    )
     targets = torch.randint(vocab, (num_tokens,), generator=g)
     old = -torch.rand(num_tokens, generator=g) - 10.5
-    return hidden, weight, targets, old, torch.randn(num_tokens, generator=g), torch.ones(num_tokens, dtype=torch.bool)
+    return (
+        hidden,
+        weight,
+        targets,
+        old,
+        torch.randn(num_tokens, generator=g),
+        torch.ones(num_tokens, dtype=torch.bool),
+    )
 
 
 def peak_bytes() -> int:

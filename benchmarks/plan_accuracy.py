@@ -1,10 +1,12 @@
-"""Does `dapo plan` foretell the memory? The peak of real updates, rank by rank, beside the plan's; on a CPU, or on one GPU.
+"""Does `dapo plan` foretell the memory? The peak of real updates, rank by rank, beside the plan's; on a CPU,
+or on one GPU.
 
-python benchmarks/plan_accuracy.py            # about ten minutes on two cores; at most 16 GiB. Numbers of cases: these only
+python benchmarks/plan_accuracy.py            # about ten minutes on two cores; at most 16 GiB. Numbers of
+cases: these only
 
-Each case is a torchrun of its own: Policy on random weights, the log-probs of two minibatches, two updates (a small first one makes the
-optimizer's state), and a checkpoint. Compared is, on a CPU, the rise of the process's peak resident memory above what it held after the
-imports, on a GPU max_memory_allocated.
+Each case is a torchrun of its own: Policy on random weights, the log-probs of two minibatches, two updates (a
+small first one makes the optimizer's state), and a checkpoint. Compared is, on a CPU, the rise of the
+process's peak resident memory above what it held after the imports, on a GPU max_memory_allocated.
 """
 
 from __future__ import annotations
@@ -35,8 +37,11 @@ from dapo.types import Group, Prompt, Sample
 
 GIB = 2**30
 PROMPT, SMALL = 4, 128  # tokens; of the first minibatch, which is there to make the optimizer's state
-SHARES = np.array([2, 3, 5, 6, 8, 10, 12, 18]) / 64  # lengths of a microbatch's samples, as shares of its tokens
-SHAPE = dict(hidden_size=1024, intermediate_size=2816, num_attention_heads=16, num_key_value_heads=4, vocab_size=32768)
+# lengths of a microbatch's samples, as shares of its tokens
+SHARES = np.array([2, 3, 5, 6, 8, 10, 12, 18]) / 64
+SHAPE = dict(
+    hidden_size=1024, intermediate_size=2816, num_attention_heads=16, num_key_value_heads=4, vocab_size=32768
+)
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
@@ -81,10 +86,13 @@ CASES = [
 def main(chosen: list[int]) -> None:
     with tempfile.TemporaryDirectory() as directory:
         rows = [row for i in chosen or range(len(CASES)) for row in measured(i, Path(directory))]
-    worst = max(abs(row["planned" + when] / row["measured" + when] - 1) for row in rows for when in ("", "_saving"))
+    worst = max(
+        abs(row["planned" + when] / row["measured" + when] - 1) for row in rows for when in ("", "_saving")
+    )
     text = heading("What `dapo plan` foretells of memory, and what was measured")
     text += (
-        "\nGiB of a rank at its peak, on a CPU above what the process held after the imports; random Qwen2-shaped models, "
+        "\nGiB of a rank at its peak, on a CPU above what the process held after the imports; random "
+        "Qwen2-shaped models, "
         "updates of packed sequences of mixed lengths, then a checkpoint. "
         f"Largest deviation: {worst:.1%}.\n\n"
     )
@@ -109,8 +117,19 @@ def measured(number: int, directory: Path) -> list[dict[str, Any]]:
     case, model = CASES[number], directory / f"{CASES[number].layers}"
     if not model.exists():
         make_model(model, case.layers)
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.world), __file__, str(number), str(model)]
-    subprocess.run([sys.executable, *command], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=1200)
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(case.world),
+        __file__,
+        str(number),
+        str(model),
+    ]
+    subprocess.run(
+        [sys.executable, *command], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=1200
+    )
     rows = [json.loads((model / f"{rank}.json").read_text()) for rank in range(case.world)]
     print(*(" ".join(map(str, cells(row))) for row in rows), sep="\n", flush=True)
     return rows
@@ -132,9 +151,12 @@ def worker(case: Case, model: Path) -> None:
     mesh = Mesh(config.parallel)
     before = held()
     policy = Policy(config, mesh)
-    batch = batches.plan([make_group(SMALL, 1), make_group(case.tokens, case.microbatches * case.data)], config, mesh.data, metrics={})[
-        mesh.share
-    ]
+    batch = batches.plan(
+        [make_group(SMALL, 1), make_group(case.tokens, case.microbatches * case.data)],
+        config,
+        mesh.data,
+        metrics={},
+    )[mesh.share]
     assert len(batch.minibatches[1]) == case.microbatches
     policy.set_old_logprobs(batch)
     for minibatch in batch.minibatches:
@@ -148,9 +170,13 @@ def worker(case: Case, model: Path) -> None:
     saved = peak() - before
     if mesh.is_main:
         shutil.rmtree(model / f"saved{mesh.world}")
-    backend: Backend = "cpu" if mesh.device.type == "cpu" else "transformer_engine" if has_transformer_engine() else "cuda"
+    backend: Backend = (
+        "cpu" if mesh.device.type == "cpu" else "transformer_engine" if has_transformer_engine() else "cuda"
+    )
     planned = Rank(config, policy.shape, backend, mesh.data, stage=mesh.rank // (mesh.tensor * mesh.data))
-    moment = max((moment for moment in planned.moments if moment != CHECKPOINT), key=planned.moments.__getitem__)
+    moment = max(
+        (moment for moment in planned.moments if moment != CHECKPOINT), key=planned.moments.__getitem__
+    )
     row = {
         "case": vars(case),
         "rank": mesh.rank,
@@ -177,7 +203,11 @@ def forget_peak() -> None:
 
 
 def peak() -> int:
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (
+        torch.cuda.max_memory_allocated()
+        if torch.cuda.is_available()
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
 
 
 def make_config(case: Case, model: Path) -> configs.Config:
@@ -189,7 +219,9 @@ def make_config(case: Case, model: Path) -> configs.Config:
         rollout=configs.Rollout(prompts_per_step=2, group_size=samples, max_response_length=longest - PROMPT),
         optim=configs.Optim(prompts_per_minibatch=1),
         parallel=configs.Parallel(tensor=case.tensor, pipeline=case.pipeline),
-        policy=configs.Policy(model=model, dtype=case.dtype, tokens_per_microbatch=case.tokens, megatron=case.megatron),
+        policy=configs.Policy(
+            model=model, dtype=case.dtype, tokens_per_microbatch=case.tokens, megatron=case.megatron
+        ),
         engine=configs.Engine(kind="sglang"),  # servers elsewhere: no model of the engine's here
     )
 
@@ -202,9 +234,15 @@ def make_group(tokens: int, microbatches: int) -> Group:
     for i, length in enumerate(lengths):
         n = max(length - PROMPT + 1, 1)  # a sample's last token is not fed
         tokens_of = rng.integers(0, SHAPE["vocab_size"], n).astype(np.int32)
-        samples.append(Sample(tokens, i, tokens_of, np.full(n, -10.0, np.float32), np.ones(n, bool), ((0, 0, n),), "stop"))
+        samples.append(
+            Sample(
+                tokens, i, tokens_of, np.full(n, -10.0, np.float32), np.ones(n, bool), ((0, 0, n),), "stop"
+            )
+        )
         samples[-1].advantage = float(rng.normal())
-    return Group(tokens, Prompt(0, rng.integers(0, SHAPE["vocab_size"], PROMPT).astype(np.int32), "0"), samples)
+    return Group(
+        tokens, Prompt(0, rng.integers(0, SHAPE["vocab_size"], PROMPT).astype(np.int32), "0"), samples
+    )
 
 
 if __name__ == "__main__":

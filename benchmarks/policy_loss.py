@@ -4,9 +4,9 @@
     python benchmarks/policy_loss.py --short        # on a GPU: a few minutes
     python benchmarks/policy_loss.py --cpu          # what runs without one
 
-Every contender turns hidden states and the LM head into the loss of Eq. 8, per-token log-probs and, where it can, entropy, and the
-gradients of both. Peers are taken from their packages if those are installed; what is missing or fails is said, and out of memory is a
-result.
+Every contender turns hidden states and the LM head into the loss of Eq. 8, per-token log-probs and, where it
+can, entropy, and the gradients of both. Peers are taken from their packages if those are installed; what is
+missing or fails is said, and out of memory is a result.
 """
 
 from __future__ import annotations
@@ -34,7 +34,15 @@ except ImportError:  # only on machines without a GPU
     HAS_TRITON, TritonError = False, RuntimeError
 
 # what a contender's code may raise; it is its result then
-FAULTS = (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, NotImplementedError, TritonError)
+FAULTS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    NotImplementedError,
+    TritonError,
+)
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}
 CHECKED_TOKENS = 512  # the error is measured on so many, against float64
@@ -75,12 +83,17 @@ class Shape:
 
 
 def make(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int) -> Problem:
-    """Fresh inputs with logits of σ = 3, targets drawn from the softmax, old = log-prob + noise that clips some tokens."""
+    """Fresh inputs with logits of σ = 3, targets drawn from the softmax, old = log-prob + noise that clips
+    some tokens.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     randn = lambda *size: torch.randn(*size, generator=generator, device=device)  # noqa: E731
     hidden = randn(shape.T, shape.H).to(dtype)
     weight = (randn(shape.V, shape.H) * 3 / shape.H**0.5).to(dtype)
-    targets, logprobs = torch.empty(shape.T, dtype=torch.int64, device=device), torch.empty(shape.T, device=device)
+    targets, logprobs = (
+        torch.empty(shape.T, dtype=torch.int64, device=device),
+        torch.empty(shape.T, device=device),
+    )
     for rows in torch.arange(shape.T, device=device).split(2048):
         scores = (hidden[rows] @ weight.t()).float().log_softmax(-1)
         targets[rows] = torch.multinomial(scores.exp(), 1, generator=generator)[:, 0]
@@ -88,7 +101,13 @@ def make(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int) -> P
     mask = torch.rand(shape.T, generator=generator, device=device) >= shape.masked
     weights = torch.full((shape.T,), 1 / max(int(mask.sum()), 1), device=device)
     return Problem(
-        hidden.requires_grad_(), weight.requires_grad_(), targets, logprobs + 0.3 * randn(shape.T), randn(shape.T), mask, weights
+        hidden.requires_grad_(),
+        weight.requires_grad_(),
+        targets,
+        logprobs + 0.3 * randn(shape.T),
+        randn(shape.T),
+        mask,
+        weights,
     )
 
 
@@ -110,12 +129,16 @@ def ours(problem: Problem) -> Result:
 
 
 def ours_fp32_logits(problem: Problem) -> Result:
-    out = linear_policy_loss(problem.hidden, problem.weight, *problem.tokens, weights=problem.weights, fp32_logits=True, **CLIP)
+    out = linear_policy_loss(
+        problem.hidden, problem.weight, *problem.tokens, weights=problem.weights, fp32_logits=True, **CLIP
+    )
     return out.loss, out.logprobs, out.entropy
 
 
 def plain(problem: Problem) -> Result:
-    out = reference.policy_loss(problem.hidden @ problem.weight.t(), *problem.tokens, weights=problem.weights, **CLIP)
+    out = reference.policy_loss(
+        problem.hidden @ problem.weight.t(), *problem.tokens, weights=problem.weights, **CLIP
+    )
     return out.loss, out.logprobs, out.entropy
 
 
@@ -136,7 +159,9 @@ def make_compiled() -> Contender:
 
 
 def make_liger_scaled_ce() -> Contender:
-    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction as Function
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import (
+        LigerFusedLinearScaledCrossEntropyFunction as Function,
+    )
 
     def contender(problem: Problem) -> Result:
         targets = problem.targets.masked_fill(~problem.mask, -100)  # it skips ignored rows
@@ -149,7 +174,9 @@ def make_liger_scaled_ce() -> Contender:
 def make_liger_grpo() -> Contender:
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-    module = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, epsilon_low=0.2, epsilon_high=0.28, loss_type="dapo", chunk_size=1)
+    module = LigerFusedLinearGRPOLoss(
+        beta=0.0, use_ref_model=False, epsilon_low=0.2, epsilon_high=0.28, loss_type="dapo", chunk_size=1
+    )
 
     def contender(problem: Problem) -> Result:
         rows = 8  # it takes a padded batch [B, L]
@@ -158,7 +185,8 @@ def make_liger_grpo() -> Contender:
             batch(problem.hidden), problem.weight, batch(problem.targets), batch(problem.mask).float(), problem.advantages[:rows],
             old_per_token_logps=batch(problem.old),
         )  # fmt: skip
-        return loss, torch.full_like(problem.old, torch.nan), None  # one advantage a row, and no log-probs: timed, not compared
+        # one advantage a row, and no log-probs: timed, not compared
+        return loss, torch.full_like(problem.old, torch.nan), None
 
     return contender
 
@@ -167,7 +195,9 @@ def make_verl() -> Contender:
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
     def contender(problem: Problem) -> Result:
-        logprobs, entropy = linear_cross_entropy(problem.hidden, problem.weight, problem.targets, 1.0, "none", None)
+        logprobs, entropy = linear_cross_entropy(
+            problem.hidden, problem.weight, problem.targets, 1.0, "none", None
+        )
         return loss_of(problem, logprobs), logprobs, entropy
 
     return contender
@@ -177,7 +207,9 @@ def make_cce(filter_eps: str | None) -> Contender:
     from cut_cross_entropy import linear_cross_entropy
 
     def contender(problem: Problem) -> Result:
-        nll = linear_cross_entropy(problem.hidden, problem.weight, problem.targets, reduction="none", filter_eps=filter_eps)
+        nll = linear_cross_entropy(
+            problem.hidden, problem.weight, problem.targets, reduction="none", filter_eps=filter_eps
+        )
         return loss_of(problem, -nll), -nll, None
 
     return contender
@@ -188,7 +220,8 @@ def make_quack() -> Contender:
 
     def contender(problem: Problem) -> Result:
         loss = chunked_linear_cross_entropy(problem.hidden, problem.weight, problem.targets, reduction="sum")
-        return loss, torch.full_like(problem.old, torch.nan), None  # cross entropy and no more: what three products cost at best
+        # cross entropy and no more: what three products cost at best
+        return loss, torch.full_like(problem.old, torch.nan), None
 
     return contender
 
@@ -272,19 +305,30 @@ def is_reproducible(contender: Contender, problem: Problem) -> bool:
     runs = []
     for _ in range(2):
         loss, logprobs, _ = learn(contender, problem)
-        runs.append([x.detach().clone() for x in (loss, logprobs.nan_to_num(), problem.hidden.grad, problem.weight.grad)])
+        runs.append(
+            [
+                x.detach().clone()
+                for x in (loss, logprobs.nan_to_num(), problem.hidden.grad, problem.weight.grad)
+            ]
+        )
     return all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def compilations(contender: Contender, device: torch.device, dtype: torch.dtype) -> int:
-    """Triton kernels and torch.compile graphs that 50 further numbers of tokens compile, after the first two."""
+    """Triton kernels and torch.compile graphs that 50 further numbers of tokens compile, after the first
+    two.
+    """
     compiled = 0
 
     def count(**_: Any) -> None:
         nonlocal compiled
         compiled += 1
 
-    lengths = [1024, 1536, *torch.randperm(256, generator=torch.Generator().manual_seed(0))[:50].mul(8).add(8).tolist()]
+    lengths = [
+        1024,
+        1536,
+        *torch.randperm(256, generator=torch.Generator().manual_seed(0))[:50].mul(8).add(8).tolist(),
+    ]
     before = 0
     for number, T in enumerate(lengths):
         if number == 2:
@@ -298,7 +342,9 @@ def compilations(contender: Contender, device: torch.device, dtype: torch.dtype)
 
 
 def errors(result: Result, problem: Problem) -> tuple[float, float]:
-    """(max, rms) error of log-probs on the first masked tokens, against float64 products of the same inputs."""
+    """(max, rms) error of log-probs on the first masked tokens, against float64 products of the same
+    inputs.
+    """
     rows = problem.mask.nonzero()[:CHECKED_TOKENS, 0]
     with torch.no_grad():
         logits = problem.hidden[rows].double() @ problem.weight.t().double()
@@ -340,7 +386,9 @@ def compare(shape: Shape, device: torch.device, dtype: torch.dtype, rounds: int)
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """What the machine can do at most: copy (bytes/s, read and written) and one bf16 matrix product (FLOP/s)."""
+    """What the machine can do at most: copy (bytes/s, read and written) and one bf16 matrix product
+    (FLOP/s).
+    """
     source = torch.empty(2**31, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -356,12 +404,23 @@ def scoring(shape: Shape, device: torch.device, dtype: torch.dtype, rounds: int)
     for number in range(rounds + 1):
         p = make(shape, device, dtype, seed=number)
         with torch.no_grad():
-            ours.append(1e3 * seconds(lambda p=p: linear_logprobs(p.hidden, p.weight, p.targets, p.mask), device))
+            ours.append(
+                1e3 * seconds(lambda p=p: linear_logprobs(p.hidden, p.weight, p.targets, p.mask), device)
+            )
             try:
-                plainly.append(1e3 * seconds(lambda p=p: reference.logprobs(p.hidden @ p.weight.t(), p.targets, p.mask), device))
+                plainly.append(
+                    1e3
+                    * seconds(
+                        lambda p=p: reference.logprobs(p.hidden @ p.weight.t(), p.targets, p.mask), device
+                    )
+                )
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
-    return [shape.name, spread(ours[1:], 1), spread(plainly[1:], 1) if len(plainly) == len(ours) else "out of memory"]
+    return [
+        shape.name,
+        spread(ours[1:], 1),
+        spread(plainly[1:], 1) if len(plainly) == len(ours) else "out of memory",
+    ]
 
 
 def chunk_sweep(shape: Shape, device: torch.device, dtype: torch.dtype, rounds: int) -> list[list[str]]:
@@ -372,7 +431,9 @@ def chunk_sweep(shape: Shape, device: torch.device, dtype: torch.dtype, rounds: 
             break
 
         def contender(p: Problem, budget: int = chunk * shape.V * dtype.itemsize) -> Result:
-            out = linear_policy_loss(p.hidden, p.weight, *p.tokens, weights=p.weights, chunk_bytes=budget, **CLIP)
+            out = linear_policy_loss(
+                p.hidden, p.weight, *p.tokens, weights=p.weights, chunk_bytes=budget, **CLIP
+            )
             return out.loss, out.logprobs, out.entropy
 
         times = []
@@ -391,7 +452,9 @@ def on_logits(T: int, V: int, device: torch.device, dtype: torch.dtype, copy_rat
     for number in range(6):
         problem = make(Shape(T, 64, V), device, torch.bfloat16, number)
         logits = (problem.hidden @ problem.weight.t()).detach().to(dtype).requires_grad_()
-        call = lambda p=problem, x=logits: policy_loss(x, *p.tokens, weights=p.weights, **CLIP).loss.backward()  # noqa: E731
+        call = lambda p=problem, x=logits: policy_loss(
+            x, *p.tokens, weights=p.weights, **CLIP
+        ).loss.backward()  # noqa: E731
         times.append(seconds(call, device))
         del logits, problem, call
     share = 3 * dtype.itemsize * T * V / statistics.median(times[1:]) / copy_rate
@@ -416,13 +479,19 @@ def main() -> None:
         device, dtype, name = torch.device("cuda"), torch.bfloat16, "policy_loss_gpu"
         shapes = [Shape(32768, 4096, 151936), Shape(32768, 4096, 151936, 0.3)]
         if not args.short:
-            shapes += [Shape(T, H, V) for H, V in ((3584, 152064), (4096, 151936), (5120, 152064)) for T in (8192, 65536)]
+            shapes += [
+                Shape(T, H, V)
+                for H, V in ((3584, 152064), (4096, 151936), (5120, 152064))
+                for T in (8192, 65536)
+            ]
             shapes += [Shape(4096, 4096, 128256)]
     else:
         print("No CUDA GPU here. `--cpu` compares the paths that run on a CPU.")
         return
 
-    text = heading("The policy loss and its peers: loss, log-probs, entropy and both gradients from hidden states")
+    text = heading(
+        "The policy loss and its peers: loss, log-probs, entropy and both gradients from hidden states"
+    )
     facts: dict[str, Any] = {"rows": []}
     limit = float("nan")
     if device.type == "cuda":
@@ -430,18 +499,31 @@ def main() -> None:
         limit = facts["product FLOP/s"]
         text += f"\nCeilings: copy {facts['copy B/s'] / 1e12:.2f} TB/s, bf16 product {limit / 1e12:.0f} TFLOP/s.\n"
     text += f"\nMedian (min–max) ms of {args.rounds} interleaved rounds, fresh inputs each; {dtype}.\n"
-    text += "Share of floor: three products at the measured product rate. Peak: GiB above inputs and gradients. "
+    text += (
+        "Share of floor: three products at the measured product rate. Peak: GiB above inputs and gradients. "
+    )
     text += "Error: of log-probs, against float64. Same bits: two runs on the same inputs agree to the bit. "
     text += "Liger GRPO returns neither log-probs nor entropy and takes one advantage a row: less work, timed and not compared.\n"
     for shape in shapes:
         rows = compare(shape, device, dtype, args.rounds)
         facts["rows"] += rows
         text += f"\n## {shape.name}\n\n" + table(
-            ["contender", "ms", "share of floor", "peak GiB", "entropy", "same bits", "max error", "rms error"],
+            [
+                "contender",
+                "ms",
+                "share of floor",
+                "peak GiB",
+                "entropy",
+                "same bits",
+                "max error",
+                "rms error",
+            ],
             [_cells(row, shape, limit) for row in rows],
         )
     text += "\n## Compiled anew while 50 further numbers of tokens come by\n\n"
-    works = [row["contender"] for row in facts["rows"] if row["shape"] == shapes[0].name and "failed" not in row]
+    works = [
+        row["contender"] for row in facts["rows"] if row["shape"] == shapes[0].name and "failed" not in row
+    ]
     ready, _ = contenders(device.type == "cuda")
     facts["compilations"] = {}
     for name in works:
@@ -449,16 +531,24 @@ def main() -> None:
             facts["compilations"][name] = compilations(ready[name], device, dtype)
         except FAULTS as error:
             facts["compilations"][name] = type(error).__name__
-    text += table(["contender", "kernels and graphs"], [[name, count] for name, count in facts["compilations"].items()])
+    text += table(
+        ["contender", "kernels and graphs"], [[name, count] for name, count in facts["compilations"].items()]
+    )
     facts["scoring"] = [scoring(shape, device, dtype, args.rounds) for shape in shapes]
     text += "\n## Scoring alone\n\n" + table(["shape", "dapo, ms", "plain torch, ms"], facts["scoring"])
     facts["chunks"] = chunk_sweep(shapes[0], device, dtype, args.rounds)
-    text += f"\n## Tokens a chunk, {shapes[0].name}\n\n" + table(["tokens", "ms", "peak GiB"], facts["chunks"])
+    text += f"\n## Tokens a chunk, {shapes[0].name}\n\n" + table(
+        ["tokens", "ms", "peak GiB"], facts["chunks"]
+    )
     if device.type == "cuda":
-        sizes = [(T, V) for T in (8192, 16384, 32768) for V in (151936, 151936 // 2, 151936 // 4, 151936 // 8)]
+        sizes = [
+            (T, V) for T in (8192, 16384, 32768) for V in (151936, 151936 // 2, 151936 // 4, 151936 // 8)
+        ]
         sizes = [(T, V) for T, V in sizes if not args.short or T == 32768]
         facts["on logits"] = [
-            on_logits(T, V, device, dtype, facts["copy B/s"]) for dtype in (torch.bfloat16, torch.float32) for T, V in sizes
+            on_logits(T, V, device, dtype, facts["copy B/s"])
+            for dtype in (torch.bfloat16, torch.float32)
+            for T, V in sizes
         ]
         text += "\n## On logits alone\n\nA part of the vocabulary is what a tensor-parallel rank computes, without the collective.\n\n"
         text += table(["T", "V", "logits", "ms", "share of copy bandwidth"], facts["on logits"])

@@ -18,14 +18,24 @@ RESULTS = Path(__file__).parent / "results"
 
 def heading(title: str) -> str:
     """A Markdown heading with machine, date, commit, versions and the command."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent
+    ).stdout.strip()
     changed = subprocess.run(
-        ["git", "status", "--porcelain", "dapo", "kernels"], capture_output=True, text=True, cwd=RESULTS.parents[1]
+        ["git", "status", "--porcelain", "dapo", "kernels"],
+        capture_output=True,
+        text=True,
+        cwd=RESULTS.parents[1],
     ).stdout
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores, {_cpu_model()}"
+    machine = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{os.cpu_count()} CPU cores, {_cpu_model()}"
+    )
     return (
         f"# {title}\n\n"
-        f"{machine}; {datetime.date.today()}; commit {commit or 'unknown'}{' (changed)' if changed.strip() else ''}; "
+        f"{machine}; {datetime.date.today()}; commit "
+        f"{commit or 'unknown'}{' (changed)' if changed.strip() else ''}; "
         f"Python {platform.python_version()}, torch {torch.__version__}\n\n"
         f"    python {' '.join(sys.argv).replace(str(Path.home()), '~')}\n"
     )

@@ -1,7 +1,7 @@
 """How long the report of a 1,000-step run takes to make, and to open in headless Chromium.
 
-python benchmarks/report_page.py. The runs are synthetic: curves of the paper's shape, dumps written by dapo/rollout/dump.py, long responses
-tokenized by a tokenizer trained here on this repository's own text.
+python benchmarks/report_page.py. The runs are synthetic: curves of the paper's shape, dumps written by
+dapo/rollout/dump.py, long responses tokenized by a tokenizer trained here on this repository's own text.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 
 def train_tokenizer(folder: Path) -> tokenizers.Tokenizer:
-    files = [str(path) for pattern in ("*.md", "dapo/**/*.py", "kernels/**/*.py") for path in ROOT.glob(pattern)]
+    files = [
+        str(path) for pattern in ("*.md", "dapo/**/*.py", "kernels/**/*.py") for path in ROOT.glob(pattern)
+    ]
     tokenizer = tokenizers.ByteLevelBPETokenizer()
     tokenizer.train(files, vocab_size=8000, show_progress=False)
     folder.mkdir()
@@ -43,7 +45,9 @@ def train_tokenizer(folder: Path) -> tokenizers.Tokenizer:
 
 
 def rows(rng: np.random.Generator) -> Iterator[dict[str, float]]:
-    """What metrics.jsonl holds of a long run: saturating accuracy, growing responses, falling entropy, each with noise."""
+    """What metrics.jsonl holds of a long run: saturating accuracy, growing responses, falling entropy, each
+    with noise.
+    """
     for step in range(STEPS):
         done = 1 - math.exp(-step / 300)
         noise = rng.normal(0, 1, 30)
@@ -52,7 +56,14 @@ def rows(rng: np.random.Generator) -> Iterator[dict[str, float]]:
         rollout, update = 420 + 900 * done + 40 * noise[0], 300 + 500 * done + 20 * noise[1]
         yield {
             "step": step,
-            **({"eval/accuracy": 0.5 * done + 0.02 * noise[2], "eval/aime/pass": 0.75 * done + 0.03 * noise[3]} if step % 5 == 0 else {}),
+            **(
+                {
+                    "eval/accuracy": 0.5 * done + 0.02 * noise[2],
+                    "eval/aime/pass": 0.75 * done + 0.03 * noise[3],
+                }
+                if step % 5 == 0
+                else {}
+            ),
             "groups/asked": asked,
             "groups/kept": 512,
             "groups/all_correct": correct,
@@ -84,32 +95,59 @@ def rows(rng: np.random.Generator) -> Iterator[dict[str, float]]:
 
 
 def write_run(
-    directory: Path, model: Path, tokenizer: tokenizers.Tokenizer, *, length: int, group_size: int, every: int, seed: int
+    directory: Path,
+    model: Path,
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    length: int,
+    group_size: int,
+    every: int,
+    seed: int,
 ) -> None:
-    """A run of STEPS steps that dumped each `every`-th: a group of each kind and one more, of responses of about `length` tokens."""
+    """A run of STEPS steps that dumped each `every`-th: a group of each kind and one more, of responses of
+    about `length` tokens.
+    """
     rng = np.random.default_rng(seed)
     directory.mkdir()
-    (directory / "config.yaml").write_text(f"run: {{dir: {directory}, seed: {seed}}}\npolicy: {{model: {model}}}\n")
+    (directory / "config.yaml").write_text(
+        f"run: {{dir: {directory}, seed: {seed}}}\npolicy: {{model: {model}}}\n"
+    )
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(rng)))
-    corpus = np.array(tokenizer.encode("\n".join(path.read_text() for path in sorted(ROOT.glob("*.md")))).ids, np.int32)
+    corpus = np.array(
+        tokenizer.encode("\n".join(path.read_text() for path in sorted(ROOT.glob("*.md")))).ids, np.int32
+    )
     for step in range(0, STEPS, every):
         buffer = Buffer(3, is_dynamic=True)
         for place, num_correct in enumerate([group_size // 2, group_size // 4, group_size, 0]):
             group = Group((step << 20) + place, Prompt(place, excerpt(rng, corpus, 120), "42"))
             for index in range(group_size):
-                group.samples.append(make_sample(rng, corpus, tokenizer, group.id, index, length, is_correct=index < num_correct))
+                group.samples.append(
+                    make_sample(
+                        rng, corpus, tokenizer, group.id, index, length, is_correct=index < num_correct
+                    )
+                )
             buffer.offer(group)
         rollouts = directory / "rollouts"
         dump.write(dump.path_of(rollouts, step), buffer, share=1.0)
-        dump.write_traces(dump.traces_path_of(rollouts, step), [trace(rng, s) for group in buffer.kept for s in group.samples])
+        dump.write_traces(
+            dump.traces_path_of(rollouts, step),
+            [trace(rng, s) for group in buffer.kept for s in group.samples],
+        )
 
 
 def make_sample(
-    rng: np.random.Generator, corpus: np.ndarray, tokenizer: tokenizers.Tokenizer, group: int, index: int, length: int, is_correct: bool
+    rng: np.random.Generator,
+    corpus: np.ndarray,
+    tokenizer: tokenizers.Tokenizer,
+    group: int,
+    index: int,
+    length: int,
+    is_correct: bool,
 ) -> Sample:
     tokens = excerpt(rng, corpus, int(length * rng.lognormal(0, 0.4)) + 1)
     n = len(tokens)
-    logprobs = np.log(rng.beta(0.6, 0.1, n).clip(1e-6, 1)).astype(np.float32)  # most tokens all but certain, some not at all
+    # most tokens all but certain, some not at all
+    logprobs = np.log(rng.beta(0.6, 0.1, n).clip(1e-6, 1)).astype(np.float32)
     return Sample(group, index, tokens, logprobs, np.ones(n, bool), ((0, 0, n),), "stop" if rng.random() < 0.95 else "length",
                   tokenizer.decode(tokens.tolist()), is_correct, 1.0 if is_correct else -1.0, float(rng.normal()))  # fmt: skip
 
@@ -126,12 +164,19 @@ def excerpt(rng: np.random.Generator, corpus: np.ndarray, length: int) -> np.nda
 def trace(rng: np.random.Generator, sample: Sample) -> Trace:
     low, high = rng.random((2, sample.length)) < 0.001
     old = sample.behavior_logprobs
-    return Trace(sample.group, sample.index, old, old + np.where(low, -0.3, np.where(high, 0.3, 0)).astype(np.float32), low, high)
+    return Trace(
+        sample.group,
+        sample.index,
+        old,
+        old + np.where(low, -0.3, np.where(high, 0.3, 0)).astype(np.float32),
+        low,
+        high,
+    )
 
 
 def open_page(chromium: str, file: Path, folder: Path) -> tuple[float, float]:
-    """Seconds until the page's script has drawn everything, counted from the navigation's start, by the page's own clock; and those of the
-    whole process: start the browser, open the page, paint it, leave.
+    """Seconds until the page's script has drawn everything, counted from the navigation's start, by the
+    page's own clock; and those of the whole process: start the browser, open the page, paint it, leave.
     """
     command = [
         chromium,
@@ -141,13 +186,17 @@ def open_page(chromium: str, file: Path, folder: Path) -> tuple[float, float]:
         f"--user-data-dir={folder / 'profile'}",
         "--window-size=1500,1000",
     ]
-    dom = subprocess.run([*command, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120, check=True).stdout
+    dom = subprocess.run(
+        [*command, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    ).stdout
     found = re.search(r'data-opened="(\d+)"', dom)
     if found is None:
         raise SystemExit(f"{file} did not open:\n{dom[:2000]}")
     start = time.perf_counter()
     picture = folder / f"{file.stem}.png"
-    subprocess.run([*command, f"--screenshot={picture}", file.as_uri()], capture_output=True, timeout=120, check=True)
+    subprocess.run(
+        [*command, f"--screenshot={picture}", file.as_uri()], capture_output=True, timeout=120, check=True
+    )
     return int(found[1]) / 1000, time.perf_counter() - start
 
 
@@ -167,7 +216,11 @@ def main() -> None:
         }
         for kind, options in kinds.items():
             write_run(folder / kind, model, tokenizer, **options)
-        for title, names in {"long responses": ["long"], "short responses": ["short"], "both, side by side": ["long", "short"]}.items():
+        for title, names in {
+            "long responses": ["long"],
+            "short responses": ["short"],
+            "both, side by side": ["long", "short"],
+        }.items():
             file = folder / f"{len(results)}.html"
             start = time.perf_counter()
             page.write([folder / name for name in names], file, samples_mib=16)
@@ -175,16 +228,29 @@ def main() -> None:
             num_samples = sum(len(entry["outcomes"]) for entry in page_data(file))
             opened, process = zip(*(open_page(chromium, file, folder) for _ in range(OPENINGS)), strict=True)
             results.append(
-                [title, f"{file.stat().st_size / 2**20:.1f}", num_samples, f"{making:.1f}", spread(opened, 2), spread(process, 2)]
+                [
+                    title,
+                    f"{file.stat().st_size / 2**20:.1f}",
+                    num_samples,
+                    f"{making:.1f}",
+                    spread(opened, 2),
+                    spread(process, 2),
+                ]
             )
             print(results[-1], file=sys.stderr, flush=True)
     text = heading(f"Opening the report of {STEPS:,} steps")
     text += (
-        f"\n{version}, headless, without a GPU; load average {os.getloadavg()[0]:.0f}, this benchmark's own included. "
-        f"Seconds: median (least–most) of {OPENINGS}. Opened: from the start of navigation until the page's script has drawn every curve, "
-        "by the page's clock. Process: start the browser, open, paint, write a screenshot, leave. To hold: opened in at most 2 s.\n\n"
+        f"\n{version}, headless, without a GPU; load average {os.getloadavg()[0]:.0f}, this benchmark's own "
+        "included. "
+        f"Seconds: median (least–most) of {OPENINGS}. Opened: from the start of navigation until the page's "
+        "script has drawn every curve, "
+        "by the page's clock. Process: start the browser, open, paint, write a screenshot, leave. To hold: "
+        "opened in at most 2 s.\n\n"
     )
-    save("report_page.md", text + table(["1,000 steps", "MiB", "samples in it", "made in s", "opened", "process"], results))
+    save(
+        "report_page.md",
+        text + table(["1,000 steps", "MiB", "samples in it", "made in s", "opened", "process"], results),
+    )
 
 
 def page_data(file: Path) -> list[dict[str, str]]:

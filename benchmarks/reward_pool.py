@@ -16,7 +16,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # workers import this file a
 
 LENGTHS = {"200 characters": 200, "4,000 characters": 4_000, "60,000 characters (20 k tokens)": 60_000}
 GROUP = 16  # samples of one prompt
-HOSTILE = ["Answer: " + "(" * 10**6, "Answer: " + "\\" * 10**6, "\0" * 10**6, r"Answer: \binom{99999}{49999}", "Answer: 9^{9^{9^9}}"]
+HOSTILE = [
+    "Answer: " + "(" * 10**6,
+    "Answer: " + "\\" * 10**6,
+    "\0" * 10**6,
+    r"Answer: \binom{99999}{49999}",
+    "Answer: 9^{9^{9^9}}",
+]
 
 
 def integer(i: int) -> tuple[str, str]:
@@ -27,7 +33,10 @@ def integer(i: int) -> tuple[str, str]:
 def fraction(i: int) -> tuple[str, str]:
     """Each sample writes its group's fraction in another way."""
     numerator, factor = i // GROUP + 1, i % GROUP + 1
-    return f"\\frac{{{numerator}}}{{{numerator + 1}}}", f"$\\frac{{{numerator * factor}}}{{{(numerator + 1) * factor}}}$"
+    return (
+        f"\\frac{{{numerator}}}{{{numerator + 1}}}",
+        f"$\\frac{{{numerator * factor}}}{{{(numerator + 1) * factor}}}$",
+    )
 
 
 def root(i: int) -> tuple[str, str]:
@@ -49,7 +58,9 @@ def make_pairs(texts: list[str], golds: list[str]) -> list:
 
 
 def seconds(reward, pairs: list) -> float:
-    """CPU seconds of this process and the workers: what one core of its own would take, whoever else is using this one."""
+    """CPU seconds of this process and the workers: what one core of its own would take, whoever else is using
+    this one.
+    """
     start = cpu_seconds(reward)
     reward.score(pairs)
     taken = cpu_seconds(reward) - start
@@ -59,7 +70,9 @@ def seconds(reward, pairs: list) -> float:
 
 def cpu_seconds(reward) -> float:
     workers = reward.workers.workers if reward.workers else []
-    return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in [os.getpid(), *(worker.pid for worker in workers)])
+    return sum(
+        sum(psutil.Process(pid).cpu_times()[:2]) for pid in [os.getpid(), *(worker.pid for worker in workers)]
+    )
 
 
 def response(length: int, answer: str, i: int) -> str:
@@ -84,7 +97,9 @@ def main() -> None:
     for length_name, length in LENGTHS.items():
         for kind in (integer, fraction, root):
             count = 500 if kind is root or length == 60_000 else 4_000
-            pairs = make_pairs([response(length, kind(i)[1], i) for i in range(count)], [kind(i)[0] for i in range(count)])
+            pairs = make_pairs(
+                [response(length, kind(i)[1], i) for i in range(count)], [kind(i)[0] for i in range(count)]
+            )
             row: list[object] = [length_name, kind.__name__]
             for workers in (0, 1, 4):
                 speeds = []
@@ -98,7 +113,8 @@ def main() -> None:
             rows.append(row)
     text = heading("The reward pool")
     text += (
-        "\nAnswers by dapo.reward:is_correct per second of CPU time, this process and the workers together: so many a second on one core. "
+        "\nAnswers by dapo.reward:is_correct per second of CPU time, this process and the workers together: "
+        "so many a second on one core. "
     )
     text += f"Groups of {GROUP} samples; fractions and roots all written in different ways; median (range) of three.\n\n"
     text += table(["response", "gold answer", "workers 0", "workers 1", "workers 4 (default)"], rows)

@@ -1,6 +1,8 @@
-"""How many tokens one trainer process takes in per second of its CPU time, through the engine of SGLang servers.
+"""How many tokens one trainer process takes in per second of its CPU time, through the engine of SGLang
+servers.
 
-Servers are processes of their own that send answers made beforehand. 1,000 requests are outstanding at a time, responses have 4,096 tokens.
+Servers are processes of their own that send answers made beforehand. 1,000 requests are outstanding at a
+time, responses have 4,096 tokens.
 
 python benchmarks/rollout_client.py [responses]
 """
@@ -36,7 +38,9 @@ VOCABULARY, STOP = 151_936, 151_643
 
 
 def make_answer(seed: int) -> bytes:
-    """As SGLang 0.5.23 answers: float32 log-probs written as doubles, ids of a vocabulary of 152 k, the text of the response."""
+    """As SGLang 0.5.23 answers: float32 log-probs written as doubles, ids of a vocabulary of 152 k, the text
+    of the response.
+    """
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, STOP, TOKENS).tolist()
     logprobs = (-rng.exponential(0.5, TOKENS)).astype(np.float32).tolist()
@@ -57,7 +61,9 @@ def make_answer(seed: int) -> bytes:
 
 
 class Answering(asyncio.Protocol):
-    """HTTP of a server that answers every POST with one of `answers`, half a second to one and a half later."""
+    """HTTP of a server that answers every POST with one of `answers`, half a second to one and a half
+    later.
+    """
 
     answers: ClassVar[list[bytes]] = []
 
@@ -199,7 +205,11 @@ def main(num_responses: int, profiled: bool) -> None:
     millions = num_responses * TOKENS / 1e6
     columns = ["", "million tokens per CPU second", "wall seconds"]
     text += table(
-        columns, [[name, spread([millions / cpu for cpu, _ in runs], 2), spread([wall for _, wall in runs], 1)] for name, runs in rows]
+        columns,
+        [
+            [name, spread([millions / cpu for cpu, _ in runs], 2), spread([wall for _, wall in runs], 1)]
+            for name, runs in rows
+        ],
     )
     save("rollout_client.md", text)
 

@@ -1,4 +1,5 @@
-"""Where a step's time goes: the arithmetic recipe on one process, one thread, CPU seconds by phase, and the costliest operators.
+"""Where a step's time goes: the arithmetic recipe on one process, one thread, CPU seconds by phase, and the
+costliest operators.
 
 python benchmarks/step_time.py [steps]
 """
@@ -29,7 +30,9 @@ T = TypeVar("T")
 def main(steps: int) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
-        config = configs.load(ROOT / "examples/arithmetic/config.yaml", [f"run.dir={directory}", "parallel.tensor=1"])
+        config = configs.load(
+            ROOT / "examples/arithmetic/config.yaml", [f"run.dir={directory}", "parallel.tensor=1"]
+        )
         mesh = Mesh(config.parallel)
         rollouts, _ = make_rollouts(config, mesh)
         policy = Policy(config, mesh)
@@ -37,7 +40,8 @@ def main(steps: int) -> None:
     rows = [[phase, spread(values)] for phase, values in seconds.items()]
     text = heading("Step time: the arithmetic recipe on one process")
     text += (
-        f"\nCPU seconds, median (min–max) of {steps} steps after {WARM_UP}; OMP threads 1; 16 groups of 8 samples, 4 updates a step.\n\n"
+        f"\nCPU seconds, median (min–max) of {steps} steps after {WARM_UP}; OMP threads 1; 16 groups of 8 "
+        "samples, 4 updates a step.\n\n"
     )
     text += table(["phase", "CPU s"], rows) + f"\nSamples per generation round: {samples}.\n\n"
     text += "## Costliest operators of one step's policy part\n\nSelf CPU time, torch.profiler.\n\n" + table(

@@ -1,4 +1,5 @@
-"""What asking ahead and carrying over save, and what they do to lengths: the real Rollouts on simulated servers with a virtual clock.
+"""What asking ahead and carrying over save, and what they do to lengths: the real Rollouts on simulated
+servers with a virtual clock.
 
 python benchmarks/streaming.py
 """
@@ -27,8 +28,10 @@ from dapo.rollout.prompts import PromptStream
 from dapo.rollout.rollouts import Rollouts
 from dapo.types import Group, Prompt, Request, Sample
 
-N, G, ROUND, MAX_LENGTH, SLOTS = 64, 8, 192, 20_480, 128  # the paper's ratio of round to step and its limit; an eighth of its groups
-STEP_SECONDS, HALF_SPEED = 0.015, 128  # of one decoding step with one sample; samples at which it takes twice as long
+# the paper's ratio of round to step and its limit; an eighth of its groups
+N, G, ROUND, MAX_LENGTH, SLOTS = 64, 8, 192, 20_480, 128
+# of one decoding step with one sample; samples at which it takes twice as long
+STEP_SECONDS, HALF_SPEED = 0.015, 128
 MARGIN = pending.DEVIATIONS
 NUM_PROMPTS, NUM_STEPS, WARM_UP, SEEDS = 6_000, 13, 3, range(3)
 
@@ -38,8 +41,9 @@ def is_right(response: str, answer: str) -> bool:
 
 
 class Population:
-    """Pass rates of prompts from Beta(0.5, 0.7); lengths log-normal, σ = 0.7, median 1,500 tokens for the easiest prompts, e times more for
-    the hardest; one sample in fifty is four times longer. What reaches the limit is cut off, and wrong."""
+    """Pass rates of prompts from Beta(0.5, 0.7); lengths log-normal, σ = 0.7, median 1,500 tokens for the
+    easiest prompts, e times more for the hardest; one sample in fifty is four times longer. What reaches the
+    limit is cut off, and wrong."""
 
     def __init__(self, seed: int):
         self.pass_rates = np.random.default_rng([seed, 1]).beta(0.5, 0.7, NUM_PROMPTS)
@@ -47,7 +51,11 @@ class Population:
     def draw(self, prompts: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Lengths and correctness, one sample for each of the prompts."""
         rates = self.pass_rates[prompts]
-        lengths = 1500 * np.exp(1 - rates + 0.7 * rng.standard_normal(len(prompts))) * np.where(rng.random(len(prompts)) < 0.02, 4, 1)
+        lengths = (
+            1500
+            * np.exp(1 - rates + 0.7 * rng.standard_normal(len(prompts)))
+            * np.where(rng.random(len(prompts)) < 0.02, 4, 1)
+        )
         lengths = np.clip(lengths, 1, MAX_LENGTH).astype(int)
         return lengths, (rng.random(len(prompts)) < rates) & (lengths < MAX_LENGTH)
 
@@ -63,12 +71,15 @@ class Population:
 
 
 class SimulatedServers:
-    """An Engine. Requests wait in one line for a free slot; the samples of a server decode together, the slower the more there are."""
+    """An Engine. Requests wait in one line for a free slot; the samples of a server decode together, the
+    slower the more there are.
+    """
 
     def __init__(self, population: Population, num_servers: int, is_redrawn: bool):
         self.population, self.is_redrawn = population, is_redrawn
         self.queue: deque[Request] = deque()
-        self.servers: list[list[tuple[float, str, Sample]]] = [[] for _ in range(num_servers)]  # heaps of (when done, request id, sample)
+        # heaps of (when done, request id, sample)
+        self.servers: list[list[tuple[float, str, Sample]]] = [[] for _ in range(num_servers)]
         self.done = [0.0] * num_servers  # tokens that a sample has decoded which was there from the beginning
         self.clock = self.tokens = 0.0
         self.version = 0
@@ -79,7 +90,10 @@ class SimulatedServers:
 
     def completed(self) -> Iterator[Sample]:
         while any(self.servers):
-            waits = [(ends[0][0] - done) / speed(len(ends)) if ends else np.inf for ends, done in zip(self.servers, self.done, strict=True)]
+            waits = [
+                (ends[0][0] - done) / speed(len(ends)) if ends else np.inf
+                for ends, done in zip(self.servers, self.done, strict=True)
+            ]
             first = int(np.argmin(waits))
             for i, running in enumerate(self.servers):
                 self.done[i] += waits[first] * speed(len(running))
@@ -144,7 +158,9 @@ class FirstFinished(Pending):
 
 class FirstFinishedRollouts(Rollouts):
     def _pending(self, group_size, sampling, is_streaming):  # type: ignore[no-untyped-def]
-        return FirstFinished(self.engine, self.reward, self._read, self.options.run.seed, group_size, sampling, is_streaming)
+        return FirstFinished(
+            self.engine, self.reward, self._read, self.options.run.seed, group_size, sampling, is_streaming
+        )
 
 
 class FillingRollouts(Rollouts):
@@ -157,13 +173,18 @@ class FillingRollouts(Rollouts):
         return max(super()._num_wanted(buffer, asked), min(idle, later))
 
 
-FORMS: dict[str, tuple[list[str], type[Rollouts], bool]] = {  # options, class, are groups that are asked for again drawn anew?
+# options, class, are groups that are asked for again drawn anew?
+FORMS: dict[str, tuple[list[str], type[Rollouts], bool]] = {
     "whole rounds": (["engine.kind=embedded"], Rollouts, True),
     "streaming": (["engine.kind=sglang"], Rollouts, True),
     **{f"streaming, {z} deviations": (["engine.kind=sglang"], Rollouts, True) for z in (0, 2)},
     "streaming, max_staleness 1": (["engine.kind=sglang", "rollout.max_staleness=1"], Rollouts, True),
     "the same, idle slots filled": (["engine.kind=sglang", "rollout.max_staleness=1"], FillingRollouts, True),
-    "idle slots filled, seeds decide lengths": (["engine.kind=sglang", "rollout.max_staleness=1"], FillingRollouts, False),
+    "idle slots filled, seeds decide lengths": (
+        ["engine.kind=sglang", "rollout.max_staleness=1"],
+        FillingRollouts,
+        False,
+    ),
     "first finished wins (wrong)": (["engine.kind=sglang"], FirstFinishedRollouts, True),
 }
 MAIN_FORMS = ["whole rounds", "streaming", "streaming, max_staleness 1", "first finished wins (wrong)"]
@@ -173,15 +194,26 @@ def run(form: str, num_servers: int, seed: int, directory: str) -> dict[str, flo
     overrides, kind, is_redrawn = FORMS[form]
     pending.DEVIATIONS = float(form.split()[1]) if "deviations" in form else MARGIN
     path = Path(directory) / "run.yaml"
-    path.write_text(f"run: {{dir: {directory}, seed: {seed}}}\ndata: {{train: none}}\npolicy: {{model: none}}\n")
+    path.write_text(
+        f"run: {{dir: {directory}, seed: {seed}}}\ndata: {{train: none}}\npolicy: {{model: none}}\n"
+    )
     options = [f"rollout.{name}={value}" for name, value in
                {"prompts_per_step": N, "group_size": G, "prompts_per_round": ROUND, "max_response_length": MAX_LENGTH}.items()]  # fmt: skip
-    reward = ["reward.function=benchmarks.streaming:is_right", "reward.workers=0", "reward.soft_overlong_punishment=false"]
-    config = configs.load(path, [*options, *reward, f"engine.max_concurrent={SLOTS}", f"engine.servers={num_servers}", *overrides])
+    reward = [
+        "reward.function=benchmarks.streaming:is_right",
+        "reward.workers=0",
+        "reward.soft_overlong_punishment=false",
+    ]
+    config = configs.load(
+        path,
+        [*options, *reward, f"engine.max_concurrent={SLOTS}", f"engine.servers={num_servers}", *overrides],
+    )
     population = Population(seed)
     engine = SimulatedServers(population, num_servers, is_redrawn)
     prompts = PromptStream([Prompt(i, np.array([i, 0], np.int32), "1") for i in range(NUM_PROMPTS)], seed)
-    rollouts = kind(config, 1, engine, prompts, Reward(config.reward, MAX_LENGTH), lambda tokens: str(tokens[-1]), (1,))
+    rollouts = kind(
+        config, 1, engine, prompts, Reward(config.reward, MAX_LENGTH), lambda tokens: str(tokens[-1]), (1,)
+    )
     kept: list[Group] = []
     turns, ages = 0, []
     for step in range(NUM_STEPS):
@@ -192,7 +224,11 @@ def run(form: str, num_servers: int, seed: int, directory: str) -> dict[str, flo
         assert len(buffer.kept) == N
         kept += buffer.kept
         ages += [step - group.samples[0].versions[0][0] for group in buffer.kept]
-        turns += sum(sample.length for group in buffer.kept + buffer.all_correct + buffer.all_wrong for sample in group.samples)
+        turns += sum(
+            sample.length
+            for group in buffer.kept + buffer.all_correct + buffer.all_wrong
+            for sample in group.samples
+        )
     steps = NUM_STEPS - WARM_UP
     seconds, needed = (engine.clock - start) / steps, turns / steps
     least = needed / (num_servers * SLOTS * speed(SLOTS))
@@ -232,9 +268,18 @@ Whole rounds and streaming keep the same groups, which is checked.
             with tempfile.TemporaryDirectory() as directory:
                 found = [run(form, num_servers, seed, directory) for seed in SEEDS]
             batches[form] = [one["batch"] for one in found]
-            row: list[object] = [form, spread([one["seconds"] for one in found], 0), spread([one["bound"] for one in found], 0)]
-            row += [spread([one["seconds"] / one["bound"] for one in found], 2), spread([one["wasted"] for one in found], 1)]
-            rows.append([*row, spread([one["bias"] for one in found], 1), spread([one["stale"] for one in found], 0)])
+            row: list[object] = [
+                form,
+                spread([one["seconds"] for one in found], 0),
+                spread([one["bound"] for one in found], 0),
+            ]
+            row += [
+                spread([one["seconds"] / one["bound"] for one in found], 2),
+                spread([one["wasted"] for one in found], 1),
+            ]
+            rows.append(
+                [*row, spread([one["bias"] for one in found], 1), spread([one["stale"] for one in found], 0)]
+            )
             print(rows[-1], flush=True)
         assert batches["streaming"] == batches["whole rounds"]
         waves = ROUND * G / (num_servers * SLOTS)

@@ -1,8 +1,10 @@
-"""Weights from a trainer to a real SGLang server, by each transport, against a raw copy of the same bytes on the same machine.
+"""Weights from a trainer to a real SGLang server, by each transport, against a raw copy of the same bytes on
+the same machine.
 
 OMP_NUM_THREADS=1 python benchmarks/weight_sync.py PYTHON DIR
 
-starts a server as a run does, of the SGLang that PYTHON has (`make sglang-cpu` prints one), with a random Qwen2 of 0.7 GB, made in DIR.
+starts a server as a run does, of the SGLang that PYTHON has (`make sglang-cpu` prints one), with a random
+Qwen2 of 0.7 GB, made in DIR.
 """
 
 from __future__ import annotations
@@ -36,7 +38,14 @@ from dapo.engine.weight_sync import make_sync
 
 RUNS = 7
 WARM_UP = 3  # runs: a virtual machine is slow to hand out memory that it has not used before
-CASES = [("broadcast", 24), ("broadcast", 64), ("broadcast", 96), ("broadcast", 128), ("disk", 64), ("tensor", 64)]  # MiB: of a bucket
+CASES = [
+    ("broadcast", 24),
+    ("broadcast", 64),
+    ("broadcast", 96),
+    ("broadcast", 128),
+    ("disk", 64),
+    ("tensor", 64),
+]  # MiB: of a bucket
 TAKER = """
 import sys, torch
 from collections import defaultdict
@@ -62,9 +71,16 @@ TOKENIZER = ROOT / "examples/arithmetic/base"
 
 def make_model(directory: Path) -> None:
     shape = dict(
-        vocab_size=8192, hidden_size=1024, intermediate_size=4096, num_hidden_layers=10, num_attention_heads=16, num_key_value_heads=4
+        vocab_size=8192,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=10,
+        num_attention_heads=16,
+        num_key_value_heads=4,
     )
-    config = transformers.Qwen2Config(**shape, tie_word_embeddings=False, max_position_embeddings=1024, eos_token_id=1, pad_token_id=0)
+    config = transformers.Qwen2Config(
+        **shape, tie_word_embeddings=False, max_position_embeddings=1024, eos_token_id=1, pad_token_id=0
+    )
     transformers.Qwen2ForCausalLM(config).float().save_pretrained(directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TOKENIZER / name, directory)
@@ -92,7 +108,9 @@ def chunks(num_bytes: int, size: int) -> Iterator[slice]:
 
 
 def receive(ports: Any, num_bytes: int, bucket: int, runs: int) -> None:
-    """The other process of the raw broadcast: first the bytes alone, then with putting them in their place."""
+    """The other process of the raw broadcast: first the bytes alone, then with putting them in their
+    place.
+    """
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", ports.get(), is_master=False, wait_for_workers=False)
     group = dist.ProcessGroupGloo(store, 1, 2, timedelta(minutes=30))
@@ -107,19 +125,24 @@ def receive(ports: Any, num_bytes: int, bucket: int, runs: int) -> None:
 
 
 class RawBroadcast:
-    """The same bytes from one process to another in gloo broadcasts of a bucket's size, and nothing else; then also put in their place."""
+    """The same bytes from one process to another in gloo broadcasts of a bucket's size, and nothing else;
+    then also put in their place.
+    """
 
     def __init__(self, num_bytes: int, bucket: int, runs: int):
         self.data, self.bucket = torch.ones(num_bytes, dtype=torch.uint8), bucket
         ports = multiprocessing.get_context("spawn").Queue()
-        self.process = multiprocessing.get_context("spawn").Process(target=receive, args=(ports, num_bytes, bucket, runs), daemon=True)
+        self.process = multiprocessing.get_context("spawn").Process(
+            target=receive, args=(ports, num_bytes, bucket, runs), daemon=True
+        )
         self.process.start()
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         ports.put(self.store.port)
         self.group = dist.ProcessGroupGloo(self.store, 0, 2, timedelta(minutes=30))
 
     def send_and_copy(self) -> tuple[float, float]:
-        return seconds(self._send), seconds(self._send)  # the second time the other process puts them in their place
+        # the second time the other process puts them in their place
+        return seconds(self._send), seconds(self._send)
 
     def _send(self) -> None:
         for chunk in chunks(len(self.data), self.bucket):
@@ -174,14 +197,20 @@ class RawPickle:
 
 @contextlib.contextmanager
 def taker() -> Iterator[Server]:
-    """A process that takes weights by SGLang's calls and does nothing with them: what is left is the carrying."""
-    with subprocess.Popen([sys.executable, "-c", TAKER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    """A process that takes weights by SGLang's calls and does nothing with them: what is left is the
+    carrying.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", TAKER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout and process.stdin
         yield Server(process.stdout.readline().strip())
         process.stdin.close()
 
 
-def measure(kind: Any, mib: int, server: Server, weights: dict[str, Tensor], scratch: Path, model: Path) -> list[str]:
+def measure(
+    kind: Any, mib: int, server: Server, weights: dict[str, Tensor], scratch: Path, model: Path
+) -> list[str]:
     """A row of the table."""
     num_bytes, bucket = sum(tensor.nbytes for tensor in weights.values()), mib << 20
     raws: dict[str, Callable[[], Any]] = {
@@ -190,7 +219,9 @@ def measure(kind: Any, mib: int, server: Server, weights: dict[str, Tensor], scr
         "tensor": lambda: RawPickle(num_bytes, bucket),
     }
     raw = raws[kind]()
-    options: dict[str, Any] = dict(bucket_bytes=bucket, device=torch.device("cpu"), directory=scratch / "weights", model=model, limit=600)
+    options: dict[str, Any] = dict(
+        bucket_bytes=bucket, device=torch.device("cpu"), directory=scratch / "weights", model=model, limit=600
+    )
     sync = make_sync(kind, lambda: [server], **options)
     commit, post, carried, waits = sync.transport.commit, server.post, [], []  # type: ignore[var-annotated]
 
@@ -215,7 +246,13 @@ def measure(kind: Any, mib: int, server: Server, weights: dict[str, Tensor], scr
         prepared = time.perf_counter()
         sync.load(iter(weights.items()), version)
         rows.append(
-            (time.perf_counter() - start, carried[-1] - prepared, sum(waits), (resident("VmHWM") - before) / bucket, *raw.send_and_copy())
+            (
+                time.perf_counter() - start,
+                carried[-1] - prepared,
+                sum(waits),
+                (resident("VmHWM") - before) / bucket,
+                *raw.send_and_copy(),
+            )
         )
     sync.close()
     server.post = post  # type: ignore[method-assign]
@@ -224,7 +261,17 @@ def measure(kind: Any, mib: int, server: Server, weights: dict[str, Tensor], scr
     speed = spread([num_bytes / s / 1e9 for s in carry], 2)
     times = [spread(values, 2) for values in (send, copy)]
     server_time = "—" if kind == "broadcast" else spread(waited, 2)  # there they overlap
-    return [kind, str(mib), spread(whole, 2), spread(carry, 2), speed, server_time, *times, *shares, spread(extra, 2)]
+    return [
+        kind,
+        str(mib),
+        spread(whole, 2),
+        spread(carry, 2),
+        speed,
+        server_time,
+        *times,
+        *shares,
+        spread(extra, 2),
+    ]
 
 
 def main(python: str, directory: Path) -> None:
@@ -257,16 +304,23 @@ def measure_all(server: Server, model: Path) -> None:
     about, num_bytes = server.get("/server_info"), sum(tensor.nbytes for tensor in weights.values())
     text = heading("Weights to a real SGLang server on the same machine")
     text += (
-        f"\nSGLang {about['version']} on {about['device']}, tp {about['tp_size']}. Load average when it ended: {os.getloadavg()[0]:.1f}. "
-        f"{num_bytes / 1e9:.2f} GB of float32 in {len(weights)} tensors, the largest {max(t.nbytes for t in weights.values()) >> 20} MiB. "
+        f"\nSGLang {about['version']} on {about['device']}, tp {about['tp_size']}. Load average when it "
+        f"ended: {os.getloadavg()[0]:.1f}. "
+        f"{num_bytes / 1e9:.2f} GB of float32 in {len(weights)} tensors, the largest "
+        f"{max(t.nbytes for t in weights.values()) >> 20} MiB. "
         f"{RUNS} syncs and raw copies by turns, after {WARM_UP} that are not counted: median (least–most). "
         "The trainer is one process that has the full tensors: gathering them over ranks is not in this.\n\n"
-        "*nothing loaded*: to a process that takes weights by SGLang's calls and does nothing with them. *MiB*: of a bucket. "
-        "*sync*: prepare to continue. *carry*: of that from the first tensor until the server has loaded the last. "
+        "*nothing loaded*: to a process that takes weights by SGLang's calls and does nothing with them. "
+        "*MiB*: of a bucket. "
+        "*sync*: prepare to continue. *carry*: of that from the first tensor until the server has loaded the "
+        "last. "
         "*server*: how long the calls took that carry weights, or name files. "
-        "*raw send*: the same bytes and nothing else: gloo broadcasts of a bucket's size from the weights' memory into one buffer of "
-        "another process; new files of a bucket's size, those before removed; tensors of a bucket's size pickled. *raw copy*: the other "
-        "process also copies each buffer to its place; files are also read; tensors unpickled. Shares: of the medians. *extra*: the "
+        "*raw send*: the same bytes and nothing else: gloo broadcasts of a bucket's size from the weights' "
+        "memory into one buffer of "
+        "another process; new files of a bucket's size, those before removed; tensors of a bucket's size "
+        "pickled. *raw copy*: the other "
+        "process also copies each buffer to its place; files are also read; tensors unpickled. Shares: of "
+        "the medians. *extra*: the "
         "trainer's peak resident memory during a sync above that before it, in buckets.\n\n"
     )
     header = ["", "MiB", "sync s", "carry s", "carry GB/s", "server s", "raw send s", "raw copy s", "send / carry", "copy / carry",

@@ -1,4 +1,6 @@
-"""The main rank's side, put together from a config: prompts, reward, engine, held-out sets; and `dapo eval`, which needs nothing else."""
+"""The main rank's side, put together from a config: prompts, reward, engine, held-out sets; and `dapo eval`,
+which needs nothing else.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ from dapo.types import Engine, Prompt
 def make_rollouts(
     config: Config, mesh: Mesh, is_interrupted: Callable[[], bool] = lambda: False
 ) -> tuple[Rollouts | RolloutsElsewhere, dict[str, list[Prompt]]]:
-    """The sampler's side, and the held-out sets: on the main rank. Elsewhere what takes part in the weight sync, and no sets.
+    """The sampler's side, and the held-out sets: on the main rank. Elsewhere what takes part in the weight
+    sync, and no sets.
 
     Raises:
         ConfigError, FailedElsewhere: the tokenizer, a data file or the reward function cannot be used.
@@ -40,7 +43,9 @@ def make_rollouts(
     return made if made else (RolloutsElsewhere(), {})
 
 
-def _make_rollouts(config: Config, mesh: Mesh, is_interrupted: Callable[[], bool]) -> tuple[Rollouts, dict[str, list[Prompt]]]:
+def _make_rollouts(
+    config: Config, mesh: Mesh, is_interrupted: Callable[[], bool]
+) -> tuple[Rollouts, dict[str, list[Prompt]]]:
     tokenizer = load_tokenizer(config.policy.model)
     prompts, summaries = load_stream(config.data, tokenizer, config.run.seed)
     sets, more = load_sets(config, tokenizer)
@@ -49,12 +54,18 @@ def _make_rollouts(config: Config, mesh: Mesh, is_interrupted: Callable[[], bool
     found = semantics.manifest(config, digest(prompts.prompts))
     for change in semantics.keep(found, config.run.dir / "semantics.json"):
         print(f"warning: {change}", file=sys.stderr, flush=True)
-    write_text(config.run.dir / "data.json", json.dumps([asdict(s) for s in summaries + more], indent=1, default=str))
+    write_text(
+        config.run.dir / "data.json", json.dumps([asdict(s) for s in summaries + more], indent=1, default=str)
+    )
     return build_rollouts(config, mesh, tokenizer, prompts, is_interrupted), sets
 
 
 def build_rollouts(
-    config: Config, mesh: Mesh, tokenizer: Any, prompts: PromptStream, is_interrupted: Callable[[], bool] = lambda: False
+    config: Config,
+    mesh: Mesh,
+    tokenizer: Any,
+    prompts: PromptStream,
+    is_interrupted: Callable[[], bool] = lambda: False,
 ) -> Rollouts:
     rollouts = Rollouts(
         config,
@@ -70,7 +81,8 @@ def build_rollouts(
 
 
 def make_engine(config: Config, mesh: Mesh, is_interrupted: Callable[[], bool]) -> Engine:
-    """The sampler that engine.kind names; servers are up when it returns, and have given up what memory they share with the trainer.
+    """The sampler that engine.kind names; servers are up when it returns, and have given up what memory they
+    share with the trainer.
 
     Raises:
         ConfigError: engine.sglang is not what SGLang understands, or a server does not start.
@@ -79,7 +91,9 @@ def make_engine(config: Config, mesh: Mesh, is_interrupted: Callable[[], bool]) 
     """
     options = config.engine
     if options.kind == "embedded":
-        return EmbeddedEngine(config.policy.model, getattr(torch, config.policy.dtype), mesh.device, options.max_concurrent)
+        return EmbeddedEngine(
+            config.policy.model, getattr(torch, config.policy.dtype), mesh.device, options.max_concurrent
+        )
     servers = Servers(config, say=lambda text: print(text, flush=True), is_interrupted=is_interrupted)
     servers.wait()
     sync = make_sync(
@@ -99,16 +113,21 @@ def make_engine(config: Config, mesh: Mesh, is_interrupted: Callable[[], bool]) 
 
 
 def load_sets(config: Config, tokenizer: Any) -> tuple[dict[str, list[Prompt]], list[Summary]]:
-    """The held-out problems of every set, by name. Rows that repeat (30 problems × 32 copies) are 30 problems; the summary says so."""
+    """The held-out problems of every set, by name. Rows that repeat (30 problems × 32 copies) are 30
+    problems; the summary says so.
+    """
     data = config.eval.data
     paths = data if isinstance(data, dict) else {data.stem: data} if data else {}
     options = config.data.model_copy(update={"too_long": "error"})
     loaded = {name: load_prompts(path, tokenizer, options) for name, path in paths.items()}
-    return {name: prompts for name, (prompts, _) in loaded.items()}, [summary for _, summary in loaded.values()]
+    return {name: prompts for name, (prompts, _) in loaded.items()}, [
+        summary for _, summary in loaded.values()
+    ]
 
 
 def evaluate_models(config: Config, mesh: Mesh, models: list[Path]) -> None:
-    """Evaluate Hugging Face directories on the sets of eval.data; each later one is compared with the first, problem by problem.
+    """Evaluate Hugging Face directories on the sets of eval.data; each later one is compared with the first,
+    problem by problem.
 
     Results go to <run.dir>/eval.json.
 
@@ -130,5 +149,8 @@ def evaluate_models(config: Config, mesh: Mesh, models: list[Path]) -> None:
             print(f"{model}  {name}: {scores}", flush=True)
     for later, comparisons in evaluate.write(results, config.run.dir / "eval.json").items():
         for name, c in comparisons.items():
-            print(f"{later} against {models[0]}  {name}: {c['difference']:+.3f} ± {c['half_width']:.3f}, p = {c['p_value']:.2g}")
+            print(
+                f"{later} against {models[0]}  {name}: {c['difference']:+.3f} ± {c['half_width']:.3f}, p = "
+                f"{c['p_value']:.2g}"
+            )
     rollouts.close()

@@ -1,7 +1,8 @@
 """Save and resume everything: policy, optimizer, prompt position, groups carried over, counters.
 
-<run.dir>/checkpoints/step-000010/ holds policy/ (Megatron's torch_dist format), rollouts.json, carried.parquet if groups are carried
-over, and manifest.json (the model, every size and checksum). It is written under a hidden name and renamed when every rank's part is on the
+<run.dir>/checkpoints/step-000010/ holds policy/ (Megatron's torch_dist format), rollouts.json,
+carried.parquet if groups are carried over, and manifest.json (the model, every size and checksum). It is
+written under a hidden name and renamed when every rank's part is on the
 disk: what bears the name is whole, unless damaged later, and that is noticed.
 """
 
@@ -47,8 +48,8 @@ class Checkpoints:
         """Look for the newest whole checkpoint, before anything is built or written.
 
         Raises:
-            ConfigError: run.resume is "never" and the run directory already holds a run; none of its checkpoints is whole; or the newest
-                is of another model.
+            ConfigError: run.resume is "never" and the run directory already holds a run; none of its
+                checkpoints is whole; or the newest is of another model.
         """
         self.newest = self._newest_whole()
         if self.newest is not None:
@@ -70,7 +71,9 @@ class Checkpoints:
         return self.newest
 
     def maybe_save(self, step: int, policy: Policy, rollouts: Rollouts | RolloutsElsewhere) -> None:
-        """Save if `step` steps are a multiple of run.save_every, or all of them. After all of them, nothing is left unfinished."""
+        """Save if `step` steps are a multiple of run.save_every, or all of them. After all of them, nothing
+        is left unfinished.
+        """
         is_last = step == self.options.steps
         if step % self.options.save_every == 0 or is_last:
             self.save(step, policy, rollouts, wait=is_last or not self.options.async_save)
@@ -78,8 +81,11 @@ class Checkpoints:
             self.save(self.saved, policy, rollouts)
 
     @timed("checkpoint")
-    def save(self, step: int, policy: Policy, rollouts: Rollouts | RolloutsElsewhere, wait: bool = True) -> None:
-        """Save the state after `step` steps; without `wait`, only begin to. On failure nothing is left behind, and older checkpoints stay.
+    def save(
+        self, step: int, policy: Policy, rollouts: Rollouts | RolloutsElsewhere, wait: bool = True
+    ) -> None:
+        """Save the state after `step` steps; without `wait`, only begin to. On failure nothing is left
+        behind, and older checkpoints stay.
 
         Raises:
             CheckpointError: the disk is full, or the like.
@@ -89,7 +95,9 @@ class Checkpoints:
             with self._writing(step) as partial:
                 self.mesh.on_main(_begin, partial, rollouts)
                 saving = policy.save(partial / "policy")
-                self.mesh.on_main(files.require_space, self.root, int(self.mesh.sum(np.array([saving.num_bytes]))[0]))
+                self.mesh.on_main(
+                    files.require_space, self.root, int(self.mesh.sum(np.array([saving.num_bytes]))[0])
+                )
                 saving.start(in_background=not wait)
             self.saved, self._unfinished = step, (saving, policy.shape)
         if wait:
@@ -116,7 +124,8 @@ class Checkpoints:
             if isinstance(error, OSError):
                 free = files.free_gib(self.root)
                 raise CheckpointError(
-                    f"checkpoint {self._path(step)} cannot be written, {free:.1f} GiB free there: {error}; those before it are whole"
+                    f"checkpoint {self._path(step)} cannot be written, {free:.1f} GiB free there: {error}; "
+                    "those before it are whole"
                 ) from error
             raise
 
@@ -127,7 +136,9 @@ class Checkpoints:
         written = {name: sum for of_rank in sums for name, sum in of_rank.items()}
         files.write_manifest(partial, written, {"step": self.saved, "model": asdict(shape)})
         files.publish(partial, self._path(self.saved))
-        for step in superseded(self._steps(), self.saved, self.options.keep_checkpoints, self.options.keep_every):
+        for step in superseded(
+            self._steps(), self.saved, self.options.keep_checkpoints, self.options.keep_every
+        ):
             shutil.rmtree(self._path(step))
 
     def _steps(self) -> list[int]:
@@ -136,7 +147,9 @@ class Checkpoints:
         return sorted((int(name[1]) for name in names if name), reverse=True)
 
     def _newest_whole(self) -> int | None:
-        """Every rank verifies its share of the files, so that what one process would take minutes for takes seconds."""
+        """Every rank verifies its share of the files, so that what one process would take minutes for takes
+        seconds.
+        """
         steps = self.mesh.on_main(self._steps_to_try)
         for step in steps:
             found = self.mesh.gather(files.damage(self._path(step), self.mesh.rank, self.mesh.world))
@@ -145,11 +158,14 @@ class Checkpoints:
                 return int(step)
             if step == steps[-1]:
                 raise ConfigError(
-                    f"no checkpoint below {self.root} is whole; the last one tried, {self._path(step)}, is damaged ({damage}): "
+                    f"no checkpoint below {self.root} is whole; the last one tried, {self._path(step)}, is "
+                    f"damaged ({damage}): "
                     "restore one, or choose another run.dir to begin anew"
                 )
             if self.mesh.is_main:
-                warning = f"warning: checkpoint {self._path(step)} is damaged ({damage}): using the one before it"
+                warning = (
+                    f"warning: checkpoint {self._path(step)} is damaged ({damage}): using the one before it"
+                )
                 print(warning, file=sys.stderr, flush=True)
         return None
 
@@ -157,7 +173,8 @@ class Checkpoints:
         steps = self._steps()
         if self.options.resume == "never" and steps:
             raise ConfigError(
-                f"run.dir={self.options.dir} already holds a run and run.resume=never: choose another directory, or run.resume=auto"
+                f"run.dir={self.options.dir} already holds a run and run.resume=never: choose another "
+                "directory, or run.resume=auto"
             )
         return steps
 
@@ -167,7 +184,8 @@ class Checkpoints:
 
 
 def superseded(steps: list[int], saved: int, keep: int, keep_every: int | None) -> list[int]:
-    """Which checkpoints go when that of `saved` is there: all but the `keep` newest and those of every `keep_every` steps.
+    """Which checkpoints go when that of `saved` is there: all but the `keep` newest and those of every
+    `keep_every` steps.
 
     What is newer than `saved` was found damaged: it counts for nothing, and is replaced when its step comes.
     `superseded([40, 30, 23, 20], saved=23, keep=1, keep_every=20)` → []; with keep_every None → [20].

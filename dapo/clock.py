@@ -25,7 +25,9 @@ def beat() -> None:
 
 
 def pulse() -> tuple[int, str]:
-    """Beats so far, the beginning and end of every phase among them, and the phase that this rank is in, "" between phases."""
+    """Beats so far, the beginning and end of every phase among them, and the phase that this rank is in, ""
+    between phases.
+    """
     return _beats, " > ".join(_phases)
 
 

@@ -1,4 +1,6 @@
-"""Every option of a run. The defaults are the paper's recipe for Qwen2.5-32B (arXiv:2503.14476, section 4.1)."""
+"""Every option of a run. The defaults are the paper's recipe for Qwen2.5-32B (arXiv:2503.14476, section
+4.1).
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,15 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 takes 1e-6 for a string: here it is the number."""
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 class ConfigError(ValueError):
-    """Something the user wrote, or pointed at, cannot be used. The message is one line: what, where, and what to do."""
+    """Something the user wrote, or pointed at, cannot be used. The message is one line: what, where, and what
+    to do.
+    """
 
 
 class Section(BaseModel):
@@ -41,43 +47,53 @@ class Run(Section):
     save_every: Positive = 10  # steps between checkpoints; the last step is always saved
     keep_checkpoints: Positive = 2  # the newest ones
     keep_every: Positive | None = None  # and those of every so many steps, a multiple of save_every
-    async_save: bool = False  # write checkpoints while training goes on, from a copy of this rank's state in main memory
+    # write checkpoints while training goes on, from a copy of this rank's state in main memory
+    async_save: bool = False
     wandb_project: str | None = None
 
 
 class Data(Section):
-    # .jsonl of {prompt, answer}, or .parquet in the DAPO-Math-17k schema: one file, several as one, or {file: weight} to mix
+    # .jsonl of {prompt, answer}, or .parquet in the DAPO-Math-17k schema: one file, several as one, or {file:
+    # weight} to mix
     train: Path | list[Path] | dict[Path, AboveZero]
     max_prompt_length: Positive = 2048  # tokens
-    too_long: Literal["error", "drop", "truncate"] = "truncate"  # truncate cuts on the left, as the released recipe does
+    # truncate cuts on the left, as the released recipe does
+    too_long: Literal["error", "drop", "truncate"] = "truncate"
     on_error: Literal["stop", "skip"] = "stop"  # a malformed row: stop, or count it and go on
 
 
 class Rollout(Section):
     prompts_per_step: Positive = 512  # N: groups that a step learns from
     group_size: Annotated[int, Field(ge=2)] = 16  # G: samples per prompt
-    prompts_per_round: Positive = 1536  # prompts asked for at a time, until N mixed groups are in; from servers as the groups come in
+    # prompts asked for at a time, until N mixed groups are in; from servers as the groups come in
+    prompts_per_round: Positive = 1536
     max_rounds: Positive = 10
     dynamic_sampling: bool = True  # Eq. 11; false keeps every group
     at_cap: Literal["train", "stop"] = "train"  # after max_rounds with fewer than N mixed groups
-    # finished groups that a step has no room for are kept for the next, as long as they are at most so many steps old when they are learnt
-    # from; 0: they are thrown away, and their prompts asked anew
+    # finished groups that a step has no room for are kept for the next, as long as they are at most so many
+    # steps old when they are learnt from; 0: they are thrown away, and their prompts asked anew
     max_staleness: Count = 0
     max_empty_steps: Positive = 3  # steps in a row without one mixed group before the run stops
     temperature: AboveZero = 1.0
     max_response_length: Positive = 20480  # L_max of Eq. 13, tokens
-    dump_share: Annotated[float, Field(ge=0, le=1)] = 0.0  # of each step's groups, kept in run.dir/rollouts as parquet
+    # of each step's groups, kept in run.dir/rollouts as parquet
+    dump_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     only: bool = False  # write every step's batch and learn nothing
     replay: Path | None = None  # learn from a directory of dumped batches instead of sampling
 
 
 class Reward(Section):
-    # module:name of f(response, answer) -> bool, or a float that is correct above 0; or http://host:port/path; or several with their
-    # weights, {"dapo.reward:is_correct": 1.0, "mine:format": 0.2}: the reward is their weighted sum, the first decides what is correct
+    # module:name of f(response, answer) -> bool, or a float that is correct above 0; or
+    # http://host:port/path; or several with their weights, {"dapo.reward:is_correct": 1.0, "mine:format":
+    # 0.2}: the reward is their weighted sum, the first decides what is correct
     function: str | Annotated[dict[str, float], Field(min_length=1)] = "dapo.reward:is_correct"
-    shadow: list[str] = []  # functions that change nothing: how often they disagree is logged, and where, kept in run.dir/disputes.jsonl
-    workers: Count = 4  # processes that call the functions; 0: this process calls them, and waits for as long as they take
-    time_limit: AboveZero = 5.0  # seconds for one answer; after them the worker is replaced, the answer is wrong and counted
+    # functions that change nothing: how often they disagree is logged, and where, kept in
+    # run.dir/disputes.jsonl
+    shadow: list[str] = []
+    # processes that call the functions; 0: this process calls them, and waits for as long as they take
+    workers: Count = 4
+    # seconds for one answer; after them the worker is replaced, the answer is wrong and counted
+    time_limit: AboveZero = 5.0
     truncated_is_wrong: bool = False
     soft_overlong_punishment: bool = True  # Eq. 13
     overlong_cache: Positive = 4096  # L_cache of Eq. 13, tokens
@@ -89,7 +105,8 @@ class Objective(Section):
     clip_high: NonNegative = 0.28  # Clip-Higher
     dual_clip: Annotated[float, Field(gt=1)] | None = None  # the released code has 10, the paper none
     overlong_filtering: bool = False  # truncated samples give no gradient
-    # a token written by older weights counts min(exp(old − behavior log-prob), this); one of the current weights always counts 1
+    # a token written by older weights counts min(exp(old − behavior log-prob), this); one of the current
+    # weights always counts 1
     importance_cap: Annotated[float, Field(ge=1)] = 2.0
 
 
@@ -105,7 +122,8 @@ class Optim(Section):
 class Parallel(Section):
     tensor: Positive = 8  # with sequence parallelism whenever > 1
     pipeline: Positive = 1
-    virtual_pipeline: Positive = 1  # chunks of layers on each pipeline stage, in turns: less waiting at both ends of an update
+    # chunks of layers on each pipeline stage, in turns: less waiting at both ends of an update
+    virtual_pipeline: Positive = 1
     context: Positive = 1  # ranks that share the tokens of every sequence: for responses too long for one
     expert: Positive = 1  # ranks of a pipeline stage that share a layer's experts, each with whole ones
 
@@ -121,29 +139,36 @@ class Parallel(Section):
 
     @property
     def sequence_multiple(self) -> int:
-        """What a sequence's fed tokens are padded to a multiple of: each context rank has two chunks of it, of equal size."""
+        """What a sequence's fed tokens are padded to a multiple of: each context rank has two chunks of it,
+        of equal size.
+        """
         return 1 if self.context == 1 else 2 * self.context
 
     @property
     def pack_multiple(self) -> int:
-        """What a microbatch's tokens are padded to a multiple of: sequence parallelism splits each context rank's."""
+        """What a microbatch's tokens are padded to a multiple of: sequence parallelism splits each context
+        rank's.
+        """
         return self.sequence_multiple * self.tensor
 
     def data(self, world: int) -> int:
         """Data-parallel ranks of `world` processes.
 
         Raises:
-            ConfigError: the world size does not divide by tensor × pipeline × context, or a stage's ranks by expert.
+            ConfigError: the world size does not divide by tensor × pipeline × context, or a stage's ranks by
+                expert.
         """
         if world % self.model_size:
             context = f" × parallel.context={self.context}" if self.context > 1 else ""
             raise ConfigError(
-                f"world size {world} is not a multiple of parallel.tensor={self.tensor} × parallel.pipeline={self.pipeline}{context}: "
+                f"world size {world} is not a multiple of parallel.tensor={self.tensor} × "
+                f"parallel.pipeline={self.pipeline}{context}: "
                 f"launch {self.model_size} processes, or a multiple, or change the layout"
             )
         if world // self.pipeline % self.expert:
             raise ConfigError(
-                f"parallel.expert={self.expert} does not divide the {world // self.pipeline} ranks of a pipeline stage "
+                f"parallel.expert={self.expert} does not divide the {world // self.pipeline} ranks of a "
+                "pipeline stage "
                 f"(world size {world} / parallel.pipeline={self.pipeline}), who share its experts"
             )
         return world // self.model_size
@@ -152,8 +177,10 @@ class Parallel(Section):
 class Policy(Section):
     model: Path  # Hugging Face directory: config.json, *.safetensors, tokenizer
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    tokens_per_microbatch: Positive = 32768  # budget of one packed forward-backward per data-parallel rank; context ranks share it
-    # fields of Megatron's TransformerConfig, OptimizerConfig, DistributedDataParallelConfig; passthrough.py: those that may not be set
+    # budget of one packed forward-backward per data-parallel rank; context ranks share it
+    tokens_per_microbatch: Positive = 32768
+    # fields of Megatron's TransformerConfig, OptimizerConfig, DistributedDataParallelConfig; passthrough.py:
+    # those that may not be set
     megatron: dict[str, Any] = {}
 
 
@@ -164,23 +191,28 @@ class Engine(Section):
     urls: list[str] = []  # servers that someone else has started; none: the run starts its own and stops them
     servers: Positive = 1  # how many it starts
     python: Path | None = None  # of the environment that has SGLang; null: this one
-    sglang: dict[str, Any] = {}  # server arguments, as on SGLang's command line: {tp-size: 2, mem-fraction-static: 0.8}
-    weight_sync: Literal["disk", "broadcast", "tensor"] = "broadcast"  # files · NCCL, or gloo on a CPU · same host only
+    # server arguments, as on SGLang's command line: {tp-size: 2, mem-fraction-static: 0.8}
+    sglang: dict[str, Any] = {}
+    # files · NCCL, or gloo on a CPU · same host only
+    weight_sync: Literal["disk", "broadcast", "tensor"] = "broadcast"
     bucket_mib: Positive = 512  # weights travel in buckets of this size
     verify_weights: bool = False  # after every sync compare the servers' checksums with the policy's
-    # without any progress on any rank: say who is waited for, keep stacks in run.dir/stalls, and ask again for missing responses; at one
-    # server: start it again; twice as long without a response, or in one wait of a weight sync: save and stop; three times as long in a
-    # collective, where no rank can save: stop
+    # without any progress on any rank: say who is waited for, keep stacks in run.dir/stalls, and ask again
+    # for missing responses; at one server: start it again; twice as long without a response, or in one wait
+    # of a weight sync: save and stop; three times as long in a collective, where no rank can save: stop
     stall_seconds: AboveZero = 300.0
 
     @property
     def is_streaming(self) -> bool:
-        """Groups are asked for ahead and scored as they come in; in-process generation gains more from whole rounds, at once."""
+        """Groups are asked for ahead and scored as they come in; in-process generation gains more from whole
+        rounds, at once.
+        """
         return self.kind == "sglang"
 
 
 class Eval(Section):
-    data: Path | dict[str, Path] | None = None  # same formats as data.train; {name: file} for several sets; null: no evaluation
+    # same formats as data.train; {name: file} for several sets; null: no evaluation
+    data: Path | dict[str, Path] | None = None
     every: Positive = 5  # steps; also before the first and after the last
     samples: Positive = 32  # k per problem: mean@k
     temperature: AboveZero = 1.0
@@ -213,36 +245,48 @@ class Config(Section):
         rollout, reward, optim = self.rollout, self.reward, self.optim
         if self.run.keep_every and self.run.keep_every % self.run.save_every:
             raise ConfigError(
-                f"run.keep_every={self.run.keep_every} is not a multiple of run.save_every={self.run.save_every}: nothing is saved then"
+                f"run.keep_every={self.run.keep_every} is not a multiple of "
+                f"run.save_every={self.run.save_every}: nothing is saved then"
             )
         if rollout.prompts_per_step % optim.prompts_per_minibatch:
             raise ConfigError(
                 f"rollout.prompts_per_step={rollout.prompts_per_step} is not a multiple of "
-                f"optim.prompts_per_minibatch={optim.prompts_per_minibatch}: every update takes the same number of groups"
+                f"optim.prompts_per_minibatch={optim.prompts_per_minibatch}: every update takes the same "
+                "number of groups"
             )
         if rollout.prompts_per_round * rollout.max_rounds < rollout.prompts_per_step:
             raise ConfigError(
-                f"rollout.prompts_per_round={rollout.prompts_per_round} × rollout.max_rounds={rollout.max_rounds} can never fill "
+                f"rollout.prompts_per_round={rollout.prompts_per_round} × "
+                f"rollout.max_rounds={rollout.max_rounds} can never fill "
                 f"rollout.prompts_per_step={rollout.prompts_per_step}: raise one of them"
             )
         longest = self.data.max_prompt_length + rollout.max_response_length
         multiple = self.parallel.sequence_multiple
         if -(-longest // multiple) * multiple > self.policy.tokens_per_microbatch:
-            padded = f", padded to a multiple of 2 × parallel.context={self.parallel.context}" if multiple > 1 else ""
+            padded = (
+                f", padded to a multiple of 2 × parallel.context={self.parallel.context}"
+                if multiple > 1
+                else ""
+            )
             raise ConfigError(
-                f"policy.tokens_per_microbatch={self.policy.tokens_per_microbatch} cannot hold one sample of data.max_prompt_length="
-                f"{self.data.max_prompt_length} + rollout.max_response_length={rollout.max_response_length} = {longest} tokens{padded}: "
+                f"policy.tokens_per_microbatch={self.policy.tokens_per_microbatch} cannot hold one sample of "
+                "data.max_prompt_length="
+                f"{self.data.max_prompt_length} + rollout.max_response_length={rollout.max_response_length} "
+                f"= {longest} tokens{padded}: "
                 "raise it"
             )
         if self.parallel.virtual_pipeline > 1 and self.parallel.pipeline == 1:
             raise ConfigError(
-                f"parallel.virtual_pipeline={self.parallel.virtual_pipeline} with parallel.pipeline=1: one stage has nobody to take turns "
+                f"parallel.virtual_pipeline={self.parallel.virtual_pipeline} with parallel.pipeline=1: one "
+                "stage has nobody to take turns "
                 "with; raise parallel.pipeline, or leave it 1"
             )
         if reward.soft_overlong_punishment and reward.overlong_cache >= rollout.max_response_length:
             raise ConfigError(
-                f"reward.overlong_cache={reward.overlong_cache} leaves nothing of rollout.max_response_length="
-                f"{rollout.max_response_length} unpunished: make it smaller, or set reward.soft_overlong_punishment=false"
+                f"reward.overlong_cache={reward.overlong_cache} leaves nothing of "
+                "rollout.max_response_length="
+                f"{rollout.max_response_length} unpunished: make it smaller, or set "
+                "reward.soft_overlong_punishment=false"
             )
 
         self._check_offload()
@@ -254,9 +298,14 @@ class Config(Section):
             return
         wrong = []
         if not megatron.get("use_precision_aware_optimizer"):
-            wrong.append("policy.megatron.use_precision_aware_optimizer=true: without it no checkpoint can be loaded")
+            wrong.append(
+                "policy.megatron.use_precision_aware_optimizer=true: without it no checkpoint can be loaded"
+            )
         if megatron.get("optimizer_offload_fraction", 0.0) != 1.0:
-            wrong.append("policy.megatron.optimizer_offload_fraction=1.0: a part left on the GPU resumes with a wrong count of its steps")
+            wrong.append(
+                "policy.megatron.optimizer_offload_fraction=1.0: a part left on the GPU resumes with a wrong "
+                "count of its steps"
+            )
         if self.policy.dtype != "bfloat16":
             wrong.append("policy.dtype=bfloat16: 32-bit parameters cannot be offloaded")
         if wrong:
@@ -266,7 +315,8 @@ class Config(Section):
         """What is allowed and rarely meant."""
         if self.reward.soft_overlong_punishment and not self.rollout.dynamic_sampling:
             return [
-                "reward.soft_overlong_punishment without rollout.dynamic_sampling: in a group all right or all wrong the length penalty is "
+                "reward.soft_overlong_punishment without rollout.dynamic_sampling: in a group all right or "
+                "all wrong the length penalty is "
                 "the only difference, and dividing by its small std (Eq. 9) makes full-size advantages of it"
             ]
         return []
@@ -293,7 +343,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML config, then apply overrides in order: `load("run.yaml", ["optim.lr=2e-6"])`.
 
     Raises:
-        ConfigError: the file cannot be read, or a key or value is not valid; the message names it and the nearest key.
+        ConfigError: the file cannot be read, or a key or value is not valid; the message names it and the
+            nearest key.
     """
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}
@@ -310,7 +361,9 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"config {path}: " + "; ".join(_explain(e, values) for e in error.errors())) from None
+        raise ConfigError(
+            f"config {path}: " + "; ".join(_explain(e, values) for e in error.errors())
+        ) from None
     config.check()
     return config
 

@@ -1,7 +1,7 @@
 """Directories that appear whole or not at all, and tell when they were damaged later.
 
-Each is written under a hidden name and renamed when everything is on the disk. manifest.json lists every file's size and CRC-32: that finds
-what disks and copies do to files, and is no help against forgery.
+Each is written under a hidden name and renamed when everything is on the disk. manifest.json lists every
+file's size and CRC-32: that finds what disks and copies do to files, and is no help against forgery.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class SummedFile:
 
 
 def begin_writing(file: BinaryIO, begun: int) -> int:
-    """Let the disk begin with what was written behind byte `begun`, once that is EARLY, and do not wait. Returns how far it has begun.
+    """Let the disk begin with what was written behind byte `begun`, once that is EARLY, and do not wait.
+    Returns how far it has begun.
 
     The system itself would begin when gigabytes are due, and let the last of them wait for the end.
     """
@@ -72,12 +73,15 @@ def begin_writing(file: BinaryIO, begun: int) -> int:
     if end - begun < EARLY or not hasattr(os, "posix_fadvise"):
         return begun
     file.flush()
-    os.posix_fadvise(file.fileno(), begun, end - begun, os.POSIX_FADV_DONTNEED)  # also forgets it, once it is written
+    # also forgets it, once it is written
+    os.posix_fadvise(file.fileno(), begun, end - begun, os.POSIX_FADV_DONTNEED)
     return end
 
 
 def write_at(file: FileIO, data: memoryview, place: int) -> None:
-    """Write all of `data` at byte `place` of an unbuffered file, whichever thread calls; the disk begins with it early, as above."""
+    """Write all of `data` at byte `place` of an unbuffered file, whichever thread calls; the disk begins with
+    it early, as above.
+    """
     while data:
         written = os.pwrite(file.fileno(), data[:EARLY], place)
         if written == EARLY and hasattr(os, "posix_fadvise"):
@@ -95,7 +99,9 @@ def sum_of(path: Path) -> Sum:
 
 
 def write_manifest(directory: Path, sums: dict[str, Sum], about: dict[str, Any]) -> None:
-    """manifest.json, last of all: `about`, and the sums of all files. What is not in `sums` (small files) is read for its own."""
+    """manifest.json, last of all: `about`, and the sums of all files. What is not in `sums` (small files) is
+    read for its own.
+    """
     names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
     manifest = about | {"files": {name: sums.get(name) or sum_of(directory / name) for name in names}}
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -105,19 +111,25 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """Raises OSError or ValueError: there is none, or it is damaged itself."""
     manifest = json.loads((directory / MANIFEST).read_text())
     sums = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(sums, dict) or not all(isinstance(sum, list) and len(sum) == 2 for sum in sums.values()):
+    if not isinstance(sums, dict) or not all(
+        isinstance(sum, list) and len(sum) == 2 for sum in sums.values()
+    ):
         raise ValueError("it does not list files with size and checksum")
     return manifest  # type: ignore[no-any-return]
 
 
 def damage(directory: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with part `part` of `parts` of the directory's files, None if they are what the manifest says. Reads them all."""
+    """What is wrong with part `part` of `parts` of the directory's files, None if they are what the manifest
+    says. Reads them all.
+    """
     try:
         sums = read_manifest(directory)["files"]
     except (OSError, ValueError) as error:
         return f"{MANIFEST}: {error}"
     largest_first = sorted(sums, key=lambda name: (-sums[name][0], name))
-    return next(filter(None, (file_damage(directory, name, sums[name]) for name in largest_first[part::parts])), None)
+    return next(
+        filter(None, (file_damage(directory, name, sums[name]) for name in largest_first[part::parts])), None
+    )
 
 
 def file_damage(directory: Path, name: str, sum: Sum) -> str | None:
@@ -147,7 +159,9 @@ def free_gib(directory: Path) -> float:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file, in place of one that may be there: a process that is killed meanwhile leaves the old one, or the new one."""
+    """Write a small file, in place of one that may be there: a process that is killed meanwhile leaves the
+    old one, or the new one.
+    """
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.rename(path)
@@ -155,11 +169,12 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def made_whole(target: Path, num_bytes: int, may_replace: bool = False) -> Iterator[Path]:
-    """A hidden directory to write into, beside `target`, whose name it gets when the block ends well; else it is removed.
+    """A hidden directory to write into, beside `target`, whose name it gets when the block ends well; else it
+    is removed.
 
     Raises:
-        ConfigError: `target` exists and may not be replaced, or another process is writing it, or the disk has no room for `num_bytes`.
-            Nothing was written.
+        ConfigError: `target` exists and may not be replaced, or another process is writing it, or the disk
+            has no room for `num_bytes`. Nothing was written.
     """
     _refuse_existing(target, may_replace)
     partial = hidden(target)
@@ -175,9 +190,13 @@ def made_whole(target: Path, num_bytes: int, may_replace: bool = False) -> Itera
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except BlockingIOError as error:
-        raise ConfigError(f"{target} is being written by another process: wait for it, or name another directory") from error
+        raise ConfigError(
+            f"{target} is being written by another process: wait for it, or name another directory"
+        ) from error
     except OSError as error:
-        raise ConfigError(f"{target} cannot be written, {free_gib(target.parent):.1f} GiB free there: {error}") from error
+        raise ConfigError(
+            f"{target} cannot be written, {free_gib(target.parent):.1f} GiB free there: {error}"
+        ) from error
 
 
 def _refuse_existing(target: Path, may_replace: bool) -> None:
@@ -187,7 +206,9 @@ def _refuse_existing(target: Path, may_replace: bool) -> None:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """The directory, made if it is not there, for this process alone; the lock ends with the process. Raises BlockingIOError: another's."""
+    """The directory, made if it is not there, for this process alone; the lock ends with the process. Raises
+    BlockingIOError: another's.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(directory, os.O_RDONLY)
     try:

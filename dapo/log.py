@@ -1,4 +1,6 @@
-"""What a step looked like: a row on the console, a line in metrics.jsonl, TensorBoard, optionally W&B; at the end the paper's curves."""
+"""What a step looked like: a row on the console, a line in metrics.jsonl, TensorBoard, optionally W&B; at the
+end the paper's curves.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ COLUMNS = {  # console header → metric, format
 
 
 class Log:
-    """The main rank's record of a run. Going on from step `start` forgets what an earlier attempt wrote from there on."""
+    """The main rank's record of a run. Going on from step `start` forgets what an earlier attempt wrote from
+    there on.
+    """
 
     def __init__(self, config: Config, start: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -48,7 +52,13 @@ class Log:
     def __call__(self, step: int, values: dict[str, float]) -> None:
         """Record one step, with the seconds and the memory it took."""
         now = time.perf_counter()
-        values = {"step": step, **values, **clock.take(), "time/step": now - self.last, "perf/peak_memory_gib": peak_memory_gib()}
+        values = {
+            "step": step,
+            **values,
+            **clock.take(),
+            "time/step": now - self.last,
+            "perf/peak_memory_gib": peak_memory_gib(),
+        }
         self.last = now
         if "rollout/tokens" in values:
             values["perf/tokens_per_second"] = values["rollout/tokens"] / values["time/step"]
@@ -105,7 +115,12 @@ class Console:
         if self.num_rows % 20 == 0:
             self.say(" ".join(f"{name:>{_width(form)}}" for name, (_, form) in COLUMNS.items()))
         self.num_rows += 1
-        self.say(" ".join(format(values[key], form) if key in values else " " * _width(form) for key, form in COLUMNS.values()))
+        self.say(
+            " ".join(
+                format(values[key], form) if key in values else " " * _width(form)
+                for key, form in COLUMNS.values()
+            )
+        )
 
     def close(self) -> None:
         if self.status:
@@ -114,7 +129,9 @@ class Console:
 
 def mean(updates: Sequence[dict[str, float]]) -> dict[str, float]:
     """Key by key: `mean([{"loss": 1}, {"loss": 3}])` → {"loss": 2}; nothing of nothing."""
-    return {key: sum(update[key] for update in updates) / len(updates) for key in (updates[0] if updates else {})}
+    return {
+        key: sum(update[key] for update in updates) / len(updates) for key in (updates[0] if updates else {})
+    }
 
 
 def peak_memory_gib() -> float:
@@ -133,4 +150,9 @@ def _width(form: str) -> int:
 def _start_wandb(config: Config) -> Any:
     import wandb
 
-    return wandb.init(project=config.run.wandb_project, name=config.run.dir.name, config=config.model_dump(mode="json"), resume="allow")
+    return wandb.init(
+        project=config.run.wandb_project,
+        name=config.run.dir.name,
+        config=config.model_dump(mode="json"),
+        resume="allow",
+    )

@@ -1,7 +1,8 @@
 """Who is who among the ranks, and how the main rank speaks to the others.
 
-Two kinds of traffic. Tensors of the policy travel in Megatron's own groups. Everything here is control: Python objects and a few numbers,
-over gloo, with a time limit long enough for any rollout (NCCL's watchdog would end a run whose rollout takes an hour).
+Two kinds of traffic. Tensors of the policy travel in Megatron's own groups. Everything here is control:
+Python objects and a few numbers, over gloo, with a time limit long enough for any rollout (NCCL's watchdog
+would end a run whose rollout takes an hour).
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def _device(local_rank: int) -> torch.device:
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"local rank {local_rank} finds {torch.cuda.device_count()} GPUs on this machine, one a process is needed: "
+            f"local rank {local_rank} finds {torch.cuda.device_count()} GPUs on this machine, one a process "
+            "is needed: "
             "launch fewer processes, or set CUDA_VISIBLE_DEVICES= to run on the CPU"
         )
     return torch.device("cuda", local_rank)
@@ -45,22 +47,30 @@ def _device(local_rank: int) -> torch.device:
 @functools.cache
 def _connect(device: torch.device) -> tuple[Any, dist.ProcessGroup]:
     """Join the other ranks, once per process: the store they share, and the control group."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }.items():
         os.environ.setdefault(name, value)  # one process, without torchrun
     store, rank, world = next(iter(rendezvous("env://")))
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")  # as SGLang sets it: processes that differ in it cannot join in a group
+        # as SGLang sets it: processes that differ in it cannot join in a group
+        os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return store, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
 
 
 class Mesh:
-    """The ranks of this run: world = tensor × context × data × pipeline, tensor ranks adjacent (Megatron's order tp-cp-dp-pp).
+    """The ranks of this run: world = tensor × context × data × pipeline, tensor ranks adjacent (Megatron's
+    order tp-cp-dp-pp).
 
-    A step's batch has a share for each pair of data and context rank, which the pair's tensor and pipeline ranks all receive.
+    A step's batch has a share for each pair of data and context rank, which the pair's tensor and pipeline
+    ranks all receive.
 
     Raises:
         ConfigError: the world size does not divide by tensor × pipeline × context.
@@ -84,9 +94,11 @@ class Mesh:
         return rank // self.tensor % self.num_shares
 
     def scatter(self, function: Callable[..., Sequence[T]], *args: Any) -> T:
-        """Run `function` on the main rank; it returns `num_shares` shares, and each rank receives its own only.
+        """Run `function` on the main rank; it returns `num_shares` shares, and each rank receives its own
+        only.
 
-        Raises, on every rank: Interrupted if the function does; its own exception on the main rank, FailedElsewhere on the others.
+        Raises, on every rank: Interrupted if the function does; its own exception on the main rank,
+        FailedElsewhere on the others.
         """
         if not self.is_main:
             return cast(T, self._receive())
@@ -96,13 +108,16 @@ class Mesh:
             for rank in range(1, self.world):
                 self._send(error if isinstance(error, Interrupted) else FailedElsewhere(str(error)), rank)
             raise
-        assert len(shares) == self.num_shares, f"{len(shares)} shares for {self.data} data-parallel × {self.context} context ranks"
+        assert len(shares) == self.num_shares, (
+            f"{len(shares)} shares for {self.data} data-parallel × {self.context} context ranks"
+        )
         for rank in range(1, self.world):
             self._send(shares[self.share_of(rank)], rank)
         return shares[0]
 
     def received(self) -> dict[str, float]:
-        """Metrics: bytes that the last `scatter` brought to the rank with most, and to all; the main rank has its share already.
+        """Metrics: bytes that the last `scatter` brought to the rank with most, and to all; the main rank has
+        its share already.
 
         Collective.
         """
@@ -116,13 +131,17 @@ class Mesh:
         return self.scatter(lambda: [function(*args)] * self.num_shares)
 
     def on_main_only(self, function: Callable[..., T], *args: Any) -> T | None:
-        """Run `function` on the main rank; the result stays there, the others have None. Raises as `scatter` does."""
+        """Run `function` on the main rank; the result stays there, the others have None. Raises as `scatter`
+        does.
+        """
         made: list[T] = []
         self.on_main(lambda: made.append(function(*args)))
         return made[0] if made else None
 
     def together(self, function: Callable[[], None]) -> None:
-        """Run `function` on every rank. Once all have, the main rank's exception, if any, is raised on every rank as `scatter` does."""
+        """Run `function` on every rank. Once all have, the main rank's exception, if any, is raised on every
+        rank as `scatter` does.
+        """
         failure: Exception | None = None
         try:
             function()
@@ -160,14 +179,18 @@ class Mesh:
         dist.barrier(group=self.control)
 
     def is_first_to_fail(self) -> bool:
-        """True for one rank only: an error that several ranks meet, or that one rank's end causes in the others, is told once."""
+        """True for one rank only: an error that several ranks meet, or that one rank's end causes in the
+        others, is told once.
+        """
         try:
             return bool(self._store.add(f"dapo/failed/{self._number}", 1) == 1)
         except (RuntimeError, dist.DistError):  # the store went with the rank that failed
             return False
 
     def store(self, name: str) -> Store:
-        """The store that all ranks share, under a name, by a connection of its own: for another thread than the main one."""
+        """The store that all ranks share, under a name, by a connection of its own: for another thread than
+        the main one.
+        """
         return PrefixStore(f"dapo/{name}/{self._number}", self._store.clone())
 
     def _send(self, value: Any, rank: int) -> None:

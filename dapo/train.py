@@ -34,7 +34,9 @@ RESTARTS = 3  # in one step's rollouts: servers that are lost more often are not
 
 
 def train(config: Config, mesh: Mesh) -> None:
-    """Run Algorithm 1 from the newest checkpoint to config.run.steps. Interrupted, it saves and raises Interrupted."""
+    """Run Algorithm 1 from the newest checkpoint to config.run.steps. Interrupted, it saves and raises
+    Interrupted.
+    """
     is_interrupted = Interruption()
     checkpoints = Checkpoints(config.run, mesh)
     checkpoints.find(mesh.on_main(_shape, config))  # what will not do is refused before anything is written
@@ -49,9 +51,11 @@ def train(config: Config, mesh: Mesh) -> None:
             load = partial(sync, policy, rollouts, mesh, version=step)
             load()  # 3: π_θold ← π_θ
             scores = sampled(load, mesh.on_main, evaluate.maybe, step, rollouts, sets, config)
-            batch = sampled(load, mesh.scatter, rollouts.next_batch, step)  # 2, 4–9: the main rank collects; each receives its share
+            # 2, 4–9: the main rank collects; each receives its share
+            batch = sampled(load, mesh.scatter, rollouts.next_batch, step)
             received = mesh.received()
-            mismatch = policy.set_old_logprobs(batch)  # log π_θold, in the trainer's numerics and the updates' own packing
+            # log π_θold, in the trainer's numerics and the updates' own packing
+            mismatch = policy.set_old_logprobs(batch)
             updates = [policy.update(minibatch) for minibatch in batch.minibatches]  # 10–11: Eq. 8
             keep_traces(step, policy, mesh, config)
             log(step, scores | batch.metrics | received | mismatch | mean(updates))
@@ -72,10 +76,12 @@ def train(config: Config, mesh: Mesh) -> None:
 
 
 def sync(policy: Policy, rollouts: Rollouts | RolloutsElsewhere, mesh: Mesh, version: int) -> None:
-    """The engine's weights become the policy's. Every rank drains them to the end, whatever becomes of the engine.
+    """The engine's weights become the policy's. Every rank drains them to the end, whatever becomes of the
+    engine.
 
     Raises, on every rank:
-        EngineError: the engine refused, and no rank has entered a collective; or it failed on the way, and all have left the last one.
+        EngineError: the engine refused, and no rank has entered a collective; or it failed on the way, and
+            all have left the last one.
     """
     policy.free_unused()
     mesh.on_main(rollouts.prepare_weights, version)
@@ -92,7 +98,8 @@ def sync(policy: Policy, rollouts: Rollouts | RolloutsElsewhere, mesh: Mesh, ver
 
 
 def sampled(load: Callable[[], None], ask: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """`ask(*args)`; where every server was lost under it, anew from servers that have started again and been sent the weights.
+    """`ask(*args)`; where every server was lost under it, anew from servers that have started again and been
+    sent the weights.
 
     Its prompts are back in the stream by then, and seeds are functions of names: the same is asked for.
 
@@ -107,7 +114,9 @@ def sampled(load: Callable[[], None], ask: Callable[P, R], *args: P.args, **kwar
 
 
 def keep_traces(step: int, policy: Policy, mesh: Mesh, config: Config) -> None:
-    """Write beside the step's dump what the updates saw of its tokens; nothing is gathered where nothing is dumped."""
+    """Write beside the step's dump what the updates saw of its tokens; nothing is gathered where nothing is
+    dumped.
+    """
     if config.rollout.dump_share:
         traces = [trace for of_a_rank in mesh.gather(policy.take_traces()) for trace in of_a_rank]
         dump.write_traces(dump.traces_path_of(config.run.dir / "rollouts", step), merged(traces))
@@ -126,11 +135,15 @@ def make_log(config: Config, rollouts: Rollouts | RolloutsElsewhere, start: int)
 
 def make_recorder(config: Config, mesh: Mesh, rollouts: Rollouts | RolloutsElsewhere) -> Recorder:
     stalls = config.run.dir / "stalls"
-    return Recorder(stalls, config.engine.stall_seconds, mesh.rank, mesh.world, mesh.store("stalls"), rollouts.waiting)
+    return Recorder(
+        stalls, config.engine.stall_seconds, mesh.rank, mesh.world, mesh.store("stalls"), rollouts.waiting
+    )
 
 
 class Interruption:
-    """Ctrl-C or SIGTERM, caught on every rank: called, it says whether one has come. A second Ctrl-C, two seconds on, ends the process."""
+    """Ctrl-C or SIGTERM, caught on every rank: called, it says whether one has come. A second Ctrl-C, two
+    seconds on, ends the process.
+    """
 
     def __init__(self) -> None:
         self.since: float | None = None

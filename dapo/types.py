@@ -1,4 +1,6 @@
-"""The nouns of the algorithm: a Prompt is answered by a Group of Samples, which an Engine produces on Request."""
+"""The nouns of the algorithm: a Prompt is answered by a Group of Samples, which an Engine produces on
+Request.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ class EngineError(Interrupted):
 
 
 class WeightsLost(EngineError):
-    """Every server that had the policy's weights is gone, and some start again: after a sync the same can be asked for anew."""
+    """Every server that had the policy's weights is gone, and some start again: after a sync the same can be
+    asked for anew.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,8 @@ class Sample:
     group: int
     index: int
     tokens: np.ndarray  # int32 [n], stop token included
-    behavior_logprobs: np.ndarray  # float32 [n], log π_θold as the engine reports it, at the sampling temperature
+    # float32 [n], log π_θold as the engine reports it, at the sampling temperature
+    behavior_logprobs: np.ndarray
     loss_mask: np.ndarray  # bool [n], False where the policy did not write the token
     versions: tuple[tuple[int, int, int], ...]  # (weight version, start, end): who wrote which tokens
     finish_reason: FinishReason
@@ -102,17 +107,22 @@ class Group:
 
     @property
     def is_mixed(self) -> bool:
-        """0 < #correct < G (Eq. 11). On correctness, never on the shaped reward: only such a group tells right from wrong."""
+        """0 < #correct < G (Eq. 11). On correctness, never on the shaped reward: only such a group tells
+        right from wrong.
+        """
         return 0 < self.num_correct < len(self.samples)
 
 
 class Engine(Protocol):
-    """A sampler of π_θold. Requests go in, samples come out in any order; weights are replaced between rollouts."""
+    """A sampler of π_θold. Requests go in, samples come out in any order; weights are replaced between
+    rollouts.
+    """
 
     def submit(self, requests: Iterable[Request]) -> None: ...
 
     def completed(self) -> Iterator[Sample]:
-        """Samples as they finish, until nothing that was submitted is outstanding. More may be submitted, or aborted, meanwhile.
+        """Samples as they finish, until nothing that was submitted is outstanding. More may be submitted, or
+        aborted, meanwhile.
 
         Whoever stops reading aborts what is outstanding, and can read again.
         """
@@ -123,13 +133,17 @@ class Engine(Protocol):
         ...
 
     def prepare_weights(self, version: int) -> None:
-        """Refuse now what `load_weights` would have to refuse: no rank has entered the weights' collectives yet."""
+        """Refuse now what `load_weights` would have to refuse: no rank has entered the weights' collectives
+        yet.
+        """
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None: ...
 
     def waiting(self) -> str:
-        """What is outstanding, and where, for a person to read; called from another thread, when all seems stuck."""
+        """What is outstanding, and where, for a person to read; called from another thread, when all seems
+        stuck.
+        """
         ...
 
     def release_memory(self) -> None:

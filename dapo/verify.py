@@ -1,4 +1,6 @@
-"""Are two runs the same from one step to another? What was sampled, what was learnt, what they would go on from. And two models?"""
+"""Are two runs the same from one step to another? What was sampled, what was learnt, what they would go on
+from. And two models?
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ SAMPLED = {  # seeds are made of run.seed, group and index
 
 @dataclass(frozen=True)
 class Finding:
-    """`gap`: 0 where all `count` are equal; else the share that differs, the largest difference, or its norm relative to theirs."""
+    """`gap`: 0 where all `count` are equal; else the share that differs, the largest difference, or its norm
+    relative to theirs.
+    """
 
     what: str
     count: int
@@ -35,7 +39,8 @@ class Finding:
 
 
 def runs(a: Path, b: Path, first: int, end: int) -> Iterator[Finding]:
-    """Steps `first` … `end` − 1 of two run directories that dumped all rollouts and have a checkpoint after `end` steps.
+    """Steps `first` … `end` − 1 of two run directories that dumped all rollouts and have a checkpoint after
+    `end` steps.
 
     Raises:
         ConfigError: a dump or a checkpoint is missing, or damaged.
@@ -43,11 +48,22 @@ def runs(a: Path, b: Path, first: int, end: int) -> Iterator[Finding]:
     steps = range(first, end)
     for what, names in SAMPLED.items():
         columns = {name: dump.COLUMNS[name] for name in names}
-        x, y = ([dump.read_rows(dump.path_of(run / "rollouts", step), columns) for step in steps] for run in (a, b))
+        x, y = (
+            [dump.read_rows(dump.path_of(run / "rollouts", step), columns) for step in steps]
+            for run in (a, b)
+        )
         yield Finding(what, sum(map(len, x)), sum(p != q for p, q in zip(x, y, strict=True)) / len(x))
     for what, key in (("learning rate", "policy/lr"), ("loss", "policy/loss")):
-        mine, its = ([row.get(key, 0.0) for row in curves.read(run / "metrics.jsonl") if row["step"] in steps] for run in (a, b))
-        yield Finding(what, len(mine), max(abs(p - q) for p, q in zip(mine, its, strict=True)), is_rounded=key == "policy/loss")
+        mine, its = (
+            [row.get(key, 0.0) for row in curves.read(run / "metrics.jsonl") if row["step"] in steps]
+            for run in (a, b)
+        )
+        yield Finding(
+            what,
+            len(mine),
+            max(abs(p - q) for p, q in zip(mine, its, strict=True)),
+            is_rounded=key == "policy/loss",
+        )
     here, there = (run / "checkpoints" / f"step-{end:06}" for run in (a, b))
     is_same = (here / "rollouts.json").read_bytes() == (there / "rollouts.json").read_bytes()
     yield Finding("buffer: prompts to come, groups carried over", 1, float(not is_same))
@@ -63,9 +79,13 @@ def policies(a: Path, b: Path) -> Iterator[Finding]:
         names = [name for name in x.sizes if _kind(name) == what and name not in missing]
         norms = torch.zeros(2, dtype=torch.float64)
         for name in names:
-            p, q = (reader.read(name)[: min(x.sizes[name][0], y.sizes[name][0])].double() for reader in (x, y))
+            p, q = (
+                reader.read(name)[: min(x.sizes[name][0], y.sizes[name][0])].double() for reader in (x, y)
+            )
             norms += torch.stack([(p - q).norm() ** 2, p.norm() ** 2])
-        yield Finding(what, len(names), float((norms[0] / norms[1].clamp(min=1e-300)).sqrt()), is_rounded=True)
+        yield Finding(
+            what, len(names), float((norms[0] / norms[1].clamp(min=1e-300)).sqrt()), is_rounded=True
+        )
 
 
 def _kind(name: str) -> str:
@@ -75,10 +95,12 @@ def _kind(name: str) -> str:
 
 
 def tokens_of(text: Path, models: list[Path], shape: ModelShape) -> torch.Tensor:
-    """[1, n] ids of the file's tokens, which are the same to both models. `models`: Hugging Face directories, for their tokenizers.
+    """[1, n] ids of the file's tokens, which are the same to both models. `models`: Hugging Face directories,
+    for their tokenizers.
 
     Raises:
-        ConfigError: they are not, or too few, or none of the vocabulary; a tokenizer or the file cannot be read.
+        ConfigError: they are not, or too few, or none of the vocabulary; a tokenizer or the file cannot be
+            read.
     """
     try:
         words = text.read_text(encoding="utf-8")
@@ -87,11 +109,19 @@ def tokens_of(text: Path, models: list[Path], shape: ModelShape) -> torch.Tensor
     a, b = (load_tokenizer(model)(words).input_ids for model in models)
     if a != b:
         place = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))  # noqa: B905
-        raise ConfigError(f"the tokenizers differ: --text {text} is {len(a)} tokens to one, {len(b)} to the other, unlike from {place} on")
+        raise ConfigError(
+            f"the tokenizers differ: --text {text} is {len(a)} tokens to one, {len(b)} to the other, unlike "
+            f"from {place} on"
+        )
     if len(a) < 2:
-        raise ConfigError(f"--text {text} has too few tokens, {len(a)}: the first has no log-prob, so there must be two")
+        raise ConfigError(
+            f"--text {text} has too few tokens, {len(a)}: the first has no log-prob, so there must be two"
+        )
     if max(a) >= shape.vocab_size:
-        raise ConfigError(f"--text {text} has token {max(a)}, the models have a vocabulary of {shape.vocab_size}: not their tokenizer")
+        raise ConfigError(
+            f"--text {text} has token {max(a)}, the models have a vocabulary of {shape.vocab_size}: not "
+            "their tokenizer"
+        )
     return torch.tensor([a])
 
 
@@ -99,9 +129,12 @@ def tokens_of(text: Path, models: list[Path], shape: ModelShape) -> torch.Tensor
 def logprobs(source: Path, model: Path, shape: ModelShape, tokens: torch.Tensor) -> torch.Tensor:
     """log π(token | those before) of all tokens but the first, in float32: [1, n] → [n − 1].
 
-    The weights are those of `source`, in either format; `model` is the Hugging Face directory that describes them.
+    The weights are those of `source`, in either format; `model` is the Hugging Face directory that describes
+    them.
     """
-    hf = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(model), dtype=torch.float32).eval()
+    hf = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.from_pretrained(model), dtype=torch.float32
+    ).eval()
     params = dict(as_stored(hf.named_parameters()))
     for name, tensor in hf_tensors(open_weights(source, shape), shape, torch.float32):
         params[name].copy_(tensor)

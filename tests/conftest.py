@@ -1,4 +1,6 @@
-"""Builders of small inputs. Token ids, log-probabilities and advantages are all different, so that one at a wrong place is seen."""
+"""Builders of small inputs. Token ids, log-probabilities and advantages are all different, so that one at a
+wrong place is seen.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +33,9 @@ def make_prompt(index: int = 0, length: int = 3, answer: str = "1") -> Prompt:
     return Prompt(index, np.arange(length, dtype=np.int32) + 100 * (index + 1), answer)
 
 
-def make_sample(length: int = 4, group: int = 0, index: int = 0, *, is_correct=False, is_truncated=False, text: str = "") -> Sample:
+def make_sample(
+    length: int = 4, group: int = 0, index: int = 0, *, is_correct=False, is_truncated=False, text: str = ""
+) -> Sample:
     rng = np.random.default_rng([group, index, length])
     return Sample(
         group=group,
@@ -49,9 +53,16 @@ def make_sample(length: int = 4, group: int = 0, index: int = 0, *, is_correct=F
 
 
 def make_group(
-    correct: Sequence[int], lengths: Sequence[int] = (), *, truncated: Sequence[int] = (), id: int = 0, prompt_length: int = 3
+    correct: Sequence[int],
+    lengths: Sequence[int] = (),
+    *,
+    truncated: Sequence[int] = (),
+    id: int = 0,
+    prompt_length: int = 3,
 ) -> Group:
-    """`make_group([1, 0, 0], [5, 7, 9], truncated=[2])`: three samples, the first one correct, the last one cut off."""
+    """`make_group([1, 0, 0], [5, 7, 9], truncated=[2])`: three samples, the first one correct, the last one
+    cut off.
+    """
     lengths = lengths or [4] * len(correct)
     samples = [
         make_sample(length, id, i, is_correct=bool(is_correct), is_truncated=i in truncated)

@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = [path.relative_to(ROOT) for folder in ("dapo", "kernels/dapo_kernels") for path in sorted((ROOT / folder).rglob("*.py"))]
+FILES = [
+    path.relative_to(ROOT)
+    for folder in ("dapo", "kernels/dapo_kernels")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
 
 # Floors from the ground up. A room sees its own files and the rooms of lower floors, never another room of
 # its own floor.
@@ -25,7 +29,8 @@ FLOORS = [
     {"train"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-PURE = {room for rooms in FLOORS[:7] for room in rooms} - {"mesh"}  # no process groups: testable in milliseconds
+# no process groups: testable in milliseconds
+PURE = {room for rooms in FLOORS[:7] for room in rooms} - {"mesh"}
 ROOT_MODULES = 15
 
 
@@ -124,7 +129,8 @@ def test_the_kernels_folder_is_not_importable():  # it would shadow Hugging Face
 
 
 def test_no_files_import_each_other_in_a_circle():
-    modules = {module_of(path): path for path in FILES if path.name != "__init__.py"}  # a package's face only hands names on
+    # a package's face only hands names on
+    modules = {module_of(path): path for path in FILES if path.name != "__init__.py"}
     assert {"dapo.policy.megatron", "dapo_kernels.rows"} <= set(modules)
     order = TopologicalSorter({module: imports_in(path) & set(modules) for module, path in modules.items()})
     order.prepare()  # raises CycleError, which names them

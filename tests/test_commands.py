@@ -1,4 +1,6 @@
-"""Every command that a README shows, run as it stands, in its order, in a fresh copy of the repository; and what the quickstart leaves."""
+"""Every command that a README shows, run as it stands, in its order, in a fresh copy of the repository; and
+what the quickstart leaves.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from dapo import config
 from tests.dapo.plan.test_plan import write_model
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [path.relative_to(ROOT) for path in [ROOT / "README.md", *sorted(ROOT.glob("examples/*/README.md"))]]
+DOCUMENTS = [
+    path.relative_to(ROOT) for path in [ROOT / "README.md", *sorted(ROOT.glob("examples/*/README.md"))]
+]
 NOT_RUN = {
     "git clone … && cd dapo": "what `clone` does",
     "sbatch examples/qwen2.5_32b_paper/launch.sh": "wants SLURM and 128 GPUs; the script runs below",
@@ -34,17 +38,43 @@ sed -i 's|train: .*|train: mine/my_data.jsonl|; s|  steps: .*|  steps: 1|' mine/
 
 
 def commands(document: Path) -> list[str]:
-    """The indented lines that a reader would type. Other indented text (a prompt, a sample) does not begin with a program's name."""
-    lines = [line[4:].partition(" #")[0].strip() for line in (ROOT / document).read_text().splitlines() if line.startswith("    ")]
-    programs = ("git", "make", "cp", "python", ".venv/", "PYTHONPATH=", "$EDITOR", "sbatch", "bash", "pip", "torchrun")
+    """The indented lines that a reader would type. Other indented text (a prompt, a sample) does not begin
+    with a program's name.
+    """
+    lines = [
+        line[4:].partition(" #")[0].strip()
+        for line in (ROOT / document).read_text().splitlines()
+        if line.startswith("    ")
+    ]
+    programs = (
+        "git",
+        "make",
+        "cp",
+        "python",
+        ".venv/",
+        "PYTHONPATH=",
+        "$EDITOR",
+        "sbatch",
+        "bash",
+        "pip",
+        "torchrun",
+    )
     return [line for line in lines if line.startswith(programs)]
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The repository's files, with the environment that runs the tests as .venv, and what the README's reader is said to have."""
+    """The repository's files, with the environment that runs the tests as .venv, and what the README's reader
+    is said to have.
+    """
     folder = tmp_path_factory.mktemp("clone") / "dapo"
-    listed = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "-co", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     for name in filter(None, listed.stdout.split("\0")):
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +83,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for entry in Path(sys.prefix).iterdir():
         if entry.name != ".ready":
             (folder / ".venv" / entry.name).symlink_to(entry)
-    (folder / ".venv/.ready").touch()  # make has nothing to install: it would point the environment at this copy
+    # make has nothing to install: it would point the environment at this copy
+    (folder / ".venv/.ready").touch()
     (folder / "base").symlink_to("examples/arithmetic/base")
     (folder / "path/to/Qwen2.5-32B").mkdir(parents=True)
     write_model(folder / "path/to/Qwen2.5-32B", "Qwen2.5-32B")
@@ -70,9 +101,19 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @functools.cache
 def run(clone: Path, command: str) -> None:
     """Once: what several documents show runs for the first of them."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "EDITOR": str(clone / "edit"), "PYTHONPATH": str(clone / "kernels")}
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "EDITOR": str(clone / "edit"),
+        "PYTHONPATH": str(clone / "kernels"),
+    }
     done = subprocess.run(
-        ["bash", "-c", command], cwd=clone, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1200
+        ["bash", "-c", command],
+        cwd=clone,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=1200,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}"
 
@@ -105,7 +146,9 @@ def test_the_quickstart_learns(quickstart: Path) -> None:
 
 def test_sampling_from_a_real_server_learns_as_much(quickstart: Path, from_servers: Path) -> None:
     assert accuracy_of(from_servers)[40] == pytest.approx(accuracy_of(quickstart)[40], abs=0.05)
-    assert max(row["policy/mismatch"] for row in rows_of(from_servers)[:-1]) <= 1e-4, "mean |old − behavior log-prob| of a step"
+    assert max(row["policy/mismatch"] for row in rows_of(from_servers)[:-1]) <= 1e-4, (
+        "mean |old − behavior log-prob| of a step"
+    )
 
 
 def test_every_step_has_every_metric(quickstart: Path) -> None:
@@ -116,18 +159,30 @@ def test_every_step_has_every_metric(quickstart: Path) -> None:
         perf/bytes_received perf/bytes_received_max"""
     for row in rows_of(quickstart)[:-1]:
         assert set(names.split()) <= set(row)
-        assert row["policy/mismatch_max"] < 1e-4, "the sampler and the trainer disagree: a weight sync went wrong"
-        assert row["groups/asked"] == sum(row[f"groups/{kind}"] for kind in ("kept", "all_correct", "all_wrong", "surplus"))
+        assert row["policy/mismatch_max"] < 1e-4, (
+            "the sampler and the trainer disagree: a weight sync went wrong"
+        )
+        assert row["groups/asked"] == sum(
+            row[f"groups/{kind}"] for kind in ("kept", "all_correct", "all_wrong", "surplus")
+        )
 
 
 def test_the_run_directory_holds_curves_config_model_and_semantics(quickstart: Path) -> None:
     assert (quickstart / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list((quickstart / "tensorboard").iterdir())
     assert config.load(quickstart / "config.yaml").run.steps == 40
-    assert json.loads((quickstart / "semantics.json").read_text())["choices"]["objective.normaliser"] == "token_mean"
+    assert (
+        json.loads((quickstart / "semantics.json").read_text())["choices"]["objective.normaliser"]
+        == "token_mean"
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(quickstart / "hf")
     assert sum(p.numel() for p in model.parameters()) == 75_904
-    assert transformers.AutoTokenizer.from_pretrained(quickstart / "hf")("1+1=")["input_ids"] == [3, 12, 3, 14]
+    assert transformers.AutoTokenizer.from_pretrained(quickstart / "hf")("1+1=")["input_ids"] == [
+        3,
+        12,
+        3,
+        14,
+    ]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)
@@ -140,8 +195,14 @@ def test_every_command_of_the_document_runs(document: Path, clone: Path, quickst
 
 
 def test_the_launch_script_trains_where_there_is_no_slurm(clone: Path) -> None:
-    variables = "PATH=.venv/bin:$PATH CONFIG=examples/arithmetic/config.yaml NODES=1 GPUS=2 HEAD=localhost PORT=0"
-    run(clone, f"{variables} bash examples/qwen2.5_32b_paper/launch.sh run.dir=runs/launched run.steps=1 eval.data=null parallel.tensor=2")
+    variables = (
+        "PATH=.venv/bin:$PATH CONFIG=examples/arithmetic/config.yaml NODES=1 GPUS=2 HEAD=localhost PORT=0"
+    )
+    run(
+        clone,
+        f"{variables} bash examples/qwen2.5_32b_paper/launch.sh run.dir=runs/launched run.steps=1 "
+        "eval.data=null parallel.tensor=2",
+    )
     assert (clone / "runs/launched/hf/config.json").is_file()
 
 

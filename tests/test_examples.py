@@ -37,7 +37,9 @@ def test_an_examples_script_is_sound(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*/launch.sh")), ids=lambda path: path.parent.name)
 def test_a_launch_script_names_one_number_of_machines(path: Path) -> None:
-    told = re.findall(r"\b(?:--nodes|NODES)=(\d+)", path.read_text() + (path.parent / "README.md").read_text())
+    told = re.findall(
+        r"\b(?:--nodes|NODES)=(\d+)", path.read_text() + (path.parent / "README.md").read_text()
+    )
     assert len(set(told)) <= 1, told
 
 
@@ -46,10 +48,18 @@ def test_a_trainer_apart_is_given_its_servers_urls(tmp_path: Path) -> None:
     for name, body in {"torchrun": 'printf "%s\\n" "$@"', "curl": "true"}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HEAD": "node0", "NODES": "2", "NODE_RANK": "1", "DAPO_ENGINE_KEY": "key"}
+    env = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "HEAD": "node0",
+        "NODES": "2",
+        "NODE_RANK": "1",
+        "DAPO_ENGINE_KEY": "key",
+    }
     env["SERVERS"] = "node2:30000 node3:30001"
     script = EXAMPLES / "qwen2.5_7b/trainer.sh"
-    told = subprocess.run([script, "optim.lr=2e-6"], env=env, capture_output=True, text=True, check=True).stdout.splitlines()
+    told = subprocess.run(
+        [script, "optim.lr=2e-6"], env=env, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     path, *overrides = told[told.index("train") + 1 :]
     loaded = config.load(EXAMPLES.parent / path, overrides)
     assert loaded.engine.urls == ["http://node2:30000", "http://node3:30001"] and loaded.optim.lr == 2e-6

@@ -1,4 +1,6 @@
-"""Servers on nodes of their own, examples/qwen2.5_7b: server.sh is run with a stand-in for SGLang, slurm.sbatch with one for SLURM."""
+"""Servers on nodes of their own, examples/qwen2.5_7b: server.sh is run with a stand-in for SGLang,
+slurm.sbatch with one for SLURM.
+"""
 
 from __future__ import annotations
 
@@ -69,8 +71,18 @@ def test_a_server_that_dies_takes_no_other_along_and_comes_back(tmp_path: Path) 
     write_command(tmp_path, "python", f'exec {sys.executable} "$@"')
     (tmp_path / "model").mkdir()
     port = two_free_ports()
-    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT / "tests/sglang/fake"), "TMPDIR": str(tmp_path)}
-    env |= {"MODEL": str(tmp_path / "model"), "DAPO_ENGINE_KEY": "secret", "GPUS": "4", "TP": "2", "FIRST_PORT": str(port)}
+    env = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT / "tests/sglang/fake"),
+        "TMPDIR": str(tmp_path),
+    }
+    env |= {
+        "MODEL": str(tmp_path / "model"),
+        "DAPO_ENGINE_KEY": "secret",
+        "GPUS": "4",
+        "TP": "2",
+        "FIRST_PORT": str(port),
+    }
     command = [str(SCRIPTS / "server.sh"), "--mem-fraction-static", "0.85"]
     with open(tmp_path / "stderr", "w") as stderr:
         script = subprocess.Popen(command, env=env, stdout=stderr, stderr=stderr, start_new_session=True)
@@ -80,7 +92,11 @@ def test_a_server_that_dies_takes_no_other_along_and_comes_back(tmp_path: Path) 
         assert first and second
         assert [process.environ()["CUDA_VISIBLE_DEVICES"] for process in (first, second)] == ["0,1", "2,3"]
         line = " ".join(first.cmdline())
-        assert "--tp-size 2 --host 0.0.0.0" in line and "--mem-fraction-static 0.85" in line and "secret" not in line
+        assert (
+            "--tp-size 2 --host 0.0.0.0" in line
+            and "--mem-fraction-static 0.85" in line
+            and "secret" not in line
+        )
         [config] = tmp_path.glob("*/server.yaml")
         assert config.read_text() == 'api-key: "secret"\n' and config.stat().st_mode & 0o077 == 0
 
@@ -102,14 +118,23 @@ def test_a_job_gives_trainers_and_servers_their_nodes_and_ends_with_the_trainer(
     told = 'printf "%s\\n" "$*" "SERVERS=$SERVERS" "$HEAD $NODES $SRUN_CPUS_PER_TASK" >"$LOGS/$name"'
     srun = f'[[ "$*" == *server.sh* ]] && name=servers || name=trainer\n{told}\n[[ $name == trainer ]] || exec sleep 60'
     write_command(tmp_path, "srun", f"{srun}\nuntil [[ -s $LOGS/servers ]]; do sleep 0.05; done\nexit 3")
-    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOGS": str(tmp_path), "SLURM_JOB_NODELIST": "n[0-3]", "TP": "4"}
+    env = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "LOGS": str(tmp_path),
+        "SLURM_JOB_NODELIST": "n[0-3]",
+        "TP": "4",
+    }
     env |= {"SLURM_CPUS_PER_TASK": "96"}
     job = subprocess.run(["bash", SCRIPTS / "slurm.sbatch", "optim.lr=2e-6"], cwd=ROOT, env=env, timeout=30)
     assert job.returncode == 3, "the trainer's"
     servers, trainer = [(tmp_path / name).read_text().splitlines() for name in ("servers", "trainer")]
     assert "--nodes 2 --ntasks 2 --nodelist n2,n3 bash examples/qwen2.5_7b/server.sh" in servers[0]
-    assert "--nodes 2 --ntasks 2 --nodelist n0,n1" in trainer[0] and trainer[0].endswith("trainer optim.lr=2e-6")
+    assert "--nodes 2 --ntasks 2 --nodelist n0,n1" in trainer[0] and trainer[0].endswith(
+        "trainer optim.lr=2e-6"
+    )
     assert trainer[1:] == ["SERVERS=n2:30000 n2:30001 n3:30000 n3:30001", "n0 2 96"]
-    directives = [line for line in (SCRIPTS / "slurm.sbatch").read_text().splitlines() if line.startswith("#SBATCH")]
+    directives = [
+        line for line in (SCRIPTS / "slurm.sbatch").read_text().splitlines() if line.startswith("#SBATCH")
+    ]
     assert {"#SBATCH --exclusive", "#SBATCH --ntasks-per-node=1"} <= set(directives)
     assert any(line.startswith("#SBATCH --cpus-per-task=") for line in directives)

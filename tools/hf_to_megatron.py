@@ -1,8 +1,10 @@
-"""A Hugging Face directory → a Megatron distributed checkpoint that any layout loads. One process, tensor by tensor.
+"""A Hugging Face directory → a Megatron distributed checkpoint that any layout loads. One process, tensor by
+tensor.
 
     python tools/hf_to_megatron.py MODEL TARGET [--dtype bfloat16] [--shard-size 4GiB]
 
-TARGET holds policy/ (torch_dist), manifest.json, and MODEL's config, tokenizer and generation config: `policy.model=TARGET` starts a run.
+TARGET holds policy/ (torch_dist), manifest.json, and MODEL's config, tokenizer and generation config:
+`policy.model=TARGET` starts a run.
 """
 
 from __future__ import annotations
@@ -25,8 +27,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description.splitlines()[0])
     made.add_argument("source", type=Path)
     made.add_argument("target", type=Path, help="must not exist; appears whole or not at all")
-    made.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="of the written tensors; default: the source's")
-    made.add_argument("--shard-size", type=num_bytes, default="4GiB", help="largest file written, such as 500MiB or 4GiB")
+    made.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float16", "float32"],
+        help="of the written tensors; default: the source's",
+    )
+    made.add_argument(
+        "--shard-size", type=num_bytes, default="4GiB", help="largest file written, such as 500MiB or 4GiB"
+    )
     return made
 
 
@@ -38,8 +46,12 @@ def num_bytes(text: str) -> int:
     return int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]])
 
 
-def convert(args: argparse.Namespace, model_of: Callable[[argparse.Namespace], Path], save: Callable[..., None]) -> int:
-    """`save(weights, shape, dtype, model, target, shard_bytes=…)` what args.source holds. The exit status; a refusal is one line."""
+def convert(
+    args: argparse.Namespace, model_of: Callable[[argparse.Namespace], Path], save: Callable[..., None]
+) -> int:
+    """`save(weights, shape, dtype, model, target, shard_bytes=…)` what args.source holds. The exit status; a
+    refusal is one line.
+    """
     try:
         model = model_of(args)
         shape = read_shape(model)

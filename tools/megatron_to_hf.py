@@ -1,8 +1,11 @@
-"""A checkpoint of a run, or what hf_to_megatron.py made, of any layout → a Hugging Face directory. One process, tensor by tensor.
+"""A checkpoint of a run, or what hf_to_megatron.py made, of any layout → a Hugging Face directory. One
+process, tensor by tensor.
 
-    python tools/megatron_to_hf.py RUN/checkpoints/step-000100 TARGET [--model MODEL] [--dtype bfloat16] [--shard-size 4GiB]
+    python tools/megatron_to_hf.py RUN/checkpoints/step-000100 TARGET [--model MODEL] [--dtype bfloat16]
+    [--shard-size 4GiB]
 
-Config, tokenizer and generation config come from MODEL, by default the policy.model that RUN/config.yaml names.
+Config, tokenizer and generation config come from MODEL, by default the policy.model that RUN/config.yaml
+names.
 """
 
 from __future__ import annotations
@@ -32,18 +35,29 @@ def model_of(checkpoint: Path) -> Path:
     if run.is_file():
         return config.load(run).policy.model
     raise ConfigError(
-        f"{checkpoint} is in no run directory and has no config.json: its model is not known; megatron_to_hf.py takes it with --model"
+        f"{checkpoint} is in no run directory and has no config.json: its model is not known; "
+        "megatron_to_hf.py takes it with --model"
     )
 
 
-def save(weights: StoredWeights, shape: ModelShape, dtype: torch.dtype, model: Path, target: Path, *, shard_bytes: int) -> None:
+def save(
+    weights: StoredWeights,
+    shape: ModelShape,
+    dtype: torch.dtype,
+    model: Path,
+    target: Path,
+    *,
+    shard_bytes: int,
+) -> None:
     tensors = [hf_tensors(weights, shape, dtype, share) for share in shares(shape)]
     save_hf(tensors, shape, dtype, model, target, shard_bytes=shard_bytes)
 
 
 def main(argv: list[str]) -> int:
     arguments = parser(__doc__)
-    arguments.add_argument("--model", type=Path, help="Hugging Face directory: config.json, tokenizer; its weights are not read")
+    arguments.add_argument(
+        "--model", type=Path, help="Hugging Face directory: config.json, tokenizer; its weights are not read"
+    )
     return convert(arguments.parse_args(argv), lambda args: args.model or model_of(args.source), save)
 
 

@@ -2,7 +2,8 @@
 
     python tools/prepare_data.py dapo-math-17k.parquet [more.jsonl …] --out train.jsonl [--skip-malformed]
 
-Writes OUT and, if there are any, OUT.conflicts.json: prompts whose copies disagree on the answer, which are left out.
+Writes OUT and, if there are any, OUT.conflicts.json: prompts whose copies disagree on the answer, which are
+left out.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--skip-malformed", action="store_true", help="count malformed rows instead of stopping at the first")
+    parser.add_argument(
+        "--skip-malformed", action="store_true", help="count malformed rows instead of stopping at the first"
+    )
     args = parser.parse_args(argv)
     if args.out.exists():
         print(f"error: {args.out} exists; name another file, or remove it", file=sys.stderr)
@@ -30,7 +33,9 @@ def main(argv: list[str]) -> int:
         for path in args.files:
             summary = Summary(path)
             for row in distinct_rows(path, summary, args.skip_malformed):
-                lines.append(json.dumps({"prompt": row.prompt, "answer": row.answer}, ensure_ascii=False) + "\n")
+                lines.append(
+                    json.dumps({"prompt": row.prompt, "answer": row.answer}, ensure_ascii=False) + "\n"
+                )
                 summary.prompts += 1
             conflicts += summary.conflicts
             print(summary)
@@ -41,7 +46,9 @@ def main(argv: list[str]) -> int:
     partial.write_text("".join(lines), encoding="utf-8")
     partial.rename(args.out)
     if conflicts:
-        args.out.with_name(args.out.name + ".conflicts.json").write_text(json.dumps(conflicts, indent=1, ensure_ascii=False))
+        args.out.with_name(args.out.name + ".conflicts.json").write_text(
+            json.dumps(conflicts, indent=1, ensure_ascii=False)
+        )
     return 0
 
 

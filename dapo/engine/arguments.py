@@ -1,4 +1,6 @@
-"""What a run's SGLang servers are started with: from the config, checked against the arguments that the installed SGLang has."""
+"""What a run's SGLang servers are started with: from the config, checked against the arguments that the
+installed SGLang has.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ CPU = {  # for a machine without CUDA; engine.sglang overrides
     "mem-fraction-static": 0.2,
     "sleep-on-idle": True,  # else an idle server keeps a core busy
 }
-# On a CPU a bucket of weights lies in memory that the last one has left: fresh pages would take as long as the copy
+# On a CPU a bucket of weights lies in memory that the last one has left: fresh pages would take as long as
+# the copy
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 # Every spelling of every argument → its main spelling and what it takes
 LIST_ARGUMENTS = """import argparse, json
@@ -66,16 +69,24 @@ def server_options(config: Config, known: Known, has_cuda: bool) -> dict[str, An
         "log-level-http": "warning",  # not a line for each request
     }
     if not has_cuda:
-        options |= CPU | {"max-running-requests": config.engine.max_concurrent, "max-total-tokens": config.engine.max_concurrent * longest}
+        options |= CPU | {
+            "max-running-requests": config.engine.max_concurrent,
+            "max-total-tokens": config.engine.max_concurrent * longest,
+        }
     for name, value in config.engine.sglang.items():
         spelling = name.replace("_", "-")
         if spelling not in known:
-            raise ConfigError(f"engine.sglang.{name}: SGLang has no such argument; {nearest(spelling, sorted(known))}")
+            raise ConfigError(
+                f"engine.sglang.{name}: SGLang has no such argument; {nearest(spelling, sorted(known))}"
+            )
         main, takes = known[spelling]
         if main in OURS:
             raise ConfigError(f"engine.sglang.{name} is set by the run: {OURS[main]}")
         if (takes in ("nothing", "yes or no")) != isinstance(value, bool) and value is not None:
-            raise ConfigError(f"engine.sglang.{name}={value!r}: {'true or false' if takes != 'value' else 'a value'} is expected")
+            raise ConfigError(
+                f"engine.sglang.{name}={value!r}: {'true or false' if takes != 'value' else 'a value'} is "
+                "expected"
+            )
         options[main] = value
         if takes == "yes or no":
             options[f"no-{main}"] = not value
@@ -83,7 +94,9 @@ def server_options(config: Config, known: Known, has_cuda: bool) -> dict[str, An
 
 
 def command_line(options: dict[str, Any]) -> list[str]:
-    """`command_line({"tp-size": 2, "sleep-on-idle": True, "device": None})` → ["--tp-size", "2", "--sleep-on-idle"]."""
+    """`command_line({"tp-size": 2, "sleep-on-idle": True, "device": None})` → ["--tp-size", "2",
+    "--sleep-on-idle"].
+    """
     arguments = []
     for name, value in options.items():
         if value is True:
@@ -107,13 +120,15 @@ def check_broadcast(config: Config, options: dict[str, Any], python: str) -> Non
         return
     if options.get("enable-memory-saver"):
         raise ConfigError(
-            "engine.weight_sync=broadcast with engine.sglang.enable-memory-saver: NCCL joins no two processes on one GPU; set "
+            "engine.weight_sync=broadcast with engine.sglang.enable-memory-saver: NCCL joins no two "
+            "processes on one GPU; set "
             "engine.weight_sync=tensor"
         )
     ours, theirs = (nccl_version(path) for path in (sys.executable, python))
     if ours != theirs:
         raise ConfigError(
-            f"engine.weight_sync=broadcast: engine.python={python} has NCCL {theirs}, the trainer {ours}, and only equal ones join: "
+            f"engine.weight_sync=broadcast: engine.python={python} has NCCL {theirs}, the trainer {ours}, "
+            "and only equal ones join: "
             "install the same torch, or set engine.weight_sync=disk"
         )
 
@@ -125,7 +140,8 @@ def nccl_version(python: str) -> str:
 
 
 def gpu_sets(servers: int, options: dict[str, Any], sees_main: bool = False) -> list[list[str]]:
-    """Each server's GPUs, as CUDA_VISIBLE_DEVICES names them: those after the trainer's, or from the first on, if memory is handed over.
+    """Each server's GPUs, as CUDA_VISIBLE_DEVICES names them: those after the trainer's, or from the first
+    on, if memory is handed over.
 
     `sees_main`: behind its own each also sees the main rank's GPU, to read weights there.
 
@@ -139,8 +155,10 @@ def gpu_sets(servers: int, options: dict[str, Any], sees_main: bool = False) -> 
     each = int(options.get("tp-size", 1)) * int(options.get("pp-size", 1)) * copies
     if taken + servers * each > len(names):
         raise ConfigError(
-            f"engine.servers={servers} of {each} GPUs (tp-size × pp-size × dp-size in engine.sglang) after the trainer's {taken}: "
-            f"here are {len(names)}; start fewer, or share the trainer's with engine.sglang.enable-memory-saver=true and "
+            f"engine.servers={servers} of {each} GPUs (tp-size × pp-size × dp-size in engine.sglang) after "
+            f"the trainer's {taken}: "
+            f"here are {len(names)}; start fewer, or share the trainer's with "
+            "engine.sglang.enable-memory-saver=true and "
             "engine.weight_sync=tensor"
         )
     sets = [names[taken + i * each : taken + (i + 1) * each] for i in range(servers)]
@@ -151,20 +169,25 @@ def child_environment(has_cuda: bool) -> dict[str, str]:
     """Ours, without what torchrun says of our place: a server would take it for its own."""
     torchrun = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(torchrun)}
-    environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"  # health must not take a generated token: during a sync there is none
+    # health must not take a generated token: during a sync there is none
+    environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
     return environment if has_cuda else KEEP_MEMORY | environment | {"SGLANG_USE_CPU_ENGINE": "1"}
 
 
 @functools.cache
 def known_arguments(python: str, has_cuda: bool) -> Known:
-    """The arguments of the SGLang that `python` has. Asking takes it many seconds, so the answer is kept in the user's cache.
+    """The arguments of the SGLang that `python` has. Asking takes it many seconds, so the answer is kept in
+    the user's cache.
 
     Raises:
         ConfigError: it has none.
     """
     version = _ask(python, "import importlib.metadata; print(importlib.metadata.version('sglang'))", has_cuda)
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dapo"
-    kept = folder / f"sglang-arguments-{hashlib.sha256(f'{python} {version} {LIST_ARGUMENTS}'.encode()).hexdigest()[:16]}.json"
+    kept = (
+        folder
+        / f"sglang-arguments-{hashlib.sha256(f'{python} {version} {LIST_ARGUMENTS}'.encode()).hexdigest()[:16]}.json"
+    )
     if not kept.exists():
         answer = _ask(python, LIST_ARGUMENTS, has_cuda)
         folder.mkdir(parents=True, exist_ok=True)
@@ -177,13 +200,22 @@ def known_arguments(python: str, has_cuda: bool) -> Known:
 def _ask(python: str, code: str, has_cuda: bool) -> str:
     """The last line that `code` prints."""
     try:
-        done = subprocess.run([python, "-c", code], env=child_environment(has_cuda), capture_output=True, text=True, timeout=ASK_LIMIT)
+        done = subprocess.run(
+            [python, "-c", code],
+            env=child_environment(has_cuda),
+            capture_output=True,
+            text=True,
+            timeout=ASK_LIMIT,
+        )
     except OSError as error:
         raise ConfigError(f"engine.python={python}: {error.strerror}") from error
     except subprocess.TimeoutExpired as error:
-        raise ConfigError(f"engine.python={python} does not import SGLang within {error.timeout:.0f} s") from error
+        raise ConfigError(
+            f"engine.python={python} does not import SGLang within {error.timeout:.0f} s"
+        ) from error
     if done.returncode:
         raise ConfigError(
-            f"engine.python={python} has no SGLang that works: {last_error(done.stderr.splitlines())}; pip install dapo[sglang]"
+            f"engine.python={python} has no SGLang that works: {last_error(done.stderr.splitlines())}; pip "
+            "install dapo[sglang]"
         )
     return done.stdout.splitlines()[-1]

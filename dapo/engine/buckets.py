@@ -30,15 +30,18 @@ class Bucket:
 
 
 def buckets(weights: Iterable[tuple[str, Tensor]], size: int, device: torch.device) -> Iterator[Bucket]:
-    """The weights packed into buckets of at most `size` bytes, the first one smaller; a larger tensor travels alone, in its own memory.
+    """The weights packed into buckets of at most `size` bytes, the first one smaller; a larger tensor travels
+    alone, in its own memory.
 
-    A bucket's memory is used again for the next but one: be done with a bucket before asking for the second after it.
+    A bucket's memory is used again for the next but one: be done with a bucket before asking for the second
+    after it.
     """
     memory = itertools.cycle([torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)])
     flat, parts, used, limit = next(memory), list[Part](), 0, size // FIRST
     for name, tensor in weights:
         data = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        if parts and (used + len(data) > limit or used % tensor.itemsize):  # the receiver views each part as its dtype: aligned
+        # the receiver views each part as its dtype: aligned
+        if parts and (used + len(data) > limit or used % tensor.itemsize):
             yield Bucket(flat[:used], parts)
             flat, parts, used, limit = next(memory), [], 0, size
         if len(data) > size:

@@ -1,8 +1,9 @@
 """The checksums that an SGLang server should have of the policy's weights, to compare with those it has.
 
-SGLang keeps q, k, v in one parameter, gate and up in another, those of all of a layer's experts together, the vocabulary padded with zeros
-to a multiple of 64, and shards every matrix over its tensor ranks. `/weights_checker` gives 8 bytes for a parameter: on a CPU, the first of
-the SHA-256 of its memory; on a GPU, a hash of its own (`gpu_digest`).
+SGLang keeps q, k, v in one parameter, gate and up in another, those of all of a layer's experts together, the
+vocabulary padded with zeros to a multiple of 64, and shards every matrix over its tensor ranks.
+`/weights_checker` gives 8 bytes for a parameter: on a CPU, the first of the SHA-256 of its memory; on a GPU,
+a hash of its own (`gpu_digest`).
 """
 
 from __future__ import annotations
@@ -17,24 +18,32 @@ VOCAB_MULTIPLE = 64
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 TILE, TILES_AT_ONCE = 8192, 128  # words; tiles whose intermediate values are in memory together
 LOW = 0xFFFFFFFF
-PLACES = ((0x27D4EB2D, 0x243F6A88, 15), (0x165667B1, ((0x243F6A88 * 0x9E3779B1) ^ 0xDEADBEEF) & LOW, 13))  # factor, seed, turn of each half
+# factor, seed, turn of each half
+PLACES = ((0x27D4EB2D, 0x243F6A88, 15), (0x165667B1, ((0x243F6A88 * 0x9E3779B1) ^ 0xDEADBEEF) & LOW, 13))
 FUSED_INTO = {part: whole for whole, parts in FUSED.items() for part in parts}
-EXPERTS = {"w13_weight": ("gate_proj", "up_proj"), "w2_weight": ("down_proj",)}  # of every expert, one after another
+# of every expert, one after another
+EXPERTS = {"w13_weight": ("gate_proj", "up_proj"), "w2_weight": ("down_proj",)}
 EXPERTS_INTO = {part: whole for whole, parts in EXPERTS.items() for part in parts}
 
 
 class Checksums:
-    """Of weights as they pass by, for servers of each of these numbers of tensor ranks, on one kind of device.
+    """Of weights as they pass by, for servers of each of these numbers of tensor ranks, on one kind of
+    device.
 
-    Experts as a server on a CPU has them, if their columns are a multiple of 32 × tensor ranks, else it pads them; on a GPU it orders them
-    by the kernel that it chooses.
+    Experts as a server on a CPU has them, if their columns are a multiple of 32 × tensor ranks, else it pads
+    them; on a GPU it orders them by the kernel that it chooses.
     """
 
-    def __init__(self, tensor_ranks: Iterable[int], num_kv_heads: int, device: str = "cpu", num_experts: int = 0):
+    def __init__(
+        self, tensor_ranks: Iterable[int], num_kv_heads: int, device: str = "cpu", num_experts: int = 0
+    ):
         self.num_kv_heads, self.digest = num_kv_heads, cpu_digest if device == "cpu" else gpu_digest
         self.num_experts = num_experts
-        self.of_ranks: dict[int, list[dict[str, str]]] = {size: [{} for _ in range(size)] for size in set(tensor_ranks)}
-        self._waiting: dict[str, dict[str, Tensor]] = {}  # parts of a fused parameter whose others have not come by
+        self.of_ranks: dict[int, list[dict[str, str]]] = {
+            size: [{} for _ in range(size)] for size in set(tensor_ranks)
+        }
+        # parts of a fused parameter whose others have not come by
+        self._waiting: dict[str, dict[str, Tensor]] = {}
 
     def watch(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
@@ -63,14 +72,25 @@ class Checksums:
             self._enter(fused, [(part.split(".")[-1], parts[part]) for part in order])
 
     def differences(self, found: Sequence[dict[str, str]]) -> list[str]:
-        """Names that a server, of which `found` has one dictionary per tensor rank, does not hold as they passed by, or should not hold."""
+        """Names that a server, of which `found` has one dictionary per tensor rank, does not hold as they
+        passed by, or should not hold.
+        """
         expected = self.of_ranks[len(found)]
-        return sorted({name for ours, theirs in zip(expected, found, strict=True) for name, _ in ours.items() ^ theirs.items()})
+        return sorted(
+            {
+                name
+                for ours, theirs in zip(expected, found, strict=True)
+                for name, _ in ours.items() ^ theirs.items()
+            }
+        )
 
     def _enter(self, name: str, parts: list[tuple[str, Tensor]]) -> None:
         for size, ranks in self.of_ranks.items():
             for rank, checksums in enumerate(ranks):
-                shards = [self._shard(module, tensor, rank, size).reshape(-1).view(torch.uint8) for module, tensor in parts]
+                shards = [
+                    self._shard(module, tensor, rank, size).reshape(-1).view(torch.uint8)
+                    for module, tensor in parts
+                ]
                 checksums[name] = self.digest(torch.cat(shards))
 
     def _shard(self, module: str, tensor: Tensor, rank: int, size: int) -> Tensor:
@@ -93,8 +113,8 @@ def cpu_digest(data: Tensor) -> str:
 def gpu_digest(data: Tensor) -> str:
     """uint8 [n] → 16 hexadecimal digits, on any device: SGLang's hash of a CUDA tensor.
 
-    Each 32-bit word is mixed with its place, twice; the mixed words are summed in tiles, the finished tiles over all. Multiplication
-    wraps in int64, and its low 32 bits are the ones of uint32.
+    Each 32-bit word is mixed with its place, twice; the mixed words are summed in tiles, the finished tiles
+    over all. Multiplication wraps in int64, and its low 32 bits are the ones of uint32.
     """
     words = torch.nn.functional.pad(data, (0, -len(data) % 4)).view(torch.int32)
     total = 0
@@ -108,7 +128,8 @@ def gpu_digest(data: Tensor) -> str:
             tiles = torch.nn.functional.pad(mixed, (0, -len(mixed) % TILE)).view(-1, TILE).sum(1) & LOW
             halves.append(_mix(tiles ^ (4 * len(words) & LOW)).tolist())
         total += sum(high << 32 | low for high, low in zip(*halves, strict=True))
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):  # the end of splitmix64
+    # the end of splitmix64
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
         total &= 2**64 - 1
         total = (total ^ total >> shift) * factor
     return f"{total & 2**64 - 1:016x}"

@@ -1,7 +1,9 @@
-"""The engine's thread: which server is asked for which response, again where that is safe, and what is done about one that stands still.
+"""The engine's thread: which server is asked for which response, again where that is safe, and what is done
+about one that stands still.
 
-Generating changes nothing at a server, so whatever is lost is asked for again: after a connection that failed, a server that is not
-ready (429, 5xx), an answer that is no answer, an abort that nobody asked for. A refusal (another 4xx) would come again: it ends the run.
+Generating changes nothing at a server, so whatever is lost is asked for again: after a connection that
+failed, a server that is not ready (429, 5xx), an answer that is no answer, an abort that nobody asked for. A
+refusal (another 4xx) would come again: it ends the run.
 """
 
 from __future__ import annotations
@@ -30,14 +32,18 @@ from dapo.types import EngineError, Request, Sample
 
 RETRIED = {408, 429, 500, 502, 503, 504}  # HTTP: not now; anything else but 200 is a refusal
 MAX_ATTEMPTS = 8  # for one response
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds for which a server that failed is left alone, doubled from failure to failure
+# seconds for which a server that failed is left alone, doubled from failure to failure
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
 ABORT_LIMIT, NUM_ABORTS = 10.0, 32  # seconds for one, so many at a time
-KEEP_ALIVE = 2.0  # seconds that an idle connection is kept: fewer than the server's 5, which would close it under a new request
+# seconds that an idle connection is kept: fewer than the server's 5, which would close it under a new request
+KEEP_ALIVE = 2.0
 FAULTS = (aiohttp.ClientError, OSError, TimeoutError, BadAnswer)  # of a server, in one request
 
 
 class Servers(Protocol):
-    """Who generates. `workers` take control calls; `generate_urls` take requests: the workers' own, or their router's."""
+    """Who generates. `workers` take control calls; `generate_urls` take requests: the workers' own, or their
+    router's.
+    """
 
     @property
     def workers(self) -> Sequence[Server]: ...
@@ -83,17 +89,20 @@ class Endpoint:
     is_usable: bool = True
     usable_since: float = 0.0
     progressed_at: float = 0.0  # when it last answered, or was seen to generate
-    moved_at: dict[str, float] = field(default_factory=dict)  # of each worker behind a router: when it last generated, or had nothing to do
+    # of each worker behind a router: when it last generated, or had nothing to do
+    moved_at: dict[str, float] = field(default_factory=dict)
     num_faults: int = 0  # since it last answered
     fault: str = ""  # the last one
 
 
 class Dispatch:
-    """Asks the servers for what is added, until it is delivered, failed or abandoned. All in one event loop, unless stated.
+    """Asks the servers for what is added, until it is delivered, failed or abandoned. All in one event loop,
+    unless stated.
 
-    A worker is asked for at most `max_concurrent` responses at a time. One that stands still for `stall_seconds` is started again, or,
-    if it is someone else's, left alone until the next sync of weights; its responses are asked for again, elsewhere if there is an
-    elsewhere. After twice as long without progress, anywhere, that is a failure.
+    A worker is asked for at most `max_concurrent` responses at a time. One that stands still for
+    `stall_seconds` is started again, or, if it is someone else's, left alone until the next sync of weights;
+    its responses are asked for again, elsewhere if there is an elsewhere. After twice as long without
+    progress, anywhere, that is a failure.
     """
 
     def __init__(self, servers: Servers, max_concurrent: int, stall_seconds: float, is_wanted: Callable[[Job], bool],
@@ -112,19 +121,27 @@ class Dispatch:
         self.aborts: set[asyncio.Task[None]] = set()  # of the tasks those that tell a server
 
     async def open(self) -> None:
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE, socket_factory=_kept_alive)  # our own limits are below
+        # our own limits are below
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE, socket_factory=_kept_alive)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=60)  # a long response is no error
         key = self.servers.workers[0].key
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        self.session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers, cookie_jar=aiohttp.DummyCookieJar())
+        self.session = aiohttp.ClientSession(
+            connector=connector, timeout=timeout, headers=headers, cookie_jar=aiohttp.DummyCookieJar()
+        )
         self.abort_slots = asyncio.Semaphore(NUM_ABORTS)
         self._spawn(self._watch())
         await self.meet()
 
     async def meet(self) -> None:
-        """After a sync: take up those that have joined the servers or were left alone, let go of those that have left."""
+        """After a sync: take up those that have joined the servers or were left alone, let go of those that
+        have left.
+        """
         known = {endpoint.url: endpoint for endpoint in self.endpoints}
-        urls, workers = [url.rstrip("/") for url in self.servers.generate_urls], [worker.url for worker in self.servers.workers]
+        urls, workers = (
+            [url.rstrip("/") for url in self.servers.generate_urls],
+            [worker.url for worker in self.servers.workers],
+        )
         self.endpoints = [known.get(url) or Endpoint(url, is_router=url not in workers) for url in urls]
         self._send()
 
@@ -144,13 +161,19 @@ class Dispatch:
         await self.session.close()
 
     def waiting(self) -> str:
-        """Who is waited for: responses, where they were asked for, for how long. May be called from any thread."""
+        """Who is waited for: responses, where they were asked for, for how long. May be called from any
+        thread.
+        """
         now, asked, lines = time.monotonic(), 0, []
         for endpoint in self.endpoints:
             jobs = sorted(list(endpoint.asked.values()), key=lambda job: job.asked_at)
             state = f"{'usable' if endpoint.is_usable else 'left alone'}{f', last fault: {endpoint.fault}' if endpoint.fault else ''}"
-            named = [f"{job.request.id} for {now - job.asked_at:.0f} s" for job in jobs[:8]] + ["…"] * (len(jobs) > 8)
-            lines.append(f"  {endpoint.url} ({state}): {len(jobs)} asked{': ' if jobs else ''}{'; '.join(named)}")
+            named = [f"{job.request.id} for {now - job.asked_at:.0f} s" for job in jobs[:8]] + ["…"] * (
+                len(jobs) > 8
+            )
+            lines.append(
+                f"  {endpoint.url} ({state}): {len(jobs)} asked{': ' if jobs else ''}{'; '.join(named)}"
+            )
             asked += len(jobs)
         unsent = [job.request.id for job in list(self.ready) if self.is_wanted(job)]
         if unsent:
@@ -165,10 +188,16 @@ class Dispatch:
         self._send()
 
     def _send(self) -> None:
-        """Ask for what is ready, wherever there is room: not where it was asked for last, if possible; where the least is outstanding."""
+        """Ask for what is ready, wherever there is room: not where it was asked for last, if possible; where
+        the least is outstanding.
+        """
         now = time.monotonic()
         while self.ready:
-            free = [endpoint for endpoint in self.endpoints if endpoint.is_usable and len(endpoint.asked) < self._room_at(endpoint)]
+            free = [
+                endpoint
+                for endpoint in self.endpoints
+                if endpoint.is_usable and len(endpoint.asked) < self._room_at(endpoint)
+            ]
             if not free:
                 return
             job = self.ready.popleft()
@@ -178,11 +207,13 @@ class Dispatch:
             if not endpoint.asked:
                 endpoint.progressed_at = now
             job.endpoint, job.asked_at, job.attempts = endpoint, now, job.attempts + 1
-            # never used twice; and since a server aborts every id that begins with the one it is told, each ends with a mark
+            # never used twice; and since a server aborts every id that begins with the one it is told, each
+            # ends with a mark
             job.rid = f"{self.name}-{job.request.id}-{next(self.numbers)};"
             endpoint.asked[job.rid] = job
             job.task = self._spawn(self._ask(job, endpoint, job.rid))
-            job.task.add_done_callback(partial(self._end_asking, endpoint, job.rid))  # also when it is cancelled before it has begun
+            # also when it is cancelled before it has begun
+            job.task.add_done_callback(partial(self._end_asking, endpoint, job.rid))
 
     def _room_at(self, endpoint: Endpoint) -> int:
         """For how many responses at a time: fewer at a router that has lost a worker since the last sync."""
@@ -193,7 +224,9 @@ class Dispatch:
             sample = generate.read(await self._post(endpoint, job.request, rid), job.request)
             self._check_versions(job, sample)
         except FAULTS as error:
-            self._note_fault(endpoint, f"{type(error).__name__}: {error}".removeprefix("BadAnswer: "), job.asked_at)
+            self._note_fault(
+                endpoint, f"{type(error).__name__}: {error}".removeprefix("BadAnswer: "), job.asked_at
+            )
             self._ask_again(job)
         else:
             endpoint.num_faults = 0
@@ -205,21 +238,29 @@ class Dispatch:
         self._send()
 
     async def _post(self, endpoint: Endpoint, request: Request, rid: str) -> bytes:
-        async with self.session.post(endpoint.url + "/generate", data=generate.body(request, rid)) as response:
+        async with self.session.post(
+            endpoint.url + "/generate", data=generate.body(request, rid)
+        ) as response:
             answer = await response.read()
         if response.status in RETRIED:
             raise BadAnswer(f"{response.status} {one_line(answer)}")
         if response.status != 200:
             raise EngineError(
-                f"{endpoint.url} refused request {request.id} ({len(request.tokens)} tokens of prompt, max_tokens "
+                f"{endpoint.url} refused request {request.id} ({len(request.tokens)} tokens of prompt, "
+                "max_tokens "
                 f"{request.sampling.max_tokens}): {response.status} {one_line(answer)}"
             )
         return answer
 
     def _check_versions(self, job: Job, sample: Sample) -> None:
         """A server that was restarted, or missed a sync, answers well, and from another policy."""
-        if job.version != UNKNOWN_VERSION and not all(job.version <= version <= self.version for version, _, _ in sample.versions):
-            raise BadAnswer(f"generates with weight version {sample.versions[0][0]}, not {job.version}: it missed the last weight sync")
+        if job.version != UNKNOWN_VERSION and not all(
+            job.version <= version <= self.version for version, _, _ in sample.versions
+        ):
+            raise BadAnswer(
+                f"generates with weight version {sample.versions[0][0]}, not {job.version}: it missed the "
+                "last weight sync"
+            )
 
     def _ask_again(self, job: Job) -> None:
         assert job.endpoint
@@ -228,7 +269,8 @@ class Dispatch:
         elif self.is_wanted(job):
             self.fail(
                 EngineError(
-                    f"request {job.request.id} failed {job.attempts} times, the last time at {job.endpoint.url}: {job.endpoint.fault}"
+                    f"request {job.request.id} failed {job.attempts} times, the last time at "
+                    f"{job.endpoint.url}: {job.endpoint.fault}"
                 )
             )
 
@@ -237,7 +279,9 @@ class Dispatch:
         beat()
 
     def _note_fault(self, endpoint: Endpoint, fault: str, asked_at: float) -> None:
-        """Leave the server alone for a while. What was asked for before it was last found well belongs to the same failure."""
+        """Leave the server alone for a while. What was asked for before it was last found well belongs to the
+        same failure.
+        """
         endpoint.fault = fault
         if endpoint.is_usable and asked_at >= endpoint.usable_since:
             endpoint.is_usable = False
@@ -292,7 +336,8 @@ class Dispatch:
                 task.add_done_callback(self.aborts.discard)
 
     async def _tell(self, endpoint: Endpoint, rid: str, silent: set[str]) -> None:
-        """Abort `rid` at the server; at every worker behind a router. One that cannot be reached has nothing to abort.
+        """Abort `rid` at the server; at every worker behind a router. One that cannot be reached has nothing
+        to abort.
 
         One that has let ABORT_LIMIT pass is `silent`, and told no more.
         """
@@ -302,7 +347,9 @@ class Dispatch:
                     continue
                 try:
                     body, limit = orjson.dumps({"rid": rid}), aiohttp.ClientTimeout(total=ABORT_LIMIT)
-                    async with self.session.post(url + "/abort_request", data=body, timeout=limit) as response:
+                    async with self.session.post(
+                        url + "/abort_request", data=body, timeout=limit
+                    ) as response:
                         await response.read()
                 except TimeoutError:
                     silent.add(url)
@@ -310,27 +357,39 @@ class Dispatch:
                     pass
 
     async def _watch(self) -> None:
-        """Where a server has not progressed for stall_seconds, give it up and ask elsewhere; where nothing has for twice as long, fail."""
+        """Where a server has not progressed for stall_seconds, give it up and ask elsewhere; where nothing
+        has for twice as long, fail.
+        """
         while True:
             await asyncio.sleep(min(self.stall_seconds / 10, 10.0))
             await asyncio.gather(*(self._look(endpoint) for endpoint in self.endpoints if endpoint.asked))
             now = time.monotonic()
             if self.is_loading or not (self.ready or any(endpoint.asked for endpoint in self.endpoints)):
-                self.progressed_at = now  # and no beat: of what the ranks do meanwhile this thread knows nothing
+                # and no beat: of what the ranks do meanwhile this thread knows nothing
+                self.progressed_at = now
             if now - self.progressed_at > 2 * self.stall_seconds:
-                self.fail(EngineError(f"no progress for 2 × engine.stall_seconds={self.stall_seconds:g}: {_joined(self.waiting())}"))
+                self.fail(
+                    EngineError(
+                        f"no progress for 2 × engine.stall_seconds={self.stall_seconds:g}: "
+                        f"{_joined(self.waiting())}"
+                    )
+                )
                 return
             for endpoint in list(self.endpoints):
                 if self.is_loading or not endpoint.asked:
                     endpoint.progressed_at, endpoint.moved_at = now, {}
-                for url in [url for url, moved_at in endpoint.moved_at.items() if now - moved_at > self.stall_seconds]:
+                for url in [
+                    url for url, moved_at in endpoint.moved_at.items() if now - moved_at > self.stall_seconds
+                ]:
                     self.servers.restart(url, f"stood still for {self.stall_seconds:g} s")
                     del endpoint.moved_at[url]
                 if now - endpoint.progressed_at > self.stall_seconds:
                     self._move(endpoint)
 
     async def _look(self, endpoint: Endpoint) -> None:
-        """Progress is also a worker that holds another number of tokens than at the last look: it works on long responses."""
+        """Progress is also a worker that holds another number of tokens than at the last look: it works on
+        long responses.
+        """
         busy = await self._busy_behind(endpoint) if endpoint.is_router else set()
         for url in self._workers_at(endpoint):
             loads = (await self._get(url + "/v1/loads") or {}).get("loads", [])
@@ -343,7 +402,9 @@ class Dispatch:
                 endpoint.moved_at[url] = time.monotonic()
 
     async def _busy_behind(self, router: Endpoint) -> set[str]:
-        """The workers from which the router expects answers. Their own account is no evidence: what hangs has not brought it up to date."""
+        """The workers from which the router expects answers. Their own account is no evidence: what hangs has
+        not brought it up to date.
+        """
         workers = (await self._get(router.url + "/workers") or {}).get("workers", [])
         return {worker["url"].rstrip("/") for worker in workers if worker["load"]}
 
@@ -352,7 +413,8 @@ class Dispatch:
         jobs = list(endpoint.asked.values())
         self.servers.restart(endpoint.url, f"stood still for {self.stall_seconds:g} s")
         if len(self.endpoints) > 1:
-            self.endpoints.remove(endpoint)  # until the next sync of weights: health is no sign that it would generate now
+            # until the next sync of weights: health is no sign that it would generate now
+            self.endpoints.remove(endpoint)
         self._note_fault(endpoint, f"no progress for {self.stall_seconds:g} s", time.monotonic())
         self.abandon(jobs)
         for job in jobs:
@@ -377,7 +439,9 @@ class Dispatch:
 
 
 def _kept_alive(address: Any) -> socket.socket:
-    """A socket on which a host that vanished without a word is noticed after 75 seconds: nothing is sent while a response is generated."""
+    """A socket on which a host that vanished without a word is noticed after 75 seconds: nothing is sent
+    while a response is generated.
+    """
     family, kind, protocol, *_ = address
     made = socket.socket(family, kind, protocol)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -1,4 +1,6 @@
-"""One SGLang server, seen by whoever steers it: the calls that are not generation. Blocking, each with its time limit."""
+"""One SGLang server, seen by whoever steers it: the calls that are not generation. Blocking, each with its
+time limit.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ SUCCESS: Mapping[str, type] = {"success": bool}  # of whatever changes a server'
 class Server:
     """The server at `url`, http://host:port. `key` is its API key, if it wants one.
 
-    `fields` are what the answer must have, by type: `get("/server_info", fields={"tp_size": int})`. Without any, an empty answer will do.
+    `fields` are what the answer must have, by type: `get("/server_info", fields={"tp_size": int})`. Without
+    any, an empty answer will do.
 
     Raises, in every call: EngineError naming the server, the call, what came back.
     """
@@ -38,15 +41,26 @@ class Server:
         return self._call(urllib.request.Request(self.url + path), path, timeout, fields)
 
     def post(
-        self, path: str, body: dict[str, Any] | None = None, timeout: float = 60, fields: Mapping[str, type] = NOTHING
+        self,
+        path: str,
+        body: dict[str, Any] | None = None,
+        timeout: float = 60,
+        fields: Mapping[str, type] = NOTHING,
     ) -> dict[str, Any]:
         data = json.dumps(body or {}).encode()
-        return self._call(urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}), path, timeout, fields)
+        return self._call(
+            urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}),
+            path,
+            timeout,
+            fields,
+        )
 
     def delete(self, path: str, timeout: float = 10) -> dict[str, Any]:
         return self._call(urllib.request.Request(self.url + path, method="DELETE"), path, timeout, NOTHING)
 
-    def _call(self, request: urllib.request.Request, path: str, timeout: float, fields: Mapping[str, type]) -> dict[str, Any]:
+    def _call(
+        self, request: urllib.request.Request, path: str, timeout: float, fields: Mapping[str, type]
+    ) -> dict[str, Any]:
         if self.key:
             request.add_header("Authorization", f"Bearer {self.key}")
         where = self.url + path
@@ -80,7 +94,9 @@ OPENER = urllib.request.build_opener(_AnyStatus)
 
 
 def _exchange(request: urllib.request.Request, timeout: float) -> tuple[int, bytes]:
-    """Status and body of the answer. `timeout` is for all of it: a server that sends a byte now and then is late, too."""
+    """Status and body of the answer. `timeout` is for all of it: a server that sends a byte now and then is
+    late, too.
+    """
     deadline, parts = time.monotonic() + timeout, []
     with OPENER.open(request, timeout=timeout) as answer:
         while part := answer.read1(CHUNK):
@@ -88,7 +104,8 @@ def _exchange(request: urllib.request.Request, timeout: float) -> tuple[int, byt
             if time.monotonic() > deadline:
                 raise TimeoutError("timed out")
         text = b"".join(parts)
-        if answer.length and answer.status < 300:  # less than was announced; of a refusal, what came says more
+        # less than was announced; of a refusal, what came says more
+        if answer.length and answer.status < 300:
             raise http.client.IncompleteRead(text, answer.length)
         return answer.status, text
 
@@ -103,7 +120,9 @@ def _parse(text: bytes, where: str) -> dict[str, Any]:
 
 
 def on_all(servers: Sequence[S], call: Callable[[S], T]) -> list[T]:
-    """`call` on every server at once; their answers in order. Raises the first error, after all have answered."""
+    """`call` on every server at once; their answers in order. Raises the first error, after all have
+    answered.
+    """
     with ThreadPoolExecutor(max(1, len(servers))) as pool:
         return [future.result() for future in [pool.submit(call, server) for server in servers]]
 

@@ -1,4 +1,5 @@
-"""The engine without a server: Hugging Face `generate`, in the main rank's process. For one machine and small models.
+"""The engine without a server: Hugging Face `generate`, in the main rank's process. For one machine and small
+models.
 
 B = samples generated together, V = vocabulary.
 """
@@ -25,8 +26,13 @@ class EmbeddedEngine:
 
     def __init__(self, model: Path, dtype: torch.dtype, device: torch.device, max_concurrent: int):
         config = transformers.AutoConfig.from_pretrained(model)
-        self.model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").to(device).eval()
-        self.model.generation_config = GenerationConfig()  # nothing is inherited: no repetition penalty, no top_k of the model's authors
+        self.model = (
+            transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            .to(device)
+            .eval()
+        )
+        # nothing is inherited: no repetition penalty, no top_k of the model's authors
+        self.model.generation_config = GenerationConfig()
         self.device, self.max_concurrent = device, max_concurrent
         self.version = -1
         self.queue: list[Request] = []
@@ -43,13 +49,18 @@ class EmbeddedEngine:
                 continue
             sampling = self.queue[0].sampling
             size = next((i for i, r in enumerate(self.queue) if r.sampling != sampling), len(self.queue))
-            batch, self.queue = self.queue[: min(size, self.max_concurrent)], self.queue[min(size, self.max_concurrent) :]
+            batch, self.queue = (
+                self.queue[: min(size, self.max_concurrent)],
+                self.queue[min(size, self.max_concurrent) :],
+            )
             self.finished.extend(self._generate(batch, sampling))
 
     def abort(self, ids: Iterable[str]) -> None:
         gone = set(ids)
         self.queue = [request for request in self.queue if request.id not in gone]
-        self.finished = deque(sample for sample in self.finished if f"{sample.group}.{sample.index}" not in gone)
+        self.finished = deque(
+            sample for sample in self.finished if f"{sample.group}.{sample.index}" not in gone
+        )
 
     def prepare_weights(self, version: int) -> None: ...
 
@@ -94,8 +105,12 @@ class EmbeddedEngine:
         logprobs = torch.stack(sampler.logprobs, dim=1).cpu().numpy()  # [B, n]
         return [self._sample(*row, sampling) for row in zip(requests, tokens, logprobs, strict=True)]
 
-    def _sample(self, request: Request, tokens: np.ndarray, logprobs: np.ndarray, sampling: Sampling) -> Sample:
-        """Cut at the first stop token, inclusive; never by looking for padding, which may be a stop token itself."""
+    def _sample(
+        self, request: Request, tokens: np.ndarray, logprobs: np.ndarray, sampling: Sampling
+    ) -> Sample:
+        """Cut at the first stop token, inclusive; never by looking for padding, which may be a stop token
+        itself.
+        """
         stops = np.flatnonzero(np.isin(tokens, sampling.stop_ids))
         length = int(stops[0]) + 1 if len(stops) else len(tokens)
         return Sample(
@@ -110,12 +125,18 @@ class EmbeddedEngine:
 
 
 def as_stored(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """A transformers model's (name, tensor) as its files have them: a layer's experts, fused in memory, one by one. They are views."""
+    """A transformers model's (name, tensor) as its files have them: a layer's experts, fused in memory, one
+    by one. They are views.
+    """
     for name, tensor in tensors:
         layer, _, fused = name.partition(".experts.")
         if fused == "gate_up_proj":  # [experts, 2 · F, H]
             for i, expert in enumerate(tensor):
-                yield from zip((f"{layer}.experts.{i}.{part}_proj.weight" for part in ("gate", "up")), expert.chunk(2), strict=True)
+                yield from zip(
+                    (f"{layer}.experts.{i}.{part}_proj.weight" for part in ("gate", "up")),
+                    expert.chunk(2),
+                    strict=True,
+                )
         elif fused == "down_proj":  # [experts, H, F]
             yield from ((f"{layer}.experts.{i}.down_proj.weight", expert) for i, expert in enumerate(tensor))
         else:
@@ -123,13 +144,16 @@ def as_stored(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tens
 
 
 class SeededSampling(LogitsProcessor):  # type: ignore[misc]
-    """Draws each row's next token from the row's own seed, so that a sample does not depend on what it was batched with.
+    """Draws each row's next token from the row's own seed, so that a sample does not depend on what it was
+    batched with.
 
     Keeps log softmax(logits / T) of what it drew, before top_p; leaves only the drawn token to choose.
     """
 
     def __init__(self, seeds: list[int], sampling: Sampling, prompt_length: int):
-        draws = [np.random.Generator(np.random.Philox(key=seed)).random(sampling.max_tokens) for seed in seeds]
+        draws = [
+            np.random.Generator(np.random.Philox(key=seed)).random(sampling.max_tokens) for seed in seeds
+        ]
         self.uniforms = torch.from_numpy(np.stack(draws))  # float64 [B, max_tokens]
         self.sampling, self.prompt_length = sampling, prompt_length
         self.top_p = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
@@ -143,7 +167,8 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
         cumulative = drawn_from.double().exp().cumsum(-1)
         position = input_ids.shape[1] - self.prompt_length
         uniform = self.uniforms[:, position].to(scores.device)
-        token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)  # [B, 1], never of probability 0
+        # [B, 1], never of probability 0
+        token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)
         token = token.clamp(max=scores.shape[-1] - 1)  # where u · total rounded up to the total
         self.logprobs.append(logprobs.gather(-1, token)[:, 0])
         return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)

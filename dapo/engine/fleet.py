@@ -1,11 +1,14 @@
-"""A run's SGLang servers: started, watched and stopped here, with a router before several; or started by someone else, and only used.
+"""A run's SGLang servers: started, watched and stopped here, with a router before several; or started by
+someone else, and only used.
 
-Nothing that is started here outlives the trainer, however it ends: every process has a guardian (guardian.py). It listens on loopback
-and wants an API key drawn for the run, which shows neither in `ps` nor in a log.
+Nothing that is started here outlives the trainer, however it ends: every process has a guardian
+(guardian.py). It listens on loopback and wants an API key drawn for the run, which shows neither in `ps` nor
+in a log.
 
-A server that dies is started again, on another port, so that nobody can ask it before it has the policy's weights: `refresh` counts it
-among the workers once it is up, the weights are synced, and `serve` opens it to requests. Until then the others do its work. So it is with
-someone else's server, but for the starting: one that does not answer is left out, from sync to sync, until it does.
+A server that dies is started again, on another port, so that nobody can ask it before it has the policy's
+weights: `refresh` counts it among the workers once it is up, the weights are synced, and `serve` opens it to
+requests. Until then the others do its work. So it is with someone else's server, but for the starting: one
+that does not answer is left out, from sync to sync, until it does.
 """
 
 from __future__ import annotations
@@ -26,7 +29,14 @@ import torch
 from dapo.clock import beat
 from dapo.config import Config, ConfigError
 from dapo.engine import versions
-from dapo.engine.arguments import check_broadcast, child_environment, command_line, gpu_sets, known_arguments, server_options
+from dapo.engine.arguments import (
+    check_broadcast,
+    child_environment,
+    command_line,
+    gpu_sets,
+    known_arguments,
+    server_options,
+)
 from dapo.engine.control import KEY_VARIABLE, Server, on_all
 from dapo.engine.process import LOOPBACK, RESTARTS, ServerProcess, free_port
 from dapo.types import EngineError, Interrupted, WeightsLost
@@ -41,7 +51,9 @@ ROUTER = {  # for generation only: control calls go to each worker
     "health-failure-threshold": 2,
     "health-success-threshold": 1,
     "worker-startup-check-interval": 1,
-    "disable-retries": True,  # they would come under the same id, which a server refuses while it knows it; the client asks under a new one
+    # they would come under the same id, which a server refuses while it knows it; the client asks under a new
+    # one
+    "disable-retries": True,
     "cb-failure-threshold": 5,
     "cb-timeout-duration-secs": 10,
     "request-timeout-secs": 24 * 3600,  # a long response is no failure: the client has its own limits
@@ -56,26 +68,38 @@ runpy.run_module(module, run_name="__main__", alter_sys=True)"""
 
 
 class Servers:
-    """`workers` take control calls; `generate_urls` take requests: the router's, if there are several local workers.
+    """`workers` take control calls; `generate_urls` take requests: the router's, if there are several local
+    workers.
 
-    Local servers start at once, each with a log in <run.dir>/servers; `wait` for them. `say` is told line by line what happens.
+    Local servers start at once, each with a log in <run.dir>/servers; `wait` for them. `say` is told line by
+    line what happens.
 
     Raises:
-        ConfigError: engine.sglang is not what this SGLang understands, there is no SGLang, or there are too few GPUs.
+        ConfigError: engine.sglang is not what this SGLang understands, there is no SGLang, or there are too
+            few GPUs.
     """
 
-    def __init__(self, config: Config, say: Callable[[str], None] = print, is_interrupted: Callable[[], bool] = lambda: False):
+    def __init__(
+        self,
+        config: Config,
+        say: Callable[[str], None] = print,
+        is_interrupted: Callable[[], bool] = lambda: False,
+    ):
         self.config, self.say, self.is_interrupted = config, say, is_interrupted
         self._lock = threading.Lock()
         engine = config.engine
         if engine.urls and engine.sglang:
             raise ConfigError(
-                "engine.sglang is for servers that the run starts: give those in engine.urls their arguments where they start"
+                "engine.sglang is for servers that the run starts: give those in engine.urls their arguments "
+                "where they start"
             )
         self.key = os.environ.get(KEY_VARIABLE) if engine.urls else secrets.token_hex(24)
         self.local: list[ServerProcess] = [] if engine.urls else self._start()
-        self._guests = {url: "" for url in engine.urls}  # servers that someone else has started, and what is wrong with them
-        self._workers = [Server(url, self.key) for url in engine.urls or [server.url for server in self.local]]
+        # servers that someone else has started, and what is wrong with them
+        self._guests = {url: "" for url in engine.urls}
+        self._workers = [
+            Server(url, self.key) for url in engine.urls or [server.url for server in self.local]
+        ]
         self.router = self._start_router() if len(self.local) > 1 else None
         self._has_changed = False
         self._is_closing = threading.Event()
@@ -95,7 +119,8 @@ class Servers:
         """Until every server is up, and the router.
 
         Raises:
-            ConfigError: one died, fell silent, or serves another model: in one line, with the last error in its log. All are stopped.
+            ConfigError: one died, fell silent, or serves another model: in one line, with the last error in
+                its log. All are stopped.
             Interrupted: the run is to stop.
         """
         if not self.local:
@@ -113,9 +138,11 @@ class Servers:
             raise
 
     def refresh(self) -> bool:
-        """Count the servers that are up, again or still, among the workers: called before a sync of weights, as `serve` is after it.
+        """Count the servers that are up, again or still, among the workers: called before a sync of weights,
+        as `serve` is after it.
 
-        Returns whether the workers are others than at the last call; then whatever joined them in a group must be made anew.
+        Returns whether the workers are others than at the last call; then whatever joined them in a group
+        must be made anew.
 
         Raises:
             EngineError: no server is left.
@@ -162,11 +189,18 @@ class Servers:
         if self.workers:
             return
         if any(server.state != "dead" for server in self.local):
-            raise WeightsLost("no server has the policy's weights; those that were started again get them at the next sync")
-        raise EngineError("no server is left: " + "; ".join([*(server.failure for server in self.local), *self._guests.values()]))
+            raise WeightsLost(
+                "no server has the policy's weights; those that were started again get them at the next sync"
+            )
+        raise EngineError(
+            "no server is left: "
+            + "; ".join([*(server.failure for server in self.local), *self._guests.values()])
+        )
 
     def restart(self, url: str, fault: str) -> None:
-        """Have the watcher start the server at `url` again, which lives, but has this fault; if it is one of those started here."""
+        """Have the watcher start the server at `url` again, which lives, but has this fault; if it is one of
+        those started here.
+        """
         for process in self.local:
             if process.url == url and process.state == "serving":
                 process.fault = fault
@@ -188,34 +222,58 @@ class Servers:
         folder.mkdir(parents=True, exist_ok=True)
         python = str(config.engine.python or sys.executable)
         has_cuda = torch.cuda.is_available()
-        options = server_options(config, known_arguments(python, has_cuda) if config.engine.sglang else {}, has_cuda)
+        options = server_options(
+            config, known_arguments(python, has_cuda) if config.engine.sglang else {}, has_cuda
+        )
         sets = [""] * config.engine.servers
         if has_cuda:
             check_broadcast(config, options, python)
-            sets = [",".join(gpus) for gpus in gpu_sets(config.engine.servers, options, sees_main=config.engine.weight_sync == "tensor")]
+            sets = [
+                ",".join(gpus)
+                for gpus in gpu_sets(
+                    config.engine.servers, options, sees_main=config.engine.weight_sync == "tensor"
+                )
+            ]
         environment = child_environment(has_cuda) | {KEY_VARIABLE: str(self.key)}
         command = [python, "-c", BOOT, "sglang.launch_server", *command_line(options)]
         return [
-            ServerProcess(f"server {i}", command, folder / f"server-{i}.log", environment | {"CUDA_VISIBLE_DEVICES": gpus}, options["host"])
+            ServerProcess(
+                f"server {i}",
+                command,
+                folder / f"server-{i}.log",
+                environment | {"CUDA_VISIBLE_DEVICES": gpus},
+                options["host"],
+            )
             for i, gpus in enumerate(sets)
         ]
 
     def _start_router(self) -> ServerProcess:
         environment = child_environment(has_cuda=True) | {KEY_VARIABLE: str(self.key)}
-        return ServerProcess("router", self._router_command(), self.config.run.dir / "servers/router.log", environment)
+        return ServerProcess(
+            "router", self._router_command(), self.config.run.dir / "servers/router.log", environment
+        )
 
     def _router_command(self) -> list[str]:
         options = ROUTER | {
             "host": LOOPBACK,
             "prometheus-port": free_port(),
             "worker-urls": [worker.url for worker in self.workers],
-            "balance-abs-threshold": self.config.rollout.group_size,  # a prefix in the cache is not worth a longer queue than this
+            # a prefix in the cache is not worth a longer queue than this
+            "balance-abs-threshold": self.config.rollout.group_size,
             "balance-rel-threshold": 1.1,
         }
-        return [str(self.config.engine.python or sys.executable), "-c", BOOT, "sglang_router.launch_router", *command_line(options)]
+        return [
+            str(self.config.engine.python or sys.executable),
+            "-c",
+            BOOT,
+            "sglang_router.launch_router",
+            *command_line(options),
+        ]
 
     def _tell_router(self, router: Server) -> str:
-        """What the router lacks of serving the workers and nobody else, after it was told of them; "" if nothing."""
+        """What the router lacks of serving the workers and nobody else, after it was told of them; "" if
+        nothing.
+        """
         wanted = {worker.url for worker in self.workers}  # one may die meanwhile
         try:
             listed = router.get("/workers", fields={"workers": list})["workers"]
@@ -255,17 +313,29 @@ class Servers:
         for url, failure in found.items():
             if bool(failure) != bool(self._guests[url]):
                 self._has_changed = True
-                self.say(f"{failure}; left out until it answers at a sync of weights" if failure else f"{url} answers again")
+                self.say(
+                    f"{failure}; left out until it answers at a sync of weights"
+                    if failure
+                    else f"{url} answers again"
+                )
         if self._guests:
-            self._guests, self._workers = found, [Server(url, self.key) for url, failure in found.items() if not failure]
+            self._guests, self._workers = (
+                found,
+                [Server(url, self.key) for url, failure in found.items() if not failure],
+            )
 
     def _watch(self) -> None:
-        """Start again what dies or stands still. What dies again and again before it has served is left dead."""
+        """Start again what dies or stands still. What dies again and again before it has served is left
+        dead.
+        """
         while not self._is_closing.wait(LOOK_EVERY):
             for process in [*self.local, *([self.router] if self.router else [])]:
                 try:
                     self._look_at_router(process) if process is self.router else self._look_at(process)
-                except (OSError, subprocess.SubprocessError) as error:  # no process can be made, or the like: the next look sees it dead
+                except (
+                    OSError,
+                    subprocess.SubprocessError,
+                ) as error:  # no process can be made, or the like: the next look sees it dead
                     self._tell(f"{process.name} cannot be started: {error}")
 
     def _look_at(self, process: ServerProcess) -> None:
@@ -305,7 +375,8 @@ class Servers:
         self._tell(f"{process.failure}; {'starting it again' if goes_on else given_up}")
 
     def _tell(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # nobody listens, or the disk is full: servers are watched all the same
+        # nobody listens, or the disk is full: servers are watched all the same
+        with contextlib.suppress(OSError):
             self.say(text)
 
 
@@ -318,8 +389,13 @@ def introduce(server: Server, model: Path) -> str:
     try:
         words, theirs = versions.introduce(server)
     except EngineError as error:
-        raise ConfigError(f"engine.urls: {error}; is it up, and {KEY_VARIABLE} set if it wants a key?") from error
+        raise ConfigError(
+            f"engine.urls: {error}; is it up, and {KEY_VARIABLE} set if it wants a key?"
+        ) from error
     ours = json.loads((model / "config.json").read_text()).get("architectures")
     if theirs not in (ours, None):
-        raise ConfigError(f"engine.urls: {server.url} serves {theirs}, policy.model={model} is {ours}: start it with that model")
+        raise ConfigError(
+            f"engine.urls: {server.url} serves {theirs}, policy.model={model} is {ours}: start it with that "
+            "model"
+        )
     return words

@@ -20,14 +20,16 @@ UNKNOWN_VERSION = -1  # of weights that no sync has named: SGLang calls them "de
 
 
 class BadAnswer(Exception):
-    """What came back is no response to what was asked. Generation changes nothing at the server: ask again, rather another one."""
+    """What came back is no response to what was asked. Generation changes nothing at the server: ask again,
+    rather another one.
+    """
 
 
 def body(request: Request, rid: str) -> bytes:
     """What POST /generate is sent. Every sampling setting is named, so that no server's defaults have a say.
 
-    `ignore_eos` stays off, for it would also switch off `stop_token_ids`. The seed counts where the server runs with
-    --enable-deterministic-inference; others ignore it.
+    `ignore_eos` stays off, for it would also switch off `stop_token_ids`. The seed counts where the server
+    runs with --enable-deterministic-inference; others ignore it.
     """
     sampling = request.sampling
     return orjson.dumps(
@@ -63,19 +65,28 @@ def read(answer: bytes, request: Request) -> Sample:
     """The sample in the body of a 200.
 
     Raises:
-        BadAnswer: not JSON, not one response, tokens and log-probs that do not match or are not finite, aborted by the server.
-        EngineError: a response that this server will always end before its time: another EOS, or less room than max_tokens.
+        BadAnswer: not JSON, not one response, tokens and log-probs that do not match or are not finite,
+            aborted by the server.
+        EngineError: a response that this server will always end before its time: another EOS, or less room
+            than max_tokens.
     """
     try:
         with _collector_paused():
             parsed = orjson.loads(answer)
             if not isinstance(parsed, dict):
-                raise BadAnswer(f"{len(parsed)} samples where one was asked for" if isinstance(parsed, list) else "JSON, but no object")
+                raise BadAnswer(
+                    f"{len(parsed)} samples where one was asked for"
+                    if isinstance(parsed, list)
+                    else "JSON, but no object"
+                )
             meta = parsed["meta_info"]
             reason = meta["finish_reason"]["type"]
             if reason == "abort":
-                raise BadAnswer(f"aborted by the server: {meta['finish_reason'].get('message', 'no reason given')}")
-            entries = meta.pop("output_token_logprobs")  # [(log-prob, id, None)], of log_softmax(logits / temperature), before top_p
+                raise BadAnswer(
+                    f"aborted by the server: {meta['finish_reason'].get('message', 'no reason given')}"
+                )
+            # [(log-prob, id, None)], of log_softmax(logits / temperature), before top_p
+            entries = meta.pop("output_token_logprobs")
             logprobs = np.array([entry[0] for entry in entries], np.float32)
             tokens = np.array([entry[1] for entry in entries], np.int32)
             del entries
@@ -90,10 +101,14 @@ def read(answer: bytes, request: Request) -> Sample:
         raise BadAnswer(f"{len(tokens)} log-probs for {len(output_ids)} tokens")
     if (tokens != output_ids).any() or tokens.min() < 0:
         raise BadAnswer("log-probs of other tokens than output_ids")
-    if isinstance(matched, str):  # we ask for no stop strings; a server whose logits are NaN says so here, and writes EOS
+    # we ask for no stop strings; a server whose logits are NaN says so here, and writes EOS
+    if isinstance(matched, str):
         raise BadAnswer(f"stopped by {matched!r}")
     if not np.isfinite(logprobs).all():
-        raise BadAnswer("log-probs that are not finite: unless other servers do better the policy is damaged, resume from an earlier step")
+        raise BadAnswer(
+            "log-probs that are not finite: unless other servers do better the policy is damaged, resume "
+            "from an earlier step"
+        )
     length, finish_reason = _end(tokens, reason, request)
     return Sample(
         group=request.group,
@@ -101,13 +116,17 @@ def read(answer: bytes, request: Request) -> Sample:
         tokens=tokens[:length],
         behavior_logprobs=logprobs[:length],
         loss_mask=np.ones(length, bool),
-        versions=tuple((version, start, min(end, length)) for version, start, end in versions if start < length),
+        versions=tuple(
+            (version, start, min(end, length)) for version, start, end in versions if start < length
+        ),
         finish_reason=finish_reason,
     )
 
 
 def _end(tokens: np.ndarray, reason: Any, request: Request) -> tuple[int, FinishReason]:
-    """Length and finish reason: up to the first of our stop ids, inclusive, whatever the server holds for an end."""
+    """Length and finish reason: up to the first of our stop ids, inclusive, whatever the server holds for an
+    end.
+    """
     if reason not in ("stop", "length"):
         raise BadAnswer(f"an unknown finish reason {reason!r}")
     sampling = request.sampling
@@ -118,11 +137,13 @@ def _end(tokens: np.ndarray, reason: Any, request: Request) -> tuple[int, Finish
         return len(tokens), "length"
     if reason == "length":
         raise EngineError(
-            f"response {request.id} was cut off after {len(tokens)} of {sampling.max_tokens} tokens: the server has no room for more; "
+            f"response {request.id} was cut off after {len(tokens)} of {sampling.max_tokens} tokens: the "
+            "server has no room for more; "
             "raise its context-length or max-total-tokens, or lower rollout.max_response_length"
         )
     raise EngineError(
-        f"response {request.id} ended at token id {tokens[-1]}, which is not among the policy's stop ids {sampling.stop_ids}: "
+        f"response {request.id} ended at token id {tokens[-1]}, which is not among the policy's stop ids "
+        f"{sampling.stop_ids}: "
         "name it as eos_token_id in the model's generation_config.json"
     )
 
@@ -138,7 +159,9 @@ def _versions(meta: dict[str, Any], length: int) -> tuple[tuple[int, int, int], 
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """An answer is a list a token for a moment: n / 700 collections for nothing, which take as long as the parsing."""
+    """An answer is a list a token for a moment: n / 700 collections for nothing, which take as long as the
+    parsing.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,7 +1,9 @@
-"""The guardian of one server: python guardian.py TRAINER LOG COMMAND…, until the command ends, SIGTERM comes, or process TRAINER is gone.
+"""The guardian of one server: python guardian.py TRAINER LOG COMMAND…, until the command ends, SIGTERM comes,
+or process TRAINER is gone.
 
-Whichever it is, nothing that the command started survives: it is one process group, and SGLang's own children stay in it. Linux,
-standard library only. What the command prints goes to LOG, with the API key in the environment, if there is one, blotted out.
+Whichever it is, nothing that the command started survives: it is one process group, and SGLang's own children
+stay in it. Linux, standard library only. What the command prints goes to LOG, with the API key in the
+environment, if there is one, blotted out.
 """
 
 from __future__ import annotations
@@ -43,15 +45,22 @@ def main(trainer: int, log: Log, command: list[str]) -> int:
     signal.signal(signal.SIGTERM, _leave)
     prctl = ctypes.CDLL(None).prctl
 
-    def with_us() -> None:  # should the guardian itself be killed: SGLang's children watch their parent in the same way
+    # should the guardian itself be killed: SGLang's children watch their parent in the same way
+    def with_us() -> None:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     child = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0, preexec_fn=with_us
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        process_group=0,
+        preexec_fn=with_us,
     )
     assert child.stdout is not None
     try:
-        while os.getppid() == trainer and child.poll() is None:  # not an end-of-file on a pipe: any fork of the trainer would hold it open
+        # not an end-of-file on a pipe: any fork of the trainer would hold it open
+        while os.getppid() == trainer and child.poll() is None:
             _copy(child.stdout, log)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -61,7 +70,8 @@ def main(trainer: int, log: Log, command: list[str]) -> int:
 
 def _end(child: subprocess.Popen[bytes], pipe: IO[bytes], log: Log) -> None:
     with contextlib.suppress(ProcessLookupError):  # nobody is left
-        os.killpg(child.pid, signal.SIGKILL)  # a server has nothing to save; asked politely, SGLang finishes its requests first
+        # a server has nothing to save; asked politely, SGLang finishes its requests first
+        os.killpg(child.pid, signal.SIGKILL)
     child.wait()
     while _copy(pipe, log):
         pass

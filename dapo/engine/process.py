@@ -1,4 +1,6 @@
-"""A server or the router as a child process: started under a guardian (guardian.py), looked at, described, stopped."""
+"""A server or the router as a child process: started under a guardian (guardian.py), looked at, described,
+stopped.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from typing import Literal
 
 from dapo.engine import guardian
 
-SILENCE = 600.0  # seconds without a new line in its log before a starting server is given up: large weights take long, and say so
+# seconds without a new line in its log before a starting server is given up: large weights take long, and say
+# so
+SILENCE = 600.0
 STOP_LIMIT = 10.0  # seconds
 RESTARTS = 3  # in a row, of a server that dies again before it has served
 FIRST_PAUSE, LONGEST_PAUSE = 2.0, 30.0  # seconds before the second of them, doubled from one to the next
@@ -26,7 +30,9 @@ LOOPBACK = "127.0.0.1"
 class ServerProcess:
     """A server or the router, with its guardian: `starting`, `up`, `serving`, or `dead` for good."""
 
-    def __init__(self, name: str, command: Sequence[str], log: Path, environment: dict[str, str], host: str = LOOPBACK):
+    def __init__(
+        self, name: str, command: Sequence[str], log: Path, environment: dict[str, str], host: str = LOOPBACK
+    ):
         self.name, self.command, self.log, self.environment = name, command, log, environment
         self.host = LOOPBACK if host in ("0.0.0.0", "::") else host
         self.failure = ""  # what it last died of
@@ -44,12 +50,16 @@ class ServerProcess:
             self.begin = log.tell()  # of this start's lines
         command = [sys.executable, "-I", guardian.__file__, str(os.getpid()), str(self.log)]
         command += [*self.command, "--port", str(port)]
-        self.process = subprocess.Popen(command, env=self.environment, stdin=subprocess.DEVNULL, start_new_session=True)  # Ctrl-C is ours
+        self.process = subprocess.Popen(
+            command, env=self.environment, stdin=subprocess.DEVNULL, start_new_session=True
+        )  # Ctrl-C is ours
 
     def plan_restart(self) -> None:
         """At once where it had served, after a pause where it died on its way there."""
         self.num_restarts = 1 if self.state == "serving" else self.num_restarts + 1
-        pause = min(FIRST_PAUSE * 2 ** (self.num_restarts - 2), LONGEST_PAUSE) if self.num_restarts > 1 else 0.0
+        pause = (
+            min(FIRST_PAUSE * 2 ** (self.num_restarts - 2), LONGEST_PAUSE) if self.num_restarts > 1 else 0.0
+        )
         self.restart_at = time.monotonic() + pause
 
     def has_ended(self) -> bool:
@@ -82,7 +92,8 @@ class ServerProcess:
         return [line for line in re.split(r"[\r\n]+", text) if line.strip()]
 
     def describe_progress(self) -> str:
-        told = [line for line in self.lines() if not line[0].isspace()]  # an indented one quotes the code that warns
+        # an indented one quotes the code that warns
+        told = [line for line in self.lines() if not line[0].isspace()]
         last = re.sub(r"^\[[^\]]*\] *", "", told[-1])[:100] if told else "nothing in its log yet"
         return f"{self.name}, {time.time() - self.started:.0f} s: {last}"
 
@@ -93,7 +104,11 @@ class ServerProcess:
         elif status is None:
             how = f"said nothing for {SILENCE:.0f} s"
         else:
-            how = f"ended with status {status}" if 0 <= status <= 128 else f"was killed by signal {max(-status, status - 128)}"
+            how = (
+                f"ended with status {status}"
+                if 0 <= status <= 128
+                else f"was killed by signal {max(-status, status - 128)}"
+            )
         return f"{self.name} {how}: {last_error(self.lines())}; see {self.log}"
 
     def ask_to_stop(self) -> None:
@@ -109,7 +124,9 @@ class ServerProcess:
 
 
 def last_error(lines: Sequence[str]) -> str:
-    """The line of a log that says why: the last exception's, or argparse's, if it is among the last lines; else the last one."""
+    """The line of a log that says why: the last exception's, or argparse's, if it is among the last lines;
+    else the last one.
+    """
     for line in reversed(lines[-40:]):
         if re.match(r"[\w.]*(Error|Exception)\b|.*\berror: ", line):
             return line.strip()[:300]

@@ -1,4 +1,6 @@
-"""The engine of SGLang servers: requests go out from a thread of its own, samples come back through a queue."""
+"""The engine of SGLang servers: requests go out from a thread of its own, samples come back through a
+queue.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,11 @@ class SGLangEngine:
     What the threads share: `jobs` (one dict operation at a time), `outcomes` (a queue), and plain flags.
 
     Raises, from `completed`:
-        EngineError: a refused request, one that failed too often, no server left, no response at all for 2 × stall_seconds.
-        WeightsLost: no server left that had the weights, but some that start again; what is outstanding is to be aborted.
-        Interrupted: `is_interrupted` said so, which is asked every half second of waiting; what was outstanding is aborted.
+        EngineError: a refused request, one that failed too often, no server left, no response at all for 2 ×
+            stall_seconds.
+        WeightsLost: no server left that had the weights, but some that start again; what is outstanding is to
+        be aborted. Interrupted: `is_interrupted` said so, which is asked every half second of waiting; what
+        was outstanding is aborted.
     """
 
     def __init__(self, servers: Servers, sync: WeightSync, max_concurrent: int, stall_seconds: float):
@@ -35,9 +39,12 @@ class SGLangEngine:
         self.prepared: int | None = None
         self.is_closed = False
         self.jobs: dict[str, Job] = {}  # submitted, neither aborted nor taken from `completed`
-        self.outcomes: queue.SimpleQueue[tuple[Job, Sample] | None] = queue.SimpleQueue()  # None: look again at `failure` and `jobs`
+        # None: look again at `failure` and `jobs`
+        self.outcomes: queue.SimpleQueue[tuple[Job, Sample] | None] = queue.SimpleQueue()
         self.failure: BaseException | None = None
-        self.dispatch = Dispatch(servers, max_concurrent, stall_seconds, self._is_wanted, self._deliver, self._fail)
+        self.dispatch = Dispatch(
+            servers, max_concurrent, stall_seconds, self._is_wanted, self._deliver, self._fail
+        )
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()
@@ -73,7 +80,9 @@ class SGLangEngine:
             self.loop.call_soon_threadsafe(self.dispatch.abandon, jobs)
 
     def prepare_weights(self, version: int) -> None:
-        """Ready every server for weights: whoever refuses does so here, before any rank enters a collective."""
+        """Ready every server for weights: whoever refuses does so here, before any rank enters a
+        collective.
+        """
         self._wait_for(self.dispatch.settle())
         self.servers.refresh()
         try:
@@ -86,7 +95,9 @@ class SGLangEngine:
         self.prepared = version
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Hand the weights to every server, after `prepare_weights`. Responses that are outstanding go on under the new weights."""
+        """Hand the weights to every server, after `prepare_weights`. Responses that are outstanding go on
+        under the new weights.
+        """
         self.dispatch.is_loading = True
         try:
             if self.prepared != version:
@@ -107,7 +118,9 @@ class SGLangEngine:
         return self.dispatch.waiting()
 
     def close(self) -> None:
-        """Forget what is outstanding, tell the servers, end the thread, the sync and the servers. A second call does nothing."""
+        """Forget what is outstanding, tell the servers, end the thread, the sync and the servers. A second
+        call does nothing.
+        """
         if self.is_closed:
             return
         self.is_closed = True

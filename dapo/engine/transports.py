@@ -1,4 +1,6 @@
-"""What carries the weights to the servers, bucket by bucket: files, broadcasts, or memory of the same host."""
+"""What carries the weights to the servers, bucket by bucket: files, broadcasts, or memory of the same
+host.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +39,11 @@ SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16
 
 
 class Transport:
-    """`open`, then `start` for each bucket, then `commit`; when anything has failed on the way, `forget`. No wait beyond `limit` seconds.
+    """`open`, then `start` for each bucket, then `commit`; when anything has failed on the way, `forget`. No
+    wait beyond `limit` seconds.
 
-    Two buckets at most are on their way: what a `start` has returned is called after the next `start`, before the one after that.
+    Two buckets at most are on their way: what a `start` has returned is called after the next `start`, before
+    the one after that.
 
     Raises: EngineError.
     """
@@ -47,7 +51,8 @@ class Transport:
     needs_session = True
 
     def __init__(self, bucket_bytes: int, limit: float, device: torch.device):
-        self.bucket_bytes, self.limit, self.device = bucket_bytes, limit, device  # buckets are filled on `device`
+        # buckets are filled on `device`
+        self.bucket_bytes, self.limit, self.device = bucket_bytes, limit, device
         self.peers: list[Peer] = []
         self.pool = ThreadPoolExecutor(max_workers=64, thread_name_prefix="weights")
 
@@ -74,7 +79,9 @@ class Transport:
 
 
 class Disk(Transport):
-    """A Hugging Face directory below `directory`, which every server can read. It appears whole; then the one before is removed."""
+    """A Hugging Face directory below `directory`, which every server can read. It appears whole; then the one
+    before is removed.
+    """
 
     needs_session = False
 
@@ -92,7 +99,11 @@ class Disk(Transport):
             shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir(parents=True)
             for path in self.model.iterdir():  # config and tokenizer: a server can start from this directory
-                if path.is_file() and path.suffix in {".json", ".txt", ".model", ".jinja"} and not path.name.endswith(".index.json"):
+                if (
+                    path.is_file()
+                    and path.suffix in {".json", ".txt", ".model", ".jinja"}
+                    and not path.name.endswith(".index.json")
+                ):
                     shutil.copy2(path, self.partial / path.name)
 
     def start(self, bucket: Bucket) -> Callable[[], object]:
@@ -111,7 +122,10 @@ class Disk(Transport):
             shutil.rmtree(whole, ignore_errors=True)
             os.rename(self.partial, whole)
         call = {"model_path": str(whole), "flush_cache": False}
-        on_all([peer.server for peer in self.peers], lambda server: server.post("/update_weights_from_disk", call, self.limit, SUCCESS))
+        on_all(
+            [peer.server for peer in self.peers],
+            lambda server: server.post("/update_weights_from_disk", call, self.limit, SUCCESS),
+        )
         for path in self.directory.iterdir():
             if path != whole:
                 shutil.rmtree(path, ignore_errors=True)
@@ -126,15 +140,17 @@ class _Group:
 
     name: str
     backend: Any  # ProcessGroupGloo or ProcessGroupNCCL
-    work: Future[dist.Work] | None = None  # the last broadcast, until it has ended: it holds the bucket's memory
+    # the last broadcast, until it has ended: it holds the bucket's memory
+    work: Future[dist.Work] | None = None
     answers: list[Future[Any]] = field(default_factory=list)  # the servers', to the call that goes with it
 
 
 class Broadcast(Transport):
-    """Process groups in which this process is rank 0, the servers' tensor ranks come after. NCCL from a GPU, else gloo.
+    """Process groups in which this process is rank 0, the servers' tensor ranks come after. NCCL from a GPU,
+    else gloo.
 
-    Servers are called for the next bucket while they load the last. Calls may overtake each other on their way, so there are two groups,
-    used in turn: a call names the group whose next broadcast is its own.
+    Servers are called for the next bucket while they load the last. Calls may overtake each other on their
+    way, so there are two groups, used in turn: a call names the group whose next broadcast is its own.
     """
 
     def __init__(self, bucket_bytes: int, limit: float, device: torch.device):
@@ -160,7 +176,9 @@ class Broadcast(Transport):
         )
         self._settle(group)
         path, limit = "/update_weights_from_distributed", self.limit + GRACE  # `_finish` comes first
-        group.answers = [self.pool.submit(peer.server.post, path, call, limit, SUCCESS) for peer in self.peers]
+        group.answers = [
+            self.pool.submit(peer.server.post, path, call, limit, SUCCESS) for peer in self.peers
+        ]
         group.work = self.pool.submit(self._broadcast, group, bucket.data)
         return lambda: self._finish(group)
 
@@ -177,28 +195,52 @@ class Broadcast(Transport):
             with contextlib.suppress(EngineError):  # a server that was restarted does not know it
                 on_all(
                     [p.server for p in self.peers],
-                    partial(Server.post, path="/destroy_weights_update_group", body={"group_name": group.name}, timeout=GRACE),
+                    partial(
+                        Server.post,
+                        path="/destroy_weights_update_group",
+                        body={"group_name": group.name},
+                        timeout=GRACE,
+                    ),
                 )
 
     def _broadcast(self, group: _Group, data: Tensor) -> dist.Work:
-        """In a thread: NCCL's first call in a group waits until the servers make theirs, and one that has refused never does."""
+        """In a thread: NCCL's first call in a group waits until the servers make theirs, and one that has
+        refused never does.
+        """
         if data.is_cuda:
             torch.cuda.set_device(data.device)
         return group.backend.broadcast(data, 0)  # type: ignore[no-any-return]
 
     def _connect(self) -> _Group:
-        """Join with all servers. Each blocks until all have joined, so the calls are in flight while this rank joins."""
+        """Join with all servers. Each blocks until all have joined, so the calls are in flight while this
+        rank joins.
+        """
         name = f"dapo-{os.getpid()}-{time.time_ns()}"  # no name twice: a server may still hold the old group
         addresses = [_address_towards(peer.server) for peer in self.peers]
         address = next((a for a in addresses if a not in ("127.0.0.1", "::1")), addresses[0])
-        store = dist.TCPStore(address, 0, is_master=True, timeout=timedelta(seconds=self.limit), wait_for_workers=False)  # type: ignore[attr-defined]
+        store = dist.TCPStore(
+            address, 0, is_master=True, timeout=timedelta(seconds=self.limit), wait_for_workers=False
+        )  # type: ignore[attr-defined]
         *offsets, world = itertools.accumulate([1, *(peer.tensor_ranks for peer in self.peers)])
-        call = dict(master_address=address, master_port=store.port, world_size=world, group_name=name, backend=self.backend)
+        call = dict(
+            master_address=address,
+            master_port=store.port,
+            world_size=world,
+            group_name=name,
+            backend=self.backend,
+        )
         joining = [
-            self.pool.submit(peer.server.post, "/init_weights_update_group", call | {"rank_offset": offset}, self.limit, SUCCESS)
+            self.pool.submit(
+                peer.server.post,
+                "/init_weights_update_group",
+                call | {"rank_offset": offset},
+                self.limit,
+                SUCCESS,
+            )
             for peer, offset in zip(self.peers, offsets, strict=True)
         ]
-        ours = self.pool.submit(_join, self.backend, store, name, world, self.limit + GRACE)  # `_finish` comes first
+        # `_finish` comes first
+        ours = self.pool.submit(_join, self.backend, store, name, world, self.limit + GRACE)
         try:
             _settle([*joining, ours], self.limit, f"joining a {self.backend} group with {self.urls}")
         except RuntimeError as error:
@@ -238,13 +280,18 @@ class Broadcast(Transport):
 
 
 class Tensors(Transport):
-    """In the call itself, to servers of this host: CUDA IPC handles from a GPU, the pickled bytes from a CPU."""
+    """In the call itself, to servers of this host: CUDA IPC handles from a GPU, the pickled bytes from a
+    CPU.
+    """
 
     def __init__(self, bucket_bytes: int, limit: float, device: torch.device):
-        if device.type == "cpu":  # of two buckets' memory: both buckets, and of one: its clone, pickled, in base64, as JSON, encoded, sent
+        # of two buckets' memory: both buckets, and of one: its clone, pickled, in base64, as JSON, encoded,
+        # sent
+        if device.type == "cpu":
             bucket_bytes //= 4
         super().__init__(bucket_bytes, limit, device)
-        self.pool = ThreadPoolExecutor(1, "weights")  # one call after the other: each holds copies of its bucket
+        # one call after the other: each holds copies of its bucket
+        self.pool = ThreadPoolExecutor(1, "weights")
         self.last: Future[None] | None = None
 
     def start(self, bucket: Bucket) -> Callable[[], object]:
@@ -260,12 +307,18 @@ class Tensors(Transport):
     def _send(self, bucket: Bucket) -> None:
         for peer in self.peers:
             payloads = _payloads(bucket, peer.tensor_ranks)
-            call = {"serialized_named_tensors": payloads, "load_format": "flattened_bucket", "flush_cache": False}
+            call = {
+                "serialized_named_tensors": payloads,
+                "load_format": "flattened_bucket",
+                "flush_cache": False,
+            }
             peer.server.post("/update_weights_from_tensor", call, self.limit, SUCCESS)
 
 
 class _Handle:
-    """A CUDA tensor, pickled as an IPC handle that names its GPU by UUID: SGLang resolves it, however the server numbers its GPUs."""
+    """A CUDA tensor, pickled as an IPC handle that names its GPU by UUID: SGLang resolves it, however the
+    server numbers its GPUs.
+    """
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
@@ -279,16 +332,21 @@ class _Handle:
 def _payloads(bucket: Bucket, tensor_ranks: int) -> list[str]:
     """What each of a server's tensor ranks reads."""
     metadata = [
-        SimpleNamespace(name=p.name, shape=p.shape, dtype=p.dtype, start_idx=p.start, end_idx=p.end, numel=p.end - p.start)
+        SimpleNamespace(
+            name=p.name, shape=p.shape, dtype=p.dtype, start_idx=p.start, end_idx=p.end, numel=p.end - p.start
+        )
         for p in bucket.parts
     ]
 
     def encode(tensor: Any) -> str:
-        return base64.b64encode(pickle.dumps({"flattened_tensor": tensor, "metadata": metadata}, protocol=4)).decode()
+        return base64.b64encode(
+            pickle.dumps({"flattened_tensor": tensor, "metadata": metadata}, protocol=4)
+        ).decode()
 
     if bucket.data.is_cuda:  # a handle for each: who opens one gives it back
         return [encode(_Handle(bucket.data)) for _ in range(tensor_ranks)]
-    return [encode(bucket.data.clone())] * tensor_ranks  # a clone, for pickle takes all the memory that a slice lies in
+    # a clone, for pickle takes all the memory that a slice lies in
+    return [encode(bucket.data.clone())] * tensor_ranks
 
 
 def _file_name(number: int) -> str:
@@ -296,9 +354,16 @@ def _file_name(number: int) -> str:
 
 
 def _write(path: Path, bucket: Bucket) -> None:
-    """One safetensors file: length of the header, header, the bucket as it is. Not forced onto the disk: it is read now or never."""
+    """One safetensors file: length of the header, header, the bucket as it is. Not forced onto the disk: it
+    is read now or never.
+    """
     header: dict[str, Any] = {
-        part.name: {"dtype": SAFETENSORS[part.dtype], "shape": part.shape, "data_offsets": [part.start, part.end]} for part in bucket.parts
+        part.name: {
+            "dtype": SAFETENSORS[part.dtype],
+            "shape": part.shape,
+            "data_offsets": [part.start, part.end],
+        }
+        for part in bucket.parts
     }
     text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()
     text += b" " * (-len(text) % 8)
@@ -318,9 +383,11 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _join(backend: str, store: Any, name: str, world: int, limit: float) -> Any:
-    """Rank 0 of the group: the backend by itself, for torch.distributed keeps book of groups within the trainer's own world only.
+    """Rank 0 of the group: the backend by itself, for torch.distributed keeps book of groups within the
+    trainer's own world only.
 
-    SGLang prefixes the store with the name; torch's helper, by which it joins, with "name/" and the backend's first device.
+    SGLang prefixes the store with the name; torch's helper, by which it joins, with "name/" and the backend's
+    first device.
     """
     device = "cuda/" if backend == "nccl" else "cpu/"
     seen = dist.PrefixStore(device, dist.PrefixStore(f"{name}/", dist.PrefixStore(name, store)))  # type: ignore[attr-defined]
@@ -329,7 +396,8 @@ def _join(backend: str, store: Any, name: str, world: int, limit: float) -> Any:
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=limit)
     handling, before = "TORCH_NCCL_ASYNC_ERROR_HANDLING", os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING")
-    os.environ[handling] = "0"  # a server that is lost must not end this process, which has the policy to save; `_finish` sees it
+    # a server that is lost must not end this process, which has the policy to save; `_finish` sees it
+    os.environ[handling] = "0"
     try:
         return dist.ProcessGroupNCCL(seen, 0, world, options)
     finally:
@@ -347,7 +415,9 @@ def _settle(futures: Sequence[Future[Any]], limit: float, doing: str) -> None:
 
 
 def _outlive(group: _Group) -> None:
-    """Keep a group until its broadcast has ended, if only by the time limit: its destructor would wait for that, and stop every thread."""
+    """Keep a group until its broadcast has ended, if only by the time limit: its destructor would wait for
+    that, and stop every thread.
+    """
     if group.work is not None:
         with contextlib.suppress(RuntimeError):
             group.work.result().wait()
@@ -357,7 +427,9 @@ def _address_towards(server: Server) -> str:
     """This machine's address on the way to the server; nothing is sent."""
     url = urlsplit(server.url)
     try:
-        family, kind, _, _, address = socket.getaddrinfo(url.hostname, url.port or 80, type=socket.SOCK_DGRAM)[0]
+        family, kind, _, _, address = socket.getaddrinfo(
+            url.hostname, url.port or 80, type=socket.SOCK_DGRAM
+        )[0]
         with socket.socket(family, kind) as probe:
             probe.connect(address)
             return str(probe.getsockname()[0])

@@ -1,6 +1,7 @@
 """Which SGLang a server is, and the one place that knows of differences between versions.
 
-Older ones take weights without a session, do not say which architecture they serve, and name one weight version for a whole response.
+Older ones take weights without a session, do not say which architecture they serve, and name one weight
+version for a whole response.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class Peer:
     server: Server
     tensor_ranks: int
     device: str
-    has_sessions: bool  # it takes tensors and broadcasts between begin_weight_update and end_weight_update only
+    # it takes tensors and broadcasts between begin_weight_update and end_weight_update only
+    has_sessions: bool
     can_release: bool  # it was started to share its GPUs with the trainer, with --enable-memory-saver
     version: str
 
@@ -45,15 +47,28 @@ def meet(servers: Sequence[Server]) -> list[Peer]:
 def _meet(server: Server) -> Peer:
     info = server.get("/server_info", fields=ABOUT)
     if info["dp_size"] * info["pp_size"] > 1:
-        raise EngineError(f"{server.url} has dp-size {info['dp_size']}, pp-size {info['pp_size']}: start more servers, with tp-size alone")
+        raise EngineError(
+            f"{server.url} has dp-size {info['dp_size']}, pp-size {info['pp_size']}: start more servers, "
+            "with tp-size alone"
+        )
     has_sessions = "/begin_weight_update" in server.get("/openapi.json", fields={"paths": dict})["paths"]
     version = str(info.get("version", "of unknown version"))
-    return Peer(server, info["tp_size"], info["device"], has_sessions, can_release=info["enable_memory_saver"], version=version)
+    return Peer(
+        server,
+        info["tp_size"],
+        info["device"],
+        has_sessions,
+        can_release=info["enable_memory_saver"],
+        version=version,
+    )
 
 
 def introduce(server: Server) -> tuple[str, list[str] | None]:
     """A server in words, and the architectures that it serves; None where it does not say."""
-    about, version = server.get("/model_info"), server.get("/server_info").get("version", "of unknown version")
+    about, version = (
+        server.get("/model_info"),
+        server.get("/server_info").get("version", "of unknown version"),
+    )
     return f"{server.url}: SGLang {version}, {about.get('model_path')}", about.get("architectures")
 
 
@@ -65,4 +80,8 @@ def weight_spans(meta: dict[str, Any], length: int) -> list[dict[str, Any]]:
 @functools.cache  # once
 def _warn_of(version: str) -> None:
     if version not in RUN:
-        print(f"warning: a server is SGLang {version}; this trainer was run with {', '.join(RUN)} only", file=sys.stderr, flush=True)
+        print(
+            f"warning: a server is SGLang {version}; this trainer was run with {', '.join(RUN)} only",
+            file=sys.stderr,
+            flush=True,
+        )

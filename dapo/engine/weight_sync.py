@@ -1,9 +1,11 @@
 """How π_θ reaches the servers, whatever carries it (transports.py). One order of calls:
 
-    prepare  ask every server, pause its generation, open its update: whoever refuses does so here, before a collective is entered
-    load     bucket by bucket; then flush the cache, set the weight version and read it back, compare checksums, continue generation
+    prepare  ask every server, pause its generation, open its update: whoever refuses does so here, before a
+    collective is entered load     bucket by bucket; then flush the cache, set the weight version and read it
+    back, compare checksums, continue generation
 
-What was being generated is retracted, not lost: it goes on with the new weights, and its `weight_versions` say which token is whose.
+What was being generated is retracted, not lost: it goes on with the new weights, and its `weight_versions`
+say which token is whose.
 """
 
 from __future__ import annotations
@@ -30,13 +32,19 @@ STATUS = {"status": str}
 class WeightSync:
     """Takes all servers through an update.
 
-    Raises, in every method but `close`: EngineError naming the server and its answer. No wait is longer than `limit` seconds. Servers
-    whose update broke off stay paused, for their weights are partly new; the next sync begins anew.
+    Raises, in every method but `close`: EngineError naming the server and its answer. No wait is longer than
+    `limit` seconds. Servers whose update broke off stay paused, for their weights are partly new; the next
+    sync begins anew.
     """
 
     def __init__(self, workers: Callable[[], Sequence[Server]], transport: Transport, *, num_kv_heads: int, num_experts: int = 0,
                  verify: bool, limit: float):  # fmt: skip
-        self.find_workers, self.transport, self.num_kv_heads, self.num_experts = workers, transport, num_kv_heads, num_experts
+        self.find_workers, self.transport, self.num_kv_heads, self.num_experts = (
+            workers,
+            transport,
+            num_kv_heads,
+            num_experts,
+        )
         self.verify, self.limit = verify, limit
         self.workers: Sequence[Server] = []
         self.peers: list[Peer] = []
@@ -51,10 +59,12 @@ class WeightSync:
         self._prepared = None
         self.workers = self.find_workers()
         versions = self._versions()
-        if not self._synced or versions != self._synced:  # the first sync, the one after a failure, or not the same servers
+        # the first sync, the one after a failure, or not the same servers
+        if not self._synced or versions != self._synced:
             self.transport.forget()
             self.peers = meet(self.workers)
-        restarted = {url for url, version in self._released.items() if versions.get(url) != version}  # these hold their memory
+        # these hold their memory
+        restarted = {url for url, version in self._released.items() if versions.get(url) != version}
         self._weightless -= restarted
         self._cacheless -= restarted
         self._resume(["weights"], self._weightless)
@@ -64,11 +74,18 @@ class WeightSync:
         self._prepared = version
 
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Send the weights to every server; on return all of them generate with them. Prepares, if that has not been done."""
+        """Send the weights to every server; on return all of them generate with them. Prepares, if that has
+        not been done.
+        """
         if self._prepared != version:
             self.prepare(version)
         self._prepared, self._synced = None, {}
-        checksums = Checksums((peer.tensor_ranks for peer in self.peers), self.num_kv_heads, self.peers[0].device, self.num_experts)
+        checksums = Checksums(
+            (peer.tensor_ranks for peer in self.peers),
+            self.num_kv_heads,
+            self.peers[0].device,
+            self.num_experts,
+        )
         watched = checksums.watch(weights) if self.verify else weights
         finish: Callable[[], object] = dict  # waits for the bucket before; there is none yet
         for bucket in buckets(watched, self.transport.bucket_bytes, self.transport.device):
@@ -80,12 +97,16 @@ class WeightSync:
         self._post("/end_weight_update", fields=SUCCESS, to=self._in_session())
         self._resume(["kv_cache", "cuda_graph"], self._cacheless)
         self._post("/flush_cache")  # the old weights' keys and values
-        self._post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False}, SUCCESS)
+        self._post(
+            "/update_weight_version", {"new_version": str(version), "abort_all_requests": False}, SUCCESS
+        )
         self._check(version, checksums)
         self._post("/continue_generation", fields=STATUS)
 
     def release(self) -> None:
-        """Servers that share the trainer's GPUs give their memory to it, until the next `prepare`; before the first sync, too."""
+        """Servers that share the trainer's GPUs give their memory to it, until the next `prepare`; before the
+        first sync, too.
+        """
         if not self.peers:
             self.workers = self.find_workers()
             self.peers = meet(self.workers)
@@ -94,7 +115,11 @@ class WeightSync:
             return
         self._post("/pause_generation", {"mode": "retract"}, STATUS, to=sharing)  # only an idle server can
         self._post("/release_memory_occupation", {"tags": ["kv_cache", "weights", "cuda_graph"]}, to=sharing)
-        self._released = {url: version for url, version in self._versions().items() if url in {server.url for server in sharing}}
+        self._released = {
+            url: version
+            for url, version in self._versions().items()
+            if url in {server.url for server in sharing}
+        }
         self._weightless, self._cacheless = set(self._released), set(self._released)
 
     def close(self) -> None:
@@ -130,16 +155,24 @@ class WeightSync:
                 wrong = checksums.differences(held)
                 if wrong:
                     raise EngineError(
-                        f"{peer.server.url}: after the sync of {version}, {len(wrong)} weights are not the policy's: {wrong[0]}"
+                        f"{peer.server.url}: after the sync of {version}, {len(wrong)} weights are not the "
+                        f"policy's: {wrong[0]}"
                     )
         self._synced = versions
 
     def _checksums(self, peer: Peer) -> list[dict[str, str]]:
         """By parameter, on each of the server's tensor ranks."""
         answer = peer.server.post("/weights_checker", {"action": "checksum"}, self.limit, {"ranks": list})
-        held = [rank["checksums"] for rank in answer["ranks"] if isinstance(rank, dict) and isinstance(rank.get("checksums"), dict)]
+        held = [
+            rank["checksums"]
+            for rank in answer["ranks"]
+            if isinstance(rank, dict) and isinstance(rank.get("checksums"), dict)
+        ]
         if len(held) != peer.tensor_ranks:
-            raise EngineError(f"{peer.server.url}/weights_checker answered without checksums of {peer.tensor_ranks} tensor ranks")
+            raise EngineError(
+                f"{peer.server.url}/weights_checker answered without checksums of {peer.tensor_ranks} tensor "
+                "ranks"
+            )
         return held
 
     def _versions(self) -> dict[str, str]:
@@ -153,7 +186,11 @@ class WeightSync:
         return [peer.server for peer in self.peers if peer.has_sessions and self.transport.needs_session]
 
     def _post(
-        self, path: str, body: dict[str, Any] | None = None, fields: Mapping[str, type] = NOTHING, to: Sequence[Server] | None = None
+        self,
+        path: str,
+        body: dict[str, Any] | None = None,
+        fields: Mapping[str, type] = NOTHING,
+        to: Sequence[Server] | None = None,
     ) -> None:
         on_all(self.workers if to is None else to, lambda server: server.post(path, body, self.limit, fields))
 
@@ -169,10 +206,11 @@ def make_sync(
     limit: float,
     verify: bool = False,
 ) -> WeightSync:
-    """`workers` is asked before every sync, for servers come and go; `device` is where the policy's weights are; `limit`, in seconds,
-    is for an answer, and for a bucket.
+    """`workers` is asked before every sync, for servers come and go; `device` is where the policy's weights
+    are; `limit`, in seconds, is for an answer, and for a bucket.
 
-    `directory` belongs to disk alone; the config.json of `model` says how the weights are laid out, and its small files go along on disk.
+    `directory` belongs to disk alone; the config.json of `model` says how the weights are laid out, and its
+    small files go along on disk.
 
     Raises:
         ConfigError: the weights of such a model cannot be verified.
@@ -186,7 +224,8 @@ def make_sync(
     num_experts = layout.get("num_experts", layout.get("num_local_experts", 0))
     if verify and num_experts and device.type == "cuda":
         raise ConfigError(
-            f"engine.verify_weights=true: {model} is a mixture of experts, which a server on GPUs orders by the kernel that it chooses: "
+            f"engine.verify_weights=true: {model} is a mixture of experts, which a server on GPUs orders by "
+            "the kernel that it chooses: "
             "their checksums are not known; leave it false"
         )
     options = dict(num_kv_heads=layout["num_key_value_heads"], num_experts=num_experts)

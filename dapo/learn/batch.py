@@ -1,8 +1,9 @@
-"""Groups → minibatches (one update each) → packed microbatches (one forward-backward each), balanced over data-parallel ranks.
+"""Groups → minibatches (one update each) → packed microbatches (one forward-backward each), balanced over
+data-parallel ranks.
 
-T = tokens packed into a microbatch, S = sequences in it. With context parallelism every sequence is cut into 2·context chunks of equal size
-and rank r has chunks r and 2·context − 1 − r (zig-zag: early tokens see few keys, late ones many, so each rank attends as much); T then
-counts the tokens of one context rank.
+T = tokens packed into a microbatch, S = sequences in it. With context parallelism every sequence is cut into
+2·context chunks of equal size and rank r has chunks r and 2·context − 1 − r (zig-zag: early tokens see few
+keys, late ones many, so each rank attends as much); T then counts the tokens of one context rank.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ ATTENTION_SPAN = 32_768  # sequence length at which attention costs as much as t
 
 @dataclass(frozen=True)
 class Place:
-    """Where response tokens of a dumped sample lie in a microbatch: targets[tokens] are those from `start` on, of `length` in all."""
+    """Where response tokens of a dumped sample lie in a microbatch: targets[tokens] are those from `start`
+    on, of `length` in all.
+    """
 
     group: int
     index: int
@@ -35,18 +38,22 @@ class Place:
 
 @dataclass
 class Microbatch:
-    """Sequences packed end to end. Position t predicts targets[t]; the shift to the next token stays inside each sequence."""
+    """Sequences packed end to end. Position t predicts targets[t]; the shift to the next token stays inside
+    each sequence.
+    """
 
     tokens: np.ndarray  # int64 [T]
     targets: np.ndarray  # int64 [T]
     positions: np.ndarray  # int64 [T], within the sequence
-    cu_seqlens: np.ndarray  # int32 [S + 1]: sequence i is cu_seqlens[i] : cu_seqlens[i + 1], counted over all context ranks
+    # int32 [S + 1]: sequence i is cu_seqlens[i] : cu_seqlens[i + 1], counted over all context ranks
+    cu_seqlens: np.ndarray
     mask: np.ndarray  # bool [T]: the target is a token the policy wrote
     weights: np.ndarray  # float32 [T]: see objective.py
     advantages: np.ndarray  # float32 [T]
     behavior_logprobs: np.ndarray  # float32 [T]
     is_stale: np.ndarray  # bool [T]: the target was written by older weights than the policy's
-    dumped: list[Place] = field(default_factory=list)  # the samples whose tokens the updates trace, for the dump
+    # the samples whose tokens the updates trace, for the dump
+    dumped: list[Place] = field(default_factory=list)
 
 
 @dataclass
@@ -70,11 +77,14 @@ class _Sequence:
         return len(self.prompt.tokens) + self.sample.length - 1  # the last token predicts nothing
 
 
-def plan(groups: list[Group], config: Config, num_ranks: int, metrics: dict[str, float], version: int = 0) -> list[Batch]:
-    """The step's work, one Batch per data-parallel rank and, within it, context rank; the same number of microbatches on each.
+def plan(
+    groups: list[Group], config: Config, num_ranks: int, metrics: dict[str, float], version: int = 0
+) -> list[Batch]:
+    """The step's work, one Batch per data-parallel rank and, within it, context rank; the same number of
+    microbatches on each.
 
-    `num_ranks`: data-parallel ranks; `version`: of the weights. Minibatches are whole groups in asking order. A short step makes fewer
-    updates of about the same size; none for no groups.
+    `num_ranks`: data-parallel ranks; `version`: of the weights. Minibatches are whole groups in asking order.
+    A short step makes fewer updates of about the same size; none for no groups.
     """
     parallel = config.parallel
     if not groups:
@@ -82,7 +92,8 @@ def plan(groups: list[Group], config: Config, num_ranks: int, metrics: dict[str,
     dumped = {group.id for group in chosen(groups, config.rollout.dump_share)}
     num_updates = max(1, round(len(groups) / config.optim.prompts_per_minibatch))
     minibatches: list[list[list[Microbatch]]] = [[] for _ in range(num_ranks * parallel.context)]
-    turns = parallel.pipeline if parallel.virtual_pipeline > 1 else 1  # chunks take turns after as many microbatches as there are stages
+    # chunks take turns after as many microbatches as there are stages
+    turns = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
     for indices in np.array_split(np.arange(len(groups)), num_updates):
         minibatch = [groups[i] for i in indices]
         weights = token_weights(minibatch, config.objective.normaliser, config.objective.overlong_filtering)
@@ -94,9 +105,16 @@ def plan(groups: list[Group], config: Config, num_ranks: int, metrics: dict[str,
         lengths = [_padded(s.length, parallel.sequence_multiple) for s in sequences]
         is_gathered = config.policy.megatron.get("moe_token_dispatcher_type") == "allgather"
         bins = pack(lengths, config.policy.tokens_per_microbatch, num_ranks * turns, by_tokens=is_gathered)
-        least = _least_tokens([sum(lengths[i] for i in b) for b in bins], num_ranks) if is_gathered else [0] * len(bins)
+        least = (
+            _least_tokens([sum(lengths[i] for i in b) for b in bins], num_ranks)
+            if is_gathered
+            else [0] * len(bins)
+        )
         for rank in range(num_ranks):
-            packs = [build([sequences[i] for i in bins[b]], parallel, least[b]) for b in range(rank, len(bins), num_ranks)]
+            packs = [
+                build([sequences[i] for i in bins[b]], parallel, least[b])
+                for b in range(rank, len(bins), num_ranks)
+            ]
             for context_rank in range(parallel.context):
                 shares = [share(pack, context_rank, parallel.context) for pack in packs]
                 minibatches[rank * parallel.context + context_rank].append(shares)
@@ -104,7 +122,9 @@ def plan(groups: list[Group], config: Config, num_ranks: int, metrics: dict[str,
 
 
 def _least_tokens(tokens: list[int], num_ranks: int) -> list[int]:
-    """What each bin is padded to where every rank's tokens are gathered for the experts: as many on all ranks at a time."""
+    """What each bin is padded to where every rank's tokens are gathered for the experts: as many on all ranks
+    at a time.
+    """
     return [max(tokens[b - b % num_ranks :][:num_ranks]) for b in range(len(tokens))]
 
 
@@ -117,18 +137,23 @@ def stale_tokens(sample: Sample, version: int) -> np.ndarray:
 
 
 def pack(lengths: list[int], budget: int, num_ranks: int, by_tokens: bool = False) -> list[list[int]]:
-    """Indices of sequences in bins of at most `budget` tokens; as few bins as fit, a multiple of num_ranks. Rank r gets bins[r::num_ranks].
+    """Indices of sequences in bins of at most `budget` tokens; as few bins as fit, a multiple of num_ranks.
+    Rank r gets bins[r::num_ranks].
 
-    Longest first, each to the cheapest bin with room; cost = linear + attention (n + n²/span). The costliest bins come first, those of like
-    cost in one turn of the ranks, where the rank with the least work so far takes the costliest. Within a bin the order is kept.
-    `by_tokens`: bins get like numbers of tokens instead, and those of a turn are alike in tokens and cost, for ranks that wait for the
-    longest at every layer.
+    Longest first, each to the cheapest bin with room; cost = linear + attention (n + n²/span). The costliest
+    bins come first, those of like cost in one turn of the ranks, where the rank with the least work so far
+    takes the costliest. Within a bin the order is kept. `by_tokens`: bins get like numbers of tokens instead,
+    and those of a turn are alike in tokens and cost, for ranks that wait for the longest at every layer.
     """
     assert max(lengths) <= budget, f"a sequence of {max(lengths)} tokens in microbatches of {budget}"
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    fewest = max(-(-sum(lengths) // budget), sum(2 * n > budget for n in lengths), 1)  # of those above half, each has a bin of its own
+    # of those above half, each has a bin of its own
+    fewest = max(-(-sum(lengths) // budget), sum(2 * n > budget for n in lengths), 1)
     weights = [float(n) for n in lengths] if by_tokens else [_cost(n) for n in lengths]
-    attempts = (_fill(lengths, weights, order, budget, num_bins) for num_bins in count(-(-fewest // num_ranks) * num_ranks, num_ranks))
+    attempts = (
+        _fill(lengths, weights, order, budget, num_bins)
+        for num_bins in count(-(-fewest // num_ranks) * num_ranks, num_ranks)
+    )
     bins = next(bins for bins in attempts if bins)
     costs = [sum(_cost(lengths[i]) for i in b) for b in bins]
     weight = [cost + sum(lengths[i] for i in b) * by_tokens for cost, b in zip(costs, bins, strict=True)]
@@ -147,12 +172,15 @@ def _cost(length: int) -> float:
     return length + length**2 / ATTENTION_SPAN
 
 
-def _fill(lengths: list[int], costs: list[float], order: list[int], budget: int, num_bins: int) -> list[list[int]] | None:
+def _fill(
+    lengths: list[int], costs: list[float], order: list[int], budget: int, num_bins: int
+) -> list[list[int]] | None:
     """Bins of like cost for all sequences in this order of falling length; None if one finds no room."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     room = [budget] * num_bins
     by_cost = [(0.0, b) for b in range(num_bins)]  # a heap: bins with room, the cheapest first
-    by_room: list[tuple[int, float, int]] = []  # a heap of (−room, cost, bin): those without, until the sequences are short enough
+    # a heap of (−room, cost, bin): those without, until the sequences are short enough
+    by_room: list[tuple[int, float, int]] = []
     for i in order:
         n = lengths[i]
         while by_room and -by_room[0][0] >= n:
@@ -174,7 +202,8 @@ def _padded(length: int, multiple: int) -> int:
 
 
 def build(sequences: list[_Sequence], parallel: Parallel, least: int = 1) -> Microbatch:
-    """Pack the sequences, for all context ranks; pad the whole to a multiple, as one more sequence that weighs nothing.
+    """Pack the sequences, for all context ranks; pad the whole to a multiple, as one more sequence that
+    weighs nothing.
 
     To at least `least` tokens: a rank without work still takes part in every collective.
     A sequence is padded at its end, where causality hides it, so that context ranks can share it.
@@ -198,36 +227,52 @@ def build(sequences: list[_Sequence], parallel: Parallel, least: int = 1) -> Mic
         end = start + sequence.length
         microbatch.tokens[start:end] = whole[:-1]
         microbatch.targets[start:end] = whole[1:]
-        response = slice(start + len(sequence.prompt.tokens) - 1, end)  # from the position that predicts the first response token
+        # from the position that predicts the first response token
+        response = slice(start + len(sequence.prompt.tokens) - 1, end)
         microbatch.mask[response] = sequence.sample.loss_mask
         microbatch.weights[response] = sequence.weight
         microbatch.advantages[response] = sequence.sample.advantage
         microbatch.behavior_logprobs[response] = sequence.sample.behavior_logprobs
         microbatch.is_stale[response] = sequence.is_stale
         if sequence.is_dumped:
-            microbatch.dumped.append(Place(sequence.sample.group, sequence.sample.index, response, 0, sequence.sample.length))
+            microbatch.dumped.append(
+                Place(sequence.sample.group, sequence.sample.index, response, 0, sequence.sample.length)
+            )
     return microbatch
 
 
 def share(microbatch: Microbatch, rank: int, context: int) -> Microbatch:
-    """Context rank `rank`'s part of a microbatch: of every sequence, in order, chunks `rank` and 2·context − 1 − `rank`.
+    """Context rank `rank`'s part of a microbatch: of every sequence, in order, chunks `rank` and 2·context −
+    1 − `rank`.
 
     What a token predicts was decided before, so a chunk's last token keeps its target in the next chunk.
     """
     if context == 1:
         return microbatch
     sizes = np.diff(microbatch.cu_seqlens) // (2 * context)
-    starts = np.stack([microbatch.cu_seqlens[:-1] + k * sizes for k in (rank, 2 * context - 1 - rank)], axis=1).ravel()
+    starts = np.stack(
+        [microbatch.cu_seqlens[:-1] + k * sizes for k in (rank, 2 * context - 1 - rank)], axis=1
+    ).ravel()
     sizes = sizes.repeat(2)
     here = np.cumsum(sizes) - sizes  # where each chunk begins in the share
     order = np.repeat(starts - here, sizes) + np.arange(sizes.sum())
-    parts = {name: value[order] for name, value in vars(microbatch).items() if name not in ("cu_seqlens", "dumped")}
-    return replace(microbatch, **parts, dumped=[piece for place in microbatch.dumped for piece in _pieces(place, starts, sizes, here)])
+    parts = {
+        name: value[order] for name, value in vars(microbatch).items() if name not in ("cu_seqlens", "dumped")
+    }
+    return replace(
+        microbatch,
+        **parts,
+        dumped=[piece for place in microbatch.dumped for piece in _pieces(place, starts, sizes, here)],
+    )
 
 
 def _pieces(place: Place, starts: np.ndarray, sizes: np.ndarray, here: np.ndarray) -> Iterator[Place]:
-    """The parts of a place that lie in chunks starts[i] : starts[i] + sizes[i], which a share has at here[i]."""
+    """The parts of a place that lie in chunks starts[i] : starts[i] + sizes[i], which a share has at
+    here[i].
+    """
     low, high = np.maximum(starts, place.tokens.start), np.minimum(starts + sizes, place.tokens.stop)
     for i in np.flatnonzero(low < high):
         begin = int(here[i] + low[i] - starts[i])
-        yield replace(place, tokens=slice(begin, begin + int(high[i] - low[i])), start=int(low[i]) - place.tokens.start)
+        yield replace(
+            place, tokens=slice(begin, begin + int(high[i] - low[i])), start=int(low[i]) - place.tokens.start
+        )

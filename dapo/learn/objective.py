@@ -1,4 +1,6 @@
-"""What each token weighs in the loss. The kernel sums mask · weight · loss: every denominator is in the weights, counted per minibatch."""
+"""What each token weighs in the loss. The kernel sums mask · weight · loss: every denominator is in the
+weights, counted per minibatch.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,13 @@ def token_weights(groups: list[Group], normaliser: Normaliser, overlong_filterin
     - group_token_mean: 1 / (groups · tokens of the group): Eq. 8 to the letter, averaged over prompts.
     - sample_mean: 1 / (samples · tokens of the sample): GRPO.
 
-    Overlong filtering: a truncated sample weighs 0, and its tokens, its sample and a group of nothing else leave the denominators too.
+    Overlong filtering: a truncated sample weighs 0, and its tokens, its sample and a group of nothing else
+    leave the denominators too.
     """
-    tokens = [np.array([_kept_tokens(sample, overlong_filtering) for sample in group.samples], dtype=np.float64) for group in groups]
+    tokens = [
+        np.array([_kept_tokens(sample, overlong_filtering) for sample in group.samples], dtype=np.float64)
+        for group in groups
+    ]
     total = sum(t.sum() for t in tokens)
     num_groups = sum(t.any() for t in tokens)
     num_samples = sum(np.count_nonzero(t) for t in tokens)

@@ -12,7 +12,9 @@ from dapo.types import Group
 
 @dataclass(frozen=True)
 class Trace:
-    """What the update that a sample took part in saw of its n response tokens. 0 and False where loss_mask is False, or others saw it."""
+    """What the update that a sample took part in saw of its n response tokens. 0 and False where loss_mask is
+    False, or others saw it.
+    """
 
     group: int
     index: int
@@ -40,6 +42,8 @@ def merged(traces: Iterable[Trace]) -> list[Trace]:
 
 
 def chosen(groups: Sequence[Group], share: float) -> list[Group]:
-    """About `share` of the groups, spread evenly: over asking order, which says nothing of what came out, and so over a step's updates."""
+    """About `share` of the groups, spread evenly: over asking order, which says nothing of what came out, and
+    so over a step's updates.
+    """
     count = round(share * len(groups))
     return [groups[(2 * i + 1) * len(groups) // (2 * count)] for i in range(count)]

@@ -14,10 +14,12 @@ from dapo.model.shape import read_object
 
 
 def open_safetensors(directory: Path) -> dict[str, Path]:
-    """Tensor name → file: by the index if there is one, whatever other files lie there, else of all safetensors files in the directory.
+    """Tensor name → file: by the index if there is one, whatever other files lie there, else of all
+    safetensors files in the directory.
 
     Raises:
-        ConfigError: none there, one is damaged, one that the index names is missing, or the index names what is not in it.
+        ConfigError: none there, one is damaged, one that the index names is missing, or the index names what
+            is not in it.
     """
     index = directory / "model.safetensors.index.json"
     where = _indexed(index) if index.is_file() else {}
@@ -27,7 +29,9 @@ def open_safetensors(directory: Path) -> dict[str, Path]:
     found = {}
     for path in paths:
         if not path.is_file():
-            raise ConfigError(f"{directory}: {path.name} is missing, one of {len(paths)} files that {index.name} names")
+            raise ConfigError(
+                f"{directory}: {path.name} is missing, one of {len(paths)} files that {index.name} names"
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 names = {name for name in file.keys() if where.get(name, path.name) == path.name}  # noqa: SIM118  # it is no dictionary
@@ -58,7 +62,9 @@ def read_dtypes(files: dict[str, Path]) -> dict[str, str]:
     found = {}
     for path in set(files.values()):
         with safe_open(path, framework="pt") as file:
-            found.update({name: file.get_slice(name).get_dtype() for name, where in files.items() if where == path})
+            found.update(
+                {name: file.get_slice(name).get_dtype() for name, where in files.items() if where == path}
+            )
     return found
 
 

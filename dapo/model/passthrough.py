@@ -1,5 +1,5 @@
-"""What policy.megatron may not say. Its fields go to Megatron as they are, but for these: something else decides them, or they would make
-wrong numbers without a word. No torch.
+"""What policy.megatron may not say. Its fields go to Megatron as they are, but for these: something else
+decides them, or they would make wrong numbers without a word. No torch.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ REFUSED = {name: reason for reason, names in _REASONS.items() for name in names.
 
 
 def check_passthrough(options: dict[str, Any]) -> None:
-    """Raises ConfigError: one of policy.megatron's `options` is not the user's to set; the message says why, or what to use."""
+    """Raises ConfigError: one of policy.megatron's `options` is not the user's to set; the message says why,
+    or what to use.
+    """
     for name in options:
         if name in REFUSED:
             raise ConfigError(f"policy.megatron.{name} cannot be set: {REFUSED[name]}")

@@ -1,4 +1,6 @@
-"""A Hugging Face config.json → the model's sizes, and whether a layout can hold it. What is not understood is refused by name. No torch."""
+"""A Hugging Face config.json → the model's sizes, and whether a layout can hold it. What is not understood is
+refused by name. No torch.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
 }  # fmt: skip
 
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")  # have no default worth guessing
+# have no default worth guessing
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # config.json fields that become part of the model
 USED = {
     *SIZES, "model_type", "architectures", "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "rope_theta",
@@ -35,13 +38,14 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "pretraining_tp": (1,),
 }
-# the same for a mixture of experts. The coefficient and whether router logits are returned belong to a training loss that is not ours;
-# every layer has experts, so that all of them are alike
+# the same for a mixture of experts. The coefficient and whether router logits are returned belong to a
+# training loss that is not ours; every layer has experts, so that all of them are alike
 EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 EXPERTS_USED = {*EXPERT_SIZES, "num_local_experts", "norm_topk_prob"}
 EXPERTS_IGNORED = {"router_aux_loss_coef", "output_router_logits"}
 EXPERTS_FIXED: dict[str, tuple[Any, ...]] = {"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)}
-# how each rope_type stretches the rotary embedding: its fields beside rope_theta and their defaults; `...` must be there
+# how each rope_type stretches the rotary embedding: its fields beside rope_theta and their defaults; `...`
+# must be there
 ROPE_TYPES: dict[str, dict[str, Any]] = {
     "default": {},
     "linear": {"factor": ...},
@@ -68,7 +72,8 @@ class ModelShape:
     norm_eps: float
     rope_theta: float
     is_tied: bool
-    rope_scaling: dict[str, Any] | None = None  # rope_type and all of its fields in ROPE_TYPES; None: not stretched
+    # rope_type and all of its fields in ROPE_TYPES; None: not stretched
+    rope_scaling: dict[str, Any] | None = None
     num_experts: int = 0  # of each layer; 0: a dense model
     experts_per_token: int = 0
     expert_ffn_size: int = 0
@@ -84,20 +89,31 @@ class ModelShape:
 
 
 def read_shape(directory: Path) -> ModelShape:
-    """Raises ConfigError: no config.json, an unknown architecture, a size that is missing, or a field that is not understood."""
+    """Raises ConfigError: no config.json, an unknown architecture, a size that is missing, or a field that is
+    not understood.
+    """
     path = directory / "config.json"
     if not path.is_file():
-        raise ConfigError(f"policy.model={directory}: no config.json there; expected a Hugging Face model directory")
+        raise ConfigError(
+            f"policy.model={directory}: no config.json there; expected a Hugging Face model directory"
+        )
     raw = read_object(path)
     if raw.get("model_type") not in tuple(ARCHITECTURES):
-        raise ConfigError(f"{path}: model_type {raw.get('model_type')!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+        raise ConfigError(
+            f"{path}: model_type {raw.get('model_type')!r} is not supported; supported: "
+            f"{', '.join(ARCHITECTURES)}"
+        )
     kind = raw["model_type"]
     for name, value in raw.items():
         _check_field(path, kind, name, value)
-    if kind == "mistral" and raw.get("sliding_window", 4096) is not None:  # Hugging Face's default, and no use_sliding_window beside it
-        raise ConfigError(f"{path}: sliding_window={raw.get('sliding_window', 4096)} is not supported; supported: null")
+    # Hugging Face's default, and no use_sliding_window beside it
+    if kind == "mistral" and raw.get("sliding_window", 4096) is not None:
+        raise ConfigError(
+            f"{path}: sliding_window={raw.get('sliding_window', 4096)} is not supported; supported: null"
+        )
     vocab_size, hidden_size, ffn_size, num_layers, num_heads = (_size(path, raw, name) for name in SIZES)
-    defaults = {"head_dim": 128 if kind == "qwen3" else hidden_size // num_heads}  # as Hugging Face fills them in
+    # as Hugging Face fills them in
+    defaults = {"head_dim": 128 if kind == "qwen3" else hidden_size // num_heads}
     if kind == "llama":  # Qwen's default of 32 fits hardly any of its models: there the field must be
         defaults["num_key_value_heads"] = num_heads
     filled = defaults | {name: value for name, value in raw.items() if value is not None}
@@ -134,14 +150,25 @@ def _experts(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
     """The fields of a mixture of experts. transformers 5 writes num_experts as num_local_experts."""
     raw = {"num_experts": raw.get("num_local_experts"), **raw}
     if raw.get("num_local_experts", raw["num_experts"]) != raw["num_experts"]:
-        raise ConfigError(f"{path}: num_experts={raw['num_experts']}, num_local_experts={raw['num_local_experts']}: remove the wrong one")
+        raise ConfigError(
+            f"{path}: num_experts={raw['num_experts']}, num_local_experts={raw['num_local_experts']}: remove "
+            "the wrong one"
+        )
     num_experts, per_token, ffn_size = (_size(path, raw, name) for name in EXPERT_SIZES)
     if per_token > num_experts:
         raise ConfigError(f"{path}: num_experts_per_tok={per_token} of num_experts={num_experts}")
     is_sum_one = raw.get("norm_topk_prob", False)
     if is_sum_one and per_token == 1:
-        raise ConfigError(f"{path}: norm_topk_prob=True with num_experts_per_tok=1: every expert weighs 1, so the router never learns")
-    return dict(num_experts=num_experts, experts_per_token=per_token, expert_ffn_size=ffn_size, is_expert_sum_one=is_sum_one)
+        raise ConfigError(
+            f"{path}: norm_topk_prob=True with num_experts_per_tok=1: every expert weighs 1, so the router "
+            "never learns"
+        )
+    return dict(
+        num_experts=num_experts,
+        experts_per_token=per_token,
+        expert_ffn_size=ffn_size,
+        is_expert_sum_one=is_sum_one,
+    )
 
 
 def _size(path: Path, raw: dict[str, Any], name: str) -> int:
@@ -152,31 +179,52 @@ def _size(path: Path, raw: dict[str, Any], name: str) -> int:
 
 
 def _rope(path: Path, raw: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """(rope_theta, rope_scaling) from `rope_parameters`, or from `rope_scaling` and `rope_theta` as older configs have them."""
+    """(rope_theta, rope_scaling) from `rope_parameters`, or from `rope_scaling` and `rope_theta` as older
+    configs have them.
+    """
     name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
-    if name == "rope_scaling" and raw.get("rope_parameters", raw[name]) != raw[name]:  # Hugging Face would forget its rope_theta
-        raise ConfigError(f"{path}: rope_scaling={raw[name]!r}, but rope_parameters={raw['rope_parameters']!r}: remove the wrong one")
+    # Hugging Face would forget its rope_theta
+    if name == "rope_scaling" and raw.get("rope_parameters", raw[name]) != raw[name]:
+        raise ConfigError(
+            f"{path}: rope_scaling={raw[name]!r}, but rope_parameters={raw['rope_parameters']!r}: remove the "
+            "wrong one"
+        )
     if not isinstance(raw.get(name, {}), dict):
         raise ConfigError(f"{path}: {name}={raw[name]!r}; expected a rope_type and its fields")
-    given = {field: value for field, value in raw.get(name, {}).items() if value is not None or field == "truncate"}
+    given = {
+        field: value for field, value in raw.get(name, {}).items() if value is not None or field == "truncate"
+    }
     theta, old_kind = given.pop("rope_theta", raw.get("rope_theta", 10_000.0)), given.pop("type", "default")
     if raw.get("rope_theta", theta) != theta:
-        raise ConfigError(f"{path}: rope_theta={raw['rope_theta']!r}, but {theta!r} in {name}: remove the wrong one")
+        raise ConfigError(
+            f"{path}: rope_theta={raw['rope_theta']!r}, but {theta!r} in {name}: remove the wrong one"
+        )
     kind = given.pop("rope_type", old_kind)
     if kind not in tuple(ROPE_TYPES):
-        raise ConfigError(f"{path}: {name}: rope_type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+        raise ConfigError(
+            f"{path}: {name}: rope_type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
+        )
     if unknown := sorted(set(given) - set(ROPE_TYPES[kind])):
-        raise ConfigError(f"{path}: {name}: rope_type {kind} has no field {unknown[0]!r}; known: {', '.join(ROPE_TYPES[kind])}")
+        raise ConfigError(
+            f"{path}: {name}: rope_type {kind} has no field {unknown[0]!r}; known: "
+            f"{', '.join(ROPE_TYPES[kind])}"
+        )
     scaling = ROPE_TYPES[kind] | given
     for field, value in {"rope_theta": theta, **scaling}.items():
         if value is ...:
             raise ConfigError(f"{path}: {name}: rope_type {kind} wants the field {field!r}")
-        is_number = value is None or (type(value) in (int, float) and value > 0 and (value >= 1 or field != "factor"))
+        is_number = value is None or (
+            type(value) in (int, float) and value > 0 and (value >= 1 or field != "factor")
+        )
         if not (type(value) is bool if field == "truncate" else is_number):
-            wanted = {"truncate": "true or false", "factor": "a number of at least 1"}.get(field, "a number above 0")
+            wanted = {"truncate": "true or false", "factor": "a number of at least 1"}.get(
+                field, "a number above 0"
+            )
             raise ConfigError(f"{path}: {name}: {field}={value!r}; expected {wanted}")
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-        raise ConfigError(f"{path}: {name}: low_freq_factor={scaling['low_freq_factor']} is not below high_freq_factor")
+        raise ConfigError(
+            f"{path}: {name}: low_freq_factor={scaling['low_freq_factor']} is not below high_freq_factor"
+        )
     return float(theta), {"rope_type": kind, **scaling} if scaling else None
 
 
@@ -195,7 +243,8 @@ def _check_field(path: Path, kind: str, name: str, value: Any) -> None:
         pass  # Qwen's is in force only with use_sliding_window, which is checked
     elif name not in fixed:
         raise ConfigError(
-            f"{path}: field {name!r} is not understood, so the model might be computed wrongly; remove it if it has no effect"
+            f"{path}: field {name!r} is not understood, so the model might be computed wrongly; remove it if "
+            "it has no effect"
         )
     elif value not in fixed[name]:
         raise ConfigError(f"{path}: {name}={value!r} is not supported; supported: {fixed[name][0]!r}")
@@ -204,27 +253,50 @@ def _check_field(path: Path, kind: str, name: str, value: Any) -> None:
 def check_layout(shape: ModelShape, config: Config) -> None:
     """Raises ConfigError, all that is wrong in one line.
 
-    Heads, KV heads, columns, layers do not divide; layers cannot be recomputed so; policy.megatron says what it may not.
+    Heads, KV heads, columns, layers do not divide; layers cannot be recomputed so; policy.megatron says what
+    it may not.
     """
     check_passthrough(config.policy.megatron)
-    tensor, pipeline, virtual = config.parallel.tensor, config.parallel.pipeline, config.parallel.virtual_pipeline
+    tensor, pipeline, virtual = (
+        config.parallel.tensor,
+        config.parallel.pipeline,
+        config.parallel.virtual_pipeline,
+    )
     megatron, chunks = config.policy.megatron, pipeline * virtual
-    stages = f"parallel.pipeline={pipeline}" + (f" × parallel.virtual_pipeline={virtual}" if virtual > 1 else "")
+    stages = f"parallel.pipeline={pipeline}" + (
+        f" × parallel.virtual_pipeline={virtual}" if virtual > 1 else ""
+    )
     a_stage = "a stage's layers" if virtual == 1 else "a stage's chunk of layers"
     divisions = [
         (f"parallel.tensor={tensor}", tensor, "the model's num_attention_heads", shape.num_heads),
         (f"parallel.tensor={tensor}", tensor, "the model's num_key_value_heads", shape.num_kv_heads),
-        (f"parallel.tensor={tensor}", tensor, "the model's intermediate_size", 0 if shape.num_experts else shape.ffn_size),
+        (
+            f"parallel.tensor={tensor}",
+            tensor,
+            "the model's intermediate_size",
+            0 if shape.num_experts else shape.ffn_size,
+        ),
         (stages, chunks, "the model's num_hidden_layers", shape.num_layers),
     ]
     method, unit = megatron.get("recompute_method"), megatron.get("recompute_num_layers")
     if unit and method == "uniform":  # Megatron would meet the end of the layers in its first forward pass
-        divisions.append((f"policy.megatron.recompute_num_layers={unit}", unit, a_stage, shape.num_layers // chunks))
-    wrong = [f"{option} does not divide {what}={number}" for option, by, what, number in divisions if number % by]
+        divisions.append(
+            (f"policy.megatron.recompute_num_layers={unit}", unit, a_stage, shape.num_layers // chunks)
+        )
+    wrong = [
+        f"{option} does not divide {what}={number}" for option, by, what, number in divisions if number % by
+    ]
     if megatron.get("recompute_granularity") == "full" and (method not in ("uniform", "block") or not unit):
-        wrong.append("policy.megatron.recompute_granularity=full wants recompute_method=uniform or block, and recompute_num_layers")
-    if "layernorm" in (megatron.get("recompute_modules") or []):  # Megatron wants Transformer Engine, whose layers have no norm apart
-        wrong.append("policy.megatron.recompute_modules: layernorm cannot be recomputed by itself; core_attn and mlp can")
+        wrong.append(
+            "policy.megatron.recompute_granularity=full wants recompute_method=uniform or block, and "
+            "recompute_num_layers"
+        )
+    # Megatron wants Transformer Engine, whose layers have no norm apart
+    if "layernorm" in (megatron.get("recompute_modules") or []):
+        wrong.append(
+            "policy.megatron.recompute_modules: layernorm cannot be recomputed by itself; core_attn and mlp "
+            "can"
+        )
     wrong += _wrong_with_experts(shape, config)
     if wrong:
         raise ConfigError("; ".join(wrong))
@@ -234,15 +306,28 @@ def _wrong_with_experts(shape: ModelShape, config: Config) -> list[str]:
     expert, megatron, wrong = config.parallel.expert, config.policy.megatron, []
     modules = megatron.get("recompute_modules") or []
     if not shape.num_experts:
-        wrong += [f"parallel.expert={expert}, but {shape.model_type} has no experts: leave it 1"] if expert > 1 else []
-        return wrong + (["policy.megatron.recompute_modules: moe, but there are no experts; the other is mlp"] if "moe" in modules else [])
+        wrong += (
+            [f"parallel.expert={expert}, but {shape.model_type} has no experts: leave it 1"]
+            if expert > 1
+            else []
+        )
+        return wrong + (
+            ["policy.megatron.recompute_modules: moe, but there are no experts; the other is mlp"]
+            if "moe" in modules
+            else []
+        )
     if shape.num_experts % expert:
         wrong.append(f"parallel.expert={expert} does not divide the model's num_experts={shape.num_experts}")
     if "mlp" in modules:
-        wrong.append("policy.megatron.recompute_modules: mlp recomputes nothing where every layer has experts; moe does")
+        wrong.append(
+            "policy.megatron.recompute_modules: mlp recomputes nothing where every layer has experts; moe "
+            "does"
+        )
     return wrong
 
 
 def padded_vocab(shape: ModelShape, tensor: int) -> int:
-    """The vocabulary rounded up so that each tensor rank's shard is a multiple of 16, which keeps its loads aligned."""
+    """The vocabulary rounded up so that each tensor rank's shard is a multiple of 16, which keeps its loads
+    aligned.
+    """
     return -(-shape.vocab_size // (16 * tensor)) * 16 * tensor

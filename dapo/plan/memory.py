@@ -1,11 +1,15 @@
-"""The bytes that a rank holds while it learns, from the config alone: nothing is allocated and torch is not loaded.
+"""The bytes that a rank holds while it learns, from the config alone: nothing is allocated and torch is not
+loaded.
 
-T = packed tokens of a microbatch on one of the context ranks, t = T/tp of them under sequence parallelism, H = hidden size. Of one tensor
-rank: q, kv = columns of all heads' queries and of all KV heads' keys, F = feed-forward columns, V = vocabulary rows. b = bytes of the
-parameters' type. Tensor ranks do not split experts: each sends its own tokens to the ranks that have them. Routing is taken as balanced.
+T = packed tokens of a microbatch on one of the context ranks, t = T/tp of them under sequence parallelism, H
+= hidden size. Of one tensor
+rank: q, kv = columns of all heads' queries and of all KV heads' keys, F = feed-forward columns, V =
+vocabulary rows. b = bytes of the parameters' type. Tensor ranks do not split experts: each sends its own
+tokens to the ranks that have them. Routing is taken as balanced.
 
-Activations are what autograd keeps in dapo/policy/layers.py and in Megatron-core's local layers around it, tensor by tensor;
-tests/dapo/plan/test_plan.py counts the same in a real backward pass. For Transformer Engine's layers the list is read from its source.
+Activations are what autograd keeps in dapo/policy/layers.py and in Megatron-core's local layers around it,
+tensor by tensor; tests/dapo/plan/test_plan.py counts the same in a real backward pass. For Transformer
+Engine's layers the list is read from its source.
 """
 
 from __future__ import annotations
@@ -19,9 +23,12 @@ from dapo.model.shape import ModelShape, padded_vocab
 
 Backend = Literal["cpu", "cuda", "transformer_engine"]  # cpu, cuda: the plain layers
 
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 2400 << 20, "transformer_engine": 2400 << 20}  # of logits, as in dapo_kernels.linear_policy_loss
-ATTENTION_PADDING = 1.12  # on a CPU, sequences of like length are padded to one: at most by a third, by an eighth on mixed lengths
-BATCH_BYTES = 42  # a token of the step's batch: ids, targets, positions of 8 bytes, four numbers of 4, the mask, its staleness
+# of logits, as in dapo_kernels.linear_policy_loss
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 2400 << 20, "transformer_engine": 2400 << 20}
+# on a CPU, sequences of like length are padded to one: at most by a third, by an eighth on mixed lengths
+ATTENTION_PADDING = 1.12
+# a token of the step's batch: ids, targets, positions of 8 bytes, four numbers of 4, the mask, its staleness
+BATCH_BYTES = 42
 
 CHECKPOINT = "a checkpoint"
 
@@ -34,11 +41,16 @@ NEGLIGIBLE = {"adam_eps", "bucket_size", "overlap_grad_reduce", "attention_backe
 
 
 def stage_parameters(shape: ModelShape, tensor: int, pipeline: int, stage: int) -> tuple[int, int]:
-    """Parameters on a rank of a pipeline stage: (its shards of those that tensor ranks split, those that every tensor rank has whole).
+    """Parameters on a rank of a pipeline stage: (its shards of those that tensor ranks split, those that
+    every tensor rank has whole).
 
     Without experts: `expert_parameters` counts them.
     """
-    hidden, heads, kv = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    hidden, heads, kv = (
+        shape.hidden_size,
+        shape.num_heads * shape.head_dim,
+        shape.num_kv_heads * shape.head_dim,
+    )
     matrices = hidden * (heads + 2 * kv) + heads * hidden  # qkv, projection
     matrices += 0 if shape.num_experts else 3 * hidden * shape.ffn_size  # gate, up, down
     bias = heads + 2 * kv if shape.has_qkv_bias else 0
@@ -49,12 +61,22 @@ def stage_parameters(shape: ModelShape, tensor: int, pipeline: int, stage: int) 
     tables = is_first + (is_last and not (shape.is_tied and is_first))
     embedding = padded_vocab(shape, tensor) * hidden
     whole = norms + shape.num_experts * hidden  # the router
-    return (layers * (matrices + bias) + tables * embedding) // tensor, layers * whole + (hidden if is_last else 0)
+    return (layers * (matrices + bias) + tables * embedding) // tensor, layers * whole + (
+        hidden if is_last else 0
+    )
 
 
 def expert_parameters(shape: ModelShape, pipeline: int, expert: int) -> int:
     """Of the experts that a rank has."""
-    return shape.num_layers // pipeline * shape.num_experts // expert * 3 * shape.hidden_size * shape.expert_ffn_size
+    return (
+        shape.num_layers
+        // pipeline
+        * shape.num_experts
+        // expert
+        * 3
+        * shape.hidden_size
+        * shape.expert_ffn_size
+    )
 
 
 def num_parameters(shape: ModelShape) -> int:
@@ -72,7 +94,9 @@ def active_parameters(shape: ModelShape) -> int:
 
 @dataclass(frozen=True)
 class Layer:
-    """What one token's forward pass through a layer leaves for the backward pass, in bytes, on one of the tensor ranks."""
+    """What one token's forward pass through a layer leaves for the backward pass, in bytes, on one of the
+    tensor ranks.
+    """
 
     shape: ModelShape
     tensor: int
@@ -82,7 +106,9 @@ class Layer:
 
     @property
     def keys(self) -> float:
-        """Keys that plain attention holds for a token of its own: with context ranks, of each sequence both chunks' whole past."""
+        """Keys that plain attention holds for a token of its own: with context ranks, of each sequence both
+        chunks' whole past.
+        """
         return self.context + 0.5 if self.context > 1 else 1
 
     @property
@@ -108,7 +134,9 @@ class Layer:
         return self._norm(self.shape.hidden_size, rows=1) / self.tensor
 
     def _norm(self, width: int, rows: int) -> int:
-        """The input, in float32 in the plain norm; the inverse root; in the plain norm also what the weight multiplies."""
+        """The input, in float32 in the plain norm; the inverse root; in the plain norm also what the weight
+        multiplies.
+        """
         b, is_plain = self.value_bytes, self.backend != "transformer_engine"
         return (4 + b if is_plain else b) * width + 4 * rows
 
@@ -122,10 +150,12 @@ class Layer:
     @property
     def experts(self) -> float:
         shape, b = self.shape, self.value_bytes
-        # as it is sent; gate and up, silu(gate), up + 0, their product, that weighed; its weight, and its place before it was sent
+        # as it is sent; gate and up, silu(gate), up + 0, their product, that weighed; its weight, and its
+        # place before it was sent
         sent = b * (shape.hidden_size + 6 * shape.expert_ffn_size) + 4 + 8
         chosen = 8 if shape.is_expert_sum_one else 8 - 4  # which, and the softmax over them, or over all
-        router = (5 if shape.is_expert_sum_one else 9) * shape.num_experts  # a weight for each expert, whether it is chosen
+        # a weight for each expert, whether it is chosen
+        router = (5 if shape.is_expert_sum_one else 9) * shape.num_experts
         return (shape.experts_per_token * (sent + chosen + 4) + router) / self.tensor
 
     @property
@@ -134,28 +164,35 @@ class Layer:
         if self.backend == "transformer_engine":
             return b * (q + kv) + b * (q + 2 * kv) + 4 * heads  # v is a view of the fused q, k, v
         if self.backend == "cuda":
-            return b * (1 + 2 * self.keys) * q + 4 * heads  # KV heads are repeated; the output is the projection's input
+            # KV heads are repeated; the output is the projection's input
+            return b * (1 + 2 * self.keys) * q + 4 * heads
         if self.context > 1:
             return self.keys * (b * (2 * q + 2 * kv) + 4 * heads)  # queries are padded to the keys' length
-        return ATTENTION_PADDING * (b * (2 * q + 2 * kv) + 4 * heads) + 8  # q, k, v, output; where each row belongs
+        # q, k, v, output; where each row belongs
+        return ATTENTION_PADDING * (b * (2 * q + 2 * kv) + 4 * heads) + 8
 
     @property
     def core_attention_inputs(self) -> float:
-        return self.value_bytes * (2 * self.q + 3 * self.kv)  # q and k after RoPE; v is a view of the fused q, k, v
+        # q and k after RoPE; v is a view of the fused q, k, v
+        return self.value_bytes * (2 * self.q + 3 * self.kv)
 
     @property
     def attention(self) -> float:
         b, q, kv, width = self.value_bytes, self.q, self.kv, self.shape.head_dim
-        kept = b * q + 4 * b * width + self.core_attention  # the projection's input; cos and sin, for q and for k
+        # the projection's input; cos and sin, for q and for k
+        kept = b * q + 4 * b * width + self.core_attention
         if self.shape.has_qk_norm:
             kept += self._norm(q, q // width) + self._norm(kv, kv // width)
-            if b == 4:  # k in float32 is a view of the fused q, k, v, and keeps them all; so is q where there is one KV head
+            # k in float32 is a view of the fused q, k, v, and keeps them all; so is q where there is one KV
+            # head
+            if b == 4:
                 kept += b * (kv if kv == width else q + kv)
         return kept
 
     @property
     def everything(self) -> float:
-        return 2 * (self.norm + self.stream) + self.attention + self.mlp  # norms, and the inputs of the linears after them
+        # norms, and the inputs of the linears after them
+        return 2 * (self.norm + self.stream) + self.attention + self.mlp
 
 
 @dataclass(frozen=True)
@@ -215,13 +252,20 @@ class Rank:
 
     @property
     def in_flight(self) -> int:
-        """Microbatches whose activations are held together, in the 1F1B schedule; with several chunks, each microbatch of each chunk."""
+        """Microbatches whose activations are held together, in the 1F1B schedule; with several chunks, each
+        microbatch of each chunk.
+        """
         behind = self.pipeline - self.stage - 1
-        return min(self.microbatches * self.chunks, 2 * behind + (self.chunks - 1) * self.pipeline + 1 if self.chunks > 1 else behind + 1)
+        return min(
+            self.microbatches * self.chunks,
+            2 * behind + (self.chunks - 1) * self.pipeline + 1 if self.chunks > 1 else behind + 1,
+        )
 
     @property
     def parameters(self) -> int:
-        return sum(stage_parameters(self.shape, self.tensor, self.pipeline, self.stage)) + self.expert_parameters
+        return (
+            sum(stage_parameters(self.shape, self.tensor, self.pipeline, self.stage)) + self.expert_parameters
+        )
 
     @property
     def expert_parameters(self) -> int:
@@ -268,17 +312,27 @@ class Rank:
 
     @property
     def kept(self) -> int:
-        """What one microbatch's forward pass leaves on this stage, or the last chunk of it, for its backward pass."""
+        """What one microbatch's forward pass leaves on this stage, or the last chunk of it, for its backward
+        pass.
+        """
         # the final norm and the hidden states; or what was sent on, which is held until its gradient comes
-        return round(self._kept_by_layers + (self.layer.norm + self.layer.stream if self.is_last else self.layer.stream) * self.tokens)
+        return round(
+            self._kept_by_layers
+            + (self.layer.norm + self.layer.stream if self.is_last else self.layer.stream) * self.tokens
+        )
 
     @property
     def _kept_by_layers(self) -> float:
         layer, layers = self.layer, self.shape.num_layers // (self.pipeline * self.chunks)
         if self._recomputes("full"):
             unit = min(self._megatron("recompute_num_layers") or 1, layers)
-            is_block = self._megatron("recompute_method") == "block"  # the first layers, each for itself; uniform: all, `unit` at a time
-            kept = unit * layer.stream + (layers - unit) * layer.everything if is_block else layers / unit * layer.stream
+            # the first layers, each for itself; uniform: all, `unit` at a time
+            is_block = self._megatron("recompute_method") == "block"
+            kept = (
+                unit * layer.stream + (layers - unit) * layer.everything
+                if is_block
+                else layers / unit * layer.stream
+            )
         else:
             kept = layers * layer.everything
         if self._recomputes_mlp:
@@ -290,29 +344,39 @@ class Rank:
     @property
     def activations(self) -> int:
         """Of the chunks that are held together, one is the last."""
-        return self.kept + round((self.in_flight - 1) * (self._kept_by_layers + self.layer.stream * self.tokens))
+        return self.kept + round(
+            (self.in_flight - 1) * (self._kept_by_layers + self.layer.stream * self.tokens)
+        )
 
     @property
     def working(self) -> int:
-        """One layer's backward pass beyond what was kept for it: what is recomputed, gradients on their way."""
+        """One layer's backward pass beyond what was kept for it: what is recomputed, gradients on their
+        way.
+        """
         layer, b, hidden, T = self.layer, self.value_bytes, self.shape.hidden_size, self.tokens
         recomputed = 0.0
         if self._recomputes("full"):
-            recomputed = layer.everything * (1 if self._megatron("recompute_method") == "block" else self._megatron("recompute_num_layers"))
+            recomputed = layer.everything * (
+                1 if self._megatron("recompute_method") == "block" else self._megatron("recompute_num_layers")
+            )
         recomputed += layer.mlp if self._recomputes_mlp else 0
         recomputed += layer.core_attention if self._recomputes("core_attn") else 0
         gathered = b * T * hidden if self.tensor > 1 else 0  # the stream of all tensor ranks
         if self.shape.num_experts:
             return round(recomputed * T + self._experts_working + 2 * layer.stream * T + gathered)
         gated = 2 * b * T * layer.ffn  # the gradients of gate and up, while the product's own is there
-        projected = b * T * layer.ffn + b * hidden * layer.ffn + 2 * gathered  # through the last matrix, and that matrix's own gradient
-        shared = layer.keys + self.context if self.context > 1 else 0  # gradients of keys and values, before they are sent to their ranks
+        # through the last matrix, and that matrix's own gradient
+        projected = b * T * layer.ffn + b * hidden * layer.ffn + 2 * gathered
+        # gradients of keys and values, before they are sent to their ranks
+        shared = layer.keys + self.context if self.context > 1 else 0
         keys = 2 * b * T * layer.kv * shared
         return round(recomputed * T + max(gated, projected, keys) + 2 * layer.stream * T + gathered)
 
     @property
     def _experts_working(self) -> int:
-        """The same of experts: the gradients of what tokens were sent as and of what came back, of gate and up; gathered tokens."""
+        """The same of experts: the gradients of what tokens were sent as and of what came back, of gate and
+        up; gathered tokens.
+        """
         shape, b, tokens = self.shape, self.value_bytes, self.tokens // self.tensor
         sent = tokens * shape.experts_per_token * b * (2 * shape.hidden_size + 2 * shape.expert_ffn_size)
         gathers = self._megatron("moe_token_dispatcher_type") == "allgather"
@@ -325,14 +389,17 @@ class Rank:
 
     @property
     def logits(self) -> int:
-        """The fused loss at work: a chunk of logits, its gradient where that is of another type, the chunk's hidden states."""
+        """The fused loss at work: a chunk of logits, its gradient where that is of another type, the chunk's
+        hidden states.
+        """
         if not self.is_last:
             return 0
         b, hidden, columns = self.value_bytes, self.shape.hidden_size, self._vocab
         most = max(CHUNK_BYTES[self.backend] // (4 * columns), self.tensor)
         rows = ceil(self.tokens / ceil(self.tokens / most))  # chunks are of equal size
         chunk = rows * columns * (4 if b == 4 else 6)
-        if self.tensor > 1:  # two gathered chunks, the next one underway; the live rows, their gradient, what is sent of it
+        # two gathered chunks, the next one underway; the live rows, their gradient, what is sent of it
+        if self.tensor > 1:
             chunk += 5 * b * rows * hidden
         if self.backend == "cpu" and b == 2:  # 16-bit factors are widened
             chunk += 4 * columns * (hidden + rows)
@@ -340,12 +407,16 @@ class Rank:
 
     @property
     def written_tensor(self) -> int:
-        """In main memory while a checkpoint is written: a copy of one tensor in float32, for each lies in a buffer with others."""
+        """In main memory while a checkpoint is written: a copy of one tensor in float32, for each lies in a
+        buffer with others.
+        """
         return 4 * self._largest
 
     @property
     def copied_state(self) -> int:
-        """In main memory while a checkpoint is written in the background: this rank's share of parameters and optimizer state."""
+        """In main memory while a checkpoint is written in the background: this rank's share of parameters and
+        optimizer state.
+        """
         copied = 12 * self._share + self.value_bytes * self.parameters // (self.data * self.context)
         return copied if self.config.run.async_save else 0
 
@@ -356,17 +427,25 @@ class Rank:
 
     @property
     def moments(self) -> dict[str, int]:
-        """Each moment that can be the peak, and what is there beyond parameters, gradients, optimizer, batch and engine."""
+        """Each moment that can be the peak, and what is there beyond parameters, gradients, optimizer, batch
+        and engine.
+        """
         is_one_table = self.shape.is_tied and self.pipeline == 1  # for embedding and head
-        # the head's gradient goes to main_grad; autograd wants one too and gets zeros, which a tied embedding's gradient is added to
+        # the head's gradient goes to main_grad; autograd wants one too and gets zeros, which a tied
+        # embedding's gradient is added to
         zeros = self.table if is_one_table else 0
         moments = {"a layer's backward pass": self.activations + self.working + zeros}
         if self.is_last:
-            moments["the loss"] = round(self.activations + self.layer.stream * self.tokens + max(self.logits, self.table))
+            moments["the loss"] = round(
+                self.activations + self.layer.stream * self.tokens + max(self.logits, self.table)
+            )
         if self.stage == 0:
             moments["the embedding's gradient"] = self.activations - self.kept + self.table + zeros
-        # clipping writes each scaled gradient beside the old one; gloo, even among one, reduces a copy of all gradients
-        moments["the optimizer's step"] = self.grads if self.backend == "cpu" else 4 * self._largest // (self.data * self.context)
+        # clipping writes each scaled gradient beside the old one; gloo, even among one, reduces a copy of all
+        # gradients
+        moments["the optimizer's step"] = (
+            self.grads if self.backend == "cpu" else 4 * self._largest // (self.data * self.context)
+        )
         if self.backend == "cpu":
             moments = {moment: held + self.copied_state for moment, held in moments.items()}
         return moments | {CHECKPOINT: self.main_memory if self.backend == "cpu" else 0}
@@ -385,8 +464,12 @@ class Rank:
 
     @property
     def _share(self) -> int:
-        """Parameters whose optimizer state is this rank's: data and context ranks share them; of experts, all ranks that have the same."""
-        return (self.parameters - self.expert_parameters) // (self.data * self.context) + self.expert_parameters // self.expert_data
+        """Parameters whose optimizer state is this rank's: data and context ranks share them; of experts, all
+        ranks that have the same.
+        """
+        return (self.parameters - self.expert_parameters) // (
+            self.data * self.context
+        ) + self.expert_parameters // self.expert_data
 
     @property
     def _largest(self) -> int:
@@ -408,4 +491,6 @@ class Rank:
     def _recomputes(self, what: str) -> bool:
         """`full`, or one of the modules that Megatron's selective recompute knows."""
         granularity = self._megatron("recompute_granularity")
-        return granularity == what or (granularity == "selective" and what in (self._megatron("recompute_modules") or ["core_attn"]))
+        return granularity == what or (
+            granularity == "selective" and what in (self._megatron("recompute_modules") or ["core_attn"])
+        )

@@ -1,4 +1,5 @@
-"""What a run will take, before a GPU is allocated: memory by pipeline stage, tokens and microbatches, seconds, and what helps. No torch.
+"""What a run will take, before a GPU is allocated: memory by pipeline stage, tokens and microbatches,
+seconds, and what helps. No torch.
 
 python -m dapo plan CONFIG.yaml --gpu h200 --world-size 16
 """
@@ -26,7 +27,8 @@ class Hardware:
 
     name: str
     flops: float  # dense bf16, data sheet
-    mfu: float  # the share of them that a learning step has been seen to reach; tensor-parallel traffic is in it
+    # the share of them that a learning step has been seen to reach; tensor-parallel traffic is in it
+    mfu: float
     memory: float  # GiB that a program can see
     runtime: float  # GiB that are gone before the first tensor: context, libraries, communication buffers
     bandwidth: float  # bytes of the memory
@@ -34,9 +36,10 @@ class Hardware:
     network: float  # bytes to other machines
 
 
-# NVIDIA's data sheets: A100 80GB SXM, H100 SXM, H200 SXM, HGX B200; H800: an H100 with 400 GB/s of NVLink; H20. Memory: what torch reports,
-# as far as known, not the name's GB. Network: an InfiniBand port a GPU, 200 Gb/s for A100, 400 Gb/s for the others. MFU and runtime are
-# assumptions: Megatron's own reports have 0.40–0.48 for dense models on H100, packs of unlike sequences and short pipelines less.
+# NVIDIA's data sheets: A100 80GB SXM, H100 SXM, H200 SXM, HGX B200; H800: an H100 with 400 GB/s of NVLink;
+# H20. Memory: what torch reports, as far as known, not the name's GB. Network: an InfiniBand port a GPU, 200
+# Gb/s for A100, 400 Gb/s for the others. MFU and runtime are assumptions: Megatron's own reports have
+# 0.40–0.48 for dense models on H100, packs of unlike sequences and short pipelines less.
 HARDWARE = {
     "a100": Hardware("A100 80GB", 312e12, 0.45, 79.2, 2.0, 2.04e12, 300e9, 25e9),
     "h100": Hardware("H100 80GB", 989e12, 0.35, 79.2, 2.0, 3.35e12, 450e9, 50e9),
@@ -45,13 +48,24 @@ HARDWARE = {
     "h200": Hardware("H200 141GB", 989e12, 0.35, 139.8, 2.0, 4.8e12, 450e9, 50e9),
     "b200": Hardware("B200 180GB", 2250e12, 0.30, 178.3, 2.0, 8.0e12, 900e9, 50e9),
     # one core a process, float32; its memory is this machine's, shared by all processes
-    "cpu": Hardware("CPU core", 60e9, 0.5, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB, 0.7, 8e9, 2e9, 1e9),
+    "cpu": Hardware(
+        "CPU core",
+        60e9,
+        0.5,
+        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB,
+        0.7,
+        8e9,
+        2e9,
+        1e9,
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A config on hardware. `length`: mean tokens of a sample, prompt included, that the times are for; memory is for the longest."""
+    """A config on hardware. `length`: mean tokens of a sample, prompt included, that the times are for;
+    memory is for the longest.
+    """
 
     config: Config
     shape: ModelShape
@@ -113,16 +127,26 @@ class Plan:
         modules = megatron.get("recompute_modules") or ["core_attn"]
         if megatron.get("recompute_granularity") == "full":
             stage = shape.num_layers // self.config.parallel.pipeline
-            layers = min(megatron["recompute_num_layers"], stage) if megatron["recompute_method"] == "block" else stage
+            layers = (
+                min(megatron["recompute_num_layers"], stage)
+                if megatron["recompute_method"] == "block"
+                else stage
+            )
             again = layers / stage * (forward - 2 * shape.vocab_size * shape.hidden_size)
         elif megatron.get("recompute_granularity") == "selective":
             again += 2 * shape.num_layers * _feed_forward(shape) if {"mlp", "moe"} & set(modules) else 0
-            again += 2 * shape.num_layers * self.length * shape.num_heads * shape.head_dim if "core_attn" in modules else 0
+            again += (
+                2 * shape.num_layers * self.length * shape.num_heads * shape.head_dim
+                if "core_attn" in modules
+                else 0
+            )
         return 3 * forward + again
 
     def _pass_seconds(self, flops: float) -> float:
         """All of an update's tokens; the pipeline's stages wait for each other at both ends."""
-        bubble = (self.config.parallel.pipeline - 1) / (self.microbatches * self.config.parallel.virtual_pipeline)
+        bubble = (self.config.parallel.pipeline - 1) / (
+            self.microbatches * self.config.parallel.virtual_pipeline
+        )
         return self.tokens * flops / (self.world * self.hardware.flops * self.hardware.mfu) * (1 + bubble)
 
     @property
@@ -131,7 +155,9 @@ class Plan:
         rate = self.hardware.link if self.world <= MACHINE else self.hardware.network
         rank, each = self.worst, 4 + self.worst.value_bytes
         dense, experts = rank.parameters - rank.expert_parameters, rank.expert_parameters
-        shared = dense * (1 - 1 / (self.data * self.config.parallel.context)) + experts * (1 - 1 / rank.expert_data)
+        shared = dense * (1 - 1 / (self.data * self.config.parallel.context)) + experts * (
+            1 - 1 / rank.expert_data
+        )
         return each * shared / rate
 
     @property
@@ -141,7 +167,9 @@ class Plan:
 
 
 def forward_flops(shape: ModelShape, length: int) -> float:
-    """Of one token of a sequence of `length`, forward: a multiplication and an addition for each weight, and for each cell of attention."""
+    """Of one token of a sequence of `length`, forward: a multiplication and an addition for each weight, and
+    for each cell of attention.
+    """
     heads, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     matrices = shape.hidden_size * (2 * heads + 2 * kv) + _feed_forward(shape)
     attention = length * heads  # a token sees half of the sequence on average, in two products
@@ -155,7 +183,9 @@ def _feed_forward(shape: ModelShape) -> int:
     return 3 * shape.hidden_size * shape.ffn_size
 
 
-def make_plan(config: Config, gpu: str, world: int | None = None, length: int | None = None, has_te: bool = False) -> Plan:
+def make_plan(
+    config: Config, gpu: str, world: int | None = None, length: int | None = None, has_te: bool = False
+) -> Plan:
     """Raises ConfigError: the model's config.json, the layout or the world size will not do."""
     shape = read_shape(config.policy.model)
     check_layout(shape, config)
@@ -181,11 +211,16 @@ class Change:
 def remedies(plan: Plan) -> list[tuple[str, Plan]]:
     """What makes it fit: (what to add to the command line, the plan with it), cheapest first.
 
-    Single changes, the smallest of each kind; where none is enough, two at once, then three, … Empty: nothing that is known does.
+    Single changes, the smallest of each kind; where none is enough, two at once, then three, … Empty: nothing
+    that is known does.
     """
     kinds = _kinds(plan)
     for count in range(1, len(kinds) + 1):
-        found = [first for chosen in itertools.combinations(kinds, count) if (first := _first_that_fits(plan, chosen))]
+        found = [
+            first
+            for chosen in itertools.combinations(kinds, count)
+            if (first := _first_that_fits(plan, chosen))
+        ]
         if found:
             return found
     return []
@@ -197,20 +232,38 @@ def _kinds(plan: Plan) -> list[list[Change]]:
     smaller = {max(policy.tokens_per_microbatch >> halvings, plan.worst.longest) for halvings in range(1, 6)}
     module = "moe" if plan.shape.num_experts else "mlp"
     gated = "policy.megatron.recompute_granularity=selective", f"policy.megatron.recompute_modules=[{module}]"
-    full = tuple(f"policy.megatron.recompute_{field}" for field in ("granularity=full", "method=uniform", "num_layers=1"))
+    full = tuple(
+        f"policy.megatron.recompute_{field}"
+        for field in ("granularity=full", "method=uniform", "num_layers=1")
+    )
     recompute = {None: [Change(gated), Change(full)], "selective": [Change(full)]}
     offload = tuple(
         f"policy.megatron.{field}"
-        for field in ("optimizer_cpu_offload=true", "optimizer_offload_fraction=1.0", "use_precision_aware_optimizer=true")
+        for field in (
+            "optimizer_cpu_offload=true",
+            "optimizer_offload_fraction=1.0",
+            "use_precision_aware_optimizer=true",
+        )
     )
-    can_offload = plan.backend != "cpu" and policy.dtype == "bfloat16" and not policy.megatron.get("optimizer_cpu_offload")
+    can_offload = (
+        plan.backend != "cpu"
+        and policy.dtype == "bfloat16"
+        and not policy.megatron.get("optimizer_cpu_offload")
+    )
     return [
-        [Change((f"policy.tokens_per_microbatch={n}",)) for n in sorted(smaller - {policy.tokens_per_microbatch}, reverse=True)],
+        [
+            Change((f"policy.tokens_per_microbatch={n}",))
+            for n in sorted(smaller - {policy.tokens_per_microbatch}, reverse=True)
+        ],
         recompute.get(policy.megatron.get("recompute_granularity"), []),
         [Change((f"parallel.tensor={n}",)) for n in (2, 4, 8) if n > parallel.tensor],
         [Change((f"parallel.pipeline={n}",)) for n in (2, 4, 8, 16) if n > parallel.pipeline],
         [Change((f"parallel.context={n}",)) for n in (2, 4, 8) if n > parallel.context],
-        [Change((f"parallel.expert={n}",)) for n in (2, 4, 8, 16, 32) if plan.shape.num_experts and n > parallel.expert],
+        [
+            Change((f"parallel.expert={n}",))
+            for n in (2, 4, 8, 16, 32)
+            if plan.shape.num_experts and n > parallel.expert
+        ],
         [Change(times=n) for n in (2, 4, 8)],
         [Change(offload)] if can_offload else [],
     ]
@@ -244,25 +297,37 @@ def describe(plan: Plan) -> list[str]:
     samples = config.optim.prompts_per_minibatch * config.rollout.group_size
     asked = config.rollout.prompts_per_round * config.rollout.group_size
     active = f" ({active_parameters(shape):,} for a token)" if shape.num_experts else ""
-    experts = f", {shape.num_experts // parallel.expert} of {shape.num_experts} experts" if shape.num_experts else ""
+    experts = (
+        f", {shape.num_experts // parallel.expert} of {shape.num_experts} experts"
+        if shape.num_experts
+        else ""
+    )
     return [
         f"model     {shape.model_type}, {num_parameters(shape):,} parameters{active}, {config.policy.dtype}; "
         f"vocabulary {shape.vocab_size:,}, padded to {padded_vocab(shape, parallel.tensor):,}",
-        f"layout    {plan.world} × {plan.hardware.name} = tensor {parallel.tensor} × pipeline {parallel.pipeline}{_more(plan)} "
+        f"layout    {plan.world} × {plan.hardware.name} = tensor {parallel.tensor} × pipeline "
+        f"{parallel.pipeline}{_more(plan)} "
         f"× data {plan.data}; "
-        f"a rank has {shape.num_heads // parallel.tensor} of {shape.num_heads} heads, {shape.num_kv_heads // parallel.tensor} of "
-        f"{shape.num_kv_heads} KV heads, {shape.num_layers // parallel.pipeline} of {shape.num_layers} layers{experts}",
-        f"an update {samples:,} samples of {plan.length:,} tokens (the longest has {rank.longest:,}) = {plan.tokens:,} tokens; "
-        f"{plan.microbatches} microbatches of up to {config.policy.tokens_per_microbatch:,} on each data-parallel rank, "
+        f"a rank has {shape.num_heads // parallel.tensor} of {shape.num_heads} heads, "
+        f"{shape.num_kv_heads // parallel.tensor} of "
+        f"{shape.num_kv_heads} KV heads, {shape.num_layers // parallel.pipeline} of {shape.num_layers} "
+        f"layers{experts}",
+        f"an update {samples:,} samples of {plan.length:,} tokens (the longest has {rank.longest:,}) = "
+        f"{plan.tokens:,} tokens; "
+        f"{plan.microbatches} microbatches of up to {config.policy.tokens_per_microbatch:,} on each "
+        "data-parallel rank, "
         f"{rank.microbatches} if all are longest",
         f"a step    {config.updates_per_step} updates; a round of sampling asks for {asked:,} samples",
         "",
         *_memory_table(plan),
-        f"peak on stage {rank.stage}, during {rank.peak_moment}: {rank.peak / GIB:.1f} of {plan.room:.1f} GiB that are free for tensors",
+        f"peak on stage {rank.stage}, during {rank.peak_moment}: {rank.peak / GIB:.1f} of {plan.room:.1f} "
+        "GiB that are free for tensors",
         *_main_memory(plan),
         "",
-        f"seconds   an update {plan.update_seconds:.3g}, a step's scores {plan.score_seconds:.3g} and updates "
-        f"{config.updates_per_step * plan.update_seconds:.3g}, at {plan.hardware.mfu:.0%} of the data sheet's FLOP/s; and the sampling",
+        f"seconds   an update {plan.update_seconds:.3g}, a step's scores {plan.score_seconds:.3g} and "
+        "updates "
+        f"{config.updates_per_step * plan.update_seconds:.3g}, at {plan.hardware.mfu:.0%} of the data "
+        "sheet's FLOP/s; and the sampling",
         *[f"note      {note}" for note in _notes(plan)],
         "",
         *_verdict(plan),
@@ -271,14 +336,18 @@ def describe(plan: Plan) -> list[str]:
 
 def _more(plan: Plan) -> str:
     chunks, context = plan.config.parallel.virtual_pipeline, plan.config.parallel.context
-    return (f" in {chunks} chunks each" if chunks > 1 else "") + (f" × context {context}" if context > 1 else "")
+    return (f" in {chunks} chunks each" if chunks > 1 else "") + (
+        f" × context {context}" if context > 1 else ""
+    )
 
 
 def _memory_table(plan: Plan) -> list[str]:
     """GiB of a rank, by pipeline stage."""
     columns = ("params", "grads", "optimizer", "batch", "engine", "activations", "logits", "peak")
     of_what = " (of a chunk)" if plan.config.parallel.virtual_pipeline > 1 else ""
-    lines = ["GiB a rank " + "".join(f"{name:>13}" for name in columns) + "  microbatches in flight" + of_what]
+    lines = [
+        "GiB a rank " + "".join(f"{name:>13}" for name in columns) + "  microbatches in flight" + of_what
+    ]
     for rank in plan.stages:
         values = "".join(f"{getattr(rank, name) / GIB:13.2f}" for name in columns)
         lines.append(f"stage {rank.stage:<5}{values}  {rank.in_flight}")
@@ -291,7 +360,10 @@ def _main_memory(plan: Plan) -> list[str]:
         return []
     most = max(rank.main_memory for rank in plan.stages)
     ranks = min(plan.world, MACHINE)
-    return [f"writing a checkpoint takes {ranks * most / GIB:.0f} GiB of the main memory of a machine with {ranks} devices"]
+    return [
+        f"writing a checkpoint takes {ranks * most / GIB:.0f} GiB of the main memory of a machine with "
+        f"{ranks} devices"
+    ]
 
 
 def _notes(plan: Plan) -> Iterator[str]:
@@ -321,13 +393,20 @@ def _notes(plan: Plan) -> Iterator[str]:
 
 
 def _verdict(plan: Plan) -> list[str]:
-    """It fits; or each single change, what it brings, and the first one, or the smallest number at once, that makes it fit."""
+    """It fits; or each single change, what it brings, and the first one, or the smallest number at once, that
+    makes it fit.
+    """
     if plan.fits:
         return [f"fits: {plan.room - plan.worst.peak / GIB:.1f} GiB to spare"]
     too_much = plan.worst.peak / GIB - plan.room
     found = remedies(plan)
     return [
-        f"out of memory during {plan.worst.peak_moment} on stage {plan.worst.stage}: {too_much:.1f} GiB too much",
-        *[f"fits with {text}: {p.worst.peak / GIB:.1f} GiB on {p.world} devices, an update {p.update_seconds:.3g} s" for text, p in found],
+        f"out of memory during {plan.worst.peak_moment} on stage {plan.worst.stage}: {too_much:.1f} GiB too "
+        "much",
+        *[
+            f"fits with {text}: {p.worst.peak / GIB:.1f} GiB on {p.world} devices, an update "
+            f"{p.update_seconds:.3g} s"
+            for text, p in found
+        ],
         *([] if found else ["nothing known makes it fit: another device, or a smaller model"]),
     ]

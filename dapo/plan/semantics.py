@@ -1,6 +1,8 @@
-"""What a run's numbers mean: each choice that a reader of its curves has to know, beside the paper's and the released code's.
+"""What a run's numbers mean: each choice that a reader of its curves has to know, beside the paper's and the
+released code's.
 
-`paper` is arXiv:2503.14476; `verl` is the released reproduction, recipe/dapo/run_dapo_qwen2.5_32b.sh and the code it runs.
+`paper` is arXiv:2503.14476; `verl` is the released reproduction, recipe/dapo/run_dapo_qwen2.5_32b.sh and the
+code it runs.
 """
 
 from __future__ import annotations
@@ -19,7 +21,17 @@ from dapo.files import write_text
 
 Source = Literal["paper", "verl"]
 UNSAID = "unsaid"  # the source leaves it open: nothing departs from it
-VERSIONED = ("dapo", "torch", "megatron-core", "transformer-engine", "transformers", "triton", "sglang", "numpy", "math-verify")
+VERSIONED = (
+    "dapo",
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "transformers",
+    "triton",
+    "sglang",
+    "numpy",
+    "math-verify",
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +107,8 @@ def choices(config: Config) -> list[Choice]:
 def diff(config: Config, source: Source) -> list[str]:
     """A line for each departure of this config from the paper, or from verl."""
     return [
-        f"{choice.name}: {_shown(choice.value)}; {source}: {_shown(getattr(choice, source))}. Why one would: {choice.reason}"
+        f"{choice.name}: {_shown(choice.value)}; {source}: {_shown(getattr(choice, source))}. Why one would: "
+        f"{choice.reason}"
         for choice in choices(config)
         if choice.departs_from(source)
     ]
@@ -103,17 +116,21 @@ def diff(config: Config, source: Source) -> list[str]:
 
 def manifest(config: Config, data: str) -> dict[str, Any]:
     """What is kept with a run. `data`: the hash of its training prompts."""
-    functions = [config.reward.function] if isinstance(config.reward.function, str) else list(config.reward.function)
+    functions = (
+        [config.reward.function] if isinstance(config.reward.function, str) else list(config.reward.function)
+    )
     return {
         "choices": {choice.name: choice.value for choice in choices(config)},
         "data": data,
         "reward functions": {name: fingerprint(name) for name in [*functions, *config.reward.shadow]},
-        "versions": {"python": platform.python_version()} | {name: version for name in VERSIONED if (version := _version(name))},
+        "versions": {"python": platform.python_version()}
+        | {name: version for name in VERSIONED if (version := _version(name))},
     }
 
 
 def keep(found: dict[str, Any], path: Path) -> list[str]:
-    """Write the manifest. Where the run had another one before, a line for each choice that has changed since.
+    """Write the manifest. Where the run had another one before, a line for each choice that has changed
+    since.
 
     Versions may change without a word: they are kept, the newest.
     """
@@ -122,12 +139,16 @@ def keep(found: dict[str, Any], path: Path) -> list[str]:
     now = found["choices"] | {"data": found["data"]} | found["reward functions"]
     then = before["choices"] | {"data": before["data"]} | before["reward functions"]
     return [
-        f"{name} was {_shown(then[name])} and is {_shown(now[name])} from here on" for name in now if then.get(name, now[name]) != now[name]
+        f"{name} was {_shown(then[name])} and is {_shown(now[name])} from here on"
+        for name in now
+        if then.get(name, now[name]) != now[name]
     ]
 
 
 def fingerprint(function: str) -> str:
-    """Which source a reward function comes from: a hash of all of dapo/reward for our own, of its file for others; a URL has none."""
+    """Which source a reward function comes from: a hash of all of dapo/reward for our own, of its file for
+    others; a URL has none.
+    """
     module = function.partition(":")[0]
     spec = importlib.util.find_spec(module) if not function.startswith(("http://", "https://")) else None
     if spec is None or spec.origin is None:

@@ -1,9 +1,11 @@
-"""Megatron-core on machines without CUDA, or without Transformer Engine: the one place where an upstream is adapted.
+"""Megatron-core on machines without CUDA, or without Transformer Engine: the one place where an upstream is
+adapted.
 
-Megatron-core 0.16.1 spells "cuda" in some 460 places, and expects Transformer Engine's FusedAdam wherever optimizer state is saved.
-`install` puts a finder before Python's own that rewrites those spellings while megatron.core's modules are imported; nothing on disk
-changes. On a GPU machine with Transformer Engine it does nothing. The version is pinned, and tests/dapo/policy/test_cpu.py counts every rule's
-hits over the package, so that an upgrade shows.
+Megatron-core 0.16.1 spells "cuda" in some 460 places, and expects Transformer Engine's FusedAdam wherever
+optimizer state is saved. `install` puts a finder before Python's own that rewrites those spellings while
+megatron.core's modules are imported; nothing on disk changes. On a GPU machine with Transformer Engine it
+does nothing. The version is pinned, and tests/dapo/policy/test_cpu.py counts every rule's hits over the
+package, so that an upgrade shows.
 """
 
 from __future__ import annotations
@@ -29,9 +31,11 @@ M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW whose `step` counts in the parameter groups, as Transformer Engine's FusedAdam does: what Megatron's checkpoints expect.
+    """AdamW whose `step` counts in the parameter groups, as Transformer Engine's FusedAdam does: what
+    Megatron's checkpoints expect.
 
-    torch.optim.AdamW keeps a step per parameter, and Megatron's distributed optimizer cannot load that back. The arithmetic is torch's own.
+    torch.optim.AdamW keeps a step per parameter, and Megatron's distributed optimizer cannot load that back.
+    The arithmetic is torch's own.
     """
 
     def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
@@ -105,7 +109,9 @@ class Rule:
     module: str | None = None
 
     def apply(self, source: str, module: str) -> tuple[str, int]:
-        return re.subn(self.pattern, self.replacement, source) if self.module in (None, module) else (source, 0)
+        return (
+            re.subn(self.pattern, self.replacement, source) if self.module in (None, module) else (source, 0)
+        )
 
 
 HYBRID = "megatron.core.optimizer.cpu_offloading.hybrid_optimizer"
@@ -123,28 +129,44 @@ NO_CUDA = [
     Rule(r"device_ids=\[[^\]]*\],?", ""),
     Rule(
         r"\ndef convert_cuda_rng_state\(",
-        "\ndef _get_cuda_rng_state(device='cpu', clone=False, graph_safe=False):\n    return torch.get_rng_state()\n"
-        "\ndef _set_cuda_rng_state(new_state, device=-1, graph_safe=False):\n    torch.set_rng_state(new_state)\n"
+        "\ndef _get_cuda_rng_state(device='cpu', clone=False, graph_safe=False):\n    return "
+        "torch.get_rng_state()\n"
+        "\ndef _set_cuda_rng_state(new_state, device=-1, graph_safe=False):\n    "
+        "torch.set_rng_state(new_state)\n"
         r"\g<0>",
         "megatron.core.tensor_parallel.random",
     ),
     # the tracker warns when a fork consumes CPU randomness: here that is the only randomness there is
-    Rule(r"if not torch\.all\(cpu_rng_state == torch\.get_rng_state\(\)\)\.item\(\):", "if False:", "megatron.core.tensor_parallel.random"),
+    Rule(
+        r"if not torch\.all\(cpu_rng_state == torch\.get_rng_state\(\)\)\.item\(\):",
+        "if False:",
+        "megatron.core.tensor_parallel.random",
+    ),
     # optimizer state in main memory: a parameter on the CPU is the device's, and its copy is the CPU's
     Rule(r"if param\.is_cuda:", "if not cpu_copy:", HYBRID),
     Rule(r"\bparam\.is_cuda\b", "True", HYBRID),
     Rule(r"\.cpu\(\)\.pin_memory\(\)", "", HYBRID),
     Rule(r"pin_memory=self\.pin_cpu_grads", "pin_memory=False", HYBRID),
     # the alltoall dispatcher sends what a split lists, which is a tensor until it is "on the CPU"
-    Rule(r"torch\.is_tensor\(tensor\) and tensor\.is_cuda", "torch.is_tensor(tensor)", "megatron.core.transformer.moe.moe_utils"),
+    Rule(
+        r"torch\.is_tensor\(tensor\) and tensor\.is_cuda",
+        "torch.is_tensor(tensor)",
+        "megatron.core.transformer.moe.moe_utils",
+    ),
     # jit_fuser is torch.compile: 10-40 s per function on a CPU
     Rule(r"\nenable_jit_fuser\(\)", "\ndisable_jit_fuser()", "megatron.core.jit"),
 ]
 NO_TRANSFORMER_ENGINE = [
-    Rule(r"from torch\.optim import AdamW as Adam\b", "from dapo.policy.cpu import AdamW as Adam", "megatron.core.optimizer"),
+    Rule(
+        r"from torch\.optim import AdamW as Adam\b",
+        "from dapo.policy.cpu import AdamW as Adam",
+        "megatron.core.optimizer",
+    ),
     Rule(r"USING_PYTORCH_OPTIMIZER = True", "USING_PYTORCH_OPTIMIZER = False", "megatron.core.optimizer"),
     Rule(
-        r"from torch\.optim import Adam as Adam\b", "from dapo.policy.cpu import AdamW as Adam", "megatron.core.optimizer.distrib_optimizer"
+        r"from torch\.optim import Adam as Adam\b",
+        "from dapo.policy.cpu import AdamW as Adam",
+        "megatron.core.optimizer.distrib_optimizer",
     ),
     # the version of none is no number; only the state in main memory gets past the check that comes after
     Rule(r"if not is_te_min_version\(\"2\.1\.0\"\):", "if True:", "megatron.core.optimizer.optimizer_config"),
@@ -153,7 +175,11 @@ NO_TRANSFORMER_ENGINE = [
         "    HAVE_TE, te_general_gemm = False, None",
         "megatron.core.transformer.moe.moe_utils",
     ),
-    Rule(r"HAVE_APEX_OR_TE = False", "USING_TE_OPTIMIZER = True  # in its ways", "megatron.core.optimizer.distrib_optimizer"),
+    Rule(
+        r"HAVE_APEX_OR_TE = False",
+        "USING_TE_OPTIMIZER = True  # in its ways",
+        "megatron.core.optimizer.distrib_optimizer",
+    ),
 ]
 
 
@@ -176,7 +202,9 @@ class _Finder(importlib.abc.MetaPathFinder):
     def __init__(self, rules: Sequence[Rule]):
         self.rules = rules
 
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Any, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if fullname != "megatron.core" and not fullname.startswith("megatron.core."):
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
@@ -188,9 +216,11 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def return_freed_memory() -> None:
-    """Have malloc give large blocks back to the system when they are freed: what a run holds is then what its plan counts.
+    """Have malloc give large blocks back to the system when they are freed: what a run holds is then what its
+    plan counts.
 
-    glibc by itself keeps freed blocks of up to 32 MiB, of a large model a quarter more. MALLOC_MMAP_THRESHOLD_ in the environment rules.
+    glibc by itself keeps freed blocks of up to 32 MiB, of a large model a quarter more.
+    MALLOC_MMAP_THRESHOLD_ in the environment rules.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
     if mallopt and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
@@ -203,19 +233,25 @@ def has_transformer_engine() -> bool:
 
 
 def install() -> None:
-    """Adapt Megatron-core to what this machine lacks. Before the first import of megatron.core; a second call changes nothing.
+    """Adapt Megatron-core to what this machine lacks. Before the first import of megatron.core; a second call
+    changes nothing.
 
     Raises:
         ImportError: another Megatron-core than the one the rules were written for.
     """
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
-    rules = ([] if torch.cuda.is_available() else NO_CUDA) + ([] if has_transformer_engine() else NO_TRANSFORMER_ENGINE)
+    rules = ([] if torch.cuda.is_available() else NO_CUDA) + (
+        [] if has_transformer_engine() else NO_TRANSFORMER_ENGINE
+    )
     if not rules:
         return
     version = importlib.metadata.version("megatron-core")
     if version != MEGATRON_VERSION:
-        raise ImportError(f"megatron-core {version} is installed; without CUDA and Transformer Engine dapo needs {MEGATRON_VERSION}")
+        raise ImportError(
+            f"megatron-core {version} is installed; without CUDA and Transformer Engine dapo needs "
+            f"{MEGATRON_VERSION}"
+        )
     assert "megatron.core" not in sys.modules, "dapo.policy must be imported before megatron.core"
     if not has_transformer_engine():
         sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]  # ImportError, which Megatron expects, not TE's RuntimeError

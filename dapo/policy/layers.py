@@ -1,4 +1,5 @@
-"""The two modules that Megatron-core takes from Transformer Engine, in plain torch: norm and packed attention.
+"""The two modules that Megatron-core takes from Transformer Engine, in plain torch: norm and packed
+attention.
 
 With Transformer Engine on a GPU machine its own layers are used and nothing here runs.
 S = sequences, T = packed tokens (of one context rank), h = heads, g = KV heads, d = head size.
@@ -12,7 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -28,7 +32,9 @@ MAX_PADDING = 0.25  # of a padded batch of sequences
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm as Hugging Face computes it: statistics in float32, the weight applied in the input's type."""
+    """Root-mean-square norm as Hugging Face computes it: statistics in float32, the weight applied in the
+    input's type.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__()
@@ -43,10 +49,12 @@ class RMSNorm(torch.nn.Module):
 
 
 class PackedAttention(MegatronModule):  # type: ignore[misc]
-    """Causal attention within each packed sequence; grouped KV heads. The constructor is that of Transformer Engine's module.
+    """Causal attention within each packed sequence; grouped KV heads. The constructor is that of Transformer
+    Engine's module.
 
-    Context ranks share each sequence in the zig-zag of batch.share: every rank gathers all keys and values, attends from its own tokens,
-    and the gradients of keys and values go back summed to the rank whose tokens they are.
+    Context ranks share each sequence in the zig-zag of batch.share: every rank gathers all keys and values,
+    attends from its own tokens, and the gradients of keys and values go back summed to the rank whose tokens
+    they are.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: Any, attention_type: str,
@@ -58,26 +66,46 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
                 packed_seq_params: PackedSeqParams, **_: Any) -> Tensor:  # fmt: skip
         """query [T, h, d], key and value [T, g, d] → [T, h·d]."""
-        has_kernel = query.is_cuda and query.dtype != torch.float32  # torch's flash attention for packed sequences
+        # torch's flash attention for packed sequences
+        has_kernel = query.is_cuda and query.dtype != torch.float32
         if self.context.size() > 1:
-            both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=1), group=self.context)  # [context·T, 2g, d]
-            runs = key_runs(packed_seq_params.cu_seqlens_q, len(query), self.context.rank(), self.context.size())
+            # [context·T, 2g, d]
+            both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=1), group=self.context)
+            runs = key_runs(
+                packed_seq_params.cu_seqlens_q, len(query), self.context.rank(), self.context.size()
+            )
             key, value = (x[runs.places] for x in both.chunk(2, dim=1))
             attend = self._varlen if has_kernel else self._run_by_run
-            return attend(query, key, value, runs.queries, runs.keys, packed_seq_params.max_seqlen_q).flatten(1)
+            return attend(query, key, value, runs.queries, runs.keys, packed_seq_params.max_seqlen_q).flatten(
+                1
+            )
         cu, longest = packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q
-        return (self._varlen(query, key, value, cu, cu, longest) if has_kernel else self._padded(query, key, value, cu)).flatten(1)
+        return (
+            self._varlen(query, key, value, cu, cu, longest)
+            if has_kernel
+            else self._padded(query, key, value, cu)
+        ).flatten(1)
 
-    def _varlen(self, query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, longest: int) -> Tensor:
-        """Run i: queries queries[i] : queries[i + 1] see keys keys[i] : keys[i + 1], the last one all of them, the one before it …"""
+    def _varlen(
+        self, query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, longest: int
+    ) -> Tensor:
+        """Run i: queries queries[i] : queries[i + 1] see keys keys[i] : keys[i + 1], the last one all of
+        them, the one before it …
+        """
         from torch.nn.attention.varlen import varlen_attn
 
         repeat = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-        return varlen_attn(query, key, value, queries, keys, longest, longest, scale=self.scale, window_size=(-1, 0))  # type: ignore[return-value]
+        return varlen_attn(
+            query, key, value, queries, keys, longest, longest, scale=self.scale, window_size=(-1, 0)
+        )  # type: ignore[return-value]
 
-    def _run_by_run(self, query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, _: int) -> Tensor:
-        """As `_varlen`, where there is no kernel for it: queries padded in front, and so no mask of queries × keys is ever held."""
+    def _run_by_run(
+        self, query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, _: int
+    ) -> Tensor:
+        """As `_varlen`, where there is no kernel for it: queries padded in front, and so no mask of queries ×
+        keys is ever held.
+        """
         parts = []
         sizes = queries.diff().tolist(), keys.diff().tolist()
         for q, k, v in zip(query.split(sizes[0]), key.split(sizes[1]), value.split(sizes[1]), strict=True):
@@ -92,14 +120,17 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         for places, is_real in batches:
             q, k, v = (x[places].transpose(1, 2) for x in (query, key, value))  # [S, h or g, longest, d]
             parts.append(self._causal(q, k, v).transpose(1, 2)[is_real])
-        order = torch.cat([places[is_real] for places, is_real in batches])  # where each computed row belongs in the pack
+        # where each computed row belongs in the pack
+        order = torch.cat([places[is_real] for places, is_real in batches])
         return torch.cat(parts)[order.argsort()]
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [S, h, n, d], key and value [S, g, n, d] → [S, h, n, d]."""
         if query.is_cuda:  # in float32 only a kernel without grouped heads does not hold n × n scores
             key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale, enable_gqa=not query.is_cuda)
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=self.scale, enable_gqa=not query.is_cuda
+        )
 
 
 class Runs(NamedTuple):
@@ -107,19 +138,25 @@ class Runs(NamedTuple):
 
     queries: Tensor  # int32 [2S + 1]: run i of this rank's tokens is queries[i] : queries[i + 1]
     keys: Tensor  # int32 [2S + 1]: its keys are keys[i] : keys[i + 1]
-    places: Tensor  # int64 [keys[-1]]: of each key, where it lies among the tokens of all context ranks, rank after rank
+    # int64 [keys[-1]]: of each key, where it lies among the tokens of all context ranks, rank after rank
+    places: Tensor
 
 
 @functools.lru_cache(maxsize=16)
 def key_runs(cu_seqlens: Tensor, num_tokens: int, rank: int, context: int) -> Runs:
-    """What `rank` of `context` attends to, for the zig-zag of batch.share. `num_tokens`: T. Never waits for the device."""
+    """What `rank` of `context` attends to, for the zig-zag of batch.share. `num_tokens`: T. Never waits for
+    the device.
+    """
     sizes = cu_seqlens.diff() // (2 * context)  # [S], of a chunk
     ends = torch.tensor([rank + 1, 2 * context - rank], device=sizes.device, dtype=sizes.dtype)
     lengths = sizes[:, None].expand(-1, 2), sizes[:, None] * ends  # [S, 2]
     queries, keys = (F.pad(x.flatten().cumsum(0, dtype=torch.int32), (1, 0)) for x in lengths)
     num_keys = num_tokens // 2 * (2 * context + 1)
-    run = torch.repeat_interleave(torch.arange(len(keys) - 1, device=keys.device), keys.diff(), output_size=num_keys)
-    size, start = sizes[run // 2], cu_seqlens[run // 2] // context  # of the key's sequence: its chunks, its beginning on every rank
+    run = torch.repeat_interleave(
+        torch.arange(len(keys) - 1, device=keys.device), keys.diff(), output_size=num_keys
+    )
+    # of the key's sequence: its chunks, its beginning on every rank
+    size, start = sizes[run // 2], cu_seqlens[run // 2] // context
     step = torch.arange(num_keys, device=keys.device) - keys[run]
     chunk = step // size
     is_late = chunk >= context
@@ -131,12 +168,15 @@ def key_runs(cu_seqlens: Tensor, num_tokens: int, rank: int, context: int) -> Ru
 def padded_batches(cu_seqlens: tuple[int, ...], device: torch.device) -> list[tuple[Tensor, Tensor]]:
     """The packed sequences as padded batches of like length, at most MAX_PADDING of each padding.
 
-    Returns per batch: places in the pack, int64 [S, longest], padding repeats a sequence's last; which are real, bool [S, longest].
+    Returns per batch: places in the pack, int64 [S, longest], padding repeats a sequence's last; which are
+    real, bool [S, longest].
     """
     starts, lengths = np.array(cu_seqlens[:-1]), np.diff(cu_seqlens)
     batches: list[list[int]] = []
     for i in np.argsort(-lengths, kind="stable").tolist():
-        if batches and lengths[batches[-1]].sum() + lengths[i] >= (1 - MAX_PADDING) * lengths[batches[-1][0]] * (len(batches[-1]) + 1):
+        if batches and lengths[batches[-1]].sum() + lengths[i] >= (1 - MAX_PADDING) * lengths[
+            batches[-1][0]
+        ] * (len(batches[-1]) + 1):
             batches[-1].append(i)
         else:
             batches.append([i])
@@ -144,11 +184,15 @@ def padded_batches(cu_seqlens: tuple[int, ...], device: torch.device) -> list[tu
     for batch in batches:
         steps = np.arange(lengths[batch[0]])
         places = starts[batch, None] + np.minimum(steps, lengths[batch, None] - 1)
-        padded.append((torch.from_numpy(places).to(device), torch.from_numpy(steps < lengths[batch, None]).to(device)))
+        padded.append(
+            (torch.from_numpy(places).to(device), torch.from_numpy(steps < lengths[batch, None]).to(device))
+        )
     return padded
 
 
-def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> ModuleSpec | TransformerBlockSubmodules:
+def layer_spec(
+    config: TransformerConfig, vp_stage: int | None = None
+) -> ModuleSpec | TransformerBlockSubmodules:
     """Megatron's layers with Transformer Engine where there is one, else with the modules above."""
     experts = dict(num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm)
     if has_transformer_engine():

@@ -1,6 +1,7 @@
 """π_θ on Megatron-core: build it, score with it, update it, read its weights, save and load it.
 
-T = packed tokens of a microbatch on a context rank (T/tp of them on a rank under sequence parallelism), H = hidden size, V = vocabulary.
+T = packed tokens of a microbatch on a context rank (T/tp of them on a rank under sequence parallelism), H =
+hidden size, V = vocabulary.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ import numpy as np
 import torch
 from dapo_kernels import linear_logprobs, linear_policy_loss
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -73,19 +78,28 @@ class Policy:
         self.transformer = transformer_config(self.shape, config)
         optimizer = optimizer_config(config, self.transformer)
         initialize_megatron(config.parallel)
-        assert parallel_state.get_data_parallel_rank(with_context_parallel=True) == mesh.share, "mesh and Megatron disagree on the ranks"
+        assert parallel_state.get_data_parallel_rank(with_context_parallel=True) == mesh.share, (
+            "mesh and Megatron disagree on the ranks"
+        )
         model_parallel_cuda_manual_seed(config.run.seed)
         self.tensor_group = parallel_state.get_tensor_model_parallel_group()
         self.is_last_stage = parallel_state.is_pipeline_last_stage()
-        self.reports = self.is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0  # metrics are summed over these ranks
+        # metrics are summed over these ranks
+        self.reports = self.is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0
 
         _, _, ddp_fields = split_passthrough(config.policy.megatron)
         self.chunks = [chunk.to(mesh.device) for chunk in build_model(self.shape, self.transformer)]
         self._weights = Weights(self.chunks, self.shape)
         self._weights.load(weight_files.open_weights(config.policy.model, self.shape))
-        ddp = DistributedDataParallelConfig(**dict(use_distributed_optimizer=True, grad_reduce_in_fp32=True) | ddp_fields)
+        ddp = DistributedDataParallelConfig(
+            **dict(use_distributed_optimizer=True, grad_reduce_in_fp32=True) | ddp_fields
+        )
         self.models = [
-            DistributedDataParallel(self.transformer, ddp, Float16Module(self.transformer, chunk) if self.transformer.bf16 else chunk)
+            DistributedDataParallel(
+                self.transformer,
+                ddp,
+                Float16Module(self.transformer, chunk) if self.transformer.bf16 else chunk,
+            )
             for chunk in self.chunks
         ]
         self.optimizer = get_megatron_optimizer(optimizer, self.models)
@@ -93,20 +107,25 @@ class Policy:
         self.transformer.finalize_model_grads_func = finalize_model_grads
         self.transformer.grad_scale_func = self.optimizer.scale_loss
         no_sync = [model.no_sync for model in self.models]
-        self.transformer.no_sync_func = (no_sync if len(no_sync) > 1 else no_sync[0]) if ddp.overlap_grad_reduce else None
+        self.transformer.no_sync_func = (
+            (no_sync if len(no_sync) > 1 else no_sync[0]) if ddp.overlap_grad_reduce else None
+        )
         self._on_device: dict[int, _Tensors] = {}
         self._traces: dict[tuple[int, int], Trace] = {}  # by (group, index), where this rank reports
 
     @timed("old_logprobs")
     @torch.no_grad()  # Megatron's schedule would keep a graph
     def set_old_logprobs(self, batch: Batch) -> dict[str, float]:
-        """log π_θold of every token of the batch, by the trainer's own numerics and the updates' own packing: the ratio's denominator.
+        """log π_θold of every token of the batch, by the trainer's own numerics and the updates' own packing:
+        the ratio's denominator.
 
-        A stale token's weight is multiplied by the truncated importance weight min(exp(old − behavior), objective.importance_cap): older
-        weights than π_θold wrote it. The current weights' tokens keep theirs, for what differs there is rounding.
+        A stale token's weight is multiplied by the truncated importance weight min(exp(old − behavior),
+        objective.importance_cap): older weights than π_θold wrote it. The current weights' tokens keep
+        theirs, for what differs there is rounding.
 
-        Returns the mismatch |old − behavior| over the current weights' tokens, mean and max: the alarm for a weight sync that went wrong;
-        over the stale ones the mean importance weight, and the share that was cut to the cap.
+        Returns the mismatch |old − behavior| over the current weights' tokens, mean and max: the alarm for a
+        weight sync that went wrong; over the stale ones the mean importance weight, and the share that was
+        cut to the cap.
 
         Raises:
             PolicyError: a log-prob is not finite.
@@ -116,13 +135,18 @@ class Policy:
         if not work:
             return {}
         cap = self.config.objective.importance_cap
-        sums, largest = np.zeros(6), 0.0  # not finite; current tokens, Σ|old − behavior|; stale tokens, Σ importance, cut to the cap
-        for tensors, logprobs in zip(work, self._run(work, self._score, forward_only=True), strict=False):  # results on the last stage only
+        # not finite; current tokens, Σ|old − behavior|; stale tokens, Σ importance, cut to the cap
+        sums, largest = np.zeros(6), 0.0
+        # results on the last stage only
+        for tensors, logprobs in zip(work, self._run(work, self._score, forward_only=True), strict=False):
             tensors.old_logprobs = logprobs
             log_importance = logprobs - tensors.behavior_logprobs
             importance = log_importance.exp().clamp(max=cap)
             tensors.weights = torch.where(tensors.is_stale, tensors.weights * importance, tensors.weights)
-            gap, stale = log_importance[tensors.mask & ~tensors.is_stale].abs(), importance[tensors.mask & tensors.is_stale]
+            gap, stale = (
+                log_importance[tensors.mask & ~tensors.is_stale].abs(),
+                importance[tensors.mask & tensors.is_stale],
+            )
             if self.reports:
                 bad, cut = (~logprobs.isfinite()).sum(), (stale >= cap).sum()
                 sums += [float(x) for x in (bad, len(gap), gap.sum(), len(stale), stale.sum(), cut)]
@@ -130,13 +154,21 @@ class Policy:
         broken, current, gaps, num_stale, importances, num_cut = self.mesh.sum(sums)
         if broken:
             raise PolicyError(
-                f"{broken:.0f} of {current + num_stale:.0f} log-probs of the policy are not finite: its weights are damaged; "
+                f"{broken:.0f} of {current + num_stale:.0f} log-probs of the policy are not finite: its "
+                "weights are damaged; "
                 "resume from a checkpoint"
             )
-        mismatch = {"policy/mismatch": gaps / current, "policy/mismatch_max": self.mesh.max(largest)} if current else {}
+        mismatch = (
+            {"policy/mismatch": gaps / current, "policy/mismatch_max": self.mesh.max(largest)}
+            if current
+            else {}
+        )
         if not num_stale:
             return mismatch
-        return mismatch | {"policy/importance": importances / num_stale, "policy/importance_cut": num_cut / num_stale}
+        return mismatch | {
+            "policy/importance": importances / num_stale,
+            "policy/importance_cut": num_cut / num_stale,
+        }
 
     @timed("update")
     def update(self, minibatch: list[Microbatch]) -> dict[str, float]:
@@ -149,19 +181,30 @@ class Policy:
         self.scheduler.step(1)  # before the update: the first one has the first warm-up value, not lr 0
         _, grad_norm, _ = self.optimizer.step()
         if not math.isfinite(grad_norm):
-            raise PolicyError(f"gradient norm is {grad_norm}: the update destroyed the policy; resume from the last checkpoint")
+            raise PolicyError(
+                f"gradient norm is {grad_norm}: the update destroyed the policy; resume from the last "
+                "checkpoint"
+            )
         return metrics | {"policy/grad_norm": float(grad_norm), "policy/lr": self.scheduler.get_lr({})}
 
     def backward(self, minibatch: list[Microbatch]) -> dict[str, float]:
-        """Gradients of the minibatch's loss, summed over microbatches and data-parallel ranks; its metrics, means over response tokens."""
+        """Gradients of the minibatch's loss, summed over microbatches and data-parallel ranks; its metrics,
+        means over response tokens.
+        """
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
         work = [self._on_device[id(microbatch)] for microbatch in minibatch]
-        sums = sum(self._run(work, self._loss, forward_only=False), start=torch.zeros(len(SUMS), dtype=torch.float64))
-        totals = dict(zip(SUMS, self.mesh.sum(sums.numpy() if self.reports else np.zeros(len(SUMS))), strict=True))
+        sums = sum(
+            self._run(work, self._loss, forward_only=False), start=torch.zeros(len(SUMS), dtype=torch.float64)
+        )
+        totals = dict(
+            zip(SUMS, self.mesh.sum(sums.numpy() if self.reports else np.zeros(len(SUMS))), strict=True)
+        )
         if not math.isfinite(totals["loss"]):
-            raise PolicyError(f"the loss is {totals['loss']}: stopped before the update; the last checkpoint is whole")
+            raise PolicyError(
+                f"the loss is {totals['loss']}: stopped before the update; the last checkpoint is whole"
+            )
         tokens = max(totals["tokens"], 1)
         return {
             "policy/loss": totals["loss"],  # the weights hold the normaliser: the sum is the loss
@@ -169,7 +212,8 @@ class Policy:
             "policy/probability": totals["probability"] / tokens,
             "policy/clip_low": totals["clipped_low"] / tokens,
             "policy/clip_high": totals["clipped_high"] / tokens,
-            "policy/clip_high_probability": totals["clipped_high_probability"] / max(totals["clipped_high"], 1),
+            "policy/clip_high_probability": totals["clipped_high_probability"]
+            / max(totals["clipped_high"], 1),
         }
 
     def take_traces(self) -> list[Trace]:
@@ -178,11 +222,15 @@ class Policy:
         return traces
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(Hugging Face name, full tensor) of the whole model, one at a time, on every rank: every rank drains it."""
+        """(Hugging Face name, full tensor) of the whole model, one at a time, on every rank: every rank
+        drains it.
+        """
         return self._weights.export()
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """As `weights`, the gradients of the last `backward` (whole on every rank only without data parallelism)."""
+        """As `weights`, the gradients of the last `backward` (whole on every rank only without data
+        parallelism).
+        """
         return self._weights.export(lambda p: p.main_grad)  # type: ignore[attr-defined]
 
     def free_unused(self) -> None:
@@ -195,14 +243,18 @@ class Policy:
         """Write the model as a Hugging Face directory, which appears whole or not at all."""
         if self.mesh.is_main:
             dtype = self.transformer.params_dtype
-            weight_files.save_hf([self.weights()], self.shape, dtype, self.config.policy.model, target, may_replace=True)
+            weight_files.save_hf(
+                [self.weights()], self.shape, dtype, self.config.policy.model, target, may_replace=True
+            )
         else:
             for _ in self.weights():
                 pass
         self.mesh.barrier()
 
     def save(self, directory: Path) -> torch_dist.Save:
-        """Plan a Megatron distributed checkpoint of model, optimizer and scheduler, in an existing, empty directory: `start` it."""
+        """Plan a Megatron distributed checkpoint of model, optimizer and scheduler, in an existing, empty
+        directory: `start` it.
+        """
         copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
         tensors, _ = self._sharded_state()
         state = tensors | {"optimizer": groups(self.optimizer), "num_updates": self.scheduler.num_steps}
@@ -226,7 +278,12 @@ class Policy:
             group.update(settings)  # what the config says now, not what it said then
         self.scheduler.num_steps = 0
         self.scheduler.step(state["num_updates"])
-        broken = [name for chunk in self.chunks for name, param in chunk.named_parameters() if not param.isfinite().all()]
+        broken = [
+            name
+            for chunk in self.chunks
+            for name, param in chunk.named_parameters()
+            if not param.isfinite().all()
+        ]
         self.mesh.on_main(_refuse_broken, directory, self.mesh.gather(broken))
 
     def _make_scheduler(self) -> OptimizerParamScheduler:
@@ -247,21 +304,30 @@ class Policy:
         )
 
     def _sharded_state(self) -> tuple[dict[str, Any], OwnState]:
-        """The tensors that a checkpoint holds, this rank's parts of them; and those of the optimizer among them."""
+        """The tensors that a checkpoint holds, this rank's parts of them; and those of the optimizer among
+        them.
+        """
         metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-        model = {f"chunk{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(self.chunks)}
+        model = {
+            f"chunk{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(self.chunks)
+        }
         own = OwnState(self.optimizer, model)
         return {"model": model, "state": own.boxes}, own
 
     def _run(self, work: list[_Tensors], finish: Any, forward_only: bool) -> list[Any]:
-        """Megatron's pipeline schedule over the microbatches. Returns what `finish` reported for each, on the last stage; else nothing."""
+        """Megatron's pipeline schedule over the microbatches. Returns what `finish` reported for each, on the
+        last stage; else nothing.
+        """
 
-        keep_dtype = {"fp32_output": False} if self.transformer.bf16 else {}  # Megatron's 16-bit wrapper would widen the hidden states
+        # Megatron's 16-bit wrapper would widen the hidden states
+        keep_dtype = {"fp32_output": False} if self.transformer.bf16 else {}
 
         def forward_step(data: Iterator[_Tensors], model: torch.nn.Module) -> tuple[Tensor, Any]:
             beat()
             tensors = next(data)
-            hidden = model(tensors.tokens, tensors.positions, None, packed_seq_params=tensors.packed, **keep_dtype)  # [T, 1, H]
+            hidden = model(
+                tensors.tokens, tensors.positions, None, packed_seq_params=tensors.packed, **keep_dtype
+            )  # [T, 1, H]
             return hidden, lambda hidden: finish(tensors, hidden[:, 0])
 
         return get_forward_backward_func()(  # type: ignore[no-any-return]
@@ -286,7 +352,9 @@ class Policy:
         return logprobs.sum(), torch.zeros((), dtype=torch.int, device=hidden.device), logprobs
 
     def _loss(self, tensors: _Tensors, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss as a sum over this microbatch's tokens, "0 tokens" (Megatron then divides by nothing), and SUMS."""
+        """The loss as a sum over this microbatch's tokens, "0 tokens" (Megatron then divides by nothing), and
+        SUMS.
+        """
         objective = self.config.objective
         out = linear_policy_loss(
             hidden,
@@ -322,7 +390,11 @@ class Policy:
             high.sum(),
             probability[high].sum(),
         ]
-        return out.loss, torch.zeros((), dtype=torch.int, device=hidden.device), torch.stack([s.double() for s in sums]).cpu()
+        return (
+            out.loss,
+            torch.zeros((), dtype=torch.int, device=hidden.device),
+            torch.stack([s.double() for s in sums]).cpu(),
+        )
 
     @property
     def _head(self) -> torch.nn.Parameter:
@@ -337,7 +409,8 @@ class Policy:
             "tp_group": self.tensor_group if self.config.parallel.tensor > 1 else None,
             "sequence_parallel": self.transformer.sequence_parallel,
             "valid_vocab": self.shape.vocab_size,
-            "fp32_logits": True,  # 16-bit logits cost a log-prob 2e-2; this is the price of a few percent of the head's time
+            # 16-bit logits cost a log-prob 2e-2; this is the price of a few percent of the head's time
+            "fp32_logits": True,
         }
 
     def _tensors(self, microbatch: Microbatch) -> _Tensors:
@@ -356,7 +429,11 @@ class Policy:
             behavior_logprobs=place(microbatch.behavior_logprobs),
             is_stale=place(microbatch.is_stale),
             packed=PackedSeqParams(
-                qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest
+                qkv_format="thd",
+                cu_seqlens_q=cu_seqlens,
+                cu_seqlens_kv=cu_seqlens,
+                max_seqlen_q=longest,
+                max_seqlen_kv=longest,
             ),
             dumped=microbatch.dumped,
         )
@@ -365,11 +442,13 @@ class Policy:
 def _refuse_broken(directory: Path, names: list[list[str]]) -> None:
     if broken := [name for of_rank in names for name in of_rank]:
         raise ConfigError(
-            f"{directory}: {len(broken)} parameters hold NaN or infinite values, first {broken[0]}: use an earlier checkpoint"
+            f"{directory}: {len(broken)} parameters hold NaN or infinite values, first {broken[0]}: use an "
+            "earlier checkpoint"
         )
 
 
-SETTINGS = ("max_lr", "min_lr", "betas", "eps")  # of the optimizer's groups; the scheduler sets lr and weight_decay
+# of the optimizer's groups; the scheduler sets lr and weight_decay
+SETTINGS = ("max_lr", "min_lr", "betas", "eps")
 
 # what one microbatch adds up over its response tokens, in this order
 SUMS = ("tokens", "loss", "entropy", "probability", "clipped_low", "clipped_high", "clipped_high_probability")

@@ -21,22 +21,35 @@ from dapo.policy.rope import inverse_frequencies, softmax_scale
 
 
 def split_passthrough(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """policy.megatron's fields for (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig); a shared name goes to each.
+    """policy.megatron's fields for (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig); a
+    shared name goes to each.
 
     Raises:
         ConfigError: none of the three has such a field.
     """
-    owners = [{f.name for f in dataclasses.fields(c)} for c in (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig)]
+    owners = [
+        {f.name for f in dataclasses.fields(c)}
+        for c in (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig)
+    ]
     for name in options:
         if not any(name in fields for fields in owners):
-            raise ConfigError(f"policy.megatron.{name}: no such field in Megatron's configs; {nearest(name, sorted(set().union(*owners)))}")
+            raise ConfigError(
+                f"policy.megatron.{name}: no such field in Megatron's configs; "
+                f"{nearest(name, sorted(set().union(*owners)))}"
+            )
     transformer, optimizer, ddp = ({k: v for k, v in options.items() if k in fields} for fields in owners)
     return transformer, optimizer, ddp
 
 
 def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
-    """Raises ConfigError: heads, KV heads or layers do not divide by the layout, or Megatron refuses a passed-through field."""
-    tensor, pipeline, virtual = config.parallel.tensor, config.parallel.pipeline, config.parallel.virtual_pipeline
+    """Raises ConfigError: heads, KV heads or layers do not divide by the layout, or Megatron refuses a
+    passed-through field.
+    """
+    tensor, pipeline, virtual = (
+        config.parallel.tensor,
+        config.parallel.pipeline,
+        config.parallel.virtual_pipeline,
+    )
     check_layout(shape, config)
     passed, _, _ = split_passthrough(config.policy.megatron)
     dtype = getattr(torch, config.policy.dtype)
@@ -68,11 +81,12 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         bf16=dtype == torch.bfloat16,
         calculate_per_token_loss=True,  # the loss is a sum over tokens: Megatron must divide by nothing
         moe_token_dispatcher_type="alltoall",  # what variable_seq_lengths insists on, dense models included
-        batch_p2p_comm=False,  # between two stages that take turns, batched sends in both directions are swapped
+        # between two stages that take turns, batched sends in both directions are swapped
+        batch_p2p_comm=False,
         overlap_p2p_comm=False,
         use_cpu_initialization=not has_cuda,
-        # the weights are loaded; but Megatron marks a parameter as tensor-parallel while it initialises it, and unmarked ones are missing
-        # from the gradient norm: so initialise, with functions that do nothing
+        # the weights are loaded; but Megatron marks a parameter as tensor-parallel while it initialises it,
+        # and unmarked ones are missing from the gradient norm: so initialise, with functions that do nothing
         perform_initialization=True,
         init_method=_leave,
         output_layer_init_method=_leave,
@@ -89,7 +103,8 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
             num_moe_experts=shape.num_experts,
             moe_ffn_hidden_size=shape.expert_ffn_size,
             moe_router_topk=shape.experts_per_token,
-            moe_router_pre_softmax=not shape.is_expert_sum_one,  # softmax over all experts; or over the chosen ones, whose weights sum to 1
+            # softmax over all experts; or over the chosen ones, whose weights sum to 1
+            moe_router_pre_softmax=not shape.is_expert_sum_one,
             moe_router_load_balancing_type="none",
             moe_router_dtype="fp32",
             moe_grouped_gemm=has_transformer_engine(),
@@ -98,16 +113,20 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         )
     if has_transformer_engine() and config.parallel.context > 1 and dtype == torch.float32:
         raise ConfigError(
-            f"parallel.context={config.parallel.context} with policy.dtype=float32: Transformer Engine has no such attention; use bfloat16"
+            f"parallel.context={config.parallel.context} with policy.dtype=float32: Transformer Engine has "
+            "no such attention; use bfloat16"
         )
-    # Megatron refuses unlike lengths for allgather, which gathers as many tokens from every rank. batch.py makes them alike within a group
+    # Megatron refuses unlike lengths for allgather, which gathers as many tokens from every rank. batch.py
+    # makes them alike within a group
     fields["variable_seq_lengths"] = passed.get("moe_token_dispatcher_type") != "allgather"
     try:
         made = TransformerConfig(**fields | passed)
         made.variable_seq_lengths = True  # packed microbatches differ in length
         return made
     except (ValueError, AssertionError, TypeError) as error:
-        raise ConfigError(f"policy.megatron={config.policy.megatron}: Megatron refuses it: {error}") from error
+        raise ConfigError(
+            f"policy.megatron={config.policy.megatron}: Megatron refuses it: {error}"
+        ) from error
 
 
 def optimizer_config(config: Config, transformer: TransformerConfig) -> OptimizerConfig:
@@ -127,7 +146,9 @@ def optimizer_config(config: Config, transformer: TransformerConfig) -> Optimize
     try:
         return OptimizerConfig(**fields | passed)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(f"policy.megatron={config.policy.megatron}: Megatron refuses it: {error}") from error
+        raise ConfigError(
+            f"policy.megatron={config.policy.megatron}: Megatron refuses it: {error}"
+        ) from error
 
 
 def _leave(weight: torch.Tensor) -> torch.Tensor:
@@ -135,7 +156,9 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
 
 
 class HeadlessGPTModel(GPTModel):  # type: ignore[misc]
-    """A GPTModel whose last stage returns hidden states [T, 1, H]: the loss takes them and the LM head, and logits [T, V] never exist."""
+    """A GPTModel whose last stage returns hidden states [T, 1, H]: the loss takes them and the LM head, and
+    logits [T, V] never exist.
+    """
 
     def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return hidden_states
@@ -144,13 +167,17 @@ class HeadlessGPTModel(GPTModel):  # type: ignore[misc]
     def head(self) -> torch.nn.Parameter:
         """The LM head [V/tp, H] on the last pipeline stage."""
         head: torch.nn.Parameter = (
-            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
         )
         return head
 
 
 def build_model(shape: ModelShape, config: TransformerConfig) -> list[HeadlessGPTModel]:
-    """This rank's part of the model, with uninitialised weights: a chunk of layers for each virtual pipeline stage, or all in one."""
+    """This rank's part of the model, with uninitialised weights: a chunk of layers for each virtual pipeline
+    stage, or all in one.
+    """
     num_chunks = config.virtual_pipeline_model_parallel_size
     return [_build_chunk(shape, config, chunk) for chunk in (range(num_chunks) if num_chunks else [None])]
 
@@ -170,7 +197,9 @@ def _build_chunk(shape: ModelShape, config: TransformerConfig, chunk: int | None
         rotary_base=shape.rope_theta,
     )
     for name, parameter in model.named_parameters():
-        if ".mlp.experts." in name:  # Megatron marks them where expert > 1; but tensor ranks too see other tokens each, with whole experts
+        # Megatron marks them where expert > 1; but tensor ranks too see other tokens each, with whole experts
+        if ".mlp.experts." in name:
             parameter.allreduce = False
-    model.rotary_pos_emb.inv_freq = inverse_frequencies(shape)  # Megatron knows one kind of llama3's and another softmax for yarn's
+    # Megatron knows one kind of llama3's and another softmax for yarn's
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(shape)
     return model

@@ -1,8 +1,10 @@
-"""The optimizer's state in a checkpoint: each rank writes, and reads in place, what it owns, as boxes of each parameter's whole tensor.
+"""The optimizer's state in a checkpoint: each rank writes, and reads in place, what it owns, as boxes of each
+parameter's whole tensor.
 
-Megatron's distributed optimizer gives each data-parallel rank a flat range of each parameter, whose main parameter and moments it keeps.
-Megatron's own form for any layout (fully_reshardable) gathers them all on every rank first: 12 bytes a parameter, and more on the way.
-Names and places are the same, so what either wrote the other reads.
+Megatron's distributed optimizer gives each data-parallel rank a flat range of each parameter, whose main
+parameter and moments it keeps. Megatron's own form for any layout (fully_reshardable) gathers them all on
+every rank first: 12 bytes a parameter, and more on the way. Names and places are the same, so what either
+wrote the other reads.
 """
 
 from __future__ import annotations
@@ -21,12 +23,19 @@ from torch import Tensor
 
 
 class OwnState:
-    """What this rank owns of an optimizer's state. `model`: the model's sharded state dict, which says where each parameter lies."""
+    """What this rank owns of an optimizer's state. `model`: the model's sharded state dict, which says where
+    each parameter lies.
+    """
 
     def __init__(self, optimizer: Any, model: dict[str, Any]):
-        places = {entry.data: entry for entry in nested_values(model) if isinstance(entry, ShardedTensor | ShardedTensorFactory)}
+        places = {
+            entry.data: entry
+            for entry in nested_values(model)
+            if isinstance(entry, ShardedTensor | ShardedTensorFactory)
+        }
         self._parts, boxes = _parts(optimizer), list[ShardedTensor]()
-        self._owned: list[tuple[Any, Tensor, dict[str, Tensor]]] = []  # (optimizer, parameter, its range of the state by name)
+        # (optimizer, parameter, its range of the state by name)
+        self._owned: list[tuple[Any, Tensor, dict[str, Tensor]]] = []
         for part in self._parts:
             _begin(part)
             for param, start in _ranges(part):
@@ -36,7 +45,9 @@ class OwnState:
         self.boxes = {str(i): box for i, box in enumerate(boxes)}  # views of the state
 
     def take(self) -> None:
-        """Hand what was read into the boxes to the optimizers, some of which keep it elsewhere or in another form."""
+        """Hand what was read into the boxes to the optimizers, some of which keep it elsewhere or in another
+        form.
+        """
         for part, param, state in self._owned:
             part._set_main_param_and_optimizer_states(param, state)
         for part in self._parts:
@@ -56,7 +67,8 @@ def groups(optimizer: Any) -> dict[Any, Any]:
 def boxes(start: int, end: int, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """The flat range [start, end) of a tensor as boxes (offset, size), end to end.
 
-    `boxes(2, 8, (3, 3))` → the rest of row 0, row 1, the beginning of row 2: ((0, 2), (1, 1)), ((1, 0), (1, 3)), ((2, 0), (1, 2))
+    `boxes(2, 8, (3, 3))` → the rest of row 0, row 1, the beginning of row 2: ((0, 2), (1, 1)), ((1, 0), (1,
+    3)), ((2, 0), (1, 2))
     """
     row = prod(shape[1:])
     while start < end:
@@ -67,17 +79,29 @@ def boxes(start: int, end: int, shape: tuple[int, ...]) -> Iterator[tuple[tuple[
             start += count * row
         else:
             stop = min(end, (i + 1) * row)
-            yield from (((i, *offset), (1, *size)) for offset, size in boxes(column, stop - i * row, shape[1:]))
+            yield from (
+                ((i, *offset), (1, *size)) for offset, size in boxes(column, stop - i * row, shape[1:])
+            )
             start = stop
 
 
 def _boxes_of(
-    param: Tensor, place: ShardedTensor | ShardedTensorFactory, start: int, state: dict[str, Tensor], instance: int
+    param: Tensor,
+    place: ShardedTensor | ShardedTensorFactory,
+    start: int,
+    state: dict[str, Tensor],
+    instance: int,
 ) -> Iterator[ShardedTensor]:
-    """`state`, which begins at the parameter's flat place `start`, as boxes of the tensors that hold the parameter in a checkpoint."""
+    """`state`, which begins at the parameter's flat place `start`, as boxes of the tensors that hold the
+    parameter in a checkpoint.
+    """
     end = start + len(state["param"])
-    for piece in [place] if isinstance(place, ShardedTensor) else nested_values(place.build()):  # gate and up are two, of one parameter
-        assert piece.data.untyped_storage().data_ptr() == param.untyped_storage().data_ptr() and piece.data.is_contiguous()
+    # gate and up are two, of one parameter
+    for piece in [place] if isinstance(place, ShardedTensor) else nested_values(place.build()):
+        assert (
+            piece.data.untyped_storage().data_ptr() == param.untyped_storage().data_ptr()
+            and piece.data.is_contiguous()
+        )
         begin = piece.data.storage_offset() - param.storage_offset()
         first = max(start, begin)
         axes = (1,) * piece.prepend_axis_num  # layers, experts
@@ -90,7 +114,9 @@ def _boxes_of(
                     data=data,
                     dtype=data.dtype,
                     local_shape=tuple(data.shape),
-                    global_offset=tuple(a + b for a, b in zip(piece.global_offset, (*[0] * len(axes), *offset), strict=True)),
+                    global_offset=tuple(
+                        a + b for a, b in zip(piece.global_offset, (*[0] * len(axes), *offset), strict=True)
+                    ),
                     axis_fragmentations=None,  # no regular grid
                     replica_id=(*piece.replica_id[:-1], instance),  # no two data-parallel ranks own the same
                     prepend_axis_num=0,
@@ -117,18 +143,26 @@ def _parts(optimizer: Any) -> list[Any]:
 
 
 def _begin(part: Any) -> None:
-    """Moments of 0 where there are none yet: before the first update there are none, and a checkpoint wants them."""
+    """Moments of 0 where there are none yet: before the first update there are none, and a checkpoint wants
+    them.
+    """
     if not isinstance(part.optimizer, HybridDeviceOptimizer):
         part.init_state_fn(part.optimizer, part.config)
         return
     for inner in part.optimizer.sub_optimizers:
         for p in (p for group in inner.param_groups for p in group["params"] if not inner.state[p]):
-            inner.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            inner.state[p] = {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
     part.optimizer._sync_sub_optimizers_state_to_hdo()
 
 
 def without_classes(state: Any) -> Any:
-    """Without what Megatron's own loading refuses: the groups of an optimizer in main memory name the optimizers that it is made of."""
+    """Without what Megatron's own loading refuses: the groups of an optimizer in main memory name the
+    optimizers that it is made of.
+    """
     if isinstance(state, dict):
         return {key: without_classes(value) for key, value in state.items() if not isinstance(value, type)}
     return [without_classes(value) for value in state] if isinstance(state, list) else state

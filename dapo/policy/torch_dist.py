@@ -1,7 +1,8 @@
-"""Megatron's distributed checkpoints (torch_dist): written by one thread of each rank; read and written chunk by chunk by a single process.
+"""Megatron's distributed checkpoints (torch_dist): written by one thread of each rank; read and written chunk
+by chunk by a single process.
 
-A directory holds *.distcp files (chunks of tensors end to end, each as torch.save writes it), .metadata (a pickle: which chunk lies where),
-common.pt and metadata.json (what is no tensor, and which format this is).
+A directory holds *.distcp files (chunks of tensors end to end, each as torch.save writes it), .metadata (a
+pickle: which chunk lies where), common.pt and metadata.json (what is no tensor, and which format this is).
 """
 
 from __future__ import annotations
@@ -33,8 +34,19 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
-from torch.distributed.checkpoint.filesystem import FileSystemReader, SerializationFormat, _StorageInfo, _write_item
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import (
+    FileSystemReader,
+    SerializationFormat,
+    _StorageInfo,
+    _write_item,
+)
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 
 from dapo.config import ConfigError
@@ -47,13 +59,17 @@ from dapo.mesh import FailedElsewhere
 class Save:
     """A checkpoint on its way to the disk. Every method but `is_written` is collective.
 
-    Megatron's own writers are forked processes, and a manager process that a killed trainer leaves behind: here a thread writes.
+    Megatron's own writers are forked processes, and a manager process that a killed trainer leaves behind:
+    here a thread writes.
     """
 
-    def __init__(self, state: dict[str, Any], directory: Path, copies: dist.ProcessGroup, barrier: Callable[[], None]):
+    def __init__(
+        self, state: dict[str, Any], directory: Path, copies: dist.ProcessGroup, barrier: Callable[[], None]
+    ):
         """Plan who writes what, into an existing, empty directory. Nothing large is written yet.
 
-        `copies`: ranks that have the same state, who share the writing of it. `barrier` has time for a slow disk, as NCCL's has not.
+        `copies`: ranks that have the same state, who share the writing of it. `barrier` has time for a slow
+        disk, as NCCL's has not.
         """
         strategy = _Strategy("torch_dist", 1)
         shared = FullyParallelSaveStrategyWrapper(strategy, copies)
@@ -67,7 +83,9 @@ class Save:
         return self._writer.num_bytes
 
     def start(self, in_background: bool) -> None:
-        """Write. In the background: from a copy in main memory, so that training may go on and change the parameters."""
+        """Write. In the background: from a copy in main memory, so that training may go on and change the
+        parameters.
+        """
         if in_background:
             self._writer.copy_items()
         self._writer.start()
@@ -78,7 +96,8 @@ class Save:
         return self._writer.future.done()
 
     def finish(self) -> dict[str, Sum]:
-        """Wait for every rank's part, then let the main rank write which chunk lies where. Returns the sum of the file of this rank.
+        """Wait for every rank's part, then let the main rank write which chunk lies where. Returns the sum of
+        the file of this rank.
 
         Raises:
             OSError: a part could not be written.
@@ -91,7 +110,11 @@ class Save:
                 finalize()
         except CheckpointException as error:  # a BaseException; only the main rank is told the reasons
             reasons = [reason for reason, _ in error.failures.values()]
-            raise OSError(str(reasons[0])) if reasons else FailedElsewhere("a part of the checkpoint could not be written") from error
+            raise (
+                OSError(str(reasons[0]))
+                if reasons
+                else FailedElsewhere("a part of the checkpoint could not be written")
+            ) from error
         return {self._file: self._writer.sum} if self._writer.items else {}
 
 
@@ -99,7 +122,9 @@ class _Strategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
     """Megatron's plan, our writer."""
 
     def async_save(self, sharded_state_dict: Any, checkpoint_dir: Path) -> AsyncRequest:
-        tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, self.keep_only_main_replica
+        )
         self.writer = _Writer(checkpoint_dir)
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         plan, *_ = save_state_dict_async_plan(mcore_to_pyt_state_dict(tensors), self.writer, planner=planner)
@@ -111,12 +136,17 @@ class _Writer(FileSystemWriterAsync):  # type: ignore[misc]
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
         self.items: list[tuple[WriteItem, Any]] = [(item, planner.resolve_data(item)) for item in plan.items]
-        self.num_bytes = sum(data.nbytes if isinstance(data, Tensor) else len(data.getbuffer()) for _, data in self.items)
+        self.num_bytes = sum(
+            data.nbytes if isinstance(data, Tensor) else len(data.getbuffer()) for _, data in self.items
+        )
         self.file_name = f"{plan.storage_data.prefix}0.distcp"
         self.sum: Sum = (0, 0)
 
     def copy_items(self) -> None:
-        self.items = [(item, _on_cpu(data, copy=True) if isinstance(data, Tensor) else data) for item, data in self.items]
+        self.items = [
+            (item, _on_cpu(data, copy=True) if isinstance(data, Tensor) else data)
+            for item, data in self.items
+        ]
 
     def start(self) -> None:
         thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -141,7 +171,11 @@ class _Writer(FileSystemWriterAsync):  # type: ignore[misc]
         try:
             for item, data in sorted(self.items, key=lambda pair: pair[0].type != WriteItemType.BYTE_IO):
                 data = _on_cpu(data) if isinstance(data, Tensor) else data
-                results.append(_write_item(self.transforms, file, data, item, self.file_name, SerializationFormat.TORCH_SAVE))  # type: ignore[arg-type]
+                results.append(
+                    _write_item(
+                        self.transforms, file, data, item, self.file_name, SerializationFormat.TORCH_SAVE
+                    )
+                )  # type: ignore[arg-type]
             file.close()
         except (OSError, RuntimeError) as error:
             raise file.error or error from None
@@ -153,7 +187,11 @@ def _on_cpu(tensor: Tensor, copy: bool = False) -> Tensor:
     """In memory of its own: torch.save would write all of a storage for a view into it."""
     tensor = tensor.detach()
     is_view = tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous()
-    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor) if copy or is_view or not tensor.is_cpu else tensor
+    return (
+        torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+        if copy or is_view or not tensor.is_cpu
+        else tensor
+    )
 
 
 # --- a single process, any layout ---
@@ -171,15 +209,20 @@ class Reader:
         try:
             self._metadata = FileSystemReader(directory).read_metadata()
         except (OSError, EOFError, pickle.UnpicklingError, AttributeError) as error:
-            raise ConfigError(f"{directory}: no Megatron checkpoint (torch_dist) is there: .metadata: {error}") from error
+            raise ConfigError(
+                f"{directory}: no Megatron checkpoint (torch_dist) is there: .metadata: {error}"
+            ) from error
         found = self._metadata.state_dict_metadata
-        self.sizes = {name: tuple(m.size) for name, m in found.items() if isinstance(m, TensorStorageMetadata)}
+        self.sizes = {
+            name: tuple(m.size) for name, m in found.items() if isinstance(m, TensorStorageMetadata)
+        }
 
     def dtype(self, name: str) -> torch.dtype:
         return self._metadata.state_dict_metadata[name].properties.dtype  # type: ignore[union-attr]
 
     def read(self, name: str, place: tuple[int, ...] = ()) -> Tensor:
-        """The whole tensor, or of one whose first dimensions count layers (and experts), that layer's (and expert's).
+        """The whole tensor, or of one whose first dimensions count layers (and experts), that layer's (and
+        expert's).
 
         Raises:
             ConfigError: a file is missing, cut short or damaged.
@@ -189,10 +232,14 @@ class Reader:
         if len(parts) == 1:
             whole = parts[0]
         else:
-            whole = torch.empty([1] * len(place) + list(self.sizes[name][len(place) :]), dtype=self.dtype(name))
+            whole = torch.empty(
+                [1] * len(place) + list(self.sizes[name][len(place) :]), dtype=self.dtype(name)
+            )
             for chunk, part in zip(chunks, parts, strict=True):
                 starts = [0] * len(place) + list(chunk.offsets[len(place) :])
-                whole[tuple(slice(start, start + n) for start, n in zip(starts, part.shape, strict=True))] = part
+                whole[tuple(slice(start, start + n) for start, n in zip(starts, part.shape, strict=True))] = (
+                    part
+                )
         return whole[(0,) * len(place)]
 
     @functools.cache  # noqa: B019  # as long-lived as the process that converts
@@ -203,13 +250,17 @@ class Reader:
         return found
 
     def _chunk(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
-        """Mapped, not copied: torch.save's archive is not compressed, and keeps a CRC-32 of each tensor, which is checked."""
+        """Mapped, not copied: torch.save's archive is not compressed, and keeps a CRC-32 of each tensor,
+        which is checked.
+        """
         where = self._metadata.storage_data[MetadataIndex(name, chunk.offsets)]
         path = self.directory / where.relative_path
         start = where.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         try:
             with open(path, "rb") as file:
-                mapped = mmap.mmap(file.fileno(), where.offset + where.length - start, access=mmap.ACCESS_COPY, offset=start)
+                mapped = mmap.mmap(
+                    file.fileno(), where.offset + where.length - start, access=mmap.ACCESS_COPY, offset=start
+                )
                 mapped.madvise(mmap.MADV_WILLNEED)
                 archive = _Slice(mapped, where.offset - start, where.length)
             with zipfile.ZipFile(archive) as entries:  # type: ignore[arg-type]
@@ -218,11 +269,19 @@ class Reader:
                     header = archive.bytes_at(entry.header_offset, 30)
         except (OSError, ValueError, zipfile.BadZipFile) as error:
             raise ConfigError(f"{path}: missing, damaged or cut short, at {name}: {error}") from error
-        begin = archive.start + entry.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        begin = (
+            archive.start
+            + entry.header_offset
+            + 30
+            + int.from_bytes(header[26:28], "little")
+            + int.from_bytes(header[28:30], "little")
+        )
         if zlib.crc32(memoryview(mapped)[begin : begin + entry.file_size]) != entry.CRC:
             raise ConfigError(f"{path}: damaged: the checksum of {name} differs")
         dtype = self.dtype(name)
-        return torch.frombuffer(mapped, dtype=dtype, count=entry.file_size // dtype.itemsize, offset=begin).view(*chunk.sizes)
+        return torch.frombuffer(
+            mapped, dtype=dtype, count=entry.file_size // dtype.itemsize, offset=begin
+        ).view(*chunk.sizes)
 
 
 class _Slice:
@@ -251,7 +310,9 @@ class _Slice:
 
 
 class Writer:
-    """A checkpoint of tensors written one by one, in files of at most `file_bytes` (or one chunk). Each thread writes a part of its own."""
+    """A checkpoint of tensors written one by one, in files of at most `file_bytes` (or one chunk). Each
+    thread writes a part of its own.
+    """
 
     def __init__(self, directory: Path, file_bytes: int):
         self.directory, self.file_bytes = directory, file_bytes
@@ -263,15 +324,26 @@ class Writer:
         self._metadata: dict[str, Any] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
 
-    def write(self, name: str, tensor: Tensor, place: tuple[int, ...] = (), counts: tuple[int, ...] = (), part: int = 0) -> None:
-        """The whole tensor, or that of layer (and expert) `place` of one whose first dimensions count `counts` of them."""
+    def write(
+        self,
+        name: str,
+        tensor: Tensor,
+        place: tuple[int, ...] = (),
+        counts: tuple[int, ...] = (),
+        part: int = 0,
+    ) -> None:
+        """The whole tensor, or that of layer (and expert) `place` of one whose first dimensions count
+        `counts` of them.
+        """
         offsets = torch.Size([*place, *[0] * tensor.dim()])
         size = torch.Size([*counts, *tensor.shape])
         tensor = tensor[(None,) * len(place)]
         file_name, file = self._file_of(part, tensor.nbytes)
         start = file.tell()
         torch.save(_on_cpu(tensor), file)  # type: ignore[arg-type]
-        known = self._metadata.setdefault(name, TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), size, []))
+        known = self._metadata.setdefault(
+            name, TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), size, [])
+        )
         known.chunks.append(ChunkStorageMetadata(offsets, tensor.shape))
         self._places[MetadataIndex(name, offsets)] = _StorageInfo(file_name, start, file.tell() - start)
 
@@ -284,7 +356,9 @@ class Writer:
         for known in self._metadata.values():
             known.chunks.sort(key=lambda chunk: tuple(chunk.offsets))
         torch.save({}, self.directory / "common.pt")
-        (self.directory / ".metadata").write_bytes(pickle.dumps(Metadata(self._metadata, storage_data=self._places)))
+        (self.directory / ".metadata").write_bytes(
+            pickle.dumps(Metadata(self._metadata, storage_data=self._places))
+        )
         save_config(CheckpointingConfig("torch_dist", 1), str(self.directory))
 
     def _file_of(self, part: int, num_bytes: int) -> tuple[str, SummedFile]:

@@ -17,7 +17,8 @@ CURVES = {  # the paper's four monitors and accuracy (Figures 2 and 7)
 }
 
 
-COLORS = ("#2a5c8a", "#c8692b", "#3a8464", "#8b5a9e", "#a8893a", "#b54a5c", "#2b8a96", "#6b6f76")  # of several runs, as in report.html
+# of several runs, as in report.html
+COLORS = ("#2a5c8a", "#c8692b", "#3a8464", "#8b5a9e", "#a8893a", "#b54a5c", "#2b8a96", "#6b6f76")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -32,7 +33,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def plot(runs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
-    """The paper's monitors over steps, as a PNG: the rows of each run, by the name that the legend has for it."""
+    """The paper's monitors over steps, as a PNG: the rows of each run, by the name that the legend has for
+    it.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -53,5 +56,10 @@ def plot(runs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     if len(runs) > 1:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(runs), 4), frameon=False)
+        figure.legend(
+            *axes.get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=min(len(runs), 4),
+            frameon=False,
+        )
     figure.savefig(path, dpi=110)

@@ -1,4 +1,5 @@
-"""One HTML page of one run or several: curves to zoom into, and a browser of dumped samples. It needs no network, and reading no torch.
+"""One HTML page of one run or several: curves to zoom into, and a browser of dumped samples. It needs no
+network, and reading no torch.
 
 python -m dapo report RUN [RUN …] [--out PATH] [--samples MIB]. report.html is the page without its data.
 """
@@ -55,7 +56,8 @@ class Embedded:
 
 
 def write(directories: Sequence[Path], out: Path | None, samples_mib: float) -> tuple[str, list[str]]:
-    """Make the page, and a PNG of the paper's curves beside it; returns what was made, in a line, and warnings of what was left out.
+    """Make the page, and a PNG of the paper's curves beside it; returns what was made, in a line, and
+    warnings of what was left out.
 
     Args:
         out: the page; None: report.html in the first run's directory.
@@ -99,7 +101,9 @@ def read(directory: Path, label: str) -> Run:
         num_lines = len(path.read_text(encoding="utf-8").splitlines())
         rows = curves.read(path)
     except FileNotFoundError:
-        raise ConfigError(f"{directory} has no metrics.jsonl: not a run's directory, or its first step is still being made") from None
+        raise ConfigError(
+            f"{directory} has no metrics.jsonl: not a run's directory, or its first step is still being made"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -108,25 +112,37 @@ def read(directory: Path, label: str) -> Run:
         raise ConfigError(f"{path} has no whole row: the run has not finished a step yet")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise ConfigError(f"{path}:{number} is not a row of metrics: expected an object with a whole number `step`")
+            raise ConfigError(
+                f"{path}:{number} is not a row of metrics: expected an object with a whole number `step`"
+            )
     if len(rows) < num_lines:
-        warnings.append(f"{path}:{len(rows) + 1} is cut short: left out, with {num_lines - len(rows) - 1} lines after it")
+        warnings.append(
+            f"{path}:{len(rows) + 1} is cut short: left out, with {num_lines - len(rows) - 1} lines after it"
+        )
     options: dict[str, Any] = {}
     try:
         options = dict(_flat(yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        warnings.append(f"{directory / 'config.yaml'} cannot be read, the page shows no options: {' '.join(str(error).split())}")
+        warnings.append(
+            f"{directory / 'config.yaml'} cannot be read, the page shows no options: "
+            f"{' '.join(str(error).split())}"
+        )
     return Run(directory, label, rows, options, warnings)
 
 
 def labels(directories: Sequence[Path]) -> list[str]:
-    """As much of each path's end as tells the runs apart: `labels([a/x, b/x])` → ["a/x", "b/x"]; the same path twice is numbered."""
+    """As much of each path's end as tells the runs apart: `labels([a/x, b/x])` → ["a/x", "b/x"]; the same
+    path twice is numbered.
+    """
     paths = [directory.resolve().parts[1:] or ("/",) for directory in directories]
     for depth in range(1, max(map(len, paths)) + 1):
         names = ["/".join(path[-depth:]) for path in paths]
         if len(set(names)) == len(set(paths)):
             break
-    return [name if name not in names[:i] else f"{name} ({names[:i].count(name) + 1})" for i, name in enumerate(names)]
+    return [
+        name if name not in names[:i] else f"{name} ({names[:i].count(name) + 1})"
+        for i, name in enumerate(names)
+    ]
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -139,7 +155,9 @@ def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
-    """Every number of metrics.jsonl, six digits of it, by name and row; None where a row lacks it or it is not finite."""
+    """Every number of metrics.jsonl, six digits of it, by name and row; None where a row lacks it or it is
+    not finite.
+    """
     keys = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, int | float))
     return {key: [_rounded(row.get(key)) for row in rows] for key in keys}
 
@@ -160,7 +178,8 @@ def _flat(options: Any, above: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def embed(run: Run, budget: int) -> Embedded:
-    """As many of the run's dumped groups as fit into `budget` bytes: first one group of each kind, of steps spread evenly; then the others.
+    """As many of the run's dumped groups as fit into `budget` bytes: first one group of each kind, of steps
+    spread evenly; then the others.
 
     Raises:
         ConfigError: a dump cannot be read.
@@ -172,7 +191,9 @@ def embed(run: Run, budget: int) -> Embedded:
         for i in spread(len(steps)):
             for group in read_groups(run.directory / "rollouts", steps[i], passed):
                 entry, content = describe(steps[i], group, tokenizer)
-                blob = base64.b64encode(gzip.compress(json.dumps(content).encode(), compresslevel=5, mtime=0)).decode()
+                blob = base64.b64encode(
+                    gzip.compress(json.dumps(content).encode(), compresslevel=5, mtime=0)
+                ).decode()
                 size = len(blob) + len(json.dumps(entry))
                 if embedded.num_bytes + size > budget:
                     return embedded.sorted()
@@ -184,25 +205,33 @@ def embed(run: Run, budget: int) -> Embedded:
 
 
 def dumped_steps(directory: Path) -> list[int]:
-    names = (re.fullmatch(r"step-(\d+)\.parquet", path.name) for path in (directory / "rollouts").glob("step-*.parquet"))
+    names = (
+        re.fullmatch(r"step-(\d+)\.parquet", path.name)
+        for path in (directory / "rollouts").glob("step-*.parquet")
+    )
     return sorted(int(name[1]) for name in names if name)
 
 
 def spread(count: int) -> list[int]:
-    """0 … count − 1 in an order of which every beginning is spread evenly, the last one first: `spread(5)` → [4, 0, 2, 1, 3]."""
+    """0 … count − 1 in an order of which every beginning is spread evenly, the last one first: `spread(5)` →
+    [4, 0, 2, 1, 3].
+    """
     width = max(1, (count - 1).bit_length())
     return sorted(range(count), key=lambda i: (i != count - 1, int(f"{i:0{width}b}"[::-1], 2)))
 
 
 def read_groups(rollouts: Path, step: int, which: slice) -> list[list[dict[str, Any]]]:
-    """Of each kind in a step's dump the groups `which`: the rows of their samples, with those of the traces where there are any.
+    """Of each kind in a step's dump the groups `which`: the rows of their samples, with those of the traces
+    where there are any.
 
     Raises:
         ConfigError: a file is damaged or is no dump.
     """
     path, traces_path = path_of(rollouts, step), traces_path_of(rollouts, step)
     rows = read_rows(path, {name: COLUMNS[name] for name in ("kind", "group")})
-    by_kind = {kind: list(dict.fromkeys(row["group"] for row in rows if row["kind"] == kind)) for kind in KINDS}
+    by_kind = {
+        kind: list(dict.fromkeys(row["group"] for row in rows if row["kind"] == kind)) for kind in KINDS
+    }
     wanted = [group for kind in KINDS for group in by_kind[kind][which]]
     if not wanted:
         return []
@@ -217,11 +246,18 @@ def read_groups(rollouts: Path, step: int, which: slice) -> list[list[dict[str, 
     return list(groups.values())
 
 
-def describe(step: int, rows: list[dict[str, Any]], tokenizer: Tokenizer | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def describe(
+    step: int, rows: list[dict[str, Any]], tokenizer: Tokenizer | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """A group's line in the list, and its content."""
     first = rows[0]
-    prompt = tokenizer.text(first["prompt_tokens"]) if tokenizer else f"({len(first['prompt_tokens'])} tokens)"
-    outcomes = "".join(("C" if row["is_correct"] else "W") if _is_truncated(row) else "c" if row["is_correct"] else "w" for row in rows)
+    prompt = (
+        tokenizer.text(first["prompt_tokens"]) if tokenizer else f"({len(first['prompt_tokens'])} tokens)"
+    )
+    outcomes = "".join(
+        ("C" if row["is_correct"] else "W") if _is_truncated(row) else "c" if row["is_correct"] else "w"
+        for row in rows
+    )
     entry = {
         "step": step,
         "group": first["group"],
@@ -248,14 +284,21 @@ def _describe_sample(row: dict[str, Any], tokenizer: Tokenizer | None) -> dict[s
     pieces = tokenizer.pieces(row["tokens"]) if tokenizer else None
     if pieces is None:
         return sample | {"text": row["text"]}
-    sample |= {"pieces": pieces, "surprise": np.rint(-100 * logprobs).clip(0, 9999).astype(int).tolist()}  # −log p in hundredths
+    # −log p in hundredths
+    sample |= {"pieces": pieces, "surprise": np.rint(-100 * logprobs).clip(0, 9999).astype(int).tolist()}
     if not all(row["loss_mask"]):
         sample["foreign"] = np.flatnonzero(~np.array(row["loss_mask"])).tolist()
     if row["trace"]:
-        trace = {name: np.array(row["trace"][name]) for name in ("old_logprobs", "logprobs", "clipped_low", "clipped_high")}
+        trace = {
+            name: np.array(row["trace"][name])
+            for name in ("old_logprobs", "logprobs", "clipped_low", "clipped_high")
+        }
         clipped = np.flatnonzero(trace["clipped_low"] | trace["clipped_high"])
         ratios = np.exp(trace["logprobs"] - trace["old_logprobs"])
-        sample["clips"] = [[int(i), "high" if trace["clipped_high"][i] else "low", _rounded(float(ratios[i]))] for i in clipped]
+        sample["clips"] = [
+            [int(i), "high" if trace["clipped_high"][i] else "low", _rounded(float(ratios[i]))]
+            for i in clipped
+        ]
     return sample
 
 
@@ -277,19 +320,26 @@ class Tokenizer:
 
     @classmethod
     def of(cls, run: Run) -> Tokenizer | None:
-        """From the run's policy.model, or the model it has exported; else None, and the run's warnings say so."""
+        """From the run's policy.model, or the model it has exported; else None, and the run's warnings say
+        so.
+        """
         model = run.options.get("policy.model")
         for folder in ([Path(model)] if model else []) + [run.directory / "hf"]:
             if (folder / "tokenizer.json").is_file():
                 return cls(folder / "tokenizer.json")
-        run.warnings.append(f"no tokenizer.json in policy.model={model} or {run.directory / 'hf'}: prompts and shading are left out")
+        run.warnings.append(
+            f"no tokenizer.json in policy.model={model} or {run.directory / 'hf'}: prompts and shading are "
+            "left out"
+        )
         return None
 
     def text(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=False))
 
     def pieces(self, ids: list[int]) -> list[str] | None:
-        """The text of each token; a character that several make is the last one's. None where the parts are not the whole text."""
+        """The text of each token; a character that several make is the last one's. None where the parts are
+        not the whole text.
+        """
         pieces: list[str] = []
         pending: list[int] = []
         for i, token in enumerate(ids, start=1):
@@ -297,7 +347,8 @@ class Tokenizer:
             if "\ufffd" in piece:
                 pending.append(token)
                 piece = self._after_anchor(pending)
-                if piece.endswith("\ufffd") and len(pending) < 4 and i < len(ids):  # UTF-8 has at most four bytes a character
+                # UTF-8 has at most four bytes a character
+                if piece.endswith("\ufffd") and len(pending) < 4 and i < len(ids):
                     pieces.append("")
                     continue
                 pending = []
@@ -317,7 +368,9 @@ class Tokenizer:
 
 
 def page(runs: Sequence[Run], embedded: Sequence[Embedded]) -> str:
-    """The template with the data in it. Samples are base64, the rest is JSON without "<": nothing in them can be read as HTML."""
+    """The template with the data in it. Samples are base64, the rest is JSON without "<": nothing in them can
+    be read as HTML.
+    """
     data = {
         "runs": [
             {
@@ -335,7 +388,11 @@ def page(runs: Sequence[Run], embedded: Sequence[Embedded]) -> str:
         ],
         "differences": differences(runs),
     }
-    blobs = (f'<script type="text/plain" id="b{r}-{i}">{b}</script>' for r, e in enumerate(embedded) for i, b in enumerate(e.blobs))
+    blobs = (
+        f'<script type="text/plain" id="b{r}-{i}">{b}</script>'
+        for r, e in enumerate(embedded)
+        for i, b in enumerate(e.blobs)
+    )
     return _fill(
         TEMPLATE.read_text(encoding="utf-8"),
         title=html.escape(" · ".join(run.label for run in runs)),

@@ -1,4 +1,6 @@
-"""Is the answer right? (Eq. 7) The last "Answer:" line counts. Integers are compared exactly, at any size; the rest by math-verify."""
+"""Is the answer right? (Eq. 7) The last "Answer:" line counts. Integers are compared exactly, at any size;
+the rest by math-verify.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ _EDGES = " \t\r\n\u00a0*_`"
 _GROUPED = r"[0-9]{1,3}(?P<separator>,|\{,\}|\\,|,\\!|[\u2009\u202f\u00a0])[0-9]{3}(?:(?P=separator)[0-9]{3})*(?![0-9])"
 _INTEGER = re.compile(rf"(?P<sign>[+-]?)\s*(?P<digits>{_GROUPED}|[0-9]+)(?:\.0*(?![0-9]))?")
 
-_MARKUP = re.compile(r"\\(?:text|textrm|textit|textbf|mathrm|mathit|mathbf|mbox)\s*\{([^{}]*)\}|\\[,;:! ]|[~$]")
+_MARKUP = re.compile(
+    r"\\(?:text|textrm|textit|textbf|mathrm|mathit|mathbf|mbox)\s*\{([^{}]*)\}|\\[,;:! ]|[~$]"
+)
 _DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°(?:\s*[CF]\b)?")
 _UNIT = re.compile(r"([^\W\d_]+)\.?(?:\^\{?-?[1-4]\}?|[²³])?")
 _ONE_LETTER_UNITS = frozenset("mgshLlNJWV")
@@ -43,10 +47,13 @@ _NOT_UNITS = """
     sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety
 """  # a word after the number that changes it, doubts it or begins another
 _NOT_UNIT_WORDS = frozenset(_NOT_UNITS.split())
-_JOINS = re.compile(r"[,;?]|\\q?quad|\b(?:or|and|not|maybe|perhaps)\b|[<>!~:≤≥≠≈]\s*$|^\s*[+-]?[0-9.]+\s+[a-z]", re.IGNORECASE)
+_JOINS = re.compile(
+    r"[,;?]|\\q?quad|\b(?:or|and|not|maybe|perhaps)\b|[<>!~:≤≥≠≈]\s*$|^\s*[+-]?[0-9.]+\s+[a-z]", re.IGNORECASE
+)
 
 _HEDGES = re.compile(
-    r"\b(?:or|maybe|perhaps|possibly|probably|either|about|approximately|roughly|not)\b|[?≈~]|[0-9]\s+[0-9]|\\approx", re.IGNORECASE
+    r"\b(?:or|maybe|perhaps|possibly|probably|either|about|approximately|roughly|not)\b|[?≈~]|[0-9]\s+[0-9]|\\approx",
+    re.IGNORECASE,
 )
 _LIST = re.compile(r";|,(?![0-9]{3}(?![0-9]))")
 _WORDS = re.compile(r"[^\W\d_]{2,}(?:[ '-][^\W\d_]+)*|[A-Z]")
@@ -68,10 +75,12 @@ _MAX_LENGTH, _MAX_DEPTH = 1000, 40  # of mathematics that is worth reading
 
 
 def is_correct(response: str, answer: str) -> bool:
-    """True iff the response's last "Answer:" line holds `answer` and nothing else but markup, a name before "=" or a unit after it.
+    """True iff the response's last "Answer:" line holds `answer` and nothing else but markup, a name before
+    "=" or a unit after it.
 
-    An integer must be written as one: `is_correct("so …\\n**Answer:** 034.", "34")` → True; "68/2", "34 or 35", "35, 34" → False. An answer
-    of letters is compared without regard to case. Any other is mathematics: `is_correct("Answer: 0.5", "\\\\frac12")` → True.
+    An integer must be written as one: `is_correct("so …\\n**Answer:** 034.", "34")` → True; "68/2", "34 or
+    35", "35, 34" → False. An answer of letters is compared without regard to case. Any other is mathematics:
+    `is_correct("Answer: 0.5", "\\\\frac12")` → True.
 
     Raises:
         ConfigError: `answer` is neither an integer nor a word, and math-verify is not installed.
@@ -84,7 +93,9 @@ def is_correct(response: str, answer: str) -> bool:
 
 
 def last_answer(response: str) -> str | None:
-    """What follows the last "Answer:", to the end of its line, freed of what is around it; None without such a line."""
+    """What follows the last "Answer:", to the end of its line, freed of what is around it; None without such
+    a line.
+    """
     for line in reversed(response.splitlines()):
         match = _ANSWER.search(line)
         if match:
@@ -93,7 +104,9 @@ def last_answer(response: str) -> str | None:
 
 
 def unwrap(text: str) -> str:
-    """`unwrap("**$\\\\boxed{34}$.**")` → "34". Only at the ends: what is inside an answer is part of it. Linear in the length."""
+    """`unwrap("**$\\\\boxed{34}$.**")` → "34". Only at the ends: what is inside an answer is part of it.
+    Linear in the length.
+    """
     text = text.translate(_SPELLINGS)
     start, end = 0, len(text)
     while True:
@@ -105,15 +118,28 @@ def unwrap(text: str) -> str:
             start += len("\\displaystyle")
             continue
         bare = end - 1 if start < end and text[end - 1] == "." else end
-        pair = next((pair for pair in _PAIRS if text.startswith(pair[0], start, bare) and text.endswith(pair[1], start, bare)), None)
+        pair = next(
+            (
+                pair
+                for pair in _PAIRS
+                if text.startswith(pair[0], start, bare) and text.endswith(pair[1], start, bare)
+            ),
+            None,
+        )
         inside = (start + len(pair[0]), bare - len(pair[1])) if pair else (bare, start)
-        if not pair or inside[0] > inside[1] or (pair[0] in "({" and not text[inside[0] : inside[1]].strip("+-. ").isdigit()):
+        if (
+            not pair
+            or inside[0] > inside[1]
+            or (pair[0] in "({" and not text[inside[0] : inside[1]].strip("+-. ").isdigit())
+        ):
             return text[start:bare]
         start, end = inside
 
 
 def _integer(text: str) -> str | None:
-    """Canonical digits, without int(), which is quadratic and refuses 4,301: "+034.0" → "34", "-0" → "0"; None if it is not one integer."""
+    """Canonical digits, without int(), which is quadratic and refuses 4,301: "+034.0" → "34", "-0" → "0";
+    None if it is not one integer.
+    """
     match = _INTEGER.fullmatch(text)
     return None if match is None else _canonical(match)
 
@@ -124,7 +150,9 @@ def _canonical(match: re.Match[str]) -> str:
 
 
 def _stated_integer(text: str) -> str | None:
-    """The one integer that the text states: "34 apples", "x = 34", "$34$ cm" → "34"; None for two, for a doubt, for a sum."""
+    """The one integer that the text states: "34 apples", "x = 34", "$34$ cm" → "34"; None for two, for a
+    doubt, for a sum.
+    """
     text = _PREAMBLE.sub("", text, count=1) if _PREAMBLE.match(text) else text
     *names, value = text.rsplit("=", 8) if "=" in text else [text]
     number = _with_unit(unwrap(value.replace("$", "") if names else value))
@@ -141,7 +169,8 @@ def _with_unit(text: str) -> str | None:
     if match is None:
         return None
     tail = text[match.end() :].lstrip("*_`")  # **34** apples
-    if opening.strip() not in ("", "$", "\\$"):  # "$34$ apples" has its closing marks; "$34" is an amount of money
+    # "$34$ apples" has its closing marks; "$34" is an amount of money
+    if opening.strip() not in ("", "$", "\\$"):
         closing = _CLOSING.match(tail).group()  # type: ignore[union-attr]
         if len(re.findall(r"\\?\S", closing)) != len(re.findall(r"\\[a-z]+\{|\\?\S", opening)):
             return None
@@ -150,11 +179,15 @@ def _with_unit(text: str) -> str | None:
 
 
 def _is_unit(text: str) -> bool:
-    """Words that may follow a number: "" and " square cm", "^\\\\circ", "%", "\\\\text{ m}^2"; not "x", " or so", " million"."""
+    """Words that may follow a number: "" and " square cm", "^\\\\circ", "%", "\\\\text{ m}^2"; not "x", " or
+    so", " million".
+    """
     if len(text) > 120:
         return False
     text = _MARKUP.sub(lambda match: f" {match[1] or ''} ", _DEGREES.sub(" degrees ", text))
-    text = text.replace("\\%", " percent ").replace("%", " percent ").replace("(", " ").replace(")", " ").strip()
+    text = (
+        text.replace("\\%", " percent ").replace("%", " percent ").replace("(", " ").replace(")", " ").strip()
+    )
     words = [word for word in re.split(r"[\s/·-]+|\\cdot", re.sub(r"\s+(?=[\^²³])", "", text)) if word]
     if not words or words[0].lower() == "to":
         return not words
@@ -163,18 +196,24 @@ def _is_unit(text: str) -> bool:
 
 
 def _is_unit_name(word: str) -> bool:
-    return word.lower() not in _NOT_UNIT_WORDS and (len(word) > 1 or word in _ONE_LETTER_UNITS or word > "\u2e80")
+    return word.lower() not in _NOT_UNIT_WORDS and (
+        len(word) > 1 or word in _ONE_LETTER_UNITS or word > "\u2e80"
+    )
 
 
 def _is_equivalent(given: str, gold: str) -> bool:
-    """Letter by letter, or the same mathematics. A doubt, or two answers where one was asked for, is no answer."""
+    """Letter by letter, or the same mathematics. A doubt, or two answers where one was asked for, is no
+    answer.
+    """
     if not gold or "".join(given.split()) == "".join(gold.split()):
         return bool(gold)
     if _WORDS.fullmatch(gold):
         return given.strip("() ").casefold() == gold.casefold()
     if len(given) > _MAX_LENGTH or _depth(given) > _MAX_DEPTH or _COSTLY.search(given):
         return False
-    if (_HEDGES.search(given) and not _HEDGES.search(gold)) or (_LIST.search(given) and not _LIST.search(gold.replace("\\pm", ";"))):
+    if (_HEDGES.search(given) and not _HEDGES.search(gold)) or (
+        _LIST.search(given) and not _LIST.search(gold.replace("\\pm", ";"))
+    ):
         return False
     *names, value = [given] if "=" in gold else given.split("=")
     for name in names:  # "x = 1/2", but not "1/3 = 1/2"
@@ -185,13 +224,16 @@ def _is_equivalent(given: str, gold: str) -> bool:
 
 
 def _is_same(given: str, gold: str) -> bool:
-    if {_first(gold), _first(given)} == {"(", "{"}:  # a pair is no set, though math-verify takes one for the other
+    # a pair is no set, though math-verify takes one for the other
+    if {_first(gold), _first(given)} == {"(", "{"}:
         return False
     fractions = _fraction(gold), _fraction(given)
     if None not in fractions:
         return fractions[0] == fractions[1]
     expected, found = _parse(gold), _parse(given)
-    return bool(expected and found and _math_verify().verify(expected, found, float_rounding=12, timeout_seconds=None))
+    return bool(
+        expected and found and _math_verify().verify(expected, found, float_rounding=12, timeout_seconds=None)
+    )
 
 
 def _fraction(text: str) -> Fraction | None:
@@ -235,6 +277,9 @@ def _math_verify() -> Any:
     except ImportError as error:
         from dapo.config import ConfigError
 
-        raise ConfigError("an answer in the data is no integer and math-verify is not installed: pip install math-verify") from error
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limit is off; the reward pool has one
+        raise ConfigError(
+            "an answer in the data is no integer and math-verify is not installed: pip install math-verify"
+        ) from error
+    # it warns that its own time limit is off; the reward pool has one
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
     return library

@@ -1,4 +1,6 @@
-"""A reward over HTTP: POST {"responses": [...], "answers": [...]} → a JSON list with a bool or a number for each."""
+"""A reward over HTTP: POST {"responses": [...], "answers": [...]} → a JSON list with a bool or a number for
+each.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +29,22 @@ def judge(url: str, jobs: Sequence[Job], concurrency: int, limit: float) -> list
     """One verdict a job, in order; `concurrency` requests at a time, each within `limit` seconds × its jobs.
 
     Raises:
-        ConfigError: the server cannot be reached, refuses, or does not answer with as many verdicts as it was sent responses.
+        ConfigError: the server cannot be reached, refuses, or does not answer with as many verdicts as it was
+            sent responses.
     """
     chunks = [jobs[i : i + JOBS_PER_REQUEST] for i in range(0, len(jobs), JOBS_PER_REQUEST)]
     with ThreadPoolExecutor(max(concurrency, 1)) as threads:
-        return [checked(verdict) for verdicts in threads.map(lambda chunk: _ask(url, chunk, limit), chunks) for verdict in verdicts]
+        return [
+            checked(verdict)
+            for verdicts in threads.map(lambda chunk: _ask(url, chunk, limit), chunks)
+            for verdict in verdicts
+        ]
 
 
 def _ask(url: str, jobs: Sequence[Job], limit: float) -> list[Any]:
-    body = json.dumps({"responses": [job.response for job in jobs], "answers": [job.answer for job in jobs]}).encode()
+    body = json.dumps(
+        {"responses": [job.response for job in jobs], "answers": [job.answer for job in jobs]}
+    ).encode()
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     told = f"reward.function={url}"
     for attempt in range(ATTEMPTS):
@@ -57,5 +66,7 @@ def _ask(url: str, jobs: Sequence[Job], limit: float) -> list[Any]:
         raise ConfigError(f"{told}: no answer in {ATTEMPTS} attempts, the last: {last}")
     if not isinstance(verdicts, list) or len(verdicts) != len(jobs):
         found = f"{len(verdicts)} of them" if isinstance(verdicts, list) else type(verdicts).__name__
-        raise ConfigError(f"{told}: sent {len(jobs)} responses, expected a list of as many verdicts, got {found}")
+        raise ConfigError(
+            f"{told}: sent {len(jobs)} responses, expected a list of as many verdicts, got {found}"
+        )
     return verdicts

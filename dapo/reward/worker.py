@@ -1,4 +1,6 @@
-"""What runs in a worker process: this file, and the functions asked for. It must not import torch, nor anything that does."""
+"""What runs in a worker process: this file, and the functions asked for. It must not import torch, nor
+anything that does.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ Verdict = bool | float
 
 
 class Failure(NamedTuple):
-    """What a function did in place of returning a verdict: "returned nan", "raised KeyError: 'x' (rules.py:7)"."""
+    """What a function did in place of returning a verdict: "returned nan", "raised KeyError: 'x'
+    (rules.py:7)".
+    """
 
     what: str
 
@@ -29,7 +33,9 @@ class Job(NamedTuple):
 
 
 def serve(connection: Connection, paths: Sequence[str], limit: float) -> None:
-    """Import the functions, say so with None, then answer every list of jobs verdict by verdict, until the other side hangs up."""
+    """Import the functions, say so with None, then answer every list of jobs verdict by verdict, until the
+    other side hangs up.
+    """
     os.setpgid(0, 0)  # Ctrl-C is the main process's to answer; and what a function starts ends with us
     try:
         try:
@@ -40,7 +46,8 @@ def serve(connection: Connection, paths: Sequence[str], limit: float) -> None:
         connection.send(None)
         while True:
             for job in connection.recv():
-                signal.setitimer(signal.ITIMER_REAL, 2 * limit + 1)  # the default action ends us, should the main process be gone
+                # the default action ends us, should the main process be gone
+                signal.setitimer(signal.ITIMER_REAL, 2 * limit + 1)
                 verdict = judge(functions[job.function], job.response, job.answer)
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 connection.send(verdict)
@@ -64,7 +71,8 @@ def checked(verdict: Any) -> Verdict | Failure:
         verdict = verdict.item()
     if isinstance(verdict, bool):
         return verdict
-    if isinstance(verdict, int | float) and abs(verdict) <= 1e308:  # so neither NaN nor an integer beyond floats
+    # so neither NaN nor an integer beyond floats
+    if isinstance(verdict, int | float) and abs(verdict) <= 1e308:
         return float(verdict)
     return Failure(f"returned {reprlib.repr(verdict)}")
 
@@ -79,7 +87,9 @@ def import_function(path: str) -> Callable[[str, str], Any]:
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, TypeError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{path}: {error}; expected module:name of f(response, answer), or http://host:port/path") from error
+        raise ValueError(
+            f"{path}: {error}; expected module:name of f(response, answer), or http://host:port/path"
+        ) from error
     if not callable(function):
         raise ValueError(f"{path} is {type(function).__name__}, not a function")
     return function  # type: ignore[no-any-return]

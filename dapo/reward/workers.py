@@ -1,4 +1,6 @@
-"""Processes that call functions on responses, each call within a time limit that nothing in Python or C can overrun."""
+"""Processes that call functions on responses, each call within a time limit that nothing in Python or C can
+overrun.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,18 @@ from dapo.reward.worker import Failure, Job, Verdict, serve
 JOBS_PER_MESSAGE = 16
 IMPORT_LIMIT = 300.0  # seconds for a worker to import the functions
 
-_context = multiprocessing.get_context("forkserver")  # forks of a process that holds neither threads, nor CUDA, nor torch
-_context.set_forkserver_preload(["dapo.reward.worker", "dapo.reward", "math_verify"])  # not within an answer's time limit
+# forks of a process that holds neither threads, nor CUDA, nor torch
+_context = multiprocessing.get_context("forkserver")
+# not within an answer's time limit
+_context.set_forkserver_preload(["dapo.reward.worker", "dapo.reward", "math_verify"])
 
 
 class _Worker:
     def __init__(self, functions: Sequence[str], limit: float):
         self.connection, theirs = _context.Pipe()
-        self.process = _context.Process(target=serve, args=(theirs, functions, limit), name="reward", daemon=True)
+        self.process = _context.Process(
+            target=serve, args=(theirs, functions, limit), name="reward", daemon=True
+        )
         self.process.start()
         assert self.process.pid  # never 0, which would stand for our own group
         self.pid = self.process.pid
@@ -43,7 +49,8 @@ class _Worker:
 
 
 class Workers:
-    """At most `count` processes. One that overruns `limit` seconds in a call, or dies of it, is replaced, and the call has no verdict.
+    """At most `count` processes. One that overruns `limit` seconds in a call, or dies of it, is replaced, and
+    the call has no verdict.
 
     They start when there is work for them, from a fork server that starts here.
     """
@@ -62,7 +69,9 @@ class Workers:
         """
         verdicts: list[Verdict | Failure | None] = [None] * len(jobs)
         size = min(JOBS_PER_MESSAGE, -(-len(jobs) // self.count)) or 1
-        waiting = deque(deque(range(first, min(first + size, len(jobs)))) for first in range(0, len(jobs), size))
+        waiting = deque(
+            deque(range(first, min(first + size, len(jobs)))) for first in range(0, len(jobs), size)
+        )
         try:
             while waiting or any(worker.todo for worker in self.workers):
                 self._hand_out(waiting, jobs)
@@ -73,7 +82,8 @@ class Workers:
                     elif time.monotonic() > worker.deadline and (worker.todo or not worker.is_ready):
                         self._replace(worker, waiting, is_late=True)
         finally:
-            if any(worker.todo for worker in self.workers):  # left in the middle: its verdicts would be taken for later ones
+            # left in the middle: its verdicts would be taken for later ones
+            if any(worker.todo for worker in self.workers):
                 self.close()
         return verdicts
 
@@ -83,7 +93,9 @@ class Workers:
         self.workers = []
 
     def _hand_out(self, waiting: deque[deque[int]], jobs: Sequence[Job]) -> None:
-        for worker in [worker for worker in self.workers if not worker.todo and not worker.process.is_alive()]:
+        for worker in [
+            worker for worker in self.workers if not worker.todo and not worker.process.is_alive()
+        ]:
             self._replace(worker, waiting, is_late=False)
         wanted = min(self.count, sum(bool(worker.todo) for worker in self.workers) + len(waiting))
         while len(self.workers) < wanted:
@@ -95,7 +107,9 @@ class Workers:
                     worker.connection.send([jobs[number] for number in worker.todo])
                 worker.deadline = time.monotonic() + self.limit
 
-    def _receive(self, worker: _Worker, verdicts: list[Verdict | Failure | None], waiting: deque[deque[int]]) -> None:
+    def _receive(
+        self, worker: _Worker, verdicts: list[Verdict | Failure | None], waiting: deque[deque[int]]
+    ) -> None:
         try:
             while worker.connection.poll():
                 message = worker.connection.recv()
@@ -112,13 +126,18 @@ class Workers:
         worker.end()
         self.workers.remove(worker)
         if not worker.is_ready:
-            what = f"were not imported within {IMPORT_LIMIT:.0f} s" if is_late else "end the process that imports them"
+            what = (
+                f"were not imported within {IMPORT_LIMIT:.0f} s"
+                if is_late
+                else "end the process that imports them"
+            )
             raise ConfigError(f"reward.function: {', '.join(self.functions)} {what}")
         if worker.todo:
             worker.todo.popleft()  # the call that it hung in, or died of
             self.num_timeouts += is_late
             self.num_crashes += not is_late
-            waiting.extendleft(deque([number]) for number in worker.todo)  # one by one: what hangs often has neighbours that hang
+            # one by one: what hangs often has neighbours that hang
+            waiting.extendleft(deque([number]) for number in worker.todo)
 
     def _patience(self) -> float:
         """Seconds until the first deadline."""

@@ -9,14 +9,17 @@ from dapo.types import Group, Sample
 
 @dataclass
 class Buffer:
-    """Holds at most `capacity` groups. Offered in asking order, so that short answers gain nothing by finishing first."""
+    """Holds at most `capacity` groups. Offered in asking order, so that short answers gain nothing by
+    finishing first.
+    """
 
     capacity: int
     is_dynamic: bool  # False: every group is kept
     kept: list[Group] = field(default_factory=list)
     all_correct: list[Group] = field(default_factory=list)
     all_wrong: list[Group] = field(default_factory=list)
-    surplus: list[Group] = field(default_factory=list)  # finished, and came after the buffer was full: its prompt is still unused
+    # finished, and came after the buffer was full: its prompt is still unused
+    surplus: list[Group] = field(default_factory=list)
     num_aborted: int = 0  # groups asked for that were not finished when the buffer was full
 
     def offer(self, group: Group) -> None:
@@ -39,9 +42,11 @@ class Buffer:
         return self.kept + self.all_correct + self.all_wrong + self.surplus
 
     def ledger(self) -> dict[str, float]:
-        """The step's account: groups by kind; accuracy, reward and lengths (tokens) of all samples but the surplus.
+        """The step's account: groups by kind; accuracy, reward and lengths (tokens) of all samples but the
+        surplus.
 
-        The surplus counts in asked and tokens only: streaming, it is what finished first, and short answers do.
+        The surplus counts in asked and tokens only: streaming, it is what finished first, and short answers
+        do.
         """
         samples = _samples(self.kept + self.all_correct + self.all_wrong)
         lengths = [sample.length for sample in samples]
@@ -57,7 +62,9 @@ class Buffer:
             "rollout/length": _mean(lengths),
             "rollout/length_max": max(lengths, default=0),
             "rollout/length_kept": _mean([sample.length for sample in _samples(self.kept)]),
-            "rollout/length_turned_away": _mean([sample.length for sample in _samples(self.all_correct + self.all_wrong)]),
+            "rollout/length_turned_away": _mean(
+                [sample.length for sample in _samples(self.all_correct + self.all_wrong)]
+            ),
             "rollout/tokens": sum(sample.length for sample in _samples(self.asked)),
             "perf/groups_aborted": self.num_aborted,
         }

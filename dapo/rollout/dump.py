@@ -1,4 +1,6 @@
-"""Rollouts as parquet, one file a step: to look at, and to train from again (rollout.replay); and what the updates saw of their tokens."""
+"""Rollouts as parquet, one file a step: to look at, and to train from again (rollout.replay); and what the
+updates saw of their tokens.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,11 @@ def traces_path_of(directory: Path, step: int) -> Path:
 def write(path: Path, buffer: Buffer, share: float) -> None:
     """One row a sample, of the chosen `share` of the groups of each kind. Appears whole or not at all."""
     path.with_suffix(TRACES).unlink(missing_ok=True)  # of an earlier attempt at this step
-    _write(path, _rows([(kind, group) for kind in KINDS for group in chosen(getattr(buffer, kind), share)]), COLUMNS)
+    _write(
+        path,
+        _rows([(kind, group) for kind in KINDS for group in chosen(getattr(buffer, kind), share)]),
+        COLUMNS,
+    )
 
 
 def read(path: Path, capacity: int) -> Buffer:
@@ -83,10 +89,16 @@ def read_groups(path: Path) -> list[Group]:
 
 def write_traces(path: Path, traces: Iterable[Trace]) -> None:
     """One row a sample, by (group, index) as in the dump of the same step. Appears whole or not at all."""
-    _write(path, [asdict(trace) for trace in sorted(traces, key=lambda trace: (trace.group, trace.index))], TRACE_COLUMNS)
+    _write(
+        path,
+        [asdict(trace) for trace in sorted(traces, key=lambda trace: (trace.group, trace.index))],
+        TRACE_COLUMNS,
+    )
 
 
-def read_rows(path: Path, columns: Mapping[str, str], groups: Sequence[int] | None = None) -> list[dict[str, Any]]:
+def read_rows(
+    path: Path, columns: Mapping[str, str], groups: Sequence[int] | None = None
+) -> list[dict[str, Any]]:
     """The rows, of `groups` only if they are named, with `columns` of COLUMNS or TRACE_COLUMNS.
 
     Raises:
@@ -99,10 +111,14 @@ def read_rows(path: Path, columns: Mapping[str, str], groups: Sequence[int] | No
     try:
         table = pq.read_table(path, columns=list(columns), filters=filters, page_checksum_verification=True)
         if not table.schema.equals(_schema(columns)):
-            raise pa.ArrowInvalid(f"columns {', '.join(table.column_names) or 'other than'} in place of {', '.join(columns)}")
+            raise pa.ArrowInvalid(
+                f"columns {', '.join(table.column_names) or 'other than'} in place of {', '.join(columns)}"
+            )
         rows: list[dict[str, Any]] = table.to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is damaged, or no dump of rollouts: {' '.join(str(error).split())}") from None
+        raise ConfigError(
+            f"{path} is damaged, or no dump of rollouts: {' '.join(str(error).split())}"
+        ) from None
     return rows
 
 
@@ -138,7 +154,12 @@ def _write(path: Path, rows: list[dict[str, Any]], columns: Mapping[str, str]) -
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    pq.write_table(pa.Table.from_pylist(rows, schema=_schema(columns)), partial, compression="zstd", write_page_checksum=True)
+    pq.write_table(
+        pa.Table.from_pylist(rows, schema=_schema(columns)),
+        partial,
+        compression="zstd",
+        write_page_checksum=True,
+    )
     partial.rename(path)
 
 

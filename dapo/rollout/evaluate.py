@@ -1,6 +1,7 @@
 """Accuracy on held-out problems: k samples each, with the statistics that few problems need.
 
-In training every `eval.every` steps, and by itself: python -m dapo eval CONFIG [--model DIR …]. P = problems, k = samples of each.
+In training every `eval.every` steps, and by itself: python -m dapo eval CONFIG [--model DIR …]. P = problems,
+k = samples of each.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ from dapo.reward.answer import last_answer
 from dapo.rollout.rollouts import Rollouts
 from dapo.types import Group, Prompt, Sampling
 
-FIRST_GROUP = 1 << 60  # the ids of evaluation's groups: the same seeds at every evaluation, apart from training's
+# the ids of evaluation's groups: the same seeds at every evaluation, apart from training's
+FIRST_GROUP = 1 << 60
 PER_SET = 1 << 24
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What k samples of each of P problems say of a policy. Half-widths are of 95 % confidence intervals, clustered by problem."""
+    """What k samples of each of P problems say of a policy. Half-widths are of 95 % confidence intervals,
+    clustered by problem.
+    """
 
     problems: int
     samples: int  # k
@@ -41,14 +45,19 @@ class Scores:
     def __str__(self) -> str:
         passes = ", ".join(f"pass@{k} {value:.3f}" for k, value in self.pass_at.items() if k > 1)
         return (
-            f"mean@{self.samples} {self.mean:.3f} ± {self.mean_half_width:.3f}, maj@{self.samples} {self.majority:.3f}"
-            f"{', ' + passes if passes else ''}; {self.problems} problems, {self.length:.0f} tokens, {self.truncated:.1%} truncated"
+            f"mean@{self.samples} {self.mean:.3f} ± {self.mean_half_width:.3f}, maj@{self.samples} "
+            f"{self.majority:.3f}"
+            f"{', ' + passes if passes else ''}; {self.problems} problems, {self.length:.0f} tokens, "
+            f"{self.truncated:.1%} truncated"
         )
 
 
 @timed("eval")
-def maybe(step: int, rollouts: Rollouts, sets: dict[str, list[Prompt]], options: config.Config) -> dict[str, float]:
-    """Evaluate the weights the engine holds, if it is time to (every `eval.every` steps, and after the last); main rank only.
+def maybe(
+    step: int, rollouts: Rollouts, sets: dict[str, list[Prompt]], options: config.Config
+) -> dict[str, float]:
+    """Evaluate the weights the engine holds, if it is time to (every `eval.every` steps, and after the last);
+    main rank only.
 
     Returns `eval/accuracy`, the mean of the sets' mean@k, and each set's own numbers under `eval/<set>/`.
     """
@@ -68,12 +77,18 @@ def maybe(step: int, rollouts: Rollouts, sets: dict[str, list[Prompt]], options:
     return metrics
 
 
-def run(rollouts: Rollouts, sets: dict[str, list[Prompt]], options: config.Config, told: str) -> dict[str, Scores]:
+def run(
+    rollouts: Rollouts, sets: dict[str, list[Prompt]], options: config.Config, told: str
+) -> dict[str, Scores]:
     """Sample and score every set. `told` introduces the progress line."""
-    sampling = Sampling(options.eval.temperature, options.rollout.max_response_length, rollouts.stop_ids, options.eval.top_p)
+    sampling = Sampling(
+        options.eval.temperature, options.rollout.max_response_length, rollouts.stop_ids, options.eval.top_p
+    )
     results = {}
     for i, (name, problems) in enumerate(sets.items()):
-        groups = rollouts.sample(problems, options.eval.samples, sampling, FIRST_GROUP + i * PER_SET, f"{told}, {name}")
+        groups = rollouts.sample(
+            problems, options.eval.samples, sampling, FIRST_GROUP + i * PER_SET, f"{told}, {name}"
+        )
         results[name] = score(groups)
     return results
 
@@ -89,7 +104,10 @@ def score(groups: list[Group]) -> Scores:
         mean=float(np.mean(accuracies)),
         mean_half_width=half_width(accuracies),
         majority=float(np.mean([majority_is_correct(group) for group in groups])),
-        pass_at={n: float(np.mean([pass_at(k, group.num_correct, n) for group in groups])) for n in powers_of_two(k)},
+        pass_at={
+            n: float(np.mean([pass_at(k, group.num_correct, n) for group in groups]))
+            for n in powers_of_two(k)
+        },
         length=float(np.mean([sample.length for sample in samples])),
         truncated=float(np.mean([sample.is_truncated for sample in samples])),
         per_problem=accuracies,
@@ -97,27 +115,41 @@ def score(groups: list[Group]) -> Scores:
 
 
 def pass_at(samples: int, correct: int, k: int) -> float:
-    """The chance that k of `samples` drawn without replacement hold a correct one: 1 − C(n − c, k) / C(n, k). `pass_at(4, 1, 2)` → 0.5."""
+    """The chance that k of `samples` drawn without replacement hold a correct one: 1 − C(n − c, k) / C(n, k).
+    `pass_at(4, 1, 2)` → 0.5.
+    """
     return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
 def majority_is_correct(group: Group) -> bool:
-    """Is the most frequent answer right? Of equally frequent ones the first counts; a response without an answer has no vote."""
+    """Is the most frequent answer right? Of equally frequent ones the first counts; a response without an
+    answer has no vote.
+    """
     answers = [last_answer(sample.text) for sample in group.samples]
     votes = Counter(answer for answer in answers if answer is not None)
     if not votes:
         return False
     chosen = votes.most_common(1)[0][0]
-    return next(sample.is_correct for sample, answer in zip(group.samples, answers, strict=True) if answer == chosen)
+    return next(
+        sample.is_correct for sample, answer in zip(group.samples, answers, strict=True) if answer == chosen
+    )
 
 
 def half_width(per_problem: list[float]) -> float:
-    """Of the mean's 95 % confidence interval, 1.96 · s / √P: problems are the draw, the samples of one are not independent."""
-    return 1.96 * float(np.std(per_problem, ddof=1)) / math.sqrt(len(per_problem)) if len(per_problem) > 1 else math.inf
+    """Of the mean's 95 % confidence interval, 1.96 · s / √P: problems are the draw, the samples of one are
+    not independent.
+    """
+    return (
+        1.96 * float(np.std(per_problem, ddof=1)) / math.sqrt(len(per_problem))
+        if len(per_problem) > 1
+        else math.inf
+    )
 
 
 def compare(before: Scores, after: Scores, flips: int = 10_000) -> dict[str, float]:
-    """`after` against `before` on the same problems: mean difference, its half-width, and the p-value of a sign-flip test over problems."""
+    """`after` against `before` on the same problems: mean difference, its half-width, and the p-value of a
+    sign-flip test over problems.
+    """
     differences = np.array(after.per_problem) - np.array(before.per_problem)
     signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(flips, len(differences)))
     as_large = np.abs((signs * differences).mean(1)) >= abs(differences.mean()) - 1e-12
@@ -136,8 +168,13 @@ def powers_of_two(k: int) -> list[int]:
 def write(results: dict[str, dict[str, Scores]], path: Path) -> dict[str, Any]:
     """results[model][set] as JSON, with every later model compared to the first."""
     first, *later = results
-    record: dict[str, Any] = {model: {name: asdict(scores) for name, scores in sets.items()} for model, sets in results.items()}
-    comparisons = {model: {name: compare(results[first][name], scores) for name, scores in results[model].items()} for model in later}
+    record: dict[str, Any] = {
+        model: {name: asdict(scores) for name, scores in sets.items()} for model, sets in results.items()
+    }
+    comparisons = {
+        model: {name: compare(results[first][name], scores) for name, scores in results[model].items()}
+        for model in later
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"models": record, "against": first, "comparisons": comparisons}, indent=1))
     return comparisons

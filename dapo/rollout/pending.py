@@ -11,16 +11,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dapo.reward.pool import Reward
 from dapo.types import Engine, Group, Request, Sample, Sampling
 
-DEVIATIONS = 1.0  # standard deviations of margin: fewer cost steps that wait for one more group, more cost tokens
+# standard deviations of margin: fewer cost steps that wait for one more group, more cost tokens
+DEVIATIONS = 1.0
 BRIEF = 0.05  # seconds: a scoring call that takes less is made for every group that is complete
 
 
 class Pending:
-    """Groups in asking order. Their samples come in any order; out of here they come whole, scored, and in asking order.
+    """Groups in asking order. Their samples come in any order; out of here they come whole, scored, and in
+    asking order.
 
     Args:
-        read: called with every sample that comes in and its prompt; it may raise, and then the whole is to be given up.
-        is_streaming: groups are scored as they become complete; else all together, when nothing is outstanding.
+        read: called with every sample that comes in and its prompt; it may raise, and then the whole is to be
+            given up.
+        is_streaming: groups are scored as they become complete; else all together, when nothing is
+            outstanding.
     """
 
     def __init__(self, engine: Engine, reward: Reward, read: Callable[[Group, Sample], None], run_seed: int, group_size: int,
@@ -36,7 +40,9 @@ class Pending:
         self._score_from, self._scoring_took = 0.0, 0.0  # seconds
 
     def ask(self, groups: Sequence[Group]) -> None:
-        """Ask for the samples of these groups. A group that has them, from an earlier step, only waits for its turn."""
+        """Ask for the samples of these groups. A group that has them, from an earlier step, only waits for
+        its turn.
+        """
         asked = [group for group in groups if not group.samples]
         self.groups += groups
         self.num_asked += len(groups)
@@ -44,14 +50,20 @@ class Pending:
         self.scored |= {group.id: group.is_mixed for group in groups if group.samples}
         self.num_outstanding += len(asked) * self.group_size
         self.engine.submit(
-            Request(group.id, index, group.prompt.tokens, sample_seed(self.run_seed, group.id, index), self.sampling)
+            Request(
+                group.id,
+                index,
+                group.prompt.tokens,
+                sample_seed(self.run_seed, group.id, index),
+                self.sampling,
+            )
             for group in asked
             for index in range(self.group_size)
         )
 
     def out(self, wanted: Callable[[], Sequence[Group]]) -> Iterator[Group]:
-        """Groups whose turn has come, until none is left and none is wanted. `wanted()`, called whenever some have been scored, says which
-        to ask for next. Whoever stops reading before the end calls `give_up`."""
+        """Groups whose turn has come, until none is left and none is wanted. `wanted()`, called whenever some
+        have been scored, says which to ask for next. Whoever stops reading before the end calls `give_up`."""
         self.ask(wanted())
         while self.groups:
             yield from self._ready()
@@ -61,14 +73,16 @@ class Pending:
                     self.score()
                     yield from self._ready()
                     self.ask(wanted())
-            assert not self.unfinished, f"the engine is done, and these groups are not: {sorted(self.unfinished)}"
+            assert not self.unfinished, (
+                f"the engine is done, and these groups are not: {sorted(self.unfinished)}"
+            )
             self.score()
             yield from self._ready()
             self.ask(wanted())
 
     def score(self) -> None:
-        """Score every complete group. At most about half of the time goes into scoring: what a slow call keeps waiting, the next one takes
-        together."""
+        """Score every complete group. At most about half of the time goes into scoring: what a slow call
+        keeps waiting, the next one takes together."""
         if not self.unscored:
             return
         start = time.monotonic()
@@ -79,7 +93,9 @@ class Pending:
         self._score_from = 2 * end - start if end - start > BRIEF else end
 
     def give_up(self) -> list[Group]:
-        """Abort what is outstanding. Returns the groups that never had their turn, in asking order, without samples unless scored."""
+        """Abort what is outstanding. Returns the groups that never had their turn, in asking order, without
+        samples unless scored.
+        """
         self.engine.abort(
             f"{group.id}.{index}"
             for group in self.unfinished.values()
@@ -109,7 +125,9 @@ class Pending:
 
     def _receive(self, sample: Sample) -> None:
         group = self.unfinished[sample.group]
-        assert all(other.index != sample.index for other in group.samples), f"sample {sample.group}.{sample.index} came twice"
+        assert all(other.index != sample.index for other in group.samples), (
+            f"sample {sample.group}.{sample.index} came twice"
+        )
         self.num_outstanding -= 1
         self.read(group, sample)
         group.samples.append(sample)
@@ -125,7 +143,8 @@ class Pending:
 
 
 def enough(mixed: int, share: float) -> int:
-    """How many groups to ask for, if a `share` of them is mixed, to have `mixed` such ones even with bad luck of DEVIATIONS.
+    """How many groups to ask for, if a `share` of them is mixed, to have `mixed` such ones even with bad luck
+    of DEVIATIONS.
 
     The smallest n with n·s − z·√(n·s·(1 − s)) ≥ mixed: `enough(100, 1.0)` → 100, `enough(100, 0.5)` → 215.
     """
@@ -136,6 +155,8 @@ def enough(mixed: int, share: float) -> int:
 
 
 def sample_seed(run_seed: int, group: int, index: int) -> int:
-    """The seed of one sample, 63 bits: a function of its names alone, so that neither order nor resuming changes what is drawn."""
+    """The seed of one sample, 63 bits: a function of its names alone, so that neither order nor resuming
+    changes what is drawn.
+    """
     digest = hashlib.blake2b(struct.pack("<qqq", run_seed, group, index), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -1,4 +1,6 @@
-"""Algorithm 1, lines 2–9: sample, score, keep the mixed groups, compute advantages, plan the step's updates."""
+"""Algorithm 1, lines 2–9: sample, score, keep the mixed groups, compute advantages, plan the step's
+updates.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ PRIOR = 16  # groups: what the estimate of the mixed share remembers of earlier 
 
 
 class RolloutError(RuntimeError):
-    """Sampling cannot go on: the data is too easy, too hard, or the reward is wrong. One line with the shares."""
+    """Sampling cannot go on: the data is too easy, too hard, or the reward is wrong. One line with the
+    shares.
+    """
 
 
 class Rollouts:
@@ -36,11 +40,19 @@ class Rollouts:
     def __init__(self, options: config.Config, num_data_ranks: int, engine: Engine, prompts: PromptStream, reward: Reward,
                  decode: Callable[[np.ndarray], str], stop_ids: tuple[int, ...]):  # fmt: skip
         self.options, self.num_data_ranks = options, num_data_ranks
-        self.engine, self.prompts, self.reward, self.decode, self.stop_ids = engine, prompts, reward, decode, stop_ids
+        self.engine, self.prompts, self.reward, self.decode, self.stop_ids = (
+            engine,
+            prompts,
+            reward,
+            decode,
+            stop_ids,
+        )
         self.sampling = Sampling(options.rollout.temperature, options.rollout.max_response_length, stop_ids)
         self.num_empty_steps = 0
-        self.carried: list[Group] = []  # asked for in earlier steps and left over, in asking order; without samples if unfinished
-        self.mixed_share = min(1.0, options.rollout.prompts_per_step / options.rollout.prompts_per_round)  # before any group: as configured
+        # asked for in earlier steps and left over, in asking order; without samples if unfinished
+        self.carried: list[Group] = []
+        # before any group: as configured
+        self.mixed_share = min(1.0, options.rollout.prompts_per_step / options.rollout.prompts_per_round)
         self.pending = self._pending(options.rollout.group_size, self.sampling, is_streaming=False)
         self.told: Callable[[], str] = lambda: ""
         self.is_interrupted: Callable[[], bool] = lambda: False
@@ -57,10 +69,12 @@ class Rollouts:
 
     @timed("rollout")
     def next_batch(self, step: int) -> list[Batch]:
-        """One batch per data-parallel rank: N mixed groups, or fewer at the cap (`rollout.at_cap`), scored and packed.
+        """One batch per data-parallel rank: N mixed groups, or fewer at the cap (`rollout.at_cap`), scored
+        and packed.
 
         Raises:
-            RolloutError: the cap was reached and at_cap is "stop", or max_empty_steps steps in a row found no mixed group.
+            RolloutError: the cap was reached and at_cap is "stop", or max_empty_steps steps in a row found no
+                mixed group.
             Interrupted: the prompts are back in the stream; the step can be made anew.
         """
         options = self.options.rollout
@@ -72,19 +86,29 @@ class Rollouts:
             rewards = [sample.reward for sample in group.samples]
             for sample, advantage in zip(group.samples, group_advantages(rewards), strict=True):
                 sample.advantage = float(advantage)
-        dump.write(dump.path_of(self.options.run.dir / "rollouts", step), buffer, share=1.0 if options.only else options.dump_share)
+        dump.write(
+            dump.path_of(self.options.run.dir / "rollouts", step),
+            buffer,
+            share=1.0 if options.only else options.dump_share,
+        )
         metrics = buffer.ledger() | self.reward.take_metrics() | self._staleness(buffer, step)
-        return batch.plan([] if options.only else buffer.kept, self.options, self.num_data_ranks, metrics, version=step)
+        return batch.plan(
+            [] if options.only else buffer.kept, self.options, self.num_data_ranks, metrics, version=step
+        )
 
     def collect(self, step: int) -> Buffer:
-        """Offer groups in asking order until the buffer is full (lines 4–8), of at most prompts_per_round × max_rounds.
+        """Offer groups in asking order until the buffer is full (lines 4–8), of at most prompts_per_round ×
+        max_rounds.
 
-        How far ahead of their turn groups are asked for decides how busy the engine is, and nothing of what is kept.
+        How far ahead of their turn groups are asked for decides how busy the engine is, and nothing of what
+        is kept.
         """
         options = self.options.rollout
         buffer = Buffer(options.prompts_per_step, options.dynamic_sampling)
         self.told = lambda: f"step {step}: {len(buffer.kept)}/{buffer.capacity} groups"
-        self.pending = pending = self._pending(options.group_size, self.sampling, self.options.engine.is_streaming)
+        self.pending = pending = self._pending(
+            options.group_size, self.sampling, self.options.engine.is_streaming
+        )
         fresh: list[Prompt] = []
 
         def wanted() -> list[Group]:
@@ -115,7 +139,9 @@ class Rollouts:
         self.mixed_share = self._mixed_share(buffer)
         return buffer
 
-    def sample(self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, first_group: int, told: str) -> list[Group]:
+    def sample(
+        self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, first_group: int, told: str
+    ) -> list[Group]:
         """One scored group per prompt, in asking order. `told` introduces the progress line."""
         self.told = lambda: told
         self.pending = self._pending(group_size, sampling, is_streaming=False)
@@ -159,15 +185,21 @@ class Rollouts:
         self.reward.close()
 
     def _pending(self, group_size: int, sampling: Sampling, is_streaming: bool) -> Pending:
-        return Pending(self.engine, self.reward, self._read, self.options.run.seed, group_size, sampling, is_streaming)
+        return Pending(
+            self.engine, self.reward, self._read, self.options.run.seed, group_size, sampling, is_streaming
+        )
 
     def _renewed(self, group: Group, step: int) -> Group:
-        """A group carried over as it is, if it is whole and young enough; else to be asked for again, under its id and so its seeds."""
+        """A group carried over as it is, if it is whole and young enough; else to be asked for again, under
+        its id and so its seeds.
+        """
         is_usable = group.samples and _age(group, step) <= self.options.rollout.max_staleness
         return group if is_usable else Group(group.id, group.prompt)
 
     def _num_wanted(self, buffer: Buffer, pending: Pending) -> int:
-        """How many more groups to ask for: a round when there is none; streaming, what the buffer probably lacks, before it is missed."""
+        """How many more groups to ask for: a round when there is none; streaming, what the buffer probably
+        lacks, before it is missed.
+        """
         options = self.options.rollout
         if not options.dynamic_sampling:
             return options.prompts_per_step - pending.num_asked
@@ -182,10 +214,15 @@ class Rollouts:
         if not self.options.rollout.max_staleness:
             return {}
         ages = [_age(group, step) for group in buffer.kept]
-        return {"rollout/staleness": float(np.mean(ages or [0])), "rollout/staleness_max": max(ages, default=0)}
+        return {
+            "rollout/staleness": float(np.mean(ages or [0])),
+            "rollout/staleness_max": max(ages, default=0),
+        }
 
     def _mixed_share(self, buffer: Buffer) -> float:
-        """The running estimate of the share of mixed groups: this step's, mixed with PRIOR groups of the steps before."""
+        """The running estimate of the share of mixed groups: this step's, mixed with PRIOR groups of the
+        steps before.
+        """
         num_decided = len(buffer.kept) + len(buffer.all_correct) + len(buffer.all_wrong)
         return (len(buffer.kept) + PRIOR * self.mixed_share) / (num_decided + PRIOR)
 
@@ -195,7 +232,8 @@ class Rollouts:
         beat()
         if not np.isfinite(sample.behavior_logprobs).all():
             raise RolloutError(
-                f"prompt {group.prompt.index}: the engine's log-probs are not finite: the policy is damaged; resume from a checkpoint"
+                f"prompt {group.prompt.index}: the engine's log-probs are not finite: the policy is damaged; "
+                "resume from a checkpoint"
             )
         sample.text = self.decode(sample.tokens)
         self.on_progress(f"{self.told()}, {self.pending.num_outstanding} samples to come")
@@ -207,17 +245,23 @@ class Rollouts:
         asked = len(buffer.asked)
         right, wrong = len(buffer.all_correct) / asked, len(buffer.all_wrong) / asked
         shares = (
-            f"{len(buffer.kept)} of {buffer.capacity} mixed groups among {asked} sampled ({right:.0%} all correct, {wrong:.0%} all wrong): "
+            f"{len(buffer.kept)} of {buffer.capacity} mixed groups among {asked} sampled ({right:.0%} all "
+            f"correct, {wrong:.0%} all wrong): "
             f"use harder or easier data, or check reward.function={self.options.reward.function}"
         )
         if not buffer.is_full and options.at_cap == "stop":
             raise RolloutError(f"rollout.max_rounds={options.max_rounds} reached with {shares}")
         if self.num_empty_steps >= options.max_empty_steps:
-            raise RolloutError(f"rollout.max_empty_steps={options.max_empty_steps} steps in a row without a mixed group, now {shares}")
+            raise RolloutError(
+                f"rollout.max_empty_steps={options.max_empty_steps} steps in a row without a mixed group, "
+                f"now {shares}"
+            )
 
 
 class RolloutsElsewhere:
-    """What the other ranks hold in place of Rollouts: they take part in the weight sync and wait for their share of the batch."""
+    """What the other ranks hold in place of Rollouts: they take part in the weight sync and wait for their
+    share of the batch.
+    """
 
     def prepare_weights(self, version: int) -> None:
         raise AssertionError("only the main rank has an engine")

@@ -1,6 +1,8 @@
-"""Make the base policy: a 76k-parameter Qwen2 that has read good worked sums, then, briefly, a careless corpus.
+"""Make the base policy: a 76k-parameter Qwen2 that has read good worked sums, then, briefly, a careless
+corpus.
 
-The second phase matters. It leaves a model that knows how (greedy decoding is right far more often than sampling) but does not do it
+The second phase matters. It leaves a model that knows how (greedy decoding is right far more often than
+sampling) but does not do it
 reliably: what reinforcement learning can sharpen. An under-trained model gained less
 from the same recipe (benchmarks/results/arithmetic_base.md).
 
@@ -68,7 +70,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     Hence a byte-level BPE without merges, which spells newline Ċ and space Ġ.
     """
     spelling = {"\n": "Ċ", " ": "Ġ"}
-    tokenizer = Tokenizer(models.BPE(vocab={spelling.get(token, token): i for i, token in enumerate(VOCABULARY)}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={spelling.get(token, token): i for i, token in enumerate(VOCABULARY)}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<pad>", "<eos>"])
@@ -84,7 +88,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def batches(flaws: Flaws, rng: random.Random) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(inputs, targets) [BATCH, n], like lengths together; −100 where nothing is to be learnt: the prompt and the padding."""
+    """(inputs, targets) [BATCH, n], like lengths together; −100 where nothing is to be learnt: the prompt and
+    the padding.
+    """
     while True:
         examples = []
         for _ in range(BATCH * 32):
@@ -108,7 +114,9 @@ def train(model: Qwen2ForCausalLM, phase: Phase, rng: random.Random) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=phase.lr, betas=(0.9, 0.98), weight_decay=0.01)
     stream = batches(phase.flaws, rng)
     for step in range(phase.steps):
-        optimizer.param_groups[0]["lr"] = phase.lr * min(1, (step + 1) / 30) * (0.1 + 0.9 * (1 - step / phase.steps))
+        optimizer.param_groups[0]["lr"] = (
+            phase.lr * min(1, (step + 1) / 30) * (0.1 + 0.9 * (1 - step / phase.steps))
+        )
         inputs, targets = next(stream)
         logits = model(inputs, use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
@@ -124,11 +132,17 @@ def train(model: Qwen2ForCausalLM, phase: Phase, rng: random.Random) -> None:
 def accuracy(model: Qwen2ForCausalLM, problems: list[Problem], is_greedy: bool) -> float:
     tokenizer = make_tokenizer()
     inputs = tokenizer([p.prompt for p in problems], return_tensors="pt", padding=True)
-    sampling = GenerationConfig(do_sample=not is_greedy, max_new_tokens=64, eos_token_id=EOS, pad_token_id=PAD)
+    sampling = GenerationConfig(
+        do_sample=not is_greedy, max_new_tokens=64, eos_token_id=EOS, pad_token_id=PAD
+    )
     model.generation_config = GenerationConfig()  # T = 1, nothing cut off
-    out = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=sampling)
+    out = model.generate(
+        inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=sampling
+    )
     responses = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :])
-    return sum(f"Answer: {p.answer}<eos>" in r for p, r in zip(problems, responses, strict=True)) / len(problems)
+    return sum(f"Answer: {p.answer}<eos>" in r for p, r in zip(problems, responses, strict=True)) / len(
+        problems
+    )
 
 
 def main() -> None:
@@ -139,7 +153,10 @@ def main() -> None:
     problems = [make_problem(random.Random(i)) for i in range(1000)]
     for phase in PHASES:
         train(model, phase, rng)
-        print(f"accuracy: greedy {accuracy(model, problems, is_greedy=True):.3f}, sampled {accuracy(model, problems, is_greedy=False):.3f}")
+        print(
+            f"accuracy: greedy {accuracy(model, problems, is_greedy=True):.3f}, sampled "
+            f"{accuracy(model, problems, is_greedy=False):.3f}"
+        )
     model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD)
     model.save_pretrained(TARGET)
     make_tokenizer().save_pretrained(TARGET)

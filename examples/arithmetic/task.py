@@ -1,4 +1,6 @@
-"""Chain sums: two to six one-digit terms, + and −, no running total below 0. `8+4-8+1=` is answered line by line."""
+"""Chain sums: two to six one-digit terms, + and −, no running total below 0. `8+4-8+1=` is answered line by
+line.
+"""
 
 from __future__ import annotations
 

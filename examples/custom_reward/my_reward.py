@@ -1,4 +1,6 @@
-"""A reward of your own: any function of (response, answer). True is worth +1 and False −1; a number is its own reward, correct above 0."""
+"""A reward of your own: any function of (response, answer). True is worth +1 and False −1; a number is its
+own reward, correct above 0.
+"""
 
 
 def short_and_right(response: str, answer: str) -> float:

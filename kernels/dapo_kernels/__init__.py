@@ -1,7 +1,8 @@
 """The policy loss of DAPO. `reference` is the mathematics in plain torch; what is faster must agree with it.
 
-`policy_loss` takes logits, `linear_policy_loss` hidden states and the LM head; `linear_logprobs` is the latter's forward-only half.
-Triton is imported at the first call that can use it, so this package needs torch alone.
+`policy_loss` takes logits, `linear_policy_loss` hidden states and the LM head; `linear_logprobs` is the
+latter's forward-only half. Triton is imported at the first call that can use it, so this package needs torch
+alone.
 """
 
 from dapo_kernels.linear_policy_loss import linear_logprobs, linear_policy_loss

@@ -1,6 +1,8 @@
-"""What the public functions accept. Everything else is refused before the first kernel or collective, by a ValueError with the numbers.
+"""What the public functions accept. Everything else is refused before the first kernel or collective, by a
+ValueError with the numbers.
 
-Values are looked at too (targets, weights), on every device: that is the one wait for a GPU in a call, and brings the mask along.
+Values are looked at too (targets, weights), on every device: that is the one wait for a GPU in a call, and
+brings the mask along.
 """
 
 from __future__ import annotations
@@ -28,8 +30,11 @@ def check_matrix(name: str, x: Tensor, axes: str) -> None:
 LOSS_INPUTS = ("old_logprobs", "advantages")
 
 
-def check_tokens(tokens: Tokens, num_tokens: int, device: torch.device, vocab: int, required: tuple[str, ...] = LOSS_INPUTS) -> Tensor:
-    """Every per-token argument of [T] tokens whose targets are below `vocab`; `required`: what must be there beside targets and mask.
+def check_tokens(
+    tokens: Tokens, num_tokens: int, device: torch.device, vocab: int, required: tuple[str, ...] = LOSS_INPUTS
+) -> Tensor:
+    """Every per-token argument of [T] tokens whose targets are below `vocab`; `required`: what must be there
+    beside targets and mask.
 
     Returns the mask, on the CPU.
     """
@@ -62,15 +67,21 @@ def check_options(objective: Objective, has_reference: bool) -> None:
     if not 0 <= objective.kl_coef < math.inf:
         raise ValueError(f"kl_coef is {objective.kl_coef}; expected a number ≥ 0")
     if objective.kl_coef and not has_reference:
-        raise ValueError(f"kl_coef is {objective.kl_coef} and ref_logprobs is None; expected the reference's log-probs")
+        raise ValueError(
+            f"kl_coef is {objective.kl_coef} and ref_logprobs is None; expected the reference's log-probs"
+        )
 
 
-def check_vocabulary(name: str, columns: int, valid_vocab: int | None, temperature: float, tp_group: dist.ProcessGroup | None) -> int:
+def check_vocabulary(
+    name: str, columns: int, valid_vocab: int | None, temperature: float, tp_group: dist.ProcessGroup | None
+) -> int:
     """The number of ids that targets may have; `name` is the argument that is sharded by `columns`."""
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; expected a number > 0")
     if tp_group is not None and not isinstance(tp_group, dist.ProcessGroup):
-        raise ValueError(f"tp_group is a {type(tp_group).__name__}; expected a process group this rank is in, or None")
+        raise ValueError(
+            f"tp_group is a {type(tp_group).__name__}; expected a process group this rank is in, or None"
+        )
     ranks = 1 if tp_group is None else dist.get_world_size(tp_group)
     total = ranks * columns
     if columns == 0:
@@ -79,13 +90,16 @@ def check_vocabulary(name: str, columns: int, valid_vocab: int | None, temperatu
         return total
     if not 0 < valid_vocab <= total:
         raise ValueError(
-            f"valid_vocab is {valid_vocab}, but {name} holds {columns} columns and tp_group {ranks} ranks; expected 1 to {total}"
+            f"valid_vocab is {valid_vocab}, but {name} holds {columns} columns and tp_group {ranks} ranks; "
+            f"expected 1 to {total}"
         )
     return valid_vocab
 
 
 def _check_values(tokens: Tokens, vocab: int) -> Tensor:
-    """Targets and weights inside the mask. Returns the mask on the CPU: the verdict on each token travels with it."""
+    """Targets and weights inside the mask. Returns the mask on the CPU: the verdict on each token travels
+    with it.
+    """
     assert tokens.mask is not None
     is_wrong = {"targets": (tokens.targets < 0) | (tokens.targets >= vocab)}
     if tokens.weights is not None:
@@ -96,7 +110,10 @@ def _check_values(tokens: Tokens, vocab: int) -> Tensor:
         row, token = (int(i) for i in wrong.nonzero()[0])
         name = list(is_wrong)[row]
         expected = f"0 to {vocab - 1}" if name == "targets" else "finite numbers ≥ 0"
-        raise ValueError(f"{name} holds {getattr(tokens, name)[token].item()} inside the mask, at token {token}; expected {expected}")
+        raise ValueError(
+            f"{name} holds {getattr(tokens, name)[token].item()} inside the mask, at token {token}; expected "
+            f"{expected}"
+        )
     return mask
 
 
@@ -107,4 +124,6 @@ def _require_tensor(name: str, x: object) -> None:
 
 def _require_contiguous(name: str, x: Tensor) -> None:
     if not x.is_contiguous():
-        raise ValueError(f"{name} has strides {list(x.stride())} for shape {list(x.shape)}; expected a contiguous tensor")
+        raise ValueError(
+            f"{name} has strides {list(x.stride())} for shape {list(x.shape)}; expected a contiguous tensor"
+        )

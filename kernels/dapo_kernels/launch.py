@@ -1,4 +1,6 @@
-"""How the kernels are launched: a small table by architecture and number of columns. Tuning at run time would rerun in-place kernels."""
+"""How the kernels are launched: a small table by architecture and number of columns. Tuning at run time would
+rerun in-place kernels.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,19 @@ class Launch(NamedTuple):
     warps: int
 
 
-# compute capability → (columns up to, launch of the statistics, launch of loss and gradient); the last line serves every larger number
+# compute capability → (columns up to, launch of the statistics, launch of loss and gradient); the last line
+# serves every larger number
 TABLE: dict[int, list[tuple[int, Launch, Launch]]] = {
     80: [(1024, Launch(1024, 4), Launch(1024, 4)), (2**31, Launch(4096, 4), Launch(2048, 4))],
-    90: [(1024, Launch(1024, 4), Launch(1024, 4)), (2**31, Launch(8192, 8), Launch(4096, 4))],  # the loss spills with (8192, 8)
+    # the loss spills with (8192, 8)
+    90: [(1024, Launch(1024, 4), Launch(1024, 4)), (2**31, Launch(8192, 8), Launch(4096, 4))],
     100: [(1024, Launch(1024, 4), Launch(1024, 4)), (2**31, Launch(8192, 8), Launch(4096, 4))],
 }
 
 
 def launches(capability: int, columns: int) -> tuple[Launch, Launch]:
-    """(statistics, loss and gradient) on the newest architecture of the table that is not newer than the device.
+    """(statistics, loss and gradient) on the newest architecture of the table that is not newer than the
+    device.
 
     `launches(90, 151936)` → (Launch(8192, 8), Launch(4096, 4)); capability 89 is served by 80's lines.
     """

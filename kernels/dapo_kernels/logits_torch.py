@@ -1,4 +1,6 @@
-"""The kernels of `logits_triton` in plain torch: the same two passes and results, no autograd, no second [T, V]. Any float type."""
+"""The kernels of `logits_triton` in plain torch: the same two passes and results, no autograd, no second [T,
+V]. Any float type.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from dapo_kernels.reference import MAX_LOG_RATIO
 from dapo_kernels.rows import Objective, Rows, Shard, Tokens
 
 _FLOOR = -1e30  # stands for −inf where 0 · −inf or −inf − −inf would give NaN
-_BLOCK_BYTES = 1 << 20  # rows are taken in blocks that stay in a core's cache through all the passes over them
+# rows are taken in blocks that stay in a core's cache through all the passes over them
+_BLOCK_BYTES = 1 << 20
 
 
 def row_statistics(logits: Tensor, tokens: Tokens, shard: Shard) -> Tensor:
@@ -36,7 +39,12 @@ def row_statistics(logits: Tensor, tokens: Tokens, shard: Shard) -> Tensor:
 
 
 def loss_and_gradient(
-    logits: Tensor, statistics: Tensor, tokens: Tokens, shard: Shard, objective: Objective | None, gradient: Tensor | None
+    logits: Tensor,
+    statistics: Tensor,
+    tokens: Tokens,
+    shard: Shard,
+    objective: Objective | None,
+    gradient: Tensor | None,
 ) -> Rows:
     peak, log_total, logprobs, entropy = _merge(statistics, shard.temperature)
     if objective is None:
@@ -65,7 +73,9 @@ def _merge(statistics: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tens
     return peak, log_total, (picked.amax(0) - peak) / temperature - log_total, entropy
 
 
-def _token_losses(logprobs: Tensor, tokens: Tokens, objective: Objective) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _token_losses(
+    logprobs: Tensor, tokens: Tokens, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, its derivative by the log-prob, clipped low, clipped high) of every token (Eq. 8)."""
     assert tokens.old_logprobs is not None and tokens.advantages is not None
     old, advantages = tokens.old_logprobs.to(logprobs.dtype), tokens.advantages.to(logprobs.dtype)
@@ -94,7 +104,13 @@ def _token_losses(logprobs: Tensor, tokens: Tokens, objective: Objective) -> tup
 
 
 def _write_gradient(
-    gradient: Tensor, logits: Tensor, peak: Tensor, log_total: Tensor, slopes: Tensor, tokens: Tokens, shard: Shard
+    gradient: Tensor,
+    logits: Tensor,
+    peak: Tensor,
+    log_total: Tensor,
+    slopes: Tensor,
+    tokens: Tokens,
+    shard: Shard,
 ) -> None:
     """slope · (1[column = target] − p), row by row; `gradient` may be `logits`."""
     for rows in _blocks(logits):

@@ -1,10 +1,11 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
-"""The policy loss on logits as two Triton kernels: row statistics, then loss and gradient; the second may write over the logits it reads.
+"""The policy loss on logits as two Triton kernels: row statistics, then loss and gradient; the second may
+write over the logits it reads.
 
-One program a row, each row summed in a fixed order and no atomics: results are the same in every run. All arithmetic is in float32. The
-peak is subtracted first and the temperature applied then, in base 2: `(z − m)·log2(e)/temperature` keeps logits of 1e4 exact, and 2^x is
-one instruction. Tiles are [BLOCK / VEC, VEC] with the maximum over VEC taken inside a thread: one correction of the running sums per VEC
-elements.
+One program a row, each row summed in a fixed order and no atomics: results are the same in every run. All
+arithmetic is in float32. The peak is subtracted first and the temperature applied then, in base 2: `(z −
+m)·log2(e)/temperature` keeps logits of 1e4 exact, and 2^x is one instruction. Tiles are [BLOCK / VEC, VEC]
+with the maximum over VEC taken inside a thread: one correction of the running sums per VEC elements.
 """
 
 from __future__ import annotations
@@ -27,7 +28,17 @@ _FLOOR = tl.constexpr(-1e30)  # stands for −inf where 0 · −inf or −inf �
 _MAX_LOG_RATIO = tl.constexpr(MAX_LOG_RATIO)
 _ONCE = {  # what differs from call to call or rank to rank is compiled once for all values
     "do_not_specialize": ["num_rows", "start", "valid"],
-    "do_not_specialize_on_alignment": ["TARGETS", "MASK", "STATISTICS", "OLD", "ADVANTAGES", "WEIGHTS", "REFERENCE", "VALUES", "FLAGS"],
+    "do_not_specialize_on_alignment": [
+        "TARGETS",
+        "MASK",
+        "STATISTICS",
+        "OLD",
+        "ADVANTAGES",
+        "WEIGHTS",
+        "REFERENCE",
+        "VALUES",
+        "FLAGS",
+    ],
 }
 
 
@@ -84,7 +95,8 @@ def row_statistics_kernel(
         peak, total, weighted = _add_tile(z, peak, total, weighted, scale)
     if whole < valid:
         column = whole + tile
-        # loaded up to `columns`, which is known to divide by 16 where it does: 128 bits at a time, as `valid` would not allow
+        # loaded up to `columns`, which is known to divide by 16 where it does: 128 bits at a time, as `valid`
+        # would not allow
         z = tl.load(base + column, mask=column < columns, other=float("-inf")).to(tl.float32)
         z = tl.where(column < valid, z, float("-inf"))
         peak, total, weighted = _add_tile(z, peak, total, weighted, scale)
@@ -102,7 +114,9 @@ def row_statistics_kernel(
 
 @triton.jit
 def _merge(STATISTICS, row, rows, inverse_temperature, WORLD: tl.constexpr):
-    """(peak, log2 Σ e, log-prob, entropy) of the whole row, by the same operations in the same order everywhere."""
+    """(peak, log2 Σ e, log-prob, entropy) of the whole row, by the same operations in the same order
+    everywhere.
+    """
     peak = tl.load(STATISTICS + row)
     picked = tl.load(STATISTICS + 3 * rows + row)
     for rank in tl.static_range(1, WORLD):
@@ -115,10 +129,17 @@ def _merge(STATISTICS, row, rows, inverse_temperature, WORLD: tl.constexpr):
         share = tl.exp2(moved * _LOG2E)
         part = tl.load(STATISTICS + (4 * rank + 1) * rows + row)
         total = tl.fma(share, part, total)
-        weighted = tl.fma(share, tl.fma(moved, part, tl.load(STATISTICS + (4 * rank + 2) * rows + row)), weighted)
+        weighted = tl.fma(
+            share, tl.fma(moved, part, tl.load(STATISTICS + (4 * rank + 2) * rows + row)), weighted
+        )
     log2_total = tl.log2(total)
     log_total = log2_total * _LN2
-    return peak, log2_total, tl.fma(picked - peak, inverse_temperature, -log_total), log_total - weighted / total
+    return (
+        peak,
+        log2_total,
+        tl.fma(picked - peak, inverse_temperature, -log_total),
+        log_total - weighted / total,
+    )
 
 
 @triton.jit
@@ -185,7 +206,9 @@ def loss_gradient_kernel(
     if HAS_LOSS:
         old = tl.load(OLD + row, mask=is_live, other=0.0)
         advantage = tl.load(ADVANTAGES + row, mask=is_live, other=0.0)
-        loss, slope, is_low, is_high = _token_loss(logprob, old, advantage, clip_floor, clip_ceiling, dual_clip, HAS_DUAL_CLIP)
+        loss, slope, is_low, is_high = _token_loss(
+            logprob, old, advantage, clip_floor, clip_ceiling, dual_clip, HAS_DUAL_CLIP
+        )
         if HAS_REFERENCE:
             d = tl.load(REFERENCE + row, mask=is_live, other=0.0) - logprob
             loss += kl_coef * (tl.exp(d) - d - 1.0)
@@ -257,14 +280,20 @@ def row_statistics(logits: Tensor, tokens: Tokens, shard: Shard) -> Tensor:
             1.0 / shard.temperature,
             HAS_MASK=tokens.mask is not None,
             BLOCK=launch.block,
-            VEC=16 // logits.element_size(),  # one 128-bit load: only then is the maximum over VEC inside a thread
+            # one 128-bit load: only then is the maximum over VEC inside a thread
+            VEC=16 // logits.element_size(),
             num_warps=launch.warps,
         )
     return statistics
 
 
 def loss_and_gradient(
-    logits: Tensor, statistics: Tensor, tokens: Tokens, shard: Shard, objective: Objective | None, gradient: Tensor | None
+    logits: Tensor,
+    statistics: Tensor,
+    tokens: Tokens,
+    shard: Shard,
+    objective: Objective | None,
+    gradient: Tensor | None,
 ) -> Rows:
     num_rows, columns = logits.shape
     values = statistics.new_empty(2 if objective is None else 3, num_rows)
@@ -279,7 +308,10 @@ def loss_and_gradient(
                 tokens.targets,
                 _bytes(tokens.mask),
                 statistics,
-                *(None if x is None else x.to(torch.float32) for x in (tokens.old_logprobs, tokens.advantages)),
+                *(
+                    None if x is None else x.to(torch.float32)
+                    for x in (tokens.old_logprobs, tokens.advantages)
+                ),
                 *(None if x is None else x.to(torch.float32) for x in (tokens.weights, tokens.ref_logprobs)),
                 values,
                 flags,
@@ -313,7 +345,9 @@ def scale_(gradient: Tensor, factor: Tensor) -> None:
     _, launch = _launches(gradient)
     if num_rows:
         with _on(gradient):
-            scale_kernel[(num_rows,)](gradient, factor, gradient.stride(0), columns, BLOCK=launch.block, num_warps=launch.warps)
+            scale_kernel[(num_rows,)](
+                gradient, factor, gradient.stride(0), columns, BLOCK=launch.block, num_warps=launch.warps
+            )
 
 
 def _launches(logits: Tensor) -> Any:

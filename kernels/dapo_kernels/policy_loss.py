@@ -1,4 +1,6 @@
-"""The policy loss on logits, fused: loss, per-token statistics and gradient in two passes, the gradient written over the logits."""
+"""The policy loss on logits, fused: loss, per-token statistics and gradient in two passes, the gradient
+written over the logits.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +37,11 @@ def policy_loss(
 ) -> PolicyLoss:
     """`reference.policy_loss`, with the same arguments, values and gradient, without a second [T, V] tensor.
 
-    With gradients enabled it DESTROYS `logits`: their memory holds the gradient afterwards, so the product that made them must not need
-    them in its own backward (a matrix product does not; autograd raises if another does). The backward pass can run once; a scale of 1
-    costs nothing. One collective over tp_group per call, and one wait for the device, to check targets and weights. Inputs must be
-    contiguous. Without a GPU or Triton, and in float64, it is `reference.policy_loss` itself, which leaves the logits alone.
+    With gradients enabled it DESTROYS `logits`: their memory holds the gradient afterwards, so the product
+    that made them must not need them in its own backward (a matrix product does not; autograd raises if
+    another does). The backward pass can run once; a scale of 1 costs nothing. One collective over tp_group
+    per call, and one wait for the device, to check targets and weights. Inputs must be contiguous. Without a
+    GPU or Triton, and in float64, it is `reference.policy_loss` itself, which leaves the logits alone.
 
     Raises:
         ValueError: an argument is not what is expected, before any launch or collective.
@@ -76,11 +79,18 @@ def policy_loss(
 class _InPlace(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, kernels: Kernels, tokens: Tokens, shard: Shard, objective: Objective, has_gradient: bool
+        ctx: Any,
+        logits: Tensor,
+        kernels: Kernels,
+        tokens: Tokens,
+        shard: Shard,
+        objective: Objective,
+        has_gradient: bool,
     ) -> tuple[Tensor, ...]:
         rows = evaluate(kernels, logits, tokens, shard, objective, logits if has_gradient else None)
         if has_gradient:
-            torch.autograd.graph.increment_version(logits)  # so that whoever saved the logits for its own backward is told
+            # so that whoever saved the logits for its own backward is told
+            torch.autograd.graph.increment_version(logits)
             ctx.save_for_backward(logits)
             ctx.kernels, ctx.is_spent = kernels, False
         ctx.mark_non_differentiable(rows.logprobs, rows.entropy, rows.clipped_low, rows.clipped_high)

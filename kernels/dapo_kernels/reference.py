@@ -1,4 +1,5 @@
-"""The policy loss in plain torch: the definition that every faster implementation is tested against. Float64 inputs give the truth.
+"""The policy loss in plain torch: the definition that every faster implementation is tested against. Float64
+inputs give the truth.
 
 T = packed tokens, V = vocabulary, V/tp = this rank's shard of it.
 """
@@ -43,10 +44,11 @@ def policy_loss(
     tp_group: dist.ProcessGroup | None = None,
     valid_vocab: int | None = None,
 ) -> PolicyLoss:
-    """Σ_t mask_t · w_t · l_t, l_t = max(−r_t·A_t, −clip(r_t, 1 − clip_low, 1 + clip_high)·A_t), r_t = exp(log π_θ − log π_θold)  (Eq. 8).
+    """Σ_t mask_t · w_t · l_t, l_t = max(−r_t·A_t, −clip(r_t, 1 − clip_low, 1 + clip_high)·A_t), r_t = exp(log
+    π_θ − log π_θold)  (Eq. 8).
 
-    Positive weights commute with min and clip, so one function serves every normaliser, and nothing depends on how tokens were split into
-    microbatches or ranks.
+    Positive weights commute with min and clip, so one function serves every normaliser, and nothing depends
+    on how tokens were split into microbatches or ranks.
 
     Args:
         logits: [T, V/tp], any float type; computed in float32, or float64 if given so.
@@ -59,10 +61,13 @@ def policy_loss(
         dual_clip: where A < 0, l_t is at most −dual_clip · A_t.
         ref_logprobs, kl_coef: adds kl_coef · (e^d − d − 1) per token, d = ref − log π_θ (the GRPO baseline).
         temperature: logits are divided by it, as the sampler did.
-        tp_group: the ranks that hold the vocabulary's shards, in order. The loss is then the same on all of them.
+        tp_group: the ranks that hold the vocabulary's shards, in order. The loss is then the same on all of
+            them.
         valid_vocab: the vocabulary's true size where V is padded; padded columns have probability 0.
     """
-    stats = logprobs_and_entropy(logits, targets, mask, temperature=temperature, tp_group=tp_group, valid_vocab=valid_vocab)
+    stats = logprobs_and_entropy(
+        logits, targets, mask, temperature=temperature, tp_group=tp_group, valid_vocab=valid_vocab
+    )
     logprobs, entropy = stats
     old, advantages = old_logprobs[mask].to(logprobs.dtype), advantages[mask].to(logprobs.dtype)
 
@@ -87,7 +92,9 @@ def policy_loss(
 
 
 def logprobs(logits: Tensor, targets: Tensor, mask: Tensor, **options: Any) -> Tensor:
-    """log π_θ(target) [T], 0 outside the mask, without a graph. Options as `policy_loss`: temperature, tp_group, valid_vocab."""
+    """log π_θ(target) [T], 0 outside the mask, without a graph. Options as `policy_loss`: temperature,
+    tp_group, valid_vocab.
+    """
     with torch.no_grad():
         return _spread(logprobs_and_entropy(logits, targets, mask, **options)[0], mask)
 
@@ -101,10 +108,13 @@ def logprobs_and_entropy(
     tp_group: dist.ProcessGroup | None = None,
     valid_vocab: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """log π_θ(target), differentiable, and the entropy, detached; both of the masked rows only: [mask.sum()]."""
+    """log π_θ(target), differentiable, and the entropy, detached; both of the masked rows only:
+    [mask.sum()].
+    """
     shard = logits.shape[-1]
     start = shard * (dist.get_rank(tp_group) if tp_group is not None else 0)
-    logits, targets = logits[mask], targets[mask]  # compaction first: garbage in masked rows never enters the arithmetic
+    # compaction first: garbage in masked rows never enters the arithmetic
+    logits, targets = logits[mask], targets[mask]
     z = logits if logits.dtype == torch.float64 else logits.float()
     if valid_vocab is not None and start + shard > valid_vocab:
         z = z[:, : max(valid_vocab - start, 0)]  # padded columns have probability 0
@@ -112,7 +122,8 @@ def logprobs_and_entropy(
     peak = z.detach().amax(-1) if z.shape[-1] else z.new_full(targets.shape, torch.finfo(z.dtype).min)  # [T]
     if tp_group is not None:
         dist.all_reduce(peak, dist.ReduceOp.MAX, group=tp_group)
-    shifted = (z - peak[:, None]) / temperature  # [T, V/tp], ≤ 0; subtract first, then scale: exact at |z| ~ 1e4
+    # [T, V/tp], ≤ 0; subtract first, then scale: exact at |z| ~ 1e4
+    shifted = (z - peak[:, None]) / temperature
     exps = shifted.exp()
     total = _Sum.apply(exps.sum(-1), tp_group)  # [T]
 
@@ -120,7 +131,9 @@ def logprobs_and_entropy(
     is_here = (local >= 0) & (local < z.shape[-1])
     picked = z.new_zeros(targets.shape)
     if z.shape[-1]:
-        picked = torch.where(is_here, shifted.gather(-1, local.clamp(0, z.shape[-1] - 1)[:, None])[:, 0], picked)
+        picked = torch.where(
+            is_here, shifted.gather(-1, local.clamp(0, z.shape[-1] - 1)[:, None])[:, 0], picked
+        )
     logprobs = _Sum.apply(picked, tp_group) - total.log()
 
     with torch.no_grad():
@@ -132,7 +145,9 @@ def logprobs_and_entropy(
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over the vocabulary's shards. The loss after it is the same on every rank, so each rank's own gradient is already whole."""
+    """Sum over the vocabulary's shards. The loss after it is the same on every rank, so each rank's own
+    gradient is already whole.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -1,7 +1,8 @@
 """What the kernels compile to, on any machine: ahead of time for sm_80, sm_90 and sm_100, no GPU needed.
 
-python -m dapo_kernels.report [OUT.json]. Ends with an error if a kernel keeps anything on the stack or lost its 128-bit loads: either would
-cost a multiple of its time. (The compiler's own LOCAL counter is 0 even where registers are spilled; instructions are counted.)
+python -m dapo_kernels.report [OUT.json]. Ends with an error if a kernel keeps anything on the stack or lost
+its 128-bit loads: either would cost a multiple of its time. (The compiler's own LOCAL counter is 0 even where
+registers are spilled; instructions are counted.)
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 FORWARD_ONLY = "log-probs only"  # reads statistics, no logits
-ALIGNED = ("LOGITS", "GRADIENT", "logits_stride", "gradient_stride", "stride", "columns")  # what the caller's padding makes divisible by 16
+# what the caller's padding makes divisible by 16
+ALIGNED = ("LOGITS", "GRADIENT", "logits_stride", "gradient_stride", "stride", "columns")
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,26 @@ class Compiled:
             found.append(f"{self.stack} bytes of stack, {self.spills} spilling instructions")
         if not self.loads_128 and self.variant != FORWARD_ONLY:
             found.append("no 128-bit load")
-        return [f"sm_{self.arch} {self.kernel} ({self.variant}, block {self.block}): {fault}" for fault in found]
+        return [
+            f"sm_{self.arch} {self.kernel} ({self.variant}, block {self.block}): {fault}" for fault in found
+        ]
 
 
 def variants() -> list[Variant]:
-    plain = {"HAS_MASK": False, "HAS_WEIGHTS": True, "HAS_DUAL_CLIP": False, "HAS_REFERENCE": False, "HAS_LOSS": True, "HAS_GRADIENT": True}
+    plain = {
+        "HAS_MASK": False,
+        "HAS_WEIGHTS": True,
+        "HAS_DUAL_CLIP": False,
+        "HAS_REFERENCE": False,
+        "HAS_LOSS": True,
+        "HAS_GRADIENT": True,
+    }
     everything = plain | {"HAS_MASK": True, "HAS_DUAL_CLIP": True, "HAS_REFERENCE": True}
     statistics = [
-        Variant("row_statistics_kernel", dtype, dtype, dtype, {"HAS_MASK": True, "VEC": 16 // ITEMSIZE[dtype]}) for dtype in ITEMSIZE
+        Variant(
+            "row_statistics_kernel", dtype, dtype, dtype, {"HAS_MASK": True, "VEC": 16 // ITEMSIZE[dtype]}
+        )
+        for dtype in ITEMSIZE
     ]
     loss = [
         Variant("loss_gradient_kernel", f"{name}, tp {world}", logits, gradient, options | {"WORLD": world})

@@ -24,7 +24,11 @@ class Tokens:
 
     def select(self, rows: Tensor) -> Tokens:
         """The given rows only. They are the ones inside the mask, so the result has none."""
-        picked = {f.name: None if (x := getattr(self, f.name)) is None else x[rows] for f in fields(self) if f.name != "mask"}
+        picked = {
+            f.name: None if (x := getattr(self, f.name)) is None else x[rows]
+            for f in fields(self)
+            if f.name != "mask"
+        }
         return Tokens(**picked)  # type: ignore[arg-type]
 
 
@@ -49,7 +53,9 @@ class Shard:
     group: dist.ProcessGroup | None
 
     @classmethod
-    def of(cls, columns: int, valid_vocab: int | None, temperature: float, group: dist.ProcessGroup | None) -> Shard:
+    def of(
+        cls, columns: int, valid_vocab: int | None, temperature: float, group: dist.ProcessGroup | None
+    ) -> Shard:
         start = columns * (dist.get_rank(group) if group is not None else 0)
         valid = columns if valid_vocab is None else min(max(valid_vocab - start, 0), columns)
         return cls(columns, start, valid, temperature, group)
@@ -57,7 +63,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Rows:
-    """What comes out for every row, [T] each; 0 and False outside the mask. Without an objective the last three are empty."""
+    """What comes out for every row, [T] each; 0 and False outside the mask. Without an objective the last
+    three are empty.
+    """
 
     logprobs: Tensor
     entropy: Tensor

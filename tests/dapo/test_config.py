@@ -51,21 +51,38 @@ def test_a_step_of_the_paper_is_16_updates_of_512_responses(tmp_path):
     config = load_text(tmp_path, REQUIRED)
     assert config.updates_per_step == 16
     assert config.optim.prompts_per_minibatch * config.rollout.group_size == 512
-    assert config.rollout.max_response_length - config.reward.overlong_cache == 16384  # where Eq. 13 begins to punish
+    # where Eq. 13 begins to punish
+    assert config.rollout.max_response_length - config.reward.overlong_cache == 16384
 
 
 def test_later_overrides_win_and_reach_sections_that_the_file_leaves_out(tmp_path):
     config = load_text(
-        tmp_path, REQUIRED, "optim.lr=1e-3", "eval.samples=4", "optim.lr=2e-6", "policy.megatron.num_layers=2", "eval.data=null"
+        tmp_path,
+        REQUIRED,
+        "optim.lr=1e-3",
+        "eval.samples=4",
+        "optim.lr=2e-6",
+        "policy.megatron.num_layers=2",
+        "eval.data=null",
     )
-    assert (config.optim.lr, config.eval.samples, config.policy.megatron, config.eval.data) == (2e-6, 4, {"num_layers": 2}, None)
+    assert (config.optim.lr, config.eval.samples, config.policy.megatron, config.eval.data) == (
+        2e-6,
+        4,
+        {"num_layers": 2},
+        None,
+    )
 
 
 @pytest.mark.parametrize("text", ["1e-6", "1E-6", "1.e-6", "1.0e-6", "+1e-6", "0.000001"])
 def test_exponents_are_numbers_in_files_and_overrides(tmp_path, text):
     assert load_text(tmp_path, REQUIRED + f"optim: {{lr: {text}}}\n").optim.lr == 1e-6
     assert load_text(tmp_path, REQUIRED, f"optim.lr={text}").optim.lr == 1e-6
-    assert load_text(tmp_path, REQUIRED, f"policy.megatron.layernorm_epsilon={text}").policy.megatron["layernorm_epsilon"] == 1e-6
+    assert (
+        load_text(tmp_path, REQUIRED, f"policy.megatron.layernorm_epsilon={text}").policy.megatron[
+            "layernorm_epsilon"
+        ]
+        == 1e-6
+    )
 
 
 def test_only_our_own_loader_reads_exponents_as_numbers():
@@ -104,7 +121,9 @@ def test_a_wrong_override_is_refused_in_one_line_that_names_it(tmp_path, overrid
 
 
 def test_every_mistake_of_a_file_is_told_at_once(tmp_path):
-    with pytest.raises(ConfigError, match=r"c\.yaml: .*missing key run\.dir.*missing key policy.*unknown key lr"):
+    with pytest.raises(
+        ConfigError, match=r"c\.yaml: .*missing key run\.dir.*missing key policy.*unknown key lr"
+    ):
         load_text(tmp_path, "run: {}\ndata: {train: t}\nlr: 1\n")
 
 
@@ -129,7 +148,10 @@ def test_a_file_that_is_not_there_is_refused_by_name(tmp_path):
     ("overrides", "words"),
     [
         (["rollout.prompts_per_step=500"], ["prompts_per_step=500", "prompts_per_minibatch=32"]),
-        (["policy.tokens_per_microbatch=22527"], ["tokens_per_microbatch=22527", "max_response_length=20480", "= 22528 tokens"]),
+        (
+            ["policy.tokens_per_microbatch=22527"],
+            ["tokens_per_microbatch=22527", "max_response_length=20480", "= 22528 tokens"],
+        ),
         (["reward.overlong_cache=20480"], ["overlong_cache=20480", "max_response_length=20480"]),
         (["run.keep_every=15"], ["keep_every=15", "save_every=10"]),
     ],
@@ -141,7 +163,11 @@ def test_contradicting_options_are_refused_with_their_values(tmp_path, overrides
 
 
 @pytest.mark.parametrize(
-    "overrides", [["policy.tokens_per_microbatch=22528"], ["reward.overlong_cache=99999", "reward.soft_overlong_punishment=false"]]
+    "overrides",
+    [
+        ["policy.tokens_per_microbatch=22528"],
+        ["reward.overlong_cache=99999", "reward.soft_overlong_punishment=false"],
+    ],
 )
 def test_options_that_just_agree_are_taken(tmp_path, overrides):
     load_text(tmp_path, REQUIRED, *overrides)
@@ -149,7 +175,11 @@ def test_options_that_just_agree_are_taken(tmp_path, overrides):
 
 def test_what_is_dumped_loads_to_an_equal_config(tmp_path):
     config = make_config(
-        tmp_path, "optim.lr=3e-7", "objective.dual_clip=10", "policy.megatron={num_layers: 2, eps: 1e-6}", "eval.data=held.jsonl"
+        tmp_path,
+        "optim.lr=3e-7",
+        "objective.dual_clip=10",
+        "policy.megatron={num_layers: 2, eps: 1e-6}",
+        "eval.data=held.jsonl",
     )
     assert load_text(tmp_path, config.dump()) == config
 
@@ -171,16 +201,24 @@ def test_why_a_hair_of_length_penalty_becomes_a_full_size_advantage_in_an_all_co
     lengths = [30, 30, 30, 49]  # one response reaches one token into the punished range of 48 … 64
     rewards = [1.0 + soft_overlong_penalty(length, 64, 16) for length in lengths]
     assert max(rewards) - min(rewards) == 1 / 16
-    assert group_advantages(rewards)[3] == pytest.approx(-1.5, abs=1e-3), "as large as that of the one wrong answer among four"
+    assert group_advantages(rewards)[3] == pytest.approx(-1.5, abs=1e-3), (
+        "as large as that of the one wrong answer among four"
+    )
     assert group_advantages([1.0, 1.0, 1.0, -1.0])[3] == pytest.approx(-1.5, abs=1e-3)
 
 
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["policy.megatron.optimizer_offload_fraction=1.0"], "use_precision_aware_optimizer=true: without it"),
         (
-            ["policy.megatron.use_precision_aware_optimizer=true", "policy.megatron.optimizer_offload_fraction=0.5"],
+            ["policy.megatron.optimizer_offload_fraction=1.0"],
+            "use_precision_aware_optimizer=true: without it",
+        ),
+        (
+            [
+                "policy.megatron.use_precision_aware_optimizer=true",
+                "policy.megatron.optimizer_offload_fraction=0.5",
+            ],
             "offload_fraction=1.0: a part",
         ),
         (["policy.megatron.use_precision_aware_optimizer=true"], "offload_fraction=1.0: a part"),

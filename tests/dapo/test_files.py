@@ -57,14 +57,24 @@ def test_a_directory_appears_when_it_is_whole(tmp_path: Path) -> None:
     with files.made_whole(target, 10) as partial:
         (partial / "file").write_text("new")
         assert not target.exists() and partial.name.startswith(".")
-    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["above", "above/target", "above/target/file"]
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == [
+        "above",
+        "above/target",
+        "above/target/file",
+    ]
 
 
 def test_what_existed_is_replaced_only_if_it_may_be_and_only_by_a_whole_one(tmp_path: Path) -> None:
     make(tmp_path / "target")
-    with pytest.raises(ConfigError, match="exists and is not overwritten"), files.made_whole(tmp_path / "target", 10):
+    with (
+        pytest.raises(ConfigError, match="exists and is not overwritten"),
+        files.made_whole(tmp_path / "target", 10),
+    ):
         pass
-    with pytest.raises(ZeroDivisionError), files.made_whole(tmp_path / "target", 10, may_replace=True) as partial:
+    with (
+        pytest.raises(ZeroDivisionError),
+        files.made_whole(tmp_path / "target", 10, may_replace=True) as partial,
+    ):
         (partial / "file").write_text("new")
         raise ZeroDivisionError
     assert files.damage(tmp_path / "target") is None
@@ -80,11 +90,15 @@ def test_a_disk_that_is_too_small_is_told_with_both_numbers(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_the_disk_begins_early_with_is_whole_and_its_sum_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_the_disk_begins_early_with_is_whole_and_its_sum_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files, "EARLY", 1000)
     begun: list[tuple[int, int]] = []
     advise = os.posix_fadvise
-    monkeypatch.setattr(os, "posix_fadvise", lambda fd, at, size, how: begun.append((at, size)) or advise(fd, at, size, how))
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda fd, at, size, how: begun.append((at, size)) or advise(fd, at, size, how)
+    )
     data = np.random.default_rng(0).bytes(10_000)
     file = files.SummedFile(tmp_path / "file")
     for start in range(0, len(data), 300):
@@ -95,7 +109,9 @@ def test_a_file_that_the_disk_begins_early_with_is_whole_and_its_sum_right(tmp_p
     assert begun == [(start, 1200) for start in range(0, 9600, 1200)]  # end to end, each once
 
 
-def test_a_small_file_that_cannot_be_rewritten_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_file_that_cannot_be_rewritten_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files.write_text(tmp_path / "file", "old")
     seen = []
 
@@ -111,7 +127,9 @@ def test_a_small_file_that_cannot_be_rewritten_stays_as_it_was(tmp_path: Path, m
     assert (tmp_path / "file").read_text() == "new"
 
 
-def test_a_long_block_is_written_in_pieces_at_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_block_is_written_in_pieces_at_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files, "EARLY", 8)
     with open(tmp_path / "file", "wb", buffering=0) as file:
         files.write_at(file, memoryview(b"0123456789abcdefghij"), 4)
@@ -123,7 +141,10 @@ def test_two_processes_do_not_write_to_one_target(tmp_path):
     target = tmp_path / "model"
     with files.made_whole(target, 10) as partial:
         (partial / "file").write_text("first")
-        with pytest.raises(ConfigError, match="is being written by another process"), files.made_whole(target, 10):
+        with (
+            pytest.raises(ConfigError, match="is being written by another process"),
+            files.made_whole(target, 10),
+        ):
             pass
         assert (partial / "file").read_text() == "first"
     assert (target / "file").read_text() == "first"
@@ -131,7 +152,10 @@ def test_two_processes_do_not_write_to_one_target(tmp_path):
 
 def test_a_target_that_appears_meanwhile_is_not_overwritten(tmp_path):
     target = tmp_path / "model"
-    with pytest.raises(ConfigError, match="exists and is not overwritten"), files.made_whole(target, 10) as partial:
+    with (
+        pytest.raises(ConfigError, match="exists and is not overwritten"),
+        files.made_whole(target, 10) as partial,
+    ):
         (partial / "file").write_text("mine")
         target.mkdir()
         (target / "file").write_text("theirs")

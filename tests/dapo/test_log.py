@@ -9,7 +9,10 @@ from tests.conftest import make_config
 
 
 def test_mean_is_taken_key_by_key():
-    assert mean([{"loss": 1.0, "norm": 4.0}, {"loss": 3.0, "norm": 4.0}, {"loss": 8.0, "norm": 1.0}]) == {"loss": 4.0, "norm": 3.0}
+    assert mean([{"loss": 1.0, "norm": 4.0}, {"loss": 3.0, "norm": 4.0}, {"loss": 8.0, "norm": 1.0}]) == {
+        "loss": 4.0,
+        "norm": 3.0,
+    }
 
 
 def test_mean_of_no_updates_is_empty():
@@ -34,7 +37,11 @@ def test_reading_where_nothing_was_written_gives_no_rows(tmp_path):
 
 @pytest.mark.parametrize(
     "rows",
-    [[], [{"step": 0, "eval/accuracy": 0.1}], [{"step": i, **dict.fromkeys(CURVES, i * 0.1)} for i in range(4)]],
+    [
+        [],
+        [{"step": 0, "eval/accuracy": 0.1}],
+        [{"step": i, **dict.fromkeys(CURVES, i * 0.1)} for i in range(4)],
+    ],
     ids=["empty", "one", "full"],
 )
 def test_plot_writes_a_png(tmp_path, rows):

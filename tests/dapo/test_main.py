@@ -22,7 +22,12 @@ CONFIG = Path(__file__).parents[2] / "examples/arithmetic/config.yaml"
         (Interrupted(), False, 130, "interrupted"),
         (Interrupted(), True, 130, "interrupted; saved in RUN, the same command goes on from there"),
         (EngineError("no server is left"), False, 1, "error: no server is left"),
-        (EngineError("no server is left"), True, 1, "error: no server is left; saved in RUN, the same command goes on from there"),
+        (
+            EngineError("no server is left"),
+            True,
+            1,
+            "error: no server is left; saved in RUN, the same command goes on from there",
+        ),
     ],
 )
 def test_what_was_not_saved_is_not_said_to_be(

@@ -17,7 +17,9 @@ from tests.sglang.fake_server import FakeServer
 
 @pytest.fixture
 def watch(tmp_path):
-    """Recorders with a stall of 0.3 s, sharing a store; all of this process, so that they share its beats too."""
+    """Recorders with a stall of 0.3 s, sharing a store; all of this process, so that they share its beats
+    too.
+    """
     store, made = dist.HashStore(), []
 
     def start(rank=0, world=1, waiting=lambda: "group 3"):
@@ -130,7 +132,9 @@ def test_a_rank_that_has_not_begun_is_named_and_only_the_main_rank_speaks(watch,
     rollout()
 
 
-@pytest.mark.parametrize(("ranks", "expected"), [([0], "rank 0"), ([1, 2, 3], "ranks 1–3"), ([7, 0, 1, 5], "ranks 0–1, 5, 7")])
+@pytest.mark.parametrize(
+    ("ranks", "expected"), [([0], "rank 0"), ([1, 2, 3], "ranks 1–3"), ([7, 0, 1, 5], "ranks 0–1, 5, 7")]
+)
 def test_ranks_are_spelt_in_runs(ranks, expected):
     assert spell(ranks) == expected
 
@@ -140,7 +144,10 @@ def test_a_rank_that_hangs_while_others_wait_in_a_collective_ends_the_run_with_i
     assert done.returncode != 0
     before, after = done.stdout.split("worked", 1)
     assert "stalled" not in before, "the other rank got on all the time"
-    assert after.count("stalled: nothing has progressed") == 1 and after.count("error: nothing has progressed") == 1
+    assert (
+        after.count("stalled: nothing has progressed") == 1
+        and after.count("error: nothing has progressed") == 1
+    )
     assert "ranks 0–1 in update; waiting for nobody" in after
     assert "in never_return" in (tmp_path / "rank-1.txt").read_text()
     assert "in barrier" in (tmp_path / "rank-0.txt").read_text()

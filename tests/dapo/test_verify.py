@@ -21,17 +21,27 @@ STEP = 3
 
 
 def make(
-    directory: Path, tensors: dict[str, torch.Tensor], *, prompt: int = 7, token: int = 5, lr: float = 1e-3, loss: float = 0.25
+    directory: Path,
+    tensors: dict[str, torch.Tensor],
+    *,
+    prompt: int = 7,
+    token: int = 5,
+    lr: float = 1e-3,
+    loss: float = 0.25,
 ) -> Path:
     """A run of one group, from step 3 to 4."""
     group = Group(STEP << 20, Prompt(prompt, np.array([1, 2], np.int32), "9"))
     for i in range(2):
         tokens, logprobs = np.array([token, 6], np.int32), np.zeros(2, np.float32)
-        group.samples.append(Sample(group.id, i, tokens, logprobs, np.ones(2, bool), ((STEP, 0, 2),), "stop", reward=float(i)))
+        group.samples.append(
+            Sample(group.id, i, tokens, logprobs, np.ones(2, bool), ((STEP, 0, 2),), "stop", reward=float(i))
+        )
     buffer = Buffer(1, is_dynamic=True)
     buffer.kept.append(group)
     dump.write(dump.path_of(directory / "rollouts", STEP), buffer, share=1.0)
-    (directory / "metrics.jsonl").write_text(json.dumps({"step": STEP, "policy/lr": lr, "policy/loss": loss}) + "\n")
+    (directory / "metrics.jsonl").write_text(
+        json.dumps({"step": STEP, "policy/lr": lr, "policy/loss": loss}) + "\n"
+    )
     checkpoint = directory / "checkpoints" / "step-000004"
     (checkpoint / "policy").mkdir(parents=True)
     (checkpoint / "rollouts.json").write_text('{"drawn": [8]}')
@@ -45,7 +55,8 @@ def make(
 def tensors() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     return {
-        prefix + "norm.weight": torch.randn(8) for prefix in ("", *(f"optimizer.state.{x}." for x in ("param", "exp_avg", "exp_avg_sq")))
+        prefix + "norm.weight": torch.randn(8)
+        for prefix in ("", *(f"optimizer.state.{x}." for x in ("param", "exp_avg", "exp_avg_sq")))
     }
 
 
@@ -66,14 +77,27 @@ def test_a_copy_is_the_same(tmp_path: Path) -> None:
         ("draws", lambda path: make(path, tensors(), token=4)),
         ("learning rate", lambda path: make(path, tensors(), lr=2e-3)),
         ("loss", lambda path: make(path, tensors(), loss=0.5)),
-        ("buffer", lambda path: (make(path, tensors()) / "checkpoints/step-000004/rollouts.json").write_text('{"drawn": [9]}')),
+        (
+            "buffer",
+            lambda path: (make(path, tensors()) / "checkpoints/step-000004/rollouts.json").write_text(
+                '{"drawn": [9]}'
+            ),
+        ),
         ("parameters", lambda path: make(path, tensors() | {"norm.weight": torch.zeros(8)})),
-        ("main parameters", lambda path: make(path, tensors() | {"optimizer.state.param.norm.weight": torch.zeros(8)})),
-        ("moments", lambda path: make(path, tensors() | {"optimizer.state.exp_avg_sq.norm.weight": torch.zeros(8)})),
+        (
+            "main parameters",
+            lambda path: make(path, tensors() | {"optimizer.state.param.norm.weight": torch.zeros(8)}),
+        ),
+        (
+            "moments",
+            lambda path: make(path, tensors() | {"optimizer.state.exp_avg_sq.norm.weight": torch.zeros(8)}),
+        ),
         ("tensors, by name", lambda path: make(path, tensors() | {"bias": torch.zeros(8)})),
     ],
 )
-def test_each_difference_is_found_where_it_is(tmp_path: Path, what: str, change: Callable[[Path], object]) -> None:
+def test_each_difference_is_found_where_it_is(
+    tmp_path: Path, what: str, change: Callable[[Path], object]
+) -> None:
     run = make(tmp_path / "a", tensors())
     change(tmp_path / "b")
     found = findings(run, tmp_path / "b")

@@ -1,6 +1,8 @@
-"""What autograd keeps of one microbatch, tensor by tensor, beside dapo.memory's count, case after case in one launch.
+"""What autograd keeps of one microbatch, tensor by tensor, beside dapo.memory's count, case after case in one
+launch.
 
-torchrun --nproc-per-node WORLD -m tests.distributed.activations OUT.json: every case of that world size; the main rank writes.
+torchrun --nproc-per-node WORLD -m tests.distributed.activations OUT.json: every case of that world size; the
+main rank writes.
 """
 
 from __future__ import annotations
@@ -27,14 +29,29 @@ from dapo.types import Group, Prompt, Sample
 from tests.distributed.ranks import prepare_rank
 
 LENGTHS, PROMPT = (40, 75, 190, 60, 90, 120, 20, 200), 5
-SHAPE = dict(vocab_size=250, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2)
+SHAPE = dict(
+    vocab_size=250,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+)
 EXPERTS = dict(head_dim=16, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=256)
 MODELS = {
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {"head_dim": 48}),
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
-    "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM, EXPERTS | {"norm_topk_prob": True}),
-    "qwen3_moe-unnormalised": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM, EXPERTS | {"norm_topk_prob": False}),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        transformers.Qwen3MoeForCausalLM,
+        EXPERTS | {"norm_topk_prob": True},
+    ),
+    "qwen3_moe-unnormalised": (
+        transformers.Qwen3MoeConfig,
+        transformers.Qwen3MoeForCausalLM,
+        EXPERTS | {"norm_topk_prob": False},
+    ),
 }
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
@@ -78,7 +95,9 @@ CASES = [
 
 
 def run(case: Case, directory: Path) -> dict[str, Any]:
-    parallel = configs.Parallel(tensor=case.tensor, pipeline=case.pipeline, context=case.context, expert=case.expert)
+    parallel = configs.Parallel(
+        tensor=case.tensor, pipeline=case.pipeline, context=case.context, expert=case.expert
+    )
     mesh = Mesh(parallel)
     if mesh.is_main:
         config, cls, extra = MODELS[case.model]
@@ -88,13 +107,16 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     config = configs.Config(
         run=configs.Run(dir=directory / "run"),
         data=configs.Data(train=directory / "none", max_prompt_length=PROMPT),
-        rollout=configs.Rollout(prompts_per_step=1, group_size=len(LENGTHS), max_response_length=max(LENGTHS)),
+        rollout=configs.Rollout(
+            prompts_per_step=1, group_size=len(LENGTHS), max_response_length=max(LENGTHS)
+        ),
         optim=configs.Optim(prompts_per_minibatch=1),
         parallel=parallel,
         policy=configs.Policy(
             model=directory,
             dtype=case.dtype,
-            tokens_per_microbatch=sum(-(-(n + PROMPT - 1) // multiple) * multiple for n in LENGTHS),  # all of them in one
+            # all of them in one
+            tokens_per_microbatch=sum(-(-(n + PROMPT - 1) // multiple) * multiple for n in LENGTHS),
             megatron=case.megatron,
         ),
     )
@@ -103,8 +125,15 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     batch = batches.plan([make_group()], config, mesh.data, metrics={})[mesh.share]
     [[microbatch]] = batch.minibatches
     ranks: list[Any] = [None] * mesh.world
-    measured = {"measured": kept(policy, rank, microbatch), "planned": rank.kept, "kept by scoring": kept_by_scoring(policy, batch)}
-    measured |= {"parameters": sum(p.numel() for chunk in policy.chunks for p in chunk.parameters()), "planned_parameters": rank.parameters}
+    measured = {
+        "measured": kept(policy, rank, microbatch),
+        "planned": rank.kept,
+        "kept by scoring": kept_by_scoring(policy, batch),
+    }
+    measured |= {
+        "parameters": sum(p.numel() for chunk in policy.chunks for p in chunk.parameters()),
+        "planned_parameters": rank.parameters,
+    }
     dist.all_gather_object(ranks, measured, group=mesh.control)
     return {"name": case.name, "ranks": ranks}
 
@@ -112,14 +141,24 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
 def make_group() -> Group:
     rng = np.random.default_rng(3)
     samples = [
-        Sample(0, i, rng.integers(0, 250, n).astype(np.int32), np.zeros(n, np.float32), np.ones(n, bool), ((0, 0, n),), "stop")
+        Sample(
+            0,
+            i,
+            rng.integers(0, 250, n).astype(np.int32),
+            np.zeros(n, np.float32),
+            np.ones(n, bool),
+            ((0, 0, n),),
+            "stop",
+        )
         for i, n in enumerate(LENGTHS)
     ]
     return Group(0, Prompt(0, rng.integers(0, 250, PROMPT).astype(np.int32), "0"), samples)
 
 
 def kept(policy: Policy, rank: Rank, microbatch: batches.Microbatch) -> int:
-    """Bytes of all storages that the forward pass leaves for the backward pass, and of what it takes from and hands to its neighbours."""
+    """Bytes of all storages that the forward pass leaves for the backward pass, and of what it takes from and
+    hands to its neighbours.
+    """
     tensors = policy._tensors(microbatch)
     parameters = {p.untyped_storage().data_ptr() for chunk in policy.chunks for p in chunk.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}
@@ -131,11 +170,17 @@ def kept(policy: Policy, rank: Rank, microbatch: batches.Microbatch) -> int:
 
     if rank.stage > 0:
         dtype = getattr(torch, rank.config.policy.dtype)
-        received = torch.randn(len(microbatch.tokens), 1, SHAPE["hidden_size"], dtype=dtype, requires_grad=True)
+        received = torch.randn(
+            len(microbatch.tokens), 1, SHAPE["hidden_size"], dtype=dtype, requires_grad=True
+        )
         policy.chunks[0].set_input_tensor(keep(received))
     options = {"fp32_output": False} if policy.transformer.bf16 else {}
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        keep(policy.models[0](tensors.tokens, tensors.positions, None, packed_seq_params=tensors.packed, **options))
+        keep(
+            policy.models[0](
+                tensors.tokens, tensors.positions, None, packed_seq_params=tensors.packed, **options
+            )
+        )
     return sum(storage.nbytes() for storage in storages.values())
 
 

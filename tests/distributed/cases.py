@@ -28,12 +28,14 @@ class Bounds:
 
 
 FLOAT32 = Bounds()
-# 8 bits of mantissa in every parameter and activation. Adam turns the sign of a small gradient into a whole step, so one parameter in
-# thousands goes the other way: params is the bound of two runs that disagree on it in every update, with the rounding of a norm's weight
-# near 1 on top; direction says how few those are.
+# 8 bits of mantissa in every parameter and activation. Adam turns the sign of a small gradient into a whole
+# step, so one parameter in thousands goes the other way: params is the bound of two runs that disagree on it
+# in every update, with the rounding of a norm's weight near 1 on top; direction says how few those are.
 BFLOAT16 = Bounds(logprobs=0.1, gradients=0.05, params=1e-2, mismatch=0.02, grad_norm=0.05, direction=0.98)
 # a token between two experts goes to the other one
-BFLOAT16_EXPERTS = Bounds(logprobs=0.4, gradients=0.1, params=1e-2, mismatch=0.05, grad_norm=0.1, direction=0.97)
+BFLOAT16_EXPERTS = Bounds(
+    logprobs=0.4, gradients=0.1, params=1e-2, mismatch=0.05, grad_norm=0.1, direction=0.97
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ class Case:
     context: int = 1
     virtual: int = 1  # chunks of layers on a pipeline stage
     layers: int = 4
-    recompute: str = ""  # "recompute": every layer; "block": a chunk's first; "selective": attention and MLP; "moe": router and experts
+    # "recompute": every layer; "block": a chunk's first; "selective": attention and MLP; "moe": router and
+    # experts
+    recompute: str = ""
     dtype: str = "float32"
     fault: str = ""  # a wrong gradient scale: "context factor", "token mean", "expert factor"
     expert: int = 1  # ranks that share a layer's experts
@@ -59,7 +63,11 @@ class Case:
 
     @property
     def megatron(self) -> dict[str, Any]:
-        parts = [MEGATRON[part] for part in (self.recompute, "overlap" if self.overlap else "", self.dispatcher) if part]
+        parts = [
+            MEGATRON[part]
+            for part in (self.recompute, "overlap" if self.overlap else "", self.dispatcher)
+            if part
+        ]
         return {name: value for part in parts for name, value in part.items()}
 
     @property
@@ -115,9 +123,21 @@ CASES = [
     Case(2, 2, 1, "qwen3-yarn"),
     Case(2, 1, 1, "qwen2", context=2),
     Case(2, 1, 1, "qwen3-yarn", context=2, budget=4096, stale=True, filtering=True),
-    Case(2, 1, 1, "llama", context=2, is_tied=True, normaliser="sample_mean", overlap=True, recompute="selective"),
+    Case(
+        2,
+        1,
+        1,
+        "llama",
+        context=2,
+        is_tied=True,
+        normaliser="sample_mean",
+        overlap=True,
+        recompute="selective",
+    ),
     Case(2, 1, 2, "qwen2", virtual=2, budget=32),
-    Case(2, 1, 2, "qwen3", virtual=2, budget=40, is_tied=True, stale=True, overlap=True, recompute="recompute"),
+    Case(
+        2, 1, 2, "qwen3", virtual=2, budget=40, is_tied=True, stale=True, overlap=True, recompute="recompute"
+    ),
     Case(2, 1, 2, "llama3", virtual=2, budget=4096),
     Case(4, 2, 2, "qwen3"),
     Case(4, 2, 2, "qwen2", is_tied=True, normaliser="group_token_mean"),

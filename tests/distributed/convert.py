@@ -1,6 +1,8 @@
-"""Hugging Face → Megatron → a run's checkpoint → Hugging Face, for every architecture, in one launch of TP 2 × PP 2.
+"""Hugging Face → Megatron → a run's checkpoint → Hugging Face, for every architecture, in one launch of TP 2
+× PP 2.
 
-A mixture of experts has them split over the tensor ranks. torchrun --nproc-per-node 4 -m tests.distributed.convert OUT.json
+A mixture of experts has them split over the tensor ranks. torchrun --nproc-per-node 4 -m
+tests.distributed.convert OUT.json
 """
 
 from __future__ import annotations
@@ -29,18 +31,32 @@ import hf_to_megatron
 import megatron_to_hf
 
 MODELS = [  # name, whether tied, dtype
-    *[("qwen2", True, "float32"), ("qwen2", False, "float32"), ("qwen3", False, "float32"), ("qwen3", True, "float32")],
-    *[("llama", False, "float32"), ("llama", True, "float32"), ("mistral", False, "float32"), ("qwen3_moe", False, "float32")],
+    *[
+        ("qwen2", True, "float32"),
+        ("qwen2", False, "float32"),
+        ("qwen3", False, "float32"),
+        ("qwen3", True, "float32"),
+    ],
+    *[
+        ("llama", False, "float32"),
+        ("llama", True, "float32"),
+        ("mistral", False, "float32"),
+        ("qwen3_moe", False, "float32"),
+    ],
     *[("qwen2", False, "bfloat16"), ("qwen3", True, "bfloat16"), ("qwen3_moe", False, "bfloat16")],
 ]
 
 
 def stored(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    return {
+        name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()
+    }
 
 
 def is_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a
+    )
 
 
 def layout(model: str) -> configs.Parallel:
@@ -67,7 +83,11 @@ def run(model: str, is_tied: bool, dtype: str, directory: Path, mesh: Mesh) -> d
     )
     policy = Policy(config, mesh)  # loads `megatron`
     ours = {name: param.detach().clone() for name, param in policy.chunks[0].named_parameters()}
-    wanted = {name: part for name, part in policy.chunks[0].sharded_state_dict().items() if "_extra_state" not in name}
+    wanted = {
+        name: part
+        for name, part in policy.chunks[0].sharded_state_dict().items()
+        if "_extra_state" not in name
+    }
     theirs = dist_checkpointing.load(wanted, str(megatron / "policy"))
     is_read_alike = all(torch.equal(theirs[name], ours[name]) for name in ours if name in theirs)
 
@@ -84,7 +104,11 @@ def run(model: str, is_tied: bool, dtype: str, directory: Path, mesh: Mesh) -> d
     files.SummedFile.write = write  # type: ignore[method-assign]
 
     def to_hf() -> int:
-        files.write_manifest(checkpoint, {name: s for of_rank in sums for name, s in of_rank.items()}, {"model": asdict(policy.shape)})
+        files.write_manifest(
+            checkpoint,
+            {name: s for of_rank in sums for name, s in of_rank.items()},
+            {"model": asdict(policy.shape)},
+        )
         return megatron_to_hf.main([str(checkpoint), str(back), "--model", str(hf)])
 
     return {

@@ -1,4 +1,5 @@
-"""benchmarks/crash_test.py in small: ten kills, and the ranks forked from one process, so that torch and Megatron are imported once.
+"""benchmarks/crash_test.py in small: ten kills, and the ranks forked from one process, so that torch and
+Megatron are imported once.
 
 python -m tests.distributed.crashes OUT.json
 """

@@ -1,4 +1,5 @@
-"""Everything a user can get wrong, one after the other in one launch: what each rank printed, and its exit status.
+"""Everything a user can get wrong, one after the other in one launch: what each rank printed, and its exit
+status.
 
 torchrun --nproc-per-node 2 -m tests.distributed.failures OUT.json
 """
@@ -35,7 +36,8 @@ from tests.distributed.ranks import prepare_rank
 EXAMPLE = ROOT / "examples/arithmetic"
 MINE = "what a run left there\n"
 STATE = tuple(f"optimizer.state.{part}." for part in ("param", "exp_avg", "exp_avg_sq"))
-CASES: dict[str, Callable[[Path], list[str]]] = {}  # name → (a scratch directory → the overrides that make it go wrong)
+# name → (a scratch directory → the overrides that make it go wrong)
+CASES: dict[str, Callable[[Path], list[str]]] = {}
 
 
 def case(function: Callable[[Path], list[str]]) -> Callable[[Path], list[str]]:
@@ -43,10 +45,15 @@ def case(function: Callable[[Path], list[str]]) -> Callable[[Path], list[str]]:
     return function
 
 
-def broken_model(directory: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> list[str]:
+def broken_model(
+    directory: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]
+) -> list[str]:
     """A copy of the base policy with its config.json and weights changed in place."""
     shutil.copytree(EXAMPLE / "base", directory)
-    config, weights = json.loads((directory / "config.json").read_text()), load_file(directory / "model.safetensors")
+    config, weights = (
+        json.loads((directory / "config.json").read_text()),
+        load_file(directory / "model.safetensors"),
+    )
     change(config, weights)
     (directory / "config.json").write_text(json.dumps(config))
     save_file(weights, directory / "model.safetensors")
@@ -66,13 +73,20 @@ def world_size(directory: Path) -> list[str]:
 
 @case
 def heads_do_not_divide(directory: Path) -> list[str]:
-    return [*broken_model(directory, lambda config, weights: config.update(num_key_value_heads=1)), "parallel.tensor=2"]
+    return [
+        *broken_model(directory, lambda config, weights: config.update(num_key_value_heads=1)),
+        "parallel.tensor=2",
+    ]
 
 
 @case
 def layers_do_not_divide(directory: Path) -> list[str]:
     changed = {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
-    return [*broken_model(directory, lambda config, weights: config.update(changed)), "parallel.tensor=1", "parallel.pipeline=2"]
+    return [
+        *broken_model(directory, lambda config, weights: config.update(changed)),
+        "parallel.tensor=1",
+        "parallel.pipeline=2",
+    ]
 
 
 @case
@@ -82,8 +96,18 @@ def layers_do_not_divide_into_chunks(directory: Path) -> list[str]:
 
 @case
 def experts_do_not_divide(directory: Path) -> list[str]:
-    experts = {"model_type": "qwen3_moe", "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
-    return [*broken_model(directory, lambda config, weights: config.update(experts)), "parallel.tensor=1", "parallel.expert=2"]
+    experts = {
+        "model_type": "qwen3_moe",
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "head_dim": 16,
+    }
+    return [
+        *broken_model(directory, lambda config, weights: config.update(experts)),
+        "parallel.tensor=1",
+        "parallel.expert=2",
+    ]
 
 
 @case
@@ -125,12 +149,16 @@ def missing_tensor(directory: Path) -> list[str]:
 
 @case
 def extra_tensor(directory: Path) -> list[str]:
-    return broken_model(directory, lambda config, weights: weights.update({"model.surprise.weight": torch.ones(2)}))
+    return broken_model(
+        directory, lambda config, weights: weights.update({"model.surprise.weight": torch.ones(2)})
+    )
 
 
 @case
 def wrong_shape(directory: Path) -> list[str]:
-    return broken_model(directory, lambda config, weights: weights.update({"model.norm.weight": torch.ones(65)}))
+    return broken_model(
+        directory, lambda config, weights: weights.update({"model.norm.weight": torch.ones(65)})
+    )
 
 
 @case
@@ -150,7 +178,10 @@ def field_not_understood(directory: Path) -> list[str]:
 
 @case
 def rope_scaling(directory: Path) -> list[str]:
-    return broken_model(directory, lambda config, weights: config.update(rope_parameters={"rope_type": "dynamic", "factor": 4.0}))
+    return broken_model(
+        directory,
+        lambda config, weights: config.update(rope_parameters={"rope_type": "dynamic", "factor": 4.0}),
+    )
 
 
 @case
@@ -197,12 +228,20 @@ def policy_destroyed(directory: Path) -> list[str]:
 
 @case
 def nothing_correct(directory: Path) -> list[str]:
-    return ["reward.function=tests.distributed.failures:always_wrong", "rollout.max_rounds=1", "rollout.max_empty_steps=2"]
+    return [
+        "reward.function=tests.distributed.failures:always_wrong",
+        "rollout.max_rounds=1",
+        "rollout.max_empty_steps=2",
+    ]
 
 
 @case
 def cap_reached(directory: Path) -> list[str]:
-    return ["reward.function=tests.distributed.failures:always_wrong", "rollout.max_rounds=1", "rollout.at_cap=stop"]
+    return [
+        "reward.function=tests.distributed.failures:always_wrong",
+        "rollout.max_rounds=1",
+        "rollout.at_cap=stop",
+    ]
 
 
 @case
@@ -216,21 +255,30 @@ def run_exists(directory: Path) -> list[str]:
 def missing_shard(directory: Path) -> list[str]:
     options = broken_model(directory, lambda config, weights: None)
     (directory / "model.safetensors").rename(directory / "model-00001-of-00002.safetensors")
-    places = {"model.norm.weight": "model-00001-of-00002.safetensors", "lm_head.weight": "model-00002-of-00002.safetensors"}
+    places = {
+        "model.norm.weight": "model-00001-of-00002.safetensors",
+        "lm_head.weight": "model-00002-of-00002.safetensors",
+    }
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     return options
 
 
 def checkpoint(
-    directory: Path, model: dict[str, Any] | None = None, change: Callable[[dict[str, torch.Tensor]], None] | None = None
+    directory: Path,
+    model: dict[str, Any] | None = None,
+    change: Callable[[dict[str, torch.Tensor]], None] | None = None,
 ) -> list[str]:
-    """A run with one whole checkpoint, of the base policy but for `model`; `change` is made to the tensors that it holds."""
+    """A run with one whole checkpoint, of the base policy but for `model`; `change` is made to the tensors
+    that it holds.
+    """
     step, shape = directory / "run" / "checkpoints" / "step-000001", read_shape(EXAMPLE / "base")
     (step / "policy").mkdir(parents=True)
     (directory / "run" / "config.yaml").write_text(MINE)
     weights = open_weights(EXAMPLE / "base", shape)
     entries = {
-        megatron_name(entry): to_shard(entry, weights.read(entry), shape, 0, 1) for entry in table(shape, is_fused=True) if not entry.layer
+        megatron_name(entry): to_shard(entry, weights.read(entry), shape, 0, 1)
+        for entry in table(shape, is_fused=True)
+        if not entry.layer
     }
     tensors = {prefix + name: tensor for prefix in ("", *STATE) for name, tensor in entries.items()}
     if change:
@@ -268,12 +316,17 @@ def checkpoint_without_a_tensor(directory: Path) -> list[str]:
 
 @case
 def checkpoint_with_a_wrong_shape(directory: Path) -> list[str]:
-    return checkpoint(directory, change=lambda tensors: tensors.update({"decoder.final_layernorm.weight": torch.ones(65)}))
+    return checkpoint(
+        directory, change=lambda tensors: tensors.update({"decoder.final_layernorm.weight": torch.ones(65)})
+    )
 
 
 @case
 def checkpoint_without_optimizer(directory: Path) -> list[str]:
-    return checkpoint(directory, change=lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("optimizer.")])
+    return checkpoint(
+        directory,
+        change=lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("optimizer.")],
+    )
 
 
 @case
@@ -321,7 +374,13 @@ def attempt(options: list[str], run: Path) -> dict[str, Any]:
     from megatron.core import parallel_state  # after dapo.policy, which adapts it
 
     printed = io.StringIO()
-    fast = ["eval.data=null", "reward.workers=0", "rollout.prompts_per_step=4", "rollout.prompts_per_round=4", f"run.dir={run}"]
+    fast = [
+        "eval.data=null",
+        "reward.workers=0",
+        "rollout.prompts_per_step=4",
+        "rollout.prompts_per_round=4",
+        f"run.dir={run}",
+    ]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     usage = shutil.disk_usage
     if run.name == "disk_full-run":
@@ -349,9 +408,20 @@ def main(out: str) -> None:
         mine = attempt(options, root / f"{name}-run")
         ranks: list[Any] = [None] * mesh.world
         torch.distributed.all_gather_object(ranks, mine)
-        left = [str(p.relative_to(root)) for p in (root / f"{name}-run").rglob("*") if "step-" in str(p) or "partial" in str(p)]
+        left = [
+            str(p.relative_to(root))
+            for p in (root / f"{name}-run").rglob("*")
+            if "step-" in str(p) or "partial" in str(p)
+        ]
         config = root / name / "run" / "config.yaml"
-        results.append({"name": name, "ranks": ranks, "left": left, "is_overwritten": config.exists() and config.read_text() != MINE})
+        results.append(
+            {
+                "name": name,
+                "ranks": ranks,
+                "left": left,
+                "is_overwritten": config.exists() and config.read_text() != MINE,
+            }
+        )
         if mesh.is_main:
             Path(out).write_text(json.dumps(results))
 

@@ -1,6 +1,8 @@
-"""A training run that stops for ever while it writes its second checkpoint: with every byte written, before they are on the disk.
+"""A training run that stops for ever while it writes its second checkpoint: with every byte written, before
+they are on the disk.
 
-torchrun --nproc-per-node 2 -m tests.distributed.killed RUN_DIR [section.key=value …]; RUN_DIR/writing-<rank> appears when it is there.
+torchrun --nproc-per-node 2 -m tests.distributed.killed RUN_DIR [section.key=value …]; RUN_DIR/writing-<rank>
+appears when it is there.
 """
 
 from __future__ import annotations

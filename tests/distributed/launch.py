@@ -15,11 +15,31 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 
-def torchrun(num_processes: int, *command: str, timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run a script or `-m module` on `num_processes` ranks, one thread each; everything it printed is in stdout."""
-    arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes), *command]
+def torchrun(
+    num_processes: int, *command: str, timeout: float = 300, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a script or `-m module` on `num_processes` ranks, one thread each; everything it printed is in
+    stdout.
+    """
+    arguments = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(num_processes),
+        *command,
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1"} | env
-    return subprocess.run(arguments, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout)
+    return subprocess.run(
+        arguments,
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+    )
 
 
 def numbers(run: Path) -> dict[str, Any]:

@@ -14,7 +14,11 @@ LAYOUTS = {  # of four processes
     "tensor 4": ["parallel.tensor=4"],
     "tensor 2, data 2": ["parallel.tensor=2"],
     "tensor 2, context 2": ["parallel.tensor=2", "parallel.context=2"],
-    "pipeline 2, data 2, two chunks a stage": ["parallel.tensor=1", "parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+    "pipeline 2, data 2, two chunks a stage": [
+        "parallel.tensor=1",
+        "parallel.pipeline=2",
+        "parallel.virtual_pipeline=2",
+    ],
     "tensor 2, pipeline 2, bfloat16": ["parallel.tensor=2", "parallel.pipeline=2", "policy.dtype=bfloat16"],
     "tensor 4, bfloat16": ["parallel.tensor=4", "policy.dtype=bfloat16"],
     "tensor 2, data 2, bfloat16": ["parallel.tensor=2", "policy.dtype=bfloat16"],
@@ -30,9 +34,18 @@ HUB = "tensor 2, pipeline 2"
 MOVES = [  # saved in → gone on in
     *[
         (HUB, other)
-        for other in ("data 4", "tensor 4", "tensor 2, data 2", "tensor 2, context 2", "pipeline 2, data 2, two chunks a stage")
+        for other in (
+            "data 4",
+            "tensor 4",
+            "tensor 2, data 2",
+            "tensor 2, context 2",
+            "pipeline 2, data 2, two chunks a stage",
+        )
     ],
-    *[(other, HUB) for other in ("data 4", "tensor 4", "tensor 2, context 2", "pipeline 2, data 2, two chunks a stage")],
+    *[
+        (other, HUB)
+        for other in ("data 4", "tensor 4", "tensor 2, context 2", "pipeline 2, data 2, two chunks a stage")
+    ],
     ("tensor 2, pipeline 2, bfloat16", "tensor 4, bfloat16"),
     ("tensor 2, data 2, bfloat16", "tensor 2, data 2, offloaded"),
     ("tensor 2, data 2, offloaded", "tensor 2, data 2, offloaded"),
@@ -49,5 +62,7 @@ def model_of(layout: str) -> str:
 
 
 def is_bfloat16(layout: str) -> bool:
-    """Its layouts differ by 10⁻³ after a step, and then other tokens are drawn: one step is compared, of float32 two."""
+    """Its layouts differ by 10⁻³ after a step, and then other tokens are drawn: one step is compared, of
+    float32 two.
+    """
     return "bfloat16" in layout or "offloaded" in layout

@@ -1,7 +1,7 @@
 """Policy against a plain Hugging Face model trained by the same equations, case after case in one launch.
 
-torchrun --nproc-per-node WORLD -m tests.distributed.parity OUT.json [PATTERN]: every case of that world size, or those whose name has the
-pattern; the main rank writes what it measured.
+torchrun --nproc-per-node WORLD -m tests.distributed.parity OUT.json [PATTERN]: every case of that world size,
+or those whose name has the pattern; the main rank writes what it measured.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ from dapo.types import Group, Prompt, Sample
 from tests.distributed.cases import CASES, FAULTS, Case
 from tests.distributed.ranks import prepare_rank
 
-EPS = 1e-6  # Adam divides by |g| + eps: at 1e-8 it would turn the rounding of all but vanishing gradients into steps
-LR, NUM_UPDATES, GROUPS_PER_UPDATE, GROUP_SIZE, VOCAB = 1e-3, 3, 2, 4, 250  # 250 is padded at every tensor size
+# Adam divides by |g| + eps: at 1e-8 it would turn the rounding of all but vanishing gradients into steps
+EPS = 1e-6
+# 250 is padded at every tensor size
+LR, NUM_UPDATES, GROUPS_PER_UPDATE, GROUP_SIZE, VOCAB = 1e-3, 3, 2, 4, 250
 VERSION = 2  # of the weights
 YARN = {
     "rope_type": "yarn",
@@ -51,9 +53,14 @@ def make_hf(model: str, is_tied: bool, directory: Path, layers: int = 4) -> None
     """A random model in which biases and norms matter."""
     kinds = {
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
-        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {"head_dim": 16}),  # ≠ hidden / heads
+        # ≠ hidden / heads
+        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {"head_dim": 16}),
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {"rms_norm_eps": 1e-5}),
-        "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM, {"head_dim": 16, "sliding_window": None}),
+        "mistral": (
+            transformers.MistralConfig,
+            transformers.MistralForCausalLM,
+            {"head_dim": 16, "sliding_window": None},
+        ),
     }
     kinds |= {  # the rotary embedding stretched: sequences are up to 31 tokens long
         "qwen3-yarn": (*kinds["qwen3"][:2], {"head_dim": 16, "rope_parameters": YARN}),
@@ -61,12 +68,25 @@ def make_hf(model: str, is_tied: bool, directory: Path, layers: int = 4) -> None
     }
     experts = dict(head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48)
     kinds |= {
-        "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM, experts | {"norm_topk_prob": True}),
-        "qwen3_moe-unnormalised": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM, experts | {"norm_topk_prob": False}),
+        "qwen3_moe": (
+            transformers.Qwen3MoeConfig,
+            transformers.Qwen3MoeForCausalLM,
+            experts | {"norm_topk_prob": True},
+        ),
+        "qwen3_moe-unnormalised": (
+            transformers.Qwen3MoeConfig,
+            transformers.Qwen3MoeForCausalLM,
+            experts | {"norm_topk_prob": False},
+        ),
     }
     config, cls, extra = kinds[model]
     shape = dict(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=4
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
     )
     torch.manual_seed(5)
     hf = cls(config(**shape, tie_word_embeddings=is_tied, **extra))
@@ -93,32 +113,48 @@ def make_groups(rng: np.random.Generator, is_stale: bool) -> list[Group]:
                 half = (i % 2) * ((n + 1) // 2)
                 sample.versions = ((1, 0, half), (VERSION, half, n))
             group.samples.append(sample)
-        for sample, advantage in zip(group.samples, group_advantages([s.reward for s in group.samples]), strict=True):
+        for sample, advantage in zip(
+            group.samples, group_advantages([s.reward for s in group.samples]), strict=True
+        ):
             sample.advantage = float(advantage)
         groups.append(group)
     return groups
 
 
 class HFTrainer:
-    """The same equations in the plainest torch: one unpacked sample at a time, torch's AdamW and gradient clipping."""
+    """The same equations in the plainest torch: one unpacked sample at a time, torch's AdamW and gradient
+    clipping.
+    """
 
     def __init__(self, directory: Path, config: configs.Config):
         plain = dict(attn_implementation="eager", experts_implementation="eager")
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **plain)
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, **plain
+        )
         self.config = config
-        matrices, vectors = ([p for p in self.model.parameters() if (p.dim() > 1) == is_matrix] for is_matrix in (True, False))
-        groups = [{"params": matrices, "weight_decay": config.optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        matrices, vectors = (
+            [p for p in self.model.parameters() if (p.dim() > 1) == is_matrix] for is_matrix in (True, False)
+        )
+        groups = [
+            {"params": matrices, "weight_decay": config.optim.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(groups, lr=LR, betas=config.optim.betas, eps=EPS)
 
     def logprobs(self, group: Group, sample: Sample) -> torch.Tensor:
         tokens = torch.from_numpy(np.concatenate([group.prompt.tokens, sample.tokens])).long()
-        logits = self.model(tokens[None, :-1]).logits[0, len(group.prompt.tokens) - 1 :] / self.config.rollout.temperature
+        logits = (
+            self.model(tokens[None, :-1]).logits[0, len(group.prompt.tokens) - 1 :]
+            / self.config.rollout.temperature
+        )
         return logits.log_softmax(-1).gather(-1, torch.from_numpy(sample.tokens).long()[:, None])[:, 0]
 
     def backward(self, groups: list[Group], old: dict[tuple[int, int], torch.Tensor]) -> None:
         objective = self.config.objective
         self.optimizer.zero_grad()
-        for group, weights in zip(groups, token_weights(groups, objective.normaliser, objective.overlong_filtering), strict=True):
+        for group, weights in zip(
+            groups, token_weights(groups, objective.normaliser, objective.overlong_filtering), strict=True
+        ):
             for sample, weight in zip(group.samples, weights, strict=True):
                 log_old = old[group.id, sample.index]
                 ratio = (self.logprobs(group, sample) - log_old).exp()
@@ -139,12 +175,21 @@ class HFTrainer:
 
 def run(case: Case, directory: Path) -> dict[str, Any]:
     mesh_options = configs.Parallel(
-        tensor=case.tensor, pipeline=case.pipeline, virtual_pipeline=case.virtual, context=case.context, expert=case.expert
+        tensor=case.tensor,
+        pipeline=case.pipeline,
+        virtual_pipeline=case.virtual,
+        context=case.context,
+        expert=case.expert,
     )
     config = configs.Config(
         run=configs.Run(dir=directory / "run"),
         data=configs.Data(train=directory / "none"),
-        rollout=configs.Rollout(prompts_per_step=NUM_UPDATES * GROUPS_PER_UPDATE, group_size=GROUP_SIZE, temperature=0.9, dump_share=1.0),
+        rollout=configs.Rollout(
+            prompts_per_step=NUM_UPDATES * GROUPS_PER_UPDATE,
+            group_size=GROUP_SIZE,
+            temperature=0.9,
+            dump_share=1.0,
+        ),
         objective=configs.Objective(normaliser=case.normaliser, overlong_filtering=case.filtering),
         optim=configs.Optim(lr=LR, warmup_steps=0, prompts_per_minibatch=GROUPS_PER_UPDATE, clip_grad=0.5),
         parallel=mesh_options,
@@ -166,8 +211,13 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"case": asdict(case), "microbatches": len(batch.minibatches[0])}
 
     policy.save_hf(directory / "exported")
-    before, after = load_file(directory / "hf" / "model.safetensors"), load_file(directory / "exported" / "model.safetensors")
-    result["round_trip"] = set(before) == set(after) and all(torch.equal(before[k].to(after[k].dtype), after[k]) for k in before)
+    before, after = (
+        load_file(directory / "hf" / "model.safetensors"),
+        load_file(directory / "exported" / "model.safetensors"),
+    )
+    result["round_trip"] = set(before) == set(after) and all(
+        torch.equal(before[k].to(after[k].dtype), after[k]) for k in before
+    )
 
     with torch.no_grad():
         old = {(g.id, s.index): hf.logprobs(g, s).detach() for g in groups for s in g.samples}
@@ -188,7 +238,9 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     hf.backward(groups[:GROUPS_PER_UPDATE], old)
     params = dict(as_stored(hf.model.named_parameters()))
     grads = dict(as_stored((n, p.grad) for n, p in hf.model.named_parameters()))
-    gaps, norms = zip(*((float((g - grads[n]).norm()), float(grads[n].norm())) for n, g in policy.gradients()), strict=True)
+    gaps, norms = zip(
+        *((float((g - grads[n]).norm()), float(grads[n].norm())) for n, g in policy.gradients()), strict=True
+    )
     result["gradients"] = float(np.linalg.norm(gaps) / np.linalg.norm(norms))
 
     start = {name: param.detach().clone() for name, param in params.items()}
@@ -199,7 +251,9 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
         hf.backward(groups[i * GROUPS_PER_UPDATE : (i + 1) * GROUPS_PER_UPDATE], old)
         result["grad_norms"].append([norm, hf.step()])
     our_end = {name: weight.clone().float() for name, weight in policy.weights()}
-    result["params"], result["worst"] = max((float((w - params[n].detach()).abs().max()), n) for n, w in our_end.items())
+    result["params"], result["worst"] = max(
+        (float((w - params[n].detach()).abs().max()), n) for n, w in our_end.items()
+    )
     result["moved"] = max(float((params[n].detach() - start[n]).abs().max()) for n in params)
     ours = torch.cat([(our_end[n] - our_start[n]).flatten() for n in params])
     theirs = torch.cat([(params[n].detach() - start[n]).flatten() for n in params])
@@ -207,13 +261,17 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
 
     with torch.no_grad():
         next(policy.chunks[0].parameters()).fill_(torch.nan)
-    result["refused"] = [_refusal(policy.update, batch.minibatches[0]), _refusal(policy.set_old_logprobs, batch)]
+    result["refused"] = [
+        _refusal(policy.update, batch.minibatches[0]),
+        _refusal(policy.set_old_logprobs, batch),
+    ]
     return result
 
 
 def inject(fault: str, policy: Policy) -> None:
     """A wrong gradient scale, as it comes about: nothing else changes."""
-    if fault == "context factor":  # Megatron multiplies a loss that comes without a number of tokens so, and averages it
+    # Megatron multiplies a loss that comes without a number of tokens so, and averages it
+    if fault == "context factor":
         finalize = policy.transformer.finalize_model_grads_func
 
         def twice(model: list[Any], *arguments: Any, **options: Any) -> None:
@@ -230,7 +288,9 @@ def inject(fault: str, policy: Policy) -> None:
             return total, tensors.mask.sum().int(), sums
 
         policy._loss = counted  # type: ignore[method-assign]
-    elif fault == "expert factor":  # summed over the data-parallel ranks and left so, where other ranks have the experts too
+    elif (
+        fault == "expert factor"
+    ):  # summed over the data-parallel ranks and left so, where other ranks have the experts too
         finalize_all = policy.transformer.finalize_model_grads_func
 
         def halved(model: list[Any], *arguments: Any, **options: Any) -> None:
@@ -245,12 +305,16 @@ def inject(fault: str, policy: Policy) -> None:
         assert not fault
 
 
-def expected_mismatch(groups: list[Group], old: dict[tuple[int, int], torch.Tensor], cap: float) -> dict[str, float]:
+def expected_mismatch(
+    groups: list[Group], old: dict[tuple[int, int], torch.Tensor], cap: float
+) -> dict[str, float]:
     """What set_old_logprobs reports, token by token."""
     gaps, importances = [], []
     for group in groups:
         for sample in group.samples:
-            log_importance = (old[group.id, sample.index] - torch.from_numpy(sample.behavior_logprobs)).tolist()
+            log_importance = (
+                old[group.id, sample.index] - torch.from_numpy(sample.behavior_logprobs)
+            ).tolist()
             for version, start, end in sample.versions:
                 written = [log_importance[t] for t in range(start, end) if sample.loss_mask[t]]
                 if version == VERSION:
@@ -272,8 +336,12 @@ def _refusal(function: Any, argument: Any) -> str:
     return "accepted"
 
 
-def _logprob_error(policy: Policy, batch: batches.Batch, groups: list[Group], old: dict[tuple[int, int], torch.Tensor]) -> float:
-    """Of every masked log-prob of this rank, against the Hugging Face model's: found by the sample's place in the microbatch."""
+def _logprob_error(
+    policy: Policy, batch: batches.Batch, groups: list[Group], old: dict[tuple[int, int], torch.Tensor]
+) -> float:
+    """Of every masked log-prob of this rank, against the Hugging Face model's: found by the sample's place in
+    the microbatch.
+    """
     if not policy.is_last_stage:
         return 0.0
     masks = {(sample.group, sample.index): sample.loss_mask for group in groups for sample in group.samples}
@@ -294,7 +362,9 @@ _plain_loss = policy_module.linear_policy_loss
 
 
 def _watch_ratios(gaps: list[float]) -> None:
-    def watched(hidden: Any, weight: Any, targets: Any, old_logprobs: Any, *arguments: Any, **options: Any) -> Any:
+    def watched(
+        hidden: Any, weight: Any, targets: Any, old_logprobs: Any, *arguments: Any, **options: Any
+    ) -> Any:
         out = _plain_loss(hidden, weight, targets, old_logprobs, *arguments, **options)
         gaps.append(float((out.logprobs - old_logprobs).abs().max()))
         return out

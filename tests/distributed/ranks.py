@@ -11,12 +11,15 @@ import torch.distributed as dist
 def prepare_rank() -> None:
     """One thread for computing; and process groups of the same ranks are one group.
 
-    Megatron makes some 25 groups for a policy, gloo keeps threads for each, and neither is let go: backward hooks hold a policy for ever.
+    Megatron makes some 25 groups for a policy, gloo keeps threads for each, and neither is let go: backward
+    hooks hold a policy for ever.
     """
     torch.set_num_threads(1)
     make, made = dist.new_group, dict[tuple[tuple[int, ...], Any], Any]()
 
-    def shared(ranks: list[int] | None = None, timeout: Any = None, backend: Any = None, **options: Any) -> Any:
+    def shared(
+        ranks: list[int] | None = None, timeout: Any = None, backend: Any = None, **options: Any
+    ) -> Any:
         key = tuple(ranks or ()), backend
         if key not in made:
             made[key] = make(ranks, timeout, backend, **options)

@@ -1,4 +1,5 @@
-"""A run saved in one layout goes on in another: what is restored, and what is learnt from there, every pair of layouts in one launch.
+"""A run saved in one layout goes on in another: what is restored, and what is learnt from there, every pair
+of layouts in one launch.
 
 torchrun --nproc-per-node 4 -m tests.distributed.reshard OUT.json
 """
@@ -37,7 +38,8 @@ OPTIONS = [
     "rollout.prompts_per_step=4",
     "rollout.prompts_per_round=6",
     "optim.prompts_per_minibatch=2",
-    "policy.megatron.adam_eps=1e-6",  # at 1e-8 the rounding of all but vanishing gradients, of key biases, would become whole steps
+    # at 1e-8 the rounding of all but vanishing gradients, of key biases, would become whole steps
+    "policy.megatron.adam_eps=1e-6",
 ]
 
 
@@ -58,10 +60,11 @@ def make_models(root: Path) -> None:
 
 
 def restored(source: Path, target: Path, options: list[str], is_poisoned: bool = False) -> str:
-    """Load the checkpoint `source` in the layout of `options`, and save it as it is: no arithmetic on the way.
+    """Load the checkpoint `source` in the layout of `options`, and save it as it is: no arithmetic on the
+    way.
 
-    On the way Megatron writes it in its own form: where that has a tensor's numbers is where they belong. Poisoned, it is saved with a NaN
-    on one rank instead, and loaded again. Returns how that was refused.
+    On the way Megatron writes it in its own form: where that has a tensor's numbers is where they belong.
+    Poisoned, it is saved with a NaN on one rank instead, and loaded again. Returns how that was refused.
     """
     config = configs.load(ROOT / "examples/arithmetic/config.yaml", [*resume.OPTIONS, *options])
     mesh = Mesh(config.parallel)
@@ -71,7 +74,9 @@ def restored(source: Path, target: Path, options: list[str], is_poisoned: bool =
         written = write_as_megatron(policy, mesh, target.with_name(f"{target.name}-megatron"))
         policy.load(written)
     if is_poisoned and mesh.rank == mesh.world - 1:
-        dict(policy.chunks[0].named_parameters())["decoder.layers.0.mlp.linear_fc2.weight"].data[3, 5] = torch.nan
+        dict(policy.chunks[0].named_parameters())["decoder.layers.0.mlp.linear_fc2.weight"].data[3, 5] = (
+            torch.nan
+        )
     mesh.on_main((target / "policy").mkdir, 0o777, True)
     saving = policy.save(target / "policy")
     saving.start(in_background=False)
@@ -92,14 +97,19 @@ def write_as_megatron(policy: Policy, mesh: Mesh, directory: Path) -> Path:
 
     for model in policy.models:
         for buffer in (*model.buffers, *model.expert_parallel_buffers):
-            buffer.numel_unpadded = buffer.numel  # else it gathers without the padding, and looks up at places that count it
+            # else it gathers without the padding, and looks up at places that count it
+            buffer.numel_unpadded = buffer.numel
             for bucket in buffer.buckets:
                 bucket.numel_unpadded = bucket.grad_data.numel()
     state, _ = policy._sharded_state()
     options = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
     gathered = policy.optimizer.sharded_state_dict(state["model"], metadata=options)
     mesh.on_main((directory / "policy").mkdir, 0o777, True)
-    state = {"model": state["model"], "optimizer": without_classes(gathered), "num_updates": policy.scheduler.num_steps}
+    state = {
+        "model": state["model"],
+        "optimizer": without_classes(gathered),
+        "num_updates": policy.scheduler.num_steps,
+    }
     dist_checkpointing.save(state, str(directory / "policy"))
     return directory / "policy"
 
@@ -108,18 +118,26 @@ def settings(checkpoint: Path) -> Any:
     """Updates so far; steps, learning rates and weight decays of the optimizer's groups."""
     found = torch.load(checkpoint / "policy/common.pt", weights_only=False)
     optimizer = found["optimizer"]
-    parts = [optimizer] if "optimizer" in optimizer else [optimizer[i] for i in sorted(optimizer)]  # experts have one of their own
+    # experts have one of their own
+    parts = [optimizer] if "optimizer" in optimizer else [optimizer[i] for i in sorted(optimizer)]
     groups = [group for part in parts for group in part["optimizer"]["param_groups"]]
     return found["num_updates"], [
-        {key: group[key] for key in ("step", "lr", "max_lr", "weight_decay", "wd_mult", "betas", "eps")} for group in groups
+        {key: group[key] for key in ("step", "lr", "max_lr", "weight_decay", "wd_mult", "betas", "eps")}
+        for group in groups
     ]
 
 
 def padding(checkpoint: Path) -> float:
-    """The largest value in the rows that pad the vocabulary, of the embedding, its main parameters and its moments."""
+    """The largest value in the rows that pad the vocabulary, of the embedding, its main parameters and its
+    moments.
+    """
     tensors = Reader(checkpoint / "policy")
     vocab = read_shape(ROOT / "examples/arithmetic/base").vocab_size
-    found = [float(tensors.read(name)[vocab:].abs().max()) for name in tensors.sizes if name.endswith("word_embeddings.weight")]
+    found = [
+        float(tensors.read(name)[vocab:].abs().max())
+        for name in tensors.sizes
+        if name.endswith("word_embeddings.weight")
+    ]
     assert len(found) == 4
     return max(found)
 
@@ -136,14 +154,20 @@ def main(out: str) -> None:
         if not mesh.on_main(through.exists):
             resume.run(through, f"run.steps={end}", *options, *LAYOUTS[source])
         ignored = shutil.ignore_patterns(
-            *(f"step-{step + 1:06}" for step in range(STEPS, end)), *(f"step-{step:06}.*" for step in range(STEPS, end))
+            *(f"step-{step + 1:06}" for step in range(STEPS, end)),
+            *(f"step-{step:06}.*" for step in range(STEPS, end)),
         )
         mesh.on_main_only(lambda: shutil.copytree(through, moved, ignore=ignored))  # noqa: B023
         first = through / "checkpoints" / f"step-{STEPS:06}"
         restored(first, again, [f"run.dir={moved}", *options, *LAYOUTS[target]])
         resume.run(moved, f"run.steps={end}", *options, *LAYOUTS[target])
         if mesh.is_main:
-            results.append({"name": f"{source} → {target}", **compared(root / model_of(source), first, again, through, moved, end)})
+            results.append(
+                {
+                    "name": f"{source} → {target}",
+                    **compared(root / model_of(source), first, again, through, moved, end),
+                }
+            )
             Path(out).write_text(json.dumps(results))
     changed = [
         f"run.dir={root}",
@@ -160,7 +184,11 @@ def main(out: str) -> None:
 
 
 def compared(model: Path, first: Path, again: Path, through: Path, moved: Path, end: int) -> dict[str, Any]:
-    x, start, gathered = resume.weights(through / "hf"), resume.weights(model), again.with_name(f"{again.name}-megatron")
+    x, start, gathered = (
+        resume.weights(through / "hf"),
+        resume.weights(model),
+        again.with_name(f"{again.name}-megatron"),
+    )
     return {
         "restored": [asdict(found) for found in verify.policies(first / "policy", again / "policy")],
         "as megatron": [asdict(found) for found in verify.policies(gathered / "policy", again / "policy")],

@@ -46,7 +46,11 @@ LAYOUTS = {
     "bfloat16": ["parallel.tensor=2", "policy.dtype=bfloat16"],
     "context-parallel": ["parallel.context=2"],
     "interleaved": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
-    "expert-parallel": ["parallel.tensor=1", "parallel.expert=2", "reward.function=tests.distributed.resume:is_even"],
+    "expert-parallel": [
+        "parallel.tensor=1",
+        "parallel.expert=2",
+        "reward.function=tests.distributed.resume:is_even",
+    ],
 }
 ONLY_STOPPED = {  # options of the run that stops: they change nothing of the outcome
     "tensor-parallel": ["run.async_save=true"],
@@ -55,17 +59,30 @@ ONLY_STOPPED = {  # options of the run that stops: they change nothing of the ou
 
 
 def make_base(layout: str, directory: Path) -> Path:
-    """The model that a layout starts from: the example's, or a deeper one; or a random mixture of experts with its vocabulary."""
+    """The model that a layout starts from: the example's, or a deeper one; or a random mixture of experts
+    with its vocabulary.
+    """
     example = ROOT / "examples/arithmetic/base"
     if layout == "interleaved":
         deepen(directory)
         return directory
     if layout != "expert-parallel":
         return example
-    sizes = dict(vocab_size=25, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    experts = dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True)
+    sizes = dict(
+        vocab_size=25,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    experts = dict(
+        head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True
+    )
     torch.manual_seed(7)
-    config = transformers.Qwen3MoeConfig(**sizes, **experts, initializer_range=0.125, eos_token_id=1, pad_token_id=0)
+    config = transformers.Qwen3MoeConfig(
+        **sizes, **experts, initializer_range=0.125, eos_token_id=1, pad_token_id=0
+    )
     transformers.Qwen3MoeForCausalLM(config).save_pretrained(directory)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(example / name, directory)
@@ -78,7 +95,9 @@ def is_even(response: str, answer: str) -> bool:
 
 
 def run(directory: Path, *options: str) -> None:
-    config = configs.load(ROOT / "examples/arithmetic/config.yaml", [f"run.dir={directory}", *OPTIONS, *options])
+    config = configs.load(
+        ROOT / "examples/arithmetic/config.yaml", [f"run.dir={directory}", *OPTIONS, *options]
+    )
     mesh = Mesh(config.parallel)
     train(config, mesh)
     leave(mesh)
@@ -92,7 +111,9 @@ def leave(mesh: Mesh) -> None:
 
 
 def deepen(target: Path) -> None:
-    """The example's model with twice the layers, which are enough for two chunks a stage; the new ones add nothing to begin with."""
+    """The example's model with twice the layers, which are enough for two chunks a stage; the new ones add
+    nothing to begin with.
+    """
     base = ROOT / "examples/arithmetic/base"
     shutil.copytree(base, target, dirs_exist_ok=True)
     values = json.loads((base / "config.json").read_text())
@@ -112,7 +133,9 @@ def deepen(target: Path) -> None:
 def rows(directory: Path) -> list[dict[str, Any]]:
     """What metrics.jsonl says of every step but its times."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith(("time/", "perf/"))} for line in lines]
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith(("time/", "perf/"))} for line in lines
+    ]
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -134,7 +157,11 @@ def replay(directory: Path) -> dict[str, Any]:
         "rows": rows(directory / "sampled") == rows(directory / "replayed"),
         "weights": is_equal(weights(directory / "sampled" / "hf"), weights(directory / "replayed" / "hf")),
         "dumped_only": [row.get("policy/loss") for row in rows(directory / "later")] == [None, None],
-        "same_batch": all(rows(directory / "later")[0][key] == first[key] for key in first if key.startswith(("groups/", "rollout/"))),
+        "same_batch": all(
+            rows(directory / "later")[0][key] == first[key]
+            for key in first
+            if key.startswith(("groups/", "rollout/"))
+        ),
         "checkpoints": [path.name for path in (directory / "later" / "checkpoints").iterdir()],
     }
 
@@ -160,7 +187,10 @@ def main(out: str) -> None:
                 "steps": [row["step"] for row in rows(stopped)],
                 "weights": is_equal(weights(through / "hf"), weights(stopped / "hf")),
                 "moved": not is_equal(weights(through / "hf"), weights(base)),
-                "written": sorted(path.stat().st_size for path in (stopped / "checkpoints/step-000004/policy").glob("*.distcp")),
+                "written": sorted(
+                    path.stat().st_size
+                    for path in (stopped / "checkpoints/step-000004/policy").glob("*.distcp")
+                ),
                 "optimizer": mesh.on_main(optimizer_in, stopped / "checkpoints/step-000004"),
                 "checkpoints": sorted(path.name for path in (stopped / "checkpoints").iterdir()),
                 "warnings": printed.getvalue().splitlines(),
@@ -171,7 +201,9 @@ def main(out: str) -> None:
 
 
 def optimizer_in(checkpoint: Path) -> dict[str, Any]:
-    """How often numbers of the optimizer's tensors were written; their bytes, by file; do the main parameters equal the parameters?"""
+    """How often numbers of the optimizer's tensors were written; their bytes, by file; do the main parameters
+    equal the parameters?
+    """
     directory = checkpoint / "policy"
     found, reader = FileSystemReader(directory).read_metadata(), Reader(directory)
     written, times = Counter[str](), set[int]()
@@ -179,15 +211,23 @@ def optimizer_in(checkpoint: Path) -> dict[str, Any]:
     for name in names:
         count = torch.zeros(reader.sizes[name], dtype=torch.int)
         for chunk in found.state_dict_metadata[name].chunks:
-            count[tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))] += 1
-            written[found.storage_data[MetadataIndex(name, chunk.offsets)].relative_path] += math.prod(chunk.sizes) * 4
+            count[
+                tuple(
+                    slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True)
+                )
+            ] += 1
+            written[found.storage_data[MetadataIndex(name, chunk.offsets)].relative_path] += (
+                math.prod(chunk.sizes) * 4
+            )
         times |= {int(count.min()), int(count.max())}
     params = [name for name in reader.sizes if name not in names]
     return {
         "times": sorted(times),
         "bytes": sorted(written.values()),
         "wanted": 12 * sum(math.prod(reader.sizes[name]) for name in params),
-        "main": all(is_main(reader.read(f"optimizer.state.param.{name}"), reader.read(name)) for name in params),
+        "main": all(
+            is_main(reader.read(f"optimizer.state.param.{name}"), reader.read(name)) for name in params
+        ),
     }
 
 

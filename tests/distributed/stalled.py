@@ -1,4 +1,5 @@
-"""One rank gets on while the other waits, for longer than a stall; then it hangs, with the other in a collective.
+"""One rank gets on while the other waits, for longer than a stall; then it hangs, with the other in a
+collective.
 
 torchrun --nproc-per-node 2 -m tests.distributed.stalled DIRECTORY
 """

@@ -1,4 +1,6 @@
-"""kill -9, at moments that a seed draws: what crashes.py went through. What a resumed run must be, benchmarks/crash_test.py asserts."""
+"""kill -9, at moments that a seed draws: what crashes.py went through. What a resumed run must be,
+benchmarks/crash_test.py asserts.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,16 @@ def test_a_run_that_is_killed_ten_times_is_the_run_that_nobody_killed(tmp_path: 
     out = tmp_path / "out.json"
     command = [sys.executable, "-m", "tests.distributed.crashes", str(out)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stdout[-6000:]
     found = json.loads(out.read_text())
     kills = found["kills"]
     assert len(kills) == 10
-    assert [kill["started"] for kill in kills[1:]] == [kill["newest"] for kill in kills[:-1]], "each went on from where the one before was"
+    assert [kill["started"] for kill in kills[1:]] == [kill["newest"] for kill in kills[:-1]], (
+        "each went on from where the one before was"
+    )
     assert any(kill["left"] for kill in kills), "a save was hit in the middle"
     assert any(not kill["left"] for kill in kills), "and what lies between two saves"
     assert found["compared"] >= 10 and found["steps"] > kills[-1]["newest"]

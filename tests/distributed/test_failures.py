@@ -1,4 +1,6 @@
-"""One clear line, a non-zero exit on every rank, nothing half-written: what failures.py met, and what only whole processes show."""
+"""One clear line, a non-zero exit on every rank, nothing half-written: what failures.py met, and what only
+whole processes show.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,10 @@ SAYS = {  # what went wrong → words that must be in the line
     "world_size": ["world size 2", "parallel.tensor=4", "launch 4"],
     "heads_do_not_divide": ["num_key_value_heads=1", "parallel.tensor=2"],
     "layers_do_not_divide": ["parallel.pipeline=2 does not divide the model's num_hidden_layers=3"],
-    "layers_do_not_divide_into_chunks": ["parallel.pipeline=2 × parallel.virtual_pipeline=2 does not divide", "num_hidden_layers=2"],
+    "layers_do_not_divide_into_chunks": [
+        "parallel.pipeline=2 × parallel.virtual_pipeline=2 does not divide",
+        "num_hidden_layers=2",
+    ],
     "experts_do_not_divide": ["parallel.expert=2 does not divide the model's num_experts=3"],
     "experts_of_a_dense_model": ["parallel.expert=2, but qwen2 has no experts"],
     "no_model": ["policy.model=", "config.json"],
@@ -44,16 +49,49 @@ SAYS = {  # what went wrong → words that must be in the line
     "nothing_correct": ["0 of 4 mixed groups", "100% all wrong"],
     "cap_reached": ["rollout.max_rounds=1", "0 of 4 mixed groups"],
     "missing_shard": ["model-00002-of-00002.safetensors is missing", "model.safetensors.index.json"],
-    "checkpoint_of_another_rope": ["step-000001 is a checkpoint of another model", "rope_theta=500000.0 there, 10000.0 here"],
-    "checkpoint_of_another_architecture": ["step-000001 is a checkpoint of another model", "model_type='llama' there, 'qwen2' here"],
-    "checkpoint_of_another_vocabulary": ["step-000001 is a checkpoint of another model", "vocab_size=30 there, 25 here"],
-    "checkpoint_without_a_tensor": ["step-000001", "1 tensors are missing, first decoder.final_layernorm.weight"],
-    "checkpoint_with_a_wrong_shape": ["step-000001", "decoder.final_layernorm.weight has shape (65,)", "(64,)"],
+    "checkpoint_of_another_rope": [
+        "step-000001 is a checkpoint of another model",
+        "rope_theta=500000.0 there, 10000.0 here",
+    ],
+    "checkpoint_of_another_architecture": [
+        "step-000001 is a checkpoint of another model",
+        "model_type='llama' there, 'qwen2' here",
+    ],
+    "checkpoint_of_another_vocabulary": [
+        "step-000001 is a checkpoint of another model",
+        "vocab_size=30 there, 25 here",
+    ],
+    "checkpoint_without_a_tensor": [
+        "step-000001",
+        "1 tensors are missing, first decoder.final_layernorm.weight",
+    ],
+    "checkpoint_with_a_wrong_shape": [
+        "step-000001",
+        "decoder.final_layernorm.weight has shape (65,)",
+        "(64,)",
+    ],
     "checkpoint_without_optimizer": ["step-000001", "optimizer.state.param.", "missing", "policy.model="],
-    "checkpoint_with_a_wrong_moment": ["optimizer.state.exp_avg_sq.decoder.final_layernorm.weight has shape (65,)", "(64,)"],
-    "no_whole_checkpoint": ["no checkpoint below", "is whole", "step-000001", "policy/common.pt is missing", "another run.dir"],
-    "precision_without_transformer_engine": ["use_precision_aware_optimizer", "Megatron refuses it", "TransformerEngine"],
-    "offloaded_in_another_way": ["use_precision_aware_optimizer=true", "optimizer_offload_fraction=1.0", "policy.dtype=bfloat16"],
+    "checkpoint_with_a_wrong_moment": [
+        "optimizer.state.exp_avg_sq.decoder.final_layernorm.weight has shape (65,)",
+        "(64,)",
+    ],
+    "no_whole_checkpoint": [
+        "no checkpoint below",
+        "is whole",
+        "step-000001",
+        "policy/common.pt is missing",
+        "another run.dir",
+    ],
+    "precision_without_transformer_engine": [
+        "use_precision_aware_optimizer",
+        "Megatron refuses it",
+        "TransformerEngine",
+    ],
+    "offloaded_in_another_way": [
+        "use_precision_aware_optimizer=true",
+        "optimizer_offload_fraction=1.0",
+        "policy.dtype=bfloat16",
+    ],
     "too_little_disk": ["step-000001 cannot be written", "0.0 GiB free", "GiB are needed"],
     "disk_full": ["step-000001 cannot be written", "GiB free", "those before it are whole"],
     "run_exists": ["run.resume=never", "already holds a run"],
@@ -73,7 +111,16 @@ def test_bad_input_is_one_clear_line_and_every_rank_stops(name: str) -> None:
 
 @pytest.mark.parametrize("argument", ["optim.lrr=1", "optim.lr=fast", "nonsense"])
 def test_a_bad_config_is_refused_before_anything_is_loaded(argument: str) -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "dapo", "train", "examples/arithmetic/config.yaml", argument]
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "-m",
+        "dapo",
+        "train",
+        "examples/arithmetic/config.yaml",
+        argument,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     printed = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert done.returncode == 1
@@ -89,16 +136,39 @@ def test_an_exception_on_one_rank_stops_all_and_is_told_once(tmp_path: Path) -> 
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
-def test_a_run_killed_while_it_saves_leaves_no_process_and_goes_on_from_the_checkpoint_before(tmp_path: Path) -> None:
+def test_a_run_killed_while_it_saves_leaves_no_process_and_goes_on_from_the_checkpoint_before(
+    tmp_path: Path,
+) -> None:
     run = tmp_path / "run"
-    options = ["run.steps=3", "run.save_every=1", "run.async_save=true", "eval.data=null", "parallel.tensor=2", "reward.workers=1"]
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.distributed.killed", str(run)]
-    agent = subprocess.Popen([sys.executable, *command, *options], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    options = [
+        "run.steps=3",
+        "run.save_every=1",
+        "run.async_save=true",
+        "eval.data=null",
+        "parallel.tensor=2",
+        "reward.workers=1",
+    ]
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "tests.distributed.killed",
+        str(run),
+    ]
+    agent = subprocess.Popen(
+        [sys.executable, *command, *options], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     deadline = time.monotonic() + 120
     while len(list(run.glob("writing-*"))) < 2 and agent.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     processes = psutil.Process(agent.pid).children(recursive=True)
-    for process in [psutil.Process(agent.pid), *(p for p in processes if "tests.distributed.killed" in p.cmdline())]:
+    for process in [
+        psutil.Process(agent.pid),
+        *(p for p in processes if "tests.distributed.killed" in p.cmdline()),
+    ]:
         process.kill()
     agent.wait()
     _, alive = psutil.wait_procs(processes, timeout=30)
@@ -107,7 +177,10 @@ def test_a_run_killed_while_it_saves_leaves_no_process_and_goes_on_from_the_chec
         process.kill()
     assert not names, "processes outlived the run"
     assert len(processes) >= 3, "two ranks and a reward worker"
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [".step-000002.partial", "step-000001"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        ".step-000002.partial",
+        "step-000001",
+    ]
 
     done = torchrun(2, "-m", "dapo", "train", "examples/arithmetic/config.yaml", f"run.dir={run}", *options)
     assert done.returncode == 0, done.stdout
@@ -130,7 +203,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
         "examples/arithmetic/config.yaml",
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, *command, *options], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, *command, *options], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 120
     while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text().strip():
         assert time.monotonic() < deadline and process.poll() is None
@@ -146,4 +221,6 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     done = torchrun(2, "-m", "dapo", "train", "examples/arithmetic/config.yaml", *options)
     assert done.returncode == 0, done.stdout
     assert f"going on from step {step} of 8" in done.stdout
-    assert [row["step"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())] == list(range(9))
+    assert [row["step"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())] == list(
+        range(9)
+    )

@@ -1,4 +1,6 @@
-"""What `dapo plan` counts, against what autograd keeps in a real forward pass; the largest part of a run's memory."""
+"""What `dapo plan` counts, against what autograd keeps in a real forward pass; the largest part of a run's
+memory.
+"""
 
 import pytest
 
@@ -8,11 +10,15 @@ from tests.distributed.launch import measured
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_plan_counts_what_autograd_keeps(case):
-    """To 3 %: the plan takes a typical share of padding in attention, the sequences here have their own; and experts' shares of tokens are
-    planned as equal, so ranks that share experts are right together."""
-    ranks = measured("tests.distributed.activations", case.tensor * case.pipeline * case.context)[case.name]["ranks"]
+    """To 3 %: the plan takes a typical share of padding in attention, the sequences here have their own; and
+    experts' shares of tokens are planned as equal, so ranks that share experts are right together."""
+    ranks = measured("tests.distributed.activations", case.tensor * case.pipeline * case.context)[case.name][
+        "ranks"
+    ]
     if case.expert > 1:
-        assert sum(rank["planned"] for rank in ranks) == pytest.approx(sum(rank["measured"] for rank in ranks), rel=0.03)
+        assert sum(rank["planned"] for rank in ranks) == pytest.approx(
+            sum(rank["measured"] for rank in ranks), rel=0.03
+        )
     for rank in ranks:
         assert case.expert > 1 or rank["planned"] == pytest.approx(rank["measured"], rel=0.03)
         assert rank["planned_parameters"] == rank["parameters"]
@@ -22,4 +28,7 @@ def test_the_plan_counts_what_autograd_keeps(case):
 def test_nothing_is_kept_where_all_is_recomputed():
     """A check of the measure itself: one row of the residual stream a layer, a fifteenth of everything."""
     results = measured("tests.distributed.activations", 1)
-    assert results["all layers recomputed"]["ranks"][0]["measured"] < results["float32"]["ranks"][0]["measured"] / 10
+    assert (
+        results["all layers recomputed"]["ranks"][0]["measured"]
+        < results["float32"]["ranks"][0]["measured"] / 10
+    )

@@ -20,11 +20,18 @@ def test_two_agents_of_one_process_train_to_the_numbers_of_one_agent_of_two(tmp_
         "NODES": "2", "GPUS": "1", "HEAD": "127.0.0.1", "PORT": str(port), "CONFIG": "examples/arithmetic/config.yaml",
         "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip
-    command = ["bash", "examples/qwen2.5_32b_paper/launch.sh", f"run.dir={tmp_path / 'run'}", *one_agent["options"]]
+    command = [
+        "bash",
+        "examples/qwen2.5_32b_paper/launch.sh",
+        f"run.dir={tmp_path / 'run'}",
+        *one_agent["options"],
+    ]
     agents = []
     for i in range(2):
         with open(tmp_path / f"agent{i}", "w") as printed:
-            agents.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=printed, stderr=subprocess.STDOUT))
+            agents.append(
+                subprocess.Popen(command, cwd=ROOT, env=env, stdout=printed, stderr=subprocess.STDOUT)
+            )
     try:
         status = [agent.wait(timeout=300) for agent in agents]
     finally:

@@ -22,7 +22,9 @@ def test_every_tensor_lies_where_megatron_writes_it(result: dict[str, Any]) -> N
 def test_another_layout_restores_every_tensor_to_the_bit(result: dict[str, Any]) -> None:
     found = {finding["what"]: finding for finding in result["restored"]}
     assert all(finding["gap"] == 0 for finding in found.values()), found
-    assert found["main parameters"]["count"] == found["parameters"]["count"] == found["moments"]["count"] / 2 > 8
+    assert (
+        found["main parameters"]["count"] == found["parameters"]["count"] == found["moments"]["count"] / 2 > 8
+    )
     assert result["padding"] == 0.0, "rows that pad the vocabulary hold something"
     assert result["settings"], "updates, steps, learning rates or weight decays differ"
 
@@ -44,7 +46,10 @@ def test_what_follows_is_the_run_that_did_not_move(result: dict[str, Any]) -> No
 
 def test_a_checkpoint_that_holds_nan_is_refused() -> None:
     said = measured("tests.distributed.reshard", 4)["poisoned"]["said"]
-    assert "poisoned/policy: 1 parameters hold NaN or infinite values, first decoder.layers.0.mlp.linear_fc2.weight" in said
+    assert (
+        "poisoned/policy: 1 parameters hold NaN or infinite values, first "
+        "decoder.layers.0.mlp.linear_fc2.weight" in said
+    )
 
 
 def test_the_optimizer_goes_on_with_what_the_config_says_now() -> None:

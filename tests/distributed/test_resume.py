@@ -36,7 +36,9 @@ def test_resuming_from_the_checkpoint_before_a_damaged_one_equals_going_on(layou
     assert result["weights"], "the parameters differ"
     assert (result["stale"] > 0) is (layout == "carried-over")
     assert result["moved"], "nothing was learnt, so nothing was tested"
-    assert result["checkpoints"] == ["step-000003", "step-000004"], "keep_checkpoints=2, or 1 and every third; no leftovers"
+    assert result["checkpoints"] == ["step-000003", "step-000004"], (
+        "keep_checkpoints=2, or 1 and every third; no leftovers"
+    )
 
 
 @pytest.mark.parametrize("layout", ["data-parallel", "context-parallel", "expert-parallel"])

@@ -1,4 +1,6 @@
-"""What the updates saw of each dumped token reaches the main rank's files on every layout: what traces.py read there."""
+"""What the updates saw of each dumped token reaches the main rank's files on every layout: what traces.py
+read there.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,17 @@ import pytest
 from tests.distributed.launch import measured
 
 
-@pytest.mark.parametrize("layout", ["data-parallel", "tensor-parallel", "pipeline-parallel", "context-parallel", "interleaved"])
+@pytest.mark.parametrize(
+    "layout", ["data-parallel", "tensor-parallel", "pipeline-parallel", "context-parallel", "interleaved"]
+)
 def test_traces_say_of_every_token_what_follows_from_its_log_probs(layout: str) -> None:
     result = measured("tests.distributed.traces", 2)[layout]
     assert result["same_samples"], "a trace for each sample that was learnt from, in the dump's order"
     assert result["mismatch"] < 1e-4, "a token's own π_θold, at its own place"
     assert result["wrong_flags"] == 0
-    assert result["shares"] == pytest.approx(result["logged"], rel=1e-5), "of a whole dump, the shares that the step logged"
+    assert result["shares"] == pytest.approx(result["logged"], rel=1e-5), (
+        "of a whole dump, the shares that the step logged"
+    )
     assert min(result["shares"]) > 0.001, "both bounds clipped, or nothing was tested"
 
 
@@ -27,7 +33,9 @@ def test_a_run_that_dumps_nothing_traces_nothing() -> None:
 
 
 def test_a_rank_receives_its_own_share_only() -> None:
-    """Of the same step's samples: the other tensor rank needs all of them, the other data-parallel rank half."""
+    """Of the same step's samples: the other tensor rank needs all of them, the other data-parallel rank
+    half.
+    """
     (all_of_it, total), (share, of_both) = (
         measured("tests.distributed.traces", 2)[f"{x}-parallel"]["received"] for x in ("tensor", "data")
     )

@@ -1,6 +1,7 @@
 """Steps dumped with their traces, layout after layout in one launch.
 
-torchrun --nproc-per-node 2 -m tests.distributed.traces OUT.json: the main rank writes what the files say, beside what they should say.
+torchrun --nproc-per-node 2 -m tests.distributed.traces OUT.json: the main rank writes what the files say,
+beside what they should say.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ from tests.distributed.launch import ROOT, numbers
 from tests.distributed.ranks import prepare_rank
 from tests.distributed.resume import OPTIONS, deepen
 
-CLIPPING = ["run.steps=1", "optim.lr=2e-3", "optim.warmup_steps=0", "objective.clip_low=0.02", "objective.clip_high=0.04"]
+CLIPPING = [
+    "run.steps=1",
+    "optim.lr=2e-3",
+    "optim.warmup_steps=0",
+    "objective.clip_low=0.02",
+    "objective.clip_high=0.04",
+]
 LAYOUTS = {
     "data-parallel": ["parallel.tensor=1"],
     "tensor-parallel": ["parallel.tensor=2"],
@@ -40,7 +47,9 @@ def options(layout: list[str]) -> list[str]:
 def run(directory: Path, layout: list[str]) -> configs.Config:
     from megatron.core import parallel_state  # after dapo.policy, which adapts it
 
-    config = configs.load(ROOT / "examples/arithmetic/config.yaml", [f"run.dir={directory}", *options(layout)])
+    config = configs.load(
+        ROOT / "examples/arithmetic/config.yaml", [f"run.dir={directory}", *options(layout)]
+    )
     mesh = Mesh(config.parallel)
     if config.parallel.virtual_pipeline > 1:
         mesh.on_main(deepen, directory / "deeper")
@@ -52,9 +61,14 @@ def run(directory: Path, layout: list[str]) -> configs.Config:
 
 
 def read(config: configs.Config) -> dict[str, Any]:
-    """What the two files of step 0 say, and what follows from the log-probs: Eq. 8's clipping, token by token."""
+    """What the two files of step 0 say, and what follows from the log-probs: Eq. 8's clipping, token by
+    token.
+    """
     rollouts = config.run.dir / "rollouts"
-    traces = {(row["group"], row["index"]): row for row in pq.read_table(dump.traces_path_of(rollouts, 0)).to_pylist()}
+    traces = {
+        (row["group"], row["index"]): row
+        for row in pq.read_table(dump.traces_path_of(rollouts, 0)).to_pylist()
+    }
     groups = dump.read(dump.path_of(rollouts, 0), config.rollout.prompts_per_step).kept
     samples = {(sample.group, sample.index): sample for group in groups for sample in group.samples}
     result: dict[str, Any] = {"same_samples": list(traces) == list(samples), "groups": len(groups)}
@@ -64,18 +78,27 @@ def read(config: configs.Config) -> dict[str, Any]:
         for key, sample in samples.items():
             if key[0] in minibatch:
                 trace = {name: np.array(value) for name, value in traces[key].items()}
-                ratio = np.exp(trace["logprobs"].astype(np.float32) - trace["old_logprobs"].astype(np.float32))
+                ratio = np.exp(
+                    trace["logprobs"].astype(np.float32) - trace["old_logprobs"].astype(np.float32)
+                )
                 low = (ratio < 1 - config.objective.clip_low) & (sample.advantage < 0)
                 high = (ratio > 1 + config.objective.clip_high) & (sample.advantage > 0)
                 wrong += int((low != trace["clipped_low"]).sum() + (high != trace["clipped_high"]).sum())
-                mismatch = max(mismatch, float(np.abs(trace["old_logprobs"] - sample.behavior_logprobs).max()))
+                mismatch = max(
+                    mismatch, float(np.abs(trace["old_logprobs"] - sample.behavior_logprobs).max())
+                )
                 counts += [sample.length, low.sum(), high.sum()]
         shares.append((counts[1:] / counts[0]).tolist())
     metrics = json.loads((config.run.dir / "metrics.jsonl").read_text().splitlines()[0])
     logged = [metrics["policy/clip_low"], metrics["policy/clip_high"]]
     result["received"] = [metrics["perf/bytes_received_max"], metrics["perf/bytes_received"]]
     result["numbers"] = numbers(config.run.dir)
-    return result | {"mismatch": mismatch, "wrong_flags": wrong, "shares": np.mean(shares, axis=0).tolist(), "logged": logged}
+    return result | {
+        "mismatch": mismatch,
+        "wrong_flags": wrong,
+        "shares": np.mean(shares, axis=0).tolist(),
+        "logged": logged,
+    }
 
 
 def main(out: str) -> None:

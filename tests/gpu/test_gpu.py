@@ -1,4 +1,5 @@
-"""What only a GPU shows: races, 16-bit products, more than 2³¹ elements, the packed attention kernel, a whole training step.
+"""What only a GPU shows: races, 16-bit products, more than 2³¹ elements, the packed attention kernel, a whole
+training step.
 
 make gpu-check
 """
@@ -42,7 +43,16 @@ def test_policy_loss_equals_the_float64_reference(V: int, dtype: torch.dtype) ->
     targets, old, advantages, mask, weights = tokens(97, V)
     fused, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
     a = policy_loss(fused, targets, old, advantages, mask, weights=weights, dual_clip=3.0, **CLIP)
-    b = reference.policy_loss(exact, targets, old.double(), advantages.double(), mask, weights=weights.double(), dual_clip=3.0, **CLIP)
+    b = reference.policy_loss(
+        exact,
+        targets,
+        old.double(),
+        advantages.double(),
+        mask,
+        weights=weights.double(),
+        dual_clip=3.0,
+        **CLIP,
+    )
     a.loss.backward()
     b.loss.backward()
     assert relative(a.logprobs, b.logprobs) < 2e-5
@@ -71,8 +81,19 @@ def test_values_are_refused_on_a_gpu_too() -> None:
     hidden, head = torch.randn(8, 64, device=GPU), torch.randn(100, 64, device=GPU)
     targets, old, advantages, mask, weights = tokens(8, 100)
     mask[:] = True
-    for name, wrong in (("targets", targets + 100), ("targets", targets - 100), ("weights", -weights), ("weights", weights * torch.nan)):
-        given = {"targets": targets, "old_logprobs": old, "advantages": advantages, "mask": mask, "weights": weights} | {name: wrong}
+    for name, wrong in (
+        ("targets", targets + 100),
+        ("targets", targets - 100),
+        ("weights", -weights),
+        ("weights", weights * torch.nan),
+    ):
+        given = {
+            "targets": targets,
+            "old_logprobs": old,
+            "advantages": advantages,
+            "mask": mask,
+            "weights": weights,
+        } | {name: wrong}
         for call in (
             lambda g=given: linear_policy_loss(hidden, head, **g, **CLIP),
             lambda g=given: policy_loss(hidden @ head.t(), **g, **CLIP),
@@ -86,12 +107,26 @@ def test_values_are_refused_on_a_gpu_too() -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_two_runs_are_equal_to_the_bit_and_scoring_equals_learning(dtype: torch.dtype) -> None:
     torch.manual_seed(2)
-    hidden, head = torch.randn(3000, 512, device=GPU).to(dtype), (torch.randn(32000, 512, device=GPU) / 8).to(dtype)
+    hidden, head = (
+        torch.randn(3000, 512, device=GPU).to(dtype),
+        (torch.randn(32000, 512, device=GPU) / 8).to(dtype),
+    )
     targets, old, advantages, mask, weights = tokens(3000, 32000)
     runs = []
     for _ in range(2):
         h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
-        out = linear_policy_loss(h, w, targets, old, advantages, mask, weights=weights, fp32_logits=True, chunk_bytes=64 << 20, **CLIP)
+        out = linear_policy_loss(
+            h,
+            w,
+            targets,
+            old,
+            advantages,
+            mask,
+            weights=weights,
+            fp32_logits=True,
+            chunk_bytes=64 << 20,
+            **CLIP,
+        )
         out.loss.backward()
         runs.append((out.loss.detach(), out.logprobs, h.grad, w.grad))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
@@ -125,20 +160,35 @@ def test_another_number_of_tokens_compiles_nothing() -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_linear_policy_loss_equals_the_float64_reference(dtype: torch.dtype, fp32_logits: bool) -> None:
     torch.manual_seed(3)
-    hidden, head = torch.randn(700, 256, device=GPU).to(dtype), (torch.randn(5000, 256, device=GPU) / 4).to(dtype)
+    hidden, head = (
+        torch.randn(700, 256, device=GPU).to(dtype),
+        (torch.randn(5000, 256, device=GPU) / 4).to(dtype),
+    )
     targets, noise, advantages, mask, weights = tokens(700, 4990)
     options = dict(weights=weights, valid_vocab=4990, temperature=0.8, **CLIP)
     h64, w64 = hidden.double().requires_grad_(), head.double().requires_grad_()
     logits = h64 @ w64.t()
     # near the log-probs, so that no few tokens are all of the gradient
-    old = (linear_logprobs(h64.detach(), w64.detach(), targets, mask, temperature=0.8, valid_vocab=4990) + 0.1 * (noise + 3.5)).float()
+    old = (
+        linear_logprobs(h64.detach(), w64.detach(), targets, mask, temperature=0.8, valid_vocab=4990)
+        + 0.1 * (noise + 3.5)
+    ).float()
     exact = reference.policy_loss(logits, targets, old, advantages, mask, **options)
     exact.loss.backward()
     h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
     before = w64.grad.float().std() * torch.randn(5000, 256, device=GPU)
     total = before.clone()
     out = linear_policy_loss(
-        h, w, targets, old, advantages, mask, weight_grad=total, fp32_logits=fp32_logits, chunk_bytes=1 << 20, **options
+        h,
+        w,
+        targets,
+        old,
+        advantages,
+        mask,
+        weight_grad=total,
+        fp32_logits=fp32_logits,
+        chunk_bytes=1 << 20,
+        **options,
     )
     out.loss.backward()
     assert relative(out.logprobs, exact.logprobs) < (1e-5 if fp32_logits or dtype == torch.float32 else 2e-2)
@@ -155,9 +205,13 @@ def test_packed_attention_kernel_keeps_sequences_apart() -> None:
     attention = PackedAttention.__new__(PackedAttention)
     torch.nn.Module.__init__(attention)
     attention.scale, attention.context = None, SimpleNamespace(size=lambda: 1)
-    query, key, value = (torch.randn(sum(lengths), h, 64, device=GPU, dtype=torch.bfloat16) for h in (8, 2, 2))
+    query, key, value = (
+        torch.randn(sum(lengths), h, 64, device=GPU, dtype=torch.bfloat16) for h in (8, 2, 2)
+    )
     cu_seqlens = torch.tensor([0, 7, 8, 138, 202], dtype=torch.int32, device=GPU)
-    out = attention(query, key, value, None, packed_seq_params=SimpleNamespace(cu_seqlens_q=cu_seqlens, max_seqlen_q=130))
+    out = attention(
+        query, key, value, None, packed_seq_params=SimpleNamespace(cu_seqlens_q=cu_seqlens, max_seqlen_q=130)
+    )
     parts = zip(*(x.double().split(lengths) for x in (query, key, value)), strict=True)
     expected = torch.cat([attend(*(p.cpu() for p in part)) for part in parts])
     assert relative(out.cpu(), expected) < 1e-2
@@ -165,21 +219,31 @@ def test_packed_attention_kernel_keeps_sequences_apart() -> None:
 
 @pytest.mark.parametrize("context", [2, 4])
 def test_packed_attention_kernel_gives_each_context_rank_its_own_tokens_past(context: int) -> None:
-    """A run's queries are fewer than its keys: the kernel must take the last query to be the one that sees all."""
+    """A run's queries are fewer than its keys: the kernel must take the last query to be the one that sees
+    all.
+    """
     from dapo.policy.layers import PackedAttention, key_runs
 
     torch.manual_seed(5)
     lengths = [2 * context * n for n in (3, 1, 40)]
     cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32, device=GPU).cumsum(0, dtype=torch.int32)
-    query, key, value = (torch.randn(sum(lengths), h, 64, device=GPU, dtype=torch.bfloat16) for h in (8, 2, 2))
+    query, key, value = (
+        torch.randn(sum(lengths), h, 64, device=GPU, dtype=torch.bfloat16) for h in (8, 2, 2)
+    )
     parts = zip(*(x.double().cpu().split(lengths) for x in (query, key, value)), strict=True)
     expected = torch.cat([attend(*part) for part in parts])
     attention = PackedAttention.__new__(PackedAttention)
     torch.nn.Module.__init__(attention)
     attention.scale = None
     # of every sequence, rank r has chunks r and 2·context − 1 − r
-    chunks = [torch.arange(a, a + n, device=GPU).chunk(2 * context) for a, n in zip(cu_seqlens.tolist(), lengths, strict=False)]
-    shares = [torch.cat([c for own in chunks for c in (own[rank], own[2 * context - 1 - rank])]) for rank in range(context)]
+    chunks = [
+        torch.arange(a, a + n, device=GPU).chunk(2 * context)
+        for a, n in zip(cu_seqlens.tolist(), lengths, strict=False)
+    ]
+    shares = [
+        torch.cat([c for own in chunks for c in (own[rank], own[2 * context - 1 - rank])])
+        for rank in range(context)
+    ]
     for rank, mine in enumerate(shares):
         runs = key_runs(cu_seqlens, len(mine), rank, context)
         seen = torch.cat(shares)[runs.places]
@@ -189,7 +253,13 @@ def test_packed_attention_kernel_gives_each_context_rank_its_own_tokens_past(con
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_arithmetic_example_learns_on_a_gpu(dtype: str, tmp_path: Path) -> None:
-    options = ["run.steps=12", "eval.every=12", "parallel.tensor=1", f"policy.dtype={dtype}", f"run.dir={tmp_path}"]
+    options = [
+        "run.steps=12",
+        "eval.every=12",
+        "parallel.tensor=1",
+        f"policy.dtype={dtype}",
+        f"run.dir={tmp_path}",
+    ]
     done = torchrun(1, "-m", "dapo", "train", "examples/arithmetic/config.yaml", *options)
     assert done.returncode == 0, done.stdout
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -200,13 +270,20 @@ def test_the_arithmetic_example_learns_on_a_gpu(dtype: str, tmp_path: Path) -> N
 
 def test_optimizer_state_in_main_memory_learns_the_same_and_goes_on(tmp_path: Path) -> None:
     options = ["eval.data=null", "parallel.tensor=1", "policy.dtype=bfloat16", "rollout.dump_share=1.0"]
-    again = [*OFFLOADED, f"rollout.replay={tmp_path / 'gpu' / 'rollouts'}"]  # rounding would change what is drawn
-    for name, steps, more in (("gpu", 4, []), ("whole", 4, again), ("stopped", 2, again), ("stopped", 4, again)):
+    # rounding would change what is drawn
+    again = [*OFFLOADED, f"rollout.replay={tmp_path / 'gpu' / 'rollouts'}"]
+    for name, steps, more in (
+        ("gpu", 4, []),
+        ("whole", 4, again),
+        ("stopped", 2, again),
+        ("stopped", 4, again),
+    ):
         run = [*options, *more, f"run.steps={steps}", f"run.dir={tmp_path / name}"]
         done = torchrun(1, "-m", "dapo", "train", "examples/arithmetic/config.yaml", *run)
         assert done.returncode == 0, done.stdout
     gpu, whole, stopped = (rows_of(tmp_path / name) for name in ("gpu", "whole", "stopped"))
-    for a, b in zip(gpu[:1] + whole[:-1], whole[:1] + stopped[:-1], strict=True):  # embeddings' gradients are added in no fixed order
+    # embeddings' gradients are added in no fixed order
+    for a, b in zip(gpu[:1] + whole[:-1], whole[:1] + stopped[:-1], strict=True):
         assert b["policy/loss"] == pytest.approx(a["policy/loss"], abs=1e-3)
         assert b["policy/grad_norm"] == pytest.approx(a["policy/grad_norm"], rel=0.05)
     assert [row["step"] for row in stopped] == [0, 1, 2, 3, 4]

@@ -8,7 +8,9 @@ T, V = 41, 37  # odd on purpose
 
 
 def random_inputs(seed=0, num_tokens=T, vocab=V, dtype=torch.float64, temperature=1.0):
-    """logits, targets, old_logprobs, advantages, mask. Log-ratios are ~ N(0, 0.5): a good part lies beyond either clip bound."""
+    """logits, targets, old_logprobs, advantages, mask. Log-ratios are ~ N(0, 0.5): a good part lies beyond
+    either clip bound.
+    """
     g = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(num_tokens, vocab, generator=g, dtype=torch.float64)
     targets = torch.randint(vocab, (num_tokens,), generator=g)
@@ -34,13 +36,18 @@ def double(x):
 
 def relative_error(x, truth):
     """‖x − truth‖ / ‖truth‖; where the truth is 0, so must x be."""
-    difference, size = (x.detach().double() - truth.detach().double()).norm().item(), truth.detach().double().norm().item()
+    difference, size = (
+        (x.detach().double() - truth.detach().double()).norm().item(),
+        truth.detach().double().norm().item(),
+    )
     return difference / size if size else difference
 
 
 def make(num_tokens=12, vocab=1000, dtype=torch.float32, seed=0, temperature=1.0):
     """As `random_inputs`, with logits of `dtype` and the rest float32."""
-    logits, targets, old, advantages, mask = random_inputs(seed, num_tokens, vocab, torch.float64, temperature)
+    logits, targets, old, advantages, mask = random_inputs(
+        seed, num_tokens, vocab, torch.float64, temperature
+    )
     return logits.to(dtype), targets, old.float(), advantages.float(), mask
 
 

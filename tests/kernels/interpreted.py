@@ -1,6 +1,8 @@
-"""The Triton kernels, interpreted on the CPU, against the float64 reference. Interpreted, programs run one after another: no race shows.
+"""The Triton kernels, interpreted on the CPU, against the float64 reference. Interpreted, programs run one
+after another: no race shows.
 
-test_policy_loss.py runs this file in a process of its own, because Triton must be imported with TRITON_INTERPRET=1.
+test_policy_loss.py runs this file in a process of its own, because Triton must be imported with
+TRITON_INTERPRET=1.
 """
 
 import math
@@ -31,7 +33,9 @@ def assert_is_the_truth(inputs, **options):
     for name in ("loss", "logprobs", "entropy"):
         assert relative_error(getattr(result, name), getattr(truth, name)) < 2e-5, name
     assert relative_error(grad, true_grad) < TOLERANCE[inputs[0].dtype]
-    assert torch.equal(result.clipped_low, truth.clipped_low) and torch.equal(result.clipped_high, truth.clipped_high)
+    assert torch.equal(result.clipped_low, truth.clipped_low) and torch.equal(
+        result.clipped_high, truth.clipped_high
+    )
     assert grad.dtype == inputs[0].dtype and not grad[~inputs[4]].any()
     return result, grad
 
@@ -40,7 +44,9 @@ def assert_is_the_truth(inputs, **options):
 @pytest.mark.parametrize("vocab", [1, 25, 1000, 2052, 3001])
 def test_value_and_gradient_are_the_references(vocab, dtype):
     for options in options_for(12)[:2]:
-        assert_is_the_truth(make(vocab=vocab, dtype=dtype, temperature=options.get("temperature", 1.0)), **options)
+        assert_is_the_truth(
+            make(vocab=vocab, dtype=dtype, temperature=options.get("temperature", 1.0)), **options
+        )
 
 
 @pytest.mark.parametrize("options", options_for(12)[2:], ids=lambda options: "+".join(options))
@@ -66,7 +72,9 @@ def test_bfloat16_is_never_worse_than_plain_bfloat16():
     ratio = (logprobs - old[mask]).exp()
     torch.maximum(-ratio * advantages[mask], -ratio.clamp(0.8, 1.28) * advantages[mask]).sum().backward()
     assert relative_error(grad, true_grad) <= relative_error(plain.grad, true_grad) + 1e-3
-    assert relative_error(result.logprobs[mask], truth.logprobs[mask]) <= relative_error(logprobs, truth.logprobs[mask])
+    assert relative_error(result.logprobs[mask], truth.logprobs[mask]) <= relative_error(
+        logprobs, truth.logprobs[mask]
+    )
 
 
 @settings(max_examples=25, deadline=None)
@@ -125,13 +133,23 @@ def test_rows_of_extremes():
 def test_masked_rows_may_hold_nan_and_give_zeros():
     logits, targets, old, advantages, mask = make()
     weights, ref = torch.rand(12), -torch.rand(12)
-    expected, expected_grad = run((logits, targets, old, advantages, mask), weights=weights, ref_logprobs=ref, kl_coef=0.1)
+    expected, expected_grad = run(
+        (logits, targets, old, advantages, mask), weights=weights, ref_logprobs=ref, kl_coef=0.1
+    )
     for x in (logits, old, advantages, weights, ref):
         x[~mask] = math.nan
-    result, grad = run((logits, targets.masked_fill(~mask, -100), old, advantages, mask), weights=weights, ref_logprobs=ref, kl_coef=0.1)
+    result, grad = run(
+        (logits, targets.masked_fill(~mask, -100), old, advantages, mask),
+        weights=weights,
+        ref_logprobs=ref,
+        kl_coef=0.1,
+    )
     assert torch.equal(result.loss, expected.loss) and torch.equal(grad, expected_grad)
     for name in ("logprobs", "entropy", "clipped_low", "clipped_high"):
-        assert torch.equal(getattr(result, name), getattr(expected, name)) and not getattr(result, name)[~mask].any()
+        assert (
+            torch.equal(getattr(result, name), getattr(expected, name))
+            and not getattr(result, name)[~mask].any()
+        )
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 5])
@@ -139,7 +157,10 @@ def test_nothing_to_learn_from(num_tokens):
     logits, targets, old, advantages, mask = make(num_tokens)
     result, grad = run((logits, targets, old, advantages, torch.zeros_like(mask)))
     assert result.loss == 0 and grad.shape == logits.shape and not grad.any()
-    assert result.logprobs.shape == result.clipped_low.shape == (num_tokens,) and result.clipped_low.dtype == torch.bool
+    assert (
+        result.logprobs.shape == result.clipped_low.shape == (num_tokens,)
+        and result.clipped_low.dtype == torch.bool
+    )
 
 
 @pytest.mark.parametrize("advantage", [-1.5, 1.5])
@@ -150,7 +171,9 @@ def test_absurd_log_ratios_are_clamped_and_give_no_gradient(log_ratio, advantage
     old = reference.logprobs(logits, targets, mask) - log_ratio
     result, grad = run((logits, targets, old, torch.full((4,), advantage), mask))
     ratio = math.exp(math.copysign(reference.MAX_LOG_RATIO, log_ratio))
-    assert result.loss.item() == pytest.approx(4 * max(-ratio * advantage, -min(max(ratio, 0.8), 1.28) * advantage), rel=1e-5)
+    assert result.loss.item() == pytest.approx(
+        4 * max(-ratio * advantage, -min(max(ratio, 0.8), 1.28) * advantage), rel=1e-5
+    )
     assert torch.equal(grad, torch.zeros_like(grad))
 
 
@@ -175,7 +198,9 @@ def test_the_first_minibatch_has_ratio_exactly_one():
     logits, targets, _, advantages, mask = make(dtype=torch.bfloat16, vocab=3001)
     shard = Shard.of(3001, None, 0.7, None)
     statistics = logits_triton.row_statistics(logits, Tokens(targets, mask), shard)[None]
-    own = logits_triton.loss_and_gradient(logits, statistics, Tokens(targets, mask), shard, None, None).logprobs
+    own = logits_triton.loss_and_gradient(
+        logits, statistics, Tokens(targets, mask), shard, None, None
+    ).logprobs
     result, _ = run((logits, targets, own, advantages, mask), temperature=0.7)
     assert torch.equal(result.logprobs, own)
     assert result.loss == -torch.where(mask, advantages, 0).sum()
@@ -205,25 +230,41 @@ def test_shards_of_the_vocabulary_merge_to_the_whole(module, world):
     tokens = Tokens(targets, mask, old, advantages)
     parts = [part.clone() for part in logits.chunk(world, 1)]
     shards = [Shard(1000 // world, rank * (1000 // world), 1000 // world, 1.0, None) for rank in range(world)]
-    statistics = torch.stack([module.row_statistics(part, tokens, shard) for part, shard in zip(parts, shards, strict=True)])
-    rows = [module.loss_and_gradient(part, statistics, tokens, s, OBJECTIVE, part) for part, s in zip(parts, shards, strict=True)]
+    statistics = torch.stack(
+        [module.row_statistics(part, tokens, shard) for part, shard in zip(parts, shards, strict=True)]
+    )
+    rows = [
+        module.loss_and_gradient(part, statistics, tokens, s, OBJECTIVE, part)
+        for part, s in zip(parts, shards, strict=True)
+    ]
     assert relative_error(rows[0].losses.sum(), truth.loss) < 2e-5
     assert relative_error(rows[0].entropy, truth.entropy) < 2e-5
     assert relative_error(torch.cat(parts, 1), true_grad) < 2e-5
     for other in rows[1:]:
-        assert all(torch.equal(getattr(rows[0], field), getattr(other, field)) for field in ("losses", "logprobs", "entropy"))
+        assert all(
+            torch.equal(getattr(rows[0], field), getattr(other, field))
+            for field in ("losses", "logprobs", "entropy")
+        )
 
 
 @pytest.mark.parametrize("module", [logits_triton, logits_torch], ids=["kernels", "twin"])
 def test_a_shard_of_padding_alone_changes_nothing(module):
     logits, targets, old, advantages, mask = make(vocab=40)
-    logits, tokens = logits - 1e4, Tokens(targets, mask, old, advantages)  # far below any stand-in for "nothing seen"
+    # far below any stand-in for "nothing seen"
+    logits, tokens = logits - 1e4, Tokens(targets, mask, old, advantages)
     truth, true_grad = truth_of((logits, targets, old, advantages, mask), dual_clip=3.0)
     parts = [logits.clone(), torch.full_like(logits, math.nan)]
     shards = [Shard(40, 0, 40, 1.0, None), Shard(40, 40, 0, 1.0, None)]
-    statistics = torch.stack([module.row_statistics(part, tokens, shard) for part, shard in zip(parts, shards, strict=True)])
-    rows = [module.loss_and_gradient(part, statistics, tokens, s, OBJECTIVE, part) for part, s in zip(parts, shards, strict=True)]
-    assert relative_error(rows[0].losses.sum(), truth.loss) < 2e-5 and torch.equal(rows[0].losses, rows[1].losses)
+    statistics = torch.stack(
+        [module.row_statistics(part, tokens, shard) for part, shard in zip(parts, shards, strict=True)]
+    )
+    rows = [
+        module.loss_and_gradient(part, statistics, tokens, s, OBJECTIVE, part)
+        for part, s in zip(parts, shards, strict=True)
+    ]
+    assert relative_error(rows[0].losses.sum(), truth.loss) < 2e-5 and torch.equal(
+        rows[0].losses, rows[1].losses
+    )
     assert relative_error(parts[0], true_grad) < 2e-5 and not parts[1].any()
 
 
@@ -235,7 +276,9 @@ def test_offsets_beyond_two_to_the_31():
     far = torch.empty(stride + 1000, dtype=torch.bfloat16).as_strided((2, 1000), (stride, 1))
     far.copy_(logits)
     shard, tokens = Shard.of(1000, None, 1.0, None), Tokens(targets, mask, old, advantages)
-    rows = logits_triton.loss_and_gradient(far, logits_triton.row_statistics(far, tokens, shard)[None], tokens, shard, OBJECTIVE, far)
+    rows = logits_triton.loss_and_gradient(
+        far, logits_triton.row_statistics(far, tokens, shard)[None], tokens, shard, OBJECTIVE, far
+    )
     truth, true_grad = truth_of((logits, targets, old, advantages, mask), dual_clip=3.0)
     assert relative_error(rows.losses.sum(), truth.loss) < 2e-5 and relative_error(far, true_grad) < 2e-2
 
@@ -268,7 +311,8 @@ def test_the_gradient_can_be_spent_once():
 
 def test_whoever_needs_the_logits_themselves_is_told():
     logits, *rest = make()
-    loss = policy_loss(logits.requires_grad_().exp(), *rest, **CLIP).loss  # the derivative of exp is its own output
+    # the derivative of exp is its own output
+    loss = policy_loss(logits.requires_grad_().exp(), *rest, **CLIP).loss
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 

@@ -1,6 +1,8 @@
-"""The losses on vocab-parallel shards against the float64 reference on the whole, case after case in one launch.
+"""The losses on vocab-parallel shards against the float64 reference on the whole, case after case in one
+launch.
 
-torchrun --nproc-per-node WORLD -m tests.kernels.tensor_parallel OUT.json: every rank computes, rank 0 writes what was measured.
+torchrun --nproc-per-node WORLD -m tests.kernels.tensor_parallel OUT.json: every rank computes, rank 0 writes
+what was measured.
 """
 
 from __future__ import annotations
@@ -22,12 +24,16 @@ CHUNKS = [1, 4 * 26 * 9, None]  # bytes: as small as possible; several; one
 
 
 def make():
-    """hidden, weight [104, H], and the per-token arguments; a long stretch of tokens is masked, and so are whole chunks."""
+    """hidden, weight [104, H], and the per-token arguments; a long stretch of tokens is masked, and so are
+    whole chunks.
+    """
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(T, H, generator=g), torch.randn(104, H, generator=g)
     targets, mask = torch.randint(V, (T,), generator=g), torch.rand(T, generator=g) < 0.7
     mask[20:30] = False
-    old = reference.logprobs(hidden @ weight.t(), targets, torch.ones_like(mask), temperature=0.8, valid_vocab=V)
+    old = reference.logprobs(
+        hidden @ weight.t(), targets, torch.ones_like(mask), temperature=0.8, valid_vocab=V
+    )
     return hidden, weight, targets, old + 0.4 * torch.randn(T, generator=g), torch.randn(T, generator=g), mask
 
 
@@ -42,7 +48,11 @@ def main(out: str) -> None:
     results = []
 
     def report(
-        name: str, loss, values: list[torch.Tensor], gradients: list[tuple[torch.Tensor, torch.Tensor]], shared: list[torch.Tensor]
+        name: str,
+        loss,
+        values: list[torch.Tensor],
+        gradients: list[tuple[torch.Tensor, torch.Tensor]],
+        shared: list[torch.Tensor],
     ) -> None:
         """`shared` must be the same bits on every rank; `gradients` are pairs of ours and the truth's."""
         expected = (truth.logprobs, truth.entropy)
@@ -61,7 +71,13 @@ def main(out: str) -> None:
         mine = logits_grad.chunk(world, 1)[rank]
         done = policy_loss(logits, *rest, **CLIP, **options)
         done.loss.backward()
-        report(f"logits {kind}", done.loss, [done.logprobs, done.entropy], [(logits.grad, mine)], [done.clipped_low])
+        report(
+            f"logits {kind}",
+            done.loss,
+            [done.logprobs, done.entropy],
+            [(logits.grad, mine)],
+            [done.clipped_low],
+        )
 
         for is_parallel in (False, True):
             for chunk_bytes in CHUNKS if is_parallel or not is_triton else CHUNKS[1:]:
@@ -76,7 +92,13 @@ def main(out: str) -> None:
                     (head.grad if main_grad is None else main_grad, weight_grad.chunk(world)[rank]),
                 ]
                 name = f"linear {kind}{' sequence' * is_parallel} {chunk_bytes}"
-                report(name, done.loss, [done.logprobs, done.entropy], gradients, [] if is_parallel else [leaf.grad])
+                report(
+                    name,
+                    done.loss,
+                    [done.logprobs, done.entropy],
+                    gradients,
+                    [] if is_parallel else [leaf.grad],
+                )
 
                 more.pop("dual_clip")
                 logprobs = linear_logprobs(leaf, head, rest[0], rest[-1], **more)

@@ -1,4 +1,6 @@
-"""linear_policy_loss against the reference on the full logits: values, gradients, chunks, masks, accumulation, the forward-only half."""
+"""linear_policy_loss against the reference on the full logits: values, gradients, chunks, masks,
+accumulation, the forward-only half.
+"""
 
 import gc
 import math
@@ -24,10 +26,19 @@ def make(num_tokens=T, hidden_size=H, vocab=V, dtype=torch.float32, seed=0, temp
     weight = (torch.randn(vocab, hidden_size, generator=g) * 2 / hidden_size**0.5).to(dtype)
     targets = torch.randint(vocab, (num_tokens,), generator=g)
     mask = torch.rand(num_tokens, generator=g) < 0.7
-    own = reference.logprobs(hidden.double() @ weight.double().t(), targets, torch.ones_like(mask), temperature=temperature)
+    own = reference.logprobs(
+        hidden.double() @ weight.double().t(), targets, torch.ones_like(mask), temperature=temperature
+    )
     old = own + 0.4 * torch.randn(num_tokens, generator=g, dtype=torch.float64)
     advantages = torch.randn(num_tokens, generator=g)
-    return hidden, weight, targets, old.to(torch.float64 if dtype == torch.float64 else torch.float32), advantages, mask
+    return (
+        hidden,
+        weight,
+        targets,
+        old.to(torch.float64 if dtype == torch.float64 else torch.float32),
+        advantages,
+        mask,
+    )
 
 
 def run(inputs, **options):
@@ -41,7 +52,9 @@ def run(inputs, **options):
 def truth_of(inputs, **options):
     hidden, weight, *rest = (double(x) for x in inputs)
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    result = reference.policy_loss(hidden @ weight.t(), *rest, **CLIP, **{name: double(x) for name, x in options.items()})
+    result = reference.policy_loss(
+        hidden @ weight.t(), *rest, **CLIP, **{name: double(x) for name, x in options.items()}
+    )
     result.loss.backward()
     return result, hidden.grad, weight.grad
 
@@ -60,7 +73,9 @@ def test_values_and_gradients_are_the_references(which, chunk_bytes):
     inputs = make(temperature=options.get("temperature", 1.0))
     ours, truth = run(inputs, chunk_bytes=chunk_bytes, **options), truth_of(inputs, **options)
     assert_close(ours, truth, 1e-5)
-    assert torch.equal(ours[0].clipped_low, truth[0].clipped_low) and torch.equal(ours[0].clipped_high, truth[0].clipped_high)
+    assert torch.equal(ours[0].clipped_low, truth[0].clipped_low) and torch.equal(
+        ours[0].clipped_high, truth[0].clipped_high
+    )
     assert (ours[0].clipped_low | ours[0].clipped_high).any()
 
 
@@ -92,7 +107,9 @@ def test_masked_rows_may_hold_nan_and_never_enter_a_product():
     hidden, weight, targets, old, advantages, mask = (x.clone() for x in inputs)
     for x in (hidden, old, advantages, weights):
         x[~mask] = math.nan
-    result, *grads = run((hidden, weight, targets.masked_fill(~mask, -100), old, advantages, mask), weights=weights)
+    result, *grads = run(
+        (hidden, weight, targets.masked_fill(~mask, -100), old, advantages, mask), weights=weights
+    )
     assert all(torch.equal(getattr(result, name), getattr(expected, name)) for name in FIELDS)
     assert all(map(torch.equal, grads, expected_grads))
     assert not grads[0][~mask].any()
@@ -113,10 +130,15 @@ def test_padded_columns_have_probability_zero_and_no_gradient(valid_vocab):
     inputs = make(vocab=valid_vocab)
     padded = torch.cat([inputs[1], torch.full((101 - valid_vocab + 3, H), 50.0)])
     expected, hidden_grad, weight_grad = run(inputs)
-    result, padded_hidden_grad, padded_weight_grad = run((inputs[0], padded, *inputs[2:]), valid_vocab=valid_vocab)
+    result, padded_hidden_grad, padded_weight_grad = run(
+        (inputs[0], padded, *inputs[2:]), valid_vocab=valid_vocab
+    )
     assert relative_error(result.loss, expected.loss) < 1e-5
     assert relative_error(padded_hidden_grad, hidden_grad) < 1e-5
-    assert relative_error(padded_weight_grad[:valid_vocab], weight_grad) < 1e-5 and not padded_weight_grad[valid_vocab:].any()
+    assert (
+        relative_error(padded_weight_grad[:valid_vocab], weight_grad) < 1e-5
+        and not padded_weight_grad[valid_vocab:].any()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -137,7 +159,11 @@ def test_scoring_and_learning_multiply_the_same_chunks(monkeypatch):
     module, chunks = sys.modules["dapo_kernels.linear_policy_loss"], []
     inputs = make()
     evaluate = module.evaluate
-    monkeypatch.setattr(module, "evaluate", lambda kernels, logits, *rest: chunks.append(logits.shape) or evaluate(kernels, logits, *rest))
+    monkeypatch.setattr(
+        module,
+        "evaluate",
+        lambda kernels, logits, *rest: chunks.append(logits.shape) or evaluate(kernels, logits, *rest),
+    )
     linear_logprobs(*inputs[:3], inputs[-1], chunk_bytes=4 * V * 10)
     scored = list(chunks)
     chunks.clear()
@@ -163,18 +189,25 @@ def test_two_calls_add_up_in_weight_grad(dtype):
     main_grad, weight = start.clone(), first[1].clone().requires_grad_()
     for hidden, _, *rest in (first, second):
         leaf = hidden.clone().requires_grad_()
-        linear_policy_loss(leaf, weight, *rest, **CLIP, weight_grad=main_grad, fp32_logits=True).loss.backward()
-        assert weight.grad is not None and not weight.grad.any()  # there for hooks that ask for one, and nothing to add
+        linear_policy_loss(
+            leaf, weight, *rest, **CLIP, weight_grad=main_grad, fp32_logits=True
+        ).loss.backward()
+        # there for hooks that ask for one, and nothing to add
+        assert weight.grad is not None and not weight.grad.any()
         assert torch.equal(leaf.grad, run((hidden, first[1], *rest), fp32_logits=True)[1])
     expected = truth_of(first)[2] + truth_of(second)[2]
     assert relative_error(main_grad - start, expected) < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
 def test_a_tied_embedding_gets_its_own_gradient_beside_weight_grad():
-    """The head's share goes to main_grad; what autograd then holds for the shared weight is the embedding's share, whole."""
+    """The head's share goes to main_grad; what autograd then holds for the shared weight is the embedding's
+    share, whole.
+    """
     _, weight, *rest = make()
     shared, main_grad, ids = weight.clone().requires_grad_(), torch.zeros(V, H), torch.arange(T)
-    linear_policy_loss(torch.nn.functional.embedding(ids, shared), shared, *rest, **CLIP, weight_grad=main_grad).loss.backward()
+    linear_policy_loss(
+        torch.nn.functional.embedding(ids, shared), shared, *rest, **CLIP, weight_grad=main_grad
+    ).loss.backward()
     both = weight.clone().requires_grad_()
     reference.policy_loss(torch.nn.functional.embedding(ids, both) @ both.t(), *rest, **CLIP).loss.backward()
     assert relative_error(shared.grad + main_grad, both.grad) < 1e-5 and shared.grad.any()
@@ -219,13 +252,19 @@ def test_what_needs_no_gradient_gets_none(frozen):
 
 
 def test_no_tensor_is_larger_than_a_chunk():
-    """Neither the logits nor anything of their size: the largest new tensors are the chunk and the weight's gradient."""
+    """Neither the logits nor anything of their size: the largest new tensors are the chunk and the weight's
+    gradient.
+    """
     inputs = make(1000, 8, 400)
     hidden, weight = (x.clone().requires_grad_() for x in inputs[:2])
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(
+        profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
+    ) as profile:
         linear_policy_loss(hidden, weight, *inputs[2:], **CLIP, chunk_bytes=400 * 4 * 32).loss.backward()
     gc.collect()
-    largest = max(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    largest = max(
+        event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"
+    )
     assert 400 * 4 * 20 < largest <= 400 * 4 * 32, largest  # the full logits would be 1000 · 400 · 4
 
 
@@ -239,9 +278,15 @@ def test_chunks_cover_every_live_row_once_and_hold_no_more_than_asked(live, slic
     assert all(0 < len(span.rows) <= limit for span in spans)
     length = len(mask) // slices
     for span in spans:  # `within` and `rows` name the same tokens
-        position = torch.arange(len(mask)).view(slices, length)[:, span.start : span.stop].flatten() if length else mask
+        position = (
+            torch.arange(len(mask)).view(slices, length)[:, span.start : span.stop].flatten()
+            if length
+            else mask
+        )
         assert torch.equal(position[span.within], span.rows)
-    assert all(slices * (span.stop - span.start) <= max(MAX_SPAN * limit, slices) for span in spans if slices > 1)  # what is gathered
+    assert all(
+        slices * (span.stop - span.start) <= max(MAX_SPAN * limit, slices) for span in spans if slices > 1
+    )  # what is gathered
     if slices == 1 and spans:
         sizes = [len(span.rows) for span in spans]
         assert len(sizes) == -(-sum(live) // limit) and max(sizes) - min(sizes) < len(sizes)
@@ -249,21 +294,39 @@ def test_chunks_cover_every_live_row_once_and_hold_no_more_than_asked(live, slic
 
 WRONG = [
     (lambda a: a | {"hidden": a["hidden"][0]}, r"hidden has shape \[24\]; expected \[T, H\]"),
-    (lambda a: a | {"hidden": a["hidden"].bfloat16()}, "weight is torch.float32; expected torch.bfloat16, as hidden is"),
-    (lambda a: a | {"hidden": a["hidden"].t().contiguous().t()}, r"hidden has strides .*expected a contiguous tensor"),
-    (lambda a: a | {"weight": a["weight"][:, :20].contiguous()}, r"weight has shape \[101, 20\]; expected \[V/tp, 24\]"),
+    (
+        lambda a: a | {"hidden": a["hidden"].bfloat16()},
+        "weight is torch.float32; expected torch.bfloat16, as hidden is",
+    ),
+    (
+        lambda a: a | {"hidden": a["hidden"].t().contiguous().t()},
+        r"hidden has strides .*expected a contiguous tensor",
+    ),
+    (
+        lambda a: a | {"weight": a["weight"][:, :20].contiguous()},
+        r"weight has shape \[101, 20\]; expected \[V/tp, 24\]",
+    ),
     (lambda a: a | {"weight": a["weight"].to("meta")}, "weight is on meta; expected cpu"),
     (lambda a: a | {"targets": a["targets"][:5]}, r"targets has shape \[5\]; expected \[53\]"),
-    (lambda a: a | {"targets": a["targets"] + 101}, r"targets holds \d+ inside the mask, at token \d+; expected 0 to 100"),
+    (
+        lambda a: a | {"targets": a["targets"] + 101},
+        r"targets holds \d+ inside the mask, at token \d+; expected 0 to 100",
+    ),
     (lambda a: a | {"mask": a["mask"].long()}, "mask is torch.int64; expected torch.bool"),
-    (lambda a: a | {"valid_vocab": 102}, "valid_vocab is 102, but weight holds 101 columns and tp_group 1 ranks"),
+    (
+        lambda a: a | {"valid_vocab": 102},
+        "valid_vocab is 102, but weight holds 101 columns and tp_group 1 ranks",
+    ),
     (lambda a: a | {"chunk_bytes": 0}, "chunk_bytes is 0"),
     (lambda a: a | {"sequence_parallel": True}, "sequence_parallel is True and tp_group is None"),
     (
         lambda a: a | {"weight_grad": torch.zeros(101, 24, dtype=torch.bfloat16)},
         r"weight_grad is \[101, 24\] torch.bfloat16 on cpu; expected",
     ),
-    (lambda a: a | {"weight_grad": torch.zeros(100, 24)}, r"weight_grad is \[100, 24\] torch.float32 on cpu; expected \[101, 24\]"),
+    (
+        lambda a: a | {"weight_grad": torch.zeros(100, 24)},
+        r"weight_grad is \[100, 24\] torch.float32 on cpu; expected \[101, 24\]",
+    ),
     (lambda a: a | {"weights": -torch.ones(53)}, "weights holds -1.0 inside the mask"),
 ]
 

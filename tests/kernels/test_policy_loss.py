@@ -1,4 +1,6 @@
-"""policy_loss: the kernels through the interpreter (interpreted.py), their twin in plain torch, the fallback, and what is refused."""
+"""policy_loss: the kernels through the interpreter (interpreted.py), their twin in plain torch, the fallback,
+and what is refused.
+"""
 
 import math
 import os
@@ -27,7 +29,9 @@ def run(inputs, **options):
 def test_the_interpreted_kernels_pass_their_tests():
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/kernels/interpreted.py"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-8000:]
 
 
@@ -36,7 +40,9 @@ def test_the_twin_in_plain_torch_is_the_reference(dtype):
     inputs = make(dtype=dtype)
     for options in options_for(12):
         objective = Objective(**CLIP, dual_clip=options.get("dual_clip"), kl_coef=options.get("kl_coef", 0.0))
-        tokens = Tokens(inputs[1], inputs[4], inputs[2], inputs[3], options.get("weights"), options.get("ref_logprobs"))
+        tokens = Tokens(
+            inputs[1], inputs[4], inputs[2], inputs[3], options.get("weights"), options.get("ref_logprobs")
+        )
         shard = Shard.of(1000, 990, options.get("temperature", 1.0), None)
         logits = inputs[0].clone()
         logits[:, 990:] = math.nan
@@ -45,8 +51,14 @@ def test_the_twin_in_plain_torch_is_the_reference(dtype):
         truth, true_grad = truth_of((inputs[0][:, :990], *inputs[1:]), **options)
         statistics = logits_torch.row_statistics(logits, tokens, shard)[None]
         rows = logits_torch.loss_and_gradient(logits, statistics, tokens, shard, objective, logits)
-        assert relative_error(rows.losses.sum(), truth.loss) < 2e-5 and relative_error(rows.entropy, truth.entropy) < 2e-5
-        assert relative_error(logits[:, :990], true_grad) < (2e-2 if dtype == torch.bfloat16 else 2e-5) and not logits[:, 990:].any()
+        assert (
+            relative_error(rows.losses.sum(), truth.loss) < 2e-5
+            and relative_error(rows.entropy, truth.entropy) < 2e-5
+        )
+        assert (
+            relative_error(logits[:, :990], true_grad) < (2e-2 if dtype == torch.bfloat16 else 2e-5)
+            and not logits[:, 990:].any()
+        )
 
 
 @pytest.mark.parametrize("reason", ["no GPU", "no Triton"])
@@ -70,18 +82,46 @@ def test_importing_the_package_does_not_import_triton():
 
 WRONG = [
     ("logits", lambda a: a | {"logits": a["logits"][0]}, r"logits has shape \[25\]; expected \[T, V/tp\]"),
-    ("logits", lambda a: a | {"logits": a["logits"].int()}, r"logits is torch.int32; expected one of torch.float32"),
-    ("logits", lambda a: a | {"logits": a["logits"].t().contiguous().t()}, r"logits has strides \[1, 4\] .*expected a contiguous"),
+    (
+        "logits",
+        lambda a: a | {"logits": a["logits"].int()},
+        r"logits is torch.int32; expected one of torch.float32",
+    ),
+    (
+        "logits",
+        lambda a: a | {"logits": a["logits"].t().contiguous().t()},
+        r"logits has strides \[1, 4\] .*expected a contiguous",
+    ),
     ("logits", lambda a: a | {"logits": a["logits"].tolist()}, "logits is a list; expected a tensor"),
     ("targets", lambda a: a | {"targets": a["targets"][:3]}, r"targets has shape \[3\]; expected \[4\]"),
-    ("targets", lambda a: a | {"targets": a["targets"].int()}, "targets is torch.int32; expected torch.int64"),
-    ("targets", lambda a: a | {"targets": a["targets"] + 25}, r"targets holds \d+ inside the mask, at token \d+; expected 0 to 24"),
-    ("targets", lambda a: a | {"targets": a["targets"] - 25}, r"targets holds -\d+ inside the mask, at token \d+; expected 0 to 24"),
+    (
+        "targets",
+        lambda a: a | {"targets": a["targets"].int()},
+        "targets is torch.int32; expected torch.int64",
+    ),
+    (
+        "targets",
+        lambda a: a | {"targets": a["targets"] + 25},
+        r"targets holds \d+ inside the mask, at token \d+; expected 0 to 24",
+    ),
+    (
+        "targets",
+        lambda a: a | {"targets": a["targets"] - 25},
+        r"targets holds -\d+ inside the mask, at token \d+; expected 0 to 24",
+    ),
     ("targets", lambda a: a | {"targets": a["targets"].to("meta")}, "targets is on meta; expected cpu"),
     ("old_logprobs", lambda a: a | {"old_logprobs": torch.zeros(8)[::2]}, r"old_logprobs has strides \[2\]"),
     ("old_logprobs", lambda a: a | {"old_logprobs": None}, "old_logprobs is a NoneType; expected a tensor"),
-    ("advantages", lambda a: a | {"advantages": a["advantages"][:, None]}, r"advantages has shape \[4, 1\]; expected \[4\]"),
-    ("advantages", lambda a: a | {"advantages": a["advantages"].long()}, "advantages is torch.int64; expected one of"),
+    (
+        "advantages",
+        lambda a: a | {"advantages": a["advantages"][:, None]},
+        r"advantages has shape \[4, 1\]; expected \[4\]",
+    ),
+    (
+        "advantages",
+        lambda a: a | {"advantages": a["advantages"].long()},
+        "advantages is torch.int64; expected one of",
+    ),
     ("mask", lambda a: a | {"mask": a["mask"].float()}, "mask is torch.float32; expected torch.bool"),
     ("weights", lambda a: a | {"weights": a["mask"]}, "weights is torch.bool; expected one of"),
     (
@@ -89,9 +129,21 @@ WRONG = [
         lambda a: a | {"weights": torch.tensor([1, 1, -0.5, 1])},
         "weights holds -0.5 inside the mask, at token 2; expected finite numbers ≥ 0",
     ),
-    ("weights", lambda a: a | {"weights": torch.tensor([1, math.nan, 1, 1])}, "weights holds nan inside the mask"),
-    ("weights", lambda a: a | {"weights": torch.tensor([1, math.inf, 1, 1])}, "weights holds inf inside the mask"),
-    ("ref_logprobs", lambda a: a | {"ref_logprobs": torch.zeros(5)}, r"ref_logprobs has shape \[5\]; expected \[4\]"),
+    (
+        "weights",
+        lambda a: a | {"weights": torch.tensor([1, math.nan, 1, 1])},
+        "weights holds nan inside the mask",
+    ),
+    (
+        "weights",
+        lambda a: a | {"weights": torch.tensor([1, math.inf, 1, 1])},
+        "weights holds inf inside the mask",
+    ),
+    (
+        "ref_logprobs",
+        lambda a: a | {"ref_logprobs": torch.zeros(5)},
+        r"ref_logprobs has shape \[5\]; expected \[4\]",
+    ),
     ("kl_coef", lambda a: a | {"kl_coef": 0.1}, "kl_coef is 0.1 and ref_logprobs is None"),
     ("kl_coef", lambda a: a | {"kl_coef": -0.1}, "kl_coef is -0.1; expected a number ≥ 0"),
     ("clip_low", lambda a: a | {"clip_low": 1.2}, "clip_low is 1.2; expected 0 to 1"),
@@ -108,10 +160,18 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("argument", "change", "message"), WRONG, ids=[f"{i}-{wrong[0]}" for i, wrong in enumerate(WRONG)])
+@pytest.mark.parametrize(
+    ("argument", "change", "message"), WRONG, ids=[f"{i}-{wrong[0]}" for i, wrong in enumerate(WRONG)]
+)
 def test_wrong_input_is_named_before_anything_runs(argument, change, message):
     logits, targets, old, advantages, _ = make(4, 25)
-    given = {"logits": logits, "targets": targets, "old_logprobs": old, "advantages": advantages, "mask": torch.ones(4, dtype=torch.bool)}
+    given = {
+        "logits": logits,
+        "targets": targets,
+        "old_logprobs": old,
+        "advantages": advantages,
+        "mask": torch.ones(4, dtype=torch.bool),
+    }
     before = logits.clone()
     with pytest.raises(ValueError, match=f"^{message}"):
         policy_loss(**(CLIP | change(given)))

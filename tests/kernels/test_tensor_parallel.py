@@ -23,4 +23,6 @@ def test_shards_equal_the_whole_and_all_ranks_agree_to_the_bit(world, case):
 
 def test_a_vocabulary_larger_than_the_group_holds_is_refused():
     message = measured("tests.kernels.tensor_parallel", 2)["refusal"]["message"]
-    assert message == "valid_vocab is 105, but weight holds 52 columns and tp_group 2 ranks; expected 1 to 104"
+    assert (
+        message == "valid_vocab is 105, but weight holds 52 columns and tp_group 2 ranks; expected 1 to 104"
+    )

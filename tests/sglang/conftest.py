@@ -1,4 +1,6 @@
-"""One real SGLang server for all tests of a session: a random Qwen2 of two layers in fp32. It takes a minute or two to start."""
+"""One real SGLang server for all tests of a session: a random Qwen2 of two layers in fp32. It takes a minute
+or two to start.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ VOCAB = 64  # the tokenizer knows 25 of them
 
 @dataclass(frozen=True)
 class RunningServer:
-    """`server` makes control calls, with the key. Its weights are those in `model`: a test that loads others loads these again."""
+    """`server` makes control calls, with the key. Its weights are those in `model`: a test that loads others
+    loads these again.
+    """
 
     url: str
     model: Path
@@ -46,7 +50,9 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def sglang_server(sglang_python: Path, random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+def sglang_server(
+    sglang_python: Path, random_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
     config = server_config(tmp_path_factory.mktemp("sglang"), random_model, python=str(sglang_python))
     servers = Servers(config, say=lambda text: print(text, file=sys.stderr))
     try:
@@ -58,7 +64,8 @@ def sglang_server(sglang_python: Path, random_model: Path, tmp_path_factory: pyt
 
 
 def make_model(folder: Path, num_experts: int = 0) -> Path:
-    """In a Hugging Face directory, with the arithmetic example's tokenizer: biases and norms matter, and so does every weight.
+    """In a Hugging Face directory, with the arithmetic example's tokenizer: biases and norms matter, and so
+    does every weight.
 
     A Qwen2; with experts a Qwen3-MoE.
     """
@@ -66,12 +73,27 @@ def make_model(folder: Path, num_experts: int = 0) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(BASE / name, folder)
     torch.manual_seed(5)
-    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     common: dict[str, Any] = shape | dict(
-        vocab_size=VOCAB, max_position_embeddings=1024, tie_word_embeddings=False, eos_token_id=1, pad_token_id=0, bos_token_id=None
+        vocab_size=VOCAB,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
     )
     experts: dict[str, Any] = dict(
-        head_dim=16, num_experts=num_experts, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True
+        head_dim=16,
+        num_experts=num_experts,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        norm_topk_prob=True,
     )
     model = (
         transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**common, **experts))

@@ -1,4 +1,5 @@
-"""A server that speaks as SGLang does and errs as it is told. For faults only: what the real server does is asked of the real server.
+"""A server that speaks as SGLang does and errs as it is told. For faults only: what the real server does is
+asked of the real server.
 
 A fault is an async function of (the server, the HTTP request, its body) that answers, or does not.
 """
@@ -21,10 +22,23 @@ Fault = Callable[["FakeServer", web.Request, dict], Awaitable[web.StreamResponse
 
 
 class FakeServer:
-    """Listens at `url` until stopped. The first generation requests meet `faults` in turn, all later ones `afterwards`."""
+    """Listens at `url` until stopped. The first generation requests meet `faults` in turn, all later ones
+    `afterwards`.
+    """
 
-    def __init__(self, faults: Iterable[Fault] = (), afterwards: Fault | None = None, seconds: float = 0.0, port: int = 0):
-        self.faults, self.afterwards, self.seconds, self.port = list(faults), afterwards or well, seconds, port
+    def __init__(
+        self,
+        faults: Iterable[Fault] = (),
+        afterwards: Fault | None = None,
+        seconds: float = 0.0,
+        port: int = 0,
+    ):
+        self.faults, self.afterwards, self.seconds, self.port = (
+            list(faults),
+            afterwards or well,
+            seconds,
+            port,
+        )
         self.version = "default"
         self.is_hung = False
         self.bodies: list[dict] = []  # of the generation requests, in order of arrival
@@ -114,7 +128,9 @@ class FakeServer:
 
 
 def tokens_of(request: Request) -> np.ndarray:
-    """What a well server answers: a function of the seed, between 1 token and max_tokens, most of them ending with STOP."""
+    """What a well server answers: a function of the seed, between 1 token and max_tokens, most of them ending
+    with STOP.
+    """
     return _tokens(request.seed, request.sampling.max_tokens)
 
 
@@ -130,7 +146,9 @@ def answer(body: dict, version: str = "default", **changes: Any) -> dict:
     """As SGLang 0.5.23 answers `body`."""
     sampling = body["sampling_params"]
     tokens = _tokens(sampling["sampling_seed"], sampling["max_new_tokens"]).tolist()
-    reason = {"type": "stop", "matched": STOP} if tokens[-1] == STOP else {"type": "length", "length": len(tokens)}
+    reason = (
+        {"type": "stop", "matched": STOP} if tokens[-1] == STOP else {"type": "length", "length": len(tokens)}
+    )
     meta = {
         "id": body["rid"],
         "finish_reason": reason,
@@ -180,7 +198,9 @@ async def half_a_body(server: FakeServer, request: web.Request, body: dict) -> w
     """Fewer bytes than announced, then the end of the connection."""
     text = orjson.dumps(answer(body))
     assert request.transport
-    request.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(text) + text[: len(text) // 2])
+    request.transport.write(
+        b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(text) + text[: len(text) // 2]
+    )
     request.transport.close()
     await asyncio.sleep(60)
     raise AssertionError("the connection is closed")
@@ -239,4 +259,7 @@ async def logprobs_of_others(server: FakeServer, request: web.Request, body: dic
 def requests(count: int, sampling: Sampling | None = None, first: int = 0) -> list[Request]:
     """Groups of two."""
     sampling = sampling or Sampling(1.0, 64, (STOP,))
-    return [Request(i // 2, i % 2, np.arange(3, dtype=np.int32), 1000 + i, sampling) for i in range(first, first + count)]
+    return [
+        Request(i // 2, i % 2, np.arange(3, dtype=np.int32), 1000 + i, sampling)
+        for i in range(first, first + count)
+    ]

@@ -1,6 +1,8 @@
-"""Training on two ranks whose engine loses its servers in mid-evaluation and in mid-rollout; and loses them for ever.
+"""Training on two ranks whose engine loses its servers in mid-evaluation and in mid-rollout; and loses them
+for ever.
 
-torchrun --nproc-per-node 2 -m tests.sglang.servers_lost OUT.json. Sampling is the embedded engine's, which loses nothing by itself.
+torchrun --nproc-per-node 2 -m tests.sglang.servers_lost OUT.json. Sampling is the embedded engine's, which
+loses nothing by itself.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from dapo.types import Sample, WeightsLost
 from tests.distributed.launch import numbers
 from tests.sglang.sync_fails import attempt
 
-CASES = {"never": [], "now_and_then": [0, 1, 2], "for_ever": list(range(9))}  # which readings of samples end in a loss
+# which readings of samples end in a loss
+CASES = {"never": [], "now_and_then": [0, 1, 2], "for_ever": list(range(9))}
 
 
 OPTIONS = ["eval.every=1", "eval.samples=1", "reward.workers=0", "rollout.prompts_per_step=4", "rollout.prompts_per_round=4",
@@ -62,7 +65,15 @@ def main(out: str) -> None:
         if mesh.is_main:
             saved = sorted(path.name for path in (root / name / "checkpoints").glob("*"))
             made = numbers(root / name) if (root / name / "hf").exists() else None
-            results.append({"name": name, "ranks": ranks, "saved": saved, "numbers": made, "synced": LosingEngine.instances[-1].synced})
+            results.append(
+                {
+                    "name": name,
+                    "ranks": ranks,
+                    "saved": saved,
+                    "numbers": made,
+                    "synced": LosingEngine.instances[-1].synced,
+                }
+            )
     if mesh.is_main:
         Path(out).write_text(json.dumps(results))
 

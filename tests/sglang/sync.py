@@ -1,4 +1,5 @@
-"""A trainer on several ranks gives a running server its weights by each transport, and asks it what it generates with them.
+"""A trainer on several ranks gives a running server its weights by each transport, and asks it what it
+generates with them.
 
 torchrun --nproc-per-node 2 -m tests.sglang.sync URL MODEL OUT.json: the main rank writes what it measured.
 """
@@ -37,7 +38,11 @@ class OnlyWeights:
 
 def generate(server: Server, prompt: list[int], max_tokens: int, **more: Any) -> dict[str, Any]:
     sampling = {"max_new_tokens": max_tokens, "temperature": 1.0, "ignore_eos": True}
-    return server.post("/generate", {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True} | more, timeout=120)
+    return server.post(
+        "/generate",
+        {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True} | more,
+        timeout=120,
+    )
 
 
 def make_variant(model: Path, directory: Path, seed: int) -> Path:
@@ -76,7 +81,10 @@ def measure(server: Server, directory: Path, vocab: int) -> dict[str, Any]:
     with ThreadPoolExecutor(NUM_REQUESTS) as pool:
         answers = list(pool.map(lambda prompt: generate(server, prompt, 24), prompts))
     versions = {tuple(v.items()) for answer in answers for v in answer["meta_info"]["weight_versions"]}
-    return {"gap": max(gap(hf, p, a) for p, a in zip(prompts, answers, strict=True)), "versions": [dict(v) for v in versions]}
+    return {
+        "gap": max(gap(hf, p, a) for p, a in zip(prompts, answers, strict=True)),
+        "versions": [dict(v) for v in versions],
+    }
 
 
 def main(url: str, model: str, out: str) -> None:
@@ -86,7 +94,9 @@ def main(url: str, model: str, out: str) -> None:
     parallel = configs.Parallel(tensor=2, expert=2 if has_experts else 1)
     mesh = Mesh(parallel)
     variants = [folder / f"variant-{i}" for i in range(4)]
-    mesh.on_main(lambda: [make_variant(Path(model), variant, seed) for seed, variant in enumerate(variants)] and None)
+    mesh.on_main(
+        lambda: [make_variant(Path(model), variant, seed) for seed, variant in enumerate(variants)] and None
+    )
     config = configs.Config(
         run=configs.Run(dir=folder / "run"),
         data=configs.Data(train=folder / "none"),
@@ -111,7 +121,9 @@ def main(url: str, model: str, out: str) -> None:
         before = mesh.on_main(measure, server, variants[i], vocab)
         sync(policy, OnlyWeights(weights) if mesh.is_main else RolloutsElsewhere(), mesh, version=100 + i)  # type: ignore[arg-type]
         after = mesh.on_main(measure, server, variants[i], vocab)
-        results.append({"name": f"{kind}-{i}", "kind": kind, "version": 100 + i, "before": before, "after": after})
+        results.append(
+            {"name": f"{kind}-{i}", "kind": kind, "version": 100 + i, "before": before, "after": after}
+        )
         mesh.on_main(weights.close)
     if mesh.is_main:
         Path(out).write_text(json.dumps(results))

@@ -1,7 +1,8 @@
-"""Training on two ranks whose sync of weights fails at the third step, each time otherwise; then the same command without the fault.
+"""Training on two ranks whose sync of weights fails at the third step, each time otherwise; then the same
+command without the fault.
 
-torchrun --nproc-per-node 2 -m tests.sglang.sync_fails OUT.json. Sampling is the embedded engine's; the weights also go to a server
-that takes them, and fails.
+torchrun --nproc-per-node 2 -m tests.sglang.sync_fails OUT.json. Sampling is the embedded engine's; the
+weights also go to a server that takes them, and fails.
 """
 
 from __future__ import annotations
@@ -52,11 +53,15 @@ class SyncingEngine(EmbeddedEngine):
     def __init__(self, model: Path, *arguments: Any):
         super().__init__(model, *arguments)
         self.server = WeightServer()
-        options: dict[str, Any] = dict(bucket_bytes=40_000, device=self.device, directory=Path(), model=model, limit=5)
+        options: dict[str, Any] = dict(
+            bucket_bytes=40_000, device=self.device, directory=Path(), model=model, limit=5
+        )
         self.sync = make_sync("broadcast", lambda: [Server(self.server.url)], **options)
 
     def prepare_weights(self, version: int) -> None:
-        self.server.faults = {path: list(what) for path, what in self.faults.items()} if version == FAILS_AT else {}
+        self.server.faults = (
+            {path: list(what) for path, what in self.faults.items()} if version == FAILS_AT else {}
+        )
         self.sync.prepare(version)
 
     def load_weights(self, weights: Any, version: int) -> None:
@@ -84,7 +89,8 @@ def main(out: str) -> None:
     dapo.assemble.EmbeddedEngine = SyncingEngine  # type: ignore[misc]
     root, mesh, results = Path(out).parent, Mesh(Parallel(tensor=2)), []
     for name, SyncingEngine.faults in CASES.items():
-        run = root / ("refused_half_way" if name == "no_fault" else name)  # the last one goes on where that one stopped
+        # the last one goes on where that one stopped
+        run = root / ("refused_half_way" if name == "no_fault" else name)
         mine = attempt([*OPTIONS, f"run.dir={run}"])
         ranks: list[Any] = [None] * mesh.world
         torch.distributed.all_gather_object(ranks, mine)

@@ -1,4 +1,6 @@
-"""The engine of SGLang servers against faults: every sample arrives once, or one clear error does, and nothing hangs."""
+"""The engine of SGLang servers against faults: every sample arrives once, or one clear error does, and
+nothing hangs.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Fakes:
-    """Servers and weight sync of an engine over fake servers: weights go nowhere, the workers are told the version."""
+    """Servers and weight sync of an engine over fake servers: weights go nowhere, the workers are told the
+    version.
+    """
 
     def __init__(self, *fakes: FakeServer, router: FakeServer | None = None):
         self.fakes, self.router = list(fakes), router
@@ -125,7 +129,11 @@ def assert_answered(samples: list[Sample], wanted: list[Request]) -> None:
         sample = found[request.id]
         np.testing.assert_array_equal(sample.tokens, tokens_of(request))
         np.testing.assert_array_equal(sample.behavior_logprobs, (-sample.tokens / 1000).astype(np.float32))
-        assert sample.tokens.dtype == np.int32 and sample.loss_mask.all() and len(sample.loss_mask) == sample.length
+        assert (
+            sample.tokens.dtype == np.int32
+            and sample.loss_mask.all()
+            and len(sample.loss_mask) == sample.length
+        )
 
 
 def test_every_request_is_answered_once_and_carries_its_own_sampling() -> None:
@@ -179,7 +187,9 @@ def test_a_fault_without_end_is_one_error_that_names_request_server_and_fault(fa
     server = FakeServer(afterwards=fault)
     with engine_of(server) as engine:
         engine.submit(requests(3))
-        with pytest.raises(EngineError, match=rf"request [01]\.[01] failed {client.MAX_ATTEMPTS} times.* at {server.url}: .+") as error:
+        with pytest.raises(
+            EngineError, match=rf"request [01]\.[01] failed {client.MAX_ATTEMPTS} times.* at {server.url}: .+"
+        ) as error:
             collect(engine)
     assert "\n" not in str(error.value)
     assert len(server.bodies) <= 3 * client.MAX_ATTEMPTS
@@ -190,7 +200,10 @@ def test_a_refusal_is_not_asked_again(code: int) -> None:
     server = FakeServer(afterwards=fake.status(code, "the input is longer than the context"))
     with engine_of(server) as engine:
         engine.submit(requests(1))
-        with pytest.raises(EngineError, match=rf"{server.url} refused request 0\.0 \(3 tokens.*{code} .*longer than the context"):
+        with pytest.raises(
+            EngineError,
+            match=rf"{server.url} refused request 0\.0 \(3 tokens.*{code} .*longer than the context",
+        ):
             collect(engine)
     assert len(server.bodies) == 1
 
@@ -204,7 +217,9 @@ def test_a_slow_server_is_waited_for() -> None:
     assert len(server.bodies) == 4
 
 
-def test_what_is_never_answered_is_asked_again_elsewhere_after_the_stall(capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_is_never_answered_is_asked_again_elsewhere_after_the_stall(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     hung, good = FakeServer(afterwards=fake.nothing), FakeServer(seconds=0.05)
     wanted = requests(8)
     with engine_of(hung, good, max_concurrent=2, stall_seconds=1.0) as engine:
@@ -245,7 +260,11 @@ def test_a_worker_that_hangs_behind_a_router_is_started_again_while_another_work
         return await fake.status(502)(router, request, body)
 
     router = FakeServer([at_the_hung_worker] * 2, seconds=0.3)
-    router.workers = [{"url": hung.url + "/", "load": 2}, {"url": good.url, "load": 1}, {"url": idle.url, "load": 0}]
+    router.workers = [
+        {"url": hung.url + "/", "load": 2},
+        {"url": good.url, "load": 1},
+        {"url": idle.url, "load": 0},
+    ]
     wanted, done = requests(9), threading.Event()
 
     def generate() -> None:
@@ -275,7 +294,8 @@ def test_twice_the_stall_without_an_answer_is_an_error_that_says_who_is_waited_f
     with engine_of(server, max_concurrent=2, stall_seconds=0.5) as engine:
         engine.submit(requests(3))
         with pytest.raises(
-            EngineError, match=rf"no progress for 2 × engine.stall_seconds=0.5: waiting for 3 responses.*{server.url}.*0\.0"
+            EngineError,
+            match=rf"no progress for 2 × engine.stall_seconds=0.5: waiting for 3 responses.*{server.url}.*0\.0",
         ):
             collect(engine)
 
@@ -285,7 +305,9 @@ def test_a_server_that_never_was_there_is_an_error_after_twice_the_stall() -> No
     server.die()
     with engine_of(server, stall_seconds=0.5) as engine:
         engine.submit(requests(3))
-        with pytest.raises(EngineError, match=rf"{server.url} \(left alone, last fault: ClientConnectorError"):
+        with pytest.raises(
+            EngineError, match=rf"{server.url} \(left alone, last fault: ClientConnectorError"
+        ):
             collect(engine)
 
 
@@ -524,7 +546,11 @@ def test_no_id_at_a_server_is_the_beginning_of_another(monkeypatch: pytest.Monke
     again = [body["rid"] for body in server.bodies]
     assert len(again) == 13 and not [(a, b) for a in again for b in again if a != b and b.startswith(a)]
     server = FakeServer()
-    wanted = [Request(group, index, np.arange(3, dtype=np.int32), 1, sampling) for group in (1, 11) for index in (1, 10, 11, 110)]
+    wanted = [
+        Request(group, index, np.arange(3, dtype=np.int32), 1, sampling)
+        for group in (1, 11)
+        for index in (1, 10, 11, 110)
+    ]
     with engine_of(server) as engine:
         engine.submit(wanted)
         collect(engine)
@@ -543,7 +569,9 @@ def test_behind_a_router_every_worker_is_told_of_an_abort() -> None:
         assert router.aborted == [] and {len(set(worker.aborted)) for worker in workers} == {6}
 
 
-def test_a_worker_that_is_silent_about_an_abort_is_not_told_of_all_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_is_silent_about_an_abort_is_not_told_of_all_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(client, "ABORT_LIMIT", 0.5)
     router, silent, good = FakeServer(afterwards=fake.nothing), FakeServer(), FakeServer()
     silent.is_hung = True
@@ -562,7 +590,9 @@ def test_a_worker_that_is_silent_about_an_abort_is_not_told_of_all_the_others(mo
 
 
 @pytest.mark.parametrize("has_died", [True, False])
-def test_a_sync_that_a_server_refuses_is_prepared_once_more_if_one_has_died(has_died: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sync_that_a_server_refuses_is_prepared_once_more_if_one_has_died(
+    has_died: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sglang, "NOTICED", 0.0)
     with engine_of(FakeServer()) as engine:
         both, failures = engine.sync, [EngineError("connection refused")]
@@ -618,7 +648,13 @@ engine = SGLangEngine(servers, None, 4, 60.0)
 engine.submit(requests(3))
 import time; time.sleep(0.5)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], timeout=60, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        timeout=60,
+        capture_output=True,
+        text=True,
+    )
     server.stop()
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert len(server.bodies) == 3

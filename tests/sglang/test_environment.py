@@ -1,4 +1,6 @@
-"""The environment of SGLang for CPU: made once, whole or not at all, and anew when what it is made of changes. Without what pip does."""
+"""The environment of SGLang for CPU: made once, whole or not at all, and anew when what it is made of
+changes. Without what pip does.
+"""
 
 from __future__ import annotations
 

@@ -19,7 +19,9 @@ REQUEST = Request(3, 1, np.array([5, 6, 7], np.int32), 42, Sampling(0.8, 6, (9, 
 def answer(tokens: list[int], reason: Any = None, request: Request = REQUEST, **changes: Any) -> bytes:
     """SGLang's answer: log-probs −0.125, −0.25, … of these tokens. `reason` defaults to the limit."""
     meta = {
-        "finish_reason": {"type": reason} if isinstance(reason, str) else reason or {"type": "length", "length": len(tokens)},
+        "finish_reason": {"type": reason}
+        if isinstance(reason, str)
+        else reason or {"type": "length", "length": len(tokens)},
         "weight_version": "12",
         "weight_versions": [{"version": "12", "start": 0, "end": len(tokens)}],
         "output_token_logprobs": [[-0.125 * (i + 1), token, None] for i, token in enumerate(tokens)],
@@ -29,14 +31,28 @@ def answer(tokens: list[int], reason: Any = None, request: Request = REQUEST, **
 
 def test_an_answer_becomes_a_sample() -> None:
     sample = generate.read(answer([20, 21, 22, 9], {"type": "stop", "matched": 9}), REQUEST)
-    assert (sample.group, sample.index, sample.finish_reason, sample.versions) == (3, 1, "stop", ((12, 0, 4),))
+    assert (sample.group, sample.index, sample.finish_reason, sample.versions) == (
+        3,
+        1,
+        "stop",
+        ((12, 0, 4),),
+    )
     assert sample.tokens.dtype == np.int32 and sample.tokens.tolist() == [20, 21, 22, 9]
-    assert sample.behavior_logprobs.dtype == np.float32 and sample.behavior_logprobs.tolist() == [-0.125, -0.25, -0.375, -0.5]
+    assert sample.behavior_logprobs.dtype == np.float32 and sample.behavior_logprobs.tolist() == [
+        -0.125,
+        -0.25,
+        -0.375,
+        -0.5,
+    ]
     assert sample.loss_mask.dtype == bool and sample.loss_mask.tolist() == [True] * 4
 
 
 def test_a_response_is_cut_at_its_first_stop_token_with_all_that_belongs_to_it() -> None:
-    spans = [{"version": "11", "start": 0, "end": 2}, {"version": "12", "start": 2, "end": 4}, {"version": "13", "start": 4, "end": 6}]
+    spans = [
+        {"version": "11", "start": 0, "end": 2},
+        {"version": "12", "start": 2, "end": 4},
+        {"version": "13", "start": 4, "end": 6},
+    ]
     sample = generate.read(answer([20, 21, 4, 9, 22, 23], weight_versions=spans), REQUEST)
     assert sample.tokens.tolist() == [20, 21, 4] and sample.finish_reason == "stop"
     assert sample.length == len(sample.behavior_logprobs) == len(sample.loss_mask) == 3
@@ -54,7 +70,9 @@ def test_a_server_that_knows_only_the_last_weight_version_is_believed() -> None:
 
 def test_weights_that_no_sync_has_named_are_of_an_unknown_version() -> None:
     spans = [{"version": "default", "start": 0, "end": 2}]
-    assert generate.read(answer([20, 9], "stop", weight_versions=spans), REQUEST).versions == ((generate.UNKNOWN_VERSION, 0, 2),)
+    assert generate.read(answer([20, 9], "stop", weight_versions=spans), REQUEST).versions == (
+        (generate.UNKNOWN_VERSION, 0, 2),
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,18 +86,39 @@ def test_weights_that_no_sync_has_named_are_of_an_unknown_version() -> None:
         (answer([20, 9], "stop")[:-40], "no answer of SGLang: JSONDecodeError"),
         (answer([], "stop"), "0 tokens, expected 1 to 6"),
         (answer([20, 21, 22, 23, 24, 25, 26]), "7 tokens, expected 1 to 6"),
-        (answer([20, 9], "stop", output_token_logprobs=[[-1.0, 20, None]], weight_version="1", weight_versions=None), "1 log-probs for 2"),
-        (answer([20, 9], "stop", output_token_logprobs=[[-1.0, 9, None], [-1.0, 20, None]]), "log-probs of other tokens"),
+        (
+            answer(
+                [20, 9],
+                "stop",
+                output_token_logprobs=[[-1.0, 20, None]],
+                weight_version="1",
+                weight_versions=None,
+            ),
+            "1 log-probs for 2",
+        ),
+        (
+            answer([20, 9], "stop", output_token_logprobs=[[-1.0, 9, None], [-1.0, 20, None]]),
+            "log-probs of other tokens",
+        ),
         (answer([-1, 9], "stop"), "log-probs of other tokens"),
         (answer([20, 9], "stop", output_token_logprobs=[[-1.0, 20, None], [None, 9, None]]), "not finite"),
-        (answer([20, 9], "stop", output_token_logprobs=[["x", 20, None], [-1.0, 9, None]]), "no answer of SGLang: ValueError"),
+        (
+            answer([20, 9], "stop", output_token_logprobs=[["x", 20, None], [-1.0, 9, None]]),
+            "no answer of SGLang: ValueError",
+        ),
         (answer([20, 9], "stop", output_token_logprobs=None), "no answer of SGLang: TypeError"),
         (answer([20, 2**40], "stop"), "no answer of SGLang: OverflowError"),
         (answer([20, 9], {"type": "stop", "matched": "NaN happened"}), "stopped by 'NaN happened'"),
         (answer([20, 9], "tired"), "unknown finish reason 'tired'"),
         (answer([20], {"type": "abort", "message": "out of memory"}), "aborted by the server: out of memory"),
-        (answer([20, 9], "stop", weight_versions=[{"version": "1", "start": 0, "end": 1}]), "weight versions"),
-        (answer([20, 9], "stop", weight_versions=[{"version": "1", "start": 1, "end": 2}]), "weight versions"),
+        (
+            answer([20, 9], "stop", weight_versions=[{"version": "1", "start": 0, "end": 1}]),
+            "weight versions",
+        ),
+        (
+            answer([20, 9], "stop", weight_versions=[{"version": "1", "start": 1, "end": 2}]),
+            "weight versions",
+        ),
     ],
 )
 def test_what_is_no_response_says_why(bad: bytes, told: str) -> None:
@@ -88,12 +127,17 @@ def test_what_is_no_response_says_why(bad: bytes, told: str) -> None:
 
 
 def test_an_end_at_a_token_that_is_no_stop_id_of_ours_ends_the_run() -> None:
-    with pytest.raises(EngineError, match=r"response 3\.1 ended at token id 33, .* stop ids \(9, 4\): name it as eos_token_id"):
+    with pytest.raises(
+        EngineError,
+        match=r"response 3\.1 ended at token id 33, .* stop ids \(9, 4\): name it as eos_token_id",
+    ):
         generate.read(answer([20, 33], {"type": "stop", "matched": 33}), REQUEST)
 
 
 def test_a_response_that_the_server_has_no_room_for_ends_the_run() -> None:
-    with pytest.raises(EngineError, match=r"response 3\.1 was cut off after 2 of 6 tokens: the server has no room"):
+    with pytest.raises(
+        EngineError, match=r"response 3\.1 was cut off after 2 of 6 tokens: the server has no room"
+    ):
         generate.read(answer([20, 21]), REQUEST)
 
 

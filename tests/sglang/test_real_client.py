@@ -66,14 +66,21 @@ def model(sglang_server: Any) -> Any:
 @pytest.fixture(scope="module")
 def shape(sglang_server: Any) -> SimpleNamespace:
     config = json.loads((sglang_server.model / "config.json").read_text())
-    return SimpleNamespace(stop_ids=(config["eos_token_id"],), vocabulary=config["vocab_size"], context=config["max_position_embeddings"])
+    return SimpleNamespace(
+        stop_ids=(config["eos_token_id"],),
+        vocabulary=config["vocab_size"],
+        context=config["max_position_embeddings"],
+    )
 
 
 def requests(count: int, shape: SimpleNamespace, sampling: Sampling) -> list[Request]:
     """Prompts of different lengths without stop tokens."""
     rng = np.random.default_rng(0)
     usable = np.setdiff1d(np.arange(shape.vocabulary), shape.stop_ids)
-    return [Request(i // 4, i % 4, rng.choice(usable, int(rng.integers(3, 30))).astype(np.int32), i, sampling) for i in range(count)]
+    return [
+        Request(i // 4, i % 4, rng.choice(usable, int(rng.integers(3, 30))).astype(np.int32), i, sampling)
+        for i in range(count)
+    ]
 
 
 def wait_for(is_so: Callable[[], bool]) -> None:
@@ -84,7 +91,9 @@ def wait_for(is_so: Callable[[], bool]) -> None:
 
 
 def num_running(server: Server) -> int:
-    return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in server.get("/v1/loads")["loads"])
+    return sum(
+        load["num_running_reqs"] + load["num_waiting_reqs"] for load in server.get("/v1/loads")["loads"]
+    )
 
 
 def wait_until_idle(server: Server) -> None:
@@ -100,8 +109,13 @@ def expected_logprobs(model: Any, request: Request, sample: Sample) -> np.ndarra
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.0, 0.7)])
-def test_64_concurrent_responses_have_the_models_logprobs(engine, model, shape, temperature: float, top_p: float) -> None:
-    wanted = {request.id: request for request in requests(64, shape, Sampling(temperature, 48, shape.stop_ids, top_p))}
+def test_64_concurrent_responses_have_the_models_logprobs(
+    engine, model, shape, temperature: float, top_p: float
+) -> None:
+    wanted = {
+        request.id: request
+        for request in requests(64, shape, Sampling(temperature, 48, shape.stop_ids, top_p))
+    }
     engine.submit(wanted.values())
     samples = list(engine.completed())
     assert {f"{sample.group}.{sample.index}" for sample in samples} == wanted.keys() and len(samples) == 64
@@ -121,7 +135,9 @@ def test_every_stop_id_ends_a_response_and_stays_in_it(engine, shape) -> None:
     more = tuple(range(2, shape.vocabulary, 3))
     engine.submit(requests(32, shape, Sampling(1.0, 32, (*shape.stop_ids, *more))))
     samples = list(engine.completed())
-    assert len(samples) == 32 and all(sample.finish_reason == "stop" for sample in samples if sample.length < 32)
+    assert len(samples) == 32 and all(
+        sample.finish_reason == "stop" for sample in samples if sample.length < 32
+    )
     ends = {int(sample.tokens[-1]) for sample in samples if sample.finish_reason == "stop"}
     assert ends & set(more) and ends <= {*shape.stop_ids, *more}
     assert not any(np.isin(sample.tokens[:-1], (*shape.stop_ids, *more)).any() for sample in samples)
@@ -132,11 +148,16 @@ def test_what_does_not_fit_the_context_is_refused_with_one_clear_error(engine, s
     length, limit = (shape.context + 10, 8) if excess == "prompt" else (10, shape.context)
     prompt = np.full(length, shape.vocabulary - 1, np.int32)
     engine.submit([Request(5, 0, prompt, 0, Sampling(1.0, limit, shape.stop_ids))])
-    with pytest.raises(EngineError, match=rf"refused request 5\.0 \({length} tokens of prompt, max_tokens {limit}\): 400 .*context"):
+    with pytest.raises(
+        EngineError,
+        match=rf"refused request 5\.0 \({length} tokens of prompt, max_tokens {limit}\): 400 .*context",
+    ):
         list(engine.completed())
 
 
-def test_abort_ends_one_request_and_not_the_one_whose_id_begins_alike(engine, shape, sglang_server, long_responses) -> None:
+def test_abort_ends_one_request_and_not_the_one_whose_id_begins_alike(
+    engine, shape, sglang_server, long_responses
+) -> None:
     sampling = Sampling(1.0, shape.context // 2, shape.stop_ids)
     prompt = requests(1, shape, sampling)[0].tokens
     wanted = [Request(1, index, prompt, index, sampling) for index in range(32)]
@@ -149,10 +170,14 @@ def test_abort_ends_one_request_and_not_the_one_whose_id_begins_alike(engine, sh
         stops = np.flatnonzero(np.isin(sample.tokens, shape.stop_ids)).tolist()
         assert stops == ([sample.length - 1] if sample.finish_reason == "stop" else [])
         assert sample.finish_reason == "stop" or sample.length == sampling.max_tokens
-    assert [endpoint.fault for endpoint in engine.dispatch.endpoints] == [""], "none came back aborted and was asked again"
+    assert [endpoint.fault for endpoint in engine.dispatch.endpoints] == [""], (
+        "none came back aborted and was asked again"
+    )
 
 
-def test_an_aborted_response_comes_back_in_part_and_is_no_sample(shape, sglang_server, long_responses) -> None:
+def test_an_aborted_response_comes_back_in_part_and_is_no_sample(
+    shape, sglang_server, long_responses
+) -> None:
     server, sampling = sglang_server.server, Sampling(1.0, shape.context // 2, shape.stop_ids)
     body = json.loads(generate.body(requests(1, shape, sampling)[0], "partial;"))
     answers: list[dict[str, Any]] = []
@@ -163,13 +188,22 @@ def test_an_aborted_response_comes_back_in_part_and_is_no_sample(shape, sglang_s
     asking.join(LIMIT)
     [answer] = answers
     assert answer["meta_info"]["finish_reason"]["type"] == "abort"
-    assert 0 < len(answer["output_ids"]) == len(answer["meta_info"]["output_token_logprobs"]) < sampling.max_tokens
+    assert (
+        0
+        < len(answer["output_ids"])
+        == len(answer["meta_info"]["output_token_logprobs"])
+        < sampling.max_tokens
+    )
     with pytest.raises(BadAnswer, match="aborted by the server"):
         generate.read(json.dumps(answer).encode(), requests(1, shape, sampling)[0])
 
 
-def test_a_long_response_is_no_stall(engine, shape, sglang_server, long_responses, capfd: pytest.CaptureFixture[str]) -> None:
-    """Nothing is completed for longer than stall_seconds, an eighth of what it took before or half a second; but the server generates."""
+def test_a_long_response_is_no_stall(
+    engine, shape, sglang_server, long_responses, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is completed for longer than stall_seconds, an eighth of what it took before or half a second;
+    but the server generates.
+    """
     wanted = requests(8, shape, Sampling(1.0, shape.context * 3 // 4, shape.stop_ids))
 
     def seconds_to_first(engine: SGLangEngine) -> float:

@@ -22,7 +22,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_started_server_is_healthy_and_generates(sglang_server: RunningServer) -> None:
-    answer = sglang_server.server.post("/generate", {"input_ids": [3, 4, 5], "sampling_params": {"max_new_tokens": 4, "ignore_eos": True}})
+    answer = sglang_server.server.post(
+        "/generate", {"input_ids": [3, 4, 5], "sampling_params": {"max_new_tokens": 4, "ignore_eos": True}}
+    )
     assert len(answer["output_ids"]) == 4
     assert sglang_server.server.get("/model_info")["model_path"] == str(sglang_server.model)
 
@@ -33,20 +35,34 @@ def test_arguments_are_those_of_the_installed_sglang(sglang_python: Path, tmp_pa
     for name in [*ours, *OURS, "tp-size", "pp-size", "dp-size", "enable-dp-attention", "enable-memory-saver"]:
         assert known[name][0] == name, "servers.py asks for it by this spelling"
     with pytest.raises(
-        ConfigError, match=r"engine.sglang.mem-fraction-statik: SGLang has no such argument; did you mean mem-fraction-static\?"
+        ConfigError,
+        match=r"engine.sglang.mem-fraction-statik: SGLang has no such argument; did you mean mem-fraction-static\?",
     ):
-        server_options(server_config(tmp_path, tmp_path, sglang={"mem-fraction-statik": 0.5}), known, has_cuda=False)
+        server_options(
+            server_config(tmp_path, tmp_path, sglang={"mem-fraction-statik": 0.5}), known, has_cuda=False
+        )
 
 
 @pytest.mark.parametrize(
     ("model", "sglang", "words"),
-    [("absent", {}, ["ended with status", "absent"]), ("", {"attention-backend": "fast"}, ["--attention-backend: invalid choice: 'fast'"])],
+    [
+        ("absent", {}, ["ended with status", "absent"]),
+        ("", {"attention-backend": "fast"}, ["--attention-backend: invalid choice: 'fast'"]),
+    ],
 )
 def test_a_server_that_does_not_start_says_why(
-    sglang_python: Path, random_model: Path, tmp_path: Path, model: str, sglang: dict[str, str], words: list[str]
+    sglang_python: Path,
+    random_model: Path,
+    tmp_path: Path,
+    model: str,
+    sglang: dict[str, str],
+    words: list[str],
 ) -> None:
     servers = Servers(
-        server_config(tmp_path, tmp_path / model if model else random_model, python=sglang_python, sglang=sglang), lambda text: None
+        server_config(
+            tmp_path, tmp_path / model if model else random_model, python=sglang_python, sglang=sglang
+        ),
+        lambda text: None,
     )
     with pytest.raises(ConfigError) as error:
         servers.wait()
@@ -58,9 +74,21 @@ def test_a_server_killed_or_hung_at_work_loses_nothing_and_comes_back_and_all_di
     sglang_python: Path, random_model: Path, tmp_path: Path
 ) -> None:
     with open(tmp_path / "stderr", "w") as stderr:
-        command = [sys.executable, "-m", "tests.sglang.two_servers", str(tmp_path), str(random_model), str(sglang_python)]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.sglang.two_servers",
+            str(tmp_path),
+            str(random_model),
+            str(sglang_python),
+        ]
         trainer = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
     try:
         assert trainer.stdout
@@ -68,19 +96,29 @@ def test_a_server_killed_or_hung_at_work_loses_nothing_and_comes_back_and_all_di
         assert printed, (tmp_path / "stderr").read_text()[-3000:]
         seen = json.loads(printed)
         family = [psutil.Process(pid) for pid in seen["family"]]
-        assert seen["num_processes"] >= 11, "three guardians, two servers of at least three processes, a router"
+        assert seen["num_processes"] >= 11, (
+            "three guardians, two servers of at least three processes, a router"
+        )
 
         assert seen["running_when_killed"] > 0, "it was killed at work"
         for name, step, version in (("first_step", 0, 0), ("second_step", 1, 1), ("third_step", 2, 1)):
-            asked = [(step * GROUPS_PER_STEP + group, index) for group in range(GROUPS) for index in range(SAMPLES)]
+            asked = [
+                (step * GROUPS_PER_STEP + group, index) for group in range(GROUPS) for index in range(SAMPLES)
+            ]
             assert sorted((group, index) for group, index, _ in seen[name]["samples"]) == asked, "each once"
-            assert seen[name]["kept"] == [[step * GROUPS_PER_STEP + group, SAMPLES] for group in range(GROUPS)], "the step is whole"
+            assert seen[name]["kept"] == [
+                [step * GROUPS_PER_STEP + group, SAMPLES] for group in range(GROUPS)
+            ], "the step is whole"
             wrote = {version for *_, versions in seen[name]["samples"] for version in versions}
             assert wrote == {version}, "somebody with other weights answered"
         assert seen["workers_before_sync"] == seen["urls"][1:]
         assert len(seen["urls_after_sync"]) == 2 and seen["urls"][0] not in seen["urls_after_sync"]
-        assert sorted(seen["most_running"]) == sorted(seen["urls_after_sync"]) and all(seen["most_running"].values()), "both serve"
-        assert any("starting it again" in line for line in seen["said"]) and any("up again" in line for line in seen["said"])
+        assert sorted(seen["most_running"]) == sorted(seen["urls_after_sync"]) and all(
+            seen["most_running"].values()
+        ), "both serve"
+        assert any("starting it again" in line for line in seen["said"]) and any(
+            "up again" in line for line in seen["said"]
+        )
 
         assert any("server 0 stood still for 5 s" in line for line in seen["said"])
 

@@ -22,7 +22,11 @@ class Routed(Fakes):
     def __init__(self, folder: Path, python: Path, *fakes: FakeServer):
         super().__init__(*fakes)
         self.workers = [Server(server.url, "key") for server in fakes]
-        options = {"host": LOOPBACK, "prometheus-port": free_port(), "worker-urls": [server.url for server in fakes]}
+        options = {
+            "host": LOOPBACK,
+            "prometheus-port": free_port(),
+            "worker-urls": [server.url for server in fakes],
+        }
         command = [str(python), "-c", BOOT, "sglang_router.launch_router", *command_line(ROUTER | options)]
         environment = child_environment(has_cuda=True) | {KEY_VARIABLE: "key"}
         self.process = ServerProcess("router", command, folder / "router.log", environment)
@@ -40,7 +44,9 @@ class Routed(Fakes):
         super().close()
 
 
-def test_what_fails_behind_the_router_is_asked_again_and_never_under_the_same_id(sglang_python: Path, tmp_path: Path) -> None:
+def test_what_fails_behind_the_router_is_asked_again_and_never_under_the_same_id(
+    sglang_python: Path, tmp_path: Path
+) -> None:
     faults = [fake.status(500), fake.status(503), fake.closed]
     routed = Routed(tmp_path, sglang_python, FakeServer(faults), FakeServer(faults))
     try:

@@ -1,6 +1,8 @@
-"""Servers of a run: what they are started with, what is told when they fail, and that nothing of them is left, however the trainer ends.
+"""Servers of a run: what they are started with, what is told when they fail, and that nothing of them is
+left, however the trainer ends.
 
-Most of it with a stand-in for SGLang that is up in half a second (fake/); real servers are in test_real_servers.py.
+Most of it with a stand-in for SGLang that is up in half a second (fake/); real servers are in
+test_real_servers.py.
 """
 
 from __future__ import annotations
@@ -28,7 +30,14 @@ from dapo.engine import arguments as server_options_module
 from dapo.engine import fleet as servers
 from dapo.engine import guardian
 from dapo.engine import process as server_process
-from dapo.engine.arguments import check_broadcast, child_environment, command_line, gpu_sets, known_arguments, server_options
+from dapo.engine.arguments import (
+    check_broadcast,
+    child_environment,
+    command_line,
+    gpu_sets,
+    known_arguments,
+    server_options,
+)
 from dapo.engine.control import KEY_VARIABLE, Server
 from dapo.engine.fleet import Servers, introduce
 from dapo.engine.sglang import SGLangEngine
@@ -52,7 +61,10 @@ time.sleep(600)"""
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder for a run, whose servers are the stand-in's; it serves as their model, too."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FAKE), str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv(
+        "PYTHONPATH",
+        os.pathsep.join([str(FAKE), str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]),
+    )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     known_arguments.cache_clear()
@@ -66,7 +78,9 @@ def start(fake: Path) -> Iterator[Callable[..., Servers]]:
     started = []
 
     def start(said: list[str] | None = None, **engine: Any) -> Servers:
-        started.append(Servers(server_config(fake, fake, **engine), say=(said if said is not None else []).append))
+        started.append(
+            Servers(server_config(fake, fake, **engine), say=(said if said is not None else []).append)
+        )
         return started[-1]
 
     yield start
@@ -77,7 +91,9 @@ def start(fake: Path) -> Iterator[Callable[..., Servers]]:
 def processes_of(folder: Path) -> list[psutil.Process]:
     """The guardians that log below `folder`, and everything under them."""
     guardians = [
-        p for p in psutil.process_iter() if any(str(folder) in word for word in command_of(p)) and "guardian.py" in str(command_of(p))
+        p
+        for p in psutil.process_iter()
+        if any(str(folder) in word for word in command_of(p)) and "guardian.py" in str(command_of(p))
     ]
     return [*guardians, *(child for guardian in guardians for child in guardian.children(recursive=True))]
 
@@ -102,7 +118,9 @@ def until(condition: Callable[[], Any], limit: float = 30) -> None:
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
 def test_nothing_survives_the_trainer(fake: Path, end: signal.Signals) -> None:
-    trainer = subprocess.Popen([sys.executable, "-c", TRAINER, str(fake)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", TRAINER, str(fake)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     assert trainer.stdout and trainer.stdout.readline() == "up\n"
     family = processes_of(fake)
     assert len(family) == 3, "a guardian, a server, the server's child"
@@ -130,12 +148,23 @@ def test_a_server_goes_with_its_guardian(start: Callable[..., Servers], fake: Pa
 
 
 def test_a_server_lives_on_though_its_log_cannot_be_written() -> None:
-    command = [sys.executable, "-I", guardian.__file__, str(os.getpid()), "/dev/full", "sh", "-c", "echo said; sleep 0.5; exit 7"]
+    command = [
+        sys.executable,
+        "-I",
+        guardian.__file__,
+        str(os.getpid()),
+        "/dev/full",
+        "sh",
+        "-c",
+        "echo said; sleep 0.5; exit 7",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (7, "")
 
 
-def test_a_server_that_died_takes_part_from_the_next_sync_on(start: Callable[..., Servers], fake: Path) -> None:
+def test_a_server_that_died_takes_part_from_the_next_sync_on(
+    start: Callable[..., Servers], fake: Path
+) -> None:
     said: list[str] = []
     started = start(said)
     started.wait()
@@ -145,7 +174,10 @@ def test_a_server_that_died_takes_part_from_the_next_sync_on(start: Callable[...
     until(lambda: any("up again" in line for line in said))
     assert "server 0 was killed by signal 9" in said[-2] and "starting it again" in said[-2]
     assert started.generate_urls == [], "it has the initial weights"
-    with pytest.raises(WeightsLost, match="no server has the policy's weights; those that were started again get them at the next sync"):
+    with pytest.raises(
+        WeightsLost,
+        match="no server has the policy's weights; those that were started again get them at the next sync",
+    ):
         started.check()
     assert started.refresh() is True
     started.serve()
@@ -156,7 +188,9 @@ def test_a_server_that_died_takes_part_from_the_next_sync_on(start: Callable[...
     assert started.refresh() is False
 
 
-def test_waiting_for_a_server_that_starts_again_is_progress(start: Callable[..., Servers], fake: Path) -> None:
+def test_waiting_for_a_server_that_starts_again_is_progress(
+    start: Callable[..., Servers], fake: Path
+) -> None:
     started = start()
     started.wait()
     processes_of(fake)[1].kill()
@@ -196,7 +230,9 @@ def test_a_router_that_died_is_started_again_under_a_sync(start: Callable[..., S
     assert any("router was killed by signal 9" in line and "starting it again" in line for line in said)
 
 
-def test_a_router_that_does_not_come_back_is_one_error(start: Callable[..., Servers], fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_router_that_does_not_come_back_is_one_error(
+    start: Callable[..., Servers], fake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     started = start(servers=2)
     started.wait()
     assert started.router
@@ -207,12 +243,16 @@ def test_a_router_that_does_not_come_back_is_one_error(start: Callable[..., Serv
         started.serve()
 
 
-def test_a_server_that_dies_just_before_a_sync_is_left_out_of_it(start: Callable[..., Servers], fake: Path) -> None:
+def test_a_server_that_dies_just_before_a_sync_is_left_out_of_it(
+    start: Callable[..., Servers], fake: Path
+) -> None:
     (fake / "config.json").write_text('{"architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 2}')
     started = start(servers=2)
     started.wait()
     where: dict[str, Any] = {"directory": fake / "weights", "model": fake, "device": torch.device("cpu")}
-    engine = SGLangEngine(started, make_sync("disk", lambda: started.workers, bucket_bytes=64, limit=20, **where), 4, 60.0)
+    engine = SGLangEngine(
+        started, make_sync("disk", lambda: started.workers, bucket_bytes=64, limit=20, **where), 4, 60.0
+    )
     try:
         dead, alive = started.workers
         for version in (1, 2):
@@ -239,7 +279,9 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_process, "FIRST_PAUSE", 0.1)
 
 
-def test_a_server_that_cannot_start_again_is_given_up(start: Callable[..., Servers], fake: Path, short_pauses: None) -> None:
+def test_a_server_that_cannot_start_again_is_given_up(
+    start: Callable[..., Servers], fake: Path, short_pauses: None
+) -> None:
     said: list[str] = []
     started = start(said)
     started.wait()
@@ -247,12 +289,15 @@ def test_a_server_that_cannot_start_again_is_given_up(start: Callable[..., Serve
     processes_of(fake)[1].kill()
     until(lambda: not started.workers)
     with pytest.raises(
-        EngineError, match=r"no server is left: server 0 ended with status 1: OSError: .* holds no model; see .*server-0\.log"
+        EngineError,
+        match=r"no server is left: server 0 ended with status 1: OSError: .* holds no model; see .*server-0\.log",
     ) as error:
         started.refresh()
     assert not isinstance(error.value, WeightsLost), "another sync would not help"
     assert "given up" in said[-1]
-    assert [line.endswith("; starting it again") for line in said] == [True] * server_process.RESTARTS + [False]
+    assert [line.endswith("; starting it again") for line in said] == [True] * server_process.RESTARTS + [
+        False
+    ]
     assert processes_of(fake) == []
 
 
@@ -303,7 +348,9 @@ def test_a_start_that_fails_is_tried_again(
         occupied.bind(("127.0.0.1", 0))
         occupied.listen()
         ports = [occupied.getsockname()[1]]
-        monkeypatch.setattr(servers, "free_port", lambda avoid=0: ports.pop() if ports else server_process.free_port(avoid))
+        monkeypatch.setattr(
+            servers, "free_port", lambda avoid=0: ports.pop() if ports else server_process.free_port(avoid)
+        )
         monkeypatch.setattr(server_process.subprocess, "Popen", popen)
         shutil.rmtree(fake / "run/servers")
         processes_of(fake)[1].kill()
@@ -381,14 +428,19 @@ def test_servers_of_other_people_are_checked_and_left_alone(
     assert theirs.workers[0].get("/health"), "still up"
 
     (fake / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
-    with pytest.raises(ConfigError, match=rf"engine.urls: {url} serves \['Qwen2ForCausalLM'\], policy.model=.* is \['LlamaForCausalLM'\]"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"engine.urls: {url} serves \['Qwen2ForCausalLM'\], policy.model=.* is \['LlamaForCausalLM'\]",
+    ):
         introduce(Server(url), fake)
     theirs.close()
     with pytest.raises(ConfigError, match=rf"engine.urls: {url}/model_info: .*refused.*is it up"):
         introduce(Server(url), fake)
 
 
-def test_a_server_of_other_people_that_died_is_left_out_until_it_answers(start: Callable[..., Servers], fake: Path) -> None:
+def test_a_server_of_other_people_that_died_is_left_out_until_it_answers(
+    start: Callable[..., Servers], fake: Path
+) -> None:
     said: list[str] = []
     first, second = FakeServer(), FakeServer()
     try:
@@ -400,7 +452,9 @@ def test_a_server_of_other_people_that_died_is_left_out_until_it_answers(start: 
         assert [started.refresh(), started.refresh()] == [True, False]
         assert started.generate_urls == [second.url]
         assert (
-            len(said) == 1 and f"{first.url}/model_info" in said[0] and said[0].endswith("left out until it answers at a sync of weights")
+            len(said) == 1
+            and f"{first.url}/model_info" in said[0]
+            and said[0].endswith("left out until it answers at a sync of weights")
         )
         first.start()
         assert started.refresh() is True
@@ -438,7 +492,9 @@ def test_arguments_are_asked_of_sglang_once(fake: Path) -> None:
 def test_a_python_without_sglang_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PYTHONPATH", "")
     known_arguments.cache_clear()
-    with pytest.raises(ConfigError, match=r"engine.python=.* has no SGLang that works: .*PackageNotFoundError"):
+    with pytest.raises(
+        ConfigError, match=r"engine.python=.* has no SGLang that works: .*PackageNotFoundError"
+    ):
         known_arguments(sys.executable, has_cuda=False)
     with pytest.raises(ConfigError, match=r"engine.python=.*nowhere: No such file"):
         known_arguments(str(tmp_path / "nowhere"), has_cuda=False)
@@ -453,7 +509,9 @@ def test_a_python_without_sglang_is_named(monkeypatch: pytest.MonkeyPatch, tmp_p
         ({"tp_size": True}, "engine.sglang.tp_size=True: a value is expected"),
     ],
 )
-def test_a_wrong_argument_is_refused_before_anything_starts(tmp_path: Path, passed: dict[str, Any], words: str) -> None:
+def test_a_wrong_argument_is_refused_before_anything_starts(
+    tmp_path: Path, passed: dict[str, Any], words: str
+) -> None:
     with pytest.raises(ConfigError) as error:
         server_options(server_config(tmp_path, tmp_path, sglang=passed), KNOWN, has_cuda=False)
     assert str(error.value) == words
@@ -465,9 +523,22 @@ def test_arguments_for_other_peoples_servers_are_refused(tmp_path: Path) -> None
 
 
 def test_arguments_become_a_command_line(tmp_path: Path) -> None:
-    passed = {"tensor_parallel_size": 2, "sleep-on-idle": False, "enable-tf32-matmul": False, "cuda-graph-bs-decode": [1, 2]}
-    line = " ".join(command_line(server_options(server_config(tmp_path, tmp_path, sglang=passed), KNOWN, has_cuda=False)))
-    for part in ("--tp-size 2", "--cuda-graph-bs-decode 1 2", "--no-enable-tf32-matmul", "--device cpu", "--dtype float32"):
+    passed = {
+        "tensor_parallel_size": 2,
+        "sleep-on-idle": False,
+        "enable-tf32-matmul": False,
+        "cuda-graph-bs-decode": [1, 2],
+    }
+    line = " ".join(
+        command_line(server_options(server_config(tmp_path, tmp_path, sglang=passed), KNOWN, has_cuda=False))
+    )
+    for part in (
+        "--tp-size 2",
+        "--cuda-graph-bs-decode 1 2",
+        "--no-enable-tf32-matmul",
+        "--device cpu",
+        "--dtype float32",
+    ):
         assert part in line
     for part in ("--sleep-on-idle", "--enable-tf32-matmul"):
         assert f" {part}" not in line
@@ -475,7 +546,10 @@ def test_arguments_become_a_command_line(tmp_path: Path) -> None:
     assert f"--max-total-tokens {64 * 512}" in line, "what max_concurrent samples of the longest kind take"
     with_cuda = " ".join(command_line(server_options(server_config(tmp_path, tmp_path), {}, has_cuda=True)))
     assert "cpu" not in with_cuda and "--max-total-tokens" not in with_cuda
-    assert command_line({"preferred-sampling-params": {"top_k": 1}}) == ["--preferred-sampling-params", '{"top_k": 1}']
+    assert command_line({"preferred-sampling-params": {"top_k": 1}}) == [
+        "--preferred-sampling-params",
+        '{"top_k": 1}',
+    ]
 
 
 def test_servers_take_the_gpus_after_the_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -484,8 +558,13 @@ def test_servers_take_the_gpus_after_the_trainers(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert gpu_sets(2, {"tp-size": 2}) == [["4", "5"], ["6", "7"]]
     assert gpu_sets(4, {}) == [["4"], ["5"], ["6"], ["7"]]
-    assert gpu_sets(2, {"tp-size": 4, "enable-memory-saver": True}) == [["0", "1", "2", "3"], ["4", "5", "6", "7"]]
-    assert gpu_sets(2, {"tp-size": 2}, sees_main=True) == [["4", "5", "0"], ["6", "7", "0"]], "the main rank's GPU comes last"
+    assert gpu_sets(2, {"tp-size": 4, "enable-memory-saver": True}) == [
+        ["0", "1", "2", "3"],
+        ["4", "5", "6", "7"],
+    ]
+    assert gpu_sets(2, {"tp-size": 2}, sees_main=True) == [["4", "5", "0"], ["6", "7", "0"]], (
+        "the main rank's GPU comes last"
+    )
     assert gpu_sets(1, {"tp-size": 2, "enable-memory-saver": True}, sees_main=True) == [["0", "1"]]
     with pytest.raises(ConfigError, match=r"engine.servers=3 of 2 GPUs .* after the trainer's 4: here are 8"):
         gpu_sets(3, {"tp-size": 2})
@@ -493,12 +572,19 @@ def test_servers_take_the_gpus_after_the_trainers(monkeypatch: pytest.MonkeyPatc
     assert gpu_sets(1, {"tp-size": 2}) == [["GPU-a", "GPU-b"]]
 
 
-def test_a_broadcast_that_nccl_would_refuse_is_refused_before_a_server_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broadcast_that_nccl_would_refuse_is_refused_before_a_server_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
     monkeypatch.setattr(server_options_module, "_ask", lambda *arguments, **options: "2.30.7")
-    broadcast, tensor = (server_config(tmp_path, tmp_path, weight_sync=kind) for kind in ("broadcast", "tensor"))
+    broadcast, tensor = (
+        server_config(tmp_path, tmp_path, weight_sync=kind) for kind in ("broadcast", "tensor")
+    )
     check_broadcast(broadcast, {}, sys.executable)
-    with pytest.raises(ConfigError, match=r"engine.python=/other/python has NCCL 2.30.7, the trainer 2.28.9.* set engine.weight_sync=disk"):
+    with pytest.raises(
+        ConfigError,
+        match=r"engine.python=/other/python has NCCL 2.30.7, the trainer 2.28.9.* set engine.weight_sync=disk",
+    ):
         check_broadcast(broadcast, {}, "/other/python")
     with pytest.raises(ConfigError, match=r"no two processes on one GPU; set engine.weight_sync=tensor"):
         check_broadcast(broadcast, {"enable-memory-saver": True}, sys.executable)
@@ -506,7 +592,13 @@ def test_a_broadcast_that_nccl_would_refuse_is_refused_before_a_server_starts(tm
 
 
 def test_a_server_does_not_take_the_trainers_place_for_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    theirs = {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "MASTER_PORT": "1",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
     for name, value in theirs.items():
         monkeypatch.setenv(name, value)
     assert not theirs.keys() & child_environment(has_cuda=True).keys()

@@ -1,4 +1,6 @@
-"""Servers that die, or hang, under a run: what it makes of that, and how it ends when they do not come back."""
+"""Servers that die, or hang, under a run: what it makes of that, and how it ends when they do not come
+back.
+"""
 
 from __future__ import annotations
 
@@ -38,15 +40,29 @@ def test_servers_that_are_lost_for_ever_end_a_run_on_two_ranks_with_one_line_and
 def test_a_server_that_falls_silent_ends_a_run_on_two_ranks_with_one_line_and_a_checkpoint(
     tmp_path: Path, silent: list[str], says: str
 ) -> None:
-    """The sync waits for two answers, twice stall_seconds each, and the flight recorder, which would save nothing, does not end it."""
+    """The sync waits for two answers, twice stall_seconds each, and the flight recorder, which would save
+    nothing, does not end it.
+    """
     run = tmp_path / "run"
     options = ["engine.kind=sglang", "engine.weight_sync=tensor", "engine.stall_seconds=3", "rollout.prompts_per_step=4",
                "rollout.prompts_per_round=4", "eval.data=null", "reward.workers=0", "parallel.tensor=2", f"run.dir={run}"]  # fmt: skip
     with WeightServer() as server:
         server.faults = {path: ["silence"] * 99 for path in silent}
-        done = torchrun(2, "-m", "dapo", "train", "examples/arithmetic/config.yaml", *options, f"engine.urls=[{server.url}]")
+        done = torchrun(
+            2,
+            "-m",
+            "dapo",
+            "train",
+            "examples/arithmetic/config.yaml",
+            *options,
+            f"engine.urls=[{server.url}]",
+        )
     assert done.returncode != 0
     [line] = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
-    assert says in line and server.url in line and line.endswith(f"saved in {run}, the same command goes on from there")
+    assert (
+        says in line
+        and server.url in line
+        and line.endswith(f"saved in {run}, the same command goes on from there")
+    )
     assert done.stdout.count("stalled: nothing has progressed") >= 1
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000000"]

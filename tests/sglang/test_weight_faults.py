@@ -26,7 +26,11 @@ from tests.sglang.conftest import server_config
 from tests.sglang.weight_server import MALFORMED, WeightServer
 
 KINDS = ["disk", "broadcast", "tensor"]
-UPDATE = {"disk": "/update_weights_from_disk", "broadcast": "/update_weights_from_distributed", "tensor": "/update_weights_from_tensor"}
+UPDATE = {
+    "disk": "/update_weights_from_disk",
+    "broadcast": "/update_weights_from_distributed",
+    "tensor": "/update_weights_from_tensor",
+}
 CPU = torch.device("cpu")
 
 
@@ -57,7 +61,17 @@ def start(tmp_path: Path, servers: list[WeightServer]) -> Iterator[Any]:
         def workers() -> list[Server]:
             return [Server(server.url) for server in servers if not server.is_dead.is_set()]
 
-        started.append(make_sync(kind, workers, bucket_bytes=600, device=CPU, directory=tmp_path / "weights", model=model, limit=limit))
+        started.append(
+            make_sync(
+                kind,
+                workers,
+                bucket_bytes=600,
+                device=CPU,
+                directory=tmp_path / "weights",
+                model=model,
+                limit=limit,
+            )
+        )
         return started[-1]
 
     yield make
@@ -76,7 +90,9 @@ def assert_holds(server: WeightServer, version: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_server_holds_the_weights_of_every_sync(kind: str, servers: list[WeightServer], start: Any) -> None:
+def test_every_server_holds_the_weights_of_every_sync(
+    kind: str, servers: list[WeightServer], start: Any
+) -> None:
     sync = start(kind)
     for version in (1, 2, 3):
         sync.load(iter(make_weights(version)), version)
@@ -113,7 +129,9 @@ REFUSABLE = [(kind, "/pause_generation") for kind in KINDS] + [
 
 
 @pytest.mark.parametrize(("kind", "path"), REFUSABLE)
-def test_a_refusal_is_known_before_a_weight_is_asked_for(kind: str, path: str, servers: list[WeightServer], start: Any) -> None:
+def test_a_refusal_is_known_before_a_weight_is_asked_for(
+    kind: str, path: str, servers: list[WeightServer], start: Any
+) -> None:
     servers[1].faults[path] = ["refuse", "refuse"]
     sync, drawn = start(kind, limit=3), []
     with pytest.raises(EngineError, match=f"{servers[1].url}{path} answered 400.*not today"):
@@ -155,7 +173,9 @@ WORDS = ("garbage", "half a JSON", "empty")  # what /flush_cache may say
 
 @pytest.mark.parametrize("fault", MALFORMED)
 @pytest.mark.parametrize("path", CALLS)
-def test_a_malformed_answer_is_one_error_and_the_next_sync_works(path: str, fault: str, servers: list[WeightServer], start: Any) -> None:
+def test_a_malformed_answer_is_one_error_and_the_next_sync_works(
+    path: str, fault: str, servers: list[WeightServer], start: Any
+) -> None:
     sync = start("tensor")
     sync.verify = path == "/weights_checker"
     servers[0].faults[path] = [fault] * 2  # the update is opened a second time
@@ -196,9 +216,12 @@ def test_an_answer_of_a_byte_now_and_then_is_late(path: str, servers: list[Weigh
 
 
 @pytest.mark.parametrize(
-    ("about", "missing"), [({"tp_size": 1}, "pp_size"), ({"tp_size": "two"}, "tp_size"), ({"tp_size": None}, "tp_size")]
+    ("about", "missing"),
+    [({"tp_size": 1}, "pp_size"), ({"tp_size": "two"}, "tp_size"), ({"tp_size": None}, "tp_size")],
 )
-def test_a_field_that_is_missing_is_named(about: dict[str, Any], missing: str, servers: list[WeightServer], start: Any) -> None:
+def test_a_field_that_is_missing_is_named(
+    about: dict[str, Any], missing: str, servers: list[WeightServer], start: Any
+) -> None:
     servers[0].get = lambda path: about | {"weight_version": "0"}  # type: ignore[method-assign]
     with pytest.raises(EngineError, match=f"{servers[0].url}/server_info answered without {missing}: {{"):
         start("tensor").prepare(0)
@@ -208,8 +231,13 @@ def test_checksums_of_too_few_ranks_are_an_error(servers: list[WeightServer], st
     sync = start("tensor")
     sync.verify = True
     for ranks in ([], [{}], [{"checksums": None}]):
-        servers[0].answer = lambda path, ranks=ranks: json.dumps({"success": True, "status": "ok", "ranks": ranks}).encode()  # type: ignore[misc]
-        with pytest.raises(EngineError, match=f"{servers[0].url}/weights_checker answered without checksums of 1 tensor ranks"):
+        servers[0].answer = lambda path, ranks=ranks: json.dumps(
+            {"success": True, "status": "ok", "ranks": ranks}
+        ).encode()  # type: ignore[misc]
+        with pytest.raises(
+            EngineError,
+            match=f"{servers[0].url}/weights_checker answered without checksums of 1 tensor ranks",
+        ):
             sync.load(iter(make_weights(1)), 1)
 
 
@@ -233,7 +261,9 @@ def test_a_server_that_was_started_anew_joins_a_new_group(servers: list[WeightSe
 def test_a_version_that_did_not_arrive_is_noticed(servers: list[WeightServer], start: Any) -> None:
     plain = servers[1].post
     servers[1].post = lambda path, body: None if path == "/update_weight_version" else plain(path, body)  # type: ignore[method-assign]
-    with pytest.raises(EngineError, match=f"{servers[1].url} says that it holds weights default, after a sync of 1"):
+    with pytest.raises(
+        EngineError, match=f"{servers[1].url} says that it holds weights default, after a sync of 1"
+    ):
         start("tensor").load(iter(make_weights(1)), 1)
 
 
@@ -245,11 +275,16 @@ def test_a_server_without_sessions_is_asked_for_none(start: Any, servers: list[W
     assert "/begin_weight_update" in servers[1].calls
 
 
-def test_a_version_that_was_not_run_is_said_once(servers: list[WeightServer], start: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_version_that_was_not_run_is_said_once(
+    servers: list[WeightServer], start: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     servers[0].sglang = servers[1].sglang = "0.5.10"
     for _ in range(2):
         start("tensor").prepare(0)
-    assert capsys.readouterr().err == "warning: a server is SGLang 0.5.10; this trainer was run with 0.5.23 only\n"
+    assert (
+        capsys.readouterr().err
+        == "warning: a server is SGLang 0.5.10; this trainer was run with 0.5.23 only\n"
+    )
 
 
 def test_a_layout_that_cannot_be_served_is_refused(servers: list[WeightServer], start: Any) -> None:
@@ -274,7 +309,9 @@ COLOCATED = [
 ]
 
 
-def test_memory_is_resumed_weights_first_and_the_cache_after_the_update(servers: list[WeightServer], start: Any) -> None:
+def test_memory_is_resumed_weights_first_and_the_cache_after_the_update(
+    servers: list[WeightServer], start: Any
+) -> None:
     servers[0].has_memory_saver = True
     sync = start("tensor")
     for version in (1, 2):  # before any sync, and after one
@@ -300,7 +337,9 @@ def test_a_sync_that_breaks_off_resumes_nothing_twice(servers: list[WeightServer
     assert resumed == ["/resume_memory_occupation weights", "/resume_memory_occupation kv_cache cuda_graph"]
 
 
-def test_a_server_that_was_started_anew_since_has_nothing_to_resume(servers: list[WeightServer], start: Any) -> None:
+def test_a_server_that_was_started_anew_since_has_nothing_to_resume(
+    servers: list[WeightServer], start: Any
+) -> None:
     servers[0].has_memory_saver = True
     sync = start("tensor")
     sync.load(iter(make_weights(1)), 1)
@@ -311,7 +350,9 @@ def test_a_server_that_was_started_anew_since_has_nothing_to_resume(servers: lis
     assert not [call for call in servers[0].calls if call.startswith("/resume")]
 
 
-def test_servers_give_up_the_memory_that_they_share_before_the_policy_is_built(servers: list[WeightServer], tmp_path: Path) -> None:
+def test_servers_give_up_the_memory_that_they_share_before_the_policy_is_built(
+    servers: list[WeightServer], tmp_path: Path
+) -> None:
     servers[0].has_memory_saver = True
     (tmp_path / "config.json").write_text('{"num_key_value_heads": 2}')
     config = server_config(tmp_path, tmp_path, urls=[server.url for server in servers], weight_sync="tensor")
@@ -322,7 +363,9 @@ def test_servers_give_up_the_memory_that_they_share_before_the_policy_is_built(s
         engine.close()
 
 
-def test_disk_keeps_one_whole_directory_that_a_server_could_start_from(servers: list[WeightServer], start: Any, tmp_path: Path) -> None:
+def test_disk_keeps_one_whole_directory_that_a_server_could_start_from(
+    servers: list[WeightServer], start: Any, tmp_path: Path
+) -> None:
     sync = start("disk")
     for version in (7, 8):
         sync.load(iter(make_weights(version)), version)
@@ -363,7 +406,12 @@ def test_buckets_hold_every_byte_in_order_within_their_size() -> None:
             assert len(bucket.data) <= size or len(bucket.parts) == 1
             assert [part.start for part in bucket.parts] == [0, *(part.end for part in bucket.parts[:-1])]
             for part in bucket.parts:
-                seen.append((part.name, bucket.data[part.start : part.end].view(part.dtype).reshape(part.shape).clone()))
+                seen.append(
+                    (
+                        part.name,
+                        bucket.data[part.start : part.end].view(part.dtype).reshape(part.shape).clone(),
+                    )
+                )
         assert [name for name, _ in seen] == [name for name, _ in weights]
         assert all(torch.equal(got, tensor) for (_, got), (_, tensor) in zip(seen, weights, strict=True))
 
@@ -397,8 +445,12 @@ def test_checksums_are_of_the_parameters_as_a_server_shards_them() -> None:
     padded = np.concatenate([vocab, np.zeros((58, 8), np.float32)])
     for size in (1, 2, 4):
         rows = [[np.split(x, size)[rank] for x in (q, gate, up, padded)] for rank in range(size)]
-        heads = [[np.split(x, min(size, 2))[rank * min(size, 2) // size] for x in (k, v)] for rank in range(size)]
-        columns = [[np.ascontiguousarray(np.split(x, size, axis=1)[rank]) for x in (o, down)] for rank in range(size)]
+        heads = [
+            [np.split(x, min(size, 2))[rank * min(size, 2) // size] for x in (k, v)] for rank in range(size)
+        ]
+        columns = [
+            [np.ascontiguousarray(np.split(x, size, axis=1)[rank]) for x in (o, down)] for rank in range(size)
+        ]
         expected = [
             {
                 "model.layers.0.self_attn.qkv_proj.weight": sha(rows[rank][0], *heads[rank]),
@@ -414,13 +466,18 @@ def test_checksums_are_of_the_parameters_as_a_server_shards_them() -> None:
         assert checksums.differences(expected) == []
         expected[-1]["model.layers.0.input_layernorm.weight"] = "0"
         del expected[0]["model.embed_tokens.weight"]
-        assert checksums.differences(expected) == ["model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"]
+        assert checksums.differences(expected) == [
+            "model.embed_tokens.weight",
+            "model.layers.0.input_layernorm.weight",
+        ]
 
 
 def test_checksums_of_experts_are_of_all_of_a_layer_together() -> None:
     rng = np.random.default_rng(0)
     shapes = {"gate_proj": (12, 8), "up_proj": (12, 8), "down_proj": (8, 12)}
-    experts = [{name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()} for _ in range(3)]
+    experts = [
+        {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()} for _ in range(3)
+    ]
     router = rng.normal(size=(3, 8)).astype(np.float32)
     checksums = Checksums([1, 2], num_kv_heads=2, num_experts=3)
     checksums.add("model.layers.0.mlp.gate.weight", torch.from_numpy(router))
@@ -432,10 +489,17 @@ def test_checksums_of_experts_are_of_all_of_a_layer_together() -> None:
             {
                 "model.layers.0.mlp.gate.weight": sha(router),
                 "model.layers.0.mlp.experts.w13_weight": sha(
-                    *(np.split(expert[part], size)[rank] for expert in experts for part in ("gate_proj", "up_proj"))
+                    *(
+                        np.split(expert[part], size)[rank]
+                        for expert in experts
+                        for part in ("gate_proj", "up_proj")
+                    )
                 ),
                 "model.layers.0.mlp.experts.w2_weight": sha(
-                    *(np.ascontiguousarray(np.split(expert["down_proj"], size, axis=1)[rank]) for expert in experts)
+                    *(
+                        np.ascontiguousarray(np.split(expert["down_proj"], size, axis=1)[rank])
+                        for expert in experts
+                    )
                 ),
             }
             for rank in range(size)
@@ -475,13 +539,19 @@ def test_the_digest_for_gpus_is_what_sglangs_kernel_computes(
         ("slow_half_way", "took more than 5 s"),
     ],
 )
-def test_a_sync_that_fails_ends_a_run_on_two_ranks_with_one_line_and_a_checkpoint(name: str, says: str) -> None:
+def test_a_sync_that_fails_ends_a_run_on_two_ranks_with_one_line_and_a_checkpoint(
+    name: str, says: str
+) -> None:
     result = measured("tests.sglang.sync_fails", 2)[name]
     assert [rank["status"] for rank in result["ranks"]] == [1, 1]
     lines = "".join(rank["printed"] for rank in result["ranks"]).splitlines()
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
-    assert says in lines[0] and "http://127.0.0.1:" in lines[0] and "the same command goes on from there" in lines[0]
+    assert (
+        says in lines[0]
+        and "http://127.0.0.1:" in lines[0]
+        and "the same command goes on from there" in lines[0]
+    )
     assert result["saved"] == ["step-000002"]
 
 
@@ -491,7 +561,9 @@ def test_the_same_command_goes_on_after_a_sync_that_failed() -> None:
     assert "step-000003" in result["saved"]
 
 
-def test_a_mixture_of_experts_whose_checksums_are_not_known_is_refused_before_any_server_is_asked(tmp_path: Path) -> None:
+def test_a_mixture_of_experts_whose_checksums_are_not_known_is_refused_before_any_server_is_asked(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "config.json").write_text('{"num_key_value_heads": 2, "num_experts": 4}')
     options: dict[str, Any] = dict(bucket_bytes=600, directory=tmp_path / "weights", model=tmp_path, limit=10)
     with pytest.raises(ConfigError, match=r"engine.verify_weights=true: .* is a mixture of experts"):

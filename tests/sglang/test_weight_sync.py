@@ -1,4 +1,6 @@
-"""Weights reach the real server: from a trainer on two ranks, by every transport, under a generation that goes on."""
+"""Weights reach the real server: from a trainer on two ranks, by every transport, under a generation that
+goes on.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def results_of_experts(sglang_python: Path, tmp_path_factory: pytest.TempPathFac
     """As `results`, of a mixture of experts and a server of its own."""
     folder = tmp_path_factory.mktemp("experts")
     model = make_model(folder / "model", num_experts=4)
-    servers = Servers(server_config(folder, model, python=str(sglang_python)), say=lambda text: print(text, file=sys.stderr))
+    servers = Servers(
+        server_config(folder, model, python=str(sglang_python)), say=lambda text: print(text, file=sys.stderr)
+    )
     try:
         servers.wait()
         return synced(servers.workers[0], model, folder / "out.json")
@@ -65,7 +69,13 @@ def start(sglang_server: Any, tmp_path: Path) -> Iterator[Any]:
     def make(kind: Any) -> WeightSync:
         options: dict[str, Any] = dict(bucket_bytes=40_000, device=torch.device("cpu"), verify=True, limit=60)
         started.append(
-            make_sync(kind, lambda: [sglang_server.server], directory=tmp_path / "weights", model=sglang_server.model, **options)
+            make_sync(
+                kind,
+                lambda: [sglang_server.server],
+                directory=tmp_path / "weights",
+                model=sglang_server.model,
+                **options,
+            )
         )
         return started[-1]
 
@@ -80,12 +90,16 @@ def stored(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("index", range(4), ids=["disk", "tensor", "broadcast", "broadcast again"])
-def test_a_server_generates_with_the_weights_of_a_trainer_on_two_ranks(results: list[dict[str, Any]], index: int) -> None:
+def test_a_server_generates_with_the_weights_of_a_trainer_on_two_ranks(
+    results: list[dict[str, Any]], index: int
+) -> None:
     check(results[index])
 
 
 @pytest.mark.parametrize("index", range(4), ids=["disk", "tensor", "broadcast", "broadcast again"])
-def test_a_server_generates_with_the_experts_of_a_trainer_on_two_ranks(results_of_experts: list[dict[str, Any]], index: int) -> None:
+def test_a_server_generates_with_the_experts_of_a_trainer_on_two_ranks(
+    results_of_experts: list[dict[str, Any]], index: int
+) -> None:
     check(results_of_experts[index])
 
 
@@ -146,7 +160,9 @@ def test_one_wrong_byte_is_noticed(kind: str, sglang_server: Any, variants: list
         return plain(bucket)
 
     sync.transport.start = corrupt
-    with pytest.raises(EngineError, match=r"1 weights are not the policy's: model.layers.1.self_attn.qkv_proj.weight"):
+    with pytest.raises(
+        EngineError, match=r"1 weights are not the policy's: model.layers.1.self_attn.qkv_proj.weight"
+    ):
         sync.load(stored(variants[0]), 5)
     sync.transport.start = plain
     sync.load(stored(variants[0]), 6)
@@ -154,10 +170,16 @@ def test_one_wrong_byte_is_noticed(kind: str, sglang_server: Any, variants: list
     assert gap(load(variants[0]), [4, 5, 6], answer) <= 1e-4
 
 
-def test_a_weight_that_does_not_fit_is_a_refusal_and_the_next_sync_works(sglang_server: Any, variants: list[Path], start: Any) -> None:
+def test_a_weight_that_does_not_fit_is_a_refusal_and_the_next_sync_works(
+    sglang_server: Any, variants: list[Path], start: Any
+) -> None:
     sync = start("broadcast")  # not tensors: the server ends where one does not fit
-    wrong = [(name, weight[:-1] if name == "model.norm.weight" else weight) for name, weight in stored(variants[0])]
-    with pytest.raises(EngineError, match=r"/update_weights_from_distributed answered 400.*Attempted to load weight"):
+    wrong = [
+        (name, weight[:-1] if name == "model.norm.weight" else weight) for name, weight in stored(variants[0])
+    ]
+    with pytest.raises(
+        EngineError, match=r"/update_weights_from_distributed answered 400.*Attempted to load weight"
+    ):
         sync.load(iter(wrong), 7)
     sync.load(stored(variants[1]), 8)
     answer = generate(sglang_server.server, [4, 5, 6], 8)

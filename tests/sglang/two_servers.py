@@ -1,7 +1,7 @@
 """A run's main process with two real servers and a router. One is killed at work, and hangs when it is back.
 
-Three steps are collected as a run does it: under the first the server dies, before the second it gets the weights again, under the third
-it hangs. What was seen is printed as JSON, and the process stays.
+Three steps are collected as a run does it: under the first the server dies, before the second it gets the
+weights again, under the third it hangs. What was seen is printed as JSON, and the process stays.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class Seen(Rollouts):
 
     def _read(self, group: Group, sample: Sample) -> None:
         super()._read(group, sample)
-        self.samples.append((sample.group, sample.index, sorted({version for version, _, _ in sample.versions})))
+        self.samples.append(
+            (sample.group, sample.index, sorted({version for version, _, _ in sample.versions}))
+        )
 
 
 class Work:
@@ -66,7 +68,9 @@ class Work:
 
 def main(folder: Path, model: Path, python: str) -> None:
     generate.body = endless(generate.body)  # type: ignore[assignment]
-    rollouts, said = make_rollouts(server_config(folder, model, python=python, servers=2, weight_sync="tensor"))
+    rollouts, said = make_rollouts(
+        server_config(folder, model, python=python, servers=2, weight_sync="tensor")
+    )
     servers: Servers = rollouts.engine.servers  # type: ignore[attr-defined]
     weights = load_file(model / "model.safetensors")
     rollouts.load_weights(weights.items(), 0)
@@ -96,7 +100,9 @@ def main(folder: Path, model: Path, python: str) -> None:
     seen["said"] = said
     seen["family"] = [child.pid for child in psutil.Process().children(recursive=True)]
     seen["guardian"] = servers.local[1].process.pid
-    seen["guarded"] = [child.pid for child in psutil.Process(servers.local[1].process.pid).children(recursive=True)]
+    seen["guarded"] = [
+        child.pid for child in psutil.Process(servers.local[1].process.pid).children(recursive=True)
+    ]
     print(json.dumps(seen), flush=True)
     servers._is_closing.set()  # what is killed next stays dead
     time.sleep(600)
@@ -105,20 +111,30 @@ def main(folder: Path, model: Path, python: str) -> None:
 def make_rollouts(config: Config) -> tuple[Seen, list[str]]:
     """And what the servers are said to do, as it comes."""
     said: list[str] = []
-    rollout = {"prompts_per_step": GROUPS, "prompts_per_round": GROUPS, "group_size": SAMPLES, "dynamic_sampling": False}
+    rollout = {
+        "prompts_per_step": GROUPS,
+        "prompts_per_round": GROUPS,
+        "group_size": SAMPLES,
+        "dynamic_sampling": False,
+    }
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update=rollout)})
     engine = make_engine(config, SimpleNamespace(device=torch.device("cpu")), lambda: False)  # type: ignore[arg-type]
     assert isinstance(engine, SGLangEngine)
     engine.servers.say = said.append  # type: ignore[attr-defined]
     prompts = [Prompt(i, np.full(8, 2 + i, np.int32), "1") for i in range(2 * GROUPS)]
     reward = Reward(config.reward.model_copy(update={"workers": 0}), config.rollout.max_response_length)
-    return Seen(config, 1, engine, PromptStream(prompts, 1), reward, lambda tokens: " ".join(map(str, tokens)), (1,)), said
+    return Seen(
+        config, 1, engine, PromptStream(prompts, 1), reward, lambda tokens: " ".join(map(str, tokens)), (1,)
+    ), said
 
 
 def collect(rollouts: Seen, step: int) -> dict[str, Any]:
     rollouts.samples.clear()
     buffer = rollouts.collect(step)
-    return {"kept": [[group.id, len(group.samples)] for group in buffer.kept], "samples": list(rollouts.samples)}
+    return {
+        "kept": [[group.id, len(group.samples)] for group in buffer.kept],
+        "samples": list(rollouts.samples),
+    }
 
 
 def kill_at_work(servers: Servers, worker: Server, seen: dict[str, Any]) -> None:
@@ -130,7 +146,9 @@ def kill_at_work(servers: Servers, worker: Server, seen: dict[str, Any]) -> None
 
 def running(worker: Server) -> int:
     try:
-        return sum(load["num_running_reqs"] for load in worker.get("/v1/loads", fields={"loads": list})["loads"])
+        return sum(
+            load["num_running_reqs"] for load in worker.get("/v1/loads", fields={"loads": list})["loads"]
+        )
     except EngineError:
         return 0
 
@@ -147,7 +165,11 @@ def endless(body: Any) -> Any:
 
 
 def scheduler(guardian: int) -> psutil.Process:
-    return next(child for child in psutil.Process(guardian).children(recursive=True) if "scheduler" in " ".join(child.cmdline()))
+    return next(
+        child
+        for child in psutil.Process(guardian).children(recursive=True)
+        if "scheduler" in " ".join(child.cmdline())
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""A server that takes weights as SGLang does, in a thread of this process, and that can be told to fail: for fault injection only.
+"""A server that takes weights as SGLang does, in a thread of this process, and that can be told to fail: for
+fault injection only.
 
-`server.faults["/begin_weight_update"] = [None, "refuse"]`: the first such call goes well, the second is refused, later ones go well.
-"refuse" answers 400, "silence" nothing while the server lives, "die" closes every connection and takes no more, "slow" sends a byte now
-and then; what the others answer is in `MALFORMED`.
+`server.faults["/begin_weight_update"] = [None, "refuse"]`: the first such call goes well, the second is
+refused, later ones go well. "refuse" answers 400, "silence" nothing while the server lives, "die" closes
+every connection and takes no more, "slow" sends a byte now and then; what the others answer is in
+`MALFORMED`.
 """
 
 from __future__ import annotations
@@ -69,7 +71,13 @@ class WeightServer:
 
     def get(self, path: str) -> dict[str, Any]:
         return {
-            "/server_info": {"tp_size": 1, "pp_size": 1, "dp_size": 1, "device": "cpu", "enable_memory_saver": self.has_memory_saver}
+            "/server_info": {
+                "tp_size": 1,
+                "pp_size": 1,
+                "dp_size": 1,
+                "device": "cpu",
+                "enable_memory_saver": self.has_memory_saver,
+            }
             | {"version": self.sglang},
             "/openapi.json": {"paths": dict.fromkeys(SESSION if self.has_sessions else ())},
             "/model_info": {"weight_version": self.version},
@@ -103,20 +111,32 @@ class WeightServer:
             del self.groups[body["group_name"]]
         elif path.startswith("/update_weights_from_"):
             assert self.is_paused, "weights were sent to a server that generates"
-            _refuse_if(self.has_sessions and not self.is_open and path != "/update_weights_from_disk", "must run between begin and end")
-            self.weights |= {"disk": _from_disk, "distributed": self._from_broadcast, "tensor": _from_tensor}[path.split("_")[-1]](body)
+            _refuse_if(
+                self.has_sessions and not self.is_open and path != "/update_weights_from_disk",
+                "must run between begin and end",
+            )
+            self.weights |= {"disk": _from_disk, "distributed": self._from_broadcast, "tensor": _from_tensor}[
+                path.split("_")[-1]
+            ](body)
 
     def _from_broadcast(self, body: dict[str, Any]) -> dict[str, torch.Tensor]:
         shapes, dtypes = body["shapes"], [getattr(torch, dtype) for dtype in body["dtypes"]]
-        sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
+        sizes = [
+            torch.Size(shape).numel() * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)
+        ]
         data = torch.empty(sum(sizes), dtype=torch.uint8)
         self.groups[body["group_name"]].broadcast(data, 0).wait()
-        return {n: d.view(dt).reshape(s) for n, d, dt, s in zip(body["names"], data.split(sizes), dtypes, shapes, strict=True)}
+        return {
+            n: d.view(dt).reshape(s)
+            for n, d, dt, s in zip(body["names"], data.split(sizes), dtypes, shapes, strict=True)
+        }
 
 
 def _join(body: dict[str, Any]) -> Any:
     """As `init_process_group` helpers do: the store's keys are prefixed three times."""
-    store: Any = dist.TCPStore(body["master_address"], body["master_port"], body["world_size"], False, timedelta(seconds=20))
+    store: Any = dist.TCPStore(
+        body["master_address"], body["master_port"], body["world_size"], False, timedelta(seconds=20)
+    )
     name = body["group_name"]
     for prefix in (name, f"{name}/", "cpu/"):
         store = dist.PrefixStore(prefix, store)
@@ -126,7 +146,10 @@ def _join(body: dict[str, Any]) -> Any:
 def _from_tensor(body: dict[str, Any]) -> dict[str, torch.Tensor]:
     [payload] = body["serialized_named_tensors"]
     bucket = pickle.loads(base64.b64decode(payload))
-    return {m.name: bucket["flattened_tensor"][m.start_idx : m.end_idx].view(m.dtype).reshape(m.shape) for m in bucket["metadata"]}
+    return {
+        m.name: bucket["flattened_tensor"][m.start_idx : m.end_idx].view(m.dtype).reshape(m.shape)
+        for m in bucket["metadata"]
+    }
 
 
 def _from_disk(body: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -151,7 +174,9 @@ def _handler(server: WeightServer) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            server.calls.append(self.path + ("".join(f" {tag}" for tag in body["tags"]) if "tags" in body else ""))
+            server.calls.append(
+                self.path + ("".join(f" {tag}" for tag in body["tags"]) if "tags" in body else "")
+            )
             if not self._fail():
                 try:
                     server.post(self.path, body)

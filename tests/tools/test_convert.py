@@ -1,4 +1,6 @@
-"""tools/hf_to_megatron.py, megatron_to_hf.py and check_checkpoint.py: what they refuse, and that nothing half-written is left."""
+"""tools/hf_to_megatron.py, megatron_to_hf.py and check_checkpoint.py: what they refuse, and that nothing
+half-written is left.
+"""
 
 from __future__ import annotations
 
@@ -67,21 +69,32 @@ def changed_base(directory: Path, change: Callable[[dict[str, torch.Tensor]], ob
     return directory
 
 
-def test_dtype_shards_tokenizer_and_generation_config_are_carried_over(converted: Path, tmp_path: Path) -> None:
-    assert megatron_to_hf.main([str(converted), str(tmp_path / "hf"), "--dtype", "bfloat16", "--shard-size", "50KiB"]) == 0
+def test_dtype_shards_tokenizer_and_generation_config_are_carried_over(
+    converted: Path, tmp_path: Path
+) -> None:
+    assert (
+        megatron_to_hf.main(
+            [str(converted), str(tmp_path / "hf"), "--dtype", "bfloat16", "--shard-size", "50KiB"]
+        )
+        == 0
+    )
     paths = sorted((tmp_path / "hf").glob("*.safetensors"))
     assert len(paths) > 1 and max(path.stat().st_size for path in paths) < 50 * 1024 + 4096
     found = {name: tensor for path in paths for name, tensor in load_file(path).items()}
     wanted = {name: tensor.bfloat16() for name, tensor in load_file(BASE / "model.safetensors").items()}
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
-    assert index["weight_map"].keys() == wanted.keys() and index["metadata"]["total_size"] == sum(t.nbytes for t in found.values())
+    assert index["weight_map"].keys() == wanted.keys() and index["metadata"]["total_size"] == sum(
+        t.nbytes for t in found.values()
+    )
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "hf" / name).read_bytes() == (BASE / name).read_bytes()
 
 
-def test_a_target_that_exists_is_not_overwritten(converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_target_that_exists_is_not_overwritten(
+    converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "mine").mkdir()
     for tool, source in ((hf_to_megatron, BASE), (megatron_to_hf, converted)):
         assert "mine exists and is not overwritten" in refusal(tool, source, tmp_path / "mine", capsys=capsys)
@@ -102,8 +115,14 @@ def test_too_little_disk_is_noticed_before_anything_is_written(
     ("changes", "said"),
     [
         ({"vocab_size": 40}, "vocab_size=25 there, 40 here"),
-        ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, "rope_theta=10000.0 there, 500000.0 here"),
-        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2}}, "rope_scaling=None there, {'rope_type': 'linear', "),
+        (
+            {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+            "rope_theta=10000.0 there, 500000.0 here",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2}},
+            "rope_scaling=None there, {'rope_type': 'linear', ",
+        ),
         ({"model_type": "llama"}, "model_type='qwen2' there, 'llama' here"),
     ],
 )
@@ -144,17 +163,27 @@ def test_a_damaged_checkpoint_is_neither_converted_nor_compared_and_the_file_is_
     assert not list(tmp_path.glob("*out*")), "a part of it was left"
 
 
-def test_a_damaged_table_of_contents_is_not_even_opened(megatron: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_table_of_contents_is_not_even_opened(
+    megatron: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flip_a_bit(megatron / "policy" / ".metadata")
-    assert "policy/.metadata is not what was written" in refusal(megatron_to_hf, megatron, tmp_path / "out", capsys=capsys)
+    assert "policy/.metadata is not what was written" in refusal(
+        megatron_to_hf, megatron, tmp_path / "out", capsys=capsys
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda tensors: tensors["model.norm.weight"].fill_(torch.nan), "model.norm.weight holds NaN"),
-        (lambda tensors: tensors["model.norm.weight"][3:4].fill_(-torch.inf), "model.norm.weight holds NaN or infinite"),
-        (lambda tensors: tensors.update({"model.norm.weight": torch.ones(65)}), "model.norm.weight has shape (65,)"),
+        (
+            lambda tensors: tensors["model.norm.weight"][3:4].fill_(-torch.inf),
+            "model.norm.weight holds NaN or infinite",
+        ),
+        (
+            lambda tensors: tensors.update({"model.norm.weight": torch.ones(65)}),
+            "model.norm.weight has shape (65,)",
+        ),
         (lambda tensors: tensors.pop("model.norm.weight"), "1 tensors are missing, first model.norm.weight"),
     ],
 )
@@ -169,7 +198,9 @@ def test_weights_that_do_not_fit_are_neither_converted_nor_compared(
 
 
 def changed_megatron(directory: Path, change: Callable[[str, torch.Tensor], torch.Tensor | None]) -> Path:
-    """What the base policy is as a Megatron directory, but for its tensors, which are as `change` has them; None: left out."""
+    """What the base policy is as a Megatron directory, but for its tensors, which are as `change` has them;
+    None: left out.
+    """
     write = torch_dist.Writer.write
 
     def write_changed(self: torch_dist.Writer, name: str, tensor: torch.Tensor, *place: Any) -> None:
@@ -189,9 +220,15 @@ NORM = "decoder.final_layernorm.weight"
     ("change", "said"),
     [
         (lambda name, tensor: tensor * torch.nan if name == NORM else tensor, "model.norm.weight holds NaN"),
-        (lambda name, tensor: torch.ones(65) if name == NORM else tensor, f"{NORM} has shape (65,), the model's config.json means (64,)"),
+        (
+            lambda name, tensor: torch.ones(65) if name == NORM else tensor,
+            f"{NORM} has shape (65,), the model's config.json means (64,)",
+        ),
         (lambda name, tensor: None if name == NORM else tensor, f"1 tensors are missing, first {NORM}"),
-        (lambda name, tensor: tensor[:20] if "embedding" in name else tensor, "embeddings.weight has shape (20, 64), the model's config"),
+        (
+            lambda name, tensor: tensor[:20] if "embedding" in name else tensor,
+            "embeddings.weight has shape (20, 64), the model's config",
+        ),
     ],
 )
 def test_megatron_weights_that_do_not_fit_are_neither_converted_nor_compared(
@@ -218,7 +255,9 @@ def test_a_value_beyond_the_range_of_the_dtype_is_not_written_as_infinite(
 
 
 def test_the_largest_value_of_the_dtype_is_written(tmp_path: Path) -> None:
-    source = changed_base(tmp_path / "source", lambda tensors: tensors["model.norm.weight"][3:4].fill_(-65504.0))
+    source = changed_base(
+        tmp_path / "source", lambda tensors: tensors["model.norm.weight"][3:4].fill_(-65504.0)
+    )
     assert hf_to_megatron.main([str(source), str(tmp_path / "megatron"), "--dtype", "float16"]) == 0
 
 
@@ -226,7 +265,9 @@ def narrow_all_but_the_norms(tensors: dict[str, torch.Tensor]) -> None:
     tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items() if "norm" not in name})
 
 
-def test_mixed_dtypes_are_converted_only_where_one_is_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mixed_dtypes_are_converted_only_where_one_is_chosen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = changed_base(tmp_path / "source", narrow_all_but_the_norms)
     line = refusal(hf_to_megatron, source, tmp_path / "out", capsys=capsys)
     first, other = "model.embed_tokens.weight is bfloat16", "model.layers.0.input_layernorm.weight is float32"
@@ -239,21 +280,36 @@ def test_mixed_dtypes_are_converted_only_where_one_is_chosen(tmp_path: Path, cap
 def test_mixed_dtypes_of_a_megatron_checkpoint_are_converted_only_where_one_is_chosen(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = changed_megatron(tmp_path / "megatron", lambda name, tensor: tensor.bfloat16() if name == NORM else tensor)
+    source = changed_megatron(
+        tmp_path / "megatron", lambda name, tensor: tensor.bfloat16() if name == NORM else tensor
+    )
     line = refusal(megatron_to_hf, source, tmp_path / "out", capsys=capsys)
-    assert f"tensor {NORM} is bfloat16, decoder.layers.mlp.linear_fc1.layer_norm_weight is float32: choose one" in line
+    assert (
+        f"tensor {NORM} is bfloat16, decoder.layers.mlp.linear_fc1.layer_norm_weight is float32: choose one"
+        in line
+    )
     assert megatron_to_hf.main([str(source), str(tmp_path / "out"), "--dtype", "float32"]) == 0
 
 
 def test_mixed_dtypes_are_read_as_they_are_for_a_run_to_start_from(tmp_path: Path) -> None:
     source, shape = changed_base(tmp_path / "source", narrow_all_but_the_norms), read_shape(BASE)
     stored = load_file(source / "model.safetensors")
-    read = {name: t for e in table(shape, is_fused=True) for name, t in zip(e.hf, open_weights(source, shape).read(e), strict=True)}
-    assert all(read[name].dtype == stored[name].dtype and torch.equal(read[name], stored[name]) for name in read)
+    read = {
+        name: t
+        for e in table(shape, is_fused=True)
+        for name, t in zip(e.hf, open_weights(source, shape).read(e), strict=True)
+    }
+    assert all(
+        read[name].dtype == stored[name].dtype and torch.equal(read[name], stored[name]) for name in read
+    )
 
 
-def test_a_dtype_that_is_not_written_wants_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = changed_base(tmp_path / "source", lambda tensors: tensors.update({name: t.double() for name, t in tensors.items()}))
+def test_a_dtype_that_is_not_written_wants_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = changed_base(
+        tmp_path / "source", lambda tensors: tensors.update({name: t.double() for name, t in tensors.items()})
+    )
     line = refusal(hf_to_megatron, source, tmp_path / "out", capsys=capsys)
     assert "the tensors are F64: choose float32, bfloat16, float16 with --dtype" in line
 
@@ -269,15 +325,21 @@ def test_a_missing_shard_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_a_directory_that_holds_no_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_directory_that_holds_no_checkpoint_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert "has no config.json" in refusal(megatron_to_hf, tmp_path, tmp_path / "out", capsys=capsys)
     assert "has no config.json" in refusal(check_checkpoint, tmp_path, BASE, capsys=capsys)
     (tmp_path / "policy").mkdir()
-    assert "no Megatron checkpoint" in refusal(megatron_to_hf, tmp_path, tmp_path / "out", "--model", BASE, capsys=capsys)
+    assert "no Megatron checkpoint" in refusal(
+        megatron_to_hf, tmp_path, tmp_path / "out", "--model", BASE, capsys=capsys
+    )
 
 
 @pytest.mark.parametrize("tool", [hf_to_megatron, megatron_to_hf])
-def test_a_conversion_that_is_interrupted_leaves_nothing(converted: Path, tmp_path: Path, monkeypatch, tool) -> None:
+def test_a_conversion_that_is_interrupted_leaves_nothing(
+    converted: Path, tmp_path: Path, monkeypatch, tool
+) -> None:
     reads, number, checked = [], itertools.count(1), weight_files._checked
 
     def interrupted(*arguments):
@@ -309,9 +371,13 @@ def test_when_one_thread_fails_the_others_stop() -> None:
 
 def test_a_conversion_that_is_killed_leaves_no_target_and_the_next_one_succeeds(tmp_path: Path) -> None:
     slow = "import sys, time; sys.path.insert(0, 'tools'); from dapo.policy import weight_files; import hf_to_megatron; "
-    slow += "checked = weight_files._checked; weight_files._checked = lambda *a: time.sleep(0.5) or checked(*a); "
+    slow += (
+        "checked = weight_files._checked; weight_files._checked = lambda *a: time.sleep(0.5) or checked(*a); "
+    )
     slow += f"hf_to_megatron.main([{str(BASE)!r}, {str(tmp_path / 'out')!r}])"
-    process = subprocess.Popen([sys.executable, "-c", slow], cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"})
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow], cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    )
     deadline = time.monotonic() + 120
     while not list(tmp_path.rglob("*.distcp")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
@@ -322,13 +388,20 @@ def test_a_conversion_that_is_killed_leaves_no_target_and_the_next_one_succeeds(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_check_checkpoint_tells_equal_from_different(converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_checkpoint_tells_equal_from_different(
+    converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "text").write_text("12+34=46 7+8=15")
     assert check_checkpoint.main([str(converted), str(BASE), "--text", str(tmp_path / "text")]) == 0
     assert "log-probs of 14 tokens" in capsys.readouterr().out
-    other = changed_base(tmp_path / "other", lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"][5, 7].add_(0.25))
+    other = changed_base(
+        tmp_path / "other", lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"][5, 7].add_(0.25)
+    )
     assert check_checkpoint.main([str(converted), str(other)]) == 1
-    assert capsys.readouterr().out == "model.layers.1.mlp.up_proj.weight: differs by up to 0.25\ntensors: the largest difference is 0.25\n"
+    assert (
+        capsys.readouterr().out
+        == "model.layers.1.mlp.up_proj.weight: differs by up to 0.25\ntensors: the largest difference is 0.25\n"
+    )
     assert check_checkpoint.main([str(converted), str(other), "--tolerance", "0.3"]) == 0
 
 
@@ -340,7 +413,9 @@ def test_check_checkpoint_tells_equal_from_different(converted: Path, tmp_path: 
         ({"model_type": "llama"}, "model_type: 'qwen2' against 'llama'"),
     ],
 )
-def test_models_of_unlike_architectures_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str], changes, said: str) -> None:
+def test_models_of_unlike_architectures_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes, said: str
+) -> None:
     other = shutil.copytree(BASE, tmp_path / "other")
     edit_json(other / "config.json", **changes)
     assert f"the architectures differ: {said}" in refusal(check_checkpoint, BASE, other, capsys=capsys)
@@ -371,10 +446,26 @@ def shrink_vocabulary(model: Path) -> None:
         (b"7", (), "text has too few tokens, 1"),
         (b"12+34=46", (swap_two_digits,), "the tokenizers differ: --text"),
         (b"12+34=46", (swap_two_digits,), "is 8 tokens to one, 8 to the other, unlike from 3 on"),
-        (b"12+34=46", (lambda model: (model / "tokenizer.json").unlink(),), "other: no usable tokenizer there"),
-        (b"12+34=46", (lambda model: [path.unlink() for path in model.glob("tokenizer*")],), "other: no usable tokenizer there"),
-        (b"12+34=46", (lambda model: (model / "tokenizer.json").write_text("{}"),), "other: no usable tokenizer there"),
-        (b"12+34=46", (shrink_vocabulary, shrink_vocabulary), "text has token 14, the models have a vocabulary of 10"),
+        (
+            b"12+34=46",
+            (lambda model: (model / "tokenizer.json").unlink(),),
+            "other: no usable tokenizer there",
+        ),
+        (
+            b"12+34=46",
+            (lambda model: [path.unlink() for path in model.glob("tokenizer*")],),
+            "other: no usable tokenizer there",
+        ),
+        (
+            b"12+34=46",
+            (lambda model: (model / "tokenizer.json").write_text("{}"),),
+            "other: no usable tokenizer there",
+        ),
+        (
+            b"12+34=46",
+            (shrink_vocabulary, shrink_vocabulary),
+            "text has token 14, the models have a vocabulary of 10",
+        ),
     ],
 )
 def test_a_text_that_is_not_the_same_tokens_to_both_models_is_refused(

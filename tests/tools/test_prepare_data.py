@@ -11,12 +11,19 @@ ROOT = Path(__file__).parents[2]
 
 
 def prepare(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "tools/prepare_data.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "tools/prepare_data.py", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_copies_and_conflicts_are_left_out(tmp_path: Path) -> None:
     rows = [("a", 1), ("b", 2), ("a", 1), ("b", 3), ("c", "½")]
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": p, "answer": a}) + "\n" for p, a in rows))
+    (tmp_path / "in.jsonl").write_text(
+        "".join(json.dumps({"prompt": p, "answer": a}) + "\n" for p, a in rows)
+    )
     done = prepare(tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl")
     assert done.returncode == 0, done.stderr
     assert "5 rows, 2 prompts; left out: 1 copies, 2 with conflicting answers" in done.stdout
@@ -33,5 +40,7 @@ def test_nothing_is_overwritten_or_left_half_written(tmp_path: Path) -> None:
     assert "in.jsonl, line 2: not JSON" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
     (tmp_path / "out.jsonl").write_text("mine")
-    assert "exists" in prepare(tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl", "--skip-malformed").stderr
+    assert (
+        "exists" in prepare(tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl", "--skip-malformed").stderr
+    )
     assert (tmp_path / "out.jsonl").read_text() == "mine"

@@ -1,4 +1,6 @@
-"""tools/verify_resume.py: what it says, and its exit status, of a run that goes on in another layout, or differently."""
+"""tools/verify_resume.py: what it says, and its exit status, of a run that goes on in another layout, or
+differently.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,13 @@ sys.path.insert(0, str(ROOT / "tools"))
 import verify_resume
 
 CONFIG = ROOT / "examples/arithmetic/config.yaml"
-SMALL = ["parallel.tensor=2", "rollout.prompts_per_step=4", "rollout.prompts_per_round=4", "reward.workers=1", "run.save_every=1"]
+SMALL = [
+    "parallel.tensor=2",
+    "rollout.prompts_per_step=4",
+    "rollout.prompts_per_round=4",
+    "reward.workers=1",
+    "run.save_every=1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +61,9 @@ def test_a_run_of_two_processes_goes_on_in_one(capfd: pytest.CaptureFixture[str]
     assert other[0] == "1 more in 1 processes, parallel.tensor=1; against 2 in one go:"
     assert len(same) == len(other) == 10
     assert all(line.endswith(" equal") for line in same[1:])
-    assert any("differ by" in line for line in other[1:]), "the layouts add in another order: they were not compared"
+    assert any("differ by" in line for line in other[1:]), (
+        "the layouts add in another order: they were not compared"
+    )
     assert not [line for line in other if "WRONG" in line]
 
 

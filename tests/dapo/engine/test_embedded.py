@@ -29,7 +29,9 @@ def requests(num_groups: int, sampling: Sampling) -> list[Request]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(BASE)
     texts = ["8+4-8+1=", "3+4=", "9-1+2-3+4-5="]
     prompts = [np.array(tokenizer(text)["input_ids"], np.int32) for text in texts]
-    return [Request(g, i, prompts[g % 3], 1000 * g + i, sampling) for g in range(num_groups) for i in range(2)]
+    return [
+        Request(g, i, prompts[g % 3], 1000 * g + i, sampling) for g in range(num_groups) for i in range(2)
+    ]
 
 
 def generate(engine: EmbeddedEngine, wanted: list[Request]) -> dict[str, Sample]:
@@ -44,11 +46,15 @@ def test_a_sample_does_not_depend_on_what_it_was_batched_with(engine: EmbeddedEn
     assert together.keys() == alone.keys() == {request.id for request in wanted}
     for key, sample in together.items():
         assert sample.tokens.tolist() == alone[key].tokens.tolist() == reversed_order[key].tokens.tolist()
-    assert len({tuple(sample.tokens) for sample in together.values()}) > 3, "different seeds draw differently from the same prompt"
+    assert len({tuple(sample.tokens) for sample in together.values()}) > 3, (
+        "different seeds draw differently from the same prompt"
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
-def test_behavior_logprobs_are_the_models_at_the_sampling_temperature(engine: EmbeddedEngine, temperature: float) -> None:
+def test_behavior_logprobs_are_the_models_at_the_sampling_temperature(
+    engine: EmbeddedEngine, temperature: float
+) -> None:
     wanted = requests(3, Sampling(temperature, 24, (EOS,)))
     model = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     for request in wanted:
@@ -66,15 +72,24 @@ def test_a_response_ends_with_its_first_stop_token_or_at_the_limit(engine: Embed
         assert stops == ([sample.length - 1] if sample.finish_reason == "stop" else [])
         assert sample.length <= 9 and (sample.finish_reason == "stop" or sample.length == 9)
         assert sample.versions == ((7, 0, sample.length),)
-        assert sample.loss_mask.all() and len(sample.loss_mask) == len(sample.behavior_logprobs) == sample.length
+        assert (
+            sample.loss_mask.all() and len(sample.loss_mask) == len(sample.behavior_logprobs) == sample.length
+        )
 
 
 def test_draws_follow_the_models_distribution(engine: EmbeddedEngine) -> None:
-    """First tokens of 3,000 samples against the model's probabilities, and within top_p against the cut distribution."""
+    """First tokens of 3,000 samples against the model's probabilities, and within top_p against the cut
+    distribution.
+    """
     [request, *_] = requests(1, Sampling(1.5, 1, (EOS,)))
     model = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     with torch.no_grad():
-        probabilities = (model(torch.from_numpy(request.tokens).long()[None]).logits[0, -1] / 1.5).softmax(-1).double().numpy()
+        probabilities = (
+            (model(torch.from_numpy(request.tokens).long()[None]).logits[0, -1] / 1.5)
+            .softmax(-1)
+            .double()
+            .numpy()
+        )
     for top_p in (1.0, 0.9):
         order = np.argsort(-probabilities)
         kept = order[: int(np.searchsorted(probabilities[order].cumsum(), top_p)) + 1]
@@ -82,16 +97,34 @@ def test_draws_follow_the_models_distribution(engine: EmbeddedEngine) -> None:
         cut[kept] = probabilities[kept] / probabilities[kept].sum()
         engine.max_concurrent = 1000
         wanted = [Request(0, i, request.tokens, i, Sampling(1.5, 1, (EOS,), top_p)) for i in range(3000)]
-        drawn = np.bincount([int(sample.tokens[0]) for sample in generate(engine, wanted).values()], minlength=len(cut)) / 3000
+        drawn = (
+            np.bincount(
+                [int(sample.tokens[0]) for sample in generate(engine, wanted).values()], minlength=len(cut)
+            )
+            / 3000
+        )
         assert np.abs(drawn - cut).max() < 4 * 0.5 / 3000**0.5
         assert (drawn[cut == 0] == 0).all()
 
 
-def test_a_mixture_of_experts_takes_weights_as_its_files_have_them_and_generates_with_them(tmp_path: Path) -> None:
+def test_a_mixture_of_experts_takes_weights_as_its_files_have_them_and_generates_with_them(
+    tmp_path: Path,
+) -> None:
     torch.manual_seed(3)
-    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True, head_dim=8)
-    sizes = dict(vocab_size=25, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**sizes, **experts, initializer_range=0.2)).eval()
+    experts = dict(
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True, head_dim=8
+    )
+    sizes = dict(
+        vocab_size=25,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = transformers.Qwen3MoeForCausalLM(
+        transformers.Qwen3MoeConfig(**sizes, **experts, initializer_range=0.2)
+    ).eval()
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     assert "model.layers.1.mlp.experts.3.gate_proj.weight" in weights, "one by one in files, fused in memory"

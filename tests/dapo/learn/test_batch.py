@@ -13,7 +13,12 @@ def random_lengths(seed, count=60, longest=64):
 def random_groups(num_groups, seed=0, group_size=2, longest=40):
     rng = np.random.default_rng(seed)
     return [
-        make_group([1, *[0] * (group_size - 1)], rng.integers(1, longest, group_size).tolist(), id=i, prompt_length=int(rng.integers(1, 9)))
+        make_group(
+            [1, *[0] * (group_size - 1)],
+            rng.integers(1, longest, group_size).tolist(),
+            id=i,
+            prompt_length=int(rng.integers(1, 9)),
+        )
         for i in range(num_groups)
     ]
 
@@ -29,7 +34,12 @@ def response_at(microbatch, start, end):
 
 def responses_of(microbatches):
     """The responses in some microbatches, as token tuples, in order; padding has none."""
-    return [tokens for m in microbatches for start, end in sequences_of(m) if (tokens := response_at(m, start, end))]
+    return [
+        tokens
+        for m in microbatches
+        for start, end in sequences_of(m)
+        if (tokens := response_at(m, start, end))
+    ]
 
 
 def responses_in(groups):
@@ -53,7 +63,15 @@ def test_every_sequence_is_packed_once_within_the_budget_on_a_multiple_of_ranks(
 
 @pytest.mark.parametrize(
     ("lengths", "num_ranks", "num_bins"),
-    [([30, 30, 30, 30], 1, 2), ([60, 4], 1, 1), ([60, 5], 1, 2), ([64], 1, 1), ([64], 4, 4), ([40] * 5, 2, 6), ([1] * 64, 2, 2)],
+    [
+        ([30, 30, 30, 30], 1, 2),
+        ([60, 4], 1, 1),
+        ([60, 5], 1, 2),
+        ([64], 1, 1),
+        ([64], 4, 4),
+        ([40] * 5, 2, 6),
+        ([1] * 64, 2, 2),
+    ],
 )
 def test_as_few_bins_are_used_as_fit(lengths, num_ranks, num_bins):
     assert len(pack(lengths, 64, num_ranks)) == num_bins
@@ -61,7 +79,9 @@ def test_as_few_bins_are_used_as_fit(lengths, num_ranks, num_bins):
 
 def test_ranks_get_work_of_like_cost():
     lengths = random_lengths(0, count=200, longest=20_000)
-    costs = [sum(lengths[i] + lengths[i] ** 2 / ATTENTION_SPAN for i in b) for b in pack(lengths, 1_000_000, 8)]
+    costs = [
+        sum(lengths[i] + lengths[i] ** 2 / ATTENTION_SPAN for i in b) for b in pack(lengths, 1_000_000, 8)
+    ]
     assert max(costs) < 1.02 * min(costs)
 
 
@@ -70,16 +90,23 @@ def test_a_heavy_tail_leaves_sixteen_ranks_next_to_nothing_to_wait_for(count, mo
     drawn = np.random.default_rng(0).lognormal(np.log(2500), 1.0, count)
     lengths = np.clip(drawn.astype(int), 1, 20_480)
     bins = pack(lengths.tolist(), 32_768, 16)
-    costs = np.array([(lengths[b] + lengths[b] ** 2 / ATTENTION_SPAN).sum() for b in bins]).reshape(-1, 16)  # [turn, rank]
-    assert 1 - costs.sum() / (16 * costs.sum(axis=0).max()) < most  # of all ranks' work, until the slowest has finished the update
-    assert 1 - costs.sum() / (16 * costs.max(axis=1).sum()) < most_in_turns  # if they waited after every microbatch
+    # [turn, rank]
+    costs = np.array([(lengths[b] + lengths[b] ** 2 / ATTENTION_SPAN).sum() for b in bins]).reshape(-1, 16)
+    # of all ranks' work, until the slowest has finished the update
+    assert 1 - costs.sum() / (16 * costs.sum(axis=0).max()) < most
+    # if they waited after every microbatch
+    assert 1 - costs.sum() / (16 * costs.max(axis=1).sum()) < most_in_turns
 
 
 def padded_share(batches):
     """Of all tokens that the ranks compute on, those that only fill up."""
     microbatches = [m for batch in batches for minibatch in batch.minibatches for m in minibatch]
     num_tokens = sum(len(m.tokens) for m in microbatches)
-    return 1 - sum(end - start for m in microbatches for start, end in sequences_of(m) if m.mask[start:end].any()) / num_tokens
+    return (
+        1
+        - sum(end - start for m in microbatches for start, end in sequences_of(m) if m.mask[start:end].any())
+        / num_tokens
+    )
 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
@@ -91,10 +118,22 @@ def test_at_most_two_percent_of_the_tokens_of_sixteen_ranks_are_padding(tmp_path
         "Pareto": lambda: 500 * (1 + rng.pareto(1.1, 512)),
         "uniform": lambda: rng.integers(1, 20_481, 512),
     }[mix]()
-    lengths = np.clip(drawn.astype(int), 1, 20_480).reshape(32, 16)  # an update of the paper's: 32 groups of 16
-    groups = [make_group([1, *[0] * 15], row.tolist(), id=i, prompt_length=256) for i, row in enumerate(lengths)]
-    options = ["rollout.prompts_per_step=32", "rollout.prompts_per_round=32", "rollout.group_size=16", "optim.prompts_per_minibatch=32"]
-    options += ["parallel.tensor=8", "policy.tokens_per_microbatch=32768", f"policy.megatron.moe_token_dispatcher_type={dispatcher}"]
+    # an update of the paper's: 32 groups of 16
+    lengths = np.clip(drawn.astype(int), 1, 20_480).reshape(32, 16)
+    groups = [
+        make_group([1, *[0] * 15], row.tolist(), id=i, prompt_length=256) for i, row in enumerate(lengths)
+    ]
+    options = [
+        "rollout.prompts_per_step=32",
+        "rollout.prompts_per_round=32",
+        "rollout.group_size=16",
+        "optim.prompts_per_minibatch=32",
+    ]
+    options += [
+        "parallel.tensor=8",
+        "policy.tokens_per_microbatch=32768",
+        f"policy.megatron.moe_token_dispatcher_type={dispatcher}",
+    ]
     assert padded_share(plan(groups, make_config(tmp_path, *options), 16, {})) <= 0.02
 
 
@@ -113,7 +152,10 @@ def test_a_sequence_beyond_the_budget_is_never_packed():
 
 @pytest.mark.parametrize("multiple", [1, 2, 8])
 def test_every_value_sits_at_the_position_that_predicts_its_token(tmp_path, multiple):
-    groups = [make_group([1, 0, 0], [4, 1, 6], id=0, prompt_length=3), make_group([1, 0], [5, 2], id=1, prompt_length=1)]
+    groups = [
+        make_group([1, 0, 0], [4, 1, 6], id=0, prompt_length=3),
+        make_group([1, 0], [5, 2], id=1, prompt_length=1),
+    ]
     groups[0].samples[2].loss_mask[2:4] = False
     config = make_config(tmp_path, f"parallel.tensor={multiple}")
     [batch] = plan(groups, config, 1, {})
@@ -122,7 +164,8 @@ def test_every_value_sits_at_the_position_that_predicts_its_token(tmp_path, mult
     for (start, end), (prompt, sample) in zip(list(sequences_of(m))[:5], pairs, strict=True):
         whole = np.concatenate([prompt.tokens, sample.tokens])
         assert np.array_equal(m.tokens[start:end], whole[:-1])
-        assert np.array_equal(m.targets[start:end], whole[1:])  # the shift stays inside: the last token is a target only
+        # the shift stays inside: the last token is a target only
+        assert np.array_equal(m.targets[start:end], whole[1:])
         assert np.array_equal(m.positions[start:end], np.arange(len(whole) - 1))
         before, response = slice(start, start + len(prompt.tokens) - 1), slice(end - sample.length, end)
         assert not m.mask[before].any() and not m.weights[before].any() and not m.advantages[before].any()
@@ -130,7 +173,8 @@ def test_every_value_sits_at_the_position_that_predicts_its_token(tmp_path, mult
         assert np.array_equal(m.mask[response], sample.loss_mask)
         assert np.array_equal(m.behavior_logprobs[response], sample.behavior_logprobs)
         assert (m.advantages[response] == np.float32(sample.advantage)).all()
-        assert m.weights[response][sample.loss_mask] == pytest.approx(1 / 16)  # 18 response tokens, 16 the policy's own
+        # 18 response tokens, 16 the policy's own
+        assert m.weights[response][sample.loss_mask] == pytest.approx(1 / 16)
 
 
 @pytest.mark.parametrize("multiple", [1, 2, 3, 8, 64])
@@ -140,13 +184,21 @@ def test_padding_is_one_more_sequence_that_weighs_nothing(tmp_path, multiple):
         for m in (m for microbatches in batch.minibatches for m in microbatches):
             num_tokens = m.cu_seqlens[-1]
             assert num_tokens % multiple == 0
-            assert {len(value) for name, value in vars(m).items() if name not in ("cu_seqlens", "dumped")} == {num_tokens}
+            assert {
+                len(value) for name, value in vars(m).items() if name not in ("cu_seqlens", "dumped")
+            } == {num_tokens}
             assert (np.diff(m.cu_seqlens) > 0).all()
-            assert all(np.array_equal(m.positions[start:end], np.arange(end - start)) for start, end in sequences_of(m))
+            assert all(
+                np.array_equal(m.positions[start:end], np.arange(end - start))
+                for start, end in sequences_of(m)
+            )
             real = [end - start for start, end in sequences_of(m) if m.mask[start:end].any()]
             padding = slice(sum(real), None)
             assert num_tokens - sum(real) < multiple and len(m.cu_seqlens) - 1 - len(real) in (0, 1)
-            assert not any(getattr(m, name)[padding].any() for name in ("mask", "weights", "advantages", "behavior_logprobs"))
+            assert not any(
+                getattr(m, name)[padding].any()
+                for name in ("mask", "weights", "advantages", "behavior_logprobs")
+            )
 
 
 def test_arrays_have_the_types_that_training_expects(tmp_path):
@@ -174,7 +226,16 @@ def test_a_token_is_stale_where_older_weights_wrote_it(tmp_path):
 
 @pytest.mark.parametrize(
     ("num_groups", "sizes"),
-    [(8, [2, 2, 2, 2]), (4, [2, 2]), (1, [1]), (2, [2]), (3, [2, 1]), (5, [3, 2]), (6, [2, 2, 2]), (7, [2, 2, 2, 1])],
+    [
+        (8, [2, 2, 2, 2]),
+        (4, [2, 2]),
+        (1, [1]),
+        (2, [2]),
+        (3, [2, 1]),
+        (5, [3, 2]),
+        (6, [2, 2, 2]),
+        (7, [2, 2, 2, 1]),
+    ],
 )
 def test_minibatches_are_whole_groups_in_asking_order_also_in_short_steps(tmp_path, num_groups, sizes):
     groups = random_groups(num_groups)
@@ -203,15 +264,20 @@ def test_no_groups_make_no_updates_but_keep_the_metrics(tmp_path, num_ranks):
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 16])
-def test_every_rank_takes_part_in_every_microbatch(tmp_path, num_ranks):  # a rank without one would leave the others in a collective
+# a rank without one would leave the others in a collective
+def test_every_rank_takes_part_in_every_microbatch(tmp_path, num_ranks):
     batches = plan(random_groups(5), make_config(tmp_path, "parallel.tensor=2"), num_ranks, {})
     shapes = [[len(microbatches) for microbatches in batch.minibatches] for batch in batches]
     assert all(shape == shapes[0] for shape in shapes)
-    assert all(len(m.tokens) > 0 for batch in batches for microbatches in batch.minibatches for m in microbatches)
+    assert all(
+        len(m.tokens) > 0 for batch in batches for microbatches in batch.minibatches for m in microbatches
+    )
 
 
 @pytest.mark.parametrize(("num_ranks", "virtual"), [(2, 1), (5, 1), (2, 2)])
-def test_ranks_have_as_many_tokens_at_a_time_where_all_are_gathered_for_the_experts(tmp_path, num_ranks, virtual):
+def test_ranks_have_as_many_tokens_at_a_time_where_all_are_gathered_for_the_experts(
+    tmp_path, num_ranks, virtual
+):
     layout = [
         "parallel.tensor=2",
         f"parallel.virtual_pipeline={virtual}",
@@ -221,10 +287,16 @@ def test_ranks_have_as_many_tokens_at_a_time_where_all_are_gathered_for_the_expe
     for dispatcher, is_alike in (("allgather", True), ("alltoall", False)):
         config = make_config(tmp_path, *layout, f"policy.megatron.moe_token_dispatcher_type={dispatcher}")
         batches = plan(random_groups(5), config, num_ranks, {})
-        turns = [turn for updates in zip(*(b.minibatches for b in batches), strict=True) for turn in zip(*updates, strict=True)]
+        turns = [
+            turn
+            for updates in zip(*(b.minibatches for b in batches), strict=True)
+            for turn in zip(*updates, strict=True)
+        ]
         assert len(turns) > 1
         assert all(len({len(m.tokens) for m in turn}) == 1 for turn in turns) is is_alike
-        assert all(m.cu_seqlens[-1] == len(m.tokens) <= 48 and len(m.tokens) % 2 == 0 for turn in turns for m in turn)
+        assert all(
+            m.cu_seqlens[-1] == len(m.tokens) <= 48 and len(m.tokens) % 2 == 0 for turn in turns for m in turn
+        )
         sums = sums_of_updates(batches)
         if is_alike:
             gathered = sums
@@ -233,7 +305,9 @@ def test_ranks_have_as_many_tokens_at_a_time_where_all_are_gathered_for_the_expe
 
 def weighted(m):
     """Σ mask · weight · value, for a value that each token has of its own."""
-    return (m.mask * m.weights.astype(np.float64) * (m.advantages * m.behavior_logprobs + m.targets / 1e6)).sum()
+    return (
+        m.mask * m.weights.astype(np.float64) * (m.advantages * m.behavior_logprobs + m.targets / 1e6)
+    ).sum()
 
 
 def sums_of_updates(batches):
@@ -250,7 +324,9 @@ def test_the_loss_does_not_depend_on_how_tokens_are_split(tmp_path, normaliser, 
     groups = random_groups(7, longest=30)
     objective = f"objective.normaliser={normaliser}"
     config = make_config(tmp_path, objective)
-    split = make_config(tmp_path, objective, f"policy.tokens_per_microbatch={budget}", f"parallel.tensor={tensor}")
+    split = make_config(
+        tmp_path, objective, f"policy.tokens_per_microbatch={budget}", f"parallel.tensor={tensor}"
+    )
     expected = sums_of_updates(plan(groups, config, 1, {}))
     assert sums_of_updates(plan(groups, split, num_ranks, {})) == pytest.approx(expected, rel=1e-9)
 
@@ -268,11 +344,19 @@ def test_filtered_samples_stay_in_the_batch_and_weigh_nothing(tmp_path):
 
 def shares_of(tmp_path, context, *overrides, num_ranks=1, num_groups=6):
     """[data rank][update][microbatch][context rank], and beside it the same unshared."""
-    layout = [f"parallel.context={context}", "policy.tokens_per_microbatch=96", "rollout.dump_share=1", *overrides]
+    layout = [
+        f"parallel.context={context}",
+        "policy.tokens_per_microbatch=96",
+        "rollout.dump_share=1",
+        *overrides,
+    ]
     batches = plan(random_groups(num_groups), make_config(tmp_path, *layout), num_ranks, {})
     assert len(batches) == num_ranks * context
     return [
-        [list(zip(*minibatches, strict=True)) for minibatches in zip(*(b.minibatches for b in batches[i : i + context]), strict=True)]
+        [
+            list(zip(*minibatches, strict=True))
+            for minibatches in zip(*(b.minibatches for b in batches[i : i + context]), strict=True)
+        ]
         for i in range(0, len(batches), context)
     ]
 
@@ -298,13 +382,19 @@ def test_context_ranks_share_each_sequence_in_a_zig_zag_of_equal_parts(tmp_path,
 def test_a_token_keeps_its_target_across_the_edge_of_a_chunk(tmp_path, context):
     groups = {s.tokens.tobytes(): g.prompt for g in random_groups(6) for s in g.samples}
     for [minibatch] in [
-        m for m in shares_of(tmp_path, context, "optim.prompts_per_minibatch=4", "rollout.prompts_per_step=4", num_groups=4)
+        m
+        for m in shares_of(
+            tmp_path, context, "optim.prompts_per_minibatch=4", "rollout.prompts_per_step=4", num_groups=4
+        )
     ]:
         for parts in minibatch:
             for start, end in sequences_of(parts[0]):
                 here = slice(start // context, end // context)
                 order = np.concatenate([part.positions[here] for part in parts]).argsort()
-                whole = {name: np.concatenate([getattr(p, name)[here] for p in parts])[order] for name in ("tokens", "targets", "mask")}
+                whole = {
+                    name: np.concatenate([getattr(p, name)[here] for p in parts])[order]
+                    for name in ("tokens", "targets", "mask")
+                }
                 response = whole["targets"][whole["mask"]]
                 if len(response):
                     prompt = groups[response.astype(np.int32).tobytes()]
@@ -326,7 +416,13 @@ def test_context_ranks_together_weigh_what_one_weighs(tmp_path, normaliser, cont
 @pytest.mark.parametrize("context", [2, 3])
 def test_the_places_of_a_sample_on_all_context_ranks_hold_its_tokens_once(tmp_path, context):
     placed: dict = {}
-    for m in (m for minibatches in shares_of(tmp_path, context) for minibatch in minibatches for parts in minibatch for m in parts):
+    for m in (
+        m
+        for minibatches in shares_of(tmp_path, context)
+        for minibatch in minibatches
+        for parts in minibatch
+        for m in parts
+    ):
         for place in m.dumped:
             tokens = placed.setdefault((place.group, place.index), np.full(place.length, -1))
             here = slice(place.start, place.start + place.tokens.stop - place.tokens.start)
@@ -349,7 +445,9 @@ def test_traces_of_context_ranks_are_one_trace():
     parts[0].logprobs[:2], parts[1].logprobs[2:] = [-1, -2], [-3, -4, -5]
     parts[1].clipped_low[4] = True
     whole, other = merged(parts)
-    assert whole.logprobs.tolist() == [-1, -2, -3, -4, -5] and whole.clipped_low.tolist() == [False] * 4 + [True]
+    assert whole.logprobs.tolist() == [-1, -2, -3, -4, -5] and whole.clipped_low.tolist() == [False] * 4 + [
+        True
+    ]
     assert (whole.group, whole.index, other.index) == (3, 1, 0)
 
 
@@ -357,10 +455,16 @@ def test_traces_of_context_ranks_are_one_trace():
 
 
 @pytest.mark.parametrize(("virtual", "multiple"), [(1, 1), (2, 3)])
-def test_an_update_has_microbatches_in_groups_of_the_stages_where_chunks_take_turns(tmp_path, virtual, multiple):
+def test_an_update_has_microbatches_in_groups_of_the_stages_where_chunks_take_turns(
+    tmp_path, virtual, multiple
+):
     config = make_config(tmp_path, "parallel.pipeline=3", f"parallel.virtual_pipeline={virtual}")
-    counts = {len(minibatch) for batch in plan(random_groups(9), config, 2, {}) for minibatch in batch.minibatches}
-    assert all(count % multiple == 0 for count in counts) and (virtual > 1 or any(count % 3 for count in counts))
+    counts = {
+        len(minibatch) for batch in plan(random_groups(9), config, 2, {}) for minibatch in batch.minibatches
+    }
+    assert all(count % multiple == 0 for count in counts) and (
+        virtual > 1 or any(count % 3 for count in counts)
+    )
 
 
 # dumped samples
@@ -368,7 +472,9 @@ def test_an_update_has_microbatches_in_groups_of_the_stages_where_chunks_take_tu
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_the_places_of_dumped_samples_hold_their_tokens(tmp_path, num_ranks):
-    config = make_config(tmp_path, "rollout.dump_share=0.5", "rollout.prompts_per_step=4", "rollout.group_size=2")
+    config = make_config(
+        tmp_path, "rollout.dump_share=0.5", "rollout.prompts_per_step=4", "rollout.group_size=2"
+    )
     groups = random_groups(4)
     batches = plan(groups, config, num_ranks, metrics={})
     placed = {
@@ -378,7 +484,9 @@ def test_the_places_of_dumped_samples_hold_their_tokens(tmp_path, num_ranks):
         for m in minibatch
         for place in m.dumped
     }
-    assert placed == {(s.group, s.index): s.tokens.tolist() for group in (groups[1], groups[3]) for s in group.samples}
+    assert placed == {
+        (s.group, s.index): s.tokens.tolist() for group in (groups[1], groups[3]) for s in group.samples
+    }
 
 
 def test_nothing_is_placed_where_nothing_is_dumped(tmp_path):

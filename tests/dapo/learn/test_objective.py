@@ -8,7 +8,9 @@ NORMALISERS = ["token_mean", "group_token_mean", "sample_mean"]
 
 
 def brute_force(values, normaliser):
-    """The objective of one minibatch from its per-token values [group][sample][token], as the formulas are written."""
+    """The objective of one minibatch from its per-token values [group][sample][token], as the formulas are
+    written.
+    """
     if normaliser == "token_mean":
         tokens = [v for group in values for sample in group for v in sample]
         return sum(tokens) / len(tokens)
@@ -21,7 +23,12 @@ def brute_force(values, normaliser):
 
 def weighted_sum(groups, values, normaliser, overlong_filtering=False):
     weights = token_weights(groups, normaliser, overlong_filtering)
-    return sum(w * v for group, ws in zip(values, weights, strict=True) for sample, w in zip(group, ws, strict=True) for v in sample)
+    return sum(
+        w * v
+        for group, ws in zip(values, weights, strict=True)
+        for sample, w in zip(group, ws, strict=True)
+        for v in sample
+    )
 
 
 def random_values(groups, seed=0):
@@ -41,15 +48,22 @@ def uneven_groups():
 def test_the_weighted_sum_is_the_formula_on_uneven_lengths(normaliser):
     groups = uneven_groups()
     values = random_values(groups)
-    assert weighted_sum(groups, values, normaliser) == pytest.approx(brute_force(values, normaliser), rel=1e-12)
+    assert weighted_sum(groups, values, normaliser) == pytest.approx(
+        brute_force(values, normaliser), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("normaliser", NORMALISERS)
 def test_filtered_samples_leave_numerator_and_denominator(normaliser):
     groups = uneven_groups()
     values = random_values(groups)
-    kept = [[[] if s.is_truncated else v for s, v in zip(group.samples, vs, strict=True)] for group, vs in zip(groups, values, strict=True)]
-    assert weighted_sum(groups, values, normaliser, overlong_filtering=True) == pytest.approx(brute_force(kept, normaliser), rel=1e-12)
+    kept = [
+        [[] if s.is_truncated else v for s, v in zip(group.samples, vs, strict=True)]
+        for group, vs in zip(groups, values, strict=True)
+    ]
+    assert weighted_sum(groups, values, normaliser, overlong_filtering=True) == pytest.approx(
+        brute_force(kept, normaliser), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("normaliser", NORMALISERS)
@@ -70,7 +84,10 @@ def test_the_three_normalisers_by_hand():
 @pytest.mark.parametrize("normaliser", NORMALISERS)
 def test_a_group_of_only_truncated_samples_leaves_the_denominators_too(normaliser):
     whole, cut = make_group([1, 0], [3, 5]), make_group([1, 0], [32, 32], truncated=[0, 1])
-    assert token_weights([whole, cut], normaliser, True) == [*token_weights([whole], normaliser, False), [0.0, 0.0]]
+    assert token_weights([whole, cut], normaliser, True) == [
+        *token_weights([whole], normaliser, False),
+        [0.0, 0.0],
+    ]
 
 
 @pytest.mark.parametrize("normaliser", NORMALISERS)

@@ -13,7 +13,9 @@ from dapo.model.files import open_safetensors, read_tensor, stored_weights
 def write(directory, **files):
     """`write(directory, a={"x": 1.0})` → a.safetensors with one tensor."""
     for name, tensors in files.items():
-        save_file({key: torch.tensor([value]) for key, value in tensors.items()}, directory / f"{name}.safetensors")
+        save_file(
+            {key: torch.tensor([value]) for key, value in tensors.items()}, directory / f"{name}.safetensors"
+        )
 
 
 def index(directory, where):
@@ -22,7 +24,10 @@ def index(directory, where):
 
 def test_without_an_index_all_files_count(tmp_path):
     write(tmp_path, a={"x": 1.0}, b={"y": 2.0})
-    assert {name: path.name for name, path in open_safetensors(tmp_path).items()} == {"x": "a.safetensors", "y": "b.safetensors"}
+    assert {name: path.name for name, path in open_safetensors(tmp_path).items()} == {
+        "x": "a.safetensors",
+        "y": "b.safetensors",
+    }
 
 
 def test_with_an_index_only_what_it_names_counts(tmp_path):
@@ -36,7 +41,10 @@ def test_with_an_index_only_what_it_names_counts(tmp_path):
     ("where", "message"),
     [
         ({"x": "a.safetensors", "y": "c.safetensors"}, r"c\.safetensors is missing, one of 2 files"),
-        ({"x": "b.safetensors"}, r"b\.safetensors: tensor x is not in it, though model\.safetensors\.index\.json says so"),
+        (
+            {"x": "b.safetensors"},
+            r"b\.safetensors: tensor x is not in it, though model\.safetensors\.index\.json says so",
+        ),
         (None, r"no index of safetensors files"),
     ],
 )

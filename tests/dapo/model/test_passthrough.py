@@ -24,7 +24,10 @@ OVERRIDABLE = {  # what the policy sets and a run may set otherwise: which kerne
 
 
 def config_of(*options: str) -> Any:
-    return load(ROOT / "examples/arithmetic/config.yaml", [f"policy.model={ROOT / 'examples/arithmetic/base'}", *options])
+    return load(
+        ROOT / "examples/arithmetic/config.yaml",
+        [f"policy.model={ROOT / 'examples/arithmetic/base'}", *options],
+    )
 
 
 def test_every_refused_field_is_megatrons() -> None:
@@ -75,7 +78,9 @@ def test_what_the_policy_sets_is_not_silently_overridden(monkeypatch: pytest.Mon
         ("delay_wgrad_compute=true", "complete when the backward pass is"),
     ],
 )
-def test_a_field_that_makes_wrong_numbers_is_refused_by_training_and_by_the_plan(option: str, said: str) -> None:
+def test_a_field_that_makes_wrong_numbers_is_refused_by_training_and_by_the_plan(
+    option: str, said: str
+) -> None:
     config = config_of(f"policy.megatron.{option}")
     message = f"policy.megatron.{option.split('=')[0]} cannot be set: .*{re.escape(said)}"
     with pytest.raises(ConfigError, match=message):
@@ -85,7 +90,12 @@ def test_a_field_that_makes_wrong_numbers_is_refused_by_training_and_by_the_plan
 
 
 def test_a_field_that_leaves_the_numbers_alone_reaches_megatron() -> None:
-    options = ["recompute_granularity=selective", "bucket_size=1000", "adam_eps=1e-6", "overlap_grad_reduce=true"]
+    options = [
+        "recompute_granularity=selective",
+        "bucket_size=1000",
+        "adam_eps=1e-6",
+        "overlap_grad_reduce=true",
+    ]
     config = config_of(*(f"policy.megatron.{option}" for option in options))
     built = model.transformer_config(read_shape(config.policy.model), config)
     _, optimizer, ddp = model.split_passthrough(config.policy.megatron)

@@ -1,4 +1,6 @@
-"""What `dapo plan` counts, against what is known of real models; what it refuses, and what it advises. Activations: tests/distributed."""
+"""What `dapo plan` counts, against what is known of real models; what it refuses, and what it advises.
+Activations: tests/distributed.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,15 @@ from dapo import config
 from dapo.config import ConfigError
 from dapo.model.files import stored_weights
 from dapo.model.shape import ModelShape, padded_vocab, read_shape
-from dapo.plan.memory import BATCH_BYTES, CHUNK_BYTES, Rank, active_parameters, expert_parameters, num_parameters, stage_parameters
+from dapo.plan.memory import (
+    BATCH_BYTES,
+    CHUNK_BYTES,
+    Rank,
+    active_parameters,
+    expert_parameters,
+    num_parameters,
+    stage_parameters,
+)
 from dapo.plan.plan import GIB, HARDWARE, Plan, describe, make_plan, remedies
 
 ROOT = Path(__file__).parents[3]
@@ -25,15 +35,38 @@ EXPERTS = ROOT / "examples/qwen3_30b_a3b/config.yaml"
 
 
 def sizes(hidden: int, ffn: int, layers: int, heads: int, kv: int, vocab: int, **more: Any) -> dict[str, Any]:
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
-    return dict(zip(names, (hidden, ffn, layers, heads, kv, vocab), strict=True)) | {"tie_word_embeddings": False} | more
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    )
+    return (
+        dict(zip(names, (hidden, ffn, layers, heads, kv, vocab), strict=True))
+        | {"tie_word_embeddings": False}
+        | more
+    )
 
 
 MODELS = {  # config.json as published, and the parameters that its weights hold
-    "Qwen2.5-0.5B": (sizes(896, 4864, 24, 14, 2, 151936, model_type="qwen2", tie_word_embeddings=True), 494_032_768),
-    "Qwen2.5-7B": (sizes(3584, 18944, 28, 28, 4, 152064, model_type="qwen2", use_mrope=False, sliding_window=131072), 7_615_616_512),
-    "Qwen2.5-32B": (sizes(5120, 27648, 64, 40, 8, 152064, model_type="qwen2", max_window_layers=64), 32_763_876_352),
-    "Qwen3-8B": (sizes(4096, 12288, 36, 32, 8, 151936, model_type="qwen3", head_dim=128, attention_bias=False), 8_190_735_360),
+    "Qwen2.5-0.5B": (
+        sizes(896, 4864, 24, 14, 2, 151936, model_type="qwen2", tie_word_embeddings=True),
+        494_032_768,
+    ),
+    "Qwen2.5-7B": (
+        sizes(3584, 18944, 28, 28, 4, 152064, model_type="qwen2", use_mrope=False, sliding_window=131072),
+        7_615_616_512,
+    ),
+    "Qwen2.5-32B": (
+        sizes(5120, 27648, 64, 40, 8, 152064, model_type="qwen2", max_window_layers=64),
+        32_763_876_352,
+    ),
+    "Qwen3-8B": (
+        sizes(4096, 12288, 36, 32, 8, 151936, model_type="qwen3", head_dim=128, attention_bias=False),
+        8_190_735_360,
+    ),
     "Qwen3-30B-A3B": (
         sizes(
             2048,
@@ -58,8 +91,14 @@ MODELS = {  # config.json as published, and the parameters that its weights hold
         ),
         30_532_122_624,
     ),
-    "Llama-3-8B": (sizes(4096, 14336, 32, 32, 8, 128256, model_type="llama", rope_theta=500000.0, rope_scaling=None), 8_030_261_248),
-    "Mistral-Nemo": (sizes(5120, 14336, 40, 32, 8, 131072, model_type="mistral", head_dim=128, sliding_window=None), 12_247_782_400),
+    "Llama-3-8B": (
+        sizes(4096, 14336, 32, 32, 8, 128256, model_type="llama", rope_theta=500000.0, rope_scaling=None),
+        8_030_261_248,
+    ),
+    "Mistral-Nemo": (
+        sizes(5120, 14336, 40, 32, 8, 131072, model_type="mistral", head_dim=128, sliding_window=None),
+        12_247_782_400,
+    ),
 }
 LAYERS = ["full_attention", "sliding_attention"]
 
@@ -70,10 +109,13 @@ def write_model(directory: Path, name: str, **changed: Any) -> Path:
     return directory
 
 
-def plan_of(folder: Path, model: str, *overrides: str, gpu: str = "h100", world: int | None = None, te: bool = False) -> Plan:
+def plan_of(
+    folder: Path, model: str, *overrides: str, gpu: str = "h100", world: int | None = None, te: bool = False
+) -> Plan:
     path = folder / "run.yaml"
     path.write_text(
-        f"run: {{dir: r}}\ndata: {{train: t}}\npolicy: {{model: {write_model(folder / model, model)}}}\nengine: {{kind: sglang}}\n"
+        f"run: {{dir: r}}\ndata: {{train: t}}\npolicy: "
+        f"{{model: {write_model(folder / model, model)}}}\nengine: {{kind: sglang}}\n"
     )
     return make_plan(config.load(path, list(overrides)), gpu, world, has_te=te)
 
@@ -85,12 +127,16 @@ def test_parameters_are_those_of_the_real_models(name: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("layout", [(1, 1), (2, 1), (1, 2), (2, 4)])
 @pytest.mark.parametrize("name", ["Qwen2.5-0.5B", "Qwen2.5-7B", "Qwen3-8B", "Qwen3-30B-A3B", "Llama-3-8B"])
-def test_all_ranks_together_hold_the_whole_model_once(name: str, layout: tuple[int, int], tmp_path: Path) -> None:
+def test_all_ranks_together_hold_the_whole_model_once(
+    name: str, layout: tuple[int, int], tmp_path: Path
+) -> None:
     """But for what is meant to be there more often: padding, a tied head of its own on the last stage."""
     tensor, pipeline = layout
     shape = read_shape(write_model(tmp_path, name))
     stages = [stage_parameters(shape, tensor, pipeline, stage) for stage in range(pipeline)]
-    held = sum(tensor * split + whole for split, whole in stages) + pipeline * 8 * expert_parameters(shape, pipeline, 8)
+    held = sum(tensor * split + whole for split, whole in stages) + pipeline * 8 * expert_parameters(
+        shape, pipeline, 8
+    )
     padding = (padded_vocab(shape, tensor) - shape.vocab_size) * shape.hidden_size
     copies = padded_vocab(shape, tensor) * shape.hidden_size if shape.is_tied and pipeline > 1 else 0
     assert held - copies - padding * (1 if shape.is_tied else 2) == num_parameters(shape)
@@ -136,7 +182,10 @@ def test_llama_without_kv_heads_has_as_many_as_heads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"model_type": "mixtral"}, "model_type 'mixtral' is not supported; supported: qwen2, qwen3, qwen3_moe, llama, mistral"),
+        (
+            {"model_type": "mixtral"},
+            "model_type 'mixtral' is not supported; supported: qwen2, qwen3, qwen3_moe, llama, mistral",
+        ),
         ({"num_experts": 128}, "field 'num_experts' is not understood"),
         ({"num_hidden_layers": None}, "num_hidden_layers=None; expected a whole number of at least 1"),
         ({"num_key_value_heads": None}, "num_key_value_heads=None; expected a whole number"),
@@ -151,7 +200,10 @@ def test_llama_without_kv_heads_has_as_many_as_heads(tmp_path: Path) -> None:
         ({"model_type": "llama", "mlp_bias": True}, "mlp_bias=True is not supported"),
         ({"model_type": "llama", "pretraining_tp": 2}, "pretraining_tp=2 is not supported"),
         ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
-        ({"layer_types": LAYERS * 14}, "layer_types ['full_attention', 'sliding_attention'] are not supported"),
+        (
+            {"layer_types": LAYERS * 14},
+            "layer_types ['full_attention', 'sliding_attention'] are not supported",
+        ),
         ({"layer_types": [["full_attention"]]}, "layer_types [\"['full_attention']\"] are not supported"),
         ({"layer_types": 28}, "layer_types 28 are not supported"),
         ({"layer_types": []}, "layer_types [] are not supported"),
@@ -159,11 +211,16 @@ def test_llama_without_kv_heads_has_as_many_as_heads(tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_type ['yarn'] is not supported"),
         ({"use_mrope": True}, "use_mrope=True is not supported"),
         ({"model_type": "mistral"}, "sliding_window=131072 is not supported; supported: null"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type yarn wants the field 'original_max_position_embeddings'"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+            "rope_type yarn wants the field 'original_max_position_embeddings'",
+        ),
         ({"rope_scaling": {"type": "yarn"}}, "rope_type yarn wants the field 'factor'"),
     ],
 )
-def test_what_is_not_understood_is_refused_by_name(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_what_is_not_understood_is_refused_by_name(
+    changed: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         read_shape(write_model(tmp_path, "Qwen2.5-7B", **changed))
 
@@ -193,15 +250,23 @@ def test_a_config_that_is_no_json_object_is_one_line(text: bytes, message: str, 
     ("changed", "message"),
     [
         ({"num_experts": None}, "num_experts=None; expected a whole number of at least 1"),
-        ({"num_experts": None, "num_local_experts": 64, "num_experts_per_tok": 65}, "num_experts_per_tok=65 of num_experts=64"),
+        (
+            {"num_experts": None, "num_local_experts": 64, "num_experts_per_tok": 65},
+            "num_experts_per_tok=65 of num_experts=64",
+        ),
         ({"num_local_experts": 64}, "num_experts=128, num_local_experts=64: remove the wrong one"),
         ({"mlp_only_layers": [0]}, "mlp_only_layers=[0] is not supported; supported: []"),
         ({"decoder_sparse_step": 2}, "decoder_sparse_step=2 is not supported; supported: 1"),
         ({"num_experts_per_tok": 1}, "norm_topk_prob=True with num_experts_per_tok=1: every expert weighs 1"),
-        ({"shared_expert_intermediate_size": 64}, "field 'shared_expert_intermediate_size' is not understood"),
+        (
+            {"shared_expert_intermediate_size": 64},
+            "field 'shared_expert_intermediate_size' is not understood",
+        ),
     ],
 )
-def test_what_is_not_understood_of_experts_is_refused_by_name(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_what_is_not_understood_of_experts_is_refused_by_name(
+    changed: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         read_shape(write_model(tmp_path, "Qwen3-30B-A3B", **changed))
 
@@ -229,7 +294,8 @@ def test_a_layout_of_experts_that_does_not_divide_is_refused_with_the_numbers(
     ("overrides", "world", "message"),
     [
         (["parallel.tensor=3"], None, "parallel.tensor=3 does not divide the model's num_attention_heads=28; parallel.tensor=3 does not "
-                                      "divide the model's num_key_value_heads=4; parallel.tensor=3 does not divide the model's "
+                                      "divide the model's num_key_value_heads=4; parallel.tensor=3 does not "
+                                      "divide the model's "
                                       "intermediate_size=18944"),
         (["parallel.tensor=1", "parallel.pipeline=3"], None, "parallel.pipeline=3 does not divide the model's num_hidden_layers=28"),
         (["parallel.tensor=4"], 10, "world size 10 is not a multiple of parallel.tensor=4 × parallel.pipeline=1"),
@@ -282,7 +348,8 @@ def test_memory_follows_the_layout(tmp_path: Path) -> None:
 
     whole, split = worst("parallel.tensor=1"), worst("parallel.tensor=4")
     assert abs(split.params / whole.params - 1 / 4) < 0.001
-    assert abs(split.activations / whole.activations - 1 / 4) < 0.02  # sequence parallelism: all but cos and sin
+    # sequence parallelism: all but cos and sin
+    assert abs(split.activations / whole.activations - 1 / 4) < 0.02
     assert worst("parallel.tensor=1", world=4).optimizer == whole.optimizer // 4
     assert worst("parallel.tensor=1", world=4).grads == whole.grads
     staged = plan_of(tmp_path, "Qwen2.5-7B", "parallel.tensor=1", "parallel.pipeline=4")
@@ -290,15 +357,29 @@ def test_memory_follows_the_layout(tmp_path: Path) -> None:
     assert sum(rank.parameters for rank in staged.stages) == whole.parameters
     shared = worst("parallel.tensor=4", "parallel.context=2")
     assert shared.optimizer == split.optimizer // 2 and shared.grads == split.grads
-    assert shared.tokens == split.tokens // 2 and shared.kept < 0.55 * split.kept, "half, and the other half's keys and values"
-    turns = plan_of(tmp_path, "Qwen2.5-7B", "parallel.tensor=1", "parallel.pipeline=4", "parallel.virtual_pipeline=7")
-    assert [rank.in_flight for rank in turns.stages] == [31, 29, 27, 25], "of a seventh of the stage's layers each"
+    assert shared.tokens == split.tokens // 2 and shared.kept < 0.55 * split.kept, (
+        "half, and the other half's keys and values"
+    )
+    turns = plan_of(
+        tmp_path, "Qwen2.5-7B", "parallel.tensor=1", "parallel.pipeline=4", "parallel.virtual_pipeline=7"
+    )
+    assert [rank.in_flight for rank in turns.stages] == [31, 29, 27, 25], (
+        "of a seventh of the stage's layers each"
+    )
     assert [rank.parameters for rank in turns.stages] == [rank.parameters for rank in staged.stages]
     assert turns.microbatches % 4 == 0 and turns.stages[0].microbatches % 4 == 0
     assert turns.update_seconds < staged.update_seconds, "less waiting"
     assert 1.9 < worst("parallel.tensor=4", "policy.tokens_per_microbatch=65536").kept / split.kept < 2.1
-    offload = ("optimizer_cpu_offload=true", "optimizer_offload_fraction=1.0", "use_precision_aware_optimizer=true")
-    assert worst("parallel.tensor=4", *(f"policy.megatron.{field}" for field in offload)).optimizer == 0 < split.optimizer
+    offload = (
+        "optimizer_cpu_offload=true",
+        "optimizer_offload_fraction=1.0",
+        "use_precision_aware_optimizer=true",
+    )
+    assert (
+        worst("parallel.tensor=4", *(f"policy.megatron.{field}" for field in offload)).optimizer
+        == 0
+        < split.optimizer
+    )
 
 
 def test_memory_and_work_follow_the_layout_of_experts(tmp_path: Path) -> None:
@@ -307,31 +388,51 @@ def test_memory_and_work_follow_the_layout_of_experts(tmp_path: Path) -> None:
 
     one, eight = worst(), worst("parallel.expert=8")
     dense = one.parameters - one.expert_parameters
-    assert eight.expert_parameters == one.expert_parameters // 8 and eight.parameters == dense + eight.expert_parameters
-    assert one.expert_data == 16 and eight.expert_data == 2, "tensor ranks have whole experts, so they share their optimizer's state"
+    assert (
+        eight.expert_parameters == one.expert_parameters // 8
+        and eight.parameters == dense + eight.expert_parameters
+    )
+    assert one.expert_data == 16 and eight.expert_data == 2, (
+        "tensor ranks have whole experts, so they share their optimizer's state"
+    )
     assert one.optimizer == 12 * (dense // 4 + one.expert_parameters // 16)
-    assert eight.optimizer == 12 * (dense // 4 + eight.expert_parameters // 2), "spread over ranks, not held more than once in a group"
+    assert eight.optimizer == 12 * (dense // 4 + eight.expert_parameters // 2), (
+        "spread over ranks, not held more than once in a group"
+    )
     assert eight.kept == one.kept, "as many tokens come as are sent"
     recompute = "policy.megatron.recompute_granularity=selective", "policy.megatron.recompute_modules=[moe]"
     assert worst("parallel.expert=8", *recompute).kept < 0.5 * eight.kept
     plan = plan_of(tmp_path, "Qwen3-30B-A3B", "parallel.tensor=4", "parallel.expert=8", gpu="a100", world=16)
     active = active_parameters(plan.shape)
     assert active == 3_353_032_704
-    least = 6 * (active - 151936 * 2048) * plan.tokens / (16 * 312e12 * HARDWARE["a100"].mfu)  # the embedding is looked up
-    assert 1.6 * least < plan.update_seconds < 1.8 * least, "attention over 11,264 tokens costs 0.7 of the matrices"
+    # the embedding is looked up
+    least = 6 * (active - 151936 * 2048) * plan.tokens / (16 * 312e12 * HARDWARE["a100"].mfu)
+    assert 1.6 * least < plan.update_seconds < 1.8 * least, (
+        "attention over 11,264 tokens costs 0.7 of the matrices"
+    )
 
 
-def test_a_checkpoint_takes_the_main_memory_of_one_tensor_and_in_the_background_of_the_rank_s_share(tmp_path: Path) -> None:
+def test_a_checkpoint_takes_the_main_memory_of_one_tensor_and_in_the_background_of_the_rank_s_share(
+    tmp_path: Path,
+) -> None:
     def plan(*overrides: str, gpu: str = "h100") -> Plan:
-        return plan_of(tmp_path, "Qwen3-30B-A3B", "parallel.tensor=4", "parallel.expert=8", *overrides, gpu=gpu, world=16)
+        return plan_of(
+            tmp_path, "Qwen3-30B-A3B", "parallel.tensor=4", "parallel.expert=8", *overrides, gpu=gpu, world=16
+        )
 
     table = 4 * 151936 // 4 * 2048
     assert plan().worst.main_memory == table
-    assert f"writing a checkpoint takes {8 * table / GIB:.0f} GiB of the main memory of a machine with 8 devices" in describe(plan())
+    assert (
+        f"writing a checkpoint takes {8 * table / GIB:.0f} GiB of the main memory of a machine with 8 devices"
+        in describe(plan())
+    )
     background = plan("run.async_save=true").worst
     assert background.main_memory == background.optimizer + background.params // 4
     on_cpu, in_background = (plan(f"run.async_save={on}", gpu="cpu").worst for on in ("false", "true"))
-    assert in_background.activations == on_cpu.activations and in_background.peak == on_cpu.peak + in_background.copied_state
+    assert (
+        in_background.activations == on_cpu.activations
+        and in_background.peak == on_cpu.peak + in_background.copied_state
+    )
 
 
 def test_a_mixture_of_experts_that_does_not_fit_is_told_to_spread_them(tmp_path: Path) -> None:
@@ -347,10 +448,16 @@ def test_an_out_of_memory_case_names_what_makes_it_fit_and_it_does(tmp_path: Pat
     plan = plan_of(tmp_path, "Qwen2.5-32B", "parallel.pipeline=2", gpu="h800", world=128)
     assert not plan.fits
     lines = describe(plan)
-    assert any(re.match(r"out of memory during a layer's backward pass on stage 0: \d+\.\d GiB too much", line) for line in lines)
+    assert any(
+        re.match(r"out of memory during a layer's backward pass on stage 0: \d+\.\d GiB too much", line)
+        for line in lines
+    )
     first = next(line for line in lines if line.startswith("fits with "))
     overrides = first.removeprefix("fits with ").partition(":")[0].split()
-    assert overrides == ["policy.megatron.recompute_granularity=selective", "policy.megatron.recompute_modules=[mlp]"]
+    assert overrides == [
+        "policy.megatron.recompute_granularity=selective",
+        "policy.megatron.recompute_modules=[mlp]",
+    ]
     changed = plan_of(tmp_path, "Qwen2.5-32B", "parallel.pipeline=2", *overrides, gpu="h800", world=128)
     assert changed.fits
     assert changed.worst.peak / GIB < plan.room < plan.worst.peak / GIB
@@ -362,11 +469,15 @@ def test_where_no_single_change_is_enough_several_are_named(tmp_path: Path) -> N
     assert found
     for text, changed in found:
         overrides = [word for word in text.split() if "=" in word]
-        again = plan_of(tmp_path, "Qwen2.5-32B", "parallel.tensor=2", *overrides, gpu="h100", world=changed.world)
+        again = plan_of(
+            tmp_path, "Qwen2.5-32B", "parallel.tensor=2", *overrides, gpu="h100", world=changed.world
+        )
         assert again.fits
         assert again.worst.peak == changed.worst.peak
     assert all(
-        len([word for word in text.split() if "recompute_method" not in word and "num_layers" not in word]) >= 2 for text, _ in found
+        len([word for word in text.split() if "recompute_method" not in word and "num_layers" not in word])
+        >= 2
+        for text, _ in found
     )
 
 
@@ -379,7 +490,9 @@ def test_what_nothing_helps_is_said(tmp_path: Path) -> None:
 
 def test_times_follow_the_hardware_and_the_work(tmp_path: Path) -> None:
     def seconds(*overrides: str, gpu: str = "h100", world: int = 8) -> float:
-        return plan_of(tmp_path, "Qwen2.5-7B", "parallel.tensor=4", *overrides, gpu=gpu, world=world).update_seconds
+        return plan_of(
+            tmp_path, "Qwen2.5-7B", "parallel.tensor=4", *overrides, gpu=gpu, world=world
+        ).update_seconds
 
     assert seconds() > seconds(world=16) > seconds(world=16, gpu="b200")
     full = ("granularity=full", "method=uniform", "num_layers=1")
@@ -391,7 +504,12 @@ def test_times_follow_the_hardware_and_the_work(tmp_path: Path) -> None:
 
 
 def test_what_is_not_counted_is_said(tmp_path: Path) -> None:
-    overrides = ["parallel.tensor=4", "policy.megatron.fp8=hybrid", "policy.megatron.adam_eps=1e-6", "policy.dtype=float32"]
+    overrides = [
+        "parallel.tensor=4",
+        "policy.megatron.fp8=hybrid",
+        "policy.megatron.adam_eps=1e-6",
+        "policy.dtype=float32",
+    ]
     plan = plan_of(tmp_path, "Qwen2.5-7B", *overrides, world=4096)
     first, second, third = (line for line in describe(plan) if line.startswith("note"))
     assert "policy.megatron.fp8 is not counted" in first
@@ -410,7 +528,9 @@ def test_the_mixture_of_experts_layout_fits_16_gpus_of_80_gb(tmp_path: Path) -> 
 def test_the_paper_s_layout_fits_128_gpus_of_80_gb(tmp_path: Path) -> None:
     model = write_model(tmp_path, "Qwen2.5-32B")
     command = [sys.executable, "-X", "importtime", "-m", "dapo", "plan", str(PAPER), f"policy.model={model}"]
-    done = subprocess.run([*command, "--gpu", "h800", "--world-size", "128"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--gpu", "h800", "--world-size", "128"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-500:]
     assert "32,763,876,352 parameters" in done.stdout
     assert "128 × H800 80GB = tensor 8 × pipeline 2 × data 8" in done.stdout
@@ -419,17 +539,25 @@ def test_the_paper_s_layout_fits_128_gpus_of_80_gb(tmp_path: Path) -> None:
 
 
 def test_the_paper_s_layout_is_built_on_the_meta_device_as_planned(tmp_path: Path) -> None:
-    """All 64 layers: a rank of each stage, as Megatron builds it among 128, has the parameters that the plan counts and the table names."""
+    """All 64 layers: a rank of each stage, as Megatron builds it among 128, has the parameters that the plan
+    counts and the table names.
+    """
     write_model(tmp_path, "Qwen2.5-32B")
     shape = read_shape(tmp_path)
     expected = [sum(stage_parameters(shape, 8, 2, stage)) for stage in (0, 1)]
-    assert parameters_on_meta(PAPER, tmp_path, 128, "parallel.context=2", "parallel.virtual_pipeline=4") == [expected] * 2
+    assert (
+        parameters_on_meta(PAPER, tmp_path, 128, "parallel.context=2", "parallel.virtual_pipeline=4")
+        == [expected] * 2
+    )
 
 
 def test_the_mixture_of_experts_layout_is_built_on_the_meta_device_as_planned(tmp_path: Path) -> None:
     """All 48 layers: the first rank and the last of 16, each with its 16 experts."""
     shape = read_shape(write_model(tmp_path, "Qwen3-30B-A3B"))
-    counts = [sum(stage_parameters(shape, 4, pipeline, pipeline - 1)) + expert_parameters(shape, pipeline, 8) for pipeline in (1, 2)]
+    counts = [
+        sum(stage_parameters(shape, 4, pipeline, pipeline - 1)) + expert_parameters(shape, pipeline, 8)
+        for pipeline in (1, 2)
+    ]
     first = sum(stage_parameters(shape, 4, 2, 0)) + expert_parameters(shape, 2, 8)
     built = parameters_on_meta(EXPERTS, tmp_path, 16, "parallel.pipeline=2", "parallel.virtual_pipeline=4")
     assert built == [[counts[0]] * 2, [first, counts[1]]]
@@ -437,7 +565,15 @@ def test_the_mixture_of_experts_layout_is_built_on_the_meta_device_as_planned(tm
 
 def parameters_on_meta(path: Path, model: Path, world: int, *layout: str) -> list[list[int]]:
     """Of the first and the last rank, as the config has it and with the overrides `layout`."""
-    command = [sys.executable, "-m", "tests.dapo.policy.layout_on_meta", str(path), str(model), str(world), *layout]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.dapo.policy.layout_on_meta",
+        str(path),
+        str(model),
+        str(world),
+        *layout,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)  # type: ignore[no-any-return]
@@ -445,8 +581,21 @@ def parameters_on_meta(path: Path, model: Path, world: int, *layout: str) -> lis
 
 def test_the_command_ends_with_1_where_memory_runs_out_or_the_layout_is_wrong(tmp_path: Path) -> None:
     model = write_model(tmp_path, "Qwen2.5-32B")
-    for override, expected in (("parallel.tensor=1", "out of memory"), ("parallel.tensor=16", "error: parallel.tensor=16 does not divide")):
-        command = [sys.executable, "-m", "dapo", "plan", str(PAPER), f"policy.model={model}", override, "--gpu", "h800"]
+    for override, expected in (
+        ("parallel.tensor=1", "out of memory"),
+        ("parallel.tensor=16", "error: parallel.tensor=16 does not divide"),
+    ):
+        command = [
+            sys.executable,
+            "-m",
+            "dapo",
+            "plan",
+            str(PAPER),
+            f"policy.model={model}",
+            override,
+            "--gpu",
+            "h800",
+        ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 1
         assert expected in done.stdout + done.stderr

@@ -15,7 +15,11 @@ ROOT = Path(__file__).parents[3]
 
 def defaults(tmp_path: Path, **changed):
     path = tmp_path / "c.yaml"
-    path.write_text(yaml.safe_dump({"run": {"dir": "r"}, "data": {"train": "t.jsonl"}, "policy": {"model": "m"}} | changed))
+    path.write_text(
+        yaml.safe_dump(
+            {"run": {"dir": "r"}, "data": {"train": "t.jsonl"}, "policy": {"model": "m"}} | changed
+        )
+    )
     return config.load(path)
 
 
@@ -43,18 +47,40 @@ def test_the_defaults_depart_from_verl_in_what_is_documented(tmp_path):
 
 
 def test_every_option_that_changes_the_algorithm_is_told(tmp_path):
-    """Each option of these sections is a choice by its name, or stands in the name of one, or is named here as changing no result."""
+    """Each option of these sections is a choice by its name, or stands in the name of one, or is named here
+    as changing no result.
+    """
     told = " ".join(choice.name for choice in semantics.choices(defaults(tmp_path)))
-    silent = {"rollout.max_empty_steps", "rollout.dump_share", "rollout.only", "rollout.replay", "eval.data", "eval.every"}
-    silent |= {"reward.shadow", "reward.workers", "reward.time_limit", "reward.soft_overlong_punishment", "reward.overlong_cache"}
+    silent = {
+        "rollout.max_empty_steps",
+        "rollout.dump_share",
+        "rollout.only",
+        "rollout.replay",
+        "eval.data",
+        "eval.every",
+    }
+    silent |= {
+        "reward.shadow",
+        "reward.workers",
+        "reward.time_limit",
+        "reward.soft_overlong_punishment",
+        "reward.overlong_cache",
+    }
     for section in ("rollout", "reward", "objective", "optim", "eval"):
         for option in type(getattr(defaults(tmp_path), section)).model_fields:
             assert f"{section}.{option}" in told or f"{section}.{option}" in silent, f"{section}.{option}"
 
 
 def test_a_departure_says_both_values_and_why(tmp_path):
-    [line] = [line for line in semantics.diff(defaults(tmp_path, objective={"clip_high": 0.2}), "paper") if "clip_high" in line]
-    assert line == "objective.clip_high: 0.2; paper: 0.28. Why one would: Clip-Higher: room for unlikely tokens keeps the entropy up"
+    [line] = [
+        line
+        for line in semantics.diff(defaults(tmp_path, objective={"clip_high": 0.2}), "paper")
+        if "clip_high" in line
+    ]
+    assert (
+        line
+        == "objective.clip_high: 0.2; paper: 0.28. Why one would: Clip-Higher: room for unlikely tokens keeps the entropy up"
+    )
 
 
 def test_the_manifest_holds_choices_data_checker_and_versions_and_tells_what_changed(tmp_path):
@@ -84,8 +110,20 @@ def test_the_fingerprint_follows_the_reward_function_s_source(tmp_path, monkeypa
 
 
 def test_the_plan_command_prints_a_line_a_departure_and_loads_no_torch():
-    command = [sys.executable, "-X", "importtime", "-m", "dapo", "plan", "examples/arithmetic/config.yaml", "--diff", "verl"]
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "-m",
+        "dapo",
+        "plan",
+        "examples/arithmetic/config.yaml",
+        "--diff",
+        "verl",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
-    assert "optim.lr: 0.0002; verl: 1e-06. Why one would: a smaller model bears more" in done.stdout.splitlines()
+    assert (
+        "optim.lr: 0.0002; verl: 1e-06. Why one would: a smaller model bears more" in done.stdout.splitlines()
+    )
     assert "pydantic" in done.stderr and not re.search(r"\| +torch\n", done.stderr)

@@ -1,8 +1,10 @@
-"""python -m tests.dapo.policy.layout_on_meta CONFIG MODEL WORLD LAYOUT…: parameters of the first and the last rank, built without memory, as JSON.
+"""python -m tests.dapo.policy.layout_on_meta CONFIG MODEL WORLD LAYOUT…: parameters of the first and the last
+rank, built without memory, as JSON.
 
 As the config has it, and then with the overrides LAYOUT.
 
-One process that takes itself for one rank after the other: torch's fake process group answers every collective at once.
+One process that takes itself for one rank after the other: torch's fake process group answers every
+collective at once.
 """
 
 from __future__ import annotations
@@ -23,7 +25,14 @@ from dapo.policy.model import build_model, transformer_config
 
 def main(path: str, model: str, world: str, *layout: str) -> None:
     layouts: list[list[str]] = [[], list(layout)]
-    print(json.dumps([parameters(configs.load(path, [f"policy.model={model}", *layout]), int(world)) for layout in layouts]))
+    print(
+        json.dumps(
+            [
+                parameters(configs.load(path, [f"policy.model={model}", *layout]), int(world))
+                for layout in layouts
+            ]
+        )
+    )
 
 
 def parameters(config: configs.Config, world: int) -> list[int]:

@@ -1,4 +1,6 @@
-"""The adaptation of Megatron-core: how often each rule hits in the pinned version, so that an upgrade shows."""
+"""The adaptation of Megatron-core: how often each rule hits in the pinned version, so that an upgrade
+shows.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ import torch
 
 from dapo.policy import cpu
 
-HITS = [175, 31, 11, 59, 1, 21, 18, 15, 9, 123, 2, 1, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]  # in the order of the rules
+# in the order of the rules
+HITS = [175, 31, 11, 59, 1, 21, 18, 15, 9, 123, 2, 1, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]
 
 
 def sources() -> dict[str, str]:
@@ -76,7 +79,11 @@ print(full - resident())
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc")
 def test_freed_memory_is_returned() -> None:
     kept, returned = (
-        int(subprocess.run([sys.executable, "-c", FREED, how], check=True, capture_output=True, text=True).stdout)
+        int(
+            subprocess.run(
+                [sys.executable, "-c", FREED, how], check=True, capture_output=True, text=True
+            ).stdout
+        )
         for how in ("kept", "returned")
     )
     assert kept < 32, "glibc returns it by itself: nothing was tested"

@@ -25,9 +25,13 @@ def test_each_sequence_attends_to_itself_only(lengths: list[int]) -> None:
     attention.scale, attention.context = None, SimpleNamespace(size=lambda: 1)
     total = sum(lengths)
     query, key, value = (torch.randn(total, h, 8, requires_grad=True) for h in (4, 2, 2))
-    packed = SimpleNamespace(cu_seqlens_q=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32), max_seqlen_q=max(lengths))
+    packed = SimpleNamespace(
+        cu_seqlens_q=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32), max_seqlen_q=max(lengths)
+    )
     out = attention(query, key, value, None, packed_seq_params=packed)
-    expected = torch.cat([attend(*parts) for parts in zip(*(x.split(lengths) for x in (query, key, value)), strict=True)])
+    expected = torch.cat(
+        [attend(*parts) for parts in zip(*(x.split(lengths) for x in (query, key, value)), strict=True)]
+    )
     torch.testing.assert_close(out, expected)
     direction = torch.randn_like(out)
     ours = torch.autograd.grad((out * direction).sum(), (query, key, value))
@@ -45,7 +49,9 @@ def test_context_ranks_together_attend_as_one(context: int, chunks: list[int]) -
     everything = microbatch_of(np.arange(sum(lengths)), cu_seqlens)
     shares = [torch.from_numpy(share(everything, rank, context).tokens) for rank in range(context)]
     query, key, value = (torch.randn(sum(lengths), h, 8) for h in (4, 2, 2))
-    expected = torch.cat([attend(*parts) for parts in zip(*(x.split(lengths) for x in (query, key, value)), strict=True)])
+    expected = torch.cat(
+        [attend(*parts) for parts in zip(*(x.split(lengths) for x in (query, key, value)), strict=True)]
+    )
     attention = PackedAttention.__new__(PackedAttention)
     torch.nn.Module.__init__(attention)
     attention.scale = None
@@ -53,7 +59,9 @@ def test_context_ranks_together_attend_as_one(context: int, chunks: list[int]) -
     for rank, mine in enumerate(shares):
         runs = key_runs(torch.from_numpy(cu_seqlens), len(mine), rank, context)
         seen = gathered[runs.places]
-        ours = attention._run_by_run(query[mine], key[seen], value[seen], runs.queries, runs.keys, max(lengths))
+        ours = attention._run_by_run(
+            query[mine], key[seen], value[seen], runs.queries, runs.keys, max(lengths)
+        )
         torch.testing.assert_close(ours.flatten(1), expected[mine])
 
 

@@ -12,8 +12,13 @@ from dapo.policy.optimizer_state import boxes
 def test_boxes_hold_a_flat_range_end_to_end(shape):
     whole = torch.arange(torch.Size(shape).numel()).view(shape)
     for start, end in itertools.combinations_with_replacement(range(whole.numel() + 1), 2):
-        cut = [whole[tuple(slice(i, i + n) for i, n in zip(*box, strict=True))] for box in boxes(start, end, shape)]
-        assert torch.cat([part.flatten() for part in cut] + [whole.new_empty(0)]).tolist() == list(range(start, end))
+        cut = [
+            whole[tuple(slice(i, i + n) for i, n in zip(*box, strict=True))]
+            for box in boxes(start, end, shape)
+        ]
+        assert torch.cat([part.flatten() for part in cut] + [whole.new_empty(0)]).tolist() == list(
+            range(start, end)
+        )
         assert len(cut) <= 2 * len(shape) - 1
 
 

@@ -21,7 +21,13 @@ SIZES = {
     "model_type": "qwen2", "vocab_size": 100, "hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 1,
     "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 131072,
 }  # fmt: skip
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 
 
@@ -42,13 +48,16 @@ def write_model(directory: Path, **fields: Any) -> Path:
         YARN | {"mscale": 0.707, "mscale_all_dim": 1.3},
         YARN | {"mscale": 0.707},  # has no effect alone
         YARN | {"factor": 1.0},
-        YARN | {"original_max_position_embeddings": 5},  # no pair turns once: the ends of the ramp change places
+        # no pair turns once: the ends of the ramp change places
+        YARN | {"original_max_position_embeddings": 5},
         YARN | {"beta_fast": 1.0, "mscale": None},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("theta", [10_000.0, 1_000_000])
-def test_frequencies_and_attention_factor_are_hugging_faces(scaling: dict[str, Any], theta: float, tmp_path: Path) -> None:
+def test_frequencies_and_attention_factor_are_hugging_faces(
+    scaling: dict[str, Any], theta: float, tmp_path: Path
+) -> None:
     shape = read_shape(write_model(tmp_path, rope_parameters=scaling | {"rope_theta": theta}))
     hf = transformers.AutoConfig.from_pretrained(tmp_path)
     frequencies, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](hf, torch.device("cpu"))
@@ -63,7 +72,10 @@ def test_frequencies_and_attention_factor_are_hugging_faces(scaling: dict[str, A
         {"rope_parameters": YARN | {"rope_theta": 1e6}, "rope_theta": 1e6},
         {"rope_parameters": YARN | {"rope_theta": 1e6}, "rope_scaling": YARN | {"rope_theta": 1e6}},
         {"rope_parameters": None, "rope_scaling": YARN, "rope_theta": 1e6},
-        {"rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 32768}, "rope_theta": 1e6},  # Qwen2.5's README
+        {
+            "rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 32768},
+            "rope_theta": 1e6,
+        },  # Qwen2.5's README
         {"rope_scaling": YARN | {"type": "yarn"}, "rope_theta": 1000000},
         {"rope_scaling": YARN | {"beta_fast": None, "beta_slow": 1}, "rope_theta": 1e6},
     ],
@@ -77,7 +89,13 @@ def test_old_and_new_spellings_mean_the_same(fields: dict[str, Any], tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "fields", [{"rope_parameters": None}, {"rope_scaling": None}, {"rope_parameters": {}}, {"rope_scaling": {"rope_type": "default"}}]
+    "fields",
+    [
+        {"rope_parameters": None},
+        {"rope_scaling": None},
+        {"rope_parameters": {}},
+        {"rope_scaling": {"rope_type": "default"}},
+    ],
 )
 def test_none_of_it_is_a_plain_embedding(fields: dict[str, Any], tmp_path: Path) -> None:
     shape = read_shape(write_model(tmp_path, rope_theta=5e5, **fields))
@@ -108,6 +126,8 @@ def test_none_of_it_is_a_plain_embedding(fields: dict[str, Any], tmp_path: Path)
     ],
     ids=str,
 )  # fmt: skip
-def test_a_rope_that_is_not_understood_is_refused_by_name(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_a_rope_that_is_not_understood_is_refused_by_name(
+    fields: dict[str, Any], said: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
         read_shape(write_model(tmp_path, **fields))

@@ -17,40 +17,64 @@ from dapo.rollout import dump
 from dapo.rollout.buffer import Buffer
 from dapo.types import Group, Prompt, Sample
 
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH")
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+in_a_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH"
+)
 HOSTILE = 'a</script><img src=x onerror=document.title="hurt"><!-- <b>bold</b> \x00\u2028 é😀 «data» &amp;'
 
 
 def make_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     """Byte-level: every text has tokens, and a character that was not seen is several of them."""
     tokenizer = tokenizers.ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(["the answer is the number the answer"] * 3, vocab_size=260, show_progress=False)
+    tokenizer.train_from_iterator(
+        ["the answer is the number the answer"] * 3, vocab_size=260, show_progress=False
+    )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
-def make_groups(step: int, tokenizer: tokenizers.Tokenizer, responses: list[str], num_groups: int = 3) -> list[Group]:
+def make_groups(
+    step: int, tokenizer: tokenizers.Tokenizer, responses: list[str], num_groups: int = 3
+) -> list[Group]:
     """Groups all correct, all wrong and mixed in turn; the last sample of each is cut off."""
     groups = []
     for place in range(num_groups):
         group = Group(
-            (step << 20) + place, Prompt(place, np.array(tokenizer.encode(f"what is {place}? {responses[0]}").ids, np.int32), "42")
+            (step << 20) + place,
+            Prompt(place, np.array(tokenizer.encode(f"what is {place}? {responses[0]}").ids, np.int32), "42"),
         )
         for index, response in enumerate(responses):
             tokens = np.array(tokenizer.encode(response).ids, np.int32)
             n, is_correct = len(tokens), [True, False, index == 0][place % 3]
             logprobs = -np.linspace(0, 3, n, dtype=np.float32)
             finish = "length" if index == len(responses) - 1 else "stop"
-            sample = Sample(group.id, index, tokens, logprobs, np.ones(n, bool), ((0, 0, n),), finish, response, is_correct)
+            sample = Sample(
+                group.id,
+                index,
+                tokens,
+                logprobs,
+                np.ones(n, bool),
+                ((0, 0, n),),
+                finish,
+                response,
+                is_correct,
+            )
             group.samples.append(sample)
         groups.append(group)
     return groups
 
 
 def make_run(
-    directory: Path, *, steps: int = 3, responses: tuple[str, ...] = ("the answer", "is the number"), dumps: int = 1, lr: float = 1e-6
+    directory: Path,
+    *,
+    steps: int = 3,
+    responses: tuple[str, ...] = ("the answer", "is the number"),
+    dumps: int = 1,
+    lr: float = 1e-6,
 ) -> Path:
     tokenizer = make_tokenizer(directory / "hf")
     (directory / "config.yaml").write_text(
@@ -64,7 +88,10 @@ def make_run(
         for group in make_groups(step, tokenizer, list(responses)):
             buffer.offer(group)
         dump.write(dump.path_of(directory / "rollouts", step), buffer, share=1.0)
-        dump.write_traces(dump.traces_path_of(directory / "rollouts", step), [make_trace(s) for g in buffer.kept for s in g.samples])
+        dump.write_traces(
+            dump.traces_path_of(directory / "rollouts", step),
+            [make_trace(s) for g in buffer.kept for s in g.samples],
+        )
     return directory
 
 
@@ -72,11 +99,20 @@ def make_trace(sample: Sample) -> Trace:
     """The second token clipped low, the third high, by e^∓1."""
     at, change = np.arange(sample.length), np.zeros(sample.length, np.float32)
     change[1:3] = [-1, 1]
-    return Trace(sample.group, sample.index, sample.behavior_logprobs, sample.behavior_logprobs + change, at == 1, at == 2)
+    return Trace(
+        sample.group,
+        sample.index,
+        sample.behavior_logprobs,
+        sample.behavior_logprobs + change,
+        at == 1,
+        at == 2,
+    )
 
 
 def data_of(file: Path):
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', file.read_text())[1])
+    return json.loads(
+        re.search(r'<script type="application/json" id="data">(.*?)</script>', file.read_text())[1]
+    )
 
 
 def refused(arguments: list[str], capsys) -> str:
@@ -91,7 +127,11 @@ def refused(arguments: list[str], capsys) -> str:
 
 
 def test_numbers_keep_six_digits_and_what_is_missing_or_not_finite_is_nothing():
-    rows = [{"step": 0, "a": 1 / 3, "note": "text"}, {"step": 1, "a": float("nan")}, {"step": 2, "a": 7, "b": -1e-9}]
+    rows = [
+        {"step": 0, "a": 1 / 3, "note": "text"},
+        {"step": 1, "a": float("nan")},
+        {"step": 2, "a": 7, "b": -1e-9},
+    ]
     assert page.columns(rows) == {"step": [0, 1, 2], "a": [0.333333, None, 7], "b": [None, None, -1e-9]}
 
 
@@ -150,7 +190,11 @@ def test_a_decoder_that_strips_a_leading_space_keeps_it_between_tokens(tmp_path)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     ids = tokenizer.encode("the answer the answer").ids
     pieces = page.Tokenizer(tmp_path / "tokenizer.json").pieces(ids)
-    assert pieces is not None and len(pieces) == len(ids) >= 4 and "".join(pieces).strip() == "the answer the answer"
+    assert (
+        pieces is not None
+        and len(pieces) == len(ids) >= 4
+        and "".join(pieces).strip() == "the answer the answer"
+    )
 
 
 # samples in the page
@@ -172,7 +216,11 @@ def test_a_group_says_of_each_sample_what_the_dump_and_its_traces_say(tmp_path):
     run = page.read(make_run(tmp_path / "run"), "run")
     mixed = page.read_groups(run.directory / "rollouts", 0, slice(0, 1))[0]
     entry, content = page.describe(0, mixed, page.Tokenizer.of(run))
-    assert entry["kind"] == "kept" and entry["outcomes"] == "cW" and entry["preview"] == content["prompt"] == "what is 2? the answer"
+    assert (
+        entry["kind"] == "kept"
+        and entry["outcomes"] == "cW"
+        and entry["preview"] == content["prompt"] == "what is 2? the answer"
+    )
     first, second = content["samples"]
     assert "".join(first["pieces"]) == "the answer" and first["correct"] and not first["truncated"]
     assert "".join(second["pieces"]) == "is the number" and second["finish"] == "length"
@@ -192,7 +240,9 @@ def test_a_group_without_traces_has_no_clips(tmp_path):
     run = page.read(make_run(tmp_path / "run"), "run")
     dump.traces_path_of(run.directory / "rollouts", 0).unlink()
     for rows in page.read_groups(run.directory / "rollouts", 0, slice(0, None)):
-        assert all("clips" not in sample for sample in page.describe(0, rows, page.Tokenizer.of(run))[1]["samples"])
+        assert all(
+            "clips" not in sample for sample in page.describe(0, rows, page.Tokenizer.of(run))[1]["samples"]
+        )
 
 
 def test_tokens_that_the_policy_did_not_write_are_marked(tmp_path):
@@ -234,7 +284,11 @@ def test_a_torn_last_line_is_left_out_with_a_warning(tmp_path, capsys):
         file.write('{"step": 3, "rollout/rew')
     assert main(["report", str(run)]) == 0
     told = capsys.readouterr()
-    assert told.err.startswith("warning: ") and "metrics.jsonl:4 is cut short" in told.err and "report.html" in told.out
+    assert (
+        told.err.startswith("warning: ")
+        and "metrics.jsonl:4 is cut short" in told.err
+        and "report.html" in told.out
+    )
     data = data_of(run / "report.html")["runs"][0]
     assert data["columns"]["step"] == [0, 1, 2] and "cut short" in data["warnings"][0]
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
@@ -258,7 +312,8 @@ def test_a_damaged_dump_is_refused_and_named(tmp_path, capsys, which):
     assert main(["report", str(run), "--samples", "0"]) == 0, "the remedy"
     path.write_bytes(whole)
     damaged, content = 0, page.embed(page.read(run, "run"), 1 << 20).blobs
-    for at in range(0, len(whole), len(whole) // 40):  # a byte in the middle: it does not matter, or it is said
+    # a byte in the middle: it does not matter, or it is said
+    for at in range(0, len(whole), len(whole) // 40):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
         try:
             assert page.embed(page.read(run, "run"), 1 << 20).blobs == content
@@ -292,16 +347,33 @@ def test_reading_a_run_does_not_wait_for_torch(tmp_path):
 
 
 def open_page(file: Path, fragment: str = "", script: str = "") -> tuple[str, list[str]]:
-    """The document as Chromium has it after running the page, and `script` at its end; and what it complained of."""
+    """The document as Chromium has it after running the page, and `script` at its end; and what it complained
+    of.
+    """
     if script:
         file = Path(shutil.copy(file, file.with_suffix(".scripted.html")))
         file.write_text(file.read_text().replace("</body>", f"<script>{script}</script></body>"))
-    command = [str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={file.parent / 'profile'}"]
-    options = ["--window-size=1500,1000", "--virtual-time-budget=10000", "--enable-logging=stderr", "--dump-dom"]
-    done = subprocess.run([*command, *options, f"{file.as_uri()}#{fragment}"], capture_output=True, timeout=120)
+    command = [
+        str(CHROMIUM),
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={file.parent / 'profile'}",
+    ]
+    options = [
+        "--window-size=1500,1000",
+        "--virtual-time-budget=10000",
+        "--enable-logging=stderr",
+        "--dump-dom",
+    ]
+    done = subprocess.run(
+        [*command, *options, f"{file.as_uri()}#{fragment}"], capture_output=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     complaints = [line for line in done.stderr.decode(errors="replace").splitlines() if "CONSOLE" in line]
-    return re.sub(r"<script.*?</script>", "", done.stdout.decode(errors="surrogateescape"), flags=re.DOTALL), complaints
+    return re.sub(
+        r"<script.*?</script>", "", done.stdout.decode(errors="surrogateescape"), flags=re.DOTALL
+    ), complaints
 
 
 def words(dom: str, id: str) -> str:
@@ -319,20 +391,40 @@ def words(dom: str, id: str) -> str:
 
 @in_a_browser
 def test_a_page_of_two_runs_of_a_thousand_steps_is_drawn_without_complaint(tmp_path):
-    runs = [make_run(tmp_path / name / "run", steps=1000, dumps=40, lr=lr) for name, lr in [("a", 1e-6), ("b", 2e-6)]]
+    runs = [
+        make_run(tmp_path / name / "run", steps=1000, dumps=40, lr=lr)
+        for name, lr in [("a", 1e-6), ("b", 2e-6)]
+    ]
     page.write(runs, tmp_path / "page.html", 16)
     dom, complaints = open_page(tmp_path / "page.html", "run=1&step=17&smooth=0")
     assert complaints == []
-    assert re.search(r'<body data-opened="\d+" data-shown="1/17/\d+/0"', dom.replace('data-shown="1/17', 'data-shown="1/17'))
-    assert dom.count('class="panel card"') == 3 + 2 + 2, "reward, length and time, and groups and phases of each run"
-    assert len(re.findall(r'class="curve" d="(?:[ML][-\d. ]+){1000}"', dom)) == 6, "a point for every step of both runs"
+    assert re.search(
+        r'<body data-opened="\d+" data-shown="1/17/\d+/0"',
+        dom.replace('data-shown="1/17', 'data-shown="1/17'),
+    )
+    assert dom.count('class="panel card"') == 3 + 2 + 2, (
+        "reward, length and time, and groups and phases of each run"
+    )
+    assert len(re.findall(r'class="curve" d="(?:[ML][-\d. ]+){1000}"', dom)) == 6, (
+        "a point for every step of both runs"
+    )
     assert "a/run" in words(dom, "runs") and "b/run" in words(dom, "runs")
     assert "optim.lr1e-062e-06" in words(dom, "differences")
     assert words(dom, "curves").startswith("response length (tokens)1,0991,099")
     assert words(dom, "held") == "all 240 dumped samples of 40 steps"
     assert words(dom, "prompt") == "what is 2? the answer" and words(dom, "response") == "the answer"
-    assert len(re.findall(r'<span[^>]*class="(?:up|down)"[^>]*>', re.search(r'id="response".*', dom, re.DOTALL)[0])) == 2
-    assert re.search(r"<span style=\"background: rgba\(214, 122, 32|<span style=\"background: rgba\(var\(--heat\), 0\.\d+\)", dom)
+    assert (
+        len(
+            re.findall(
+                r'<span[^>]*class="(?:up|down)"[^>]*>', re.search(r'id="response".*', dom, re.DOTALL)[0]
+            )
+        )
+        == 2
+    )
+    assert re.search(
+        r"<span style=\"background: rgba\(214, 122, 32|<span style=\"background: rgba\(var\(--heat\), 0\.\d+\)",
+        dom,
+    )
 
 
 @in_a_browser
@@ -377,11 +469,17 @@ def test_a_run_without_its_tokenizer_shows_whole_responses(tmp_path):
     page.write([run], None, 16)
     dom, complaints = open_page(run / "report.html")
     assert complaints == []
-    assert words(dom, "response") == "the answer" and "<span" not in re.search(r'id="response".*?</div>', dom, re.DOTALL)[0]
+    assert (
+        words(dom, "response") == "the answer"
+        and "<span" not in re.search(r'id="response".*?</div>', dom, re.DOTALL)[0]
+    )
     assert "no tokenizer.json" in words(dom, "top")
 
 
 @in_a_browser
 def test_a_page_that_fails_is_noticed(tmp_path):
     page.write([make_run(tmp_path / "run")], tmp_path / "page.html", 16)
-    assert any("undefinedFunction" in line for line in open_page(tmp_path / "page.html", script="undefinedFunction()")[1])
+    assert any(
+        "undefinedFunction" in line
+        for line in open_page(tmp_path / "page.html", script="undefinedFunction()")[1]
+    )

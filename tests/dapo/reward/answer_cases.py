@@ -2,9 +2,10 @@
 
 ⏎ stands for a line break, ⎵ for a thin space, a line with "#" names the form of the cases below it.
 
-What the labels follow: the last line with "Answer:" counts, and it must hold one answer. Markup around it, a name before "=", a unit after
-it and the final full stop are no part of it. An integer must be written out; elsewhere what is mathematically equal is right, an
-approximation is not. A doubt, two answers, or none is wrong even where one of them is right.
+What the labels follow: the last line with "Answer:" counts, and it must hold one answer. Markup around it, a
+name before "=", a unit after it and the final full stop are no part of it. An integer must be written out;
+elsewhere what is mathematically equal is right, an approximation is not. A doubt, two answers, or none is
+wrong even where one of them is right.
 """
 
 from typing import NamedTuple

@@ -10,7 +10,9 @@ from dapo.reward import answer, is_correct
 from tests.dapo.reward.answer_cases import CASES
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.gold} ¦ {case.response[-40:]}".encode("unicode_escape").decode())
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: f"{case.gold} ¦ {case.response[-40:]}".encode("unicode_escape").decode()
+)
 def test_the_checker_agrees_with_the_label(case):
     assert is_correct(case.response, case.gold) is case.is_right
 
@@ -23,7 +25,9 @@ def test_the_labelled_set_is_large_balanced_and_without_repetition():
 
 def test_work_before_the_answer_line_changes_no_verdict():
     for case in CASES:
-        assert is_correct("First, $x = 35$.\n\\boxed{36}\nThen:\n" + case.response, case.gold) is case.is_right, case
+        assert (
+            is_correct("First, $x = 35$.\n\\boxed{36}\nThen:\n" + case.response, case.gold) is case.is_right
+        ), case
 
 
 HOSTILE = {
@@ -71,7 +75,11 @@ def test_a_million_digits_are_compared_exactly():
 def test_without_math_verify_integers_are_checked_and_other_mathematics_names_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     answer._math_verify.cache_clear()
-    assert is_correct("Answer: 34", "34") and is_correct("Answer: $1/2$", "1/2") and is_correct("Answer: 0.5", "1/2")
+    assert (
+        is_correct("Answer: 34", "34")
+        and is_correct("Answer: $1/2$", "1/2")
+        and is_correct("Answer: 0.5", "1/2")
+    )
     with pytest.raises(ConfigError, match="pip install math-verify"):
         is_correct("Answer: 2x", "x+x")
     answer._math_verify.cache_clear()

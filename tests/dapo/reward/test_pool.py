@@ -24,7 +24,9 @@ def reward(tmp_path):
     made = []
 
     def make(*options):
-        config = make_config(tmp_path, "reward.soft_overlong_punishment=false", *[f"reward.{option}" for option in options])
+        config = make_config(
+            tmp_path, "reward.soft_overlong_punishment=false", *[f"reward.{option}" for option in options]
+        )
         made.append(Reward(config.reward, 32, tmp_path / "disputes.jsonl"))
         return made[-1]
 
@@ -35,7 +37,10 @@ def reward(tmp_path):
 
 def score(reward, texts, answer="1"):
     """(is_correct, reward) of every text; the i-th is the i-th sample of the i-th prompt."""
-    pairs = [(make_prompt(i, answer=answer), make_sample(group=i, index=i, text=text)) for i, text in enumerate(texts)]
+    pairs = [
+        (make_prompt(i, answer=answer), make_sample(group=i, index=i, text=text))
+        for i, text in enumerate(texts)
+    ]
     reward.score(pairs)
     return [(sample.is_correct, sample.reward) for _, sample in pairs]
 
@@ -49,7 +54,9 @@ RIGHT, WRONG = (True, 1.0), (False, -1.0)
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_verdicts_come_back_in_the_order_of_the_samples(reward, workers):
     texts = [str(i % 7 - 3) for i in range(500)]
-    assert score(reward(f"workers={workers}", f"function={FUNCTIONS}:graded"), texts) == [(float(t) > 0, float(t)) for t in texts]
+    assert score(reward(f"workers={workers}", f"function={FUNCTIONS}:graded"), texts) == [
+        (float(t) > 0, float(t)) for t in texts
+    ]
 
 
 def test_verdicts_stay_with_their_samples_when_workers_are_lost_in_between(reward):
@@ -64,7 +71,9 @@ def test_verdicts_stay_with_their_samples_when_workers_are_lost_in_between(rewar
 
 
 def test_work_is_shared_by_as_many_processes_as_asked_for_and_never_done_here(reward):
-    ids = {reward for _, reward in score(reward("workers=3", f"function={FUNCTIONS}:process_id"), ["x"] * 200)}
+    ids = {
+        reward for _, reward in score(reward("workers=3", f"function={FUNCTIONS}:process_id"), ["x"] * 200)
+    }
     assert len(ids) == 3 and os.getpid() not in ids
 
 
@@ -106,7 +115,9 @@ def test_a_catastrophic_pattern_is_cut_off(reward):
 
 
 def test_what_a_function_started_ends_with_it(reward, tmp_path):
-    score(reward("workers=1", f"function={FUNCTIONS}:obedient", "time_limit=1.0"), [f"spawn {tmp_path / 'pid'}"])
+    score(
+        reward("workers=1", f"function={FUNCTIONS}:obedient", "time_limit=1.0"), [f"spawn {tmp_path / 'pid'}"]
+    )
     pid = int((tmp_path / "pid").read_text())
     for _ in range(50):
         if not is_running(pid):
@@ -157,7 +168,8 @@ def test_a_worker_imports_no_torch(reward):
 )  # fmt: skip
 def test_a_function_that_gives_no_verdict_is_named_with_the_prompt_in_one_line(reward, workers, name, what):
     with pytest.raises(
-        ConfigError, match=rf"reward\.function={FUNCTIONS}:{name} {what}.* for prompt 0; expected bool or finite float$"
+        ConfigError,
+        match=rf"reward\.function={FUNCTIONS}:{name} {what}.* for prompt 0; expected bool or finite float$",
     ) as caught:
         score(reward(f"workers={workers}", f"function={FUNCTIONS}:{name}"), ["x"])
     assert "\n" not in str(caught.value)
@@ -176,7 +188,10 @@ def test_numpy_scalars_are_verdicts(reward, workers):
 
 
 def test_a_function_that_workers_cannot_import_is_an_error_and_no_hang():
-    for path, what in (("nowhere:f", "No module named 'nowhere'"), (f"{FUNCTIONS}:nothing", "no attribute 'nothing'")):
+    for path, what in (
+        ("nowhere:f", "No module named 'nowhere'"),
+        (f"{FUNCTIONS}:nothing", "no attribute 'nothing'"),
+    ):
         workers = Workers([path], 2, 1.0)
         with pytest.raises(ConfigError, match=f"reward.function={path}.*{what}"):
             workers.judge([Job(0, "", "")] * 3)
@@ -208,7 +223,11 @@ def test_a_truncated_response_is_wrong_by_the_first_function_only(tmp_path, rewa
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shadows_change_no_reward_and_their_disagreement_is_counted_and_kept(reward, workers, tmp_path):
-    pool = reward(f"workers={workers}", f"function={FUNCTIONS}:long_bool", f"shadow=[{FUNCTIONS}:one_or_two, {FUNCTIONS}:graded]")
+    pool = reward(
+        f"workers={workers}",
+        f"function={FUNCTIONS}:long_bool",
+        f"shadow=[{FUNCTIONS}:one_or_two, {FUNCTIONS}:graded]",
+    )
     assert score(pool, ["1", "2", "-3", "-4"]) == [RIGHT, WRONG, WRONG, WRONG]
     assert pool.take_metrics()["reward/disagreement"] == 0.25
     [row] = [json.loads(line) for line in (tmp_path / "disputes.jsonl").read_text().splitlines()]
@@ -222,7 +241,10 @@ def test_without_shadows_there_is_no_disagreement_to_log(reward):
     assert set(reward("workers=1").take_metrics()) == {"reward/timeouts", "reward/crashes"}
 
 
-@pytest.mark.parametrize("option", ["function={}", "function=3", "shadow=x:y", "workers=-1", "time_limit=0", "function={a:b: heavy}"])
+@pytest.mark.parametrize(
+    "option",
+    ["function={}", "function=3", "shadow=x:y", "workers=-1", "time_limit=0", "function={a:b: heavy}"],
+)
 def test_options_that_make_no_sense_are_refused(reward, option):
     with pytest.raises(ConfigError, match=r"reward\." + option.partition("=")[0]):
         reward(option)
@@ -233,7 +255,9 @@ def test_options_that_make_no_sense_are_refused(reward, option):
 
 @pytest.fixture
 def server(monkeypatch):
-    """`server(replies)`: a URL; each request takes the next of `replies`, a status or a function of the request's JSON."""
+    """`server(replies)`: a URL; each request takes the next of `replies`, a status or a function of the
+    request's JSON.
+    """
     monkeypatch.setattr(remote, "BACK_OFF", 0.01)
     servers = []
 
@@ -271,7 +295,9 @@ def equal(sent):
 
 def test_a_remote_function_is_asked_in_batches_and_answers_in_order(reward, server):
     texts = [str(i % 2) for i in range(150)]
-    assert score(reward(f"function={server(equal)}"), texts) == [RIGHT if text == "1" else WRONG for text in texts]
+    assert score(reward(f"function={server(equal)}"), texts) == [
+        RIGHT if text == "1" else WRONG for text in texts
+    ]
 
 
 def test_a_remote_function_that_fails_for_a_while_is_asked_again(reward, server):
@@ -297,7 +323,9 @@ def test_a_remote_function_that_goes_on_failing_is_an_error_that_names_it(reward
 
 def test_a_server_that_is_not_there_is_an_error_that_names_it(reward, monkeypatch):
     monkeypatch.setattr(remote, "BACK_OFF", 0.01)
-    with pytest.raises(ConfigError, match=r"http://127.0.0.1:9/score: no answer in 6 attempts, the last: .*refused"):
+    with pytest.raises(
+        ConfigError, match=r"http://127.0.0.1:9/score: no answer in 6 attempts, the last: .*refused"
+    ):
         score(reward("function=http://127.0.0.1:9/score"), ["1"])
 
 
@@ -310,4 +338,7 @@ def test_a_server_that_never_answers_is_given_up(reward, server, monkeypatch):
 
 def test_remote_and_local_functions_work_together(reward, server):
     weights = json.dumps({server(equal): 1.0, f"{FUNCTIONS}:graded": 0.5})
-    assert score(reward("workers=1", f"function={weights}", f"shadow=['{server(equal)}']"), ["1", "-2"]) == [(True, 1.5), (False, -2.0)]
+    assert score(reward("workers=1", f"function={weights}", f"shadow=['{server(equal)}']"), ["1", "-2"]) == [
+        (True, 1.5),
+        (False, -2.0),
+    ]

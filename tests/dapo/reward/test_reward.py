@@ -17,7 +17,16 @@ FUNCTIONS = "tests.dapo.reward.reward_functions"
 
 @pytest.mark.parametrize(
     ("length", "penalty"),
-    [(0, 0), (16_384, 0), (16_385, -1 / 4096), (18_432, -0.5), (20_479, -4095 / 4096), (20_480, -1), (20_481, -1), (10**6, -1)],
+    [
+        (0, 0),
+        (16_384, 0),
+        (16_385, -1 / 4096),
+        (18_432, -0.5),
+        (20_479, -4095 / 4096),
+        (20_480, -1),
+        (20_481, -1),
+        (10**6, -1),
+    ],
 )
 def test_soft_overlong_penalty_at_the_papers_corners(length, penalty):
     assert soft_overlong_penalty(length, 20_480, 4_096) == penalty
@@ -25,10 +34,17 @@ def test_soft_overlong_penalty_at_the_papers_corners(length, penalty):
 
 @settings(derandomize=True, deadline=None)
 @given(st.integers(0, 50_000), st.integers(0, 50_000), st.integers(2, 40_000), st.data())
-def test_soft_overlong_penalty_is_between_minus_one_and_zero_and_never_rises_with_length(a, b, max_length, data):
+def test_soft_overlong_penalty_is_between_minus_one_and_zero_and_never_rises_with_length(
+    a, b, max_length, data
+):
     cache = data.draw(st.integers(1, max_length - 1))
     shorter, longer = sorted([a, b])
-    assert -1 <= soft_overlong_penalty(longer, max_length, cache) <= soft_overlong_penalty(shorter, max_length, cache) <= 0
+    assert (
+        -1
+        <= soft_overlong_penalty(longer, max_length, cache)
+        <= soft_overlong_penalty(shorter, max_length, cache)
+        <= 0
+    )
 
 
 # Eq. 7
@@ -100,14 +116,25 @@ def test_integers_of_5000_digits_are_compared_exactly():  # beyond what int() ac
 
 
 @settings(derandomize=True, deadline=None)
-@given(st.integers(), st.integers(-1, 1), st.integers(0, 3), st.sampled_from(["{}", "{:,}", "{}.", "{}.00", "**{}**", r"\({}\)"]))
+@given(
+    st.integers(),
+    st.integers(-1, 1),
+    st.integers(0, 3),
+    st.sampled_from(["{}", "{:,}", "{}.", "{}.00", "**{}**", r"\({}\)"]),
+)
 def test_is_correct_is_equality_of_integers(gold, difference, zeros, form):
-    assert is_correct("Answer: " + form.format(gold + difference), "0" * zeros + str(gold) if gold >= 0 else str(gold)) is (difference == 0)
+    assert is_correct(
+        "Answer: " + form.format(gold + difference), "0" * zeros + str(gold) if gold >= 0 else str(gold)
+    ) is (difference == 0)
 
 
 @pytest.mark.parametrize(
     ("response", "expected"),
-    [("Answer: 34\nAnswer: 35", False), ("Answer: 35\nWait.\n**Answer:** 34", True), ("Answer: 34\nAnswer:", False)],
+    [
+        ("Answer: 34\nAnswer: 35", False),
+        ("Answer: 35\nWait.\n**Answer:** 34", True),
+        ("Answer: 34\nAnswer:", False),
+    ],
 )
 def test_the_last_answer_line_counts(response, expected):
     assert is_correct(response, "34") is expected
@@ -162,7 +189,9 @@ def test_a_bool_is_worth_plus_or_minus_one_and_a_number_itself(tmp_path, functio
 
 @pytest.mark.parametrize(("length", "penalty"), [(24, 0), (28, -0.5), (32, -1)])
 @pytest.mark.parametrize("text", ["Answer: 1", "Answer: 2"])
-def test_soft_overlong_punishment_is_added_to_the_reward_and_leaves_correctness(tmp_path, text, length, penalty):
+def test_soft_overlong_punishment_is_added_to_the_reward_and_leaves_correctness(
+    tmp_path, text, length, penalty
+):
     is_right, plain = score(tmp_path, "soft_overlong_punishment=false", text=text, length=length)
     assert plain == (1 if is_right else -1)
     assert score(tmp_path, text=text, length=length) == (is_right, plain + penalty)
@@ -187,15 +216,30 @@ def test_a_finished_response_of_full_length_is_not_truncated(tmp_path):
     assert score(tmp_path, "truncated_is_wrong=true", length=32) == (True, 0.0)
 
 
-@pytest.mark.parametrize(("name", "text"), [("graded", "nan"), ("graded", "inf"), ("graded", "-inf"), ("silent", ""), ("wordy", "")])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("graded", "nan"), ("graded", "inf"), ("graded", "-inf"), ("silent", ""), ("wordy", "")],
+)
 def test_a_function_that_returns_no_finite_number_is_named_with_what_it_returned(tmp_path, name, text):
     returned = {"silent": "None", "wordy": "'yes'"}.get(name, text)
-    with pytest.raises(ConfigError, match=rf"reward\.function={FUNCTIONS}:{name} returned {returned} for prompt 0"):
+    with pytest.raises(
+        ConfigError, match=rf"reward\.function={FUNCTIONS}:{name} returned {returned} for prompt 0"
+    ):
         score(tmp_path, f"function={FUNCTIONS}:{name}", text=text)
 
 
 @pytest.mark.parametrize(
-    "path", ["nowhere:f", "dapo.reward:nothing", "dapo.reward", ":f", "dapo.reward:", "a b:c", ".relative:f", f"{FUNCTIONS}:NOT_A_FUNCTION"]
+    "path",
+    [
+        "nowhere:f",
+        "dapo.reward:nothing",
+        "dapo.reward",
+        ":f",
+        "dapo.reward:",
+        "a b:c",
+        ".relative:f",
+        f"{FUNCTIONS}:NOT_A_FUNCTION",
+    ],
 )
 def test_a_function_that_cannot_be_imported_is_refused_before_the_run(tmp_path, path):
     with pytest.raises(ConfigError, match=r"reward\.function="):
@@ -203,4 +247,7 @@ def test_a_function_that_cannot_be_imported_is_refused_before_the_run(tmp_path, 
 
 
 def test_the_reward_is_finite_for_every_verdict(tmp_path):
-    assert all(math.isfinite(score(tmp_path, f"function={FUNCTIONS}:graded", text=text)[1]) for text in ("0.0", "-1e300", "1e300"))
+    assert all(
+        math.isfinite(score(tmp_path, f"function={FUNCTIONS}:graded", text=text)[1])
+        for text in ("0.0", "-1e300", "1e300")
+    )

@@ -89,12 +89,25 @@ def test_the_eval_command_compares_models_on_several_sets(tmp_path: Path) -> Non
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (worse / name).write_bytes((base / name).read_bytes())
     weights = load_file(base / "model.safetensors")
-    save_file({**{k: v * 0.5 for k, v in weights.items()}, "lm_head.weight": torch.ones(25, 64)}, worse / "model.safetensors")
+    save_file(
+        {**{k: v * 0.5 for k, v in weights.items()}, "lm_head.weight": torch.ones(25, 64)},
+        worse / "model.safetensors",
+    )
     rows = (ROOT / "examples/arithmetic/data/heldout.jsonl").read_text().splitlines()[:12]
     (tmp_path / "repeated.jsonl").write_text("\n".join(rows * 3))
-    command = [sys.executable, "-m", "dapo", "eval", "examples/arithmetic/config.yaml", f"run.dir={tmp_path / 'run'}", "eval.samples=4"]
+    command = [
+        sys.executable,
+        "-m",
+        "dapo",
+        "eval",
+        "examples/arithmetic/config.yaml",
+        f"run.dir={tmp_path / 'run'}",
+        "eval.samples=4",
+    ]
     sets = f"eval.data={{one: {tmp_path / 'repeated.jsonl'}, two: {tmp_path / 'repeated.jsonl'}}}"
-    done = subprocess.run([*command, sets, "--model", base, "--model", worse], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, sets, "--model", base, "--model", worse], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "36 rows, 12 prompts; left out: 24 copies" in done.stdout
     record = json.loads((tmp_path / "run" / "eval.json").read_text())

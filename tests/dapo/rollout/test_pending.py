@@ -1,4 +1,6 @@
-"""Groups asked for ahead of their turn, and carried over: what is kept depends on neither the order of finishing nor how far ahead."""
+"""Groups asked for ahead of their turn, and carried over: what is kept depends on neither the order of
+finishing nor how far ahead.
+"""
 
 import json
 import random
@@ -25,8 +27,11 @@ from tests.dapo.rollout.test_rollouts import NUM_PROMPTS, ScriptedEngine, asking
 
 BASE = Path(__file__).parents[3] / "examples/arithmetic/base"
 STREAMING = "engine.kind=sglang"
-TIMED = {"groups/asked", "groups/surplus", "rollout/tokens", "perf/groups_aborted"}  # depend on what finished first
-many_cases = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# depend on what finished first
+TIMED = {"groups/asked", "groups/surplus", "rollout/tokens", "perf/groups_aborted"}
+many_cases = settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def make_rollouts(tmp_path, engine, *overrides, **more):
@@ -34,7 +39,9 @@ def make_rollouts(tmp_path, engine, *overrides, **more):
 
 
 def make_engine(seed, order, mixed=0.5):
-    """Each prompt's group is mixed with this probability, else all right or all wrong; lengths vary with the sample's seed."""
+    """Each prompt's group is mixed with this probability, else all right or all wrong; lengths vary with the
+    sample's seed.
+    """
     rng = random.Random(seed)
     scripts = [rng.choice(["10", "01"] if rng.random() < mixed else ["11", "00"]) for _ in range(NUM_PROMPTS)]
     return ScriptedEngine(scripts.__getitem__, order, length=lambda request: 1 + request.seed % 24)
@@ -42,19 +49,28 @@ def make_engine(seed, order, mixed=0.5):
 
 def decided(buffer):
     """Prompts whose groups had their turn in this step, in asking order."""
-    return [group.prompt.index for group in sorted(buffer.kept + buffer.all_correct + buffer.all_wrong, key=lambda group: group.id)]
+    return [
+        group.prompt.index
+        for group in sorted(buffer.kept + buffer.all_correct + buffer.all_wrong, key=lambda group: group.id)
+    ]
 
 
 def upcoming(rollouts, count=30):
     """What the sampler would ask for next, left as it is."""
     stream = PromptStream([make_prompt(i) for i in range(NUM_PROMPTS)], seed=5)
     stream.load_state_dict(rollouts.prompts.state_dict())
-    return [*(group.prompt.index for group in rollouts.carried), *(prompt.index for prompt in stream.take(count))][:count]
+    return [
+        *(group.prompt.index for group in rollouts.carried),
+        *(prompt.index for prompt in stream.take(count)),
+    ][:count]
 
 
 def contents(group):
     """Everything that is known of a group."""
-    samples = [[value.tolist() if isinstance(value, np.ndarray) else value for value in fields(sample)] for sample in group.samples]
+    samples = [
+        [value.tolist() if isinstance(value, np.ndarray) else value for value in fields(sample)]
+        for sample in group.samples
+    ]
     return group.id, group.prompt.index, samples
 
 
@@ -74,13 +90,23 @@ def no_scoring_call_is_slow(monkeypatch):
 @pytest.mark.parametrize("per_round", [4, 7, 13])
 @pytest.mark.parametrize("seed", range(6))
 def test_streaming_makes_the_batches_of_whole_rounds(tmp_path, seed, per_round):
-    rounds = make_rollouts(tmp_path, make_engine(seed, None), f"rollout.prompts_per_round={per_round}", num_data_ranks=2)
-    streaming = make_rollouts(tmp_path, make_engine(seed, seed), f"rollout.prompts_per_round={per_round}", STREAMING, num_data_ranks=2)
+    rounds = make_rollouts(
+        tmp_path, make_engine(seed, None), f"rollout.prompts_per_round={per_round}", num_data_ranks=2
+    )
+    streaming = make_rollouts(
+        tmp_path,
+        make_engine(seed, seed),
+        f"rollout.prompts_per_round={per_round}",
+        STREAMING,
+        num_data_ranks=2,
+    )
     for step in range(4):
         for batch, expected in zip(streaming.next_batch(step), rounds.next_batch(step), strict=True):
             assert without_timed(batch.metrics) == without_timed(expected.metrics)
             assert len(batch.minibatches) == len(expected.minibatches)
-            for microbatches, expected_microbatches in zip(batch.minibatches, expected.minibatches, strict=True):
+            for microbatches, expected_microbatches in zip(
+                batch.minibatches, expected.minibatches, strict=True
+            ):
                 for m, e in zip(microbatches, expected_microbatches, strict=True):
                     assert all(np.array_equal(getattr(m, name), getattr(e, name)) for name in vars(m))
         assert upcoming(streaming) == upcoming(rounds), "the next step begins with the same prompt"
@@ -93,8 +119,16 @@ def without_timed(metrics):
 def test_streaming_from_a_real_model_makes_the_batches_of_whole_rounds(tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(BASE)
     rows = [json.loads(line) for line in (BASE.parent / "data/train.jsonl").read_text().splitlines()[:60]]
-    prompts = [Prompt(i, np.array(tokenizer(row["prompt"])["input_ids"], np.int32), row["answer"]) for i, row in enumerate(rows)]
-    options = ["rollout.prompts_per_step=2", "rollout.group_size=6", "rollout.prompts_per_round=5", "rollout.max_response_length=24"]
+    prompts = [
+        Prompt(i, np.array(tokenizer(row["prompt"])["input_ids"], np.int32), row["answer"])
+        for i, row in enumerate(rows)
+    ]
+    options = [
+        "rollout.prompts_per_step=2",
+        "rollout.group_size=6",
+        "rollout.prompts_per_round=5",
+        "rollout.max_response_length=24",
+    ]
 
     def decode(tokens):
         return tokenizer.decode(tokens, skip_special_tokens=True)
@@ -113,7 +147,8 @@ def test_streaming_from_a_real_model_makes_the_batches_of_whole_rounds(tmp_path)
         for group, other in zip(groups, expected, strict=True):
             for sample, same in zip(group.samples, other.samples, strict=True):
                 assert sample.tokens.tolist() == same.tokens.tolist()
-                assert sample.behavior_logprobs == pytest.approx(same.behavior_logprobs, abs=2e-5)  # batched with others
+                # batched with others
+                assert sample.behavior_logprobs == pytest.approx(same.behavior_logprobs, abs=2e-5)
 
 
 @many_cases
@@ -124,7 +159,9 @@ def test_streaming_from_a_real_model_makes_the_batches_of_whole_rounds(tmp_path)
     max_staleness=st.integers(0, 2),
     kind=st.sampled_from(["sglang", "embedded"]),
 )
-def test_every_prompt_has_one_turn_in_the_streams_order(tmp_path, seed, mixed, per_round, max_staleness, kind):
+def test_every_prompt_has_one_turn_in_the_streams_order(
+    tmp_path, seed, mixed, per_round, max_staleness, kind
+):
     options = [f"rollout.prompts_per_round={per_round}", f"rollout.max_staleness={max_staleness}"]
     engine = make_engine(seed, seed, mixed)
     rollouts = make_rollouts(tmp_path, engine, f"engine.kind={kind}", *options)
@@ -134,7 +171,9 @@ def test_every_prompt_has_one_turn_in_the_streams_order(tmp_path, seed, mixed, p
         buffer = rollouts.collect(step)
         turns += decided(buffer)
         assert not engine.outstanding, "what nobody waits for is aborted"
-        assert len(buffer.kept) == 4 or len(decided(buffer)) == 3 * per_round, "enough, or as many as the cap allows"
+        assert len(buffer.kept) == 4 or len(decided(buffer)) == 3 * per_round, (
+            "enough, or as many as the cap allows"
+        )
         assert all(step - group.samples[0].versions[0][0] <= max_staleness for group in buffer.kept)
         assert all([sample.index for sample in group.samples] == [0, 1] for group in buffer.asked)
         assert upcoming(rollouts) == asking_order(len(turns) + 30)[len(turns) :], "lost or doubled"
@@ -146,7 +185,8 @@ def test_every_prompt_has_one_turn_in_the_streams_order(tmp_path, seed, mixed, p
 
 @pytest.mark.parametrize(
     ("mixed", "share", "expected"),
-    [(0, 0.3, 0), (-2, 0.3, 0), (5, 1.0, 5), (100, 0.5, 215), (1, 0.5, 4)],  # 215/2 − √(215/4) = 100.2, 214: 99.7; 4/2 − √(4/4) = 1
+    # 215/2 − √(215/4) = 100.2, 214: 99.7; 4/2 − √(4/4) = 1
+    [(0, 0.3, 0), (-2, 0.3, 0), (5, 1.0, 5), (100, 0.5, 215), (1, 0.5, 4)],
 )
 def test_as_many_groups_are_asked_for_as_probably_hold_enough_mixed_ones(mixed, share, expected):
     assert enough(mixed, share) == expected
@@ -155,14 +195,17 @@ def test_as_many_groups_are_asked_for_as_probably_hold_enough_mixed_ones(mixed, 
 def test_binomial_luck_seldom_leaves_a_step_short_of_what_was_asked_for():
     rng = np.random.default_rng(0)
     for share in (0.1, 0.4, 0.8):
-        assert 0.1 < (rng.binomial(enough(128, share), share, 20_000) < 128).mean() < 0.17  # a normal variable: 0.159
+        # a normal variable: 0.159
+        assert 0.1 < (rng.binomial(enough(128, share), share, 20_000) < 128).mean() < 0.17
 
 
 def test_groups_are_asked_for_by_the_running_share_of_mixed_ones(tmp_path):
     def at_first(mixed):
         """Groups asked for before the first sample came in, at the twelfth step."""
         engine = make_engine(0, None, mixed)
-        rollouts = make_rollouts(tmp_path, engine, "rollout.prompts_per_round=8", "rollout.max_rounds=20", STREAMING)
+        rollouts = make_rollouts(
+            tmp_path, engine, "rollout.prompts_per_round=8", "rollout.max_rounds=20", STREAMING
+        )
         for step in range(12):
             num_before, share = len(engine.submitted), rollouts.mixed_share
             rollouts.collect(step)
@@ -182,7 +225,11 @@ def test_what_a_slow_reward_keeps_waiting_is_scored_together(tmp_path, monkeypat
     monkeypatch.setattr(pending, "BRIEF", 0.01)
     engine = make_engine(3, 3, mixed=0.3)
     rollouts = make_rollouts(
-        tmp_path, engine, "rollout.prompts_per_round=40", "reward.function=tests.dapo.reward_functions:slow", STREAMING
+        tmp_path,
+        engine,
+        "rollout.prompts_per_round=40",
+        "reward.function=tests.dapo.reward_functions:slow",
+        STREAMING,
     )
     calls = []
     score = rollouts.reward.score
@@ -198,7 +245,9 @@ def test_what_a_slow_reward_keeps_waiting_is_scored_together(tmp_path, monkeypat
 
 def carrying(tmp_path, engine):
     """A sampler that expects few mixed groups, and so asks far ahead."""
-    rollouts = make_rollouts(tmp_path, engine, "rollout.prompts_per_round=12", "rollout.max_staleness=1", STREAMING)
+    rollouts = make_rollouts(
+        tmp_path, engine, "rollout.prompts_per_round=12", "rollout.max_staleness=1", STREAMING
+    )
     rollouts.mixed_share = 0.2
     return rollouts
 
@@ -208,7 +257,9 @@ def test_finished_groups_of_every_kind_are_kept_for_the_next_step_with_what_wrot
     rollouts = carrying(tmp_path, engine)
     rollouts.collect(0)
     carried = [contents(group) for group in rollouts.carried if group.samples]
-    assert {group.is_mixed for group in rollouts.carried if group.samples} == {True, False}, "else all-wrong prompts would get a second try"
+    assert {group.is_mixed for group in rollouts.carried if group.samples} == {True, False}, (
+        "else all-wrong prompts would get a second try"
+    )
     assert any(not group.samples for group in rollouts.carried), "unfinished ones start anew"
     num_asked = len(engine.submitted)
     rollouts.load_weights([], 1)
@@ -217,7 +268,9 @@ def test_finished_groups_of_every_kind_are_kept_for_the_next_step_with_what_wrot
     assert all(used[group[0]] == group for group in carried if group[0] in used)
     assert any(group[0] in used for group in carried)
     again = {request.id for requests in engine.submitted[num_asked:] for request in requests}
-    assert not again & {f"{group[0]}.{i}" for group in carried for i in range(2)}, "what is there is not asked for again"
+    assert not again & {f"{group[0]}.{i}" for group in carried for i in range(2)}, (
+        "what is there is not asked for again"
+    )
 
 
 def test_an_unfinished_group_is_asked_for_again_under_its_own_seeds(tmp_path):
@@ -270,7 +323,10 @@ def test_interrupted_the_carried_groups_are_there_and_the_step_can_be_made_anew(
     assert [contents(group) for group in rollouts.carried] == before
     assert not engine.outstanding
     assert upcoming(rollouts) == asking_order(70)[asking_order(70).index(before[0][1]) :][:30]
-    assert rollouts.state_dict()["carried"] == state["carried"] and rollouts.state_dict()["mixed_share"] == state["mixed_share"]
+    assert (
+        rollouts.state_dict()["carried"] == state["carried"]
+        and rollouts.state_dict()["mixed_share"] == state["mixed_share"]
+    )
 
 
 @pytest.mark.parametrize("after", [1, 5, 12])
@@ -292,8 +348,12 @@ def test_what_is_carried_over_is_saved_and_loaded_to_the_bit(tmp_path):
     resumed = carrying(tmp_path, make_engine(7, 9))
     resumed.load(tmp_path)
     assert [contents(group) for group in resumed.carried] == [contents(group) for group in rollouts.carried]
-    assert any(group.samples for group in resumed.carried) and any(not group.samples for group in resumed.carried)
-    assert all(sample.behavior_logprobs.dtype == np.float32 for group in resumed.carried for sample in group.samples)
+    assert any(group.samples for group in resumed.carried) and any(
+        not group.samples for group in resumed.carried
+    )
+    assert all(
+        sample.behavior_logprobs.dtype == np.float32 for group in resumed.carried for sample in group.samples
+    )
     assert resumed.state_dict() == rollouts.state_dict()
     assert upcoming(resumed) == upcoming(rollouts)
 

@@ -57,9 +57,17 @@ def load(path, **options):
 
 def test_jsonl_gives_text_and_chats_in_file_order_and_skips_empty_lines(tmp_path):
     chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "2+2"}]
-    path = write_lines(tmp_path / "t.jsonl", {"prompt": "1+1=", "answer": 2}, "", {"prompt": chat, "answer": "4", "more": "ignored"})
+    path = write_lines(
+        tmp_path / "t.jsonl",
+        {"prompt": "1+1=", "answer": 2},
+        "",
+        {"prompt": chat, "answer": "4", "more": "ignored"},
+    )
     prompts = load(path)
-    assert [(p.index, text_of(p), p.answer) for p in prompts] == [(0, "1+1=", "2"), (1, "<system>be brief<user>2+2<assistant>", "4")]
+    assert [(p.index, text_of(p), p.answer) for p in prompts] == [
+        (0, "1+1=", "2"),
+        (1, "<system>be brief<user>2+2<assistant>", "4"),
+    ]
     assert all(p.tokens.dtype == np.int32 for p in prompts)
 
 
@@ -158,7 +166,10 @@ def test_a_file_that_cannot_be_used_is_refused_by_name(tmp_path, name, content, 
         load(tmp_path / name)
 
 
-@pytest.mark.parametrize(("too_long", "expected"), [("drop", ["short", "0123456789"]), ("truncate", ["short", "123456789a", "0123456789"])])
+@pytest.mark.parametrize(
+    ("too_long", "expected"),
+    [("drop", ["short", "0123456789"]), ("truncate", ["short", "123456789a", "0123456789"])],
+)
 def test_a_long_prompt_is_dropped_or_cut_on_the_left_and_indices_stay_dense(tmp_path, too_long, expected):
     lines = [{"prompt": p, "answer": "1"} for p in ("short", "0123456789a", "0123456789")]
     prompts = load(write_lines(tmp_path / "t.jsonl", *lines), max_length=10, too_long=too_long)
@@ -168,7 +179,9 @@ def test_a_long_prompt_is_dropped_or_cut_on_the_left_and_indices_stay_dense(tmp_
 
 def test_dropping_every_prompt_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"t\.jsonl: no prompts.*max_prompt_length=1, data\.too_long=drop"):
-        load(write_lines(tmp_path / "t.jsonl", {"prompt": "xx", "answer": "1"}), max_length=1, too_long="drop")
+        load(
+            write_lines(tmp_path / "t.jsonl", {"prompt": "xx", "answer": "1"}), max_length=1, too_long="drop"
+        )
 
 
 def make_stream(num_prompts=7, seed=3):
@@ -236,7 +249,9 @@ def test_resuming_on_a_file_of_another_size_is_refused():
         make_stream(8).load_state_dict(make_stream(7).state_dict())
 
 
-@pytest.mark.parametrize("other", [{"tokens": np.array([1, 2, 3], np.int32)}, {"answer": "2"}], ids=["tokens", "answer"])
+@pytest.mark.parametrize(
+    "other", [{"tokens": np.array([1, 2, 3], np.int32)}, {"answer": "2"}], ids=["tokens", "answer"]
+)
 def test_resuming_on_a_file_of_other_prompts_is_refused(other):
     changed = PromptStream([replace(make_prompt(0), **other), *(make_prompt(i) for i in range(1, 7))], seed=3)
     with pytest.raises(ConfigError, match="checkpoint"):
@@ -247,13 +262,20 @@ def test_copies_are_left_out_and_counted(tmp_path):
     rows = [dapo_math_row(i, f"question {i % 3}", str(i % 3)) for i in range(300)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet", row_group_size=7)
     prompts, summary = load_with_summary(tmp_path / "t.parquet")
-    assert [(text_of(p), p.answer) for p in prompts] == [(f"<user>question {i}<assistant>", str(i)) for i in range(3)]
+    assert [(text_of(p), p.answer) for p in prompts] == [
+        (f"<user>question {i}<assistant>", str(i)) for i in range(3)
+    ]
     assert (summary.rows, summary.prompts, summary.copies) == (300, 3, 297)
     assert "300 rows, 3 prompts; left out: 297 copies" in str(summary)
 
 
 def test_prompts_whose_copies_disagree_are_dropped_and_listed(tmp_path):
-    lines = [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": 2}, {"prompt": "a", "answer": 3}, {"prompt": "a", "answer": "1"}]
+    lines = [
+        {"prompt": "a", "answer": 1},
+        {"prompt": "b", "answer": 2},
+        {"prompt": "a", "answer": 3},
+        {"prompt": "a", "answer": "1"},
+    ]
     prompts, summary = load_with_summary(write_lines(tmp_path / "t.jsonl", *lines))
     assert [text_of(p) for p in prompts] == ["b"]
     [conflict] = summary.conflicts
@@ -268,8 +290,16 @@ def test_a_chat_and_a_text_of_the_same_words_are_two_prompts(tmp_path):
 
 def test_malformed_rows_can_be_skipped_and_every_row_is_accounted_for(tmp_path):
     good = [{"prompt": p, "answer": "1"} for p in ("a", "a", "b", "c" * 20, "d" * 30)]
-    lines = [*good, "{not json", {"prompt": 3, "answer": 1}, {"prompt": "e", "answer": 1}, {"prompt": "e", "answer": 2}]
-    prompts, s = load_with_summary(write_lines(tmp_path / "t.jsonl", *lines), max_length=10, too_long="drop", on_error="skip")
+    lines = [
+        *good,
+        "{not json",
+        {"prompt": 3, "answer": 1},
+        {"prompt": "e", "answer": 1},
+        {"prompt": "e", "answer": 2},
+    ]
+    prompts, s = load_with_summary(
+        write_lines(tmp_path / "t.jsonl", *lines), max_length=10, too_long="drop", on_error="skip"
+    )
     assert [text_of(p) for p in prompts] == ["a", "b"]
     assert (s.rows, s.prompts, s.copies, s.skipped, s.conflicting, s.dropped) == (9, 2, 1, 2, 2, 2)
     assert s.rows == s.prompts + s.copies + s.skipped + s.conflicting + s.dropped
@@ -277,7 +307,9 @@ def test_malformed_rows_can_be_skipped_and_every_row_is_accounted_for(tmp_path):
 
 def sources(tmp_path, **sizes):
     return {
-        name: write_lines(tmp_path / f"{name}.jsonl", *({"prompt": f"{name}{i}", "answer": 1} for i in range(size)))
+        name: write_lines(
+            tmp_path / f"{name}.jsonl", *({"prompt": f"{name}{i}", "answer": 1} for i in range(size))
+        )
         for name, size in sizes.items()
     }
 

@@ -16,9 +16,16 @@ NUM_PROMPTS = 40
 
 
 class ScriptedEngine:
-    """Answers prompt i's samples as `script(i)` says: "10" is one right, one wrong answer. With `order`, in a random order."""
+    """Answers prompt i's samples as `script(i)` says: "10" is one right, one wrong answer. With `order`, in a
+    random order.
+    """
 
-    def __init__(self, script: Callable[[int], str], order: int | None = None, length: Callable[[Request], int] = lambda request: 4):
+    def __init__(
+        self,
+        script: Callable[[int], str],
+        order: int | None = None,
+        length: Callable[[Request], int] = lambda request: 4,
+    ):
         self.script, self.length = script, length
         self.random = random.Random(order) if order is not None else None
         self.version = 0
@@ -33,7 +40,9 @@ class ScriptedEngine:
 
     def completed(self):
         while self.outstanding:
-            yield self.answer(self.outstanding.pop(self.random.randrange(len(self.outstanding)) if self.random else 0))
+            yield self.answer(
+                self.outstanding.pop(self.random.randrange(len(self.outstanding)) if self.random else 0)
+            )
 
     def answer(self, request: Request) -> Sample:
         length = self.length(request)
@@ -66,7 +75,9 @@ class ScriptedEngine:
 
     def asked(self) -> list[int]:
         """Prompts in asking order, over all rounds."""
-        return [prompt_of(request) for requests in self.submitted for request in requests if request.index == 0]
+        return [
+            prompt_of(request) for requests in self.submitted for request in requests if request.index == 0
+        ]
 
 
 def prompt_of(request: Request) -> int:
@@ -74,15 +85,28 @@ def prompt_of(request: Request) -> int:
 
 
 def make_rollouts(tmp_path, engine, *overrides, num_data_ranks=1) -> Rollouts:
-    """prompts_per_step 4, group_size 2, prompts_per_round 4, max_rounds 3, unless overridden. A token 1 at the end is a right answer."""
+    """prompts_per_step 4, group_size 2, prompts_per_round 4, max_rounds 3, unless overridden. A token 1 at
+    the end is a right answer.
+    """
     config = make_config(tmp_path, *overrides)
     prompts = PromptStream([make_prompt(i) for i in range(NUM_PROMPTS)], seed=5)
     reward = Reward(config.reward, config.rollout.max_response_length)
-    return Rollouts(config, num_data_ranks, engine, prompts, reward, decode=lambda tokens: f"Answer: {tokens[-1]}", stop_ids=(7,))
+    return Rollouts(
+        config,
+        num_data_ranks,
+        engine,
+        prompts,
+        reward,
+        decode=lambda tokens: f"Answer: {tokens[-1]}",
+        stop_ids=(7,),
+    )
 
 
 def asking_order(count):
-    return [prompt.index for prompt in PromptStream([make_prompt(i) for i in range(NUM_PROMPTS)], seed=5).take(count)]
+    return [
+        prompt.index
+        for prompt in PromptStream([make_prompt(i) for i in range(NUM_PROMPTS)], seed=5).take(count)
+    ]
 
 
 def by_place(*scripts: str) -> Callable[[int], str]:
@@ -126,13 +150,16 @@ def test_tiny_differences_are_damped_by_the_1e6_in_the_denominator():
 
 
 @pytest.mark.parametrize(
-    ("correct", "expected"), [([1, 1, 1], False), ([0, 0, 0], False), ([1, 0, 0], True), ([1, 1, 0], True), ([], False)]
+    ("correct", "expected"),
+    [([1, 1, 1], False), ([0, 0, 0], False), ([1, 0, 0], True), ([1, 1, 0], True), ([], False)],
 )
 def test_only_a_group_with_right_and_wrong_samples_is_mixed(correct, expected):
     assert make_group(correct).is_mixed is expected
 
 
-@pytest.mark.parametrize(("correct", "kind"), [([1, 1], "all_correct"), ([0, 0], "all_wrong"), ([1, 0], "kept")])
+@pytest.mark.parametrize(
+    ("correct", "kind"), [([1, 1], "all_correct"), ([0, 0], "all_wrong"), ([1, 0], "kept")]
+)
 def test_groups_are_kept_by_correctness_never_by_shaped_reward(correct, kind):
     group = make_group(correct)
     for sample, reward in zip(group.samples, [0.3, -0.6] if kind != "kept" else [0.5, 0.5], strict=True):
@@ -144,7 +171,9 @@ def test_groups_are_kept_by_correctness_never_by_shaped_reward(correct, kind):
 
 
 def test_an_all_correct_group_with_different_length_penalties_is_turned_away(tmp_path):
-    rollouts = make_rollouts(tmp_path, ScriptedEngine(by_place("11"), length=lambda request: 24 + 4 * request.index))
+    rollouts = make_rollouts(
+        tmp_path, ScriptedEngine(by_place("11"), length=lambda request: 24 + 4 * request.index)
+    )
     buffer = rollouts.collect(0)
     [group] = buffer.all_correct
     assert [sample.reward for sample in group.samples] == [1.0, 0.5]
@@ -153,10 +182,17 @@ def test_an_all_correct_group_with_different_length_penalties_is_turned_away(tmp
 
 def test_advantages_come_from_the_shaped_reward(tmp_path):
     rollouts = make_rollouts(
-        tmp_path, ScriptedEngine(lambda prompt: "1100", length=lambda request: 24 + 2 * request.index), "rollout.group_size=4"
+        tmp_path,
+        ScriptedEngine(lambda prompt: "1100", length=lambda request: 24 + 2 * request.index),
+        "rollout.group_size=4",
     )
     [batch] = rollouts.next_batch(0)
-    advantages = {round(float(a), 4) for microbatches in batch.minibatches for m in microbatches for a in m.advantages[m.mask]}
+    advantages = {
+        round(float(a), 4)
+        for microbatches in batch.minibatches
+        for m in microbatches
+        for a in m.advantages[m.mask]
+    }
     assert advantages == {round(float(a), 4) for a in group_advantages([1, 1 - 0.25, -1 - 0.5, -1 - 0.75])}
 
 
@@ -165,10 +201,14 @@ def test_advantages_come_from_the_shaped_reward(tmp_path):
 
 def test_samples_that_finish_in_any_order_give_the_same_batch(tmp_path):
     def sample(order):
-        engine = ScriptedEngine(by_place("11", "10", "00", "01"), order, length=lambda request: 1 + request.seed % 24)
+        engine = ScriptedEngine(
+            by_place("11", "10", "00", "01"), order, length=lambda request: 1 + request.seed % 24
+        )
         rollouts = make_rollouts(tmp_path, engine, "rollout.prompts_per_round=7", num_data_ranks=2)
         buffer = rollouts.collect(0)
-        assert [group.prompt.index for group in buffer.kept] == [i for i in asking_order(7) if engine.script(i) in ("10", "01")][:4]
+        assert [group.prompt.index for group in buffer.kept] == [
+            i for i in asking_order(7) if engine.script(i) in ("10", "01")
+        ][:4]
         assert all([sample.index for sample in group.samples] == [0, 1] for group in buffer.asked)
         return make_rollouts(tmp_path, engine, "rollout.prompts_per_round=7", num_data_ranks=2).next_batch(0)
 
@@ -176,7 +216,9 @@ def test_samples_that_finish_in_any_order_give_the_same_batch(tmp_path):
     for order in range(5):
         for batch, expected in zip(sample(order), in_order, strict=True):
             assert batch.metrics == expected.metrics
-            for microbatches, expected_microbatches in zip(batch.minibatches, expected.minibatches, strict=True):
+            for microbatches, expected_microbatches in zip(
+                batch.minibatches, expected.minibatches, strict=True
+            ):
                 for m, e in zip(microbatches, expected_microbatches, strict=True):
                     assert all(np.array_equal(getattr(m, name), getattr(e, name)) for name in vars(m))
 
@@ -196,7 +238,9 @@ def test_whole_rounds_are_asked_for_until_enough_groups_are_mixed(tmp_path):
     buffer = make_rollouts(tmp_path, engine).collect(3)
     assert [len(requests) for requests in engine.submitted] == [4 * 2] * 3
     assert engine.asked() == asking_order(12)
-    assert [len(groups) for groups in (buffer.kept, buffer.all_correct, buffer.all_wrong, buffer.surplus)] == [4, 1, 4, 3]
+    assert [
+        len(groups) for groups in (buffer.kept, buffer.all_correct, buffer.all_wrong, buffer.surplus)
+    ] == [4, 1, 4, 3]
 
 
 def test_sampling_ends_with_the_round_that_fills_the_buffer(tmp_path):
@@ -217,7 +261,12 @@ def test_the_engine_is_asked_with_our_sampling_settings_and_the_prompts_tokens(t
     make_rollouts(tmp_path, engine, "rollout.temperature=0.9").collect(0)
     for request in engine.submitted[0]:
         sampling = request.sampling
-        assert (sampling.temperature, sampling.top_p, sampling.max_tokens, sampling.stop_ids) == (0.9, 1.0, 32, (7,))
+        assert (sampling.temperature, sampling.top_p, sampling.max_tokens, sampling.stop_ids) == (
+            0.9,
+            1.0,
+            32,
+            (7,),
+        )
         assert np.array_equal(request.tokens, make_prompt(prompt_of(request)).tokens)
 
 
@@ -225,7 +274,9 @@ TWO_OF_TWELVE = ("10", "00", "00", "11", "01", *["00"] * 5, "11", "11")
 
 
 def test_at_the_cap_a_step_trains_on_fewer_groups(tmp_path):
-    [batch] = make_rollouts(tmp_path, ScriptedEngine(by_place(*TWO_OF_TWELVE)), "rollout.at_cap=train").next_batch(0)
+    [batch] = make_rollouts(
+        tmp_path, ScriptedEngine(by_place(*TWO_OF_TWELVE)), "rollout.at_cap=train"
+    ).next_batch(0)
     assert (batch.metrics["groups/kept"], len(batch.minibatches)) == (2, 1)
     assert sum(len(m.cu_seqlens) - 1 for m in batch.minibatches[0]) == 4
 
@@ -242,10 +293,14 @@ def test_a_full_step_does_not_stop_a_run_that_stops_at_the_cap(tmp_path):
 
 
 def test_empty_steps_train_nothing_and_stop_the_run_after_max_empty_steps(tmp_path):
-    rollouts = make_rollouts(tmp_path, ScriptedEngine(lambda prompt: "11"), "rollout.max_empty_steps=3", num_data_ranks=2)
+    rollouts = make_rollouts(
+        tmp_path, ScriptedEngine(lambda prompt: "11"), "rollout.max_empty_steps=3", num_data_ranks=2
+    )
     for step in range(2):
         assert [batch.minibatches for batch in rollouts.next_batch(step)] == [[], []]
-    with pytest.raises(RolloutError, match=r"max_empty_steps=3 .*0 of 4 mixed .*100% all correct.* 0% all wrong"):
+    with pytest.raises(
+        RolloutError, match=r"max_empty_steps=3 .*0 of 4 mixed .*100% all correct.* 0% all wrong"
+    ):
         rollouts.next_batch(2)
 
 
@@ -264,7 +319,9 @@ def test_only_empty_steps_in_a_row_count_and_resuming_remembers_them(tmp_path):
 
 def test_without_dynamic_sampling_one_round_of_n_groups_is_kept_whole(tmp_path):
     engine = ScriptedEngine(by_place("00", "11", "10", "00"))
-    buffer = make_rollouts(tmp_path, engine, "rollout.dynamic_sampling=false", "rollout.prompts_per_round=40").collect(0)
+    buffer = make_rollouts(
+        tmp_path, engine, "rollout.dynamic_sampling=false", "rollout.prompts_per_round=40"
+    ).collect(0)
     assert [group.prompt.index for group in buffer.kept] == engine.asked() == asking_order(4)
     assert not buffer.surplus
 
@@ -348,7 +405,12 @@ def test_the_ledger_accounts_for_every_group_and_token():
     surplus = [make_group([1, 1], [8, 14])]
     for group in [all_correct[0], kept[0], *all_wrong, all_correct[1], kept[1], *surplus]:
         buffer.offer(group)
-    assert (buffer.kept, buffer.all_correct, buffer.all_wrong, buffer.surplus) == (kept, all_correct, all_wrong, surplus)
+    assert (buffer.kept, buffer.all_correct, buffer.all_wrong, buffer.surplus) == (
+        kept,
+        all_correct,
+        all_wrong,
+        surplus,
+    )
     assert buffer.ledger() == {
         "groups/asked": 6,
         "groups/kept": 2,
@@ -377,6 +439,10 @@ def test_asked_is_kept_plus_all_correct_plus_all_wrong_plus_surplus(tmp_path, se
     outcomes = [rng.choice(["00", "10", "01", "11"]) for _ in range(NUM_PROMPTS)]
     engine = ScriptedEngine(outcomes.__getitem__, order=seed)
     [batch] = make_rollouts(tmp_path, engine, "rollout.prompts_per_round=5").next_batch(0)
-    groups = {name.removeprefix("groups/"): count for name, count in batch.metrics.items() if name.startswith("groups/")}
+    groups = {
+        name.removeprefix("groups/"): count
+        for name, count in batch.metrics.items()
+        if name.startswith("groups/")
+    }
     assert groups.pop("asked") == sum(groups.values()) == len(engine.asked())
     assert batch.metrics["rollout/tokens"] == 4 * 2 * len(engine.asked())

@@ -1,7 +1,9 @@
-"""Make the environment of a real SGLang for CPU, outside the clone, and print its Python: `python build.py`, or `make sglang-cpu`.
+"""Make the environment of a real SGLang for CPU, outside the clone, and print its Python: `python build.py`,
+or `make sglang-cpu`.
 
-It lies in $XDG_CACHE_HOME/dapo/sglang-0.5.23-cpu, 2.8 GB, about three minutes; from then on nothing is done until what it is made of
-changes. TORCH and PIP_ARGS as in the Makefile: which torch, and where from. Cut short it is made anew, two at once wait for each other.
+It lies in $XDG_CACHE_HOME/dapo/sglang-0.5.23-cpu, 2.8 GB, about three minutes; from then on nothing is done
+until what it is made of changes. TORCH and PIP_ARGS as in the Makefile: which torch, and where from. Cut
+short it is made anew, two at once wait for each other.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""A server with a child of its own, like SGLang's scheduler. A model folder that holds a file `broken` ends it;
-while it holds a file `hung`, nothing is generated, and all else goes on."""
+"""A server with a child of its own, like SGLang's scheduler. A model folder that holds a file `broken` ends
+it; while it holds a file `hung`, nothing is generated, and all else goes on."""
 
 from __future__ import annotations
 
@@ -17,8 +17,20 @@ from sglang.srt.server_args import ServerArgs
 parser = argparse.ArgumentParser(prog="sglang serve")
 ServerArgs.add_cli_args(parser)
 ARGUMENTS = parser.parse_args()
-ABOUT = {"model_path": ARGUMENTS.model_path, "architectures": ["Qwen2ForCausalLM"], "version": "0.5.23", "weight_version": "default"}
-ABOUT |= {"tp_size": 1, "pp_size": 1, "dp_size": 1, "device": "cpu", "enable_memory_saver": False, "paths": {}}  # whatever is asked for
+ABOUT = {
+    "model_path": ARGUMENTS.model_path,
+    "architectures": ["Qwen2ForCausalLM"],
+    "version": "0.5.23",
+    "weight_version": "default",
+}
+ABOUT |= {
+    "tp_size": 1,
+    "pp_size": 1,
+    "dp_size": 1,
+    "device": "cpu",
+    "enable_memory_saver": False,
+    "paths": {},
+}  # whatever is asked for
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -31,7 +43,14 @@ class Handler(BaseHTTPRequestHandler):
         if "rid" in body and self.path == "/generate":
             self.generate(body)
             return
-        self.answer({"port": ARGUMENTS.port, "authorization": self.headers["Authorization"], "success": True, "status": "ok"})
+        self.answer(
+            {
+                "port": ARGUMENTS.port,
+                "authorization": self.headers["Authorization"],
+                "success": True,
+                "status": "ok",
+            }
+        )
 
     def generate(self, body: dict[str, Any]) -> None:
         from tests.sglang import fake_server

@@ -16,7 +16,9 @@ WORKERS = {f"worker-{i}": url for i, url in enumerate(ARGUMENTS.worker_urls)}
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        self.answer({"workers": [{"id": name, "url": url, "is_healthy": True} for name, url in WORKERS.items()]})
+        self.answer(
+            {"workers": [{"id": name, "url": url, "is_healthy": True} for name, url in WORKERS.items()]}
+        )
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

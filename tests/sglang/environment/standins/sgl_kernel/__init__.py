@@ -1,4 +1,6 @@
-"""SGLang's CPU kernels come without a wheel. SGLang imports them by name; text models call one of them, written here in torch."""
+"""SGLang's CPU kernels come without a wheel. SGLang imports them by name; text models call one of them,
+written here in torch.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,20 @@ import torch
 
 
 def assign_req_to_token_pool_cpu(
-    rows: torch.Tensor, table: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor, slots: torch.Tensor, row_length: int | None = None
+    rows: torch.Tensor,
+    table: torch.Tensor,
+    starts: torch.Tensor,
+    ends: torch.Tensor,
+    slots: torch.Tensor,
+    row_length: int | None = None,
 ) -> None:
-    """table[row, start:end] ← the next end − start of the KV cache's `slots`, for every request's (row, start, end)."""
+    """table[row, start:end] ← the next end − start of the KV cache's `slots`, for every request's (row,
+    start, end).
+    """
     lengths = (ends - starts).tolist()
-    for row, start, part in zip(rows.tolist(), starts.tolist(), slots[: sum(lengths)].split(lengths), strict=True):
+    for row, start, part in zip(
+        rows.tolist(), starts.tolist(), slots[: sum(lengths)].split(lengths), strict=True
+    ):
         table[row, start : start + len(part)] = part
 
 

@@ -1,4 +1,6 @@
-"""torchvision comes without a build for this torch. It is imported where images are handled; text models need no more than its names."""
+"""torchvision comes without a build for this torch. It is imported where images are handled; text models need
+no more than its names.
+"""
 
 from __future__ import annotations
 

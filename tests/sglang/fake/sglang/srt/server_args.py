@@ -15,7 +15,15 @@ class ServerArgs:
         parser.add_argument("--cuda-graph-bs-decode", type=int, nargs="+")
         parser.add_argument("--sleep-on-idle", action="store_true")
         parser.add_argument("--enable-tf32-matmul", action=argparse.BooleanOptionalAction)
-        for name in ("config", "dtype", "device", "attention-backend", "sampling-backend", "mem-fraction-static", "log-level-http"):
+        for name in (
+            "config",
+            "dtype",
+            "device",
+            "attention-backend",
+            "sampling-backend",
+            "mem-fraction-static",
+            "log-level-http",
+        ):
             parser.add_argument(f"--{name}")
         for name in ("max-running-requests", "max-total-tokens"):
             parser.add_argument(f"--{name}", type=int)
