@@ -1,12 +1,13 @@
-"""The nouns of the algorithm: a Prompt is answered by a Group of Samples, which an Engine produces on
-Request.
+"""The nouns of the algorithm: a Prompt is answered by a Group of Samples, which an Engine produces on Request.
+
+p = tokens of a prompt, n = tokens of a response.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -16,25 +17,40 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length", "abort"]
 
 
-class Interrupted(Exception):
-    """The user, or the scheduler, asked the run to stop: every rank saves, then leaves."""
+class Stopped(Exception):
+    """The run has to stop and can be resumed: every rank saves, then exits."""
 
-    is_saved = False  # set where that has been done: there is nothing to save before the policy is built
+    is_saved = False  # set once a checkpoint is written; there is nothing to save before the policy is built
 
 
-class EngineError(Interrupted):
-    """The engine cannot go on, the policy could: every rank saves, then leaves with this one line."""
+class Interrupted(Stopped):
+    """The user or the scheduler asked the run to stop, with Ctrl-C or SIGTERM."""
+
+
+class EngineError(Stopped):
+    """The engine cannot go on. The message is one line: which server, and what happened."""
 
 
 class WeightsLost(EngineError):
-    """Every server that had the policy's weights is gone, and some start again: after a sync the same can be
-    asked for anew.
+    """All servers holding the current weights died; at least one is restarting.
+
+    Sync weights, then send the same requests again.
     """
+
+
+def per_token(dtype: Any) -> Any:
+    """A dataclass field that holds one value of this NumPy dtype a token."""
+    return field(metadata={"dtype": np.dtype(dtype)})
+
+
+def token_fields(kind: type) -> dict[str, np.dtype]:
+    """Name → dtype of a dataclass's per-token fields, as declared: every other list of them is made from this."""
+    return {f.name: f.metadata["dtype"] for f in fields(kind) if "dtype" in f.metadata}
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A task and its ground truth. `index` is its row in the data, the same in every epoch."""
+    """A task and its ground truth. `index` is its row among the run's prompts, the same in every epoch."""
 
     index: int
     tokens: np.ndarray  # int32 [p]
@@ -53,11 +69,11 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One response wanted: sample `index` of group `group`. The seed alone decides the randomness."""
+    """Asks for one response: sample `index` of group `group`. The seed alone decides the randomness."""
 
     group: int
     index: int
-    tokens: np.ndarray  # int32 [p], the prompt
+    prompt: Prompt
     seed: int
     sampling: Sampling
 
@@ -68,15 +84,16 @@ class Request:
 
 @dataclass(slots=True)
 class Sample:
-    """One response as the engine produced it (n tokens), then marked by the reward and the advantage."""
+    """One response as the engine produced it, then marked by the reward and the advantage."""
 
     group: int
     index: int
-    tokens: np.ndarray  # int32 [n], stop token included
-    # float32 [n], log π_θold as the engine reports it, at the sampling temperature
-    behavior_logprobs: np.ndarray
-    loss_mask: np.ndarray  # bool [n], False where the policy did not write the token
-    versions: tuple[tuple[int, int, int], ...]  # (weight version, start, end): who wrote which tokens
+    tokens: np.ndarray = per_token(np.int32)  # [n], stop token included
+    # [n], log π_θold as the engine reports it, at the sampling temperature
+    behavior_logprobs: np.ndarray = per_token(np.float32)
+    loss_mask: np.ndarray = per_token(bool)  # [n], False where the policy did not write the token
+    # (weight version, start, end) of consecutive tokens: which weights wrote them
+    versions: tuple[tuple[int, int, int], ...]
     finish_reason: FinishReason
     text: str = ""
     is_correct: bool = False
@@ -85,11 +102,12 @@ class Sample:
 
     @property
     def length(self) -> int:
+        """Number of response tokens, n."""
         return len(self.tokens)
 
     @property
     def is_truncated(self) -> bool:
-        """The length limit ended it, not a stop token."""
+        """Whether the length limit ended it, not a stop token."""
         return self.finish_reason == "length"
 
 
@@ -103,51 +121,52 @@ class Group:
 
     @property
     def num_correct(self) -> int:
+        """Number of correct samples."""
         return sum(sample.is_correct for sample in self.samples)
 
     @property
     def is_mixed(self) -> bool:
-        """0 < #correct < G (Eq. 11). On correctness, never on the shaped reward: only such a group tells
-        right from wrong.
+        """0 < #correct < G (Eq. 11): only such a group tells right from wrong.
+
+        Counted on correctness, never on the shaped reward.
         """
         return 0 < self.num_correct < len(self.samples)
 
 
-class Engine(Protocol):
-    """A sampler of π_θold. Requests go in, samples come out in any order; weights are replaced between
-    rollouts.
-    """
+class Stream(Protocol):
+    """One user's requests to an engine. Streams of one engine run side by side and do not see each other."""
 
     def submit(self, requests: Iterable[Request]) -> None: ...
 
     def completed(self) -> Iterator[Sample]:
-        """Samples as they finish, until nothing that was submitted is outstanding. More may be submitted, or
-        aborted, meanwhile.
+        """Yield samples as they finish, in any order, until no request of this stream is outstanding.
 
-        Whoever stops reading aborts what is outstanding, and can read again.
+        More may be submitted, or aborted, meanwhile. A caller that stops reading early aborts the rest.
         """
         ...
 
-    def abort(self, ids: Iterable[str]) -> None:
-        """Forget these requests: nothing comes back for them."""
+    def abort(self, ids: Iterable[str] | None = None) -> None:
+        """Drop these requests; None: all that are outstanding. Nothing comes back for them."""
         ...
+
+
+class Engine(Protocol):
+    """A sampler of π_θold. Weights are replaced between rollouts; `stream` takes requests."""
+
+    def stream(self) -> Stream: ...
 
     def prepare_weights(self, version: int) -> None:
-        """Refuse now what `load_weights` would have to refuse: no rank has entered the weights' collectives
-        yet.
-        """
+        """Refuse now what `load_weights` would refuse: no rank has entered the weights' collectives yet."""
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None: ...
 
     def waiting(self) -> str:
-        """What is outstanding, and where, for a person to read; called from another thread, when all seems
-        stuck.
-        """
+        """Say what is outstanding, and where, for a person to read. Any thread may call it."""
         ...
 
     def release_memory(self) -> None:
-        """Nothing is sampled until the next weights: what only sampling needs is free for the trainer."""
+        """Free what only sampling needs; nothing is sampled until the next weights."""
         ...
 
     def close(self) -> None: ...

@@ -246,7 +246,7 @@ class Dispatch:
             raise BadAnswer(f"{response.status} {one_line(answer)}")
         if response.status != 200:
             raise EngineError(
-                f"{endpoint.url} refused request {request.id} ({len(request.tokens)} tokens of prompt, "
+                f"{endpoint.url} refused request {request.id} ({len(request.prompt.tokens)} tokens of prompt, "
                 "max_tokens "
                 f"{request.sampling.max_tokens}): {response.status} {one_line(answer)}"
             )

@@ -6,6 +6,9 @@ B = samples generated together, V = vocabulary.
 
 from __future__ import annotations
 
+import itertools
+import threading
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,7 +25,7 @@ from dapo.types import Request, Sample, Sampling
 
 
 class EmbeddedEngine:
-    """Generates what was submitted, `max_concurrent` samples at a time, when `completed` is read."""
+    """The model in this process. A stream's samples are generated when its `completed` is read."""
 
     def __init__(self, model: Path, dtype: torch.dtype, device: torch.device, max_concurrent: int):
         config = transformers.AutoConfig.from_pretrained(model)
@@ -35,60 +38,40 @@ class EmbeddedEngine:
         self.model.generation_config = GenerationConfig()
         self.device, self.max_concurrent = device, max_concurrent
         self.version = -1
-        self.queue: list[Request] = []
-        self.finished: deque[Sample] = deque()  # generated, and not read yet
+        self.streams: weakref.WeakSet[EmbeddedStream] = weakref.WeakSet()
+        self.lock = threading.Lock()  # the model serves one stream at a time
 
-    def submit(self, requests: Iterable[Request]) -> None:
-        self.queue.extend(requests)
-
-    def completed(self) -> Iterator[Sample]:
-        """Samples in the order of their requests."""
-        while self.queue or self.finished:
-            if self.finished:
-                yield self.finished.popleft()
-                continue
-            sampling = self.queue[0].sampling
-            size = next((i for i, r in enumerate(self.queue) if r.sampling != sampling), len(self.queue))
-            batch, self.queue = (
-                self.queue[: min(size, self.max_concurrent)],
-                self.queue[min(size, self.max_concurrent) :],
-            )
-            self.finished.extend(self._generate(batch, sampling))
-
-    def abort(self, ids: Iterable[str]) -> None:
-        gone = set(ids)
-        self.queue = [request for request in self.queue if request.id not in gone]
-        self.finished = deque(
-            sample for sample in self.finished if f"{sample.group}.{sample.index}" not in gone
-        )
+    def stream(self) -> EmbeddedStream:
+        made = EmbeddedStream(self)
+        self.streams.add(made)
+        return made
 
     def prepare_weights(self, version: int) -> None: ...
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy the weights in; every parameter must be among them."""
         params = dict(as_stored(self.model.named_parameters()))
-        with torch.no_grad():
+        with self.lock, torch.no_grad():
             for name, tensor in weights:
                 params.pop(name).copy_(tensor)
         assert not params, f"weights not sent: {sorted(params)}"
         self.version = version
 
     def waiting(self) -> str:
-        return f"{len(self.queue)} responses queued in this process"
+        return f"{sum(len(stream.queue) for stream in self.streams)} responses queued in this process"
 
     def release_memory(self) -> None: ...
 
-    def close(self) -> None:
-        self.queue.clear()
+    def close(self) -> None: ...
 
     @torch.no_grad()
-    def _generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
-        longest = max(len(request.tokens) for request in requests)
+    def generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
+        longest = max(len(request.prompt.tokens) for request in requests)
         prompts = np.zeros((len(requests), longest), np.int64)  # padded on the left
         is_real = np.zeros_like(prompts)
         for row, request in enumerate(requests):
-            prompts[row, longest - len(request.tokens) :] = request.tokens
-            is_real[row, longest - len(request.tokens) :] = 1
+            prompts[row, longest - len(request.prompt.tokens) :] = request.prompt.tokens
+            is_real[row, longest - len(request.prompt.tokens) :] = 1
         sampler = SeededSampling([request.seed for request in requests], sampling, longest)
         out = self.model.generate(
             torch.from_numpy(prompts).to(self.device),
@@ -122,6 +105,40 @@ class EmbeddedEngine:
             versions=((self.version, 0, length),),
             finish_reason="stop" if len(stops) else "length",
         )
+
+
+class EmbeddedStream:
+    """Generates what was submitted, at most `max_concurrent` samples at a time, when `completed` is read."""
+
+    def __init__(self, engine: EmbeddedEngine):
+        self.engine = engine
+        self.queue: list[Request] = []
+        self.finished: deque[Sample] = deque()  # generated, and not read yet
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        self.queue.extend(requests)
+
+    def completed(self) -> Iterator[Sample]:
+        """Yield samples in the order of their requests."""
+        while self.queue or self.finished:
+            if not self.finished:
+                self._generate_next()
+            yield self.finished.popleft()
+
+    def abort(self, ids: Iterable[str] | None = None) -> None:
+        gone = None if ids is None else set(ids)
+        self.queue = [request for request in self.queue if gone is not None and request.id not in gone]
+        kept = (s for s in self.finished if gone is not None and f"{s.group}.{s.index}" not in gone)
+        self.finished = deque(kept)
+
+    def _generate_next(self) -> None:
+        """Generate the first requests of the queue that have the same sampling settings."""
+        sampling = self.queue[0].sampling
+        alike = itertools.takewhile(lambda request: request.sampling == sampling, self.queue)
+        batch = list(itertools.islice(alike, self.engine.max_concurrent))
+        self.queue = self.queue[len(batch) :]
+        with self.engine.lock:
+            self.finished.extend(self.engine.generate(batch, sampling))
 
 
 def as_stored(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

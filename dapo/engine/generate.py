@@ -35,7 +35,7 @@ def body(request: Request, rid: str) -> bytes:
     return orjson.dumps(
         {
             "rid": rid,
-            "input_ids": request.tokens,
+            "input_ids": request.prompt.tokens,
             "sampling_params": {
                 "max_new_tokens": sampling.max_tokens,
                 "temperature": sampling.temperature,
