@@ -1,8 +1,9 @@
-"""Where a step's seconds go: `@timed("update")` on a method, one `take()` per step."""
+"""Where a step's seconds go, by phase, and the process's heartbeat: `@timed("update")` on a method, `take()` once a step."""
 
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -11,31 +12,32 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_lock = threading.Lock()
 _seconds: defaultdict[str, float] = defaultdict(float)
-
-
-_phases: list[str] = []  # that this rank is in, innermost last
-_beats = 0
-
-
-def beat() -> None:
-    """Say that this rank gets on: a sample came in, a microbatch was computed, a tensor was sent."""
-    global _beats
-    _beats += 1
-
-
-def pulse() -> tuple[int, str]:
-    """Beats so far, the beginning and end of every phase among them, and the phase that this rank is in, ""
-    between phases.
-    """
-    return _beats, " > ".join(_phases)
-
-
+_heartbeats = 0
+_phases: dict[int, list[str]] = {}  # thread id → the phases it is in, innermost last
 _listeners: list[Callable[[str], None]] = []
 
 
+def heartbeat() -> None:
+    """Report progress: a sample came in, a microbatch was computed, a tensor was sent."""
+    global _heartbeats
+    with _lock:
+        _heartbeats += 1
+
+
+def progress() -> tuple[int, str]:
+    """Return the number of heartbeats so far, and the phases this process is in, "" between phases.
+
+    Phases of one thread are nested, those of several threads stand side by side: "update | rollout > sync". Each
+    phase counts a heartbeat at its beginning and one at its end.
+    """
+    with _lock:
+        return _heartbeats, " | ".join(" > ".join(phases) for phases in _phases.values())
+
+
 def listen(listener: Callable[[str], None]) -> None:
-    """Tell `listener` of every phase as it begins."""
+    """Call `listener` with the name of every phase as it begins."""
     _listeners.append(listener)
 
 
@@ -48,14 +50,11 @@ def timed(phase: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             for listener in _listeners:
                 listener(phase)
             start = time.perf_counter()
-            _phases.append(phase)
-            beat()
+            _enter(phase)
             try:
                 return function(*args, **kwargs)
             finally:
-                _phases.pop()
-                beat()
-                _seconds[phase] += time.perf_counter() - start
+                _leave(phase, time.perf_counter() - start)
 
         return call
 
@@ -63,7 +62,24 @@ def timed(phase: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def take() -> dict[str, float]:
-    """Seconds by phase since the last call, on this rank: {"time/rollout": 1.2, …}."""
-    taken = {f"time/{phase}": seconds for phase, seconds in _seconds.items()}
-    _seconds.clear()
+    """Return this process's seconds by phase since the last call: {"time/rollout": 1.2, …}."""
+    with _lock:
+        taken = {f"time/{phase}": seconds for phase, seconds in _seconds.items()}
+        _seconds.clear()
     return taken
+
+
+def _enter(phase: str) -> None:
+    with _lock:
+        _phases.setdefault(threading.get_ident(), []).append(phase)
+    heartbeat()
+
+
+def _leave(phase: str, seconds: float) -> None:
+    thread = threading.get_ident()
+    with _lock:
+        _phases[thread].pop()
+        if not _phases[thread]:
+            del _phases[thread]
+        _seconds[phase] += seconds
+    heartbeat()

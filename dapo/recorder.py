@@ -78,7 +78,7 @@ class Recorder:
     def _look(self) -> None:
         # should a C call keep the interpreter, and us with it
         faulthandler.dump_traceback_later(self.seconds + LOOK, file=self.stacks)
-        beats, phase = clock.pulse()
+        beats, phase = clock.progress()
         self.store.set(f"phase/{self.rank}", phase)
         total = self.store.add("beats", int(beats != self.beats))
         self.beats = beats

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import aiohttp
 import orjson
 
-from dapo.clock import beat
+from dapo.clock import heartbeat
 from dapo.engine import generate
 from dapo.engine.control import Server, one_line
 from dapo.engine.generate import UNKNOWN_VERSION, BadAnswer
@@ -276,7 +276,7 @@ class Dispatch:
 
     def _note_progress(self, endpoint: Endpoint) -> None:
         endpoint.progressed_at = self.progressed_at = time.monotonic()
-        beat()
+        heartbeat()
 
     def _note_fault(self, endpoint: Endpoint, fault: str, asked_at: float) -> None:
         """Leave the server alone for a while. What was asked for before it was last found well belongs to the

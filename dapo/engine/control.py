@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from dapo.clock import beat
+from dapo.clock import heartbeat
 from dapo.types import EngineError
 
 S = TypeVar("S")
@@ -69,7 +69,7 @@ class Server:
         except (OSError, http.client.HTTPException) as error:
             raise EngineError(f"{where}: {error or type(error).__name__}") from None
         finally:
-            beat()  # it has ended, well or not: the next call has a limit of its own
+            heartbeat()  # it has ended, well or not: the next call has a limit of its own
         if not 200 <= status < 300:
             raise EngineError(f"{where} answered {status}: {one_line(text)}")
         value = {} if path in IN_WORDS else _parse(text, where)

@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
-from dapo.clock import beat
+from dapo.clock import heartbeat
 from dapo.types import Request, Sample, Sampling
 
 
@@ -177,7 +177,7 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        beat()
+        heartbeat()
         scaled = scores.float() / self.sampling.temperature  # [B, V]
         logprobs = scaled.log_softmax(-1)
         drawn_from = self.top_p(input_ids, scaled).log_softmax(-1) if self.top_p else logprobs

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from dapo.clock import beat
+from dapo.clock import heartbeat
 from dapo.config import Config, ConfigError
 from dapo.engine import versions
 from dapo.engine.arguments import (
@@ -160,7 +160,7 @@ class Servers:
                     break
             if self.is_interrupted():
                 raise Interrupted
-            beat()  # a start has its own limit: the watcher gives up one that fails or falls silent
+            heartbeat()  # a start has its own limit: the watcher gives up one that fails or falls silent
             time.sleep(LOOK_EVERY)
         self.check()
         return has_changed

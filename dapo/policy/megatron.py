@@ -29,7 +29,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from dapo.clock import beat, timed
+from dapo.clock import heartbeat, timed
 from dapo.config import Config, ConfigError
 from dapo.learn.batch import Batch, Microbatch, Place
 from dapo.learn.traces import Trace, blank
@@ -323,7 +323,7 @@ class Policy:
         keep_dtype = {"fp32_output": False} if self.transformer.bf16 else {}
 
         def forward_step(data: Iterator[_Tensors], model: torch.nn.Module) -> tuple[Tensor, Any]:
-            beat()
+            heartbeat()
             tensors = next(data)
             hidden = model(
                 tensors.tokens, tensors.positions, None, packed_seq_params=tensors.packed, **keep_dtype

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dapo import config
-from dapo.clock import beat, timed
+from dapo.clock import heartbeat, timed
 from dapo.learn import batch
 from dapo.learn.advantages import group_advantages
 from dapo.learn.batch import Batch
@@ -229,7 +229,7 @@ class Rollouts:
     def _read(self, group: Group, sample: Sample) -> None:
         if self.is_interrupted():
             raise Interrupted
-        beat()
+        heartbeat()
         if not np.isfinite(sample.behavior_logprobs).all():
             raise RolloutError(
                 f"prompt {group.prompt.index}: the engine's log-probs are not finite: the policy is damaged; "
@@ -286,5 +286,5 @@ def _age(group: Group, step: int) -> int:
 
 def _beating(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
     for weight in weights:
-        beat()
+        heartbeat()
         yield weight

@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from dapo import clock
-from dapo.clock import beat, timed
+from dapo.clock import heartbeat, timed
 from dapo.engine.control import Server
 from dapo.engine.sglang import SGLangEngine
 from dapo.recorder import Recorder, spell
@@ -48,12 +48,12 @@ def test_phases_and_beats_are_the_clocks_pulse():
 
     @timed("inner")
     def inner():
-        return clock.pulse()
+        return clock.progress()
 
-    before, _ = clock.pulse()
+    before, _ = clock.progress()
     beats, phase = outer()
     assert phase == "outer > inner" and beats == before + 2
-    assert clock.pulse() == (before + 4, "")
+    assert clock.progress() == (before + 4, "")
 
 
 def test_a_phase_that_raises_is_over():
@@ -63,7 +63,7 @@ def test_a_phase_that_raises_is_over():
 
     with pytest.raises(KeyError):
         broken()
-    assert clock.pulse()[1] == ""
+    assert clock.progress()[1] == ""
 
 
 def test_a_stall_is_told_once_with_phase_and_who_is_waited_for(watch, tmp_path, capsys):
@@ -77,7 +77,7 @@ def test_a_stall_is_told_once_with_phase_and_who_is_waited_for(watch, tmp_path, 
         wait_until(lambda: stacks.read_text().endswith("\n\n"))
         time.sleep(1.2)  # four stalls: it neither tells again nor, in this phase, ends the run
         told = capsys.readouterr().err
-        beat()
+        heartbeat()
         wait_until(lambda: "stalled" in capsys.readouterr().err)  # a second stall is told too
 
     rollout()
@@ -96,7 +96,7 @@ def test_an_engine_that_waits_for_nothing_is_no_progress(watch, capsys):
     def hang():
         for is_loading in (False, True):
             engine.dispatch.is_loading = is_loading
-            beat()
+            heartbeat()
             wait_until(lambda: "stalled" in capsys.readouterr().err)
 
     try:
@@ -110,7 +110,7 @@ def test_an_engine_that_waits_for_nothing_is_no_progress(watch, capsys):
 def test_while_something_progresses_nothing_is_told_and_no_file_stays(watch, tmp_path, capsys):
     watch()
     for _ in range(40):
-        beat()
+        heartbeat()
         time.sleep(0.03)
     assert capsys.readouterr().err == ""
     watch.close()
@@ -123,7 +123,7 @@ def test_a_rank_that_has_not_begun_is_named_and_only_the_main_rank_speaks(watch,
         watch(rank=1, world=4)
         wait_until(lambda: (tmp_path / "stalls/rank-1.txt").read_text())
         assert capsys.readouterr().err == ""
-        beat()
+        heartbeat()
         watch(rank=0, world=4)
         seen = []
         wait_until(lambda: seen.append(capsys.readouterr().err) or "stalled" in "".join(seen))

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from dapo.clock import beat, timed
+from dapo.clock import heartbeat, timed
 from dapo.config import Parallel
 from dapo.mesh import Mesh
 from dapo.recorder import Recorder
@@ -22,7 +22,7 @@ STALL = 2.0
 def work(mesh: Mesh) -> None:
     end = time.monotonic() + 4 * STALL
     while mesh.rank == 1 and time.monotonic() < end:
-        beat()
+        heartbeat()
         time.sleep(0.05)
     mesh.barrier()
 

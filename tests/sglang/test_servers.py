@@ -195,9 +195,9 @@ def test_waiting_for_a_server_that_starts_again_is_progress(
     started.wait()
     processes_of(fake)[1].kill()
     until(lambda: not started.workers)
-    before, _ = clock.pulse()
+    before, _ = clock.progress()
     assert started.refresh() is True
-    assert clock.pulse()[0] > before
+    assert clock.progress()[0] > before
 
 
 def test_a_server_that_stands_still_is_started_again(start: Callable[..., Servers], fake: Path) -> None:
