@@ -1,8 +1,8 @@
 """Megatron's distributed checkpoints (torch_dist).
 
-A run writes one with a thread of each rank; a single process reads and writes one chunk by chunk. A directory
-holds *.distcp files (chunks of tensors end to end, each as torch.save writes it), .metadata (a pickle: the file
-and offset of each chunk), common.pt and metadata.json (all else, and the format's name).
+A run writes one with a thread of each rank; a single process reads and writes one chunk by chunk.
+A directory holds *.distcp files (chunks of tensors end to end, each as torch.save writes it), .metadata (a
+pickle: the file and offset of each chunk), common.pt and metadata.json (all else, and the format's name).
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Save:
         return self._writer.num_bytes
 
     def start(self, in_background: bool) -> None:
-        """Write. In the background a copy in main memory is written, so that training may change parameters."""
+        """Write. In the background, from a copy in main memory: training may then change the parameters."""
         if in_background:
             self._writer.copy_items()
         self._writer.start()
@@ -96,7 +96,7 @@ class Save:
         return self._writer.future.done()
 
     def finish(self) -> dict[str, Sum]:
-        """Wait for every rank's part; the main rank then writes .metadata. Returns the sum of this rank's file.
+        """Wait for all parts; the main rank then writes .metadata. Returns the sum of this rank's file.
 
         Raises:
             OSError: a part could not be written.
@@ -108,8 +108,9 @@ class Save:
             for finalize in self._request.finalize_fns:
                 finalize()
         except CheckpointException as error:  # a BaseException; only the main rank knows the reasons
-            for reason, _ in error.failures.values():
-                raise OSError(str(reason)) from error
+            reasons = [str(reason) for reason, _ in error.failures.values()]
+            if reasons:
+                raise OSError(reasons[0]) from error
             raise FailedElsewhere("a part of the checkpoint could not be written") from error
         return {self._file: self._writer.sum} if self._writer.items else {}
 
@@ -164,10 +165,8 @@ class _Writer(FileSystemWriterAsync):  # type: ignore[misc]
         try:
             for item, data in sorted(self.items, key=lambda pair: pair[0].type != WriteItemType.BYTE_IO):
                 data = _on_cpu(data) if isinstance(data, Tensor) else data
-                place: Any = (self.transforms, file)
-                results.append(
-                    _write_item(*place, data, item, self.file_name, SerializationFormat.TORCH_SAVE)
-                )
+                form = SerializationFormat.TORCH_SAVE
+                results.append(_write_item(self.transforms, file, data, item, self.file_name, form))  # type: ignore[arg-type]
             file.close()
         except (OSError, RuntimeError) as error:
             raise file.error or error from None
