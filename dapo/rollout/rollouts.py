@@ -227,9 +227,11 @@ class Rollouts:
             self._samplers.remove(sampler)
 
     def _request_more(self, step: int, buffer: Buffer, sampler: GroupSampler, fresh: list[Prompt]) -> None:
-        """Take prompts from the stream, as many as `_num_to_request` says, append them to `fresh`, request
+        """Take the prompts that the buffer needs from the stream, note them in `fresh`, request their
         groups.
         """
+        if buffer.is_full:
+            return
         prompts = self.prompts.take(self._num_to_request(buffer, sampler.pending))
         first = step * GROUPS_PER_STEP + len(fresh)
         fresh += prompts
@@ -241,8 +243,6 @@ class Rollouts:
         In rounds: a round whenever nothing is pending. Streaming: as many as the buffer will probably lack.
         """
         rollout = self.config.rollout
-        if buffer.is_full:
-            return 0
         if not rollout.dynamic_sampling:
             return rollout.prompts_per_step - pending.num_added
         if self.config.engine.is_streaming:
