@@ -60,7 +60,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How an engine samples. Nothing is inherited from a model's generation_config."""
+    """Sampling settings of a request. Nothing is inherited from a model's generation_config."""
 
     temperature: float
     max_tokens: int
@@ -109,7 +109,7 @@ class Sample:
 
     @property
     def is_truncated(self) -> bool:
-        """Whether the length limit ended it, not a stop token."""
+        """True if the length limit ended it, not a stop token."""
         return self.finish_reason == "length"
 
 
