@@ -21,7 +21,8 @@ from dapo.files import write_text
 from dapo.learn.traces import merged
 from dapo.log import Log, SilentLog, mean
 from dapo.mesh import Mesh
-from dapo.model.shape import ModelShape, check_layout, read_shape
+from dapo.model.layout import check_layout
+from dapo.model.shape import ModelShape, read_shape
 from dapo.policy.megatron import Policy
 from dapo.recorder import Recorder
 from dapo.rollout import dump, evaluate
