@@ -55,7 +55,7 @@ class OwnState:
                 part.optimizer._sync_hdo_state_to_sub_optimizers()
 
 
-def groups(optimizer: Any) -> dict[Any, Any]:
+def group_settings(optimizer: Any) -> dict[Any, Any]:
     """All else that a checkpoint holds of an optimizer: its groups' settings and steps."""
     parts = _parts(optimizer)
     if len(parts) == 1:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dapo.learn.batch import Microbatch, share
+from dapo.learn.batch import Microbatch, shard
 from dapo.policy.layers import MAX_PADDING, PackedAttention, RMSNorm, key_runs, padded_batches
 from tests.conftest import attend
 
