@@ -156,7 +156,7 @@ def worker(case: Case, model: Path) -> None:
         config,
         mesh.data,
         metrics={},
-    )[mesh.share]
+    )[mesh.shard]
     assert len(batch.minibatches[1]) == case.microbatches
     policy.set_old_logprobs(batch)
     for minibatch in batch.minibatches:

@@ -9,11 +9,14 @@ import json
 import resource
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dapo import clock, files
 from dapo.config import Config
 from dapo.report import curves, glossary
+
+if TYPE_CHECKING:
+    from rich.status import Status
 
 
 class Log:
@@ -77,14 +80,16 @@ class Console:
         import rich.console
 
         self.rich = rich.console.Console(highlight=False, soft_wrap=True)
-        self.status = self.rich.status("") if self.rich.is_terminal else None
-        if self.status:
-            self.status.start()
+        self.status: Status | None = None  # shown from the first progress on
         self.num_rows = 0
 
     def progress(self, text: str) -> None:
+        """Show where the current step is, on a terminal."""
         if self.status:
             self.status.update(text)
+        elif self.rich.is_terminal:
+            self.status = self.rich.status(text)
+            self.status.start()
 
     def say(self, text: str) -> None:
         self.rich.print(text, markup=False)
