@@ -156,7 +156,7 @@ def worker(case: Case, model: Path) -> None:
         config,
         mesh.data,
         metrics={},
-    )[mesh.share]
+    )[mesh.shard]
     batch = policy.place(batch)
     assert len(batch.minibatches[1]) == case.microbatches
     policy.score(batch)

@@ -289,28 +289,6 @@ class Config(Section):
                 "reward.soft_overlong_punishment=false"
             )
 
-        self._check_offload()
-
-    def _check_offload(self) -> None:
-        """Optimizer state in main memory: Megatron 0.16.1 resumes it in one way only."""
-        megatron = self.policy.megatron
-        if not megatron.get("optimizer_cpu_offload"):
-            return
-        wrong = []
-        if not megatron.get("use_precision_aware_optimizer"):
-            wrong.append(
-                "policy.megatron.use_precision_aware_optimizer=true: without it no checkpoint can be loaded"
-            )
-        if megatron.get("optimizer_offload_fraction", 0.0) != 1.0:
-            wrong.append(
-                "policy.megatron.optimizer_offload_fraction=1.0: a part left on the GPU resumes with a wrong "
-                "count of its steps"
-            )
-        if self.policy.dtype != "bfloat16":
-            wrong.append("policy.dtype=bfloat16: 32-bit parameters cannot be offloaded")
-        if wrong:
-            raise ConfigError(f"policy.megatron.optimizer_cpu_offload wants {'; '.join(wrong)}")
-
     def warnings(self) -> list[str]:
         """What is allowed and rarely meant."""
         if self.reward.soft_overlong_punishment and not self.rollout.dynamic_sampling:

@@ -1,4 +1,1 @@
-"""How groups become updates: advantages (Eq. 9), what each token weighs (Eq. 8), minibatches and packing.
-
-Nothing here imports process groups.
-"""
+"""Turns groups into updates: advantages (Eq. 9), token weights (Eq. 8), packing. Knows no process groups."""

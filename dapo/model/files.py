@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dapo.config import ConfigError
-from dapo.model.shape import read_object
+from dapo.model.shape import read_config
 
 
 def open_safetensors(directory: Path) -> dict[str, Path]:
@@ -74,9 +74,7 @@ def stored_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
     Raises:
         ConfigError: no config.json there, or it is broken, or as `open_safetensors`.
     """
-    if not (directory / "config.json").is_file():
-        raise ConfigError(f"model {directory}: no config.json there; expected a Hugging Face model directory")
-    is_tied = read_object(directory / "config.json").get("tie_word_embeddings", False)
+    is_tied = read_config(directory).get("tie_word_embeddings", False)
     for name, path in open_safetensors(directory).items():
         if not (is_tied and name == "lm_head.weight"):
             yield name, read_tensor(path, name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import string
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import transformers
 
 from dapo.config import ConfigError
+from dapo.model.shape import read_config
 
 
 def load_tokenizer(model: Path) -> Any:
@@ -35,7 +35,7 @@ def stop_ids(model: Path, tokenizer: Any) -> tuple[int, ...]:
     """
     ids = {
         tokenizer.eos_token_id,
-        *_listed(json.loads((model / "config.json").read_text()).get("eos_token_id")),
+        *_listed(read_config(model).get("eos_token_id")),
     }
     if (model / "generation_config.json").is_file():
         ids |= set(_listed(transformers.GenerationConfig.from_pretrained(model).eos_token_id))

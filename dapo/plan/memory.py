@@ -15,11 +15,14 @@ Engine's layers the list is read from its source.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil
-from typing import Any, Literal
+from typing import Literal
 
 from dapo.config import Config
-from dapo.model.shape import ModelShape, padded_vocab
+from dapo.model.layout import padded_vocab
+from dapo.model.passthrough import Passthrough
+from dapo.model.shape import ModelShape
 
 Backend = Literal["cpu", "cuda", "transformer_engine"]  # cpu, cuda: the plain layers
 
@@ -32,11 +35,7 @@ BATCH_BYTES = 42
 
 CHECKPOINT = "a checkpoint"
 
-# fields of policy.megatron that change what is counted here, and those that change no memory worth counting
-COUNTED = {
-    "recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules", "optimizer_cpu_offload",
-    "optimizer_offload_fraction", "use_precision_aware_optimizer", "moe_token_dispatcher_type",
-}  # fmt: skip
+# fields of policy.megatron that change no memory worth counting
 NEGLIGIBLE = {"adam_eps", "bucket_size", "overlap_grad_reduce", "attention_backend", "log_num_zeros_in_grad"}
 
 
@@ -289,7 +288,7 @@ class Rank:
     @property
     def optimizer(self) -> int:
         """Adam's two moments, and the float32 parameters where the model's are 16-bit."""
-        if self._megatron("optimizer_cpu_offload"):  # all of it in main memory, with a copy of the gradients
+        if self.megatron.optimizer_cpu_offload:  # all of it in main memory, with a copy of the gradients
             return 16 * self._share if self.backend == "cpu" else 0
         return (8 if self.value_bytes == 4 else 12) * self._share
 
@@ -324,10 +323,10 @@ class Rank:
     @property
     def _kept_by_layers(self) -> float:
         layer, layers = self.layer, self.shape.num_layers // (self.pipeline * self.chunks)
-        if self._recomputes("full"):
-            unit = min(self._megatron("recompute_num_layers") or 1, layers)
+        if self.megatron.recomputes("full"):
+            unit = min(self.megatron.recompute_num_layers or 1, layers)
             # the first layers, each for itself; uniform: all, `unit` at a time
-            is_block = self._megatron("recompute_method") == "block"
+            is_block = self.megatron.recompute_method == "block"
             kept = (
                 unit * layer.stream + (layers - unit) * layer.everything
                 if is_block
@@ -337,7 +336,7 @@ class Rank:
             kept = layers * layer.everything
         if self._recomputes_mlp:
             kept -= layers * layer.mlp
-        if self._recomputes("core_attn"):
+        if self.megatron.recomputes("core_attn"):
             kept -= layers * (layer.core_attention - layer.core_attention_inputs)
         return kept * self.tokens
 
@@ -355,12 +354,11 @@ class Rank:
         """
         layer, b, hidden, T = self.layer, self.value_bytes, self.shape.hidden_size, self.tokens
         recomputed = 0.0
-        if self._recomputes("full"):
-            recomputed = layer.everything * (
-                1 if self._megatron("recompute_method") == "block" else self._megatron("recompute_num_layers")
-            )
+        if self.megatron.recomputes("full"):
+            is_block = self.megatron.recompute_method == "block"
+            recomputed = layer.everything * (1 if is_block else self.megatron.recompute_num_layers or 1)
         recomputed += layer.mlp if self._recomputes_mlp else 0
-        recomputed += layer.core_attention if self._recomputes("core_attn") else 0
+        recomputed += layer.core_attention if self.megatron.recomputes("core_attn") else 0
         gathered = b * T * hidden if self.tensor > 1 else 0  # the stream of all tensor ranks
         if self.shape.num_experts:
             return round(recomputed * T + self._experts_working + 2 * layer.stream * T + gathered)
@@ -379,7 +377,7 @@ class Rank:
         """
         shape, b, tokens = self.shape, self.value_bytes, self.tokens // self.tensor
         sent = tokens * shape.experts_per_token * b * (2 * shape.hidden_size + 2 * shape.expert_ffn_size)
-        gathers = self._megatron("moe_token_dispatcher_type") == "allgather"
+        gathers = self.megatron.is_allgather
         return sent + (tokens * self.config.parallel.expert * (b + 4) * shape.hidden_size if gathers else 0)
 
     @property
@@ -483,14 +481,8 @@ class Rank:
 
     @property
     def _recomputes_mlp(self) -> bool:
-        return self._recomputes("moe" if self.shape.num_experts else "mlp")
+        return self.megatron.recomputes("moe" if self.shape.num_experts else "mlp")
 
-    def _megatron(self, field: str) -> Any:
-        return self.config.policy.megatron.get(field)
-
-    def _recomputes(self, what: str) -> bool:
-        """`full`, or one of the modules that Megatron's selective recompute knows."""
-        granularity = self._megatron("recompute_granularity")
-        return granularity == what or (
-            granularity == "selective" and what in (self._megatron("recompute_modules") or ["core_attn"])
-        )
+    @cached_property
+    def megatron(self) -> Passthrough:
+        return Passthrough.of(self.config.policy.megatron)

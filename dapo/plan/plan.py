@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 from math import ceil, prod
 
 from dapo.config import Config, ConfigError
-from dapo.model.shape import ModelShape, check_layout, padded_vocab, read_shape
-from dapo.plan.memory import COUNTED, NEGLIGIBLE, Backend, Rank, active_parameters, num_parameters
+from dapo.model.layout import check_layout, padded_vocab
+from dapo.model.passthrough import READ
+from dapo.model.shape import ModelShape, read_shape
+from dapo.plan.memory import NEGLIGIBLE, Backend, Rank, active_parameters, num_parameters
 
 GIB = 2**30
 FREE_SHARE = 0.05  # of a GPU's memory: what the caching allocator cannot use between blocks of unlike size
@@ -122,24 +124,18 @@ class Plan:
     @property
     def _learning_flops(self) -> float:
         """A token's forward and backward pass, and what is computed twice."""
-        shape, megatron = self.shape, self.config.policy.megatron
+        shape, megatron = self.shape, self.worst.megatron
         forward, again = forward_flops(shape, self.length), 0.0
-        modules = megatron.get("recompute_modules") or ["core_attn"]
-        if megatron.get("recompute_granularity") == "full":
+        if megatron.recomputes("full"):
             stage = shape.num_layers // self.config.parallel.pipeline
-            layers = (
-                min(megatron["recompute_num_layers"], stage)
-                if megatron["recompute_method"] == "block"
-                else stage
-            )
+            layers = stage
+            if megatron.recompute_method == "block":
+                layers = min(megatron.recompute_num_layers or 1, stage)
             again = layers / stage * (forward - 2 * shape.vocab_size * shape.hidden_size)
-        elif megatron.get("recompute_granularity") == "selective":
-            again += 2 * shape.num_layers * _feed_forward(shape) if {"mlp", "moe"} & set(modules) else 0
-            again += (
-                2 * shape.num_layers * self.length * shape.num_heads * shape.head_dim
-                if "core_attn" in modules
-                else 0
-            )
+        if megatron.recomputes("mlp") or megatron.recomputes("moe"):
+            again += 2 * shape.num_layers * _feed_forward(shape)
+        if megatron.recomputes("core_attn"):
+            again += 2 * shape.num_layers * self.length * shape.num_heads * shape.head_dim
         return 3 * forward + again
 
     def _pass_seconds(self, flops: float) -> float:
@@ -248,14 +244,14 @@ def _kinds(plan: Plan) -> list[list[Change]]:
     can_offload = (
         plan.backend != "cpu"
         and policy.dtype == "bfloat16"
-        and not policy.megatron.get("optimizer_cpu_offload")
+        and not plan.worst.megatron.optimizer_cpu_offload
     )
     return [
         [
             Change((f"policy.tokens_per_microbatch={n}",))
             for n in sorted(smaller - {policy.tokens_per_microbatch}, reverse=True)
         ],
-        recompute.get(policy.megatron.get("recompute_granularity"), []),
+        recompute.get(plan.worst.megatron.recompute_granularity, []),
         [Change((f"parallel.tensor={n}",)) for n in (2, 4, 8) if n > parallel.tensor],
         [Change((f"parallel.pipeline={n}",)) for n in (2, 4, 8, 16) if n > parallel.pipeline],
         [Change((f"parallel.context={n}",)) for n in (2, 4, 8) if n > parallel.context],
@@ -369,7 +365,7 @@ def _main_memory(plan: Plan) -> list[str]:
 def _notes(plan: Plan) -> Iterator[str]:
     """What the numbers leave out, and what is allowed and seldom meant."""
     config, parallel = plan.config, plan.config.parallel
-    for field in sorted(set(config.policy.megatron) - COUNTED - NEGLIGIBLE):
+    for field in sorted(set(config.policy.megatron) - READ - NEGLIGIBLE):
         yield f"policy.megatron.{field} is not counted"
     if plan.backend != "cpu" and config.policy.dtype == "float32":
         yield "float32 on a GPU: attention keeps its scores, length² a head, and the times are bfloat16's; neither is counted: use bfloat16"

@@ -66,7 +66,7 @@ class Policy:
         self.transformer = transformer_config(self.shape, config)
         optimizer = optimizer_config(config, self.transformer)
         initialize_megatron(config.parallel)
-        assert parallel_state.get_data_parallel_rank(with_context_parallel=True) == mesh.share, (
+        assert parallel_state.get_data_parallel_rank(with_context_parallel=True) == mesh.shard, (
             "mesh and Megatron disagree on the ranks"
         )
         model_parallel_cuda_manual_seed(config.run.seed)

@@ -14,7 +14,9 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dapo.config import Config, ConfigError, nearest
-from dapo.model.shape import ModelShape, check_layout, padded_vocab
+from dapo.model.layout import check_layout, padded_vocab
+from dapo.model.passthrough import Passthrough
+from dapo.model.shape import ModelShape
 from dapo.policy.cpu import has_transformer_engine
 from dapo.policy.layers import layer_spec
 from dapo.policy.rope import inverse_frequencies, softmax_scale
@@ -118,7 +120,7 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         )
     # Megatron refuses unlike lengths for allgather, which gathers as many tokens from every rank. batch.py
     # makes them alike within a group
-    fields["variable_seq_lengths"] = passed.get("moe_token_dispatcher_type") != "allgather"
+    fields["variable_seq_lengths"] = not Passthrough.of(config.policy.megatron).is_allgather
     try:
         made = TransformerConfig(**fields | passed)
         made.variable_seq_lengths = True  # packed microbatches differ in length

@@ -20,7 +20,8 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from dapo.model.shape import ModelShape, padded_vocab
+from dapo.model.layout import padded_vocab
+from dapo.model.shape import ModelShape
 from dapo.policy.cpu import has_transformer_engine
 
 Kind = Literal["whole", "rows", "columns", "qkv", "pair"]

@@ -123,7 +123,7 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     )
     policy = Policy(config, mesh)
     rank = Rank(config, policy.shape, "cpu", mesh.data, stage=mesh.rank // (case.tensor * case.context))
-    batch = batches.plan([make_group()], config, mesh.data, metrics={})[mesh.share]
+    batch = batches.plan([make_group()], config, mesh.data, metrics={})[mesh.shard]
     [[microbatch]] = batch.minibatches
     ranks: list[Any] = [None] * mesh.world
     measured = {

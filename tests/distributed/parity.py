@@ -205,7 +205,7 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     policy, hf = Policy(config, mesh), HFTrainer(directory / "hf", config)
     inject(case.fault, policy)
     groups = make_groups(np.random.default_rng(3), case.stale)
-    planned = batches.plan(groups, config, mesh.data, metrics={}, version=VERSION)[mesh.share]
+    planned = batches.plan(groups, config, mesh.data, metrics={}, version=VERSION)[mesh.shard]
     batch = policy.place(planned)
     result: dict[str, Any] = {"case": asdict(case), "microbatches": len(batch.minibatches[0])}
 

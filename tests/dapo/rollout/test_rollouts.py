@@ -33,6 +33,9 @@ class ScriptedEngine:
         self.aborted: set[str] = set()
         self.outstanding: list[Request] = []
 
+    def stream(self):
+        return self
+
     def submit(self, requests: Iterable[Request]) -> None:
         if requests := list(requests):
             self.submitted.append(requests)
@@ -56,8 +59,8 @@ class ScriptedEngine:
             finish_reason="length" if length == request.sampling.max_tokens else "stop",
         )
 
-    def abort(self, ids):
-        gone = set(ids)
+    def abort(self, ids=None):
+        gone = {request.id for request in self.outstanding} if ids is None else set(ids)
         self.aborted |= gone
         self.outstanding = [request for request in self.outstanding if request.id not in gone]
 
@@ -81,10 +84,10 @@ class ScriptedEngine:
 
 
 def prompt_of(request: Request) -> int:
-    return int(request.tokens[0]) // 100 - 1  # see make_prompt
+    return request.prompt.index  # see make_prompt
 
 
-def make_rollouts(tmp_path, engine, *overrides, num_data_ranks=1) -> Rollouts:
+def make_rollouts(tmp_path, engine, *overrides, num_data_ranks=1, **callbacks) -> Rollouts:
     """prompts_per_step 4, group_size 2, prompts_per_round 4, max_rounds 3, unless overridden. A token 1 at
     the end is a right answer.
     """
@@ -99,6 +102,7 @@ def make_rollouts(tmp_path, engine, *overrides, num_data_ranks=1) -> Rollouts:
         reward,
         decode=lambda tokens: f"Answer: {tokens[-1]}",
         stop_ids=(7,),
+        **callbacks,
     )
 
 
@@ -267,7 +271,7 @@ def test_the_engine_is_asked_with_our_sampling_settings_and_the_prompts_tokens(t
             32,
             (7,),
         )
-        assert np.array_equal(request.tokens, make_prompt(prompt_of(request)).tokens)
+        assert np.array_equal(request.prompt.tokens, make_prompt(prompt_of(request)).tokens)
 
 
 TWO_OF_TWELVE = ("10", "00", "00", "11", "01", *["00"] * 5, "11", "11")
@@ -362,9 +366,8 @@ def test_seeds_depend_on_the_runs_seed_and_the_samples_names_alone(tmp_path):
 @pytest.mark.parametrize("after", [1, 8, 9, 20, 24])  # samples; a round is 8, the last round ends with 24
 def test_interrupted_every_prompt_goes_back_and_the_step_can_be_made_anew(tmp_path, after):
     engine = ScriptedEngine(lambda prompt: "00", order=2)
-    rollouts = make_rollouts(tmp_path, engine)
     seen = iter(range(1, 1000))
-    rollouts.is_interrupted = lambda: next(seen) >= after
+    rollouts = make_rollouts(tmp_path, engine, is_interrupted=lambda: next(seen) >= after)
     with pytest.raises(Interrupted):
         rollouts.next_batch(0)
     assert not engine.outstanding and engine.aborted <= {request.id for request in engine.submitted[-1]}
