@@ -128,7 +128,7 @@ def write_run(
                 )
             buffer.offer(group)
         rollouts = directory / "rollouts"
-        dump.write(dump.path_of(rollouts, step), buffer, share=1.0)
+        dump.write(dump.path_of(rollouts, step), buffer, fraction=1.0)
         dump.write_traces(
             dump.traces_path_of(rollouts, step),
             [trace(rng, s) for group in buffer.kept for s in group.samples],

@@ -21,6 +21,7 @@ from dapo.config import Config, Parallel
 from dapo.learn.objective import token_weights
 from dapo.learn.packing import pack, padded
 from dapo.learn.traces import Location, chosen
+from dapo.model.passthrough import Passthrough
 from dapo.types import Group, Prompt, Sample, per_token, token_fields
 
 Array = TypeVar("Array")  # np.ndarray on the host, torch.Tensor on a rank's device
@@ -28,7 +29,7 @@ Array = TypeVar("Array")  # np.ndarray on the host, torch.Tensor on a rank's dev
 
 @dataclass
 class Scores(Generic[Array]):
-    """What the policy before its updates says about a microbatch's tokens. Fields are [T]."""
+    """The policy's view of a microbatch's tokens, before it is updated. Per-token fields are [T]."""
 
     old_logprobs: Array = field(metadata=per_token(np.float32))  # log π_θold: the ratio's denominator
     importance: Array = field(metadata=per_token(np.float32))  # see objective.importance
@@ -114,7 +115,7 @@ def packed(sequences: list[_Sequence], config: Config, num_ranks: int) -> list[M
     lengths = [padded(s.length, parallel.sequence_multiple) for s in sequences]
     # the interleaved schedule needs a multiple of `pipeline` microbatches on each rank
     multiple = num_ranks * (parallel.pipeline if parallel.virtual_pipeline > 1 else 1)
-    is_gathered = config.policy.megatron.get("moe_token_dispatcher_type") == "allgather"
+    is_gathered = Passthrough.of(config.policy.megatron).is_allgather
     bins = pack(lengths, config.policy.tokens_per_microbatch, multiple, by_tokens=is_gathered)
     least = [1] * len(bins)
     if is_gathered:  # as many tokens are gathered from every rank: a row of bins is padded to its longest

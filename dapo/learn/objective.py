@@ -1,4 +1,4 @@
-"""What each token weighs in the loss.
+"""The weight of each token in the loss.
 
 The kernel sums mask · weight · loss: every denominator is in the weights, counted per minibatch.
 To add a normaliser, write its function, name it in NORMALISERS and in config.Objective.

@@ -1,4 +1,4 @@
-"""What the updates saw of the tokens of dumped samples. n = response tokens."""
+"""Traces record what updates saw of dumped samples' tokens. n = response tokens of a sample."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Key = tuple[int, int]  # a sample's group and index
 
 @dataclass(frozen=True)
 class Trace:
-    """What one sample's update saw of its n response tokens.
+    """Record of what its update saw of one sample's response tokens.
 
     Fields are [n]; 0 and False where loss_mask is False, and where another rank saw the token.
     """

@@ -48,7 +48,7 @@ SETTINGS = ("max_lr", "min_lr", "betas", "eps")
 
 
 class PolicyError(RuntimeError):
-    """Training met numbers it cannot learn from. Every rank raises it, before the parameters are touched."""
+    """A number is not finite, so nothing can be learnt from it. Every rank raises it."""
 
 
 class Policy:

@@ -1,4 +1,4 @@
-"""What is measured of the tokens that the policy scores and learns from.
+"""Metrics of the tokens that the policy scores and learns from.
 
 One function returns a microbatch's sums by name; they are added up over microbatches and ranks, and another
 function makes metrics of them. Without arguments the first returns zeros under the same names, for ranks that

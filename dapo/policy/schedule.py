@@ -71,7 +71,7 @@ def run(
 
         def loss(hidden: Tensor) -> tuple[Tensor, Tensor, R]:
             total, result = finish(microbatch, hidden[:, 0])
-            # the loss is a sum already: Megatron divides by nothing where it is told of 0 tokens
+            # the loss is a sum already: with 0 tokens Megatron divides it by nothing
             return total, torch.zeros((), dtype=torch.int, device=hidden.device), result
 
         return hidden_states(model, config, microbatch), loss

@@ -1,7 +1,7 @@
-"""Policy against a plain Hugging Face model trained by the same equations, case after case in one launch.
+"""Compares Policy with a plain Hugging Face model trained by the same equations, all cases in one launch.
 
-torchrun --nproc-per-node WORLD -m tests.distributed.parity OUT.json [PATTERN]: every case of that world size,
-or those whose name has the pattern; the main rank writes what it measured.
+torchrun --nproc-per-node WORLD -m tests.distributed.parity OUT.json [PATTERN] runs every case of that world
+size, or those with the pattern in their name; the main rank writes what it measured.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from dapo.mesh import Mesh
 from dapo.policy import megatron as policy_module
 from dapo.policy import metrics, schedule
 from dapo.policy.megatron import PlacedBatch, Policy, PolicyError
+from dapo.policy.schedule import get_forward_backward_func
 from dapo.types import Group, Prompt, Sample
 from tests.distributed.cases import CASES, FAULTS, Case
 from tests.distributed.ranks import prepare_rank
@@ -46,12 +47,18 @@ YARN = {
     "beta_fast": 2.0,
     "beta_slow": 0.25,
 }
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "original_max_position_embeddings": 16, "low_freq_factor": 0.5,
-          "high_freq_factor": 2.0}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "low_freq_factor": 0.5,
+    "high_freq_factor": 2.0,
+}
 
 
 def make_hf(model: str, is_tied: bool, directory: Path, layers: int = 4) -> None:
-    """A random model in which biases and norms matter."""
+    """Save a random model in which biases and norms matter."""
     kinds = {
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
         # ≠ hidden / heads
@@ -101,14 +108,22 @@ def make_hf(model: str, is_tied: bool, directory: Path, layers: int = 4) -> None
 
 
 def make_groups(rng: np.random.Generator, is_stale: bool) -> list[Group]:
-    """Random groups. Stale: of every other sample, older weights (version 1 of 2) wrote the first half."""
+    """Make random groups. Stale: older weights (version 1 of 2) wrote half of every other sample."""
     groups = []
     for g in range(NUM_UPDATES * GROUPS_PER_UPDATE):
         group = Group(g, Prompt(g, rng.integers(0, VOCAB, rng.integers(1, 9)).astype(np.int32), "0"))
         for i in range(GROUP_SIZE):
             n = int(rng.integers(1, 24))
-            sample = Sample(g, i, rng.integers(0, VOCAB, n).astype(np.int32), rng.normal(-5, 1, n).astype(np.float32), rng.random(n) < 0.9,
-                            ((VERSION, 0, n),), "length" if rng.random() < 0.3 else "stop", reward=float(rng.normal()))  # fmt: skip
+            sample = Sample(
+                g,
+                i,
+                tokens=rng.integers(0, VOCAB, n).astype(np.int32),
+                behavior_logprobs=rng.normal(-5, 1, n).astype(np.float32),
+                loss_mask=rng.random(n) < 0.9,
+                versions=((VERSION, 0, n),),
+                finish_reason="length" if rng.random() < 0.3 else "stop",
+                reward=float(rng.normal()),
+            )
             sample.loss_mask[0] = True
             if is_stale:
                 half = (i % 2) * ((n + 1) // 2)
@@ -274,7 +289,8 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
 
 
 def inject(fault: str, policy: Policy) -> None:
-    """A wrong gradient scale, as it comes about: nothing else changes."""
+    """Make the gradient scale wrong, as a mistake in Megatron's settings would; nothing else changes."""
+    schedule.get_forward_backward_func = get_forward_backward_func
     # Megatron multiplies a loss that comes without a number of tokens so, and averages it
     if fault == "context factor":
         finalize = policy.transformer.finalize_model_grads_func
@@ -286,7 +302,6 @@ def inject(fault: str, policy: Policy) -> None:
 
         policy.transformer.finalize_model_grads_func = twice
     elif fault == "token mean":  # Megatron divides by the number of tokens, where it knows one
-        make = schedule.get_forward_backward_func
 
         def counted(forward_step_func: Any, **arguments: Any) -> Any:
             def step(data: Any, model: Any) -> Any:
@@ -299,7 +314,7 @@ def inject(fault: str, policy: Policy) -> None:
 
                 return hidden, with_tokens
 
-            return make()(forward_step_func=step, **arguments)
+            return get_forward_backward_func()(forward_step_func=step, **arguments)
 
         schedule.get_forward_backward_func = lambda: counted
     # summed over the data-parallel ranks and left so, where other ranks have the experts too
