@@ -157,8 +157,9 @@ def worker(case: Case, model: Path) -> None:
         mesh.data,
         metrics={},
     )[mesh.shard]
+    batch = policy.place(batch)
     assert len(batch.minibatches[1]) == case.microbatches
-    policy.set_old_logprobs(batch)
+    policy.score(batch)
     for minibatch in batch.minibatches:
         policy.update(minibatch)
     learning = peak() - before

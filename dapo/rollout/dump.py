@@ -5,7 +5,7 @@ updates saw of their tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +14,32 @@ import numpy as np
 from dapo.config import ConfigError
 from dapo.learn.traces import Trace, chosen
 from dapo.rollout.buffer import Buffer
-from dapo.types import Group, Prompt, Sample
+from dapo.types import Group, Prompt, Sample, token_fields
 
 KINDS = ("kept", "all_correct", "all_wrong", "surplus")
 TRACES = ".traces.parquet"
-COLUMNS = {  # of a dump, a row a sample; [x]: a list of x
-    "kind": "string",
-    "group": "int64",
-    "index": "int64",
-    "prompt_index": "int64",
-    "prompt_tokens": "[int32]",
-    "answer": "string",
-    "tokens": "[int32]",
-    "behavior_logprobs": "[float]",
-    "loss_mask": "[bool]",
-    "versions": "[[int64]]",
-    "finish_reason": "string",
-    "text": "string",
-    "is_correct": "bool",
-    "reward": "double",
-    "advantage": "double",
+TYPES = {  # a field's annotation → its column; [x]: a list of x
+    "int": "int64",
+    "float": "double",
+    "bool": "bool",
+    "str": "string",
+    "FinishReason": "string",
+    "tuple[tuple[int, int, int], ...]": "[[int64]]",
 }
-TRACE_COLUMNS = {
-    "group": "int64",
-    "index": "int64",
-    "old_logprobs": "[float]",
-    "logprobs": "[float]",
-    "clipped_low": "[bool]",
-    "clipped_high": "[bool]",
-}
+
+
+def columns_of(kind: type) -> dict[str, str]:
+    """Return a dataclass's columns: name → type."""
+    per_token = token_fields(kind)
+    return {
+        f.name: f"[{per_token[f.name]}]" if f.name in per_token else TYPES[str(f.type)] for f in fields(kind)
+    }
+
+
+PROMPT = {"prompt_index": "int64", "prompt_tokens": "[int32]", "answer": "string"}
+KEY = {"kind": "string", "group": "int64", "index": "int64"}
+COLUMNS = KEY | PROMPT | columns_of(Sample)  # of a dump, a row a sample
+TRACE_COLUMNS = columns_of(Trace)
 
 
 def path_of(directory: Path, step: int) -> Path:
@@ -164,36 +161,14 @@ def _write(path: Path, rows: list[dict[str, Any]], columns: Mapping[str, str]) -
 
 
 def _row(kind: str, group: Group, sample: Sample) -> dict[str, Any]:
-    return {
-        "kind": kind,
-        "group": group.id,
-        "index": sample.index,
-        "prompt_index": group.prompt.index,
-        "prompt_tokens": group.prompt.tokens,
-        "answer": group.prompt.answer,
-        "tokens": sample.tokens,
-        "behavior_logprobs": sample.behavior_logprobs,
-        "loss_mask": sample.loss_mask,
-        "versions": [list(version) for version in sample.versions],
-        "finish_reason": sample.finish_reason,
-        "text": sample.text,
-        "is_correct": sample.is_correct,
-        "reward": sample.reward,
-        "advantage": sample.advantage,
-    }
+    row = {name: getattr(sample, name) for name in columns_of(Sample)}
+    prompt = group.prompt
+    about = {"prompt_index": prompt.index, "prompt_tokens": prompt.tokens, "answer": prompt.answer}
+    return row | {"kind": kind, "group": group.id} | about
 
 
 def _sample(row: dict[str, Any]) -> Sample:
-    return Sample(
-        group=row["group"],
-        index=row["index"],
-        tokens=np.array(row["tokens"], np.int32),
-        behavior_logprobs=np.array(row["behavior_logprobs"], np.float32),
-        loss_mask=np.array(row["loss_mask"], bool),
-        versions=tuple((version, start, end) for version, start, end in row["versions"]),
-        finish_reason=row["finish_reason"],
-        text=row["text"],
-        is_correct=row["is_correct"],
-        reward=row["reward"],
-        advantage=row["advantage"],
-    )
+    values = {name: row[name] for name in columns_of(Sample)}
+    values |= {name: np.array(row[name], dtype) for name, dtype in token_fields(Sample).items()}
+    values["versions"] = tuple((version, start, end) for version, start, end in row["versions"])
+    return Sample(**values)

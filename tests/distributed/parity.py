@@ -23,11 +23,12 @@ from safetensors.torch import load_file
 from dapo import config as configs
 from dapo.engine.embedded import as_stored
 from dapo.learn import batch as batches
+from dapo.learn.advantages import set_advantages
 from dapo.learn.objective import token_weights
 from dapo.mesh import Mesh
 from dapo.policy import megatron as policy_module
-from dapo.policy.megatron import Policy, PolicyError
-from dapo.rollout import group_advantages
+from dapo.policy import metrics, schedule
+from dapo.policy.megatron import PlacedBatch, Policy, PolicyError
 from dapo.types import Group, Prompt, Sample
 from tests.distributed.cases import CASES, FAULTS, Case
 from tests.distributed.ranks import prepare_rank
@@ -113,11 +114,8 @@ def make_groups(rng: np.random.Generator, is_stale: bool) -> list[Group]:
                 half = (i % 2) * ((n + 1) // 2)
                 sample.versions = ((1, 0, half), (VERSION, half, n))
             group.samples.append(sample)
-        for sample, advantage in zip(
-            group.samples, group_advantages([s.reward for s in group.samples]), strict=True
-        ):
-            sample.advantage = float(advantage)
         groups.append(group)
+    set_advantages(groups)
     return groups
 
 
@@ -174,7 +172,7 @@ class HFTrainer:
 
 
 def run(case: Case, directory: Path) -> dict[str, Any]:
-    mesh_options = configs.Parallel(
+    parallel = configs.Parallel(
         tensor=case.tensor,
         pipeline=case.pipeline,
         virtual_pipeline=case.virtual,
@@ -192,7 +190,7 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
         ),
         objective=configs.Objective(normaliser=case.normaliser, overlong_filtering=case.filtering),
         optim=configs.Optim(lr=LR, warmup_steps=0, prompts_per_minibatch=GROUPS_PER_UPDATE, clip_grad=0.5),
-        parallel=mesh_options,
+        parallel=parallel,
         policy=configs.Policy(
             model=directory / "hf",
             dtype=case.dtype,
@@ -200,14 +198,15 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
             megatron={"adam_eps": EPS} | case.megatron,
         ),
     )
-    mesh = Mesh(mesh_options)
+    mesh = Mesh(parallel)
     if mesh.is_main:
         make_hf(case.model, case.is_tied, directory / "hf", case.layers)
     mesh.barrier()
     policy, hf = Policy(config, mesh), HFTrainer(directory / "hf", config)
     inject(case.fault, policy)
     groups = make_groups(np.random.default_rng(3), case.stale)
-    batch = batches.plan(groups, config, mesh.data, metrics={}, version=VERSION)[mesh.shard]
+    planned = batches.plan(groups, config, mesh.data, metrics={}, version=VERSION)[mesh.shard]
+    batch = policy.place(planned)
     result: dict[str, Any] = {"case": asdict(case), "microbatches": len(batch.minibatches[0])}
 
     policy.save_hf(directory / "exported")
@@ -221,7 +220,12 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
 
     with torch.no_grad():
         old = {(g.id, s.index): hf.logprobs(g, s).detach() for g in groups for s in g.samples}
-    result["mismatch"] = policy.set_old_logprobs(batch)
+    weights = [m.token_weights.clone() for minibatch in batch.minibatches for m in minibatch]
+    result["mismatch"] = policy.score(batch)
+    scored = [m for minibatch in batch.minibatches for m in minibatch]
+    result["weights kept"] = all(
+        torch.equal(m.token_weights, w) for m, w in zip(scored, weights, strict=True)
+    )
     result["expected_mismatch"] = expected_mismatch(groups, old, config.objective.importance_cap)
     result["logprobs"] = mesh.max(_logprob_error(policy, batch, groups, old))
 
@@ -242,6 +246,7 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
         *((float((g - grads[n]).norm()), float(grads[n].norm())) for n, g in policy.gradients()), strict=True
     )
     result["gradients"] = float(np.linalg.norm(gaps) / np.linalg.norm(norms))
+    result["toy"] = toy_metric(policy, batch)
 
     start = {name: param.detach().clone() for name, param in params.items()}
     our_start = {name: weight.clone().float() for name, weight in policy.weights()}
@@ -263,7 +268,7 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
         next(policy.chunks[0].parameters()).fill_(torch.nan)
     result["refused"] = [
         _refusal(policy.update, batch.minibatches[0]),
-        _refusal(policy.set_old_logprobs, batch),
+        _refusal(policy.score, batch),
     ]
     return result
 
@@ -280,17 +285,25 @@ def inject(fault: str, policy: Policy) -> None:
                 chunk.scale_gradients(policy.config.parallel.context)
 
         policy.transformer.finalize_model_grads_func = twice
-    elif fault == "token mean":  # told the number of tokens, Megatron divides by it
-        loss = policy._loss
+    elif fault == "token mean":  # Megatron divides by the number of tokens, where it knows one
+        make = schedule.get_forward_backward_func
 
-        def counted(tensors: Any, hidden: torch.Tensor) -> Any:
-            total, _, sums = loss(tensors, hidden)
-            return total, tensors.mask.sum().int(), sums
+        def counted(forward_step_func: Any, **arguments: Any) -> Any:
+            def step(data: Any, model: Any) -> Any:
+                hidden, loss = forward_step_func(data, model)
 
-        policy._loss = counted  # type: ignore[method-assign]
-    elif (
-        fault == "expert factor"
-    ):  # summed over the data-parallel ranks and left so, where other ranks have the experts too
+                def with_tokens(hidden: torch.Tensor) -> Any:
+                    total, _, sums = loss(hidden)
+                    count = sums["tokens"] if isinstance(sums, dict) else 0
+                    return total, torch.tensor(count, dtype=torch.int), sums
+
+                return hidden, with_tokens
+
+            return make()(forward_step_func=step, **arguments)
+
+        schedule.get_forward_backward_func = lambda: counted
+    # summed over the data-parallel ranks and left so, where other ranks have the experts too
+    elif fault == "expert factor":
         finalize_all = policy.transformer.finalize_model_grads_func
 
         def halved(model: list[Any], *arguments: Any, **options: Any) -> None:
@@ -305,10 +318,20 @@ def inject(fault: str, policy: Policy) -> None:
         assert not fault
 
 
+def toy_metric(policy: Policy, batch: PlacedBatch) -> float:
+    """Add a metric where the guide says: a sum and a value. Returns it, of all ranks' response tokens."""
+    sums, values = metrics.update_sums, metrics.update_metrics
+    metrics.update_sums = lambda *x: sums(*x) | {"toy": 2 * sums(*x)["tokens"]}
+    metrics.update_metrics = lambda x: values(x) | {"policy/toy": x["toy"] / x["tokens"]}
+    found = policy.backward(batch.minibatches[0])["policy/toy"]
+    metrics.update_sums, metrics.update_metrics = sums, values
+    return found
+
+
 def expected_mismatch(
     groups: list[Group], old: dict[tuple[int, int], torch.Tensor], cap: float
 ) -> dict[str, float]:
-    """What set_old_logprobs reports, token by token."""
+    """Compute what Policy.score reports, token by token."""
     gaps, importances = [], []
     for group in groups:
         for sample in group.samples:
@@ -337,24 +360,25 @@ def _refusal(function: Any, argument: Any) -> str:
 
 
 def _logprob_error(
-    policy: Policy, batch: batches.Batch, groups: list[Group], old: dict[tuple[int, int], torch.Tensor]
+    policy: Policy, batch: PlacedBatch, groups: list[Group], old: dict[tuple[int, int], torch.Tensor]
 ) -> float:
-    """Of every masked log-prob of this rank, against the Hugging Face model's: found by the sample's place in
-    the microbatch.
+    """Return the largest difference of this rank's masked log-probs from the Hugging Face model's.
+
+    They are found by the sample's location in the microbatch.
     """
     if not policy.is_last_stage:
         return 0.0
     masks = {(sample.group, sample.index): sample.loss_mask for group in groups for sample in group.samples}
     worst, seen = 0.0, 0
-    for minibatch in batch.minibatches:
-        for microbatch in minibatch:
-            ours = policy._on_device[id(microbatch)].old_logprobs
-            for place in microbatch.dumped:
-                here = slice(place.start, place.start + place.tokens.stop - place.tokens.start)
-                mask = torch.from_numpy(masks[place.group, place.index][here])
-                gaps = (ours[place.tokens] - old[place.group, place.index][here])[mask].abs()
-                worst, seen = max(worst, float(gaps.max()) if len(gaps) else 0.0), seen + len(gaps)
-    assert seen == sum(int(m.mask.sum()) for minibatch in batch.minibatches for m in minibatch)
+    scored = [microbatch for minibatch in batch.minibatches for microbatch in minibatch]
+    for microbatch in scored:
+        for location in microbatch.dumped:
+            key, tokens = (location.group, location.index), location.tokens
+            here = slice(location.start, location.start + tokens.stop - tokens.start)
+            mask = torch.from_numpy(masks[key][here])
+            gaps = (microbatch.scores.old_logprobs[tokens] - old[key][here])[mask].abs()
+            worst, seen = max(worst, float(gaps.max()) if len(gaps) else 0.0), seen + len(gaps)
+    assert seen == sum(int(m.loss_mask.sum()) for m in scored)
     return worst
 
 

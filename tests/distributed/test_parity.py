@@ -18,6 +18,8 @@ def test_policy_equals_a_plain_model(case: Case) -> None:
     assert result["round_trip"], "Hugging Face → Megatron → Hugging Face is not bit-exact"
     assert result["logprobs"] <= bounds.logprobs
     assert result["ratio"] == 0.0, "the first minibatch's ratio is exactly 1"
+    assert result["weights kept"], "score changes no token weight"
+    assert result["toy"] == 2.0, "a metric needs a sum and a value"
     assert result["mismatch"] == pytest.approx(result["expected_mismatch"], rel=bounds.mismatch)
     assert result["gradients"] <= bounds.gradients
     assert grad_norm_gap(result) <= bounds.grad_norm
