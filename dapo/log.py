@@ -32,6 +32,8 @@ class Log:
         files.write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.tensorboard = SummaryWriter(str(config.run.dir / "tensorboard"), purge_step=start)
         self.wandb = _start_wandb(config) if config.run.wandb_project else None
+        if start:
+            console.say(f"going on from step {start} of {config.run.steps} in {config.run.dir}")
         self.last = time.perf_counter()
         clock.listen(console.progress)
         clock.take()
@@ -71,20 +73,22 @@ class SilentLog:
 
 
 class Console:
-    """Prints a row a step, and below it, on a terminal, the progress of the current step."""
+    """Prints a row a step, and below it, on a terminal, the progress of the current step.
+
+    A rank that reports neither prints nothing.
+    """
 
     def __init__(self) -> None:
         import rich.console
 
         self.rich = rich.console.Console(highlight=False, soft_wrap=True)
         self.status = self.rich.status("") if self.rich.is_terminal else None
-        if self.status:
-            self.status.start()
         self.num_rows = 0
 
     def progress(self, text: str) -> None:
         if self.status:
             self.status.update(text)
+            self.status.start()  # does nothing if it is shown already
 
     def say(self, text: str) -> None:
         self.rich.print(text, markup=False)
