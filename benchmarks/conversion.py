@@ -29,10 +29,10 @@ import torch
 from record import heading, save, spread, table
 
 from dapo.files import SummedFile, sum_of
+from dapo.model.names import hf_shapes
+from dapo.model.names import table as entries
 from dapo.model.shape import ModelShape, read_shape
 from dapo.policy.weight_files import save_hf
-from dapo.policy.weights import hf_shapes
-from dapo.policy.weights import table as entries
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {

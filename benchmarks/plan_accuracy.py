@@ -30,7 +30,9 @@ from record import heading, save, table
 from dapo import config as configs
 from dapo.learn import batch as batches
 from dapo.mesh import Mesh
-from dapo.plan.memory import CHECKPOINT, Backend, Rank, num_parameters
+from dapo.model.parameters import num_parameters
+from dapo.plan.activations import Backend
+from dapo.plan.memory import CHECKPOINT, Rank
 from dapo.policy.cpu import has_transformer_engine
 from dapo.policy.megatron import Policy
 from dapo.types import Group, Prompt, Sample

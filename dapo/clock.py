@@ -1,5 +1,6 @@
-"""Where a step's seconds go, by phase, and the process's heartbeat: `@timed("update")` on a method, `take()`
-once a step.
+"""Seconds of a step by phase, and the process's heartbeat.
+
+`@timed("update")` on a method, `take()` once a step.
 """
 
 from __future__ import annotations

@@ -9,14 +9,11 @@ import json
 import resource
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dapo import clock, files
 from dapo.config import Config
 from dapo.report import curves, glossary
-
-if TYPE_CHECKING:
-    from rich.status import Status
 
 
 class Log:
@@ -35,6 +32,8 @@ class Log:
         files.write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.tensorboard = SummaryWriter(str(config.run.dir / "tensorboard"), purge_step=start)
         self.wandb = _start_wandb(config) if config.run.wandb_project else None
+        if start:
+            console.say(f"going on from step {start} of {config.run.steps} in {config.run.dir}")
         self.last = time.perf_counter()
         clock.listen(console.progress)
         clock.take()
@@ -74,22 +73,22 @@ class SilentLog:
 
 
 class Console:
-    """Prints a row a step, and below it, on a terminal, the progress of the current step."""
+    """Prints a row a step, and below it, on a terminal, the progress of the current step.
+
+    A rank that reports neither prints nothing.
+    """
 
     def __init__(self) -> None:
         import rich.console
 
         self.rich = rich.console.Console(highlight=False, soft_wrap=True)
-        self.status: Status | None = None  # shown from the first progress on
+        self.status = self.rich.status("") if self.rich.is_terminal else None
         self.num_rows = 0
 
     def progress(self, text: str) -> None:
-        """Show where the current step is, on a terminal."""
         if self.status:
             self.status.update(text)
-        elif self.rich.is_terminal:
-            self.status = self.rich.status(text)
-            self.status.start()
+            self.status.start()  # does nothing if it is shown already
 
     def say(self, text: str) -> None:
         self.rich.print(text, markup=False)

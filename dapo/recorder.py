@@ -64,7 +64,7 @@ class Recorder:
         self._closed.set()
         self._thread.join(CHECK_SECONDS)
         faulthandler.cancel_dump_traceback_later()
-        is_empty = self.stacks.tell() == 0
+        is_empty = os.fstat(self.stacks.fileno()).st_size == 0
         self.stacks.close()
         if is_empty:
             Path(self.stacks.name).unlink(missing_ok=True)

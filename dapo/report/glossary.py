@@ -157,7 +157,7 @@ METRICS = [
     Metric("eval/<set>/mean_half_width", "",
            "Half width of the 95 % confidence interval of mean@k, clustered by problem.",
            "small against the differences that you look for",
-           "larger than them: the set is too small to tell"),
+           "larger than them: the set is too small"),
     Metric("eval/<set>/majority", "", "maj@k: fraction of problems whose most frequent answer is correct.",
            "above mean@k", "falls below mean@k: the policy agrees with itself on wrong answers"),
     Metric("eval/<set>/pass", "", "pass@k: fraction of problems with at least one correct sample.",

@@ -99,6 +99,25 @@ def test_a_row_holds_the_steps_values_times_and_memory(tmp_path, capsys):
     assert [len(line) for line in lines[2:]] == [len(HEADER)] * 2
 
 
+def test_a_terminal_shows_progress_below_the_rows_from_the_first_report_on(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    console = Console()
+    console.close()
+    assert capsys.readouterr().out == "", "a rank that reports no progress leaves the terminal alone"
+    console.progress("step 0: 1/4 groups")
+    console.progress("step 0: 2/4 groups")
+    console.close()
+    assert "step 0: 2/4 groups" in capsys.readouterr().out
+
+
+def test_a_log_that_resumes_says_from_where(tmp_path, capsys):
+    make_log(tmp_path, 0).close()
+    assert capsys.readouterr().out == ""
+    make_log(tmp_path, 3).close()
+    assert capsys.readouterr().out == f"going on from step 3 of 2 in {tmp_path / 'run'}\n"
+
+
 def test_phases_are_shown_on_the_console_as_they_begin(tmp_path, monkeypatch):
     phases = []
     console = Console()

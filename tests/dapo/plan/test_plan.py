@@ -11,16 +11,12 @@ import sys
 from pathlib import Path
 
 from dapo import config
+from dapo.model.parameters import active_parameters, expert_parameters, stage_parameters
 from dapo.model.shape import read_shape
-from dapo.plan.memory import (
-    BATCH_BYTES,
-    CHUNK_BYTES,
-    Rank,
-    active_parameters,
-    expert_parameters,
-    stage_parameters,
-)
-from dapo.plan.plan import GIB, HARDWARE, Plan, describe, make_plan, remedies
+from dapo.plan.advice import Plan, remedies
+from dapo.plan.memory import BATCH_BYTES, CHUNK_BYTES, GIB, Rank
+from dapo.plan.plan import describe, make_plan
+from dapo.plan.time import HARDWARE
 from tests.dapo.model.models import plan_of, write_model
 
 ROOT = Path(__file__).parents[3]
@@ -67,8 +63,8 @@ def test_memory_follows_the_layout(tmp_path: Path) -> None:
         "of a seventh of the stage's layers each"
     )
     assert [rank.parameters for rank in turns.stages] == [rank.parameters for rank in staged.stages]
-    assert turns.microbatches % 4 == 0 and turns.stages[0].microbatches % 4 == 0
-    assert turns.update_seconds < staged.update_seconds, "less waiting"
+    assert turns.time.microbatches % 4 == 0 and turns.stages[0].microbatches % 4 == 0
+    assert turns.time.update < staged.time.update, "less waiting"
     assert 1.9 < worst("parallel.tensor=4", "policy.tokens_per_microbatch=65536").kept / split.kept < 2.1
     offload = (
         "optimizer_cpu_offload=true",
@@ -106,8 +102,8 @@ def test_memory_and_work_follow_the_layout_of_experts(tmp_path: Path) -> None:
     active = active_parameters(plan.shape)
     assert active == 3_353_032_704
     # the embedding is looked up
-    least = 6 * (active - 151936 * 2048) * plan.tokens / (16 * 312e12 * HARDWARE["a100"].mfu)
-    assert 1.6 * least < plan.update_seconds < 1.8 * least, (
+    least = 6 * (active - 151936 * 2048) * plan.time.tokens / (16 * 312e12 * HARDWARE["a100"].mfu)
+    assert 1.6 * least < plan.time.update < 1.8 * least, (
         "attention over 11,264 tokens costs 0.7 of the matrices"
     )
 
@@ -192,15 +188,15 @@ def test_times_follow_the_hardware_and_the_work(tmp_path: Path) -> None:
     def seconds(*overrides: str, gpu: str = "h100", world: int = 8) -> float:
         return plan_of(
             tmp_path, "Qwen2.5-7B", "parallel.tensor=4", *overrides, gpu=gpu, world=world
-        ).update_seconds
+        ).time.update
 
     assert seconds() > seconds(world=16) > seconds(world=16, gpu="b200")
     full = ("granularity=full", "method=uniform", "num_layers=1")
     assert 1.25 < seconds(*(f"policy.megatron.recompute_{field}" for field in full)) / seconds() < 1.34
     # 6 flops a parameter and token are the larger part
     plan = plan_of(tmp_path, "Qwen2.5-7B", "parallel.tensor=4", gpu="a100", world=8)
-    least = 6 * 7.07e9 * plan.tokens / (8 * 312e12 * HARDWARE["a100"].mfu)
-    assert least < plan.update_seconds < 1.4 * least
+    least = 6 * 7.07e9 * plan.time.tokens / (8 * 312e12 * HARDWARE["a100"].mfu)
+    assert least < plan.time.update < 1.4 * least
 
 
 def test_what_is_not_counted_is_said(tmp_path: Path) -> None:
