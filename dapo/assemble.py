@@ -83,7 +83,12 @@ def make_rollouts(
         mesh.data,
         engine=make_engine(config, mesh, is_interrupted),
         prompts=prompts,
-        reward=Reward(config.reward, config.rollout.max_response_length, config.run.dir / "disputes.jsonl"),
+        reward=Reward(
+            config.reward,
+            config.rollout.max_response_length,
+            config.run.dir / "disputes.jsonl",
+            is_interrupted,
+        ),
         decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
         stop_ids=stop_ids(config.policy.model, tokenizer),
         is_interrupted=is_interrupted,

@@ -9,7 +9,7 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,7 +25,13 @@ def is_remote(function: str) -> bool:
     return function.startswith(("http://", "https://"))
 
 
-def judge(url: str, jobs: Sequence[Job], concurrency: int, limit: float) -> list[Verdict | Failure | None]:
+def judge(
+    url: str,
+    jobs: Sequence[Job],
+    concurrency: int,
+    limit: float,
+    is_interrupted: Callable[[], bool] = lambda: False,
+) -> list[Verdict | Failure | None]:
     """One verdict a job, in order; `concurrency` requests at a time, each within `limit` seconds × its jobs.
 
     Raises:
