@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from dapo import clock
 from dapo.clock import heartbeat, timed
+from dapo.config import Limits
 from dapo.engine.control import Server
 from dapo.engine.sglang import SGLangEngine
 from dapo.recorder import Recorder, spell
@@ -90,12 +91,12 @@ def test_a_stall_is_told_once_with_phase_and_who_is_waited_for(watch, tmp_path, 
 def test_an_engine_that_waits_for_nothing_is_no_progress(watch, capsys):
     server = FakeServer()
     fakes = SimpleNamespace(workers=[Server(server.url)], generate_urls=[server.url], close=server.stop)
-    engine = SGLangEngine(fakes, fakes, max_concurrent=4, stall_seconds=0.3)
+    engine = SGLangEngine(fakes, fakes, 4, Limits(0.3))
 
     @timed("checkpoint")
     def hang():
         for is_loading in (False, True):
-            engine.dispatch.is_loading = is_loading
+            engine.client.is_loading = is_loading
             heartbeat()
             wait_until(lambda: "stalled" in capsys.readouterr().err)
 
