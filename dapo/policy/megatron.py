@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from dapo_kernels import linear_logprobs, linear_policy_loss
+from dapo_kernels import Head, Objective, Tokens
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -258,28 +258,26 @@ class Policy:
         return {"model": model, "state": own.boxes}, own
 
     def _score(self, microbatch: PlacedMicrobatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        targets, mask = microbatch.targets, microbatch.loss_mask
-        logprobs = linear_logprobs(hidden, self._head, targets, mask, **self._head_options)
+        """Return a loss that nothing differentiates, and log π_θold, [T]."""
+        logprobs = self._head.logprobs(hidden, Tokens(microbatch.targets, microbatch.loss_mask))
         return logprobs.sum(), logprobs
 
     def _loss(self, microbatch: PlacedMicrobatch, hidden: Tensor) -> tuple[Tensor, Sums]:
-        """Return the loss, a sum over this microbatch's tokens, and what is measured of it."""
-        objective, scores = self.config.objective, microbatch.scores
+        """Return the loss, a sum over this microbatch's tokens, and what its metrics are made of."""
+        scores, head = microbatch.scores, self._head
         assert scores, "score comes before update"
-        out = linear_policy_loss(
-            hidden,
-            self._head,
+        tokens = Tokens(
             microbatch.targets,
+            microbatch.loss_mask,
             scores.old_logprobs,
             microbatch.advantages,
-            microbatch.loss_mask,
-            clip_low=objective.clip_low,
-            clip_high=objective.clip_high,
             weights=microbatch.token_weights * scores.importance,
-            dual_clip=objective.dual_clip,
-            weight_grad=self._head.main_grad,  # type: ignore[attr-defined]  # where Megatron keeps the head's
-            **self._head_options,
         )
+        bounds = self.config.objective
+        objective = Objective(bounds.clip_low, bounds.clip_high, bounds.dual_clip)
+        # the gradient of the head's weight is added where Megatron keeps it
+        weight_grad = head.weight.main_grad  # type: ignore[attr-defined]
+        out = head.loss(hidden, tokens, objective, weight_grad)
         if microbatch.dumped and self.reports:
             seen = {"old_logprobs": scores.old_logprobs} | vars(out)
             values = torch.stack([seen[name].float() for name in token_fields(Trace)]).cpu().numpy()
@@ -287,21 +285,17 @@ class Policy:
         return out.loss, metrics.update_sums(out, microbatch.loss_mask)
 
     @property
-    def _head(self) -> torch.nn.Parameter:
-        """The weight of the LM head, on the last pipeline stage."""
-        head: torch.nn.Parameter = self.chunks[-1].head
-        return head
-
-    @property
-    def _head_options(self) -> dict[str, Any]:
-        return {
-            "temperature": self.config.rollout.temperature,  # π_θ is the distribution that was sampled from
-            "tp_group": self.tensor_group if self.config.parallel.tensor > 1 else None,
-            "sequence_parallel": self.transformer.sequence_parallel,
-            "valid_vocab": self.shape.vocab_size,
+    def _head(self) -> Head:
+        """The LM head, on the last pipeline stage."""
+        return Head(
+            weight=self.chunks[-1].head,
+            temperature=self.config.rollout.temperature,  # π_θ is the distribution that was sampled from
+            tp_group=self.tensor_group if self.config.parallel.tensor > 1 else None,
+            sequence_parallel=self.transformer.sequence_parallel,
+            valid_vocab=self.shape.vocab_size,
             # 16-bit logits cost a log-prob 2e-2; this is the price of a few percent of the head's time
-            "fp32_logits": True,
-        }
+            fp32_logits=True,
+        )
 
 
 def _refuse_broken(directory: Path, names: list[list[str]]) -> None:

@@ -57,5 +57,5 @@ def model_of(layout: str) -> str:
 
 
 def is_bfloat16(layout: str) -> bool:
-    """True if layouts differ by 10⁻³ after a step and then draw other tokens: one step is compared, not two."""
+    """True if layouts differ by 10⁻³ after a step, and then draw other tokens: one step is compared."""
     return "bfloat16" in layout or "offloaded" in layout

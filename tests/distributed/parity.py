@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from dapo_kernels import Head
 from safetensors.torch import load_file
 
 from dapo import config as configs
@@ -26,7 +27,6 @@ from dapo.learn import batch as batches
 from dapo.learn.advantages import set_advantages
 from dapo.learn.objective import token_weights
 from dapo.mesh import Mesh
-from dapo.policy import megatron as policy_module
 from dapo.policy import metrics, schedule
 from dapo.policy.megatron import PlacedBatch, Policy, PolicyError
 from dapo.policy.schedule import get_forward_backward_func
@@ -253,7 +253,7 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     policy.backward(batch.minibatches[0])
     policy.transformer.finalize_model_grads_func = finalize
     result["ratio"] = mesh.max(max(ratio_gaps, default=0.0))
-    policy_module.linear_policy_loss = _plain_loss
+    Head.loss = _plain_loss  # type: ignore[method-assign]
     hf.backward(groups[:GROUPS_PER_UPDATE], old)
     params = dict(as_stored(hf.model.named_parameters()))
     grads = dict(as_stored((n, p.grad) for n, p in hf.model.named_parameters()))
@@ -397,18 +397,16 @@ def _logprob_error(
     return worst
 
 
-_plain_loss = policy_module.linear_policy_loss
+_plain_loss = Head.loss
 
 
 def _watch_ratios(gaps: list[float]) -> None:
-    def watched(
-        hidden: Any, weight: Any, targets: Any, old_logprobs: Any, *arguments: Any, **options: Any
-    ) -> Any:
-        out = _plain_loss(hidden, weight, targets, old_logprobs, *arguments, **options)
-        gaps.append(float((out.logprobs - old_logprobs).abs().max()))
+    def watched(head: Head, hidden: Any, tokens: Any, *arguments: Any, **options: Any) -> Any:
+        out = _plain_loss(head, hidden, tokens, *arguments, **options)
+        gaps.append(float((out.logprobs - tokens.old_logprobs).abs().max()))
         return out
 
-    policy_module.linear_policy_loss = watched
+    Head.loss = watched  # type: ignore[method-assign]
 
 
 def main(out: str, only: str = "") -> None:
