@@ -1,3 +1,1 @@
-"""What a Hugging Face directory says: sizes, files, and whether a layout can hold the model. No process
-groups.
-"""
+"""What a Hugging Face directory says: sizes, names, files; and whether a layout can hold the model."""

@@ -1,3 +1,1 @@
-"""What a config comes to before anything is launched: memory, time, advice, and what the run's numbers will
-mean.
-"""
+"""What a config means before anything is launched: memory, time, advice, and the run's numbers."""
