@@ -38,7 +38,7 @@ class ConfigError(ValueError):
 UNSAID = "unsaid"  # the source leaves it open: nothing departs from it
 
 
-def option(default: Any, *, paper: Any = UNSAID, verl: Any = UNSAID, why: str) -> Any:
+def option(default: Any, why: str, paper: Any = UNSAID, verl: Any = UNSAID) -> Any:
     """Declare an option that decides what a run's numbers mean; `dapo plan --diff` compares it with these.
 
     `paper`, `verl`: its value in the paper and in the released code; `why`: the reason for another one.
@@ -67,41 +67,39 @@ class Data(Section):
     # .jsonl of {prompt, answer}, or .parquet in the DAPO-Math-17k schema: one file, several as one, or {file:
     # weight} to mix
     train: Path | list[Path] | dict[Path, AboveZero]
-    max_prompt_length: Positive = option(2048, verl=2048, why="other tasks, other lengths")  # tokens
+    max_prompt_length: Positive = option(2048, "other tasks, other lengths", verl=2048)  # tokens
     # truncate cuts on the left, as the released recipe does
     too_long: Literal["error", "drop", "truncate"] = option(
-        "truncate", verl="truncate", why="a prompt that is cut may have lost its question"
+        "truncate", "a prompt that is cut may have lost its question", verl="truncate"
     )
     on_error: Literal["stop", "skip"] = "stop"  # a malformed row: stop, or count it and go on
 
 
 class Rollout(Section):
     # N: groups that a step learns from
-    prompts_per_step: Positive = option(512, paper=512, verl=512, why="another batch size")
+    prompts_per_step: Positive = option(512, "another batch size", paper=512, verl=512)
     # G: samples per prompt
     group_size: Annotated[int, Field(ge=2)] = option(
         16, paper=16, verl=16, why="more samples find a mixed group more often, and cost more"
     )
     # prompts asked for at a time, until N mixed groups are in; from servers as the groups come in
-    prompts_per_round: Positive = option(1536, verl=1536, why="how far sampling runs ahead")
-    max_rounds: Positive = option(10, verl=10, why="how long to look for mixed groups")
+    prompts_per_round: Positive = option(1536, "how far sampling runs ahead", verl=1536)
+    max_rounds: Positive = option(10, "how long to look for mixed groups", verl=10)
     # Eq. 11; false keeps every group
     dynamic_sampling: bool = option(
-        True, paper=True, verl=True, why="without it a step is cheaper and teaches less"
+        True, "without it a step is cheaper and teaches less", paper=True, verl=True
     )
     # after max_rounds with fewer than N mixed groups
     at_cap: Literal["train", "stop"] = option(
-        "train", verl="stop", why="a late step that finds too few mixed groups learns from those"
+        "train", "a late step that finds too few mixed groups learns from those", verl="stop"
     )
     # finished groups that a step has no room for are kept for the next, as long as they are at most so many
     # steps old when they are learnt from; 0: they are thrown away, and their prompts asked anew
-    max_staleness: Count = option(0, verl=0, why="finished groups without room are learnt from later")
+    max_staleness: Count = option(0, "finished groups without room are learnt from later", verl=0)
     max_empty_steps: Positive = 3  # steps in a row without one mixed group before the run stops
-    temperature: AboveZero = option(
-        1.0, paper=1.0, verl=1.0, why="hotter explores more; the loss uses the same"
-    )
+    temperature: AboveZero = option(1.0, "hotter explores more; the loss uses the same", paper=1.0, verl=1.0)
     # L_max of Eq. 13, tokens
-    max_response_length: Positive = option(20480, paper=20480, verl=20480, why="other tasks, other lengths")
+    max_response_length: Positive = option(20480, "other tasks, other lengths", paper=20480, verl=20480)
     # of each step's groups, kept in run.dir/rollouts as parquet
     dump_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     only: bool = False  # write every step's batch and learn nothing
@@ -120,26 +118,29 @@ class Reward(Section):
     workers: Count = 4
     # seconds for one answer; after them the worker is replaced, the answer is wrong and counted
     time_limit: AboveZero = 5.0
-    truncated_is_wrong: bool = option(False, verl=False, why="where the task asks for an end")
+    truncated_is_wrong: bool = option(False, "where the task asks for an end", verl=False)
     soft_overlong_punishment: bool = True  # Eq. 13
     overlong_cache: Positive = 4096  # L_cache of Eq. 13, tokens
 
 
 class Objective(Section):
     normaliser: Literal["token_mean", "group_token_mean", "sample_mean"] = option(
-        "token_mean", paper="group_token_mean", verl="token_mean",
-        why="every token of a minibatch weighs the same; Eq. 8 to the letter weighs short groups' tokens up",
+        "token_mean",
+        "every token of a minibatch weighs the same; Eq. 8 to the letter weighs short groups' tokens up",
+        paper="group_token_mean", verl="token_mean",
     )  # fmt: skip
-    clip_low: NonNegative = option(0.2, paper=0.2, verl=0.2, why="a narrower or wider trust region downwards")
+    clip_low: NonNegative = option(0.2, "a narrower or wider trust region downwards", paper=0.2, verl=0.2)
     clip_high: NonNegative = option(
-        0.28, paper=0.28, verl=0.28, why="Clip-Higher: room for unlikely tokens keeps the entropy up"
+        0.28, "Clip-Higher: room for unlikely tokens keeps the entropy up", paper=0.28, verl=0.28
     )
     dual_clip: Annotated[float, Field(gt=1)] | None = option(
         None, paper=None, verl=10.0, why="bounds the loss of a bad token that became much likelier"
     )
-    overlong_filtering: bool = option(  # truncated samples give no gradient
-        False, paper=True, verl=False,
-        why="Table 1 adds it and keeps it; the best public run had none: soft punishment alone limits length",
+    # truncated samples give no gradient
+    overlong_filtering: bool = option(
+        False,
+        "Table 1 adds it and keeps it; the best public run had none: soft punishment alone limits length",
+        paper=True, verl=False,
     )  # fmt: skip
     # a token written by older weights counts min(exp(old − behavior log-prob), this); one of the current
     # weights always counts 1
@@ -147,16 +148,16 @@ class Objective(Section):
 
 
 class Optim(Section):
-    lr: NonNegative = option(1e-6, paper=1e-6, verl=1e-6, why="a smaller model bears more")
+    lr: NonNegative = option(1e-6, "a smaller model bears more", paper=1e-6, verl=1e-6)
     # rollout steps, linear, starting at the first warm-up value
-    warmup_steps: Count = option(20, paper=20, verl=10, why="rollout steps, linear")
+    warmup_steps: Count = option(20, "rollout steps, linear", paper=20, verl=10)
     # × group_size = samples per update
-    prompts_per_minibatch: Positive = option(32, paper=32, verl=32, why="other numbers of updates a step")
-    weight_decay: NonNegative = option(0.1, verl=0.1, why="none for very small models")
+    prompts_per_minibatch: Positive = option(32, "other numbers of updates a step", paper=32, verl=32)
+    weight_decay: NonNegative = option(0.1, "none for very small models", verl=0.1)
     betas: tuple[Share, Share] = option(
-        (0.9, 0.999), verl=[0.9, 0.999], why="a shorter memory bears larger steps"
+        (0.9, 0.999), "a shorter memory bears larger steps", verl=[0.9, 0.999]
     )
-    clip_grad: AboveZero = option(1.0, verl=1.0, why="another bound for the gradient's norm")
+    clip_grad: AboveZero = option(1.0, "another bound for the gradient's norm", verl=1.0)
 
 
 class Parallel(Section):
@@ -276,9 +277,9 @@ class Eval(Section):
     data: Path | dict[str, Path] | None = None
     every: Positive = 5  # steps; also before the first and after the last
     # k per problem: mean@k
-    samples: Positive = option(32, paper=32, verl=32, why="fewer samples, wider intervals")
-    temperature: AboveZero = option(1.0, paper=1.0, verl=1.0, why="another way to ask")
-    top_p: Share = option(0.7, paper=0.7, verl=0.7, why="1.0 measures the distribution that is trained")
+    samples: Positive = option(32, "fewer samples, wider intervals", paper=32, verl=32)
+    temperature: AboveZero = option(1.0, "another way to ask", paper=1.0, verl=1.0)
+    top_p: Share = option(0.7, "1.0 measures the distribution that is trained", paper=0.7, verl=0.7)
 
 
 class Config(Section):

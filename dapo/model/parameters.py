@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cache
 
 from dapo.model.layout import padded_vocab
-from dapo.model.names import Entry, hf_shapes, size, table
+from dapo.model.names import Entry, table
 from dapo.model.shape import ModelShape
 
 
@@ -16,8 +16,13 @@ def _entries(shape: ModelShape) -> list[Entry]:
     return table(replace(shape, num_layers=1), is_fused=True)
 
 
-def _padded(shape: ModelShape, tensor: int) -> ModelShape:
-    return replace(shape, vocab_size=padded_vocab(shape, tensor))
+def _padded_entries(shape: ModelShape, tensor: int) -> list[Entry]:
+    return _entries(replace(shape, vocab_size=padded_vocab(shape, tensor)))
+
+
+def _active(shape: ModelShape) -> list[Entry]:
+    """Return those of one token: of the experts, as many as it is sent to."""
+    return [e for e in _entries(shape) if e.expert is None or e.expert < shape.experts_per_token]
 
 
 @cache
@@ -27,44 +32,42 @@ def stage_parameters(shape: ModelShape, tensor: int, pipeline: int, stage: int) 
     (its shards of those that tensor ranks split, those that every tensor rank has whole)
     """
     is_last = stage == pipeline - 1
-    copies = {
-        "layer": shape.num_layers // pipeline,
-        "first": stage == 0 or (is_last and shape.is_tied),  # a tied head is the last stage's own embedding
-        "last": is_last,
-    }
-    padded, split, whole = _padded(shape, tensor), 0, 0
-    for entry in _entries(shape):
-        number = copies[entry.stage] * size(entry, padded)
-        if entry.expert is None and entry.kind == "whole":
-            whole += number
+    has_table = stage == 0 or (is_last and shape.is_tied)  # a tied head is a copy of the embedding
+    copies = {"layer": shape.num_layers // pipeline, "first": has_table, "last": is_last}
+    split = whole = 0
+    for entry in _padded_entries(shape, tensor):
+        if entry.is_split:
+            split += copies[entry.stage] * entry.size
         elif entry.expert is None:
-            split += number
+            whole += copies[entry.stage] * entry.size
     return split // tensor, whole
 
 
 @cache
 def expert_parameters(shape: ModelShape, pipeline: int, expert: int) -> int:
-    """Return the number of expert parameters on a rank of `expert` that share each layer's experts."""
-    of_layer = sum(size(entry, shape) for entry in _entries(shape) if entry.expert is not None)
+    """Return the number of expert parameters on one of `expert` ranks that split each layer's experts."""
+    of_layer = sum(entry.size for entry in _entries(shape) if entry.expert is not None)
     return shape.num_layers // pipeline * of_layer // expert
+
+
+@cache
+def largest_parameter(shape: ModelShape, tensor: int) -> int:
+    """Return the number of values of the largest parameter on a tensor rank."""
+    return max(e.size // (tensor if e.is_split else 1) for e in _padded_entries(shape, tensor))
 
 
 def num_parameters(shape: ModelShape) -> int:
     """Return the number of parameters of the model, as its authors count: no padding, a tied head once."""
-    return _sum(_entries(shape), shape)
+    return _in_all_layers(_entries(shape), shape)
 
 
 def active_parameters(shape: ModelShape) -> int:
     """Return the number of parameters that one token uses: of the experts, those that it is sent to."""
-    return _sum(_active(shape), shape)
+    return _in_all_layers(_active(shape), shape)
 
 
-def _active(shape: ModelShape) -> list[Entry]:
-    return [e for e in _entries(shape) if e.expert is None or e.expert < shape.experts_per_token]
-
-
-def _sum(entries: list[Entry], shape: ModelShape) -> int:
-    return sum(size(e, shape) * (shape.num_layers if e.stage == "layer" else 1) for e in entries)
+def _in_all_layers(entries: list[Entry], shape: ModelShape) -> int:
+    return sum(e.size * (shape.num_layers if e.stage == "layer" else 1) for e in entries)
 
 
 @cache
@@ -73,16 +76,8 @@ def layer_matrices(shape: ModelShape) -> tuple[int, int]:
 
     With experts, the MLP is the router and the experts that the token is sent to.
     """
-    found = {"self_attention": 0, "mlp": 0}
+    counts = {"self_attention": 0, "mlp": 0}
     for entry in _active(shape):
-        if entry.stage == "layer" and len(hf_shapes(entry, shape)[0]) == 2:
-            found[entry.megatron.partition(".")[0]] += size(entry, shape)
-    return found["self_attention"], found["mlp"]
-
-
-@cache
-def largest_parameter(shape: ModelShape, tensor: int) -> int:
-    """Return the number of values of the largest parameter on a tensor rank."""
-    padded = _padded(shape, tensor)
-    is_split = {entry: entry.kind != "whole" and entry.expert is None for entry in _entries(shape)}
-    return max(size(entry, padded) // (tensor if is_split[entry] else 1) for entry in is_split)
+        if entry.stage == "layer" and len(entry.shapes[0]) == 2:
+            counts[entry.megatron.partition(".")[0]] += entry.size
+    return counts["self_attention"], counts["mlp"]

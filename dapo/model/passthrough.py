@@ -113,6 +113,11 @@ class Passthrough:
         """True if every rank gathers all ranks' tokens for its experts: all must have equally many."""
         return self.moe_token_dispatcher_type == "allgather"
 
+    @property
+    def recomputed_together(self) -> int:
+        """Number of layers that are recomputed at a time; or, with the method block, of those recomputed."""
+        return self.recompute_num_layers or 1
+
     def recomputes(self, what: str) -> bool:
         """True if the backward pass computes it again: "full" for whole layers, or a module such as "mlp"."""
         if self.recompute_granularity == "selective":

@@ -14,16 +14,12 @@ from dapo.config import ConfigError
 
 @dataclass(frozen=True)
 class Linear:
-    """Every frequency is divided by `factor`."""
-
     rope_type: str = field(default="linear", init=False)
     factor: float
 
 
 @dataclass(frozen=True)
 class Llama3:
-    """Frequencies are divided according to how often they turn within the original context."""
-
     rope_type: str = field(default="llama3", init=False)
     factor: float
     low_freq_factor: float
@@ -33,8 +29,6 @@ class Llama3:
 
 @dataclass(frozen=True)
 class Yarn:
-    """Frequencies are divided along a ramp over the dimensions; attention is scaled (arXiv:2309.00071)."""
-
     rope_type: str = field(default="yarn", init=False)
     factor: float
     original_max_position_embeddings: float
@@ -47,9 +41,7 @@ class Yarn:
 
 
 RopeScaling = Linear | Llama3 | Yarn
-ROPE_TYPES: dict[str, type[RopeScaling] | None] = {
-    "default": None, "linear": Linear, "llama3": Llama3, "yarn": Yarn,
-}  # fmt: skip
+ROPE_TYPES = {"default": None, "linear": Linear, "llama3": Llama3, "yarn": Yarn}
 
 
 def parse_rope(path: Path, raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -61,20 +53,20 @@ def parse_rope(path: Path, raw: dict[str, Any]) -> tuple[float, RopeScaling | No
         ConfigError: a field is unknown, missing or out of range, or is given twice with two values.
     """
     name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
-    described = raw.get(name, {})
+    described, where = raw.get(name, {}), f"{path}: {name}"
     if name == "rope_scaling" and raw.get("rope_parameters", described) != described:
         both = f"rope_scaling={described!r}, but rope_parameters={raw['rope_parameters']!r}"
         raise ConfigError(f"{path}: {both}: remove the wrong one")  # Hugging Face would forget its rope_theta
     if not isinstance(described, dict):
-        raise ConfigError(f"{path}: {name}={described!r}; expected a rope_type and its fields")
+        raise ConfigError(f"{where}={described!r}; expected a rope_type and its fields")
     # null means absent, but not for `truncate`
     given = {key: value for key, value in described.items() if value is not None or key == "truncate"}
     theta = given.pop("rope_theta", raw.get("rope_theta", 10_000.0))
     if raw.get("rope_theta", theta) != theta:
         both = f"rope_theta={raw['rope_theta']!r}, but {theta!r} in {name}"
         raise ConfigError(f"{path}: {both}: remove the wrong one")
-    _check_value(f"{path}: {name}", "rope_theta", theta)
-    return float(theta), _scaling(f"{path}: {name}", given)
+    _check_value(where, "rope_theta", theta)
+    return float(theta), _scaling(where, given)
 
 
 def _scaling(where: str, given: dict[str, Any]) -> RopeScaling | None:
@@ -88,25 +80,22 @@ def _scaling(where: str, given: dict[str, Any]) -> RopeScaling | None:
     for name in sorted(set(given) - set(known)):
         raise ConfigError(f"{where}: rope_type {kind} has no field {name!r}; known: {', '.join(known)}")
     for name, default in known.items():
-        if name not in given and default is MISSING:
-            raise ConfigError(f"{where}: rope_type {kind} wants the field {name!r}")
         if name in given:
             _check_value(where, name, given[name])
+        elif default is MISSING:
+            raise ConfigError(f"{where}: rope_type {kind} wants the field {name!r}")
     if kind == "llama3" and given["low_freq_factor"] >= given["high_freq_factor"]:
-        raise ConfigError(
-            f"{where}: low_freq_factor={given['low_freq_factor']} is not below high_freq_factor"
-        )
+        low = given["low_freq_factor"]
+        raise ConfigError(f"{where}: low_freq_factor={low} is not below high_freq_factor")
     return scaling(**given) if scaling else None
 
 
 def _check_value(where: str, name: str, value: Any) -> None:
     """Raise ConfigError if a field's value is of the wrong type or out of its range."""
-    is_number = type(value) in (int, float)
+    is_right, expected = type(value) in (int, float) and value > 0, "a number above 0"
     if name == "truncate":
         is_right, expected = type(value) is bool, "true or false"
     elif name == "factor":
-        is_right, expected = is_number and value >= 1, "a number of at least 1"
-    else:
-        is_right, expected = is_number and value > 0, "a number above 0"
+        is_right, expected = is_right and value >= 1, "a number of at least 1"
     if not is_right:
         raise ConfigError(f"{where}: {name}={value!r}; expected {expected}")

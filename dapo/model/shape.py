@@ -11,9 +11,16 @@ from dapo.config import ConfigError
 from dapo.model.rope import RopeScaling, parse_rope
 
 ARCHITECTURES = ("qwen2", "qwen3", "qwen3_moe", "llama", "mistral")  # by model_type
-# sizes that have no default worth guessing
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+# sizes that have no default worth guessing, and their names in ModelShape
+SIZES = {
+    "vocab_size": "vocab_size", "hidden_size": "hidden_size", "intermediate_size": "ffn_size",
+    "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
+}  # fmt: skip
+FILLED_SIZES = {"num_key_value_heads": "num_kv_heads", "head_dim": "head_dim"}
+EXPERT_SIZES = {
+    "num_experts": "num_experts", "num_experts_per_tok": "experts_per_token",
+    "moe_intermediate_size": "expert_ffn_size",
+}  # fmt: skip
 # fields that become part of the model, and fields that do not change what it computes here
 UNDERSTOOD = {
     *SIZES, "model_type", "architectures", "num_key_value_heads", "head_dim", "rms_norm_eps",
@@ -28,13 +35,9 @@ EXPERTS_UNDERSTOOD = {
 }  # fmt: skip
 # fields understood at these values only; the first is named where another is refused
 FIXED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "use_sliding_window": (False,),
-    "use_mrope": (False,),
-    "mlp_bias": (False,),
-    "attention_bias": (False,),
-    "pretraining_tp": (1,),
-}
+    "hidden_act": ("silu",), "use_sliding_window": (False,), "use_mrope": (False,), "mlp_bias": (False,),
+    "attention_bias": (False,), "pretraining_tp": (1,),
+}  # fmt: skip
 EXPERTS_FIXED: dict[str, tuple[Any, ...]] = {"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)}
 
 
@@ -83,9 +86,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     """Read a Hugging Face directory's config.json. Raise ConfigError if there is none or it is broken."""
     path = directory / "config.json"
     if not path.is_file():
-        raise ConfigError(
-            f"policy.model={directory}: no config.json there; expected a Hugging Face model directory"
-        )
+        expected = "expected a Hugging Face model directory"
+        raise ConfigError(f"policy.model={directory}: no config.json there; {expected}")
     return read_object(path)
 
 
@@ -98,34 +100,28 @@ def read_shape(directory: Path) -> ModelShape:
     raw, path = read_config(directory), directory / "config.json"
     kind = raw.get("model_type")
     if kind not in ARCHITECTURES:
-        raise ConfigError(
-            f"{path}: model_type {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
-        )
+        supported = ", ".join(ARCHITECTURES)
+        raise ConfigError(f"{path}: model_type {kind!r} is not supported; supported: {supported}")
     for name, value in raw.items():
         _check_field(path, kind, name, value)
     window = raw.get("sliding_window", 4096)  # Hugging Face's default, in force without use_sliding_window
     if kind == "mistral" and window is not None:
         raise ConfigError(f"{path}: sliding_window={window} is not supported; supported: null")
-    vocab_size, hidden_size, ffn_size, num_layers, num_heads = (_size(path, raw, name) for name in SIZES)
+    sizes = _sizes(path, raw, SIZES)
     # as Hugging Face fills them in
-    defaults = {"head_dim": 128 if kind == "qwen3" else hidden_size // num_heads}
+    defaults = {"head_dim": 128 if kind == "qwen3" else sizes["hidden_size"] // sizes["num_heads"]}
     if kind == "llama":  # Qwen's default of 32 fits hardly any of its models: there the field is required
-        defaults["num_key_value_heads"] = num_heads
-    filled = defaults | {name: value for name, value in raw.items() if value is not None}
+        defaults["num_key_value_heads"] = sizes["num_heads"]
+    filled: dict[str, Any] = defaults | {name: value for name, value in raw.items() if value is not None}
     rope_theta, rope_scaling = parse_rope(path, filled)
     return ModelShape(
         model_type=kind,
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        ffn_size=ffn_size,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=_size(path, filled, "num_key_value_heads"),
-        head_dim=_size(path, filled, "head_dim"),
         norm_eps=filled.get("rms_norm_eps", 1e-6),
         rope_theta=rope_theta,
         is_tied=filled.get("tie_word_embeddings", False),
         rope_scaling=rope_scaling,
+        **sizes,
+        **_sizes(path, filled, FILLED_SIZES),
         **(_experts(path, filled) if kind == "qwen3_moe" else {}),
     )
 
@@ -136,28 +132,23 @@ def _experts(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
     count, count_too = raw["num_experts"], raw.get("num_local_experts", raw["num_experts"])
     if count != count_too:
         raise ConfigError(f"{path}: num_experts={count}, num_local_experts={count_too}: remove the wrong one")
-    num_experts, per_token, ffn_size = (_size(path, raw, name) for name in EXPERT_SIZES)
-    if per_token > num_experts:
-        raise ConfigError(f"{path}: num_experts_per_tok={per_token} of num_experts={num_experts}")
+    sizes = _sizes(path, raw, EXPERT_SIZES)
+    per_token = sizes["experts_per_token"]
+    if per_token > sizes["num_experts"]:
+        raise ConfigError(f"{path}: num_experts_per_tok={per_token} of num_experts={sizes['num_experts']}")
     is_sum_one = raw.get("norm_topk_prob", False)
     if is_sum_one and per_token == 1:
-        raise ConfigError(
-            f"{path}: norm_topk_prob=True with num_experts_per_tok=1: every expert weighs 1, so the router "
-            "never learns"
-        )
-    return dict(
-        num_experts=num_experts,
-        experts_per_token=per_token,
-        expert_ffn_size=ffn_size,
-        is_expert_sum_one=is_sum_one,
-    )
+        both = "norm_topk_prob=True with num_experts_per_tok=1"
+        raise ConfigError(f"{path}: {both}: every expert weighs 1, so the router never learns")
+    return sizes | {"is_expert_sum_one": is_sum_one}
 
 
-def _size(path: Path, raw: dict[str, Any], name: str) -> int:
-    value = raw.get(name)
-    if type(value) is not int or value < 1:
-        raise ConfigError(f"{path}: {name}={value!r}; expected a whole number of at least 1")
-    return value
+def _sizes(path: Path, raw: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """Return the named fields, by their names in ModelShape."""
+    for name in names:
+        if type(value := raw.get(name)) is not int or value < 1:
+            raise ConfigError(f"{path}: {name}={value!r}; expected a whole number of at least 1")
+    return {ours: raw[name] for name, ours in names.items()}
 
 
 def _check_field(path: Path, kind: str, name: str, value: Any) -> None:
@@ -171,9 +162,7 @@ def _check_field(path: Path, kind: str, name: str, value: Any) -> None:
         if kinds is not None and kinds != ["full_attention"]:
             raise ConfigError(f"{path}: layer_types {kinds!r} are not supported; supported: full_attention")
     elif name not in fixed:
-        raise ConfigError(
-            f"{path}: field {name!r} is not understood, so the model might be computed wrongly; remove it if "
-            "it has no effect"
-        )
+        wrong = f"field {name!r} is not understood, so the model might be computed wrongly"
+        raise ConfigError(f"{path}: {wrong}; remove it if it has no effect")
     elif value not in fixed[name]:
         raise ConfigError(f"{path}: {name}={value!r} is not supported; supported: {fixed[name][0]!r}")

@@ -19,7 +19,10 @@ ATTENTION_PADDING = 1.12
 
 @dataclass(frozen=True)
 class Layer:
-    """Bytes that one token's forward pass through a layer leaves for the backward pass, on a tensor rank."""
+    """Bytes that one token's forward pass through a layer leaves for the backward pass, on a tensor rank.
+
+    q, kv, ffn: numbers of columns of all heads' queries, of all KV heads' keys, of the feed-forward network.
+    """
 
     shape: ModelShape
     tensor: int
@@ -34,17 +37,14 @@ class Layer:
 
     @property
     def q(self) -> int:
-        """Number of columns of all heads' queries."""
         return self.shape.num_heads * self.shape.head_dim // self.tensor
 
     @property
     def kv(self) -> int:
-        """Number of columns of all KV heads' keys."""
         return self.shape.num_kv_heads * self.shape.head_dim // self.tensor
 
     @property
     def ffn(self) -> int:
-        """Number of feed-forward columns."""
         return self.shape.ffn_size // self.tensor
 
     @property

@@ -1,6 +1,6 @@
 """The bytes that a rank holds while it learns, from the config alone: nothing is allocated.
 
-T = packed tokens of a microbatch on a context rank, of which sequence parallelism gives each tensor rank T/tp;
+T = packed tokens of a microbatch on a context rank; sequence parallelism gives each tensor rank T/tp of them.
 V = vocabulary rows of a tensor rank; b = bytes of the parameters' type. Tensor ranks do not split experts:
 each sends its own tokens to the ranks that have them. Routing is taken as balanced.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
 
-from dapo.config import Config
+from dapo.config import Config, Parallel
 from dapo.model.layout import padded_vocab
 from dapo.model.parameters import expert_parameters, largest_parameter, num_parameters, stage_parameters
 from dapo.model.passthrough import Passthrough
@@ -38,21 +38,8 @@ class Rank:
     stage: int = 0
 
     @property
-    def tensor(self) -> int:
-        return self.config.parallel.tensor
-
-    @property
-    def pipeline(self) -> int:
-        return self.config.parallel.pipeline
-
-    @property
-    def context(self) -> int:
-        return self.config.parallel.context
-
-    @property
-    def chunks(self) -> int:
-        """Number of chunks of layers on this stage."""
-        return self.config.parallel.virtual_pipeline
+    def parallel(self) -> Parallel:
+        return self.config.parallel
 
     @cached_property
     def megatron(self) -> Passthrough:
@@ -60,7 +47,7 @@ class Rank:
 
     @property
     def is_last(self) -> bool:
-        return self.stage == self.pipeline - 1
+        return self.stage == self.parallel.pipeline - 1
 
     @property
     def value_bytes(self) -> int:
@@ -72,50 +59,59 @@ class Rank:
         return self.config.data.max_prompt_length + self.config.rollout.max_response_length
 
     @property
+    def samples(self) -> int:
+        """Number of samples of an update."""
+        return self.config.optim.prompts_per_minibatch * self.config.rollout.group_size
+
+    @property
     def tokens(self) -> int:
         """Number of packed tokens of a microbatch on a context rank, T."""
-        multiple = self.config.parallel.pack_multiple
-        return ceil(self.config.policy.tokens_per_microbatch / multiple) * multiple // self.context
+        multiple = self.parallel.pack_multiple
+        return ceil(self.config.policy.tokens_per_microbatch / multiple) * multiple // self.parallel.context
 
     @property
     def microbatches(self) -> int:
         """Number of microbatches of an update on each data-parallel rank, if every sample is the longest."""
-        samples = self.config.optim.prompts_per_minibatch * self.config.rollout.group_size
-        multiple = self.config.parallel.sequence_multiple
+        multiple = self.parallel.sequence_multiple
         together = self.config.policy.tokens_per_microbatch // (ceil(self.longest / multiple) * multiple)
-        turns = self.pipeline if self.chunks > 1 else 1
-        return ceil(samples / (self.data * together * turns)) * turns
+        turns = self.parallel.pipeline if self.parallel.virtual_pipeline > 1 else 1
+        return ceil(self.samples / (self.data * together * turns)) * turns
 
     @property
     def in_flight(self) -> int:
         """Number of microbatches, of one chunk each, whose activations are held together (1F1B schedule)."""
-        behind = self.pipeline - self.stage - 1
+        behind = self.parallel.pipeline - self.stage - 1
         most = behind + 1
-        if self.chunks > 1:
-            most = 2 * behind + (self.chunks - 1) * self.pipeline + 1
-        return min(self.microbatches * self.chunks, most)
+        if self.parallel.virtual_pipeline > 1:
+            most = 2 * behind + (self.parallel.virtual_pipeline - 1) * self.parallel.pipeline + 1
+        return min(self.microbatches * self.parallel.virtual_pipeline, most)
 
     @cached_property
     def parameters(self) -> int:
         """Number of parameters, experts included."""
-        dense = stage_parameters(self.shape, self.tensor, self.pipeline, self.stage)
+        dense = stage_parameters(self.shape, self.parallel.tensor, self.parallel.pipeline, self.stage)
         return sum(dense) + self.expert_parameters
 
     @cached_property
     def expert_parameters(self) -> int:
         """Number of expert parameters."""
-        return expert_parameters(self.shape, self.pipeline, self.config.parallel.expert)
+        return expert_parameters(self.shape, self.parallel.pipeline, self.parallel.expert)
 
     @property
-    def expert_data(self) -> int:
-        """Number of ranks that have the same experts, and share the optimizer's state of them."""
-        return self.tensor * self.context * self.data // self.config.parallel.expert
+    def copies(self) -> int:
+        """Number of ranks that have the same parameters, apart from experts."""
+        return self.data * self.parallel.context
+
+    @property
+    def expert_copies(self) -> int:
+        """Number of ranks that have the same experts."""
+        return self.parallel.tensor * self.copies // self.parallel.expert
 
     @property
     def owned_parameters(self) -> int:
         """Number of parameters whose optimizer state is here: ranks with the same parameters split it."""
         dense = self.parameters - self.expert_parameters
-        return dense // (self.data * self.context) + self.expert_parameters // self.expert_data
+        return dense // self.copies + self.expert_parameters // self.expert_copies
 
     # Memory that is held all the time
 
@@ -139,7 +135,7 @@ class Rank:
     def batch(self) -> int:
         """Bytes of the step's batch."""
         samples = self.config.rollout.prompts_per_step * self.config.rollout.group_size
-        return BATCH_BYTES * ceil(samples / self.data) * ceil(self.longest / self.context)
+        return BATCH_BYTES * ceil(samples / self.data) * ceil(self.longest / self.parallel.context)
 
     @property
     def engine(self) -> int:
@@ -151,7 +147,7 @@ class Rank:
 
     @cached_property
     def layer(self) -> Layer:
-        return Layer(self.shape, self.tensor, self.value_bytes, self.backend, self.context)
+        return Layer(self.shape, self.parallel.tensor, self.value_bytes, self.backend, self.parallel.context)
 
     @property
     def kept(self) -> int:
@@ -162,10 +158,13 @@ class Rank:
 
     @property
     def _kept_by_layers(self) -> float:
-        layer, layers = self.layer, self.shape.num_layers // (self.pipeline * self.chunks)
+        layer, layers = (
+            self.layer,
+            self.shape.num_layers // (self.parallel.pipeline * self.parallel.virtual_pipeline),
+        )
         kept = layers * layer.everything
         if self.megatron.recomputes("full"):
-            unit = min(self._recomputed_together, layers)
+            unit = min(self.megatron.recomputed_together, layers)
             kept = layers / unit * layer.stream
             if self.megatron.recompute_method == "block":  # the first layers, each by itself
                 kept = unit * layer.stream + (layers - unit) * layer.everything
@@ -174,10 +173,6 @@ class Rank:
         if self.megatron.recomputes("core_attn"):
             kept -= layers * (layer.core_attention - layer.core_attention_inputs)
         return kept * self.tokens
-
-    @property
-    def _recomputed_together(self) -> int:
-        return self.megatron.recompute_num_layers or 1
 
     @property
     def _recomputes_mlp(self) -> bool:
@@ -196,33 +191,33 @@ class Rank:
         recomputed = 0.0
         if self.megatron.recomputes("full"):
             is_block = self.megatron.recompute_method == "block"
-            recomputed = layer.everything * (1 if is_block else self._recomputed_together)
+            recomputed = layer.everything * (1 if is_block else self.megatron.recomputed_together)
         recomputed += layer.mlp if self._recomputes_mlp else 0
         recomputed += layer.core_attention if self.megatron.recomputes("core_attn") else 0
-        gathered = b * T * hidden if self.tensor > 1 else 0  # the stream of all tensor ranks
+        gathered = b * T * hidden if self.parallel.tensor > 1 else 0  # the stream of all tensor ranks
         if self.shape.num_experts:
             return round(recomputed * T + self._experts_working + 2 * layer.stream * T + gathered)
         gated = 2 * b * T * layer.ffn  # the gradients of gate and up, while the product's own is there
         # through the last matrix, and that matrix's own gradient
         projected = b * T * layer.ffn + b * hidden * layer.ffn + 2 * gathered
         # gradients of keys and values, before they are sent to their ranks
-        shared = layer.keys + self.context if self.context > 1 else 0
+        shared = layer.keys + self.parallel.context if self.parallel.context > 1 else 0
         keys = 2 * b * T * layer.kv * shared
         return round(recomputed * T + max(gated, projected, keys) + 2 * layer.stream * T + gathered)
 
     @property
     def _experts_working(self) -> int:
         """Bytes of gradients of the sent and the returned tokens, of gate and up; and of gathered tokens."""
-        shape, b, tokens = self.shape, self.value_bytes, self.tokens // self.tensor
+        shape, b, tokens = self.shape, self.value_bytes, self.tokens // self.parallel.tensor
         sent = tokens * shape.experts_per_token * b * (2 * shape.hidden_size + 2 * shape.expert_ffn_size)
         if self.megatron.is_allgather:
-            sent += tokens * self.config.parallel.expert * (b + 4) * shape.hidden_size
+            sent += tokens * self.parallel.expert * (b + 4) * shape.hidden_size
         return sent
 
     @property
     def _vocab(self) -> int:
         """Number of vocabulary rows, V."""
-        return padded_vocab(self.shape, self.tensor) // self.tensor
+        return padded_vocab(self.shape, self.parallel.tensor) // self.parallel.tensor
 
     @property
     def table(self) -> int:
@@ -235,10 +230,10 @@ class Rank:
         if not self.is_last:
             return 0
         b, hidden, columns = self.value_bytes, self.shape.hidden_size, self._vocab
-        most = max(CHUNK_BYTES[self.backend] // (4 * columns), self.tensor)
+        most = max(CHUNK_BYTES[self.backend] // (4 * columns), self.parallel.tensor)
         rows = ceil(self.tokens / ceil(self.tokens / most))  # chunks are of equal size
         chunk = rows * columns * (4 if b == 4 else 6)
-        if self.tensor > 1:
+        if self.parallel.tensor > 1:
             # two gathered chunks, of which the next one is underway; the live rows, their gradient, its copy
             chunk += 5 * b * rows * hidden
         if self.backend == "cpu" and b == 2:  # 16-bit factors are widened
@@ -248,14 +243,14 @@ class Rank:
     @property
     def written_tensor(self) -> int:
         """Bytes of main memory while a checkpoint is written: a float32 copy of one tensor."""
-        return 4 * largest_parameter(self.shape, self.tensor)
+        return 4 * largest_parameter(self.shape, self.parallel.tensor)
 
     @property
     def copied_state(self) -> int:
         """Bytes of main memory while a checkpoint is written in the background: this rank's shard of it."""
         if not self.config.run.async_save:
             return 0
-        return 12 * self.owned_parameters + self.value_bytes * self.parameters // (self.data * self.context)
+        return 12 * self.owned_parameters + self.value_bytes * self.parameters // self.copies
 
     @property
     def main_memory(self) -> int:
@@ -265,7 +260,7 @@ class Rank:
     @cached_property
     def moments(self) -> dict[str, int]:
         """Bytes at each possible peak, beyond parameters, gradients, optimizer, batch and engine."""
-        is_one_table = self.shape.is_tied and self.pipeline == 1  # for embedding and head
+        is_one_table = self.shape.is_tied and self.parallel.pipeline == 1  # for embedding and head
         # the head's gradient goes to main_grad; autograd wants one too and gets zeros, to which a tied
         # embedding's gradient is added
         zeros = self.table if is_one_table else 0
@@ -277,12 +272,11 @@ class Rank:
             moments["the embedding's gradient"] = self.activations - self.kept + self.table + zeros
         # clipping writes each scaled gradient beside the old one; gloo, even with one rank, reduces a copy of
         # all gradients
-        largest = 4 * largest_parameter(self.shape, self.tensor)
-        clipped = largest // (self.data * self.context)
-        moments["the optimizer's step"] = self.grads if self.backend == "cpu" else clipped
-        if self.backend == "cpu":
+        is_cpu = self.backend == "cpu"
+        moments["the optimizer's step"] = self.grads if is_cpu else self.written_tensor // self.copies
+        if is_cpu:
             moments = {moment: held + self.copied_state for moment, held in moments.items()}
-        return moments | {CHECKPOINT: self.main_memory if self.backend == "cpu" else 0}
+        return moments | {CHECKPOINT: self.main_memory if is_cpu else 0}
 
     @property
     def peak(self) -> int:

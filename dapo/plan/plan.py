@@ -5,8 +5,6 @@ python -m dapo plan CONFIG.yaml --gpu h200 --world-size 16
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from dapo.config import Config, ConfigError
 from dapo.model.layout import check_layout, padded_vocab
 from dapo.model.parameters import active_parameters, num_parameters
@@ -47,22 +45,19 @@ def make_plan(
 
 def describe(plan: Plan) -> list[str]:
     """Return the plan as lines of text."""
-    return [
-        *_summary(plan),
-        "",
-        *_memory(plan),
-        "",
-        _seconds(plan),
-        *[f"note      {note}" for note in _notes(plan)],
-        "",
-        *_verdict(plan),
-    ]
+    time = plan.time
+    seconds = (
+        f"seconds   an update {time.update:.3g}, a step's scores {time.scores:.3g} and updates "
+        f"{plan.config.updates_per_step * time.update:.3g}, at {plan.hardware.mfu:.0%} of the data sheet's "
+        "FLOP/s; and the sampling"
+    )
+    notes = [f"note      {note}" for note in _notes(plan)]
+    return [*_summary(plan), "", *_memory(plan), "", seconds, *notes, "", *_verdict(plan)]
 
 
 def _summary(plan: Plan) -> list[str]:
     """Return the model, its layout, and the sizes of an update and of a step."""
     config, shape, parallel, rank, time = plan.config, plan.shape, plan.config.parallel, plan.worst, plan.time
-    samples = config.optim.prompts_per_minibatch * config.rollout.group_size
     asked = config.rollout.prompts_per_round * config.rollout.group_size
     active, experts = "", ""
     if shape.num_experts:
@@ -78,7 +73,7 @@ def _summary(plan: Plan) -> list[str]:
         f"{shape.num_heads // parallel.tensor} of {shape.num_heads} heads, "
         f"{shape.num_kv_heads // parallel.tensor} of {shape.num_kv_heads} KV heads, "
         f"{shape.num_layers // parallel.pipeline} of {shape.num_layers} layers{experts}",
-        f"an update {samples:,} samples of {plan.length:,} tokens (the longest has {rank.longest:,}) = "
+        f"an update {rank.samples:,} samples of {plan.length:,} tokens (the longest has {rank.longest:,}) = "
         f"{time.tokens:,} tokens; {time.microbatches} microbatches of up to "
         f"{config.policy.tokens_per_microbatch:,} on each data-parallel rank, {rank.microbatches} if all are "
         "longest",
@@ -89,72 +84,53 @@ def _summary(plan: Plan) -> list[str]:
 def _memory(plan: Plan) -> list[str]:
     """Return a table of GiB of a rank, by pipeline stage; the peak; and the main memory of a checkpoint."""
     columns = ("params", "grads", "optimizer", "batch", "engine", "activations", "logits", "peak")
-    unit = "microbatches in flight" + (" (of a chunk)" if plan.worst.chunks > 1 else "")
+    unit = "microbatches in flight" + (" (of a chunk)" if plan.config.parallel.virtual_pipeline > 1 else "")
     lines = ["GiB a rank " + "".join(f"{name:>13}" for name in columns) + f"  {unit}"]
     for rank in plan.stages:
         values = "".join(f"{getattr(rank, name) / GIB:13.2f}" for name in columns)
         lines.append(f"stage {rank.stage:<5}{values}  {rank.in_flight}")
-    worst, ranks = plan.worst, min(plan.world, MACHINE)
-    lines.append(
-        f"peak on stage {worst.stage}, during {worst.peak_moment}: {worst.peak / GIB:.1f} of {plan.room:.1f} "
-        "GiB that are free for tensors"
-    )
+    worst = plan.worst
+    held = f"{worst.peak / GIB:.1f} of {plan.room:.1f} GiB that are free for tensors"
+    lines.append(f"peak on stage {worst.stage}, during {worst.peak_moment}: {held}")
     if plan.backend != "cpu":  # on a CPU it is in the peak
+        ranks = min(plan.world, MACHINE)
         total = ranks * max(rank.main_memory for rank in plan.stages) / GIB
-        lines.append(
-            f"writing a checkpoint takes {total:.0f} GiB of the main memory of a machine with {ranks} devices"
-        )
+        machine = f"the main memory of a machine with {ranks} devices"
+        lines.append(f"writing a checkpoint takes {total:.0f} GiB of {machine}")
     return lines
 
 
-def _seconds(plan: Plan) -> str:
-    time = plan.time
-    updates = plan.config.updates_per_step * time.update
-    return (
-        f"seconds   an update {time.update:.3g}, a step's scores {time.scores:.3g} and updates "
-        f"{updates:.3g}, at {plan.hardware.mfu:.0%} of the data sheet's FLOP/s; and the sampling"
-    )
-
-
-def _notes(plan: Plan) -> Iterator[str]:
-    """Yield what the numbers leave out, and what is allowed and seldom meant."""
+def _notes(plan: Plan) -> list[str]:
+    """Return what the numbers leave out, and what is allowed and seldom meant."""
     config, parallel, is_gpu = plan.config, plan.config.parallel, plan.backend != "cpu"
-    for field in sorted(set(plan.worst.megatron.verbatim) - READ - NEGLIGIBLE):
-        yield f"policy.megatron.{field} is not counted"
-    if is_gpu and config.policy.dtype == "float32":
-        yield (
-            "float32 on a GPU: attention keeps its scores, length² a head, and the times are bfloat16's; "
-            "neither is counted: use bfloat16"
-        )
-    if is_gpu and parallel.tensor > MACHINE:
-        yield (
-            f"parallel.tensor={parallel.tensor} reaches past a machine's {MACHINE} devices: its traffic goes "
-            "over the slow network"
-        )
-    if plan.shape.num_experts:
-        yield (
-            "experts are taken to get as many tokens each, and as large a share of the FLOP/s as a dense "
-            "model; neither is so at first"
-        )
-    if parallel.expert > 1:
-        yield "the tokens' way to other ranks' experts and back is not in the seconds"
-    if is_gpu and parallel.expert > MACHINE:
-        yield (
-            f"parallel.expert={parallel.expert} reaches past a machine's {MACHINE} devices: tokens travel "
-            "over the slow network"
-        )
-    if plan.time.microbatches < parallel.pipeline:
-        yield (
-            f"{plan.time.microbatches} microbatches for {parallel.pipeline} pipeline stages: some are idle; "
-            "lower policy.tokens_per_microbatch"
-        )
-    if parallel.context > 1:
-        yield "keys and values are sent to all context ranks in every layer: no time is counted for that"
-    samples = config.optim.prompts_per_minibatch * config.rollout.group_size
-    if samples < plan.data:
-        yield f"an update has {samples} samples for {plan.data} data-parallel ranks: some learn from nothing"
-    if is_gpu and config.engine.kind == "embedded":
-        yield "the embedded engine's KV cache is not counted: it is there while nothing is learnt"
+    uncounted = sorted(set(plan.worst.megatron.verbatim) - READ - NEGLIGIBLE)
+    notes = [
+        (is_gpu and config.policy.dtype == "float32",
+         "float32 on a GPU: attention keeps its scores, length² a head, and the times are bfloat16's; "
+         "neither is counted: use bfloat16"),
+        (is_gpu and parallel.tensor > MACHINE,
+         f"parallel.tensor={parallel.tensor} reaches past a machine's {MACHINE} devices: its traffic goes "
+         "over the slow network"),
+        (plan.shape.num_experts > 0,
+         "experts are taken to get as many tokens each, and as large a share of the FLOP/s as a dense model; "
+         "neither is so at first"),
+        (parallel.expert > 1, "the tokens' way to other ranks' experts and back is not in the seconds"),
+        (is_gpu and parallel.expert > MACHINE,
+         f"parallel.expert={parallel.expert} reaches past a machine's {MACHINE} devices: tokens travel over "
+         "the slow network"),
+        (plan.time.microbatches < parallel.pipeline,
+         f"{plan.time.microbatches} microbatches for {parallel.pipeline} pipeline stages: some are idle; "
+         "lower policy.tokens_per_microbatch"),
+        (parallel.context > 1,
+         "keys and values are sent to all context ranks in every layer: no time is counted for that"),
+        (plan.worst.samples < plan.data,
+         f"an update has {plan.worst.samples} samples for {plan.data} data-parallel ranks: some learn from "
+         "nothing"),
+        (is_gpu and config.engine.kind == "embedded",
+         "the embedded engine's KV cache is not counted: it is there while nothing is learnt"),
+    ]  # fmt: skip
+    passed = [f"policy.megatron.{field} is not counted" for field in uncounted]
+    return passed + [text for is_true, text in notes if is_true]
 
 
 def _verdict(plan: Plan) -> list[str]:
@@ -164,13 +140,9 @@ def _verdict(plan: Plan) -> list[str]:
         return [f"fits: {plan.room - worst.peak / GIB:.1f} GiB to spare"]
     too_much = worst.peak / GIB - plan.room
     lines = [f"out of memory during {worst.peak_moment} on stage {worst.stage}: {too_much:.1f} GiB too much"]
-    for text, fitting in remedies(plan):
-        lines.append(
-            f"fits with {text}: {fitting.worst.peak / GIB:.1f} GiB on {fitting.world} devices, an update "
-            f"{fitting.time.update:.3g} s"
-        )
-    return (
-        lines
-        if len(lines) > 1
-        else [*lines, "nothing known makes it fit: another device, or a smaller model"]
-    )
+    for text, changed in remedies(plan):
+        memory = f"{changed.worst.peak / GIB:.1f} GiB on {changed.world} devices"
+        lines.append(f"fits with {text}: {memory}, an update {changed.time.update:.3g} s")
+    if len(lines) == 1:
+        lines.append("nothing known makes it fit: another device, or a smaller model")
+    return lines

@@ -35,10 +35,6 @@ class Choice:
     verl: Any
     reason: str
 
-    def departs_from(self, source: Source) -> bool:
-        there = getattr(self, source)
-        return bool(there != UNSAID and there != self.value)
-
 
 def _options(config: Config) -> dict[str, Choice]:
     """Return the choices that are options, by name, in the order of dapo/config.py."""
@@ -58,17 +54,15 @@ def choices(config: Config) -> list[Choice]:
     """Return all choices, options and what the code has fixed, by topic."""
     options = _options(config)
 
-    def option(*names: str) -> list[Choice]:
+    def option(*prefixes: str) -> list[Choice]:
+        names = [name for prefix in prefixes for name in options if name.startswith(prefix)]
         return [options.pop(name) for name in names]
-
-    def section(name: str) -> list[Choice]:
-        return option(*[key for key in options if key.startswith(f"{name}.")])
 
     rollout, reward = config.rollout, config.reward
     cache = reward.overlong_cache if reward.soft_overlong_punishment else 0
     cap = config.objective.importance_cap if rollout.max_staleness else "none"
     return [
-        *section("objective"),
+        *option("objective."),
         Choice("the log-ratio is clamped to", 20.0, UNSAID, 20.0, "exp stays finite"),
         Choice("KL to a reference", "none", "none", "none", "section 2.3 drops it"),
         Choice("advantage: ddof of the std", 1, UNSAID, 1,
@@ -86,26 +80,24 @@ def choices(config: Config) -> list[Choice]:
         *option("rollout.max_staleness"),
         Choice("objective.importance_cap, of older weights' tokens", cap, UNSAID, "none",
                "exp(old − behavior): they were drawn from another distribution than the ratio's denominator"),
-        *option("rollout.at_cap", "rollout.prompts_per_step"),
-        *option("rollout.prompts_per_round", "rollout.max_rounds"),
-        *section("rollout"),
-        *section("data"),
+        *option("rollout.at_cap", "rollout.prompts", "rollout.max_rounds"),
+        *option("rollout."),
+        *option("data."),
         Choice("copies of a prompt", "left out", UNSAID, "kept",
                "the published file repeats its 17 thousand prompts a hundred times"),
         Choice("reward: right, wrong", "+1, −1", "+1, −1", "+1, −1", "Eq. 7"),
         Choice("reward.function", ", ".join(_functions(config)), UNSAID,
                "the last 300 characters, compared as text", "integers are compared exactly, other answers by "
                "math-verify: fewer right answers are called wrong"),
-        *section("reward"),
+        *option("reward."),
         Choice("soft overlong punishment (tokens of L_cache, 0: none)", cache, 4096, 4096,
                "other lengths; without it length costs nothing"),
         Choice("soft overlong punishment is at least", -1.0, -1.0, UNSAID,
                "Eq. 13; the released code has no floor"),
-        *option("optim.lr", "optim.warmup_steps", "optim.prompts_per_minibatch", "optim.weight_decay"),
-        *option("optim.clip_grad", "optim.betas"),
+        *option("optim.lr", "optim.warmup", "optim.prompts", "optim.weight", "optim.clip", "optim.betas"),
         Choice("unit of a step", "rollout step", "update", "rollout step",
                f"the paper's axis counts updates, of which a step here has {config.updates_per_step}"),
-        *section("eval"),
+        *option("eval."),
         *options.values(),
     ]  # fmt: skip
 
@@ -113,10 +105,9 @@ def choices(config: Config) -> list[Choice]:
 def diff(config: Config, source: Source) -> list[str]:
     """Return a line for each departure of this config from the paper, or from verl."""
     return [
-        f"{choice.name}: {_shown(choice.value)}; {source}: {_shown(getattr(choice, source))}. "
-        f"Why one would: {choice.reason}"
+        f"{choice.name}: {_shown(choice.value)}; {source}: {_shown(there)}. Why one would: {choice.reason}"
         for choice in choices(config)
-        if choice.departs_from(source)
+        if (there := getattr(choice, source)) not in (UNSAID, choice.value)
     ]
 
 

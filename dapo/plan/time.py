@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass
 from math import ceil
 
-from dapo.config import Config
 from dapo.model.parameters import layer_matrices
 from dapo.model.shape import ModelShape
 from dapo.plan.memory import GIB, Rank
@@ -55,25 +54,22 @@ class Time:
     length: int
 
     @property
-    def config(self) -> Config:
-        return self.rank.config
-
-    @property
     def tokens(self) -> int:
         """Number of tokens of an update, at the mean length."""
-        return self.config.optim.prompts_per_minibatch * self.config.rollout.group_size * self.length
+        return self.rank.samples * self.length
 
     @property
     def microbatches(self) -> int:
         """Number of microbatches of an update on each data-parallel rank, at the mean length."""
-        turns = self.rank.pipeline if self.rank.chunks > 1 else 1
-        tokens = self.rank.data * self.config.policy.tokens_per_microbatch * turns
+        turns = self.rank.parallel.pipeline if self.rank.parallel.virtual_pipeline > 1 else 1
+        tokens = self.rank.data * self.rank.config.policy.tokens_per_microbatch * turns
         return ceil(self.tokens / tokens) * turns
 
     @property
     def scores(self) -> float:
         """Seconds of the log-probs of a step's samples."""
-        return self.config.updates_per_step * self._pass(forward_flops(self.rank.shape, self.length))
+        forward = forward_flops(self.rank.shape, self.length)
+        return self.rank.config.updates_per_step * self._pass(forward)
 
     @property
     def update(self) -> float:
@@ -86,9 +82,9 @@ class Time:
         shape, megatron = self.rank.shape, self.rank.megatron
         forward, again = forward_flops(shape, self.length), 0.0
         if megatron.recomputes("full"):
-            layers = stage = shape.num_layers // self.rank.pipeline
+            layers = stage = shape.num_layers // self.rank.parallel.pipeline
             if megatron.recompute_method == "block":
-                layers = min(megatron.recompute_num_layers or 1, stage)
+                layers = min(megatron.recomputed_together, stage)
             again = layers / stage * (forward - 2 * shape.vocab_size * shape.hidden_size)
         if megatron.recomputes("mlp") or megatron.recomputes("moe"):
             _, mlp = layer_matrices(shape)
@@ -99,15 +95,15 @@ class Time:
 
     def _pass(self, flops: float) -> float:
         """Return the seconds of `flops` for each token of an update; pipeline stages wait at both ends."""
-        bubble = (self.rank.pipeline - 1) / (self.microbatches * self.rank.chunks)
+        bubble = (self.rank.parallel.pipeline - 1) / (self.microbatches * self.rank.parallel.virtual_pipeline)
         return self.tokens * flops / (self.world * self.hardware.flops * self.hardware.mfu) * (1 + bubble)
 
     @property
     def _reduction(self) -> float:
         """Seconds to sum gradients over data and context ranks, and to gather parameters."""
         rank, rate = self.rank, self.hardware.link if self.world <= MACHINE else self.hardware.network
-        dense = (rank.parameters - rank.expert_parameters) * (1 - 1 / (rank.data * rank.context))
-        experts = rank.expert_parameters * (1 - 1 / rank.expert_data)
+        dense = (rank.parameters - rank.expert_parameters) * (1 - 1 / rank.copies)
+        experts = rank.expert_parameters * (1 - 1 / rank.expert_copies)
         return (4 + rank.value_bytes) * (dense + experts) / rate
 
     @property

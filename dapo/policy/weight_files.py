@@ -25,7 +25,7 @@ from torch import Tensor
 from dapo import files
 from dapo.config import ConfigError
 from dapo.model.files import open_safetensors, read_dtypes, read_tensor
-from dapo.model.names import Entry, hf_shapes, size, table
+from dapo.model.names import Dimensions, Entry, table
 from dapo.model.shape import ModelShape, read_config
 from dapo.policy import torch_dist
 from dapo.policy.weights import StoredWeights, from_shards, to_shard
@@ -51,7 +51,7 @@ class HFWeights:
     """*.safetensors, read as the table's entries."""
 
     def __init__(self, directory: Path, shape: ModelShape):
-        self.directory, self.shape = directory, shape
+        self.directory = directory
         found = open_safetensors(directory)
         expected = {name for entry in table(shape, is_fused=True) for name in entry.hf}
         _check_names(directory, set(found), expected, {"lm_head.weight"} if shape.is_tied else set())
@@ -67,7 +67,7 @@ class HFWeights:
     def read(self, entry: Entry) -> list[Tensor]:
         """See StoredWeights."""
         tensors = [read_tensor(self._files[name], name) for name in entry.hf]
-        return _checked(self.directory, entry, tensors, self.shape)
+        return _checked(self.directory, entry, tensors)
 
 
 class MegatronWeights:
@@ -82,28 +82,21 @@ class MegatronWeights:
         if damage := files.file_damage(directory, name, wanted):
             raise ConfigError(f"{directory}: damaged: {damage}")
         self._reader = torch_dist.Reader(directory / "policy")
-        self.sizes: dict[str, tuple[int, ...]] = {}
-        self.optimizer_sizes: dict[str, tuple[int, ...]] = {}
-        for name, dimensions in self._reader.sizes.items():
-            sizes = self.optimizer_sizes if name.startswith("optimizer.") else self.sizes
-            sizes[name] = dimensions
+        sizes = self._reader.sizes
+        self.sizes = {name: sizes[name] for name in sizes if not name.startswith("optimizer.")}
+        self.optimizer_sizes = {name: sizes[name] for name in sizes if name not in self.sizes}
         self._entries = {entry.hf: entry for entry in table(shape, is_fused=True)}
         expected = {entry.key: entry for entry in self._entries.values()}
         _check_names(directory, set(self.sizes), set(expected), allowed=set())
         for key, entry in expected.items():
-            self._check_size(key, entry)
-
-    def _check_size(self, key: str, entry: Entry) -> None:
-        found = self.sizes[key]
-        counts = _counts(entry, self.shape)
-        rows, *columns = _megatron_size(entry, self.shape)
-        if entry.kind == "rows":  # padded for its layout
-            rows = max(rows, found[0])
-        wanted = (*counts, rows, *columns)
-        if wanted != found:
-            raise ConfigError(
-                f"{self.directory}: tensor {key} has shape {found}, the model's config.json means {wanted}"
-            )
+            found = self.sizes[key]
+            rows, columns = sum(rows for rows, *_ in entry.shapes), entry.shapes[0][1:]
+            if entry.kind == "rows":  # padded for its layout
+                rows = max(rows, found[0])
+            if found != (wanted := (*_counts(entry, shape), rows, *columns)):
+                raise ConfigError(
+                    f"{directory}: tensor {key} has shape {found}, the model's config.json means {wanted}"
+                )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,23 +107,17 @@ class MegatronWeights:
         """See StoredWeights."""
         entry = self._entries[entry.hf]  # with the name that checkpoints use
         tensors = from_shards(entry, [self._reader.read(entry.key, entry.place)], self.shape)
-        return _checked(self.directory, entry, tensors, self.shape)
+        return _checked(self.directory, entry, tensors)
 
 
-def _counts(entry: Entry, shape: ModelShape) -> tuple[int, ...]:
+def _counts(entry: Entry, shape: ModelShape) -> Dimensions:
     """Return the first dimensions of the entry's tensor in a checkpoint, which count layers and experts."""
     return (shape.num_layers, shape.num_experts)[: len(entry.place)]
 
 
-def _megatron_size(entry: Entry, shape: ModelShape) -> list[int]:
-    """Return the shape of the one tensor that the entry's Hugging Face tensors make, without padding."""
-    shapes = hf_shapes(entry, shape)
-    return [sum(dimensions[0] for dimensions in shapes), *shapes[0][1:]]
-
-
-def _checked(directory: Path, entry: Entry, tensors: list[Tensor], shape: ModelShape) -> list[Tensor]:
+def _checked(directory: Path, entry: Entry, tensors: list[Tensor]) -> list[Tensor]:
     """Return the tensors. Raise ConfigError if a shape is not config.json's, or a value is not finite."""
-    for name, tensor, wanted in zip(entry.hf, tensors, hf_shapes(entry, shape), strict=True):
+    for name, tensor, wanted in zip(entry.hf, tensors, entry.shapes, strict=True):
         if tuple(tensor.shape) != wanted:
             raise ConfigError(
                 f"{directory}: tensor {name} has shape {tuple(tensor.shape)}, config.json means {wanted}"
@@ -216,13 +203,14 @@ def check_checkpoint(directory: Path, shape: ModelShape) -> None:
 def parts(shape: ModelShape) -> list[list[Entry]]:
     """Return the table in THREADS parts of about the same size, one for each thread that reads and writes."""
     entries = table(shape, is_fused=True)
-    sizes = [size(entry, shape) for entry in entries]
-    part, loads = [0] * len(entries), [0] * THREADS
+    found: list[list[int]] = [[] for _ in range(THREADS)]
+    loads = [0] * THREADS
     # the largest first: small ones fill what is left
-    for i in sorted(range(len(entries)), key=lambda i: -sizes[i]):
-        part[i] = loads.index(min(loads))
-        loads[part[i]] += sizes[i]
-    return [[entry for entry, where in zip(entries, part, strict=True) if where == i] for i in range(THREADS)]
+    for i in sorted(range(len(entries)), key=lambda i: -entries[i].size):
+        least = loads.index(min(loads))
+        found[least].append(i)
+        loads[least] += entries[i].size
+    return [[entries[i] for i in sorted(part)] for part in found]
 
 
 def hf_tensors(
@@ -267,10 +255,10 @@ def save_hf(
     Raises:
         ConfigError: `target` exists and may not be replaced, or the disk has no room.
     """
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    shards: list[dict[str, Dimensions]] = [{}]
     room, total = shard_bytes, 0
     for entry in table(shape, is_fused=True):
-        for name, dimensions in zip(entry.hf, hf_shapes(entry, shape), strict=True):
+        for name, dimensions in zip(entry.hf, entry.shapes, strict=True):
             num_bytes = prod(dimensions) * dtype.itemsize
             if num_bytes > room and shards[-1]:
                 shards.append({})
@@ -306,7 +294,7 @@ class _Safetensors:
     It has 8 bytes of the header's length, a JSON header, and the tensors end to end.
     """
 
-    def __init__(self, path: Path, sizes: dict[str, tuple[int, ...]], dtype: torch.dtype):
+    def __init__(self, path: Path, sizes: dict[str, Dimensions], dtype: torch.dtype):
         self.sizes, self.dtype = sizes, dtype
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
@@ -349,7 +337,7 @@ def save_megatron(
     Raises:
         ConfigError: as `save_hf`.
     """
-    total = sum(size(entry, shape) for entry in table(shape, is_fused=True)) * dtype.itemsize
+    total = sum(entry.size for entry in table(shape, is_fused=True)) * dtype.itemsize
     with files.made_whole(target, total) as partial:
         carry_over(source, partial, dtype)
         (partial / "policy").mkdir()

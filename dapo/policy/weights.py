@@ -12,7 +12,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from dapo.model.layout import padded_vocab
-from dapo.model.names import Entry, hf_shapes, table
+from dapo.model.names import Entry, table
 from dapo.model.shape import ModelShape
 from dapo.policy.cpu import has_transformer_engine
 
@@ -152,7 +152,7 @@ class Weights:
             if name is not None:
                 tensors = from_shards(entry, self._shards(entry, read(self.params[name])), self.shape)
             else:
-                tensors = [like.new_empty(size) for size in hf_shapes(entry, self.shape)]
+                tensors = [like.new_empty(dimensions) for dimensions in entry.shapes]
             expert_rank, stage = self.expert_rank_of(entry), self.stage_of(entry)
             for hf_name, tensor in zip(entry.hf, tensors, strict=True):
                 tensor = tensor.contiguous()

@@ -88,7 +88,7 @@ def test_memory_and_work_follow_the_layout_of_experts(tmp_path: Path) -> None:
         eight.expert_parameters == one.expert_parameters // 8
         and eight.parameters == dense + eight.expert_parameters
     )
-    assert one.expert_data == 16 and eight.expert_data == 2, (
+    assert one.expert_copies == 16 and eight.expert_copies == 2, (
         "tensor ranks have whole experts, so they share their optimizer's state"
     )
     assert one.optimizer == 12 * (dense // 4 + one.expert_parameters // 16)
