@@ -8,7 +8,7 @@ import difflib
 import re
 from math import lcm
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -224,6 +224,22 @@ class Policy(Section):
     megatron: dict[str, Any] = {}
 
 
+class Limits(NamedTuple):
+    """Seconds without progress after which a run acts."""
+
+    stall: float  # report, dump stacks, restart the server that stands still
+
+    @property
+    def stop(self) -> float:
+        """Seconds after which the run saves and stops."""
+        return 2 * self.stall
+
+    @property
+    def exit(self) -> float:
+        """Seconds after which ranks that are stuck in a collective, where they cannot save, exit."""
+        return 3 * self.stall
+
+
 class Engine(Section):
     kind: Literal["embedded", "sglang"] = "embedded"  # embedded: Hugging Face generate, in the main process
     max_concurrent: Positive = 256  # samples generated together, by each server
@@ -241,6 +257,11 @@ class Engine(Section):
     # for missing responses; at one server: start it again; twice as long without a response, or in one wait
     # of a weight sync: save and stop; three times as long in a collective, where no rank can save: stop
     stall_seconds: AboveZero = 300.0
+
+    @property
+    def limits(self) -> Limits:
+        """Time limits that follow from stall_seconds."""
+        return Limits(self.stall_seconds)
 
     @property
     def is_streaming(self) -> bool:

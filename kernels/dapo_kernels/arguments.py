@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from inspect import cleandoc
-from typing import Any, TypedDict, TypeVar
+from typing import Any, Required, TypedDict, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -31,16 +31,11 @@ class HeadOptions(VocabularyOptions, total=False):
     chunk_bytes: int | None
 
 
-class ClipBounds(TypedDict):
-    """Required keywords of an `Objective`."""
-
-    clip_low: float
-    clip_high: float
-
-
-class ObjectiveOptions(ClipBounds, total=False):
+class ObjectiveOptions(TypedDict, total=False):
     """Keywords of an `Objective`, and those of `Tokens` and `Penalty` that may be absent."""
 
+    clip_low: Required[float]
+    clip_high: Required[float]
     dual_clip: float | None
     weights: Tensor | None
     ref_logprobs: Tensor | None

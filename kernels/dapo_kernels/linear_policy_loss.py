@@ -55,11 +55,8 @@ class Head(Vocabulary):
             self._check_weight_grad(weight_grad)
         mask = check_tokens(tokens, hidden.shape[0] * self.slices, hidden.device, vocab)
         has_gradient = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
-        return PolicyLoss(
-            *_LinearPolicyLoss.apply(
-                hidden, self.weight, self, tokens, mask, objective, weight_grad, has_gradient
-            )
-        )
+        arguments = (self, tokens, mask, objective, weight_grad, has_gradient)
+        return PolicyLoss(*_LinearPolicyLoss.apply(hidden, self.weight, *arguments))
 
     def logprobs(self, hidden: Tensor, tokens: Tokens) -> Tensor:
         """Compute `linear_logprobs` of packed arguments; only targets and mask of the tokens are read."""

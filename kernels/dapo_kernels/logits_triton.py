@@ -217,22 +217,11 @@ def row_statistics(logits: Tensor, tokens: Tokens, shard: Shard) -> Tensor:
     launch, _ = _launches(logits)
     with _on(logits):
         row_statistics_kernel[(num_rows,)](
-            logits,
-            tokens.targets,
-            _bytes(tokens.mask),
-            statistics,
-            logits.stride(0),
-            num_rows,
-            columns,
-            shard.valid,
-            shard.start,
-            1.0 / shard.temperature,
-            HAS_MASK=tokens.mask is not None,
-            BLOCK=launch.block,
-            # one 128-bit load: only then is the maximum over VEC inside a thread
-            VEC=16 // logits.element_size(),
-            num_warps=launch.warps,
-        )
+            logits, tokens.targets, _bytes(tokens.mask), statistics,
+            logits.stride(0), num_rows, columns, shard.valid, shard.start, 1.0 / shard.temperature,
+            HAS_MASK=tokens.mask is not None, BLOCK=launch.block, num_warps=launch.warps,
+            VEC=16 // logits.element_size(),  # a 128-bit load: only then is the maximum inside a thread
+        )  # fmt: skip
     return statistics
 
 
@@ -244,43 +233,22 @@ def loss_and_gradient(
     values = statistics.new_empty(2 if objective is None else 3, num_rows)
     flags = statistics.new_empty(2, 0 if objective is None else num_rows, dtype=torch.uint8)
     _, launch = _launches(logits)
-    bounds = objective or Objective(0.0, 0.0)
-    penalty = tokens.penalty
+    bounds, penalty = objective or Objective(0.0, 0.0), tokens.penalty
     if num_rows:
         with _on(logits):
             loss_gradient_kernel[(num_rows,)](
-                logits,
-                gradient,
-                tokens.targets,
-                _bytes(tokens.mask),
-                statistics,
-                _float(tokens.old_logprobs),
-                _float(tokens.advantages),
-                _float(tokens.weights),
-                None if penalty is None else _float(penalty.ref_logprobs),
-                values,
-                flags,
-                logits.stride(0),
-                0 if gradient is None else gradient.stride(0),
-                num_rows,
-                columns,
-                shard.valid,
-                shard.start,
-                1.0 / shard.temperature,
-                1.0 - bounds.clip_low,
-                1.0 + bounds.clip_high,
-                bounds.dual_clip or 0.0,
+                logits, gradient, tokens.targets, _bytes(tokens.mask), statistics,
+                _float(tokens.old_logprobs), _float(tokens.advantages), _float(tokens.weights),
+                None if penalty is None else _float(penalty.ref_logprobs), values, flags,
+                logits.stride(0), 0 if gradient is None else gradient.stride(0),
+                num_rows, columns, shard.valid, shard.start, 1.0 / shard.temperature,
+                1.0 - bounds.clip_low, 1.0 + bounds.clip_high, bounds.dual_clip or 0.0,
                 0.0 if penalty is None else penalty.kl_coef,
-                WORLD=statistics.shape[0],
-                HAS_MASK=tokens.mask is not None,
-                HAS_WEIGHTS=tokens.weights is not None,
-                HAS_DUAL_CLIP=bounds.dual_clip is not None,
-                HAS_REFERENCE=penalty is not None,
-                HAS_LOSS=objective is not None,
-                HAS_GRADIENT=gradient is not None,
-                BLOCK=launch.block,
-                num_warps=launch.warps,
-            )
+                WORLD=statistics.shape[0], HAS_MASK=tokens.mask is not None,
+                HAS_WEIGHTS=tokens.weights is not None, HAS_DUAL_CLIP=bounds.dual_clip is not None,
+                HAS_REFERENCE=penalty is not None, HAS_LOSS=objective is not None,
+                HAS_GRADIENT=gradient is not None, BLOCK=launch.block, num_warps=launch.warps,
+            )  # fmt: skip
     losses = values[2] if objective is not None else values.new_empty(0)
     return Rows(values[0], values[1], losses, flags[0].view(torch.bool), flags[1].view(torch.bool))
 

@@ -31,14 +31,12 @@ class Tokens:
 
     def select(self, rows: Tensor) -> Tokens:
         """Return the given rows, all of which lie inside the mask: the result has no mask."""
+        values = (self.old_logprobs, self.advantages, self.weights)
+        old, advantages, weights = (None if x is None else x[rows] for x in values)
         penalty = self.penalty
-        return Tokens(
-            targets=self.targets[rows],
-            old_logprobs=None if self.old_logprobs is None else self.old_logprobs[rows],
-            advantages=None if self.advantages is None else self.advantages[rows],
-            weights=None if self.weights is None else self.weights[rows],
-            penalty=None if penalty is None else Penalty(penalty.kl_coef, penalty.ref_logprobs[rows]),
-        )
+        if penalty is not None:
+            penalty = Penalty(penalty.kl_coef, penalty.ref_logprobs[rows])
+        return Tokens(self.targets[rows], None, old, advantages, weights, penalty)
 
 
 @dataclass(frozen=True)

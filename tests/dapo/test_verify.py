@@ -1,4 +1,4 @@
-"""What tells two runs apart: each of its findings sees its own kind of difference, and nothing else."""
+"""Two runs are compared: each finding sees its own kind of difference, and nothing else."""
 
 from __future__ import annotations
 
