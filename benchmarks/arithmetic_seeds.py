@@ -1,5 +1,4 @@
-"""Does it learn, every time? The quickstart's run for several seeds: accuracy on held-out problems before and
-after, and the time it took.
+"""Does it learn every time? The quickstart's run for several seeds: accuracy on held-out problems, and time.
 
 python benchmarks/arithmetic_seeds.py [seeds] [processes] [engine.kind=sglang engine.python=… …]
 """
@@ -22,26 +21,13 @@ ROOT = Path(__file__).parents[1]
 def run(
     seed: int, processes: int, directory: Path, overrides: list[str]
 ) -> tuple[dict[int, float], float, dict[str, float]]:
-    """Accuracy by step, wall seconds from launch to end, and the last step's metrics."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(processes),
-        "-m",
-        "dapo",
-        "train",
-    ]
+    """Train; return accuracy by step, wall seconds from launch to end, and the last step's metrics."""
+    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {processes} -m dapo train"
+    command = [sys.executable, *torchrun.split(), "examples/arithmetic/config.yaml"]
     options = [f"run.seed={seed}", f"run.dir={directory}", f"parallel.tensor={processes}", *overrides]
     start = time.perf_counter()
-    subprocess.run(
-        [*command, "examples/arithmetic/config.yaml", *options],
-        check=True,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, *options], check=True, cwd=ROOT, env=environment)
     seconds = time.perf_counter() - start
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     accuracy = {row["step"]: row["eval/accuracy"] for row in rows if "eval/accuracy" in row}
@@ -55,22 +41,19 @@ def main(num_seeds: int, processes: int, overrides: list[str]) -> None:
         with tempfile.TemporaryDirectory() as directory:
             accuracy, seconds, last = run(seed, processes, Path(directory), overrides)
         steps = sorted(accuracy)
-        told = f"{last['policy/entropy']:.3f}", f"{last['worst mismatch']:.1e}", f"{seconds:.0f}"
-        rows.append([seed, *(f"{accuracy[step]:.3f}" for step in steps), *told])
+        rest = f"{last['policy/entropy']:.3f}", f"{last['worst mismatch']:.1e}", f"{seconds:.0f}"
+        rows.append([seed, *(f"{accuracy[step]:.3f}" for step in steps), *rest])
     text = heading("The arithmetic example, seed by seed")
-    text += f"\nmean@k on held-out problems (`eval/accuracy`) after so many steps; {processes} processes, tensor parallel; "
+    text += "\nmean@k on held-out problems (`eval/accuracy`) after so many steps; "
+    text += f"{processes} processes, tensor parallel; "
     text += "entropy of the last step; the largest mismatch of any step, mean |old − behavior log-prob|; "
     text += "wall seconds from launch to end, evaluation and export included.\n\n"
     name = "arithmetic_seeds_sglang.md" if "engine.kind=sglang" in overrides else "arithmetic_seeds.md"
-    save(
-        name,
-        text + table(["seed", *(f"step {step}" for step in steps), "entropy", "mismatch", "seconds"], rows),
-    )
+    header = ["seed", *(f"step {step}" for step in steps), "entropy", "mismatch", "seconds"]
+    save(name, text + table(header, rows))
 
 
 if __name__ == "__main__":
     numbers = [int(argument) for argument in sys.argv[1:] if "=" not in argument]
-    main(
-        *[*numbers, *[3, 2][len(numbers) :]],
-        overrides=[argument for argument in sys.argv[1:] if "=" in argument],
-    )
+    overrides = [argument for argument in sys.argv[1:] if "=" in argument]
+    main(*[*numbers, *[3, 2][len(numbers) :]], overrides=overrides)

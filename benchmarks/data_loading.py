@@ -1,5 +1,4 @@
-"""Loading a file like the published DAPO-Math-17k: 1.79 M rows that are 17.4 k prompts a hundred times over.
-Seconds and memory.
+"""Seconds and memory to load a file like the published DAPO-Math-17k: 1.79 M rows, each prompt 100 times.
 
 python benchmarks/data_loading.py [rows] [prompts]
 """
@@ -20,8 +19,8 @@ from record import heading, save, spread, table
 RUNS = 3
 TEMPLATE = (
     "Solve the following math problem step by step. The last line of your response should be of the form "
-    "Answer: $Answer (without quotes) "
-    'where $Answer is the answer to the problem.\n\n{}\n\nRemember to put your answer on its own line after "Answer:".'
+    "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n{}\n\n"
+    'Remember to put your answer on its own line after "Answer:".'
 )
 CHILD = """
 import resource, sys, time
@@ -39,12 +38,11 @@ print(seconds, before / 2**20, peak / 2**20, summary, sep="|")
 
 
 def write(path: Path, num_rows: int, num_prompts: int) -> None:
-    """Rows in shuffled order, in the published schema; one prompt in a thousand has copies that disagree."""
+    """Write shuffled rows in the published schema; one prompt in a thousand has copies that disagree."""
     rng = random.Random(0)
     words = [f"w{rng.randrange(10**6)}" for _ in range(3000)]
     questions = [f"{i}: " + " ".join(rng.choices(words, k=rng.randint(15, 80))) for i in range(num_prompts)]
-    schema = None
-    writer = None
+    schema = writer = None
     for first in range(0, num_rows, 100_000):
         rows = []
         for i in range(first, min(first + 100_000, num_rows)):
@@ -75,22 +73,18 @@ def main(num_rows: int, num_prompts: int) -> None:
         print(f"made {path.stat().st_size / 2**20:.0f} MiB in {time.perf_counter() - start:.0f} s")
         runs = []
         for _ in range(RUNS):
-            done = subprocess.run(
-                [sys.executable, "-c", CHILD, str(path)], capture_output=True, text=True, check=True
-            )
+            command = [sys.executable, "-c", CHILD, str(path)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
             runs.append(done.stdout.strip().split("\n")[-1].split("|"))
         size = path.stat().st_size / 2**20
     text = heading("Loading 1.79 M rows of 17.4 k prompts")
-    text += f"\n{runs[-1][3].split('/')[-1]}. File: {size:.0f} MiB. {RUNS} runs, each in a process of its own.\n\n"
-    text += "Seconds: reading, removing copies, chat template, tokenizer (one token a character). Peak: resident memory of the process.\n\n"
-    rows = [
-        [
-            spread([float(r[0]) for r in runs], 1),
-            spread([float(r[2]) for r in runs], 2),
-            spread([float(r[1]) for r in runs], 2),
-        ]
-    ]
-    save("data_loading.md", text + table(["seconds", "peak GiB", "GiB before loading"], rows))
+    summary = runs[-1][3].split("/")[-1]
+    text += f"\n{summary}. File: {size:.0f} MiB. {RUNS} runs, each in a process of its own.\n\n"
+    text += "Seconds: reading, removing copies, chat template, tokenizer (one token a character). "
+    text += "Peak: resident memory of the process.\n\n"
+    seconds, before, peak = ([float(run[i]) for run in runs] for i in range(3))
+    row = [spread(seconds, 1), spread(peak, 2), spread(before, 2)]
+    save("data_loading.md", text + table(["seconds", "peak GiB", "GiB before loading"], [row]))
 
 
 if __name__ == "__main__":

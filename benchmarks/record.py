@@ -1,4 +1,4 @@
-"""What every result says of itself: where, when and from which commit it was measured."""
+"""The heading of every result: where, when and from which commit it was measured; and its tables."""
 
 from __future__ import annotations
 
@@ -17,38 +17,29 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def heading(title: str) -> str:
-    """A Markdown heading with machine, date, commit, versions and the command."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent
-    ).stdout.strip()
-    changed = subprocess.run(
-        ["git", "status", "--porcelain", "dapo", "kernels"],
-        capture_output=True,
-        text=True,
-        cwd=RESULTS.parents[1],
-    ).stdout
-    machine = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{os.cpu_count()} CPU cores, {_cpu_model()}"
-    )
+    """Write a Markdown heading with machine, date, commit, versions and the command."""
+    commit = _git("rev-parse", "--short", "HEAD") or "unknown"
+    if _git("status", "--porcelain", "dapo", "kernels"):
+        commit += " (changed)"
+    machine = f"{os.cpu_count()} CPU cores, {_cpu_model()}"
+    if torch.cuda.is_available():
+        machine = torch.cuda.get_device_name()
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    command = " ".join(sys.argv).replace(str(Path.home()), "~")
     return (
-        f"# {title}\n\n"
-        f"{machine}; {datetime.date.today()}; commit "
-        f"{commit or 'unknown'}{' (changed)' if changed.strip() else ''}; "
-        f"Python {platform.python_version()}, torch {torch.__version__}\n\n"
-        f"    python {' '.join(sys.argv).replace(str(Path.home()), '~')}\n"
+        f"# {title}\n\n{machine}; {datetime.date.today()}; commit {commit}; {versions}\n\n"
+        f"    python {command}\n"
     )
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table."""
+    """Write a Markdown table."""
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows]]
     return "\n".join(lines) + "\n"
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
-    """`spread([1, 2, 4])` → "2.000 (1.000–4.000)": median, minimum and maximum."""
+    """Write median, minimum and maximum: `spread([1, 2, 4])` → "2.000 (1.000–4.000)"."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
@@ -58,6 +49,11 @@ def save(name: str, text: str) -> None:
     (RESULTS / name).write_text(text)
     print(text)
     print(f"kept in {RESULTS / name}")
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parents[1])
+    return done.stdout.strip()
 
 
 def _cpu_model() -> str:

@@ -1,4 +1,4 @@
-"""How long the report of a 1,000-step run takes to make, and to open in headless Chromium.
+"""Seconds to make the report of a 1,000-step run, and to open it in headless Chromium.
 
 python benchmarks/report_page.py. The runs are synthetic: curves of the paper's shape, dumps written by
 dapo/rollout/dump.py, long responses tokenized by a tokenizer trained here on this repository's own text.
@@ -34,9 +34,8 @@ CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 
 
 def train_tokenizer(folder: Path) -> tokenizers.Tokenizer:
-    files = [
-        str(path) for pattern in ("*.md", "dapo/**/*.py", "kernels/**/*.py") for path in ROOT.glob(pattern)
-    ]
+    patterns = ("*.md", "dapo/**/*.py", "kernels/**/*.py")
+    files = [str(path) for pattern in patterns for path in ROOT.glob(pattern)]
     tokenizer = tokenizers.ByteLevelBPETokenizer()
     tokenizer.train(files, vocab_size=8000, show_progress=False)
     folder.mkdir()
@@ -45,25 +44,20 @@ def train_tokenizer(folder: Path) -> tokenizers.Tokenizer:
 
 
 def rows(rng: np.random.Generator) -> Iterator[dict[str, float]]:
-    """What metrics.jsonl holds of a long run: saturating accuracy, growing responses, falling entropy, each
-    with noise.
-    """
+    """Yield metrics of a long run: saturating accuracy, growing responses, falling entropy, and noise."""
     for step in range(STEPS):
         done = 1 - math.exp(-step / 300)
         noise = rng.normal(0, 1, 30)
         asked = 1536 * (1 + (step > 600))
         correct, wrong = round(asked * (0.05 + 0.4 * done)), round(asked * (0.35 - 0.25 * done))
         rollout, update = 420 + 900 * done + 40 * noise[0], 300 + 500 * done + 20 * noise[1]
+        evaluation = {
+            "eval/accuracy": 0.5 * done + 0.02 * noise[2],
+            "eval/aime/pass": 0.75 * done + 0.03 * noise[3],
+        }
         yield {
             "step": step,
-            **(
-                {
-                    "eval/accuracy": 0.5 * done + 0.02 * noise[2],
-                    "eval/aime/pass": 0.75 * done + 0.03 * noise[3],
-                }
-                if step % 5 == 0
-                else {}
-            ),
+            **(evaluation if step % 5 == 0 else {}),
             "groups/asked": asked,
             "groups/kept": 512,
             "groups/all_correct": correct,
@@ -104,35 +98,29 @@ def write_run(
     every: int,
     seed: int,
 ) -> None:
-    """A run of STEPS steps that dumped each `every`-th: a group of each kind and one more, of responses of
-    about `length` tokens.
+    """Write a run of STEPS steps that dumped each `every`-th.
+
+    A dump has a group of each kind and one more, of responses of about `length` tokens.
     """
     rng = np.random.default_rng(seed)
     directory.mkdir()
-    (directory / "config.yaml").write_text(
-        f"run: {{dir: {directory}, seed: {seed}}}\npolicy: {{model: {model}}}\n"
-    )
+    config = f"run: {{dir: {directory}, seed: {seed}}}\npolicy: {{model: {model}}}\n"
+    (directory / "config.yaml").write_text(config)
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(rng)))
-    corpus = np.array(
-        tokenizer.encode("\n".join(path.read_text() for path in sorted(ROOT.glob("*.md")))).ids, np.int32
-    )
+    documents = "\n".join(path.read_text() for path in sorted(ROOT.glob("*.md")))
+    corpus = np.array(tokenizer.encode(documents).ids, np.int32)
+    rollouts = directory / "rollouts"
     for step in range(0, STEPS, every):
         buffer = Buffer(3, is_dynamic=True)
         for place, num_correct in enumerate([group_size // 2, group_size // 4, group_size, 0]):
             group = Group((step << 20) + place, Prompt(place, excerpt(rng, corpus, 120), "42"))
             for index in range(group_size):
-                group.samples.append(
-                    make_sample(
-                        rng, corpus, tokenizer, group.id, index, length, is_correct=index < num_correct
-                    )
-                )
+                sample = make_sample(rng, corpus, tokenizer, group.id, index, length, index < num_correct)
+                group.samples.append(sample)
             buffer.offer(group)
-        rollouts = directory / "rollouts"
-        dump.write(dump.path_of(rollouts, step), buffer, share=1.0)
-        dump.write_traces(
-            dump.traces_path_of(rollouts, step),
-            [trace(rng, s) for group in buffer.kept for s in group.samples],
-        )
+        dump.write(dump.path_of(rollouts, step), buffer, 1.0)
+        traces = [trace(rng, sample) for group in buffer.kept for sample in group.samples]
+        dump.write_traces(dump.traces_path_of(rollouts, step), traces)
 
 
 def make_sample(
@@ -148,12 +136,23 @@ def make_sample(
     n = len(tokens)
     # most tokens all but certain, some not at all
     logprobs = np.log(rng.beta(0.6, 0.1, n).clip(1e-6, 1)).astype(np.float32)
-    return Sample(group, index, tokens, logprobs, np.ones(n, bool), ((0, 0, n),), "stop" if rng.random() < 0.95 else "length",
-                  tokenizer.decode(tokens.tolist()), is_correct, 1.0 if is_correct else -1.0, float(rng.normal()))  # fmt: skip
+    return Sample(
+        group,
+        index,
+        tokens,
+        logprobs,
+        loss_mask=np.ones(n, bool),
+        versions=((0, 0, n),),
+        finish_reason="stop" if rng.random() < 0.95 else "length",
+        text=tokenizer.decode(tokens.tolist()),
+        is_correct=is_correct,
+        reward=1.0 if is_correct else -1.0,
+        advantage=float(rng.normal()),
+    )
 
 
 def excerpt(rng: np.random.Generator, corpus: np.ndarray, length: int) -> np.ndarray:
-    """Pieces of the corpus, some sentences long, end to end."""
+    """Join pieces of the corpus, each some sentences long."""
     parts: list[np.ndarray] = []
     while sum(map(len, parts)) < length:
         start = int(rng.integers(0, len(corpus) - 60))
@@ -164,39 +163,29 @@ def excerpt(rng: np.random.Generator, corpus: np.ndarray, length: int) -> np.nda
 def trace(rng: np.random.Generator, sample: Sample) -> Trace:
     low, high = rng.random((2, sample.length)) < 0.001
     old = sample.behavior_logprobs
-    return Trace(
-        sample.group,
-        sample.index,
-        old,
-        old + np.where(low, -0.3, np.where(high, 0.3, 0)).astype(np.float32),
-        low,
-        high,
-    )
+    new = old + np.where(low, -0.3, np.where(high, 0.3, 0)).astype(np.float32)
+    return Trace(sample.group, sample.index, old, new, low, high)
 
 
 def open_page(chromium: str, file: Path, folder: Path) -> tuple[float, float]:
-    """Seconds until the page's script has drawn everything, counted from the navigation's start, by the
-    page's own clock; and those of the whole process: start the browser, open the page, paint it, leave.
+    """Return seconds until the page's script has drawn everything, and seconds of the whole process.
+
+    The first are counted by the page's own clock from the start of navigation. The process starts the
+    browser, opens the page, paints it and exits.
     """
-    command = [
-        chromium,
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={folder / 'profile'}",
-        "--window-size=1500,1000",
-    ]
-    dom = subprocess.run(
-        [*command, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120, check=True
-    ).stdout
+    options = "--headless=new --no-sandbox --disable-gpu --window-size=1500,1000"
+    command = [chromium, *options.split(), f"--user-data-dir={folder / 'profile'}"]
+
+    def run(option: str) -> str:
+        browse = [*command, option, file.as_uri()]
+        return subprocess.run(browse, capture_output=True, text=True, timeout=120, check=True).stdout
+
+    dom = run("--dump-dom")
     found = re.search(r'data-opened="(\d+)"', dom)
     if found is None:
         raise SystemExit(f"{file} did not open:\n{dom[:2000]}")
     start = time.perf_counter()
-    picture = folder / f"{file.stem}.png"
-    subprocess.run(
-        [*command, f"--screenshot={picture}", file.as_uri()], capture_output=True, timeout=120, check=True
-    )
+    run(f"--screenshot={folder / file.stem}.png")
     return int(found[1]) / 1000, time.perf_counter() - start
 
 
@@ -216,41 +205,32 @@ def main() -> None:
         }
         for kind, options in kinds.items():
             write_run(folder / kind, model, tokenizer, **options)
-        for title, names in {
+        pages = {
             "long responses": ["long"],
             "short responses": ["short"],
             "both, side by side": ["long", "short"],
-        }.items():
+        }
+        for title, names in pages.items():
             file = folder / f"{len(results)}.html"
             start = time.perf_counter()
             page.write([folder / name for name in names], file, samples_mib=16)
             making = time.perf_counter() - start
             num_samples = sum(len(entry["outcomes"]) for entry in page_data(file))
             opened, process = zip(*(open_page(chromium, file, folder) for _ in range(OPENINGS)), strict=True)
-            results.append(
-                [
-                    title,
-                    f"{file.stat().st_size / 2**20:.1f}",
-                    num_samples,
-                    f"{making:.1f}",
-                    spread(opened, 2),
-                    spread(process, 2),
-                ]
-            )
+            size = f"{file.stat().st_size / 2**20:.1f}"
+            times = f"{making:.1f}", spread(opened, 2), spread(process, 2)
+            results.append([title, size, num_samples, *times])
             print(results[-1], file=sys.stderr, flush=True)
     text = heading(f"Opening the report of {STEPS:,} steps")
-    text += (
-        f"\n{version}, headless, without a GPU; load average {os.getloadavg()[0]:.0f}, this benchmark's own "
-        "included. "
-        f"Seconds: median (least–most) of {OPENINGS}. Opened: from the start of navigation until the page's "
-        "script has drawn every curve, "
-        "by the page's clock. Process: start the browser, open, paint, write a screenshot, leave. To hold: "
-        "opened in at most 2 s.\n\n"
-    )
-    save(
-        "report_page.md",
-        text + table(["1,000 steps", "MiB", "samples in it", "made in s", "opened", "process"], results),
-    )
+    load = f"load average {os.getloadavg()[0]:.0f}, this benchmark's own included"
+    text += f"""
+{version}, headless, without a GPU; {load}. Seconds: median (least–most) of {OPENINGS}.
+Opened: from the start of navigation until the page's script has drawn every curve, by the page's clock.
+Process: start the browser, open, paint, write a screenshot, exit. Required: opened in at most 2 s.
+
+"""
+    header = ["1,000 steps", "MiB", "samples in it", "made in s", "opened", "process"]
+    save("report_page.md", text + table(header, results))
 
 
 def page_data(file: Path) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""How many answers a second the reward pool scores, and what hostile responses cost a step.
+"""Answers that the reward pool scores in a second, and seconds that hostile responses add to a step.
 
 python benchmarks/reward_pool.py
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -26,26 +27,23 @@ HOSTILE = [
 
 
 def integer(i: int) -> tuple[str, str]:
-    """Gold answer and the answer of sample i."""
+    """Return the gold answer, and the answer of sample i."""
     return str(i // GROUP), f"**{i // GROUP}**"
 
 
 def fraction(i: int) -> tuple[str, str]:
-    """Each sample writes its group's fraction in another way."""
-    numerator, factor = i // GROUP + 1, i % GROUP + 1
-    return (
-        f"\\frac{{{numerator}}}{{{numerator + 1}}}",
-        f"$\\frac{{{numerator * factor}}}{{{(numerator + 1) * factor}}}$",
-    )
+    """Write the group's fraction in a way of its own for each sample."""
+    a, factor = i // GROUP + 1, i % GROUP + 1
+    return f"\\frac{{{a}}}{{{a + 1}}}", f"$\\frac{{{a * factor}}}{{{(a + 1) * factor}}}$"
 
 
 def root(i: int) -> tuple[str, str]:
-    """What only math-verify can compare."""
-    numerator, factor = i // GROUP + 1, i % GROUP + 2
-    return f"{numerator * factor}\\sqrt{{2}}", f"${numerator}\\sqrt{{{2 * factor**2}}}$"
+    """Write roots that only math-verify can compare."""
+    a, factor = i // GROUP + 1, i % GROUP + 2
+    return f"{a * factor}\\sqrt{{2}}", f"${a}\\sqrt{{{2 * factor**2}}}$"
 
 
-def make_pairs(texts: list[str], golds: list[str]) -> list:
+def make_pairs(texts: Sequence[str], golds: Sequence[str]) -> list:
     import numpy as np
 
     from dapo.types import Prompt, Sample
@@ -58,9 +56,7 @@ def make_pairs(texts: list[str], golds: list[str]) -> list:
 
 
 def seconds(reward, pairs: list) -> float:
-    """CPU seconds of this process and the workers: what one core of its own would take, whoever else is using
-    this one.
-    """
+    """Score, and return the CPU seconds of this process and the workers, which other load does not change."""
     start = cpu_seconds(reward)
     reward.score(pairs)
     taken = cpu_seconds(reward) - start
@@ -70,9 +66,8 @@ def seconds(reward, pairs: list) -> float:
 
 def cpu_seconds(reward) -> float:
     workers = reward.workers.workers if reward.workers else []
-    return sum(
-        sum(psutil.Process(pid).cpu_times()[:2]) for pid in [os.getpid(), *(worker.pid for worker in workers)]
-    )
+    pids = [os.getpid(), *(worker.pid for worker in workers)]
+    return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in pids)
 
 
 def response(length: int, answer: str, i: int) -> str:
@@ -97,9 +92,8 @@ def main() -> None:
     for length_name, length in LENGTHS.items():
         for kind in (integer, fraction, root):
             count = 500 if kind is root or length == 60_000 else 4_000
-            pairs = make_pairs(
-                [response(length, kind(i)[1], i) for i in range(count)], [kind(i)[0] for i in range(count)]
-            )
+            golds, answers = zip(*map(kind, range(count)), strict=True)
+            pairs = make_pairs([response(length, text, i) for i, text in enumerate(answers)], golds)
             row: list[object] = [length_name, kind.__name__]
             for workers in (0, 1, 4):
                 speeds = []
@@ -112,11 +106,12 @@ def main() -> None:
                 row.append(spread(speeds, 0))
             rows.append(row)
     text = heading("The reward pool")
-    text += (
-        "\nAnswers by dapo.reward:is_correct per second of CPU time, this process and the workers together: "
-        "so many a second on one core. "
-    )
-    text += f"Groups of {GROUP} samples; fractions and roots all written in different ways; median (range) of three.\n\n"
+    text += f"""
+Answers by dapo.reward:is_correct per second of CPU time, this process and the workers together: so many a
+second on one core. Groups of {GROUP} samples; fractions and roots all written in different ways; median
+(range) of three.
+
+"""
     text += table(["response", "gold answer", "workers 0", "workers 1", "workers 4 (default)"], rows)
 
     rows = []
@@ -135,8 +130,11 @@ def main() -> None:
         assert not any(sample.is_correct for _, sample in pairs[len(ordinary) :])
         rows.append([name, f"{taken:.2f}", int(reward.take_metrics()["reward/timeouts"])])
         reward.close()
-    text += f"\nA step of {len(ordinary)} ordinary responses of 4,000 characters and some hostile ones, time_limit 5 s, 4 workers; "
-    text += "wall seconds, the start of the workers included. Every hostile one was wrong.\n\n"
+    text += f"""
+A step of {len(ordinary)} ordinary responses of 4,000 characters and some hostile ones, time_limit 5 s,
+4 workers; wall seconds, the start of the workers included. Every hostile one was wrong.
+
+"""
     text += table(["hostile responses", "wall seconds", "cut off"], rows)
     save("reward_pool.md", text)
 

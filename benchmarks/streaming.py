@@ -12,7 +12,9 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +25,7 @@ from dapo import config as configs
 from dapo.reward.pool import Reward
 from dapo.rollout import pending
 from dapo.rollout.buffer import Buffer
-from dapo.rollout.pending import Pending, enough
+from dapo.rollout.pending import GroupSampler, Pending, num_to_request
 from dapo.rollout.prompts import PromptStream
 from dapo.rollout.rollouts import Rollouts
 from dapo.types import Group, Prompt, Request, Sample
@@ -84,6 +86,9 @@ class SimulatedServers:
         self.clock = self.tokens = 0.0
         self.version = 0
 
+    def stream(self) -> SimulatedServers:
+        return self
+
     def submit(self, requests: Iterable[Request]) -> None:
         self.queue.extend(requests)
         self._fill()
@@ -103,10 +108,12 @@ class SimulatedServers:
             self._fill()
             yield sample
 
-    def abort(self, ids: Iterable[str]) -> None:
-        gone = set(ids)
-        self.queue = deque(request for request in self.queue if request.id not in gone)
-        self.servers = [[entry for entry in running if entry[1] not in gone] for running in self.servers]
+    def abort(self, ids: Iterable[str] | None = None) -> None:
+        gone = None if ids is None else set(ids)
+        self.queue = deque(request for request in self.queue if gone and request.id not in gone)
+        self.servers = [
+            [entry for entry in running if gone and entry[1] not in gone] for running in self.servers
+        ]
         for running in self.servers:
             heapq.heapify(running)
 
@@ -129,7 +136,7 @@ class SimulatedServers:
 
     def _sample(self, request: Request) -> Sample:
         seed = [request.seed, self.version if self.is_redrawn else 0]
-        [n], [is_correct] = self.population.draw(request.tokens[:1], np.random.default_rng(seed))
+        [n], [is_correct] = self.population.draw(request.prompt.tokens[:1], np.random.default_rng(seed))
         return Sample(
             group=request.group,
             index=request.index,
@@ -149,7 +156,7 @@ def speed(num_samples: int) -> float:
 class FirstFinished(Pending):
     """What must not be done: groups have their turn as they finish."""
 
-    def _ready(self) -> Iterator[Group]:
+    def ready(self) -> Iterator[Group]:
         for group in [group for group in self.groups if group.id in self.scored]:
             self.groups.remove(group)
             del self.scored[group.id]
@@ -157,20 +164,21 @@ class FirstFinished(Pending):
 
 
 class FirstFinishedRollouts(Rollouts):
-    def _pending(self, group_size, sampling, is_streaming):  # type: ignore[no-untyped-def]
-        return FirstFinished(
-            self.engine, self.reward, self._read, self.options.run.seed, group_size, sampling, is_streaming
-        )
+    @contextmanager
+    def _sampling(self, group_size: int, *more: Any) -> Iterator[GroupSampler]:
+        with super()._sampling(group_size, *more) as sampler:
+            sampler.pending = FirstFinished(group_size)
+            yield sampler
 
 
 class FillingRollouts(Rollouts):
     """What was tried: idle slots are given groups for the next step."""
 
-    def _num_wanted(self, buffer: Buffer, asked: Pending) -> int:
-        lacking, share = buffer.capacity - len(buffer.kept) - asked.num_mixed, self._mixed_share(buffer)
-        idle = (self.options.engine.servers * SLOTS - asked.num_outstanding) // G
-        later = enough(lacking + buffer.capacity, share) - asked.num_unknown
-        return max(super()._num_wanted(buffer, asked), min(idle, later))
+    def _num_to_request(self, buffer: Buffer, pending: Pending) -> int:
+        lacking = buffer.capacity - len(buffer.kept) - pending.num_mixed
+        idle = (self.config.engine.servers * SLOTS - pending.num_outstanding) // G
+        wanted = num_to_request(lacking + buffer.capacity, self._estimate_mixed(buffer))
+        return max(super()._num_to_request(buffer, pending), min(idle, wanted - pending.num_unknown))
 
 
 # options, class, are groups that are asked for again drawn anew?
@@ -197,8 +205,13 @@ def run(form: str, num_servers: int, seed: int, directory: str) -> dict[str, flo
     path.write_text(
         f"run: {{dir: {directory}, seed: {seed}}}\ndata: {{train: none}}\npolicy: {{model: none}}\n"
     )
-    options = [f"rollout.{name}={value}" for name, value in
-               {"prompts_per_step": N, "group_size": G, "prompts_per_round": ROUND, "max_response_length": MAX_LENGTH}.items()]  # fmt: skip
+    sizes = {
+        "prompts_per_step": N,
+        "group_size": G,
+        "prompts_per_round": ROUND,
+        "max_response_length": MAX_LENGTH,
+    }
+    options = [f"rollout.{name}={value}" for name, value in sizes.items()]
     reward = [
         "reward.function=benchmarks.streaming:is_right",
         "reward.workers=0",
@@ -247,18 +260,19 @@ def main() -> None:
     text = heading("Streaming, carrying over and what they do to lengths: a simulation")
     population = " ".join((Population.__doc__ or "").split())
     text += f"""
-The real Rollouts.collect on simulated servers. N = {N} mixed groups a step, {G} samples a group, rounds of {ROUND} groups.
-{SLOTS} slots a server; a decoding step takes {1000 * STEP_SECONDS:.0f} ms × (1 + samples / {HALF_SPEED}).
+The real Rollouts.collect on simulated servers. N = {N} mixed groups a step, {G} samples a group, rounds of
+{ROUND} groups. {SLOTS} slots a server; a decoding step takes {1000 * STEP_SECONDS:.0f} ms × (1 + samples / {HALF_SPEED}).
 {population}
 Limit {MAX_LENGTH:,} tokens. {NUM_STEPS - WARM_UP} steps after {WARM_UP} others, {len(SEEDS)} seeds: median (range).
 
-- lower bound: all slots busy with nothing but the tokens of groups that had their turn (kept, all right, all wrong)
+- lower bound: all slots decode nothing but tokens of groups that had their turn (kept, all right, all wrong)
 - wasted: tokens decoded for groups that never had their turn
 - length: mean over the kept groups against that of mixed groups in general; 0 is unbiased
-- stale: share of kept groups that older weights wrote
-- a group that is asked for again is drawn anew, but for "seeds decide lengths": there it is the same again
-- deviations: margin for bad luck in what is asked for ahead (pending.enough); the default is 1
-- idle slots filled: groups for the next step are asked for whenever a slot is idle. Then what finishes in time is carried over: short
+- stale: fraction of kept groups that older weights wrote
+- a group that is requested again is drawn anew, but for "seeds decide lengths": there it is the same again
+- deviations: margin for bad luck in what is requested ahead (pending.num_to_request); the default is 1
+- idle slots filled: groups for the next step are requested whenever a slot is idle. What finishes in time is
+  carried over: short responses
 
 Whole rounds and streaming keep the same groups, which is checked.
 """

@@ -1,5 +1,5 @@
-"""The main rank's side, put together from a config: prompts, reward, engine, held-out sets; and `dapo eval`,
-which needs nothing else.
+"""Put the parts together as a config says: prompts, reward, engine, held-out sets; for `dapo train` and `dapo
+eval`.
 """
 
 from __future__ import annotations
@@ -25,69 +25,86 @@ from dapo.model.tokenizer import load_tokenizer, stop_ids
 from dapo.plan import semantics
 from dapo.reward.pool import Reward
 from dapo.rollout import evaluate
-from dapo.rollout.prompts import PromptStream, Summary, digest, load_prompts, load_stream
-from dapo.rollout.rollouts import Rollouts, RolloutsElsewhere
+from dapo.rollout.data_files import Summary
+from dapo.rollout.prompts import PromptStream, digest, load_prompts, load_stream
+from dapo.rollout.rollouts import Rollouts
+from dapo.sampler import Sampler
 from dapo.types import Engine, Prompt
 
 
-def make_rollouts(
-    config: Config, mesh: Mesh, is_interrupted: Callable[[], bool] = lambda: False
-) -> tuple[Rollouts | RolloutsElsewhere, dict[str, list[Prompt]]]:
-    """The sampler's side, and the held-out sets: on the main rank. Elsewhere what takes part in the weight
-    sync, and no sets.
+def make_sampler(
+    config: Config,
+    mesh: Mesh,
+    is_interrupted: Callable[[], bool] = lambda: False,
+    on_progress: Callable[[str], None] = lambda text: None,
+) -> Sampler:
+    """Make every rank's Sampler. Collective; the parts that sample are on the main rank.
 
     Raises:
-        ConfigError, FailedElsewhere: the tokenizer, a data file or the reward function cannot be used.
+        ConfigError, FailedElsewhere: the tokenizer, a data file, the reward function or the engine cannot be
+        used.
     """
-    made = mesh.on_main_only(_make_rollouts, config, mesh, is_interrupted)
-    return made if made else (RolloutsElsewhere(), {})
+
+    def make() -> tuple[Rollouts, dict[str, list[Prompt]]]:
+        tokenizer = load_tokenizer(config.policy.model)
+        prompts, summaries = load_stream(config.data, tokenizer, config.run.seed)
+        sets, set_summaries = load_sets(config, tokenizer)
+        _write_record(config, digest(prompts.prompts), summaries + set_summaries)
+        return make_rollouts(config, mesh, tokenizer, prompts, is_interrupted, on_progress), sets
+
+    rollouts, sets = mesh.on_main_only(make) or (None, {})
+    return Sampler(config, mesh, rollouts, sets)
 
 
-def _make_rollouts(
-    config: Config, mesh: Mesh, is_interrupted: Callable[[], bool]
-) -> tuple[Rollouts, dict[str, list[Prompt]]]:
-    tokenizer = load_tokenizer(config.policy.model)
-    prompts, summaries = load_stream(config.data, tokenizer, config.run.seed)
-    sets, more = load_sets(config, tokenizer)
-    for summary in summaries + more:
+def _write_record(config: Config, data: str, summaries: list[Summary]) -> None:
+    """Print what became of the data; write it, and what the run's numbers mean, into the run directory.
+
+    `data` is the hash of the training prompts.
+    """
+    for summary in summaries:
         print(summary, flush=True)
-    found = semantics.manifest(config, digest(prompts.prompts))
-    for change in semantics.keep(found, config.run.dir / "semantics.json"):
+    for change in semantics.keep(semantics.manifest(config, data), config.run.dir / "semantics.json"):
         print(f"warning: {change}", file=sys.stderr, flush=True)
-    write_text(
-        config.run.dir / "data.json", json.dumps([asdict(s) for s in summaries + more], indent=1, default=str)
-    )
-    return build_rollouts(config, mesh, tokenizer, prompts, is_interrupted), sets
+    record = json.dumps([asdict(summary) for summary in summaries], indent=1, default=str)
+    write_text(config.run.dir / "data.json", record)
 
 
-def build_rollouts(
+def make_rollouts(
     config: Config,
     mesh: Mesh,
     tokenizer: Any,
     prompts: PromptStream,
     is_interrupted: Callable[[], bool] = lambda: False,
+    on_progress: Callable[[str], None] = lambda text: None,
 ) -> Rollouts:
-    rollouts = Rollouts(
+    """Make the main rank's Rollouts, with the engine and the reward that the config names."""
+    return Rollouts(
         config,
         mesh.data,
         engine=make_engine(config, mesh, is_interrupted),
         prompts=prompts,
-        reward=Reward(config.reward, config.rollout.max_response_length, config.run.dir / "disputes.jsonl"),
+        reward=Reward(
+            config.reward,
+            config.rollout.max_response_length,
+            config.run.dir / "disputes.jsonl",
+            is_interrupted,
+        ),
         decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
         stop_ids=stop_ids(config.policy.model, tokenizer),
+        is_interrupted=is_interrupted,
+        on_progress=on_progress,
     )
-    rollouts.is_interrupted = is_interrupted
-    return rollouts
 
 
 def make_engine(config: Config, mesh: Mesh, is_interrupted: Callable[[], bool]) -> Engine:
-    """The sampler that engine.kind names; servers are up when it returns, and have given up what memory they
-    share with the trainer.
+    """Make the engine that engine.kind names.
+
+    Servers are up when it returns, and have released the memory they share with the trainer.
 
     Raises:
         ConfigError: engine.sglang is not what SGLang understands, or a server does not start.
-        Interrupted: while waiting for one.
-        EngineError: one does not say what it is, or keeps its memory.
+        Interrupted: the run is to stop while a server starts.
+        EngineError: a server does not report what it is, or keeps its memory.
     """
     options = config.engine
     if options.kind == "embedded":
@@ -112,23 +129,22 @@ def make_engine(config: Config, mesh: Mesh, is_interrupted: Callable[[], bool]) 
 
 
 def load_sets(config: Config, tokenizer: Any) -> tuple[dict[str, list[Prompt]], list[Summary]]:
-    """The held-out problems of every set, by name. Rows that repeat (30 problems × 32 copies) are 30
-    problems; the summary says so.
+    """Return the held-out problems of every set, by name, and what became of each file's rows.
+
+    Rows that repeat (30 problems × 32 copies) are 30 problems; the summary says so.
     """
     data = config.eval.data
     paths = data if isinstance(data, dict) else {data.stem: data} if data else {}
-    options = config.data.model_copy(update={"too_long": "error"})
-    loaded = {name: load_prompts(path, tokenizer, options) for name, path in paths.items()}
-    return {name: prompts for name, (prompts, _) in loaded.items()}, [
-        summary for _, summary in loaded.values()
-    ]
+    strict = config.data.model_copy(update={"too_long": "error"})
+    loaded = {name: load_prompts(path, tokenizer, strict) for name, path in paths.items()}
+    sets = {name: prompts for name, (prompts, _) in loaded.items()}
+    return sets, [summary for _, summary in loaded.values()]
 
 
 def evaluate_models(config: Config, mesh: Mesh, models: list[Path]) -> None:
-    """Evaluate Hugging Face directories on the sets of eval.data; each later one is compared with the first,
-    problem by problem.
+    """Evaluate Hugging Face directories on the sets of eval.data; write <run.dir>/eval.json.
 
-    Results go to <run.dir>/eval.json.
+    Each model after the first is compared with the first, problem by problem.
 
     Raises:
         ConfigError: no eval.data, or a directory cannot be used.
@@ -137,19 +153,17 @@ def evaluate_models(config: Config, mesh: Mesh, models: list[Path]) -> None:
     sets, summaries = load_sets(config, tokenizer)
     if not sets:
         raise ConfigError("eval.data is not set: name a file, or {name: file} for several")
-    rollouts = build_rollouts(config, mesh, tokenizer, PromptStream([], config.run.seed))
+    rollouts = make_rollouts(config, mesh, tokenizer, PromptStream([], config.run.seed))
     results = {}
     for summary in summaries:
         print(summary)
     for model in models:
         rollouts.load_weights(stored_weights(model), version=0)
-        results[str(model)] = evaluate.run(rollouts, sets, config, f"evaluating {model}")
+        results[str(model)] = evaluate.run(rollouts, sets, f"evaluating {model}")
         for name, scores in results[str(model)].items():
             print(f"{model}  {name}: {scores}", flush=True)
     for later, comparisons in evaluate.write(results, config.run.dir / "eval.json").items():
-        for name, c in comparisons.items():
-            print(
-                f"{later} against {models[0]}  {name}: {c['difference']:+.3f} ± {c['half_width']:.3f}, p = "
-                f"{c['p_value']:.2g}"
-            )
+        for name, found in comparisons.items():
+            difference = f"{found['difference']:+.3f} ± {found['half_width']:.3f}, p = {found['p_value']:.2g}"
+            print(f"{later} against {models[0]}  {name}: {difference}")
     rollouts.close()

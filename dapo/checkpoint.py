@@ -1,9 +1,9 @@
 """Save and resume everything: policy, optimizer, prompt position, groups carried over, counters.
 
 <run.dir>/checkpoints/step-000010/ holds policy/ (Megatron's torch_dist format), rollouts.json,
-carried.parquet if groups are carried over, and manifest.json (the model, every size and checksum). It is
-written under a hidden name and renamed when every rank's part is on the
-disk: what bears the name is whole, unless damaged later, and that is noticed.
+carried.parquet if groups are carried over, and manifest.json (the model; size and checksum of every file). It
+is written under a hidden name and renamed when every rank's part is on disk. So a directory with that name is
+whole; damage that comes later is found by the checksums.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -27,22 +28,31 @@ from dapo.model.shape import ModelShape
 from dapo.policy.megatron import Policy
 from dapo.policy.torch_dist import Save
 from dapo.policy.weight_files import check_checkpoint
-from dapo.rollout.rollouts import Rollouts, RolloutsElsewhere
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written."""
 
 
+class Stateful(Protocol):
+    """Holds the main rank's state beside the policy's."""
+
+    def save(self, directory: Path) -> None:
+        """Write it into `directory`. Main rank only."""
+
+    def load(self, directory: Path) -> None:
+        """Read what `save` wrote. Every rank calls it."""
+
+
 class Checkpoints:
     """The checkpoints below one run directory. Every method is collective."""
 
-    def __init__(self, options: config.Run, mesh: Mesh):
-        self.options, self.mesh = options, mesh
-        self.root = options.dir / "checkpoints"
-        self.newest: int | None = None  # the step of the newest whole checkpoint: what `find` found
+    def __init__(self, run: config.Run, mesh: Mesh):
+        self.run, self.mesh = run, mesh
+        self.root = run.dir / "checkpoints"
+        self.newest: int | None = None  # step of the newest whole checkpoint, as `find` found it
         self.saved = -1  # the step last saved or loaded, or being saved
-        self._unfinished: tuple[Save, ModelShape] | None = None  # of the checkpoint that is being saved
+        self._unfinished: tuple[Save, ModelShape] | None = None  # the checkpoint that is being saved
 
     def find(self, shape: ModelShape) -> None:
         """Look for the newest whole checkpoint, before anything is built or written.
@@ -55,8 +65,8 @@ class Checkpoints:
         if self.newest is not None:
             self.mesh.on_main(check_checkpoint, self._path(self.newest), shape)
 
-    def load(self, policy: Policy, rollouts: Rollouts | RolloutsElsewhere) -> int:
-        """Restore what `find` found; the step to go on with, 0 where there is nothing.
+    def load(self, policy: Policy, sampler: Stateful) -> int:
+        """Restore the checkpoint that `find` found. Return the step to continue with; 0 if there is none.
 
         Raises:
             ConfigError: it holds NaN, or the data has changed under the run.
@@ -65,46 +75,41 @@ class Checkpoints:
         if self.newest is None:
             return 0
         policy.load(self._path(self.newest) / "policy")
-        if isinstance(rollouts, Rollouts):
-            rollouts.load(self._path(self.newest))
+        sampler.load(self._path(self.newest))
         self.saved = self.newest
         return self.newest
 
-    def maybe_save(self, step: int, policy: Policy, rollouts: Rollouts | RolloutsElsewhere) -> None:
-        """Save if `step` steps are a multiple of run.save_every, or all of them. After all of them, nothing
-        is left unfinished.
-        """
-        is_last = step == self.options.steps
-        if step % self.options.save_every == 0 or is_last:
-            self.save(step, policy, rollouts, wait=is_last or not self.options.async_save)
+    def maybe_save(self, step: int, policy: Policy, sampler: Stateful) -> None:
+        """Save after every run.save_every steps and after the last, which leaves nothing unfinished."""
+        is_last = step == self.run.steps
+        if step % self.run.save_every == 0 or is_last:
+            self.save(step, policy, sampler, wait=is_last or not self.run.async_save)
         elif self._unfinished and self.mesh.max(not self._unfinished[0].is_written()) == 0:
-            self.save(self.saved, policy, rollouts)
+            self.save(self.saved, policy, sampler)
 
     @timed("checkpoint")
-    def save(
-        self, step: int, policy: Policy, rollouts: Rollouts | RolloutsElsewhere, wait: bool = True
-    ) -> None:
-        """Save the state after `step` steps; without `wait`, only begin to. On failure nothing is left
-        behind, and older checkpoints stay.
+    def save(self, step: int, policy: Policy, sampler: Stateful, wait: bool = True) -> None:
+        """Save the state after `step` steps; without `wait`, only begin to.
+
+        After a failure nothing is left behind, and older checkpoints stay.
 
         Raises:
-            CheckpointError: the disk is full, or the like.
+            CheckpointError: the disk is full or fails.
         """
         if step != self.saved:
             self._finish()
             with self._writing(step) as partial:
-                self.mesh.on_main(_begin, partial, rollouts)
+                self.mesh.on_main(_begin, partial, sampler)
                 saving = policy.save(partial / "policy")
-                self.mesh.on_main(
-                    files.require_space, self.root, int(self.mesh.sum(np.array([saving.num_bytes]))[0])
-                )
+                num_bytes = int(self.mesh.sum(np.array([saving.num_bytes]))[0])
+                self.mesh.on_main(files.require_space, self.root, num_bytes)
                 saving.start(in_background=not wait)
             self.saved, self._unfinished = step, (saving, policy.shape)
         if wait:
             self._finish()
 
     def _finish(self) -> None:
-        """Wait for the checkpoint that is being saved, on every rank, and give it its name."""
+        """Wait, on every rank, for the checkpoint that is being saved, and give it its name."""
         if self._unfinished is None:
             return
         (saving, shape), self._unfinished = self._unfinished, None
@@ -133,23 +138,19 @@ class Checkpoints:
         return self.root / f"step-{step:06}"
 
     def _publish(self, partial: Path, sums: list[dict[str, Sum]], shape: ModelShape) -> None:
-        written = {name: sum for of_rank in sums for name, sum in of_rank.items()}
+        written = {name: sum for rank_sums in sums for name, sum in rank_sums.items()}
         files.write_manifest(partial, written, {"step": self.saved, "model": asdict(shape)})
         files.publish(partial, self._path(self.saved))
-        for step in superseded(
-            self._steps(), self.saved, self.options.keep_checkpoints, self.options.keep_every
-        ):
+        for step in superseded(self._steps(), self.saved, self.run.keep_checkpoints, self.run.keep_every):
             shutil.rmtree(self._path(step))
 
     def _steps(self) -> list[int]:
-        """Steps that have a checkpoint, newest first."""
+        """Return the steps that have a checkpoint, newest first."""
         names = (re.fullmatch(r"step-(\d+)", path.name) for path in self.root.glob("step-*"))
         return sorted((int(name[1]) for name in names if name), reverse=True)
 
     def _newest_whole(self) -> int | None:
-        """Every rank verifies its share of the files, so that what one process would take minutes for takes
-        seconds.
-        """
+        """Return the newest step whose checkpoint is whole. Every rank verifies a part of its files."""
         steps = self.mesh.on_main(self._steps_to_try)
         for step in steps:
             found = self.mesh.gather(files.damage(self._path(step), self.mesh.rank, self.mesh.world))
@@ -159,22 +160,24 @@ class Checkpoints:
             if step == steps[-1]:
                 raise ConfigError(
                     f"no checkpoint below {self.root} is whole; the last one tried, {self._path(step)}, is "
-                    f"damaged ({damage}): "
-                    "restore one, or choose another run.dir to begin anew"
+                    "damaged "
+                    f"({damage}): restore one, or choose another run.dir to begin anew"
                 )
             if self.mesh.is_main:
-                warning = (
-                    f"warning: checkpoint {self._path(step)} is damaged ({damage}): using the one before it"
+                print(
+                    f"warning: checkpoint {self._path(step)} is damaged ({damage}): using the one before it",
+                    file=sys.stderr,
+                    flush=True,
                 )
-                print(warning, file=sys.stderr, flush=True)
         return None
 
     def _steps_to_try(self) -> list[int]:
         steps = self._steps()
-        if self.options.resume == "never" and steps:
+        if self.run.resume == "never" and steps:
             raise ConfigError(
-                f"run.dir={self.options.dir} already holds a run and run.resume=never: choose another "
-                "directory, or run.resume=auto"
+                f"run.dir={self.run.dir} already holds a run and run.resume=never: choose another directory, "
+                "or "
+                "run.resume=auto"
             )
         return steps
 
@@ -184,17 +187,17 @@ class Checkpoints:
 
 
 def superseded(steps: list[int], saved: int, keep: int, keep_every: int | None) -> list[int]:
-    """Which checkpoints go when that of `saved` is there: all but the `keep` newest and those of every
-    `keep_every` steps.
+    """Return the steps whose checkpoints are removed once that of `saved` is there.
 
-    What is newer than `saved` was found damaged: it counts for nothing, and is replaced when its step comes.
+    The `keep` newest stay, and those of every `keep_every` steps. Checkpoints newer than `saved` were found
+    damaged: they count for nothing and are replaced when their step comes.
     `superseded([40, 30, 23, 20], saved=23, keep=1, keep_every=20)` → []; with keep_every None → [20].
     """
     older = [step for step in sorted(steps, reverse=True) if step <= saved]
     return [step for step in older[keep:] if not keep_every or step % keep_every]
 
 
-def _begin(partial: Path, rollouts: Rollouts) -> None:
+def _begin(partial: Path, sampler: Stateful) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "policy").mkdir(parents=True)
-    rollouts.save(partial)
+    sampler.save(partial)

@@ -1,4 +1,7 @@
-"""Where a step's seconds go, by phase, and the process's heartbeat: `@timed("update")` on a method, `take()` once a step."""
+"""Seconds of a step by phase, and the process's heartbeat.
+
+`@timed("update")` on a method, `take()` once a step.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +32,8 @@ def heartbeat() -> None:
 def progress() -> tuple[int, str]:
     """Return the number of heartbeats so far, and the phases this process is in, "" between phases.
 
-    Phases of one thread are nested, those of several threads stand side by side: "update | rollout > sync". Each
-    phase counts a heartbeat at its beginning and one at its end.
+    Phases of one thread are nested, those of several threads stand side by side: "update | rollout > sync".
+    Each phase counts a heartbeat at its beginning and one at its end.
     """
     with _lock:
         return _heartbeats, " | ".join(" > ".join(phases) for phases in _phases.values())

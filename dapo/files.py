@@ -1,7 +1,7 @@
-"""Directories that appear whole or not at all, and tell when they were damaged later.
+"""Directories that appear whole or not at all, and in which later damage is found.
 
-Each is written under a hidden name and renamed when everything is on the disk. manifest.json lists every
-file's size and CRC-32: that finds what disks and copies do to files, and is no help against forgery.
+Each is written under a hidden name and renamed when everything is on the disk. manifest.json lists size and
+CRC-32 of every file, which reveals damage by disks and copies, not forgery.
 """
 
 from __future__ import annotations
@@ -15,35 +15,47 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from dapo.config import ConfigError
 
 MANIFEST = "manifest.json"
 Sum = tuple[int, int]  # bytes, CRC-32
 BLOCK = 2**20
-EARLY = 64 * 2**20  # bytes: of a file being written, the disk gets so many at a time
+EARLY = 64 * 2**20  # bytes of a file that go to the disk together, before the file is complete
 
 
 class SummedFile:
-    """A file being written that sums up what goes by, so that nothing is read again for its checksum."""
+    """A file that computes its checksum while it is written, so that nothing is read again."""
 
     def __init__(self, path: Path):
         self._file = open(path, "wb", buffering=BLOCK)  # noqa: SIM115  # until close
         self.sum: Sum = (0, 0)
         self.error: OSError | None = None  # torch.save turns a full disk into errors of its own
-        self._begun = 0
+        self._begun = 0  # the disk has begun to write the bytes before this one
 
     def write(self, data: bytes | memoryview) -> int:
         view = memoryview(data)
         try:
             self._file.write(view)
-            self._begun = begin_writing(self._file, self._begun)
+            self._begin_writing(self.sum[0] + view.nbytes)
         except OSError as error:
             self.error = error
             raise
         self.sum = self.sum[0] + view.nbytes, zlib.crc32(view, self.sum[1])
         return view.nbytes
+
+    def _begin_writing(self, end: int) -> None:
+        """Let the disk begin with the bytes up to `end`, if there are EARLY new ones. It does not wait.
+
+        The system itself would begin when gigabytes have to be written, and `close` would wait for the rest.
+        """
+        if end - self._begun < EARLY or not hasattr(os, "posix_fadvise"):
+            return
+        self._file.flush()
+        # this also frees their memory, once they are on the disk
+        os.posix_fadvise(self._file.fileno(), self._begun, end - self._begun, os.POSIX_FADV_DONTNEED)
+        self._begun = end
 
     def tell(self) -> int:
         return self.sum[0]
@@ -52,7 +64,7 @@ class SummedFile:
         pass  # once, at the end
 
     def close(self) -> None:
-        """The bytes are on the disk when this returns."""
+        """Close the file. Its bytes are on the disk when this returns."""
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -63,25 +75,8 @@ class SummedFile:
             self._file.close()
 
 
-def begin_writing(file: BinaryIO, begun: int) -> int:
-    """Let the disk begin with what was written behind byte `begun`, once that is EARLY, and do not wait.
-    Returns how far it has begun.
-
-    The system itself would begin when gigabytes are due, and let the last of them wait for the end.
-    """
-    end = file.tell()
-    if end - begun < EARLY or not hasattr(os, "posix_fadvise"):
-        return begun
-    file.flush()
-    # also forgets it, once it is written
-    os.posix_fadvise(file.fileno(), begun, end - begun, os.POSIX_FADV_DONTNEED)
-    return end
-
-
 def write_at(file: FileIO, data: memoryview, place: int) -> None:
-    """Write all of `data` at byte `place` of an unbuffered file, whichever thread calls; the disk begins with
-    it early, as above.
-    """
+    """Write all of `data` at byte `place` of an unbuffered file, in any thread; the disk begins early."""
     while data:
         written = os.pwrite(file.fileno(), data[:EARLY], place)
         if written == EARLY and hasattr(os, "posix_fadvise"):
@@ -90,7 +85,7 @@ def write_at(file: FileIO, data: memoryview, place: int) -> None:
 
 
 def sum_of(path: Path) -> Sum:
-    """A file's size and CRC-32."""
+    """Read a file, and return its size and CRC-32."""
     size, crc, block = 0, 0, memoryview(bytearray(BLOCK))
     with open(path, "rb", buffering=0) as file:
         while read := file.readinto(block):
@@ -99,8 +94,9 @@ def sum_of(path: Path) -> Sum:
 
 
 def write_manifest(directory: Path, sums: dict[str, Sum], about: dict[str, Any]) -> None:
-    """manifest.json, last of all: `about`, and the sums of all files. What is not in `sums` (small files) is
-    read for its own.
+    """Write manifest.json, as the last file: `about`, and the sums of all files.
+
+    Files that are not in `sums` are read.
     """
     names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
     manifest = about | {"files": {name: sums.get(name) or sum_of(directory / name) for name in names}}
@@ -108,32 +104,31 @@ def write_manifest(directory: Path, sums: dict[str, Sum], about: dict[str, Any])
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Raises OSError or ValueError: there is none, or it is damaged itself."""
+    """Read manifest.json. Raise OSError if there is none, ValueError if it is damaged itself."""
     manifest = json.loads((directory / MANIFEST).read_text())
     sums = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(sums, dict) or not all(
-        isinstance(sum, list) and len(sum) == 2 for sum in sums.values()
-    ):
+    is_whole = isinstance(sums, dict) and all(isinstance(s, list) and len(s) == 2 for s in sums.values())
+    if not is_whole:
         raise ValueError("it does not list files with size and checksum")
     return manifest  # type: ignore[no-any-return]
 
 
 def damage(directory: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with part `part` of `parts` of the directory's files, None if they are what the manifest
-    says. Reads them all.
+    """Compare the directory's files with its manifest. Return the first difference, or None.
+
+    Only part `part` of `parts` is read: the parts together are all files.
     """
     try:
         sums = read_manifest(directory)["files"]
     except (OSError, ValueError) as error:
         return f"{MANIFEST}: {error}"
     largest_first = sorted(sums, key=lambda name: (-sums[name][0], name))
-    return next(
-        filter(None, (file_damage(directory, name, sums[name]) for name in largest_first[part::parts])), None
-    )
+    found = (file_damage(directory, name, sums[name]) for name in largest_first[part::parts])
+    return next(filter(None, found), None)
 
 
 def file_damage(directory: Path, name: str, sum: Sum) -> str | None:
-    """What is wrong with one file of the directory, None if it has this sum."""
+    """Compare one file of the directory with its sum. Return the difference, or None."""
     path, (size, crc) = directory / name, sum
     try:
         if not path.is_file():
@@ -146,22 +141,20 @@ def file_damage(directory: Path, name: str, sum: Sum) -> str | None:
 
 
 def require_space(directory: Path, num_bytes: int) -> None:
-    """Raises OSError: the disk below `directory` has no room for that many bytes."""
+    """Raise OSError if the disk below `directory` has no room for that many bytes."""
     if shutil.disk_usage(directory).free < num_bytes:
         raise OSError(f"{num_bytes / 2**30:.2f} GiB are needed")
 
 
 def free_gib(directory: Path) -> float:
-    """Of the disk that `directory` lies on, whether or not it exists already."""
+    """GiB free on the disk of `directory`, which need not exist yet."""
     while not directory.exists():
         directory = directory.parent
     return shutil.disk_usage(directory).free / 2**30
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file, in place of one that may be there: a process that is killed meanwhile leaves the
-    old one, or the new one.
-    """
+    """Write a small file, or replace it. A process that is killed meanwhile leaves the old or the new one."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.rename(path)
@@ -169,8 +162,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def made_whole(target: Path, num_bytes: int, may_replace: bool = False) -> Iterator[Path]:
-    """A hidden directory to write into, beside `target`, whose name it gets when the block ends well; else it
-    is removed.
+    """Make a hidden directory to write into; after the block rename it to `target`, after an error remove it.
 
     Raises:
         ConfigError: `target` exists and may not be replaced, or another process is writing it, or the disk
@@ -182,21 +174,22 @@ def made_whole(target: Path, num_bytes: int, may_replace: bool = False) -> Itera
         with _locked(partial):
             try:
                 for leftover in partial.iterdir():  # of a process that was killed
-                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                    if leftover.is_dir():
+                        shutil.rmtree(leftover)
+                    else:
+                        leftover.unlink()
                 require_space(partial, num_bytes)
                 yield partial
-                _refuse_existing(target, may_replace)  # it may have come meanwhile
+                _refuse_existing(target, may_replace)  # another process may have made it
                 publish(partial, target)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except BlockingIOError as error:
-        raise ConfigError(
-            f"{target} is being written by another process: wait for it, or name another directory"
-        ) from error
+        remedy = "wait for it, or name another directory"
+        raise ConfigError(f"{target} is being written by another process: {remedy}") from error
     except OSError as error:
-        raise ConfigError(
-            f"{target} cannot be written, {free_gib(target.parent):.1f} GiB free there: {error}"
-        ) from error
+        free = f"{free_gib(target.parent):.1f} GiB free there"
+        raise ConfigError(f"{target} cannot be written, {free}: {error}") from error
 
 
 def _refuse_existing(target: Path, may_replace: bool) -> None:
@@ -206,8 +199,10 @@ def _refuse_existing(target: Path, may_replace: bool) -> None:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """The directory, made if it is not there, for this process alone; the lock ends with the process. Raises
-    BlockingIOError: another's.
+    """Make the directory and lock it for this process, at most until the process ends.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
     """
     directory.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(directory, os.O_RDONLY)
@@ -219,12 +214,12 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def hidden(target: Path) -> Path:
-    """The name that a directory bears while it is written."""
+    """Path of a directory while it is written."""
     return target.with_name(f".{target.name}.partial")
 
 
 def publish(partial: Path, target: Path) -> None:
-    """Put everything on the disk, then give it its name; a `target` that exists is replaced."""
+    """Sync everything to the disk, then rename it to `target`, which is replaced if it exists."""
     for path in (*partial.rglob("*"), partial):
         _sync(path)
     shutil.rmtree(target, ignore_errors=True)

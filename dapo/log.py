@@ -1,5 +1,6 @@
-"""What a step looked like: a row on the console, a line in metrics.jsonl, TensorBoard, optionally W&B; at the
-end the paper's curves.
+"""The record of a run: a row a step on the console, a line in metrics.jsonl, TensorBoard, optionally W&B.
+
+At the end the paper's curves are plotted.
 """
 
 from __future__ import annotations
@@ -12,53 +13,36 @@ from typing import Any
 
 from dapo import clock, files
 from dapo.config import Config
-from dapo.report import curves
-
-COLUMNS = {  # console header → metric, format
-    "step": ("step", "4.0f"),
-    "accuracy": ("rollout/accuracy", "8.3f"),
-    "reward": ("rollout/reward", "7.3f"),
-    "length": ("rollout/length", "7.1f"),
-    "kept": ("groups/kept", "5.0f"),
-    "asked": ("groups/asked", "6.0f"),
-    "entropy": ("policy/entropy", "7.4f"),
-    "prob": ("policy/probability", "6.3f"),
-    "clip↑": ("policy/clip_high", "6.4f"),
-    "clip↓": ("policy/clip_low", "6.4f"),
-    "|grad|": ("policy/grad_norm", "7.3f"),
-    "mismatch": ("policy/mismatch", "8.1e"),
-    "sec": ("time/step", "6.2f"),
-    "tok/s": ("perf/tokens_per_second", "7.0f"),
-}
+from dapo.report import curves, glossary
 
 
 class Log:
-    """The main rank's record of a run. Going on from step `start` forgets what an earlier attempt wrote from
-    there on.
+    """Records a run, on the main rank.
+
+    A run that resumes at step `start` removes what an earlier attempt recorded from that step on.
     """
 
-    def __init__(self, config: Config, start: int):
+    def __init__(self, config: Config, console: Console, start: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.config, self.path = config, config.run.dir / "metrics.jsonl"
+        self.config = config
+        self.console = console
+        self.path = config.run.dir / "metrics.jsonl"
         kept = [row for row in curves.read(self.path) if row["step"] < start]
         files.write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.tensorboard = SummaryWriter(str(config.run.dir / "tensorboard"), purge_step=start)
-        self.console = Console()
         self.wandb = _start_wandb(config) if config.run.wandb_project else None
+        if start:
+            console.say(f"going on from step {start} of {config.run.steps} in {config.run.dir}")
         self.last = time.perf_counter()
+        clock.listen(console.progress)
         clock.take()
 
     def __call__(self, step: int, values: dict[str, float]) -> None:
         """Record one step, with the seconds and the memory it took."""
         now = time.perf_counter()
-        values = {
-            "step": step,
-            **values,
-            **clock.take(),
-            "time/step": now - self.last,
-            "perf/peak_memory_gib": peak_memory_gib(),
-        }
+        measured = {"time/step": now - self.last, "perf/peak_memory_gib": peak_memory_gib()}
+        values = {"step": step} | values | clock.take() | measured
         self.last = now
         if "rollout/tokens" in values:
             values["perf/tokens_per_second"] = values["rollout/tokens"] / values["time/step"]
@@ -81,7 +65,7 @@ class Log:
 
 
 class SilentLog:
-    """What the other ranks have in place of a Log."""
+    """Records nothing: it stands in for the Log on all ranks but the main one."""
 
     def __call__(self, step: int, values: dict[str, float]) -> None: ...
 
@@ -89,20 +73,22 @@ class SilentLog:
 
 
 class Console:
-    """One row a step, and below it, on a terminal, where the current step is."""
+    """Prints a row a step, and below it, on a terminal, the progress of the current step.
+
+    A rank that reports neither prints nothing.
+    """
 
     def __init__(self) -> None:
         import rich.console
 
         self.rich = rich.console.Console(highlight=False, soft_wrap=True)
         self.status = self.rich.status("") if self.rich.is_terminal else None
-        if self.status:
-            self.status.start()
         self.num_rows = 0
 
     def progress(self, text: str) -> None:
         if self.status:
             self.status.update(text)
+            self.status.start()  # does nothing if it is shown already
 
     def say(self, text: str) -> None:
         self.rich.print(text, markup=False)
@@ -112,15 +98,11 @@ class Console:
             self.say(f"step {values['step']}: accuracy {values['eval/accuracy']:.3f} on held-out problems")
         if "rollout/accuracy" not in values:
             return
+        columns = glossary.columns()
         if self.num_rows % 20 == 0:
-            self.say(" ".join(f"{name:>{_width(form)}}" for name, (_, form) in COLUMNS.items()))
+            self.say(" ".join(f"{column.header:>{column.width}}" for column in columns.values()))
         self.num_rows += 1
-        self.say(
-            " ".join(
-                format(values[key], form) if key in values else " " * _width(form)
-                for key, form in COLUMNS.values()
-            )
-        )
+        self.say(" ".join(column.text(values.get(name)) for name, column in columns.items()))
 
     def close(self) -> None:
         if self.status:
@@ -128,23 +110,18 @@ class Console:
 
 
 def mean(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Key by key: `mean([{"loss": 1}, {"loss": 3}])` → {"loss": 2}; nothing of nothing."""
-    return {
-        key: sum(update[key] for update in updates) / len(updates) for key in (updates[0] if updates else {})
-    }
+    """Average key by key: `mean([{"loss": 1}, {"loss": 3}])` → {"loss": 2}; {} of no updates."""
+    keys = updates[0] if updates else {}
+    return {key: sum(update[key] for update in updates) / len(updates) for key in keys}
 
 
 def peak_memory_gib() -> float:
-    """Of this process since it started: on a GPU what torch allocated there, else resident memory."""
+    """Most GiB that this process has used since it started: allocated by torch on a GPU, else resident."""
     import torch  # takes seconds: a report reads and plots metrics without it
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _width(form: str) -> int:
-    return int(form.split(".")[0])
 
 
 def _start_wandb(config: Config) -> Any:

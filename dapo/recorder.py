@@ -1,5 +1,6 @@
-"""The flight recorder: when no rank gets on any more it says who is waited for, keeps every rank's stacks,
-and at last ends the run.
+"""The flight recorder: it reports when no rank makes progress, and ends a run that cannot go on.
+
+The report names the ranks and what they wait for, and keeps every rank's Python stacks.
 """
 
 from __future__ import annotations
@@ -7,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import re
 import sys
 import threading
 import time
@@ -20,37 +22,37 @@ from torch._C._distributed_c10d import Store
 
 from dapo import clock
 
-LOOK = 5.0  # seconds between two looks, at most
-# stalls: an engine that has been silent for two has raised EngineError by then, and the run is saved
-LEAVE = 3
-# may be silent for long and right: engines and disks have limits of their own
-QUIET = {"rollout", "eval", "checkpoint", "export"}
+CHECK_SECONDS = 5.0  # between two checks, at most
+# stalls until the run ends; an engine that was silent for two has raised EngineError, and the run is saved
+EXIT_AFTER = 3
+# phases that may be silent for long: engines and disks have time limits of their own
+SILENT_PHASES = {"rollout", "eval", "checkpoint", "export"}
 
 PLACES = {"": "between phases", "?": "not begun"}
 
 
 class Recorder:
-    """A thread on every rank that watches the clock's beats, its own and, through the shared store,
-    everyone's.
+    """A thread on every rank that watches heartbeats: its own, and those of all ranks in the shared store.
 
-    After `seconds` without a beat on any rank each rank adds its threads' Python stacks to
-    <directory>/rank-N.txt, and rank 0 tells on stderr which ranks are in which phase, and what `waiting()`
-    says. After LEAVE times as long, unless a rank is in a QUIET phase, every rank ends itself with status 1:
-    stuck in a collective, none can save.
+    After `seconds` without a heartbeat on any rank, each rank adds its threads' Python stacks to
+    <directory>/rank-N.txt, and rank 0 reports on stderr which ranks are in which phases, and what
+    `waiting()` returns. After EXIT_AFTER times as long every rank exits with status 1, unless a rank is in
+    one of the SILENT_PHASES: ranks stuck in a collective cannot save.
     """
 
     def __init__(
         self, directory: Path, seconds: float, rank: int, world: int, store: Store, waiting: Callable[[], str]
     ):
-        self.directory, self.seconds, self.rank, self.world, self.store, self.waiting = (
-            directory,
-            seconds,
-            rank,
-            world,
-            store,
-            waiting,
-        )
-        self.beats, self.total, self.since, self.is_told = -1, -1, time.monotonic(), False
+        self.directory = directory
+        self.seconds = seconds
+        self.rank = rank
+        self.world = world
+        self.store = store
+        self.waiting = waiting
+        self.heartbeats = -1  # this rank's at the last check
+        self.total = -1  # checks of any rank that found new heartbeats
+        self.since = time.monotonic()  # when `total` last changed
+        self.is_reported = False
         directory.mkdir(parents=True, exist_ok=True)
         self.stacks = (directory / f"rank-{rank}.txt").open("a")
         self._closed = threading.Event()
@@ -58,10 +60,11 @@ class Recorder:
         self._thread.start()
 
     def close(self) -> None:
+        """Stop watching; a stack file without stacks is removed."""
         self._closed.set()
-        self._thread.join(LOOK)
+        self._thread.join(CHECK_SECONDS)
         faulthandler.cancel_dump_traceback_later()
-        is_empty = self.stacks.tell() == 0
+        is_empty = os.fstat(self.stacks.fileno()).st_size == 0
         self.stacks.close()
         if is_empty:
             Path(self.stacks.name).unlink(missing_ok=True)
@@ -70,67 +73,65 @@ class Recorder:
 
     def _watch(self) -> None:
         try:
-            while not self._closed.wait(min(self.seconds / 5, LOOK)):
-                self._look()
-        except RuntimeError:  # the store went with rank 0, and the other ranks are about to
+            while not self._closed.wait(min(self.seconds / 5, CHECK_SECONDS)):
+                self._check()
+        except RuntimeError:  # the store ended with rank 0, and the other ranks are about to
             faulthandler.cancel_dump_traceback_later()
 
-    def _look(self) -> None:
-        # should a C call keep the interpreter, and us with it
-        faulthandler.dump_traceback_later(self.seconds + LOOK, file=self.stacks)
-        beats, phase = clock.progress()
-        self.store.set(f"phase/{self.rank}", phase)
-        total = self.store.add("beats", int(beats != self.beats))
-        self.beats = beats
+    def _check(self) -> None:
+        # in case a C call holds the interpreter, and with it this thread
+        faulthandler.dump_traceback_later(self.seconds + CHECK_SECONDS, file=self.stacks)
+        heartbeats, phases = clock.progress()
+        self.store.set(f"phases/{self.rank}", phases)
+        total = self.store.add("progress", int(heartbeats != self.heartbeats))
+        self.heartbeats = heartbeats
         if total != self.total:
-            self.total, self.since, self.is_told = total, time.monotonic(), False
+            self.total = total
+            self.since = time.monotonic()
+            self.is_reported = False
         idle = time.monotonic() - self.since
-        if idle >= self.seconds and not self.is_told:
-            self.is_told = True
-            self._keep_stacks(idle, phase)
-            self._tell(f"stalled: {self._who(idle)}; Python stacks in {self.directory}")
-        if idle >= LEAVE * self.seconds and not QUIET & {
-            word for phase in self._phases() for word in phase.split(" > ")
-        }:
-            told = f"error: {self._who(idle)}; stopped, and the steps since the last checkpoint are lost: the same command goes on from it"
-            if self.store.add("left", 1) == 1:
-                print(told, file=sys.stderr, flush=True)
+        if idle >= self.seconds and not self.is_reported:
+            self.is_reported = True
+            self._keep_stacks(idle, phases)
+            if self.rank == 0:
+                report = f"stalled: {self._report(idle)}; Python stacks in {self.directory}"
+                print(report, file=sys.stderr, flush=True)
+        if idle >= EXIT_AFTER * self.seconds and not any(map(may_be_silent, self._all_phases())):
+            report = f"error: {self._report(idle)}; stopped, and the steps since the last checkpoint are lost"
+            if self.store.add("exited", 1) == 1:
+                print(f"{report}: the same command goes on from it", file=sys.stderr, flush=True)
             os._exit(1)
 
-    def _keep_stacks(self, idle: float, phase: str) -> None:
-        self.stacks.write(
-            f"{datetime.now():%Y-%m-%d %H:%M:%S}, rank {self.rank} in {phase or 'no phase'}, no progress for "
-            f"{idle:.0f} s\n"
-        )
+    def _keep_stacks(self, idle: float, phases: str) -> None:
+        now = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+        where = phases or "no phase"
+        self.stacks.write(f"{now}, rank {self.rank} in {where}, no progress for {idle:.0f} s\n")
         self.stacks.flush()
         faulthandler.dump_traceback(self.stacks)
         self.stacks.write("\n")
         self.stacks.flush()
 
-    def _tell(self, text: str) -> None:
-        if self.rank == 0:
-            print(text, file=sys.stderr, flush=True)
-
-    def _who(self, idle: float) -> str:
+    def _report(self, idle: float) -> str:
         ranks: dict[str, list[int]] = defaultdict(list)
-        for rank, phase in enumerate(self._phases()):
-            ranks[phase].append(rank)
-        where = ", ".join(
-            f"{spell(some)} {PLACES.get(phase, f'in {phase}')}" for phase, some in ranks.items()
-        )
+        for rank, phases in enumerate(self._all_phases()):
+            ranks[phases].append(rank)
+        where = ", ".join(f"{ranges(r)} {PLACES.get(phases, f'in {phases}')}" for phases, r in ranks.items())
         return f"nothing has progressed for {idle:.0f} s: {where}; waiting for {self.waiting()}"
 
-    def _phases(self) -> list[str]:
-        """Of every rank; "?" of one whose recorder has not looked yet."""
-        keys = [f"phase/{rank}" for rank in range(self.world)]
+    def _all_phases(self) -> list[str]:
+        """Phases of every rank, as clock.progress() has them; "?" of a rank that has not checked yet."""
+        keys = [f"phases/{rank}" for rank in range(self.world)]
         return [self.store.get(key).decode() if self.store.check([key]) else "?" for key in keys]
 
 
-def spell(ranks: list[int]) -> str:
-    """`spell([0])` → "rank 0", `spell([1, 2, 3, 7])` → "ranks 1–3, 7"."""
-    runs = [
-        [rank for _, rank in run]
-        for _, run in groupby(enumerate(sorted(ranks)), key=lambda pair: pair[1] - pair[0])
-    ]
-    spelt = ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-    return f"rank {spelt}" if len(ranks) == 1 else f"ranks {spelt}"
+def may_be_silent(phases: str) -> bool:
+    """True if a thread is in one of the SILENT_PHASES: `may_be_silent("update | rollout > sync")`."""
+    return not SILENT_PHASES.isdisjoint(re.split(r" > | \| ", phases))
+
+
+def ranges(ranks: list[int]) -> str:
+    """Name ranks briefly: `ranges([0])` → "rank 0", `ranges([1, 2, 3, 7])` → "ranks 1–3, 7"."""
+    pairs = enumerate(sorted(ranks))
+    runs = [[rank for _, rank in run] for _, run in groupby(pairs, key=lambda pair: pair[1] - pair[0])]
+    names = ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"rank {names}" if len(ranks) == 1 else f"ranks {names}"

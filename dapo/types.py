@@ -1,4 +1,5 @@
-"""The nouns of the algorithm: a Prompt is answered by a Group of Samples, which an Engine produces on Request.
+"""The nouns of the algorithm: a Prompt is answered by a Group of Samples, which an Engine produces on
+Request.
 
 p = tokens of a prompt, n = tokens of a response.
 """
@@ -38,13 +39,13 @@ class WeightsLost(EngineError):
     """
 
 
-def per_token(dtype: Any) -> Any:
-    """A dataclass field that holds one value of this NumPy dtype a token."""
-    return field(metadata={"dtype": np.dtype(dtype)})
+def per_token(dtype: Any) -> dict[str, Any]:
+    """Metadata of a dataclass field that holds one value of this NumPy dtype a token."""
+    return {"dtype": np.dtype(dtype)}
 
 
 def token_fields(kind: type) -> dict[str, np.dtype]:
-    """Name → dtype of a dataclass's per-token fields, as declared: every other list of them is made from this."""
+    """Return name → dtype of a dataclass's per-token fields. Other lists of them are derived from this."""
     return {f.name: f.metadata["dtype"] for f in fields(kind) if "dtype" in f.metadata}
 
 
@@ -59,7 +60,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How an engine samples. Nothing is inherited from a model's generation_config."""
+    """Sampling settings of a request. Nothing is inherited from a model's generation_config."""
 
     temperature: float
     max_tokens: int
@@ -88,10 +89,11 @@ class Sample:
 
     group: int
     index: int
-    tokens: np.ndarray = per_token(np.int32)  # [n], stop token included
+    tokens: np.ndarray = field(metadata=per_token(np.int32))  # [n], stop token included
     # [n], log π_θold as the engine reports it, at the sampling temperature
-    behavior_logprobs: np.ndarray = per_token(np.float32)
-    loss_mask: np.ndarray = per_token(bool)  # [n], False where the policy did not write the token
+    behavior_logprobs: np.ndarray = field(metadata=per_token(np.float32))
+    # [n], False where the policy did not write the token
+    loss_mask: np.ndarray = field(metadata=per_token(bool))
     # (weight version, start, end) of consecutive tokens: which weights wrote them
     versions: tuple[tuple[int, int, int], ...]
     finish_reason: FinishReason
@@ -107,7 +109,7 @@ class Sample:
 
     @property
     def is_truncated(self) -> bool:
-        """Whether the length limit ended it, not a stop token."""
+        """True if the length limit ended it, not a stop token."""
         return self.finish_reason == "length"
 
 

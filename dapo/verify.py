@@ -1,6 +1,4 @@
-"""Are two runs the same from one step to another? What was sampled, what was learnt, what they would go on
-from. And two models?
-"""
+"""Comparison of two runs, step by step: their samples, updates and checkpoints; and of two models."""
 
 from __future__ import annotations
 
@@ -28,8 +26,10 @@ SAMPLED = {  # seeds are made of run.seed, group and index
 
 @dataclass(frozen=True)
 class Finding:
-    """`gap`: 0 where all `count` are equal; else the share that differs, the largest difference, or its norm
-    relative to theirs.
+    """One comparison of `count` things.
+
+    `gap` is 0 if all are equal; else the fraction that differs, the largest difference, or the norm of the
+    difference relative to theirs.
     """
 
     what: str
@@ -39,8 +39,9 @@ class Finding:
 
 
 def runs(a: Path, b: Path, first: int, end: int) -> Iterator[Finding]:
-    """Steps `first` … `end` − 1 of two run directories that dumped all rollouts and have a checkpoint after
-    `end` steps.
+    """Compare steps `first` … `end` − 1 of two run directories.
+
+    Both runs dumped all rollouts and have a checkpoint after `end` steps.
 
     Raises:
         ConfigError: a dump or a checkpoint is missing, or damaged.
@@ -52,18 +53,15 @@ def runs(a: Path, b: Path, first: int, end: int) -> Iterator[Finding]:
             [dump.read_rows(dump.path_of(run / "rollouts", step), columns) for step in steps]
             for run in (a, b)
         )
-        yield Finding(what, sum(map(len, x)), sum(p != q for p, q in zip(x, y, strict=True)) / len(x))
+        num_different = sum(p != q for p, q in zip(x, y, strict=True))
+        yield Finding(what, sum(map(len, x)), num_different / len(x))
     for what, key in (("learning rate", "policy/lr"), ("loss", "policy/loss")):
-        mine, its = (
+        u, v = (
             [row.get(key, 0.0) for row in curves.read(run / "metrics.jsonl") if row["step"] in steps]
             for run in (a, b)
         )
-        yield Finding(
-            what,
-            len(mine),
-            max(abs(p - q) for p, q in zip(mine, its, strict=True)),
-            is_rounded=key == "policy/loss",
-        )
+        gap = max(abs(p - q) for p, q in zip(u, v, strict=True))
+        yield Finding(what, len(u), gap, is_rounded=key == "policy/loss")
     here, there = (run / "checkpoints" / f"step-{end:06}" for run in (a, b))
     is_same = (here / "rollouts.json").read_bytes() == (there / "rollouts.json").read_bytes()
     yield Finding("buffer: prompts to come, groups carried over", 1, float(not is_same))
@@ -71,21 +69,19 @@ def runs(a: Path, b: Path, first: int, end: int) -> Iterator[Finding]:
 
 
 def policies(a: Path, b: Path) -> Iterator[Finding]:
-    """The tensors of two checkpoints, of whichever layouts. Rows that only pad a vocabulary are left out."""
+    """Compare the tensors of two checkpoints of any layouts, without rows that only pad a vocabulary."""
     x, y = Reader(a), Reader(b)
     missing = x.sizes.keys() ^ y.sizes.keys()
     yield Finding("tensors, by name", len(x.sizes), len(missing) / len(x.sizes))
     for what in ("parameters", "main parameters", "moments"):
         names = [name for name in x.sizes if _kind(name) == what and name not in missing]
-        norms = torch.zeros(2, dtype=torch.float64)
+        squares = torch.zeros(2, dtype=torch.float64)  # of the difference, and of the first run's values
         for name in names:
-            p, q = (
-                reader.read(name)[: min(x.sizes[name][0], y.sizes[name][0])].double() for reader in (x, y)
-            )
-            norms += torch.stack([(p - q).norm() ** 2, p.norm() ** 2])
-        yield Finding(
-            what, len(names), float((norms[0] / norms[1].clamp(min=1e-300)).sqrt()), is_rounded=True
-        )
+            num_rows = min(x.sizes[name][0], y.sizes[name][0])
+            p, q = (reader.read(name)[:num_rows].double() for reader in (x, y))
+            squares += torch.stack([(p - q).norm() ** 2, p.norm() ** 2])
+        gap = float((squares[0] / squares[1].clamp(min=1e-300)).sqrt())
+        yield Finding(what, len(names), gap, is_rounded=True)
 
 
 def _kind(name: str) -> str:
@@ -95,12 +91,14 @@ def _kind(name: str) -> str:
 
 
 def tokens_of(text: Path, models: list[Path], shape: ModelShape) -> torch.Tensor:
-    """[1, n] ids of the file's tokens, which are the same to both models. `models`: Hugging Face directories,
-    for their tokenizers.
+    """Tokenize a file: [1, n] token ids, which must be the same for both models.
+
+    Args:
+        models: two Hugging Face directories, for their tokenizers.
 
     Raises:
-        ConfigError: they are not, or too few, or none of the vocabulary; a tokenizer or the file cannot be
-            read.
+        ConfigError: the ids differ, or are too few, or exceed the vocabulary; or a tokenizer or the file
+            cannot be read.
     """
     try:
         words = text.read_text(encoding="utf-8")
@@ -127,14 +125,13 @@ def tokens_of(text: Path, models: list[Path], shape: ModelShape) -> torch.Tensor
 
 @torch.no_grad()
 def logprobs(source: Path, model: Path, shape: ModelShape, tokens: torch.Tensor) -> torch.Tensor:
-    """log π(token | those before) of all tokens but the first, in float32: [1, n] → [n − 1].
+    """Compute log π(token | those before) of all tokens but the first in float32: [1, n] → [n − 1].
 
     The weights are those of `source`, in either format; `model` is the Hugging Face directory that describes
     them.
     """
-    hf = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.from_pretrained(model), dtype=torch.float32
-    ).eval()
+    config = transformers.AutoConfig.from_pretrained(model)
+    hf = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     params = dict(as_stored(hf.named_parameters()))
     for name, tensor in hf_tensors(open_weights(source, shape), shape, torch.float32):
         params[name].copy_(tensor)

@@ -25,6 +25,7 @@ FLOORS = [
     {"report"},
     {"engine", "policy"},
     {"checkpoint", "log", "recorder", "verify"},
+    {"sampler"},
     {"assemble"},
     {"train"},
 ]

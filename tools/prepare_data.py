@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from dapo.config import ConfigError
-from dapo.rollout.prompts import Summary, distinct_rows
+from dapo.rollout.data_files import Summary, distinct_rows
 
 
 def main(argv: list[str]) -> int:

@@ -1,12 +1,11 @@
-"""Is a run that stops and goes on the run that never stopped? K + M steps against K, stop, resume, M steps;
-the exit status is 1 if not.
+"""Check that a run which stops and resumes equals the run that never stopped.
 
     python tools/verify_resume.py CONFIG [section.key=value …] [--steps K M] [--nproc N] [--then
     section.key=value … [--then-nproc N]]
 
-To the bit in the same layout, on a CPU. With --then a copy goes on in another layout: what is sampled and the
-learning rate are equal, loss, parameters and moments to --tolerance. All of it happens in a temporary
-directory: run.dir is not touched.
+It compares K + M steps with K steps, a stop, and M more. In the same layout, on a CPU, they are equal to the
+bit. With --then a copy resumes in another layout: samples and learning rate are equal; loss, parameters and
+moments up to --tolerance. The exit status is 1 if not. All runs are temporary: run.dir is not touched.
 """
 
 from __future__ import annotations
@@ -22,33 +21,34 @@ from dapo import verify
 
 
 def train(directory: Path, steps: int, nproc: int, options: list[str]) -> None:
+    """Train up to `steps` steps in `directory`, from the checkpoint that is there."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
-    always = [
-        f"run.dir={directory}",
-        f"run.steps={steps}",
-        "run.resume=auto",
-        "rollout.dump_share=1.0",
-        "eval.data=null",
-    ]
+    always = [f"run.dir={directory}", f"run.steps={steps}", "run.resume=auto"]
+    always += ["rollout.dump_share=1.0", "eval.data=null"]
     subprocess.run([*torchrun, "-m", "dapo", "train", *options, *always], check=True, stdout=sys.stderr)
+
+
+def describe(found: verify.Finding, tolerance: float) -> tuple[str, bool]:
+    """Return one line on a finding, and whether its gap is accepted."""
+    is_right = found.gap <= (tolerance if found.is_rounded else 0)
+    gap = f"differ by {found.gap:.1e}" if found.gap else "equal"
+    return f"  {found.what:45}{found.count:6}  {gap}{'' if is_right else '  WRONG'}", is_right
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("options", nargs="+", metavar="CONFIG [section.key=value …]")
-    parser.add_argument("--steps", nargs=2, type=int, default=[2, 2], metavar=("K", "M"))
-    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes; default 1")
-    parser.add_argument(
-        "--then", nargs="+", default=[], metavar="section.key=value", help="go on in another layout as well"
-    )
-    parser.add_argument(
-        "--then-nproc", type=int, metavar="N", help="processes of the other layout; default as many"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("options", nargs="+", metavar="CONFIG [section.key=value …]")
+    add("--steps", nargs=2, type=int, default=[2, 2], metavar=("K", "M"))
+    add("--nproc", type=int, default=1, metavar="N", help="processes; default 1")
+    add("--then", nargs="+", default=[], metavar="section.key=value", help="resume in another layout as well")
+    add("--then-nproc", type=int, metavar="N", help="processes of the other layout; default as many")
+    add(
         "--tolerance", type=float, default=1e-4, help="of the loss, and of the norm of the rest; default 1e-4"
     )
     args = parser.parse_intermixed_args(argv)
-    (k, m), is_wrong = args.steps, False
+    k, m = args.steps
+    are_right = []
     with tempfile.TemporaryDirectory() as directory:
         whole, stopped, moved = (Path(directory) / name for name in ("whole", "stopped", "moved"))
         try:
@@ -57,24 +57,20 @@ def main(argv: list[str]) -> int:
             shutil.copytree(stopped, moved)
             resumes = [("the same layout", stopped, args.nproc, [], 0.0)]
             if args.then:
-                resumes.append(
-                    (" ".join(args.then), moved, args.then_nproc or args.nproc, args.then, args.tolerance)
-                )
+                nproc = args.then_nproc or args.nproc
+                resumes.append((" ".join(args.then), moved, nproc, args.then, args.tolerance))
             for layout, run, nproc, then, tolerance in resumes:
                 train(run, k + m, nproc, args.options + then)
-                print(
-                    f"{k} steps, stopped, {m} more in {nproc} processes, {layout}; against {k + m} in one go:"
-                )
+                print(f"{k} steps, stopped, {m} more in {nproc} processes, {layout}; ", end="")
+                print(f"against {k + m} in one go:")
                 for found in verify.runs(whole, run, k, k + m):
-                    is_wrong |= (wrong := not found.gap <= tolerance * found.is_rounded)
-                    print(
-                        f"  {found.what:45}{found.count:6}  "
-                        f"{f'differ by {found.gap:.1e}' if found.gap else 'equal'}{'  WRONG' * wrong}"
-                    )
+                    line, is_right = describe(found, tolerance)
+                    are_right.append(is_right)
+                    print(line)
         except subprocess.CalledProcessError as error:
-            print(f"error: a run of it failed, as told above: {' '.join(error.cmd[7:])}", file=sys.stderr)
+            print(f"error: one of its runs failed, see above: {' '.join(error.cmd[7:])}", file=sys.stderr)
             return 1
-    return int(is_wrong)
+    return 0 if all(are_right) else 1
 
 
 if __name__ == "__main__":

@@ -1,3 +1,1 @@
-"""From groups to updates: advantages (Eq. 9), what each token weighs (Eq. 8), minibatches and packing. No
-process groups.
-"""
+"""Turns groups into updates: advantages (Eq. 9), token weights (Eq. 8), packing. Knows no process groups."""

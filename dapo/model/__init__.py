@@ -1,3 +1,1 @@
-"""What a Hugging Face directory says: sizes, files, and whether a layout can hold the model. No process
-groups.
-"""
+"""Reads a Hugging Face directory: sizes, files, tokenizer; checks layouts. Knows no process groups."""

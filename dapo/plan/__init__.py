@@ -1,3 +1,1 @@
-"""What a config comes to before anything is launched: memory, time, advice, and what the run's numbers will
-mean.
-"""
+"""Plans a run before anything is launched: memory, time, advice, and what its numbers will mean."""

@@ -1,1 +1,1 @@
-"""One HTML page of one run or several, read without torch."""
+"""Shows runs as one HTML page, read without torch."""

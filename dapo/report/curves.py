@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-CURVES = {  # the paper's four monitors and accuracy (Figures 2 and 7)
-    "eval/accuracy": "accuracy on held-out problems",
-    "rollout/accuracy": "accuracy while sampling",
-    "rollout/length": "response length (tokens)",
-    "rollout/reward": "reward",
-    "policy/entropy": "entropy (nats)",
-    "policy/probability": "mean probability",
-}
+from dapo.report import glossary
 
-
-# of several runs, as in report.html
+# of the first run, the second, …, here and on the page; light backgrounds
 COLORS = ("#2a5c8a", "#c8692b", "#3a8464", "#8b5a9e", "#a8893a", "#b54a5c", "#2b8a96", "#6b6f76")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that a crash cut short is left out."""
+    """Read the rows of a metrics.jsonl, without a last line that a crash cut short."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -32,34 +25,44 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[float | None]]:
+    """Return every number in the rows by name and row, rounded; None where a row lacks it."""
+    keys = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, int | float))
+    return {key: [rounded(row.get(key)) for row in rows] for key in keys}
+
+
+def rounded(value: Any) -> float | None:
+    """Round to six digits; None if it is no finite number."""
+    return float(f"{value:.6g}") if isinstance(value, int | float) and math.isfinite(value) else None
+
+
 def plot(runs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
-    """The paper's monitors over steps, as a PNG: the rows of each run, by the name that the legend has for
-    it.
-    """
+    """Plot the paper's monitors over steps as a PNG. `runs`: name in the legend → rows."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    monitors = glossary.monitors()
+    num_rows = math.ceil(len(monitors) / 3)
+    figure = Figure(figsize=(12, 3.25 * num_rows), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (key, title) in zip(figure.subplots(2, 3).flat, CURVES.items(), strict=True):
+    panels = list(figure.subplots(num_rows, 3).flat)
+    for axes, metric in zip(panels, monitors, strict=False):
         for i, (name, rows) in enumerate(runs.items()):
-            points = [(row["step"], row[key]) for row in rows if key in row]
+            points = [(row["step"], row[metric.name]) for row in rows if metric.name in row]
             axes.plot(
                 *zip(*points, strict=True) if points else ([], []),
-                marker="o" if key.startswith("eval") else None,
+                marker="o" if metric.name.startswith("eval") else None,
                 linewidth=1.6,
                 color=COLORS[i % len(COLORS)],
                 label=name,
             )
-        axes.set_title(title, fontsize=11, loc="left")
+        axes.set_title(metric.title, fontsize=11, loc="left")
         axes.set_xlabel("step", fontsize=9)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels[len(monitors) :]:
+        axes.remove()
     if len(runs) > 1:
-        figure.legend(
-            *axes.get_legend_handles_labels(),
-            loc="outside lower center",
-            ncols=min(len(runs), 4),
-            frameon=False,
-        )
+        handles = axes.get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=min(len(runs), 4), frameon=False)
     figure.savefig(path, dpi=110)

@@ -1,6 +1,4 @@
-"""What runs in a worker process: this file, and the functions asked for. It must not import torch, nor
-anything that does.
-"""
+"""The code of a worker process, which calls reward functions. It must not import torch, even indirectly."""
 
 from __future__ import annotations
 
@@ -17,26 +15,26 @@ Verdict = bool | float
 
 
 class Failure(NamedTuple):
-    """What a function did in place of returning a verdict: "returned nan", "raised KeyError: 'x'
-    (rules.py:7)".
-    """
+    """A call that returned no verdict: "returned nan", "raised KeyError: 'x' (rules.py:7)"."""
 
     what: str
 
 
 class Job(NamedTuple):
-    """A call wanted: `functions[function](response, answer)`."""
+    """A call to make: `functions[function](response, answer)`."""
 
     function: int
     response: str
     answer: str
 
 
-def serve(connection: Connection, paths: Sequence[str], limit: float) -> None:
-    """Import the functions, say so with None, then answer every list of jobs verdict by verdict, until the
-    other side hangs up.
+def serve(connection: Connection, paths: Sequence[str], timeout: float) -> None:
+    """Import the functions and send None, then answer each list of jobs, verdict by verdict.
+
+    It returns when the other side closes the connection.
     """
-    os.setpgid(0, 0)  # Ctrl-C is the main process's to answer; and what a function starts ends with us
+    # Ctrl-C is for the main process; and processes that a function starts end with this group
+    os.setpgid(0, 0)
     try:
         try:
             functions = [import_function(path) for path in paths]
@@ -46,8 +44,8 @@ def serve(connection: Connection, paths: Sequence[str], limit: float) -> None:
         connection.send(None)
         while True:
             for job in connection.recv():
-                # the default action ends us, should the main process be gone
-                signal.setitimer(signal.ITIMER_REAL, 2 * limit + 1)
+                # its default action ends this process if the main process died and cannot
+                signal.setitimer(signal.ITIMER_REAL, 2 * timeout + 1)
                 verdict = judge(functions[job.function], job.response, job.answer)
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 connection.send(verdict)
@@ -56,7 +54,7 @@ def serve(connection: Connection, paths: Sequence[str], limit: float) -> None:
 
 
 def judge(function: Callable[[str, str], Any], response: str, answer: str) -> Verdict | Failure:
-    """The function's verdict as a bool or a finite float, or how it failed."""
+    """Return the function's verdict as a bool or a finite float, or how it failed."""
     try:
         return checked(function(response, answer))
     except (Exception, SystemExit) as error:  # noqa: BLE001  # the user's function may raise anything
@@ -66,19 +64,22 @@ def judge(function: Callable[[str, str], Any], response: str, answer: str) -> Ve
 
 
 def checked(verdict: Any) -> Verdict | Failure:
-    """`checked(np.float32(0.5))` → 0.5, `checked(None)` → Failure("returned None")."""
+    """Return a verdict as a bool or a finite float: `checked(np.float32(0.5))` → 0.5.
+
+    Anything else is a failure: `checked(None)` → Failure("returned None").
+    """
     if getattr(verdict, "shape", None) == ():  # a scalar of NumPy or torch
         verdict = verdict.item()
     if isinstance(verdict, bool):
         return verdict
-    # so neither NaN nor an integer beyond floats
+    # neither NaN nor an integer beyond floats
     if isinstance(verdict, int | float) and abs(verdict) <= 1e308:
         return float(verdict)
     return Failure(f"returned {reprlib.repr(verdict)}")
 
 
 def import_function(path: str) -> Callable[[str, str], Any]:
-    """`import_function("dapo.reward:is_correct")`.
+    """Import a function by its path: `import_function("dapo.reward:is_correct")`.
 
     Raises:
         ValueError: there is no such function.

@@ -1,6 +1,4 @@
-"""Processes that call functions on responses, each call within a time limit that nothing in Python or C can
-overrun.
-"""
+"""Processes that call reward functions. Nothing in Python or C can make a call exceed its timeout."""
 
 from __future__ import annotations
 
@@ -10,79 +8,90 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 
 from dapo.config import ConfigError
 from dapo.reward.worker import Failure, Job, Verdict, serve
+from dapo.types import Interrupted
 
 JOBS_PER_MESSAGE = 16
-IMPORT_LIMIT = 300.0  # seconds for a worker to import the functions
+IMPORT_TIMEOUT = 300.0  # seconds for a worker to import the functions
+CHECK_EVERY = 0.25  # seconds between two checks for an interruption
 
-# forks of a process that holds neither threads, nor CUDA, nor torch
+# workers are forks of a process that has neither threads, nor CUDA, nor torch
 _context = multiprocessing.get_context("forkserver")
-# not within an answer's time limit
+# imported before the fork, so that the import takes no part of a call's timeout
 _context.set_forkserver_preload(["dapo.reward.worker", "dapo.reward", "math_verify"])
 
 
 class _Worker:
-    def __init__(self, functions: Sequence[str], limit: float):
+    def __init__(self, functions: list[str], timeout: float):
         self.connection, theirs = _context.Pipe()
-        self.process = _context.Process(
-            target=serve, args=(theirs, functions, limit), name="reward", daemon=True
-        )
+        arguments = (theirs, functions, timeout)
+        self.process = _context.Process(target=serve, args=arguments, name="reward", daemon=True)
         self.process.start()
-        assert self.process.pid  # never 0, which would stand for our own group
+        assert self.process.pid  # never 0, which would be our own process group
         self.pid = self.process.pid
         theirs.close()
         self.is_ready = False
-        self.todo: deque[int] = deque()  # numbers of the jobs it was sent; the first is being done
-        self.deadline = time.monotonic() + IMPORT_LIMIT
+        self.todo: deque[int] = deque()  # numbers of the jobs it was sent; it is doing the first
+        self.deadline = time.monotonic() + IMPORT_TIMEOUT
+
+    @property
+    def is_busy(self) -> bool:
+        """True if it has until its deadline to send something."""
+        return bool(self.todo) or not self.is_ready
 
     def end(self) -> None:
         self.connection.close()
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)  # and what the function has started
+            os.killpg(self.pid, signal.SIGKILL)  # and the processes that the function started
         self.process.kill()
         self.process.join()
 
 
 class Workers:
-    """At most `count` processes. One that overruns `limit` seconds in a call, or dies of it, is replaced, and
-    the call has no verdict.
+    """At most `count` processes. One that exceeds `timeout` seconds in a call, or dies in it, is replaced.
 
     They start when there is work for them, from a fork server that starts here.
     """
 
-    def __init__(self, functions: Sequence[str], count: int, limit: float):
-        self.functions, self.count, self.limit = list(functions), count, limit
+    def __init__(self, functions: list[str], count: int, timeout: float, is_interrupted: Callable[[], bool]):
+        self.functions = functions
+        self.count = count
+        self.timeout = timeout
+        self.is_interrupted = is_interrupted
         self.workers: list[_Worker] = []
-        self.num_timeouts = self.num_crashes = 0
+        self.num_timeouts = 0
+        self.num_crashes = 0
         forkserver.ensure_running()
 
     def judge(self, jobs: Sequence[Job]) -> list[Verdict | Failure | None]:
-        """One verdict a job, in the jobs' order; None where there was none within the limit.
+        """Return one verdict a job, in order; None if the call exceeded its timeout or ended its process.
 
         Raises:
             ConfigError: the functions cannot be imported in a worker.
+            Interrupted: the run is to stop.
         """
         verdicts: list[Verdict | Failure | None] = [None] * len(jobs)
         size = min(JOBS_PER_MESSAGE, -(-len(jobs) // self.count)) or 1
-        waiting = deque(
-            deque(range(first, min(first + size, len(jobs)))) for first in range(0, len(jobs), size)
-        )
+        numbers = range(len(jobs))
+        waiting = deque(deque(numbers[first : first + size]) for first in numbers[::size])
         try:
             while waiting or any(worker.todo for worker in self.workers):
-                self._hand_out(waiting, jobs)
-                ready = set(wait([worker.connection for worker in self.workers], timeout=self._patience()))
+                if self.is_interrupted():
+                    raise Interrupted
+                self._assign(waiting, jobs)
+                ready = set(wait([worker.connection for worker in self.workers], self._seconds_to_wait()))
                 for worker in list(self.workers):
                     if worker.connection in ready:
                         self._receive(worker, verdicts, waiting)
-                    elif time.monotonic() > worker.deadline and (worker.todo or not worker.is_ready):
+                    elif worker.is_busy and time.monotonic() > worker.deadline:
                         self._replace(worker, waiting, is_late=True)
         finally:
-            # left in the middle: its verdicts would be taken for later ones
+            # after an error: verdicts of these jobs must not be taken for those of later ones
             if any(worker.todo for worker in self.workers):
                 self.close()
         return verdicts
@@ -92,20 +101,20 @@ class Workers:
             worker.end()
         self.workers = []
 
-    def _hand_out(self, waiting: deque[deque[int]], jobs: Sequence[Job]) -> None:
-        for worker in [
-            worker for worker in self.workers if not worker.todo and not worker.process.is_alive()
-        ]:
-            self._replace(worker, waiting, is_late=False)
+    def _assign(self, waiting: deque[deque[int]], jobs: Sequence[Job]) -> None:
+        """Start as many workers as there is work for, and send each idle one a message of jobs."""
+        for worker in list(self.workers):
+            if not worker.todo and not worker.process.is_alive():
+                self._replace(worker, waiting, is_late=False)
         wanted = min(self.count, sum(bool(worker.todo) for worker in self.workers) + len(waiting))
         while len(self.workers) < wanted:
-            self.workers.append(_Worker(self.functions, self.limit))
+            self.workers.append(_Worker(self.functions, self.timeout))
         for worker in self.workers:
-            if worker.is_ready and not worker.todo and waiting:
+            if not worker.is_busy and waiting:
                 worker.todo = waiting.popleft()
-                with contextlib.suppress(OSError):  # it died while idle: reading from it will tell
+                with contextlib.suppress(OSError):  # it died while idle: the next read finds that out
                     worker.connection.send([jobs[number] for number in worker.todo])
-                worker.deadline = time.monotonic() + self.limit
+                worker.deadline = time.monotonic() + self.timeout
 
     def _receive(
         self, worker: _Worker, verdicts: list[Verdict | Failure | None], waiting: deque[deque[int]]
@@ -118,7 +127,7 @@ class Workers:
                 elif message is not None:
                     raise ConfigError(f"reward.function={message.what}")
                 worker.is_ready = True
-                worker.deadline = time.monotonic() + self.limit
+                worker.deadline = time.monotonic() + self.timeout
         except (EOFError, OSError):
             self._replace(worker, waiting, is_late=False)
 
@@ -126,20 +135,18 @@ class Workers:
         worker.end()
         self.workers.remove(worker)
         if not worker.is_ready:
-            what = (
-                f"were not imported within {IMPORT_LIMIT:.0f} s"
-                if is_late
-                else "end the process that imports them"
-            )
-            raise ConfigError(f"reward.function: {', '.join(self.functions)} {what}")
+            failure = "end the process that imports them"
+            if is_late:
+                failure = f"were not imported within {IMPORT_TIMEOUT:.0f} s"
+            raise ConfigError(f"reward.function: {', '.join(self.functions)} {failure}")
         if worker.todo:
-            worker.todo.popleft()  # the call that it hung in, or died of
+            worker.todo.popleft()  # the call that did not end
             self.num_timeouts += is_late
             self.num_crashes += not is_late
-            # one by one: what hangs often has neighbours that hang
+            # one by one, because calls next to one that hangs often hang too
             waiting.extendleft(deque([number]) for number in worker.todo)
 
-    def _patience(self) -> float:
-        """Seconds until the first deadline."""
-        deadlines = [worker.deadline for worker in self.workers if worker.todo or not worker.is_ready]
-        return max(0.0, min(deadlines) - time.monotonic()) + 0.001
+    def _seconds_to_wait(self) -> float:
+        """Seconds until the first deadline or the next check for an interruption."""
+        deadlines = [worker.deadline for worker in self.workers if worker.is_busy]
+        return min(max(0.0, min(deadlines) - time.monotonic()) + 0.001, CHECK_EVERY)

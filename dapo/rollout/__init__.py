@@ -1,4 +1,4 @@
-"""From prompts to groups: Algorithm 1, lines 2 to 9. No process groups."""
+"""Turns prompts into groups (Algorithm 1, lines 2 to 9). Knows no process groups."""
 
 from dapo.learn.advantages import group_advantages
 

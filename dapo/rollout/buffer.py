@@ -1,7 +1,8 @@
-"""The dynamic-sampling buffer (Algorithm 1, lines 6–9): what it holds, what it turned away and why."""
+"""The dynamic-sampling buffer (Algorithm 1, lines 6–9) keeps mixed groups and counts what it rejects."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from dapo.types import Group, Sample
@@ -9,8 +10,9 @@ from dapo.types import Group, Sample
 
 @dataclass
 class Buffer:
-    """Holds at most `capacity` groups. Offered in asking order, so that short answers gain nothing by
-    finishing first.
+    """Holds at most `capacity` groups.
+
+    Groups are offered in request order, so that short answers gain nothing by finishing first.
     """
 
     capacity: int
@@ -18,9 +20,9 @@ class Buffer:
     kept: list[Group] = field(default_factory=list)
     all_correct: list[Group] = field(default_factory=list)
     all_wrong: list[Group] = field(default_factory=list)
-    # finished, and came after the buffer was full: its prompt is still unused
+    # finished after the buffer was full: their prompts are unused
     surplus: list[Group] = field(default_factory=list)
-    num_aborted: int = 0  # groups asked for that were not finished when the buffer was full
+    num_aborted: int = 0  # groups requested but not finished when the buffer was full
 
     def offer(self, group: Group) -> None:
         """Keep the group if there is room and it carries a gradient (Eq. 11)."""
@@ -33,22 +35,31 @@ class Buffer:
         else:
             self.all_wrong.append(group)
 
+    def fill(self, groups: Iterable[Group]) -> None:
+        """Offer groups until the buffer is full; take no more from the iterable."""
+        for group in groups:
+            self.offer(group)
+            if self.is_full:
+                return
+
     @property
     def is_full(self) -> bool:
+        """True if there is no more room."""
         return len(self.kept) >= self.capacity
 
     @property
     def asked(self) -> list[Group]:
+        """Every finished group."""
         return self.kept + self.all_correct + self.all_wrong + self.surplus
 
     def ledger(self) -> dict[str, float]:
-        """The step's account: groups by kind; accuracy, reward and lengths (tokens) of all samples but the
-        surplus.
+        """Return the step's metrics: groups by kind; accuracy, reward and lengths (tokens) of their samples.
 
-        The surplus counts in asked and tokens only: streaming, it is what finished first, and short answers
-        do.
+        The surplus counts in asked and tokens only: when streaming it is what finished first, and short
+        answers do.
         """
-        samples = _samples(self.kept + self.all_correct + self.all_wrong)
+        rejected = self.all_correct + self.all_wrong
+        samples = _samples(self.kept + rejected)
         lengths = [sample.length for sample in samples]
         return {
             "groups/asked": len(self.asked),
@@ -62,9 +73,7 @@ class Buffer:
             "rollout/length": _mean(lengths),
             "rollout/length_max": max(lengths, default=0),
             "rollout/length_kept": _mean([sample.length for sample in _samples(self.kept)]),
-            "rollout/length_turned_away": _mean(
-                [sample.length for sample in _samples(self.all_correct + self.all_wrong)]
-            ),
+            "rollout/length_turned_away": _mean([sample.length for sample in _samples(rejected)]),
             "rollout/tokens": sum(sample.length for sample in _samples(self.asked)),
             "perf/groups_aborted": self.num_aborted,
         }

@@ -11,25 +11,23 @@ import math
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from dapo import config
 from dapo.clock import timed
 from dapo.reward.answer import last_answer
 from dapo.rollout.rollouts import Rollouts
 from dapo.types import Group, Prompt, Sampling
 
-# the ids of evaluation's groups: the same seeds at every evaluation, apart from training's
+# Group ids of evaluation, far from training's: every evaluation has the same seeds
 FIRST_GROUP = 1 << 60
 PER_SET = 1 << 24
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What k samples of each of P problems say of a policy. Half-widths are of 95 % confidence intervals,
-    clustered by problem.
+    """Statistics of k samples of each of P problems. Half-widths are of 95 % intervals, clustered by
+    problem.
     """
 
     problems: int
@@ -53,17 +51,16 @@ class Scores:
 
 
 @timed("eval")
-def maybe(
-    step: int, rollouts: Rollouts, sets: dict[str, list[Prompt]], options: config.Config
-) -> dict[str, float]:
-    """Evaluate the weights the engine holds, if it is time to (every `eval.every` steps, and after the last);
-    main rank only.
+def metrics_at(step: int, rollouts: Rollouts, sets: dict[str, list[Prompt]]) -> dict[str, float]:
+    """Evaluate the engine's weights every `eval.every` steps and after the last step; return {} at other
+    steps.
 
-    Returns `eval/accuracy`, the mean of the sets' mean@k, and each set's own numbers under `eval/<set>/`.
+    `eval/accuracy` is the mean of the sets' mean@k; each set's own numbers are under `eval/<set>/`.
     """
-    if not sets or (step % options.eval.every and step != options.run.steps):
+    config = rollouts.config
+    if not sets or (step % config.eval.every and step != config.run.steps):
         return {}
-    results = run(rollouts, sets, options, f"evaluating step {step}")
+    results = run(rollouts, sets, f"evaluating step {step}")
     metrics = {"eval/accuracy": float(np.mean([scores.mean for scores in results.values()]))}
     for name, scores in results.items():
         metrics |= {
@@ -77,37 +74,34 @@ def maybe(
     return metrics
 
 
-def run(
-    rollouts: Rollouts, sets: dict[str, list[Prompt]], options: config.Config, told: str
-) -> dict[str, Scores]:
-    """Sample and score every set. `told` introduces the progress line."""
-    sampling = Sampling(
-        options.eval.temperature, options.rollout.max_response_length, rollouts.stop_ids, options.eval.top_p
-    )
+def run(rollouts: Rollouts, sets: dict[str, list[Prompt]], title: str) -> dict[str, Scores]:
+    """Sample and score every set. `title` begins the progress line."""
+    config = rollouts.config
+    max_tokens = config.rollout.max_response_length
+    sampling = Sampling(config.eval.temperature, max_tokens, rollouts.stop_ids, config.eval.top_p)
     results = {}
     for i, (name, problems) in enumerate(sets.items()):
-        groups = rollouts.sample(
-            problems, options.eval.samples, sampling, FIRST_GROUP + i * PER_SET, f"{told}, {name}"
-        )
+        first_group = FIRST_GROUP + i * PER_SET
+        groups = rollouts.sample(problems, config.eval.samples, sampling, first_group, f"{title}, {name}")
         results[name] = score(groups)
     return results
 
 
 def score(groups: list[Group]) -> Scores:
-    """The statistics of samples that are already marked right or wrong."""
+    """Return the statistics of groups whose samples are already marked correct or wrong."""
     samples = [sample for group in groups for sample in group.samples]
     k = len(groups[0].samples)
     accuracies = [group.num_correct / k for group in groups]
+    passes = {
+        n: float(np.mean([pass_at(k, group.num_correct, n) for group in groups])) for n in powers_of_two(k)
+    }
     return Scores(
         problems=len(groups),
         samples=k,
         mean=float(np.mean(accuracies)),
         mean_half_width=half_width(accuracies),
         majority=float(np.mean([majority_is_correct(group) for group in groups])),
-        pass_at={
-            n: float(np.mean([pass_at(k, group.num_correct, n) for group in groups]))
-            for n in powers_of_two(k)
-        },
+        pass_at=passes,
         length=float(np.mean([sample.length for sample in samples])),
         truncated=float(np.mean([sample.is_truncated for sample in samples])),
         per_problem=accuracies,
@@ -115,40 +109,40 @@ def score(groups: list[Group]) -> Scores:
 
 
 def pass_at(samples: int, correct: int, k: int) -> float:
-    """The chance that k of `samples` drawn without replacement hold a correct one: 1 − C(n − c, k) / C(n, k).
-    `pass_at(4, 1, 2)` → 0.5.
+    """Return the chance that k of `samples` drawn without replacement include a correct one.
+
+    1 − C(n − c, k) / C(n, k): `pass_at(4, 1, 2)` → 0.5.
     """
     return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
 def majority_is_correct(group: Group) -> bool:
-    """Is the most frequent answer right? Of equally frequent ones the first counts; a response without an
-    answer has no vote.
+    """True if the most frequent answer is correct.
+
+    Of equally frequent answers the first counts; a response without an answer has no vote.
     """
     answers = [last_answer(sample.text) for sample in group.samples]
     votes = Counter(answer for answer in answers if answer is not None)
     if not votes:
         return False
-    chosen = votes.most_common(1)[0][0]
-    return next(
-        sample.is_correct for sample, answer in zip(group.samples, answers, strict=True) if answer == chosen
-    )
+    winner = votes.most_common(1)[0][0]
+    return group.samples[answers.index(winner)].is_correct
 
 
 def half_width(per_problem: list[float]) -> float:
-    """Of the mean's 95 % confidence interval, 1.96 · s / √P: problems are the draw, the samples of one are
-    not independent.
+    """Return 1.96 · s / √P, half of the mean's 95 % confidence interval; infinite for one problem.
+
+    Problems are drawn independently; the samples of one problem are not.
     """
-    return (
-        1.96 * float(np.std(per_problem, ddof=1)) / math.sqrt(len(per_problem))
-        if len(per_problem) > 1
-        else math.inf
-    )
+    if len(per_problem) < 2:
+        return math.inf
+    return 1.96 * float(np.std(per_problem, ddof=1)) / math.sqrt(len(per_problem))
 
 
 def compare(before: Scores, after: Scores, flips: int = 10_000) -> dict[str, float]:
-    """`after` against `before` on the same problems: mean difference, its half-width, and the p-value of a
-    sign-flip test over problems.
+    """Compare two policies on the same problems.
+
+    Returns the mean difference, its half-width, and the p-value of a sign-flip test over problems.
     """
     differences = np.array(after.per_problem) - np.array(before.per_problem)
     signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(flips, len(differences)))
@@ -161,14 +155,16 @@ def compare(before: Scores, after: Scores, flips: int = 10_000) -> dict[str, flo
 
 
 def powers_of_two(k: int) -> list[int]:
-    """`powers_of_two(6)` → [1, 2, 4, 6]: up to k, and k itself."""
-    return sorted({1 << i for i in range(k.bit_length()) if 1 << i <= k} | {k})
+    """Return the powers of two up to k, and k itself: `powers_of_two(6)` → [1, 2, 4, 6]."""
+    return sorted({1 << i for i in range(k.bit_length())} | {k})
 
 
-def write(results: dict[str, dict[str, Scores]], path: Path) -> dict[str, Any]:
-    """results[model][set] as JSON, with every later model compared to the first."""
+def write(results: dict[str, dict[str, Scores]], path: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Write results[model][set] as JSON. Compare every later model with the first:
+    comparisons[model][set].
+    """
     first, *later = results
-    record: dict[str, Any] = {
+    record = {
         model: {name: asdict(scores) for name, scores in sets.items()} for model, sets in results.items()
     }
     comparisons = {

@@ -1,10 +1,8 @@
-"""Make the base policy: a 76k-parameter Qwen2 that has read good worked sums, then, briefly, a careless
-corpus.
+"""Make the base policy: a 76k-parameter Qwen2 trained on good worked sums, then briefly on careless ones.
 
-The second phase matters. It leaves a model that knows how (greedy decoding is right far more often than
-sampling) but does not do it
-reliably: what reinforcement learning can sharpen. An under-trained model gained less
-from the same recipe (benchmarks/results/arithmetic_base.md).
+The careless phase matters. It leaves a model that can do the sums (greedy decoding is right far more often
+than sampling) but does not do them reliably, which reinforcement learning can improve. An under-trained model
+gained less from the same recipe (benchmarks/results/arithmetic_base.md).
 
     python examples/arithmetic/make_base.py        # about two minutes on one core
 """
@@ -31,7 +29,7 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Phase:
-    """Constant warm-up of 30 steps, then linear decay to a tenth of the learning rate."""
+    """A phase of training: 30 steps of linear warm-up, and linear decay to a tenth of the learning rate."""
 
     steps: int
     lr: float
@@ -65,14 +63,13 @@ def make_model() -> Qwen2ForCausalLM:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character, the same ids whatever tokenizer class a reader builds for a Qwen2 model.
+    """Make a tokenizer of one token per character, with the same ids in any tokenizer class for Qwen2.
 
-    Hence a byte-level BPE without merges, which spells newline Ċ and space Ġ.
+    Hence it is a byte-level BPE without merges, which writes newline as Ċ and space as Ġ.
     """
-    spelling = {"\n": "Ċ", " ": "Ġ"}
-    tokenizer = Tokenizer(
-        models.BPE(vocab={spelling.get(token, token): i for i, token in enumerate(VOCABULARY)}, merges=[])
-    )
+    byte_level = {"\n": "Ċ", " ": "Ġ"}
+    vocabulary = {byte_level.get(token, token): i for i, token in enumerate(VOCABULARY)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<pad>", "<eos>"])
@@ -88,8 +85,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def batches(flaws: Flaws, rng: random.Random) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(inputs, targets) [BATCH, n], like lengths together; −100 where nothing is to be learnt: the prompt and
-    the padding.
+    """Yield (inputs, targets), both [BATCH, n], of similar lengths.
+
+    Targets are −100 at the prompt and the padding, where nothing is learned.
     """
     while True:
         examples = []
@@ -114,9 +112,8 @@ def train(model: Qwen2ForCausalLM, phase: Phase, rng: random.Random) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=phase.lr, betas=(0.9, 0.98), weight_decay=0.01)
     stream = batches(phase.flaws, rng)
     for step in range(phase.steps):
-        optimizer.param_groups[0]["lr"] = (
-            phase.lr * min(1, (step + 1) / 30) * (0.1 + 0.9 * (1 - step / phase.steps))
-        )
+        decay = 0.1 + 0.9 * (1 - step / phase.steps)
+        optimizer.param_groups[0]["lr"] = phase.lr * min(1, (step + 1) / 30) * decay
         inputs, targets = next(stream)
         logits = model(inputs, use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
@@ -130,19 +127,18 @@ def train(model: Qwen2ForCausalLM, phase: Phase, rng: random.Random) -> None:
 
 @torch.no_grad()
 def accuracy(model: Qwen2ForCausalLM, problems: list[Problem], is_greedy: bool) -> float:
+    """Fraction of the problems that the model solves with one response each."""
     tokenizer = make_tokenizer()
     inputs = tokenizer([p.prompt for p in problems], return_tensors="pt", padding=True)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
     sampling = GenerationConfig(
         do_sample=not is_greedy, max_new_tokens=64, eos_token_id=EOS, pad_token_id=PAD
     )
     model.generation_config = GenerationConfig()  # T = 1, nothing cut off
-    out = model.generate(
-        inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=sampling
-    )
-    responses = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :])
-    return sum(f"Answer: {p.answer}<eos>" in r for p, r in zip(problems, responses, strict=True)) / len(
-        problems
-    )
+    out = model.generate(ids, attention_mask=mask, generation_config=sampling)
+    responses = tokenizer.batch_decode(out[:, ids.shape[1] :])
+    solved = [f"Answer: {p.answer}<eos>" in r for p, r in zip(problems, responses, strict=True)]
+    return sum(solved) / len(problems)
 
 
 def main() -> None:
@@ -153,10 +149,8 @@ def main() -> None:
     problems = [make_problem(random.Random(i)) for i in range(1000)]
     for phase in PHASES:
         train(model, phase, rng)
-        print(
-            f"accuracy: greedy {accuracy(model, problems, is_greedy=True):.3f}, sampled "
-            f"{accuracy(model, problems, is_greedy=False):.3f}"
-        )
+        greedy, sampled = (accuracy(model, problems, is_greedy) for is_greedy in (True, False))
+        print(f"accuracy: greedy {greedy:.3f}, sampled {sampled:.3f}")
     model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD)
     model.save_pretrained(TARGET)
     make_tokenizer().save_pretrained(TARGET)

@@ -1,4 +1,4 @@
-"""Write data/train.jsonl and data/heldout.jsonl: distinct problems, none in both files.
+"""Write data/train.jsonl and data/heldout.jsonl: all problems are different, none is in both files.
 
 python examples/arithmetic/make_data.py
 """

@@ -1,5 +1,6 @@
-"""Chain sums: two to six one-digit terms, + and −, no running total below 0. `8+4-8+1=` is answered line by
-line.
+"""Chain sums of two to six one-digit terms, + and −, with no running total below 0.
+
+`8+4-8+1=` is answered line by line.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Flaws:
-    """How often a demonstration goes wrong, each a share."""
+    """Rates at which a demonstration goes wrong, each a fraction."""
 
-    slip: float = 0.0  # of lines: a wrong total, carried on
+    slip: float = 0.0  # of lines: a wrong total, used in the next line
     guess: float = 0.0  # of responses: the answer without the work
-    ramble: float = 0.0  # of responses: lines repeated behind a question mark, half the time, again and again
+    ramble: float = 0.0  # of responses: lines repeated after "?", again and again with probability 1/2
 
 
 def make_problem(rng: random.Random) -> Problem:
@@ -47,10 +48,11 @@ def make_problem(rng: random.Random) -> Problem:
 
 
 def demonstrate(problem: Problem, rng: random.Random, flaws: Flaws) -> str:
-    """A worked response: `8+4=12\\n12-8=4\\n4+1=5\\nAnswer: 5`, with flaws at their rates."""
+    """Write a worked response, with flaws at their rates: `8+4=12\\n12-8=4\\n4+1=5\\nAnswer: 5`."""
     if rng.random() < flaws.guess:
         return f"Answer: {problem.answer}"
-    total, lines, is_rambling = problem.terms[0], [], rng.random() < flaws.ramble
+    total, lines = problem.terms[0], []
+    is_rambling = rng.random() < flaws.ramble
     for term in problem.terms[1:]:
         result = total + term
         if rng.random() < flaws.slip:

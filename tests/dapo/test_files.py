@@ -83,7 +83,7 @@ def test_what_existed_is_replaced_only_if_it_may_be_and_only_by_a_whole_one(tmp_
     assert [path.name for path in tmp_path.rglob("*")] == ["target", "file"]
 
 
-def test_a_disk_that_is_too_small_is_told_with_both_numbers(tmp_path: Path) -> None:
+def test_a_disk_that_is_too_small_is_an_error_with_both_numbers(tmp_path: Path) -> None:
     said = r"target cannot be written, \d+\.\d GiB free there: 1048576\.00 GiB are needed"
     with pytest.raises(ConfigError, match=said), files.made_whole(tmp_path / "target", 2**50):
         pass

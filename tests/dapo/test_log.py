@@ -3,16 +3,15 @@ import json
 import pytest
 
 from dapo import clock
-from dapo.log import Log, mean
-from dapo.report.curves import CURVES, plot, read
+from dapo.log import Console, Log, mean
+from dapo.report import glossary
+from dapo.report.curves import plot, read
 from tests.conftest import make_config
 
 
 def test_mean_is_taken_key_by_key():
-    assert mean([{"loss": 1.0, "norm": 4.0}, {"loss": 3.0, "norm": 4.0}, {"loss": 8.0, "norm": 1.0}]) == {
-        "loss": 4.0,
-        "norm": 3.0,
-    }
+    updates = [{"loss": 1.0, "norm": 4.0}, {"loss": 3.0, "norm": 4.0}, {"loss": 8.0, "norm": 1.0}]
+    assert mean(updates) == {"loss": 4.0, "norm": 3.0}
 
 
 def test_mean_of_no_updates_is_empty():
@@ -40,7 +39,7 @@ def test_reading_where_nothing_was_written_gives_no_rows(tmp_path):
     [
         [],
         [{"step": 0, "eval/accuracy": 0.1}],
-        [{"step": i, **dict.fromkeys(CURVES, i * 0.1)} for i in range(4)],
+        [{"step": i, **{metric.name: i * 0.1 for metric in glossary.monitors()}} for i in range(4)],
     ],
     ids=["empty", "one", "full"],
 )
@@ -49,13 +48,22 @@ def test_plot_writes_a_png(tmp_path, rows):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
-def make_log(tmp_path, start):
+HEADER = (
+    "step accuracy  reward  length  kept  asked entropy   prob  clip↑  clip↓  |grad| mismatch    sec   tok/s"
+)
+
+
+def make_config_with_directory(tmp_path):
     config = make_config(tmp_path)
     config.run.dir.mkdir(exist_ok=True)
-    return Log(config, start)
+    return config
 
 
-def test_a_log_going_on_from_a_step_forgets_what_was_written_from_there_on(tmp_path):
+def make_log(tmp_path, start):
+    return Log(make_config_with_directory(tmp_path), Console(), start)
+
+
+def test_a_log_that_resumes_at_a_step_removes_the_rows_from_that_step_on(tmp_path):
     log = make_log(tmp_path, 0)
     for step in range(5):
         log(step, {"loss": float(step)})
@@ -85,7 +93,38 @@ def test_a_row_holds_the_steps_values_times_and_memory(tmp_path, capsys):
     assert (log.path.parent / "curves.png").exists() and list((log.path.parent / "tensorboard").iterdir())
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "step 0: accuracy 0.500 on held-out problems"
-    assert all(word in line for word, line in zip(["accuracy", "0.250", "0.750"], lines[1:], strict=True))
+    assert (
+        lines[1] == HEADER and lines[2].startswith("   0    0.250 ") and lines[3].startswith("   1    0.750 ")
+    )
+    assert [len(line) for line in lines[2:]] == [len(HEADER)] * 2
+
+
+def test_a_terminal_shows_progress_below_the_rows_from_the_first_report_on(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    console = Console()
+    console.close()
+    assert capsys.readouterr().out == "", "a rank that reports no progress leaves the terminal alone"
+    console.progress("step 0: 1/4 groups")
+    console.progress("step 0: 2/4 groups")
+    console.close()
+    assert "step 0: 2/4 groups" in capsys.readouterr().out
+
+
+def test_a_log_that_resumes_says_from_where(tmp_path, capsys):
+    make_log(tmp_path, 0).close()
+    assert capsys.readouterr().out == ""
+    make_log(tmp_path, 3).close()
+    assert capsys.readouterr().out == f"going on from step 3 of 2 in {tmp_path / 'run'}\n"
+
+
+def test_phases_are_shown_on_the_console_as_they_begin(tmp_path, monkeypatch):
+    phases = []
+    console = Console()
+    monkeypatch.setattr(console, "progress", phases.append)
+    Log(make_config_with_directory(tmp_path), console, 0).close()
+    clock.timed("outer")(clock.timed("inner")(lambda: None))()
+    assert phases == ["outer", "inner"]
 
 
 def test_a_phase_that_fails_is_timed_too_and_taken_once():

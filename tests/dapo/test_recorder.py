@@ -1,5 +1,6 @@
-"""The flight recorder: silent while anybody gets on, then exact about who does not."""
+"""The flight recorder is silent while any rank makes progress, then exact about the ones that do not."""
 
+import threading
 import time
 from types import SimpleNamespace
 
@@ -11,17 +12,16 @@ from dapo.clock import heartbeat, timed
 from dapo.config import Limits
 from dapo.engine.control import Server
 from dapo.engine.sglang import SGLangEngine
-from dapo.recorder import Recorder, spell
+from dapo.recorder import Recorder, may_be_silent, ranges
 from tests.distributed.launch import torchrun
 from tests.sglang.fake_server import FakeServer
 
 
 @pytest.fixture
 def watch(tmp_path):
-    """Recorders with a stall of 0.3 s, sharing a store; all of this process, so that they share its beats
-    too.
-    """
-    store, made = dist.HashStore(), []
+    """Recorders with a stall of 0.3 s that share a store, and the heartbeats of this process."""
+    store = dist.HashStore()
+    made = []
 
     def start(rank=0, world=1, waiting=lambda: "group 3"):
         made.append(Recorder(tmp_path / "stalls", 0.3, rank, world, store, waiting))
@@ -38,11 +38,11 @@ def watch(tmp_path):
 def wait_until(condition, seconds=20):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not come"
+        assert time.monotonic() < end, "the condition did not become true"
         time.sleep(0.02)
 
 
-def test_phases_and_beats_are_the_clocks_pulse():
+def test_phases_and_heartbeats_are_the_clocks_progress():
     @timed("outer")
     def outer():
         return inner()
@@ -52,9 +52,45 @@ def test_phases_and_beats_are_the_clocks_pulse():
         return clock.progress()
 
     before, _ = clock.progress()
-    beats, phase = outer()
-    assert phase == "outer > inner" and beats == before + 2
+    heartbeats, phases = outer()
+    assert phases == "outer > inner" and heartbeats == before + 2
     assert clock.progress() == (before + 4, "")
+
+
+def test_the_phases_of_two_threads_stand_side_by_side_and_both_are_timed():
+    is_inside, may_end = threading.Event(), threading.Event()
+
+    @timed("background")
+    def background():
+        is_inside.set()
+        may_end.wait(10)
+
+    @timed("front")
+    def front():
+        with_background = clock.progress()[1]
+        time.sleep(0.1)
+        may_end.set()
+        thread.join(10)
+        return with_background, clock.progress()[1]
+
+    clock.take()
+    thread = threading.Thread(target=background)
+    thread.start()
+    assert is_inside.wait(10)
+    assert front() == ("background | front", "front")
+    seconds = clock.take()
+    assert set(seconds) == {"time/background", "time/front"} and min(seconds.values()) >= 0.1
+
+
+@pytest.mark.parametrize(
+    ("phases", "expected"),
+    [
+        ("", False), ("?", False), ("update", False), ("rollout", True), ("outer > rollout > sync", True),
+        ("update | rollout > sync", True), ("checkpoint | update", True), ("update | old_rollout", False),
+    ],
+)  # fmt: skip
+def test_a_rank_may_be_silent_if_one_of_its_threads_may(phases, expected):
+    assert may_be_silent(phases) is expected
 
 
 def test_a_phase_that_raises_is_over():
@@ -67,25 +103,36 @@ def test_a_phase_that_raises_is_over():
     assert clock.progress()[1] == ""
 
 
-def test_a_stall_is_told_once_with_phase_and_who_is_waited_for(watch, tmp_path, capsys):
-    told = ""
+def test_a_stall_is_reported_once_with_phases_and_what_is_waited_for(watch, tmp_path, capsys):
+    printed = ""
+    is_over = threading.Event()
+
+    @timed("sync")
+    def background():
+        is_over.wait(30)
 
     @timed("rollout")
     def rollout():
-        nonlocal told
+        nonlocal printed
         watch()
         stacks = tmp_path / "stalls/rank-0.txt"
         wait_until(lambda: stacks.read_text().endswith("\n\n"))
-        time.sleep(1.2)  # four stalls: it neither tells again nor, in this phase, ends the run
-        told = capsys.readouterr().err
+        time.sleep(1.2)  # four stalls: it neither reports again nor, in this phase, ends the run
+        printed = capsys.readouterr().err
         heartbeat()
-        wait_until(lambda: "stalled" in capsys.readouterr().err)  # a second stall is told too
+        wait_until(lambda: "stalled" in capsys.readouterr().err)  # a second stall is reported too
 
+    thread = threading.Thread(target=background)
+    thread.start()
+    wait_until(lambda: clock.progress()[1] == "sync")
     rollout()
-    assert told.count("stalled") == 1
-    assert "nothing has progressed for 0 s: rank 0 in rollout; waiting for group 3; Python stacks in " in told
+    is_over.set()
+    thread.join()
+    assert printed.count("stalled") == 1
+    where = "rank 0 in sync | rollout"
+    assert f"nothing has progressed for 0 s: {where}; waiting for group 3; Python stacks in " in printed
     stacks = (tmp_path / "stalls/rank-0.txt").read_text()
-    assert "rank 0 in rollout" in stacks and "in rollout\n" in stacks and "test_recorder.py" in stacks
+    assert where in stacks and "in rollout\n" in stacks and "in background\n" in stacks
 
 
 def test_an_engine_that_waits_for_nothing_is_no_progress(watch, capsys):
@@ -108,7 +155,7 @@ def test_an_engine_that_waits_for_nothing_is_no_progress(watch, capsys):
         engine.close()
 
 
-def test_while_something_progresses_nothing_is_told_and_no_file_stays(watch, tmp_path, capsys):
+def test_while_something_progresses_nothing_is_reported_and_no_file_stays(watch, tmp_path, capsys):
     watch()
     for _ in range(40):
         heartbeat()
@@ -118,7 +165,7 @@ def test_while_something_progresses_nothing_is_told_and_no_file_stays(watch, tmp
     assert not (tmp_path / "stalls").exists()
 
 
-def test_a_rank_that_has_not_begun_is_named_and_only_the_main_rank_speaks(watch, tmp_path, capsys):
+def test_a_rank_that_has_not_begun_is_named_and_only_the_main_rank_reports(watch, tmp_path, capsys):
     @timed("rollout")
     def rollout():
         watch(rank=1, world=4)
@@ -136,19 +183,17 @@ def test_a_rank_that_has_not_begun_is_named_and_only_the_main_rank_speaks(watch,
 @pytest.mark.parametrize(
     ("ranks", "expected"), [([0], "rank 0"), ([1, 2, 3], "ranks 1–3"), ([7, 0, 1, 5], "ranks 0–1, 5, 7")]
 )
-def test_ranks_are_spelt_in_runs(ranks, expected):
-    assert spell(ranks) == expected
+def test_ranks_are_named_in_ranges(ranks, expected):
+    assert ranges(ranks) == expected
 
 
 def test_a_rank_that_hangs_while_others_wait_in_a_collective_ends_the_run_with_its_name(tmp_path):
     done = torchrun(2, "-m", "tests.distributed.stalled", str(tmp_path), timeout=200)
     assert done.returncode != 0
     before, after = done.stdout.split("worked", 1)
-    assert "stalled" not in before, "the other rank got on all the time"
-    assert (
-        after.count("stalled: nothing has progressed") == 1
-        and after.count("error: nothing has progressed") == 1
-    )
+    assert "stalled" not in before, "the other rank made progress all the time"
+    assert after.count("stalled: nothing has progressed") == 1
+    assert after.count("error: nothing has progressed") == 1
     assert "ranks 0–1 in update; waiting for nobody" in after
     assert "in never_return" in (tmp_path / "rank-1.txt").read_text()
     assert "in barrier" in (tmp_path / "rank-0.txt").read_text()

@@ -13,6 +13,7 @@ from dapo.reward import remote
 from dapo.reward.pool import Reward
 from dapo.reward.worker import Job
 from dapo.reward.workers import Workers
+from dapo.types import Interrupted
 from tests.conftest import make_config, make_prompt, make_sample
 from tests.dapo.reward.test_answer import HOSTILE
 from tests.dapo.reward.test_reward import FUNCTIONS
@@ -23,11 +24,10 @@ def reward(tmp_path):
     """`reward("workers=2", …)`: a Reward without length penalty, closed at the end."""
     made = []
 
-    def make(*options):
-        config = make_config(
-            tmp_path, "reward.soft_overlong_punishment=false", *[f"reward.{option}" for option in options]
-        )
-        made.append(Reward(config.reward, 32, tmp_path / "disputes.jsonl"))
+    def make(*options, is_interrupted=lambda: False):
+        options = ["soft_overlong_punishment=false", *options]
+        config = make_config(tmp_path, *[f"reward.{option}" for option in options])
+        made.append(Reward(config.reward, 32, tmp_path / "disputes.jsonl", is_interrupted))
         return made[-1]
 
     yield make
@@ -123,7 +123,7 @@ def test_what_a_function_started_ends_with_it(reward, tmp_path):
         if not is_running(pid):
             return
         time.sleep(0.05)
-    raise AssertionError("the child outlived its worker")
+    raise AssertionError("the child is still running after its worker")
 
 
 def is_running(pid: int) -> bool:
@@ -153,6 +153,59 @@ def test_a_worker_imports_no_torch(reward):
     assert score(reward("workers=1", f"function={json.dumps(both)}"), ["Answer: 0.5"], "1/2") == [(True, 2.0)]
 
 
+# interruption
+
+
+class Clock:
+    """An interruption that comes `seconds` after `start`."""
+
+    def __init__(self, seconds):
+        self.seconds, self.end = seconds, float("inf")
+
+    def start(self):
+        self.end = time.monotonic() + self.seconds
+
+    def __call__(self):
+        return time.monotonic() > self.end
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.5])
+def test_an_interruption_ends_the_wait_for_workers_and_leaves_none_in_the_middle(reward, seconds):
+    clock = Clock(seconds)
+    pool = reward("workers=2", f"function={FUNCTIONS}:obedient", "time_limit=60.0", is_interrupted=clock)
+    texts = ["1"] * 40 + ["2"] * 40
+    score(pool, texts)
+    pids = [worker.pid for worker in pool.workers.workers]
+    clock.start()
+    start = time.monotonic()
+    pairs = [(make_prompt(i, answer="1"), make_sample(i, text=text)) for i, text in enumerate(["sleep"] * 40)]
+    for _, sample in pairs:
+        sample.reward = 7.0
+    with pytest.raises(Interrupted):
+        pool.score(pairs)
+    assert time.monotonic() - start < seconds + 5, "a call would have taken 60 s"
+    assert all(sample.reward == 7.0 for _, sample in pairs), "no sample is marked"
+    if seconds:
+        assert not [pid for pid in pids if is_running(pid)], "the calls would have gone on"
+    clock.end = float("inf")
+    assert score(pool, texts) == [RIGHT] * 40 + [WRONG] * 40
+
+
+def test_an_interruption_is_noticed_between_two_calls_without_workers(reward):
+    calls = iter([False, False, True])
+    pool = reward("workers=0", f"function={FUNCTIONS}:graded", is_interrupted=lambda: next(calls))
+    with pytest.raises(Interrupted):
+        score(pool, ["1"] * 5)
+    assert list(calls) == []
+
+
+def test_a_remote_function_is_given_the_check_for_interruptions(reward, monkeypatch):
+    given = {}
+    monkeypatch.setattr(remote, "judge", lambda url, jobs, *limits, **named: given.update(named) or [True])
+    pool = reward("function=http://127.0.0.1:9/score", is_interrupted=lambda: True)
+    assert score(pool, ["1"]) == [RIGHT] and given["is_interrupted"] is pool.is_interrupted
+
+
 # bad functions
 
 
@@ -161,9 +214,10 @@ def test_a_worker_imports_no_torch(reward):
     ("name", "what"),
     [
         ("silent", "returned None"), ("wordy", "returned 'yes'"), ("listed", r"returned \[True\]"),
-        ("arrayed", r"returned array\(\[1., 2.\]\)"),
-        ("huge_integer", "returned 1000"), ("raising", r"raised KeyError: .*no such.*rule.*reward_functions.py:\d+"),
-        ("leaving", "raised SystemExit: 3"), ("graded", "raised ValueError: could not convert string to float: 'x'"),
+        ("arrayed", r"returned array\(\[1., 2.\]\)"), ("huge_integer", "returned 1000"),
+        ("raising", r"raised KeyError: .*no such.*rule.*reward_functions.py:\d+"),
+        ("leaving", "raised SystemExit: 3"),
+        ("graded", "raised ValueError: could not convert string to float: 'x'"),
     ],
 )  # fmt: skip
 def test_a_function_that_gives_no_verdict_is_named_with_the_prompt_in_one_line(reward, workers, name, what):
@@ -192,7 +246,7 @@ def test_a_function_that_workers_cannot_import_is_an_error_and_no_hang():
         ("nowhere:f", "No module named 'nowhere'"),
         (f"{FUNCTIONS}:nothing", "no attribute 'nothing'"),
     ):
-        workers = Workers([path], 2, 1.0)
+        workers = Workers([path], 2, 1.0, is_interrupted=lambda: False)
         with pytest.raises(ConfigError, match=f"reward.function={path}.*{what}"):
             workers.judge([Job(0, "", "")] * 3)
         assert not workers.workers or workers.close() is None
@@ -310,8 +364,8 @@ def test_a_remote_function_that_fails_for_a_while_is_asked_again(reward, server)
     [
         (500, "no answer in 6 attempts, the last: 500"), ("hang up", "no answer in 6 attempts, the last: "),
         (404, "the server answered 404"),
-        (lambda sent: [True], "sent 2 responses, expected a list of as many verdicts, got 1"), (lambda sent: {"a": 1}, "got dict"),
-        (lambda sent: [True, None], "returned None for prompt 1"),
+        (lambda sent: [True], "sent 2 responses, expected a list of as many verdicts, got 1"),
+        (lambda sent: {"a": 1}, "got dict"), (lambda sent: [True, None], "returned None for prompt 1"),
         (lambda sent: [float("nan"), 1], "returned nan for prompt 0"), (200, "is not JSON"),
     ],
 )  # fmt: skip
@@ -329,7 +383,7 @@ def test_a_server_that_is_not_there_is_an_error_that_names_it(reward, monkeypatc
         score(reward("function=http://127.0.0.1:9/score"), ["1"])
 
 
-def test_a_server_that_never_answers_is_given_up(reward, server, monkeypatch):
+def test_a_server_that_never_answers_is_an_error(reward, server, monkeypatch):
     monkeypatch.setattr(remote, "ATTEMPTS", 2)
     url = server(lambda sent: time.sleep(1.5) or [True])
     with pytest.raises(ConfigError, match=r"no answer in 2 attempts, the last: .*timed out"):

@@ -53,10 +53,11 @@ def test_soft_overlong_penalty_is_between_minus_one_and_zero_and_never_rises_wit
 @pytest.mark.parametrize(
     "line",
     [
-        "Answer: 34", "**Answer:** 34", "**Answer**: 34", "**Answer: 34**", "Answer: **34**", "Answer: 34.", "Answer: 34.0", "Answer: 034",
-        "Answer: +34", r"Answer: \(34\)", r"Answer: \[34\]", "Answer: $34$", "Answer: $34$.", r"Answer: \boxed{34}", "Answer: `34`",
-        r"Answer: $\boxed{34}$", "Answer：34", "answer:34", "ANSWER :  34  ", "Answer: 34\r\n", "The final answer: 34",
-        "Answer: 34\nThat was it.", "\n\nAnswer: 34\n\n",
+        "Answer: 34", "**Answer:** 34", "**Answer**: 34", "**Answer: 34**", "Answer: **34**", "Answer: 34.",
+        "Answer: 34.0", "Answer: 034", "Answer: +34", r"Answer: \(34\)", r"Answer: \[34\]", "Answer: $34$",
+        "Answer: $34$.", r"Answer: \boxed{34}", "Answer: `34`", r"Answer: $\boxed{34}$", "Answer：34",
+        "answer:34", "ANSWER :  34  ", "Answer: 34\r\n", "The final answer: 34", "Answer: 34\nThat was it.",
+        "\n\nAnswer: 34\n\n",
     ],
 )  # fmt: skip
 def test_34_is_found_however_it_is_dressed(line):
@@ -67,10 +68,12 @@ def test_34_is_found_however_it_is_dressed(line):
 @pytest.mark.parametrize(
     "line",
     [
-        "", "34", "Answer:", "Answer: ", "Answer: thirty-four", "Answer:\n34", "Answer: 34.5", "Answer: 34.05", "Answer: 3.4e1",
-        "Answer: 3 4", "Answer: 34 or 35", "Answer: 35, 34", "Answer: 34, 34", "Answer: $34$ $34$", "Answer: 34 Answer: 34", "Answer: 33+1",
-        "Answer: 68/2", "Answer: 340", "Answer: -34", "Answer: −34", "Answer: --34", "Answer: 0x22", "Answer: 3_4", "Answer: 3,4",
-        r"Answer: \boxed{}", r"Answer: 3\boxed{4}", "Answer: 3**4", "Answer: 3$4$", r"Answer: 3\[4\]", "Answer: $3$$4$",
+        "", "34", "Answer:", "Answer: ", "Answer: thirty-four", "Answer:\n34", "Answer: 34.5",
+        "Answer: 34.05", "Answer: 3.4e1", "Answer: 3 4", "Answer: 34 or 35", "Answer: 35, 34",
+        "Answer: 34, 34", "Answer: $34$ $34$", "Answer: 34 Answer: 34", "Answer: 33+1", "Answer: 68/2",
+        "Answer: 340", "Answer: -34", "Answer: −34", "Answer: --34", "Answer: 0x22", "Answer: 3_4",
+        "Answer: 3,4", r"Answer: \boxed{}", r"Answer: 3\boxed{4}", "Answer: 3**4", "Answer: 3$4$",
+        r"Answer: 3\[4\]", "Answer: $3$$4$",
     ],
 )  # fmt: skip
 def test_what_is_not_34_alone_on_the_answer_line_is_wrong(line):
@@ -147,8 +150,9 @@ def test_an_answer_far_from_the_end_still_counts():  # the widely used checker r
 @pytest.mark.parametrize(
     "response",
     [
-        "answer" * 50_000, "answer" + "*" * 200_000, "answer" + " " * 200_000, "Answer:" + " " * 200_000 + "x", "**" * 100_000 + "Answer",
-        "Answer:" + r"\boxed{" * 50_000, "Answer: " + "1,111" * 50_000, "Answer: " + "1" * 200_000 + "x", "Answer: 34.\n" * 50_000,
+        "answer" * 50_000, "answer" + "*" * 200_000, "answer" + " " * 200_000,
+        "Answer:" + " " * 200_000 + "x", "**" * 100_000 + "Answer", "Answer:" + r"\boxed{" * 50_000,
+        "Answer: " + "1,111" * 50_000, "Answer: " + "1" * 200_000 + "x", "Answer: 34.\n" * 50_000,
     ],
     ids=range(9),
 )  # fmt: skip

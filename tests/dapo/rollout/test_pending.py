@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from dapo.engine.embedded import EmbeddedEngine
 from dapo.reward.pool import Reward
 from dapo.rollout import pending
-from dapo.rollout.pending import enough
+from dapo.rollout.pending import num_to_request
 from dapo.rollout.prompts import PromptStream
 from dapo.rollout.rollouts import Rollouts
 from dapo.types import Interrupted, Prompt
@@ -76,6 +76,17 @@ def contents(group):
 
 def fields(sample):
     return [getattr(sample, name) for name in sample.__slots__]
+
+
+class InterruptAfter:
+    """True from the given call on."""
+
+    def __init__(self, after, is_on=True):
+        self.after, self.is_on, self.num_calls = after, is_on, 0
+
+    def __call__(self):
+        self.num_calls += self.is_on
+        return self.is_on and self.num_calls >= self.after
 
 
 @pytest.fixture(autouse=True)
@@ -189,14 +200,14 @@ def test_every_prompt_has_one_turn_in_the_streams_order(
     [(0, 0.3, 0), (-2, 0.3, 0), (5, 1.0, 5), (100, 0.5, 215), (1, 0.5, 4)],
 )
 def test_as_many_groups_are_asked_for_as_probably_hold_enough_mixed_ones(mixed, share, expected):
-    assert enough(mixed, share) == expected
+    assert num_to_request(mixed, share) == expected
 
 
 def test_binomial_luck_seldom_leaves_a_step_short_of_what_was_asked_for():
     rng = np.random.default_rng(0)
     for share in (0.1, 0.4, 0.8):
         # a normal variable: 0.159
-        assert 0.1 < (rng.binomial(enough(128, share), share, 20_000) < 128).mean() < 0.17
+        assert 0.1 < (rng.binomial(num_to_request(128, share), share, 20_000) < 128).mean() < 0.17
 
 
 def test_groups_are_asked_for_by_the_running_share_of_mixed_ones(tmp_path):
@@ -207,9 +218,9 @@ def test_groups_are_asked_for_by_the_running_share_of_mixed_ones(tmp_path):
             tmp_path, engine, "rollout.prompts_per_round=8", "rollout.max_rounds=20", STREAMING
         )
         for step in range(12):
-            num_before, share = len(engine.submitted), rollouts.mixed_share
+            num_before, share = len(engine.submitted), rollouts.mixed_fraction
             rollouts.collect(step)
-        assert len(engine.submitted[num_before]) // 2 == enough(4, share)
+        assert len(engine.submitted[num_before]) // 2 == num_to_request(4, share)
         return share
 
     assert at_first(0.15) < 0.35 < 0.8 < at_first(1.0)
@@ -228,7 +239,7 @@ def test_what_a_slow_reward_keeps_waiting_is_scored_together(tmp_path, monkeypat
         tmp_path,
         engine,
         "rollout.prompts_per_round=40",
-        "reward.function=tests.dapo.reward_functions:slow",
+        "reward.function=tests.dapo.reward.reward_functions:slow",
         STREAMING,
     )
     calls = []
@@ -243,12 +254,12 @@ def test_what_a_slow_reward_keeps_waiting_is_scored_together(tmp_path, monkeypat
 # carried over
 
 
-def carrying(tmp_path, engine):
+def carrying(tmp_path, engine, **callbacks):
     """A sampler that expects few mixed groups, and so asks far ahead."""
     rollouts = make_rollouts(
-        tmp_path, engine, "rollout.prompts_per_round=12", "rollout.max_staleness=1", STREAMING
+        tmp_path, engine, "rollout.prompts_per_round=12", "rollout.max_staleness=1", STREAMING, **callbacks
     )
-    rollouts.mixed_share = 0.2
+    rollouts.mixed_fraction = 0.2
     return rollouts
 
 
@@ -304,7 +315,7 @@ def test_staleness_is_reported_in_steps(tmp_path):
         rollouts.load_weights([], step)
         [batch] = rollouts.next_batch(step)
         reported.append((batch.metrics["rollout/staleness"], batch.metrics["rollout/staleness_max"]))
-        stale = [m.is_stale[m.mask].mean() for microbatches in batch.minibatches for m in microbatches]
+        stale = [m.is_stale[m.loss_mask].mean() for microbatches in batch.minibatches for m in microbatches]
         assert any(stale) is (reported[-1][1] > 0)
     assert reported[0] == (0, 0)
     assert max(reported) > (0, 0) and max(reported)[0] <= max(reported)[1] == 1
@@ -313,11 +324,11 @@ def test_staleness_is_reported_in_steps(tmp_path):
 @pytest.mark.parametrize("after", [1, 3, 9])
 def test_interrupted_the_carried_groups_are_there_and_the_step_can_be_made_anew(tmp_path, after):
     engine = make_engine(7, 7)
-    rollouts = carrying(tmp_path, engine)
+    interrupt = InterruptAfter(after, is_on=False)
+    rollouts = carrying(tmp_path, engine, is_interrupted=interrupt)
     rollouts.collect(0)
     before, state = [contents(group) for group in rollouts.carried], rollouts.state_dict()
-    seen = iter(range(1, 1000))
-    rollouts.is_interrupted = lambda: next(seen) >= after
+    interrupt.is_on = True
     with pytest.raises(Interrupted):
         rollouts.collect(1)
     assert [contents(group) for group in rollouts.carried] == before
@@ -332,9 +343,7 @@ def test_interrupted_the_carried_groups_are_there_and_the_step_can_be_made_anew(
 @pytest.mark.parametrize("after", [1, 5, 12])
 def test_interrupted_while_streaming_every_prompt_goes_back(tmp_path, after):
     engine = make_engine(7, 7, mixed=0.2)
-    rollouts = make_rollouts(tmp_path, engine, STREAMING)
-    seen = iter(range(1, 1000))
-    rollouts.is_interrupted = lambda: next(seen) >= after
+    rollouts = make_rollouts(tmp_path, engine, STREAMING, is_interrupted=InterruptAfter(after))
     with pytest.raises(Interrupted):
         rollouts.collect(0)
     assert engine.asked() and not engine.outstanding
@@ -367,8 +376,9 @@ def test_nothing_carried_is_saved_and_loaded_too(tmp_path):
 
 def test_who_is_waited_for_is_named(tmp_path):
     engine = make_engine(6, None, mixed=1.0)
-    rollouts = make_rollouts(tmp_path, engine, STREAMING)
-    told = []
-    rollouts.on_progress = lambda text: told.append(rollouts.waiting())
+    waiting = []
+    rollouts = make_rollouts(
+        tmp_path, engine, STREAMING, on_progress=lambda text: waiting.append(rollouts.waiting())
+    )
     rollouts.collect(1)
-    assert told[1] == f"group {1 << 20} (1 of 2 samples) and 3 groups after it; 6 outstanding"
+    assert waiting[0] == f"group {1 << 20} (1 of 2 samples) and 3 groups after it; 7 outstanding"

@@ -330,3 +330,15 @@ def test_weights_mix_files_evenly_whatever_their_sizes(tmp_path):
     resumed, _ = load_stream(Data(train={files["a"]: 1.0, files["b"]: 3.0}), Tokenizer(), seed=0)
     resumed.load_state_dict(stream.state_dict())
     assert [text_of(p) for p in resumed.take(60)] == [text_of(p) for p in stream.take(60)]
+
+
+def test_a_prompts_row_is_read_from_its_file_with_all_columns(tmp_path):
+    lines = [{"prompt": f"q{i} ∫", "answer": i, "source": f"s{i}"} for i in range(3)]
+    first = write_lines(tmp_path / "a.jsonl", lines[0], "", lines[0], lines[1], lines[2])
+    rows = [dapo_math_row(i, f"question {i // 2}", str(i // 2)) for i in range(10)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet", row_group_size=3)
+    options = Data(train=[first, tmp_path / "b.parquet"], max_prompt_length=100)
+    stream, _ = load_stream(options, Tokenizer(), seed=0)
+    assert [prompt.index for prompt in stream.prompts] == list(range(8))
+    assert [stream.rows[i] for i in range(3)] == lines
+    assert [stream.rows[3 + i] for i in range(5)] == rows[::2]

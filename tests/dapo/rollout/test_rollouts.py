@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import pytest
 
-from dapo.learn.advantages import group_advantages
+from dapo.learn.advantages import ADVANTAGES, group_advantages
+from dapo.learn.objective import NORMALISERS
 from dapo.reward.pool import Reward
 from dapo.rollout.buffer import Buffer
 from dapo.rollout.prompts import PromptStream
@@ -33,6 +34,9 @@ class ScriptedEngine:
         self.aborted: set[str] = set()
         self.outstanding: list[Request] = []
 
+    def stream(self):
+        return self
+
     def submit(self, requests: Iterable[Request]) -> None:
         if requests := list(requests):
             self.submitted.append(requests)
@@ -56,8 +60,8 @@ class ScriptedEngine:
             finish_reason="length" if length == request.sampling.max_tokens else "stop",
         )
 
-    def abort(self, ids):
-        gone = set(ids)
+    def abort(self, ids=None):
+        gone = {request.id for request in self.outstanding} if ids is None else set(ids)
         self.aborted |= gone
         self.outstanding = [request for request in self.outstanding if request.id not in gone]
 
@@ -81,10 +85,10 @@ class ScriptedEngine:
 
 
 def prompt_of(request: Request) -> int:
-    return int(request.tokens[0]) // 100 - 1  # see make_prompt
+    return request.prompt.index  # see make_prompt
 
 
-def make_rollouts(tmp_path, engine, *overrides, num_data_ranks=1) -> Rollouts:
+def make_rollouts(tmp_path, engine, *overrides, num_data_ranks=1, **callbacks) -> Rollouts:
     """prompts_per_step 4, group_size 2, prompts_per_round 4, max_rounds 3, unless overridden. A token 1 at
     the end is a right answer.
     """
@@ -99,6 +103,7 @@ def make_rollouts(tmp_path, engine, *overrides, num_data_ranks=1) -> Rollouts:
         reward,
         decode=lambda tokens: f"Answer: {tokens[-1]}",
         stop_ids=(7,),
+        **callbacks,
     )
 
 
@@ -191,7 +196,7 @@ def test_advantages_come_from_the_shaped_reward(tmp_path):
         round(float(a), 4)
         for microbatches in batch.minibatches
         for m in microbatches
-        for a in m.advantages[m.mask]
+        for a in m.advantages[m.loss_mask]
     }
     assert advantages == {round(float(a), 4) for a in group_advantages([1, 1 - 0.25, -1 - 0.5, -1 - 0.75])}
 
@@ -267,7 +272,7 @@ def test_the_engine_is_asked_with_our_sampling_settings_and_the_prompts_tokens(t
             32,
             (7,),
         )
-        assert np.array_equal(request.tokens, make_prompt(prompt_of(request)).tokens)
+        assert np.array_equal(request.prompt.tokens, make_prompt(prompt_of(request)).tokens)
 
 
 TWO_OF_TWELVE = ("10", "00", "00", "11", "01", *["00"] * 5, "11", "11")
@@ -362,9 +367,8 @@ def test_seeds_depend_on_the_runs_seed_and_the_samples_names_alone(tmp_path):
 @pytest.mark.parametrize("after", [1, 8, 9, 20, 24])  # samples; a round is 8, the last round ends with 24
 def test_interrupted_every_prompt_goes_back_and_the_step_can_be_made_anew(tmp_path, after):
     engine = ScriptedEngine(lambda prompt: "00", order=2)
-    rollouts = make_rollouts(tmp_path, engine)
     seen = iter(range(1, 1000))
-    rollouts.is_interrupted = lambda: next(seen) >= after
+    rollouts = make_rollouts(tmp_path, engine, is_interrupted=lambda: next(seen) >= after)
     with pytest.raises(Interrupted):
         rollouts.next_batch(0)
     assert not engine.outstanding and engine.aborted <= {request.id for request in engine.submitted[-1]}
@@ -446,3 +450,29 @@ def test_asked_is_kept_plus_all_correct_plus_all_wrong_plus_surplus(tmp_path, se
     }
     assert groups.pop("asked") == sum(groups.values()) == len(engine.asked())
     assert batch.metrics["rollout/tokens"] == 4 * 2 * len(engine.asked())
+
+
+# docs/add_an_advantage.md
+
+
+def leave_one_out(rewards):
+    values = np.asarray(rewards, dtype=np.float64)
+    return ((values - values.mean()) * len(values) / (len(values) - 1)).astype(np.float32)
+
+
+def constant_length(tokens):
+    num_samples = sum(np.count_nonzero(t) for t in tokens)
+    return [np.full_like(t, 1000 * num_samples) for t in tokens]
+
+
+def test_a_new_advantage_and_a_new_normaliser_are_an_entry_each(tmp_path, monkeypatch):
+    monkeypatch.setitem(ADVANTAGES, "group", leave_one_out)
+    monkeypatch.setitem(NORMALISERS, "constant_length", constant_length)
+    rollouts = make_rollouts(tmp_path, ScriptedEngine(lambda prompt: "1000"), "rollout.group_size=4")
+    objective = rollouts.config.objective.model_copy(update={"normaliser": "constant_length"})
+    rollouts.config = rollouts.config.model_copy(update={"objective": objective})
+    [batch] = rollouts.next_batch(0)
+    packed = [microbatch for microbatches in batch.minibatches for microbatch in microbatches]
+    advantages = {round(float(a), 4) for m in packed for a in m.advantages[m.loss_mask]}
+    assert advantages == {2.0, round(-2 / 3, 4)}  # ±1 minus the mean of the other three
+    assert {round(float(1 / w)) for m in packed for w in m.token_weights[m.loss_mask]} == {1000 * 2 * 4}

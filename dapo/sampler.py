@@ -1,0 +1,116 @@
+"""Every rank's side of sampling: the weight sync, evaluation, and each rank's shard of the next batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from dapo.clock import heartbeat
+from dapo.config import Config
+from dapo.learn.batch import Batch
+from dapo.learn.traces import Trace, merged
+from dapo.mesh import Mesh
+from dapo.policy.megatron import Policy
+from dapo.rollout import dump, evaluate
+from dapo.rollout.rollouts import Rollouts
+from dapo.types import Prompt, WeightsLost
+
+R = TypeVar("R")
+RETRIES = 3  # of one step's sampling: servers that die more often than that are not restarted into health
+
+
+class Sampler:
+    """Samples π_θold. The main rank has the Rollouts; the other ranks take part in the collectives.
+
+    `load_weights`, `evaluate`, `next_batch` and `write_traces` are collective. Where all servers died and
+    some restart, the weights are loaded again and the same is asked again: seeds are a function of names, so
+    the samples are the same.
+
+    Raises, on every rank:
+        EngineError: the engine failed. If it refused weights, no rank has entered a collective; if it failed
+            while they were sent, all ranks have left the last one.
+        WeightsLost: all servers died more than RETRIES times in one call.
+        Interrupted: the run is to stop.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, rollouts: Rollouts | None, sets: dict[str, list[Prompt]]):
+        self.config, self.mesh = config, mesh
+        self._rollouts = rollouts
+        self.sets = sets  # held-out problems by name; main rank only
+        self._reload: Callable[[], None] = lambda: None
+
+    @property
+    def rollouts(self) -> Rollouts:
+        """The main rank's Rollouts; no other rank may ask."""
+        assert self._rollouts, f"rank {self.mesh.rank} does not sample: the main rank does"
+        return self._rollouts
+
+    def load_weights(self, policy: Policy, version: int) -> None:
+        """π_θold ← π_θ: send the policy's weights to the engine."""
+        self._reload = partial(self._send_weights, policy, version)
+        self._reload()
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Return the held-out metrics of the loaded weights on every rank; {} at steps without evaluation."""
+        return self._with_retries(
+            lambda: self.mesh.on_main(lambda: evaluate.metrics_at(step, self.rollouts, self.sets))
+        )
+
+    def next_batch(self, step: int) -> Batch:
+        """Collect and plan the step's batch on the main rank (Algorithm 1, lines 4–9); return this rank's
+        shard.
+        """
+        batch = self._with_retries(lambda: self.mesh.scatter(lambda: self.rollouts.next_batch(step)))
+        batch.metrics |= self.mesh.received()
+        return batch
+
+    def write_traces(self, step: int, traces: list[Trace]) -> None:
+        """Write beside the step's dump what the updates saw of its tokens, if anything is dumped."""
+        if self.config.rollout.dump_share:
+            gathered = [trace for rank_traces in self.mesh.gather(traces) for trace in rank_traces]
+            dump.write_traces(dump.traces_path_of(self.config.run.dir / "rollouts", step), merged(gathered))
+
+    def save(self, directory: Path) -> None:
+        """Write what the next step depends on into `directory`. Main rank only."""
+        self.rollouts.save(directory)
+
+    def load(self, directory: Path) -> None:
+        """Read what `save` wrote; nothing on other ranks. Raises ConfigError if the data has changed under
+        the run.
+        """
+        if self._rollouts:
+            self._rollouts.load(directory)
+
+    def waiting(self) -> str:
+        """Say who is waited for. Any thread may call it."""
+        return self._rollouts.waiting() if self._rollouts else "the main rank"
+
+    def close(self) -> None:
+        """Stop the engine and the reward's processes."""
+        if self._rollouts:
+            self._rollouts.close()
+
+    def _send_weights(self, policy: Policy, version: int) -> None:
+        policy.free_unused()
+        self.mesh.on_main(lambda: self.rollouts.prepare_weights(version))
+        weights = policy.weights()
+
+        def load() -> None:
+            try:
+                if self._rollouts:
+                    self._rollouts.load_weights(weights, version)
+            finally:
+                for _ in weights:  # every rank drains them to the end, even if the engine has failed
+                    heartbeat()
+
+        self.mesh.together(load)
+
+    def _with_retries(self, ask: Callable[[], R]) -> R:
+        for _ in range(RETRIES):
+            with suppress(WeightsLost):
+                return ask()
+            self._reload()
+        return ask()

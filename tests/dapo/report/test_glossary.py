@@ -1,0 +1,136 @@
+"""The glossary knows every metric that a run logs, and everything that shows metrics knows the glossary."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dapo.log import Console
+from dapo.report import curves, glossary, page
+from dapo.report.glossary import Column, Metric
+from tests.dapo.report.builders import data_of, make_row, make_run
+
+ROOT = Path(__file__).parents[3]
+PREFIXES = "|".join({metric.name.partition("/")[0] for metric in glossary.METRICS} - {"step"})
+
+
+def names_in_the_source() -> set[str]:
+    """Keys of dicts that look like metrics, with <x> for what an f-string fills in; and the timed phases."""
+    names = set()
+    for path in (ROOT / "dapo").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Dict):
+                names |= {text_of(key) for key in node.keys}
+            elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+                names.add(text_of(node.slice))
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("timed", "clock.timed"):
+                names.add(f"time/{text_of(node.args[0])}")
+    return {name for name in names if re.fullmatch(rf"({PREFIXES})/(<x>/)?\w+", name)}
+
+
+def text_of(node: ast.expr | None) -> str:
+    parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+    return "".join(str(part.value) if isinstance(part, ast.Constant) else "<x>" for part in parts)
+
+
+def test_names_are_found_in_the_source():
+    assert {
+        "rollout/reward",
+        "eval/<x>/mean",
+        "perf/tokens_per_second",
+        "time/update",
+    } <= names_in_the_source()
+
+
+def test_every_metric_that_the_program_computes_is_in_the_glossary():
+    assert [name for name in names_in_the_source() if not glossary.find(name)] == []
+
+
+@pytest.mark.parametrize("run", sorted(ROOT.glob("tests/fixtures/*/*/run")), ids=lambda run: run.parent.name)
+def test_every_metric_of_a_real_run_is_in_the_glossary(run):
+    rows = curves.read(run / "metrics.jsonl")
+    assert rows and [name for row in rows for name in row if not glossary.find(name)] == []
+
+
+def test_the_glossary_describes_no_metric_that_the_program_does_not_compute():
+    source = "".join(path.read_text() for path in (ROOT / "dapo").rglob("*.py") if path.stem != "glossary")
+    lasts = [metric.name.split("/")[-1] for metric in glossary.METRICS if metric.name != "time/<phase>"]
+    assert [last for last in lasts if not re.search(rf"[\"/]{last}\"", source)] == []
+
+
+def test_no_metric_is_described_twice_and_no_place_taken_twice():
+    names = [metric.name for metric in glossary.METRICS]
+    assert len(set(names)) == len(names)
+    assert [column.place for column in glossary.columns().values()] == list(range(1, 15))
+    assert [metric.monitor for metric in glossary.monitors()] == list(range(1, 7))
+
+
+def test_a_name_of_its_own_goes_before_a_pattern():
+    assert glossary.find("time/step").column and not glossary.find("time/weeding").column
+    assert glossary.find("eval/aime/2024/pass").name == "eval/<set>/pass"
+    assert glossary.find("eval/pass") is None and glossary.find("xtime/step") is None
+
+
+def test_columns_keep_their_width():
+    assert Column(1, "x", "8.3f").text(1 / 3) == "   0.333" and Column(1, "x", "8.3f").text(None) == " " * 8
+
+
+def test_the_documentation_is_the_tables():
+    remedy = "run: python -m dapo.report.glossary > docs/metrics.md"
+    assert (ROOT / "docs/metrics.md").read_text() == glossary.as_markdown(), remedy
+
+
+def test_the_guide_quotes_lines_that_exist():
+    guide = (ROOT / "docs/add_a_metric.md").read_text()
+    quoted = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    files = [ROOT / "dapo/reward/pool.py", ROOT / "dapo/report/glossary.py"]
+    for lines, file in zip(quoted, files, strict=True):
+        assert str(file.relative_to(ROOT)) in guide and lines in file.read_text()
+
+
+def test_the_glossary_is_printed_without_torch():
+    code = """
+import runpy, sys
+runpy.run_module("dapo.report.glossary", run_name="__main__")
+sys.exit("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == glossary.as_markdown()
+
+
+def test_a_metric_that_is_added_to_the_table_is_shown_everywhere(tmp_path, capsys, monkeypatch):
+    toy = Metric(
+        "rollout/toys",
+        "toys",
+        "Toys | a step.",
+        "some",
+        "none",
+        Column(15, "toys", "6.2f"),
+        "toys",
+        monitor=7,
+    )
+    monkeypatch.setattr(glossary, "METRICS", [*glossary.METRICS, toy])
+    console = Console()
+    console.row(make_row(0) | {"rollout/accuracy": 0.5, "rollout/toys": 2.5})
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.endswith("  tok/s   toys") and row.endswith("  2.50")
+
+    run = make_run(tmp_path / "run", steps=0)
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 0, "rollout/toys": 2.5}) + "\n")
+    page.write([run], tmp_path / "page.html", 0)
+    described = data_of(tmp_path / "page.html")["metrics"]["rollout/toys"]
+    assert described == {
+        "curve": "toys",
+        "unit": "toys",
+        "meaning": "Toys | a step.",
+        "healthy": "some",
+        "sick": "none",
+    }
+    assert glossary.monitors()[-1].title == "toys (toys)" and (tmp_path / "page.png").exists()
+
+    line = "| `rollout/toys` | toys | Toys \\| a step. | some | none | console `toys`, page, curves.png |\n"
+    assert line in glossary.as_markdown()
