@@ -1,4 +1,4 @@
-"""Command lines of a run's SGLang servers, from the config, checked against the installed SGLang's arguments."""
+"""Command lines of a run's SGLang servers: from the config, checked against the arguments that SGLang has."""
 
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ CPU = {  # for a machine without CUDA; engine.sglang overrides
     "mem-fraction-static": 0.2,
     "sleep-on-idle": True,  # else an idle server keeps a core busy
 }
-# On a CPU the memory of one bucket of weights is used for the next: fresh pages would take as long as the
-# copy
+# On a CPU keep the memory of a bucket of weights for the next: fresh pages would take as long as the copy
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 # The API key reaches the command line inside the process, where `ps` does not see it
 BOOT = f"""import os, runpy, sys
@@ -67,7 +66,6 @@ def server_options(config: Config, known: Known, has_cuda: bool) -> dict[str, An
     Raises:
         ConfigError: engine.sglang has an argument that SGLang does not know, or that is set here.
     """
-    longest = config.data.max_prompt_length + config.rollout.max_response_length
     options: dict[str, Any] = {
         "model-path": str(config.policy.model),
         "host": LOOPBACK,
@@ -75,16 +73,14 @@ def server_options(config: Config, known: Known, has_cuda: bool) -> dict[str, An
         "log-level-http": "warning",  # no line per request
     }
     if not has_cuda:
-        options |= CPU | {
-            "max-running-requests": config.engine.max_concurrent,
-            "max-total-tokens": config.engine.max_concurrent * longest,
-        }
+        longest = config.data.max_prompt_length + config.rollout.max_response_length
+        most = config.engine.max_concurrent
+        options |= CPU | {"max-running-requests": most, "max-total-tokens": most * longest}
     for name, value in config.engine.sglang.items():
         spelling = name.replace("_", "-")
         if spelling not in known:
-            raise ConfigError(
-                f"engine.sglang.{name}: SGLang has no such argument; {nearest(spelling, sorted(known))}"
-            )
+            hint = nearest(spelling, sorted(known))
+            raise ConfigError(f"engine.sglang.{name}: SGLang has no such argument; {hint}")
         main, takes = known[spelling]
         if main in OURS:
             raise ConfigError(f"engine.sglang.{name} is set by the run: {OURS[main]}")
@@ -99,14 +95,12 @@ def server_options(config: Config, known: Known, has_cuda: bool) -> dict[str, An
 
 
 def module_command(python: str, module: str, options: dict[str, Any]) -> list[str]:
-    """Return the command that runs a module of SGLang, with the API key in the environment."""
+    """Return the command that runs a module of SGLang. The API key is in its environment."""
     return [python, "-c", BOOT, module, *command_line(options)]
 
 
 def command_line(options: dict[str, Any]) -> list[str]:
-    """Return options as arguments: `{"tp-size": 2, "sleep-on-idle": True}` → ["--tp-size", "2", "--sleep-on-
-    idle"].
-    """
+    """Return options as arguments: {"tp-size": 2, "tf32": True, "x": None} → ["--tp-size", "2", "--tf32"]."""
     arguments = []
     for name, value in options.items():
         if value is True:
@@ -121,11 +115,7 @@ def command_line(options: dict[str, Any]) -> list[str]:
 
 
 def check_broadcast(config: Config, options: dict[str, Any], python: str) -> None:
-    """Check that the trainer and servers of these options can join in an NCCL group.
-
-    Raises:
-        ConfigError: they share GPUs, or have different versions of NCCL. It says what to use instead.
-    """
+    """Raise ConfigError if NCCL cannot join the trainer and servers with these options."""
     if config.engine.weight_sync != "broadcast":
         return
     if options.get("enable-memory-saver"):
@@ -148,13 +138,10 @@ def nccl_version(python: str) -> str:
 
 
 def gpu_sets(servers: int, options: dict[str, Any], sees_main: bool = False) -> list[list[str]]:
-    """Return each server's GPUs, as CUDA_VISIBLE_DEVICES names them: those after the trainer's or, if they
-    share memory, from the first on.
+    """Return each server's GPUs, as CUDA_VISIBLE_DEVICES names them. Raise ConfigError if there are too few.
 
-    With `sees_main` each also sees the main rank's GPU, as its last, to read weights there.
-
-    Raises:
-        ConfigError: there are too few.
+    They begin after the trainer's, or at the first if the servers share the trainer's. With `sees_main` each
+    server also sees the main rank's GPU, as its last, to read weights there.
     """
     names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     names = names or [str(i) for i in range(torch.cuda.device_count())]
@@ -171,22 +158,22 @@ def gpu_sets(servers: int, options: dict[str, Any], sees_main: bool = False) -> 
     return [own + ([names[0]] if sees_main and names[0] not in own else []) for own in sets]
 
 
-def child_environment(has_cuda: bool) -> dict[str, str]:
+def child_environment(has_cuda: bool, key: str | None = None) -> dict[str, str]:
     """Return our environment without torchrun's variables: a server would take our rank for its own."""
     torchrun = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(torchrun)}
     # a health check must not generate a token: during a sync none is generated
     environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
+    if key:
+        environment[KEY_VARIABLE] = key
     return environment if has_cuda else KEEP_MEMORY | environment | {"SGLANG_USE_CPU_ENGINE": "1"}
 
 
 @functools.cache
 def known_arguments(python: str, has_cuda: bool) -> Known:
-    """Return the arguments of the SGLang that `python` has. They are kept in the user's cache, because to
-    import SGLang takes many seconds.
+    """Return the arguments of the SGLang that `python` has. Raise ConfigError if it has none.
 
-    Raises:
-        ConfigError: it has no SGLang.
+    They are kept in the user's cache: to import SGLang takes many seconds.
     """
     version = _ask(python, "import importlib.metadata; print(importlib.metadata.version('sglang'))", has_cuda)
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dapo"
@@ -203,23 +190,18 @@ def known_arguments(python: str, has_cuda: bool) -> Known:
 
 def _ask(python: str, code: str, has_cuda: bool) -> str:
     """Return the last line that `code` prints."""
+    command, environment = [python, "-c", code], child_environment(has_cuda)
     try:
         done = subprocess.run(
-            [python, "-c", code],
-            env=child_environment(has_cuda),
-            capture_output=True,
-            text=True,
-            timeout=IMPORT_TIMEOUT,
+            command, env=environment, capture_output=True, text=True, timeout=IMPORT_TIMEOUT
         )
     except OSError as error:
         raise ConfigError(f"engine.python={python}: {error.strerror}") from error
     except subprocess.TimeoutExpired as error:
-        raise ConfigError(
-            f"engine.python={python} does not import SGLang within {error.timeout:.0f} s"
-        ) from error
+        late = f"does not import SGLang within {error.timeout:.0f} s"
+        raise ConfigError(f"engine.python={python} {late}") from error
     if done.returncode:
-        raise ConfigError(
-            f"engine.python={python} has no SGLang that works: {last_error(done.stderr.splitlines())}; "
-            "pip install dapo[sglang]"
-        )
+        why = last_error(done.stderr.splitlines())
+        remedy = "pip install dapo[sglang]"
+        raise ConfigError(f"engine.python={python} has no SGLang that works: {why}; {remedy}")
     return done.stdout.splitlines()[-1]

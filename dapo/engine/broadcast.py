@@ -36,25 +36,21 @@ class _Group:
 
     name: str
     backend: Any  # ProcessGroupGloo or ProcessGroupNCCL
-    work: Future[dist.Work] | None = (
-        None  # the last broadcast until it has ended: it uses the bucket's memory
-    )
+    work: Future[dist.Work] | None = None  # its last broadcast, which uses the bucket's memory until it ends
     answers: list[Future[Any]] = field(default_factory=list)  # of the servers, to the call for that broadcast
 
 
 class Broadcast(Transport):
-    """Sends buckets through process groups in which this process is rank 0 and the servers' tensor ranks
-    follow.
+    """Sends buckets through process groups: this process is rank 0, the servers' tensor ranks follow.
 
-    The call for a bucket is sent while the servers load the last one. One call may overtake another, so there
-    are
-    two groups in turns: a call names the group whose next broadcast is its own.
+    A server is called for the next bucket while it loads the last. One call may overtake another, so two
+    groups take turns: a call names the group whose next broadcast is its own.
     """
 
     def __init__(self, bucket_bytes: int, timeout: float, device: torch.device):
         super().__init__(bucket_bytes, timeout, device)
         self.backend = "nccl" if device.type == "cuda" else "gloo"
-        self.groups: list[_Group] = []  # the next bucket goes through the first
+        self.groups: list[_Group] = []  # two; the next bucket goes through the first
 
     def open(self, peers: list[Peer]) -> None:
         super().open(peers)
@@ -73,10 +69,9 @@ class Broadcast(Transport):
             flush_cache=False,
         )
         self._wait_until_loaded(group)
-        path, timeout = "/update_weights_from_distributed", self.timeout + GRACE  # after that of `_finish`
-        group.answers = [
-            self.pool.submit(peer.server.post, path, call, timeout, SUCCESS) for peer in self.peers
-        ]
+        path, timeout = "/update_weights_from_distributed", self.timeout + GRACE  # `_finish` ends before it
+        posts = [peer.server.post for peer in self.peers]
+        group.answers = [self.pool.submit(post, path, call, timeout, SUCCESS) for post in posts]
         group.work = self.pool.submit(self._broadcast, group, bucket.data)
         return lambda: self._finish(group)
 
@@ -90,51 +85,39 @@ class Broadcast(Transport):
             if self.backend == "nccl":
                 group.backend.abort()
             threading.Thread(target=_keep_until_done, args=(group,), daemon=True).start()
-            leave = partial(
-                Server.post,
-                path="/destroy_weights_update_group",
-                body={"group_name": group.name},
-                timeout=GRACE,
-            )
-            with contextlib.suppress(EngineError):  # a server that was restarted does not know it
+            path, body = "/destroy_weights_update_group", {"group_name": group.name}
+            leave = partial(Server.post, path=path, body=body, timeout=GRACE)
+            with contextlib.suppress(EngineError):  # a server that was restarted does not know the group
                 on_all([peer.server for peer in self.peers], leave)
 
     def _broadcast(self, group: _Group, data: Tensor) -> dist.Work:
-        """Begin the broadcast, in a thread: NCCL's first call in a group waits for the servers' calls, and a
-        server that refuses makes none.
-        """
+        """Begin, in a thread: NCCL's first call in a group waits for all servers, of which one may refuse."""
         if data.is_cuda:
             torch.cuda.set_device(data.device)
         return group.backend.broadcast(data, 0)  # type: ignore[no-any-return]
 
     def _connect(self) -> _Group:
-        """Join a new group. A server's call returns when all have joined, so this rank joins while they wait."""
-        name = (
-            f"dapo-{os.getpid()}-{time.time_ns()}"  # never used twice: a server may still have the old group
-        )
+        """Join a new group with the servers: each one's call returns when all, this rank too, have joined."""
+        # a name is never used twice: a server may still have the old group
+        name = f"dapo-{os.getpid()}-{time.time_ns()}"
         addresses = [_address_towards(peer.server) for peer in self.peers]
         address = next((a for a in addresses if a not in ("127.0.0.1", "::1")), addresses[0])
         store = dist.TCPStore(  # type: ignore[attr-defined]
             address, 0, is_master=True, timeout=timedelta(seconds=self.timeout), wait_for_workers=False
         )
         *offsets, world = itertools.accumulate([1, *(peer.tensor_ranks for peer in self.peers)])
-        call = dict(
-            master_address=address,
-            master_port=store.port,
-            world_size=world,
-            group_name=name,
-            backend=self.backend,
-        )
-        path = "/init_weights_update_group"
+        path, where = "/init_weights_update_group", {"master_address": address, "master_port": store.port}
+        group = where | {"world_size": world, "group_name": name, "backend": self.backend}
         joining = [
-            self.pool.submit(peer.server.post, path, call | {"rank_offset": offset}, self.timeout, SUCCESS)
+            self.pool.submit(peer.server.post, path, group | {"rank_offset": offset}, self.timeout, SUCCESS)
             for peer, offset in zip(self.peers, offsets, strict=True)
         ]
         ours = self.pool.submit(_join, self.backend, store, name, world, self.timeout + GRACE)
+        group_with = f"{self.backend} group with {self.urls}"
         try:
-            wait_for_all([*joining, ours], self.timeout, f"joining a {self.backend} group with {self.urls}")
+            wait_for_all([*joining, ours], self.timeout, f"joining a {group_with}")
         except RuntimeError as error:
-            raise EngineError(f"no {self.backend} group with {self.urls}: {_first_line(error)}") from None
+            raise EngineError(f"no {group_with}: {_first_line(error)}") from None
         return _Group(name, ours.result())
 
     def _finish(self, group: _Group) -> None:
@@ -144,9 +127,8 @@ class Broadcast(Transport):
         while not (group.work.done() and (group.work.exception() or group.work.result().is_completed())):
             self._raise_refusals()
             if time.monotonic() > deadline:
-                raise EngineError(
-                    f"a broadcast of weights to {self.urls} took more than {self.timeout:.0f} s"
-                )
+                late = f"took more than {self.timeout:.0f} s"
+                raise EngineError(f"a broadcast of weights to {self.urls} {late}")
             time.sleep(0.0005)
         try:
             work = group.work.result()
@@ -196,9 +178,7 @@ def _join(backend: str, store: Any, name: str, world: int, timeout: float) -> An
 
 
 def _keep_until_done(group: _Group) -> None:
-    """Hold a group until its broadcast ends, if only by the timeout: its destructor would wait for that, and
-    block every thread meanwhile.
-    """
+    """Hold a group until its broadcast ends: its destructor would wait for that, and block every thread."""
     if group.work is not None:
         with contextlib.suppress(RuntimeError):
             group.work.result().wait()

@@ -30,8 +30,7 @@ class Bucket:
 
 
 def buckets(weights: Iterable[tuple[str, Tensor]], size: int, device: torch.device) -> Iterator[Bucket]:
-    """Pack the weights into buckets of at most `size` bytes; a larger tensor is a bucket by itself, in its
-    own memory.
+    """Pack the weights into buckets of at most `size` bytes; a larger tensor is a bucket by itself.
 
     Two buffers take turns: finish with a bucket before asking for the second one after it.
     """

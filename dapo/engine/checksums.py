@@ -1,9 +1,8 @@
 """The checksums that an SGLang server must have of the policy's weights, compared with those that it has.
 
-SGLang keeps q, k, v in one parameter and gate, up in another, a layer's experts in one, the vocabulary padded
-with zeros to a multiple of 64, and shards every matrix over its tensor ranks. `/weights_checker` returns 8
-bytes for a
-parameter: on a CPU, the first of the SHA-256 of its memory; on a GPU, a hash of SGLang's own (`gpu_digest`).
+SGLang fuses q, k, v, and gate, up, and a layer's experts, pads the vocabulary with zeros to a multiple of 64,
+and shards every matrix over its tensor ranks. `/weights_checker` returns 8 bytes per parameter: on a CPU, the
+first of the SHA-256 of its memory; on a GPU, a hash of SGLang's own (`gpu_digest`).
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ EXPERTS_INTO = {part: whole for whole, parts in EXPERTS.items() for part in part
 class Checksums:
     """Computes checksums of weights as they are sent, for servers with each of these numbers of tensor ranks.
 
-    Those of experts hold for a server on a CPU if their columns are a multiple of 32 × tensor ranks, else it
-    pads them; a server on a GPU orders experts as its kernel needs them.
+    Those of experts hold on a CPU if their columns are a multiple of 32 × tensor ranks, else the server pads
+    them; on a GPU it orders experts as its kernel needs them.
     """
 
     def __init__(
@@ -72,9 +71,7 @@ class Checksums:
             self._enter(fused, [(part.split(".")[-1], parts[part]) for part in order])
 
     def differences(self, found: Sequence[dict[str, str]]) -> list[str]:
-        """Return the names whose checksums differ from those of a server, `found` on each of its tensor
-        ranks.
-        """
+        """Return the names whose checksums differ from `found`, a dictionary for each of a server's ranks."""
         pairs = zip(self.of_ranks[len(found)], found, strict=True)
         return sorted({name for ours, theirs in pairs for name, _ in ours.items() ^ theirs.items()})
 

@@ -138,9 +138,7 @@ class Client:
         self._send()
 
     def _send(self) -> None:
-        """Send what is ready wherever there is room: where the fewest requests are outstanding, and if
-        possible not where the request was sent last.
-        """
+        """Send what is ready, to the least busy servers; what failed to another one, if there is one."""
         while self.ready:
             free = [endpoint for endpoint in self.endpoints if self._has_room(endpoint)]
             if not free:
@@ -151,7 +149,7 @@ class Client:
                 self._send_to(min(free, key=lambda e: (e is last, len(e.outstanding))), job)
 
     def _has_room(self, endpoint: Endpoint) -> bool:
-        """True if it may get another request. A router that has lost a worker since the last sync gets fewer."""
+        """Return True if it may get another request: a router that has lost a worker gets fewer."""
         room = self.max_concurrent * len(endpoint.worker_urls)
         return endpoint.is_usable and len(endpoint.outstanding) < room
 
@@ -191,8 +189,8 @@ class Client:
             raise BadAnswer(f"{status} {http.one_line(answer)}")
         if status != 200:
             raise EngineError(
-                f"{endpoint.url} refused request {request.id} ({len(request.prompt.tokens)} tokens of prompt, "
-                f"max_tokens {request.sampling.max_tokens}): {status} {http.one_line(answer)}"
+                f"{endpoint.url} refused request {request.id} ({len(request.prompt.tokens)} tokens of "
+                f"prompt, max_tokens {request.sampling.max_tokens}): {status} {http.one_line(answer)}"
             )
         return answer
 
@@ -202,9 +200,8 @@ class Client:
             return
         for version, _, _ in sample.versions:
             if not job.version <= version <= self.version:
-                raise BadAnswer(
-                    f"generates with weight version {version}, not {job.version}: it missed the last weight sync"
-                )
+                found = f"generates with weight version {version}, not {job.version}"
+                raise BadAnswer(f"{found}: it missed the last weight sync")
 
     def _send_again(self, job: Job) -> None:
         assert job.endpoint
@@ -226,9 +223,8 @@ class Client:
     async def _restore(self, endpoint: Endpoint) -> None:
         """Use the server again once it is well, after a pause."""
         pause = min(FIRST_PAUSE * 2.0 ** min(endpoint.num_faults - 1, 10), LONGEST_PAUSE)
-        _print(
-            f"{endpoint.url} failed, {len(endpoint.outstanding)} more responses asked there: {endpoint.fault}"
-        )
+        others = f"{len(endpoint.outstanding)} more responses asked there"
+        _print(f"{endpoint.url} failed, {others}: {endpoint.fault}")
         await asyncio.sleep(pause * random.uniform(0.5, 1.0))
         while endpoint in self.endpoints and not await self._is_well(endpoint):
             pause = min(2 * pause, LONGEST_PAUSE)
@@ -264,10 +260,9 @@ class Client:
                 task.add_done_callback(self.aborts.discard)
 
     async def _abort_at(self, endpoint: Endpoint, rid: str, silent: set[str]) -> None:
-        """Abort `rid` at the server, or at every worker behind a router.
+        """Abort `rid` at the server, or at every worker behind a router, but not at those that are `silent`.
 
-        A server that cannot be reached has nothing to abort. One that let ABORT_TIMEOUT pass is added to
-        `silent`, and gets no more of these aborts.
+        A server that cannot be reached has nothing to abort. One that lets ABORT_TIMEOUT pass becomes silent.
         """
         body = orjson.dumps({"rid": rid})
         for url in endpoint.worker_urls:
@@ -290,7 +285,9 @@ class Client:
         while True:
             await asyncio.sleep(min(self.limits.stall / 10, 10.0))
             busy = [endpoint for endpoint in self.endpoints if endpoint.outstanding]
-            await asyncio.gather(*(self._check_progress(endpoint) for endpoint in busy))
+            progressed = await asyncio.gather(*(endpoint.has_progressed() for endpoint in busy))
+            for endpoint in itertools.compress(busy, progressed):
+                self._note_progress(endpoint)
             now = time.monotonic()
             if self.is_loading or self._is_idle():
                 self.progressed_at = now  # and no heartbeat: the ranks may be stuck elsewhere
@@ -301,10 +298,6 @@ class Client:
                 return
             for endpoint in list(self.endpoints):
                 self._check_stall(endpoint, now)
-
-    async def _check_progress(self, endpoint: Endpoint) -> None:
-        if await endpoint.has_progressed():
-            self._note_progress(endpoint)
 
     def _check_stall(self, endpoint: Endpoint, now: float) -> None:
         """Restart workers that stand still behind a router; leave an endpoint that stands still."""

@@ -17,33 +17,27 @@ T = TypeVar("T")
 # environment variable with the servers' API key: not an option, because the config is saved with the run
 KEY_VARIABLE = "DAPO_ENGINE_KEY"
 IN_WORDS = {"/flush_cache"}  # calls answered in words; all others are answered with JSON, or with nothing
-NOTHING: Mapping[str, type] = {}
-SUCCESS: Mapping[str, type] = {"success": bool}  # of every call that changes weights; false is a refusal
+Fields = Mapping[str, type]
+NOTHING: Fields = {}
+SUCCESS: Fields = {"success": bool}  # of every call that changes weights; false is a refusal
 
 
 class Server:
-    """The server at `url`, http://host:port. `key` is its API key, if it needs one.
+    """The server at `url`, http://host:port. Every call may raise EngineError with the call and its answer.
 
     `fields` are those that the answer must have, by type: `get("/server_info", fields={"tp_size": int})`.
     Without any, the answer may be empty. `timeout` is in seconds.
-
-    Raises, in every call:
-        EngineError: it names the server, the call and the answer.
     """
 
     def __init__(self, url: str, key: str | None = None):
         self.url = url.rstrip("/")
         self.key = key or os.environ.get(KEY_VARIABLE)
 
-    def get(self, path: str, timeout: float = 10, fields: Mapping[str, type] = NOTHING) -> dict[str, Any]:
+    def get(self, path: str, timeout: float = 10, fields: Fields = NOTHING) -> dict[str, Any]:
         return self._call("GET", path, None, timeout, fields)
 
     def post(
-        self,
-        path: str,
-        body: dict[str, Any] | None = None,
-        timeout: float = 60,
-        fields: Mapping[str, type] = NOTHING,
+        self, path: str, body: dict[str, Any] | None = None, timeout: float = 60, fields: Fields = NOTHING
     ) -> dict[str, Any]:
         return self._call("POST", path, json.dumps(body or {}).encode(), timeout, fields)
 
@@ -51,7 +45,7 @@ class Server:
         return self._call("DELETE", path, None, timeout, NOTHING)
 
     def _call(
-        self, method: str, path: str, body: bytes | None, timeout: float, fields: Mapping[str, type]
+        self, method: str, path: str, body: bytes | None, timeout: float, fields: Fields
     ) -> dict[str, Any]:
         where = self.url + path
         try:
@@ -81,9 +75,6 @@ def _parse(text: bytes, where: str) -> dict[str, Any]:
 
 
 def on_all(servers: Sequence[S], call: Callable[[S], T]) -> list[T]:
-    """Run `call` on every server at once and return the answers in order.
-
-    The first error is raised after all have answered.
-    """
+    """Run `call` on all at once. Return the answers in order, or raise the first error once all ended."""
     with ThreadPoolExecutor(max(1, len(servers))) as pool:
         return [future.result() for future in [pool.submit(call, server) for server in servers]]

@@ -1,5 +1,4 @@
-"""The engine without a server: Hugging Face `generate`, in the main rank's process. For one machine and small
-models.
+"""The engine without a server: Hugging Face `generate` in the main rank's process, for small models.
 
 B = samples generated together, V = vocabulary.
 """
@@ -29,15 +28,13 @@ class EmbeddedEngine:
 
     def __init__(self, model: Path, dtype: torch.dtype, device: torch.device, max_concurrent: int):
         config = transformers.AutoConfig.from_pretrained(model)
-        self.model = (
-            transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-            .to(device)
-            .eval()
-        )
-        # nothing is inherited: no repetition penalty, no top_k of the model's authors
-        self.model.generation_config = GenerationConfig()
-        self.device, self.max_concurrent = device, max_concurrent
-        self.version = -1
+        auto = transformers.AutoModelForCausalLM
+        built = auto.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        self.model = built.to(device).eval()
+        self.model.generation_config = GenerationConfig()  # without the authors' repetition penalty, top_k, …
+        self.device = device
+        self.max_concurrent = max_concurrent
+        self.version = -1  # of the weights; none are loaded
         self.streams: weakref.WeakSet[EmbeddedStream] = weakref.WeakSet()
         self.lock = threading.Lock()  # the model serves one stream at a time
 
@@ -58,7 +55,8 @@ class EmbeddedEngine:
         self.version = version
 
     def waiting(self) -> str:
-        return f"{sum(len(stream.queue) for stream in self.streams)} responses queued in this process"
+        queued = sum(len(stream.queue) for stream in list(self.streams))
+        return f"{queued} responses queued in this process"
 
     def release_memory(self) -> None: ...
 
@@ -66,12 +64,14 @@ class EmbeddedEngine:
 
     @torch.no_grad()
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
+        """Generate one sample per request, all together. The caller holds the lock."""
         longest = max(len(request.prompt.tokens) for request in requests)
         prompts = np.zeros((len(requests), longest), np.int64)  # padded on the left
         is_real = np.zeros_like(prompts)
         for row, request in enumerate(requests):
-            prompts[row, longest - len(request.prompt.tokens) :] = request.prompt.tokens
-            is_real[row, longest - len(request.prompt.tokens) :] = 1
+            start = longest - len(request.prompt.tokens)
+            prompts[row, start:] = request.prompt.tokens
+            is_real[row, start:] = 1
         sampler = SeededSampling([request.seed for request in requests], sampling, longest)
         out = self.model.generate(
             torch.from_numpy(prompts).to(self.device),
@@ -86,15 +86,11 @@ class EmbeddedEngine:
         )
         tokens = out[:, longest:].to(torch.int32).cpu().numpy()
         logprobs = torch.stack(sampler.logprobs, dim=1).cpu().numpy()  # [B, n]
-        return [self._sample(*row, sampling) for row in zip(requests, tokens, logprobs, strict=True)]
+        return [self._sample(*row) for row in zip(requests, tokens, logprobs, strict=True)]
 
-    def _sample(
-        self, request: Request, tokens: np.ndarray, logprobs: np.ndarray, sampling: Sampling
-    ) -> Sample:
-        """Cut at the first stop token, inclusive; never by looking for padding, which may be a stop token
-        itself.
-        """
-        stops = np.flatnonzero(np.isin(tokens, sampling.stop_ids))
+    def _sample(self, request: Request, tokens: np.ndarray, logprobs: np.ndarray) -> Sample:
+        """Cut at the first stop token, inclusive, and not at padding, which may be a stop token itself."""
+        stops = np.flatnonzero(np.isin(tokens, request.sampling.stop_ids))
         length = int(stops[0]) + 1 if len(stops) else len(tokens)
         return Sample(
             group=request.group,
@@ -126,10 +122,12 @@ class EmbeddedStream:
             yield self.finished.popleft()
 
     def abort(self, ids: Iterable[str] | None = None) -> None:
-        gone = None if ids is None else set(ids)
-        self.queue = [request for request in self.queue if gone is not None and request.id not in gone]
-        kept = (s for s in self.finished if gone is not None and f"{s.group}.{s.index}" not in gone)
-        self.finished = deque(kept)
+        if ids is None:
+            self.queue, self.finished = [], deque()
+            return
+        dropped = set(ids)
+        self.queue = [request for request in self.queue if request.id not in dropped]
+        self.finished = deque(s for s in self.finished if f"{s.group}.{s.index}" not in dropped)
 
     def _generate_next(self) -> None:
         """Generate the first requests of the queue that have the same sampling settings."""
@@ -142,37 +140,36 @@ class EmbeddedStream:
 
 
 def as_stored(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """A transformers model's (name, tensor) as its files have them: a layer's experts, fused in memory, one
-    by one. They are views.
+    """Yield a transformers model's tensors, as views, under the names in its files.
+
+    In memory a layer's experts are fused; in files each has tensors of its own.
     """
     for name, tensor in tensors:
         layer, _, fused = name.partition(".experts.")
         if fused == "gate_up_proj":  # [experts, 2 · F, H]
             for i, expert in enumerate(tensor):
-                yield from zip(
-                    (f"{layer}.experts.{i}.{part}_proj.weight" for part in ("gate", "up")),
-                    expert.chunk(2),
-                    strict=True,
-                )
+                gate, up = expert.chunk(2)
+                yield f"{layer}.experts.{i}.gate_proj.weight", gate
+                yield f"{layer}.experts.{i}.up_proj.weight", up
         elif fused == "down_proj":  # [experts, H, F]
-            yield from ((f"{layer}.experts.{i}.down_proj.weight", expert) for i, expert in enumerate(tensor))
+            for i, expert in enumerate(tensor):
+                yield f"{layer}.experts.{i}.down_proj.weight", expert
         else:
             yield name, tensor
 
 
 class SeededSampling(LogitsProcessor):  # type: ignore[misc]
-    """Draws each row's next token from the row's own seed, so that a sample does not depend on what it was
-    batched with.
+    """Draws each row's next token with the row's own seed, so that a sample does not depend on its batch.
 
-    Keeps log softmax(logits / T) of what it drew, before top_p; leaves only the drawn token to choose.
+    It keeps log softmax(logits / T) of the drawn token, before top_p, and leaves no other token to choose.
     """
 
     def __init__(self, seeds: list[int], sampling: Sampling, prompt_length: int):
-        draws = [
-            np.random.Generator(np.random.Philox(key=seed)).random(sampling.max_tokens) for seed in seeds
-        ]
+        generators = [np.random.Generator(np.random.Philox(key=seed)) for seed in seeds]
+        draws = [generator.random(sampling.max_tokens) for generator in generators]
         self.uniforms = torch.from_numpy(np.stack(draws))  # float64 [B, max_tokens]
-        self.sampling, self.prompt_length = sampling, prompt_length
+        self.sampling = sampling
+        self.prompt_length = prompt_length
         self.top_p = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
         self.logprobs: list[Tensor] = []
 
@@ -184,7 +181,7 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
         cumulative = drawn_from.double().exp().cumsum(-1)
         position = input_ids.shape[1] - self.prompt_length
         uniform = self.uniforms[:, position].to(scores.device)
-        # [B, 1], never of probability 0
+        # [B, 1], never a token of probability 0
         token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)
         token = token.clamp(max=scores.shape[-1] - 1)  # where u · total rounded up to the total
         self.logprobs.append(logprobs.gather(-1, token)[:, 0])

@@ -19,9 +19,7 @@ PROBE_TIMEOUT = 10.0  # seconds
 
 
 class Servers(Protocol):
-    """The servers of an engine. `workers` take control calls; `generate_urls`, which are theirs or that of
-    the router in front of them, take requests.
-    """
+    """An engine's servers: `workers` take control calls, `generate_urls` (theirs or a router's) requests."""
 
     @property
     def workers(self) -> Sequence[Server]: ...
@@ -61,7 +59,7 @@ class Job:
 
 
 class Endpoint:
-    """A worker, or the router in front of several. Lives in the event loop; any thread may call `describe`."""
+    """A worker, or the router in front of several. Used in the event loop, but for `describe`."""
 
     def __init__(self, url: str, servers: Servers, key: str | None):
         self.url = url

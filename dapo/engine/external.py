@@ -13,19 +13,12 @@ from dapo.types import EngineError
 
 
 class ExternalServers:
-    """Implements Servers. A server that does not answer before a sync is left out until it does before a
-    later one.
-
-    Raises:
-        ConfigError: engine.sglang is set as well.
-    """
+    """Implements Servers. One that does not answer before a sync is left out until it does before another."""
 
     def __init__(self, config: Config, say: Callable[[str], None]):
         if config.engine.sglang:
-            raise ConfigError(
-                "engine.sglang is for servers that the run starts: give those in engine.urls their arguments "
-                "where they start"
-            )
+            remedy = "give those in engine.urls their arguments where they start"
+            raise ConfigError(f"engine.sglang is for servers that the run starts: {remedy}")
         self.model = config.policy.model
         self.say = say
         self.servers = [Server(url) for url in config.engine.urls]
@@ -40,27 +33,19 @@ class ExternalServers:
         return [worker.url for worker in self.workers]
 
     def wait(self) -> None:
-        """Check every server and report what it is.
-
-        Raises:
-            ConfigError: one does not answer, or serves another architecture than the policy's.
-        """
+        """Check every server, and report its version and model. Raise ConfigError if one cannot be used."""
         for server in self.servers:
             self.say(check_server(server, self.model))
 
     def refresh(self) -> bool:
-        """Check every server again. Return True if others answer than at the last check.
-
-        Raises:
-            EngineError: none answers.
-        """
+        """Check every server. Return True if others answer than before; raise EngineError if none does."""
         found = on_all(self.servers, self._failure_of)
         has_changed = False
         for server, failure in zip(self.servers, found, strict=True):
             if bool(failure) != bool(self.failures[server.url]):
                 has_changed = True
-                left_out = f"{failure}; left out until it answers at a sync of weights"
-                self.say(left_out if failure else f"{server.url} answers again")
+                news = f"{failure}; left out until it answers at a sync of weights"
+                self.say(news if failure else f"{server.url} answers again")
         self.failures = dict(zip(self.failures, found, strict=True))
         self.check()
         return has_changed
@@ -84,7 +69,7 @@ class ExternalServers:
 
 
 def check_server(server: Server, model: Path) -> str:
-    """Return one line about an external server: its version and its model.
+    """Return one line about a server: its version and model.
 
     Raises:
         ConfigError: it does not answer, or serves another architecture than the policy's.
@@ -92,12 +77,10 @@ def check_server(server: Server, model: Path) -> str:
     try:
         line, theirs = describe(server)
     except EngineError as error:
-        raise ConfigError(
-            f"engine.urls: {error}; is it up, and {KEY_VARIABLE} set if it wants a key?"
-        ) from error
+        hint = f"is it up, and {KEY_VARIABLE} set if it wants a key?"
+        raise ConfigError(f"engine.urls: {error}; {hint}") from error
     ours = read_object(model / "config.json").get("architectures")
     if theirs not in (ours, None):
-        raise ConfigError(
-            f"engine.urls: {server.url} serves {theirs}, policy.model={model} is {ours}: start it with that model"
-        )
+        wrong = f"{server.url} serves {theirs}, policy.model={model} is {ours}"
+        raise ConfigError(f"engine.urls: {wrong}: start it with that model")
     return line

@@ -1,11 +1,10 @@
 """A run's SGLang servers: started, watched and stopped here, with a router in front of several.
 
-No process that is started here survives the trainer, however it ends: each has a guardian (guardian.py). It
-listens on loopback and needs an API key drawn for the run, which appears neither in `ps` nor in a log.
+None survives the trainer, however it ends: each has a guardian (guardian.py). They listen on loopback and
+need an API key drawn for the run, which appears neither in `ps` nor in a log.
 
-A server that dies is restarted on another port, so that it gets no requests before it has the policy's
-weights: `refresh` adds it to the workers once it is up, the weights are synced, and `serve` opens it to
-requests. Until then the others do its work.
+A server that dies is restarted on another port, so that it gets no requests before the policy's weights: once
+it is up `refresh` adds it to the workers, the weights are synced, and `serve` opens it to requests.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -30,7 +29,7 @@ from dapo.engine.arguments import (
     module_command,
     server_options,
 )
-from dapo.engine.control import KEY_VARIABLE, Server
+from dapo.engine.control import Server
 from dapo.engine.external import ExternalServers
 from dapo.engine.process import RESTARTS, ServerProcess, free_port
 from dapo.engine.router import Router
@@ -44,10 +43,7 @@ ROUTER_TIMEOUT = 60.0  # seconds for the router to start, or to take a server in
 def make_servers(
     config: Config, say: Callable[[str], None] = print, is_interrupted: Callable[[], bool] = lambda: False
 ) -> Fleet | ExternalServers:
-    """Return the servers of a run: those in engine.urls, else its own, which start at once. `wait` for them.
-
-    `say` is called with each line of news.
-    """
+    """Return a run's servers: those in engine.urls, or its own, which start now. `say` gets lines of news."""
     return ExternalServers(config, say) if config.engine.urls else Fleet(config, say, is_interrupted)
 
 
@@ -55,8 +51,7 @@ class Fleet:
     """Implements Servers with processes of its own, each with a log in <run.dir>/servers.
 
     Raises:
-        ConfigError: engine.sglang is not what this SGLang understands, there is no SGLang, or there are too
-            few GPUs.
+        ConfigError: SGLang is missing or does not understand engine.sglang, or there are too few GPUs.
     """
 
     def __init__(self, config: Config, say: Callable[[str], None], is_interrupted: Callable[[], bool]):
@@ -68,7 +63,7 @@ class Fleet:
         self.router: Router | None = None
         if len(self.local) > 1:
             self.router = Router(config, self.key, [server.url for server in self.local])
-        self._lock = threading.Lock()  # of the workers and the processes' states
+        self._lock = threading.Lock()  # for the workers and the processes' states
         self._workers = [Server(server.url, self.key) for server in self.local]
         self._has_changed = False
         self._is_closing = threading.Event()
@@ -89,14 +84,14 @@ class Fleet:
         return [*self.local, self.router] if self.router else list(self.local)
 
     def wait(self) -> None:
-        """Wait until every server and the router are up.
+        """Wait until every server and the router are up; if this raises, all are stopped.
 
         Raises:
-            ConfigError: one died or fell silent; one line, with the last error in its log. All are stopped.
-            Interrupted: the run is to stop.
+            ConfigError: one died or fell silent; with the last error in its log.
+            Interrupted: `is_interrupted()` is true.
         """
         try:
-            self._wait_until_up(self.processes)
+            self._wait_until_up()
             for server in self.local:
                 server.state = "serving"
             self._watcher.start()
@@ -106,13 +101,10 @@ class Fleet:
             raise
 
     def refresh(self) -> bool:
-        """Add restarted servers that are up to the workers; wait for one if there is no worker.
+        """Add restarted servers that are up to the workers; without any worker, wait for one.
 
-        Returns True if the workers changed since the last call: then process groups with them must be made
-        anew.
-
-        Raises:
-            EngineError: no server is left.
+        Return True if the workers changed since the last call: then process groups must be made anew. Raise
+        EngineError if no server is left.
         """
         while not self._add_restarted():
             if self.is_interrupted():
@@ -125,11 +117,7 @@ class Fleet:
         return has_changed
 
     def serve(self) -> None:
-        """Open every worker to requests: all of them have the policy's weights now.
-
-        Raises:
-            EngineError: the router does not take one in.
-        """
+        """Open every worker to requests. Raise EngineError if the router does not take one in."""
         if not self.router:
             return
         deadline = time.monotonic() + ROUTER_TIMEOUT
@@ -139,18 +127,12 @@ class Fleet:
             time.sleep(CHECK_EVERY)
 
     def check(self) -> None:
-        """Return if there is a worker.
-
-        Raises:
-            WeightsLost: there is one after the next sync.
-            EngineError: no server is left; it names the cause of each death.
-        """
+        """Raise WeightsLost if there is no worker until the next sync, EngineError if all are dead."""
         if self.workers:
             return
         if any(server.state != "dead" for server in self.local):
-            raise WeightsLost(
-                "no server has the policy's weights; those that were started again get them at the next sync"
-            )
+            restarted = "those that were started again get them at the next sync"
+            raise WeightsLost(f"no server has the policy's weights; {restarted}")
         raise EngineError("no server is left: " + "; ".join(server.failure for server in self.local))
 
     def restart(self, url: str, fault: str) -> None:
@@ -181,34 +163,32 @@ class Fleet:
         if has_cuda:
             check_broadcast(config, options, python)
             sets = gpu_sets(engine.servers, options, sees_main=engine.weight_sync == "tensor")
-        environment = child_environment(has_cuda) | {KEY_VARIABLE: self.key}
+        environment = child_environment(has_cuda, self.key)
         command = module_command(python, "sglang.launch_server", options)
-        return [
-            ServerProcess(
-                f"server {i}",
-                command,
-                folder / f"server-{i}.log",
-                environment | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)},
-                options["host"],
+        processes = []
+        for i, gpus in enumerate(sets):
+            log, visible = folder / f"server-{i}.log", {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+            processes.append(
+                ServerProcess(f"server {i}", command, log, environment | visible, options["host"])
             )
-            for i, gpus in enumerate(sets)
-        ]
+        return processes
 
-    def _wait_until_up(self, processes: Sequence[ServerProcess]) -> None:
+    def _wait_until_up(self) -> None:
         reported_at = time.monotonic()
-        while waiting := [process for process in processes if not process.is_up()]:
+        while waiting := [process for process in self.processes if not process.is_up()]:
             for process in waiting:
                 if process.has_ended() or process.is_silent():
                     raise ConfigError(process.describe_failure())
             if time.monotonic() - reported_at > REPORT_EVERY:
                 reported_at = time.monotonic()
-                self.say(f"waiting for {len(waiting)} of {len(processes)}: {waiting[0].describe_progress()}")
+                first = waiting[0].describe_progress()
+                self.say(f"waiting for {len(waiting)} of {len(self.processes)}: {first}")
             if self.is_interrupted():
                 raise Interrupted
             time.sleep(CHECK_EVERY)
 
     def _add_restarted(self) -> bool:
-        """Add servers that are up to the workers. Return False if there is no worker and one is starting."""
+        """Add servers that are up to the workers. Return False if there is none and one is starting."""
         with self._lock:
             for server in self.local:
                 if server.state == "up":
@@ -218,9 +198,7 @@ class Fleet:
             return bool(self._workers) or not any(server.state == "starting" for server in self.local)
 
     def _watch(self) -> None:
-        """Restart processes that die or stand still. A server that dies repeatedly before it serves stays
-        dead.
-        """
+        """Restart processes that die or stand still, but no server that dies repeatedly before it serves."""
         while not self._is_closing.wait(CHECK_EVERY):
             for process in self.processes:
                 try:
@@ -242,7 +220,7 @@ class Fleet:
         elif process.state == "starting" and process.is_up():
             process.state = "up"
             self._report(f"{process.name} is up again; it takes requests after the next sync of weights")
-        elif process.has_failed() or (process.state == "starting" and process.is_silent()):
+        elif process.fault or process.has_ended() or (process.state == "starting" and process.is_silent()):
             self._note_death(process)
 
     def _check_router(self, router: Router) -> None:
@@ -269,7 +247,5 @@ class Fleet:
         self._report(f"{process.failure}; {'starting it again' if is_restarted else stays_dead}")
 
     def _report(self, text: str) -> None:
-        with contextlib.suppress(
-            OSError
-        ):  # stdout is closed, or the disk full: servers are watched all the same
+        with contextlib.suppress(OSError):  # stdout may be closed, or the disk full
             self.say(text)

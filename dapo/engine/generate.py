@@ -24,8 +24,7 @@ class BadAnswer(Exception):
 
 
 def body(request: Request, rid: str) -> bytes:
-    """Return the body of POST /generate. It sets every sampling parameter, so that no server's default
-    applies.
+    """Return the body of POST /generate. It sets all sampling parameters: no server's default applies.
 
     `ignore_eos` stays off, because it would also switch off `stop_token_ids`. Only servers that run with
     --enable-deterministic-inference use the seed.
@@ -64,10 +63,8 @@ def read(answer: bytes, request: Request) -> Sample:
     """Return the sample in the body of an answer with status 200.
 
     Raises:
-        BadAnswer: the body is not JSON or not one response, its tokens and log-probs do not match or are not
-            finite, or the server aborted it.
-        EngineError: this server will always end such a response too early: it has another EOS, or less room
-            than max_tokens.
+        BadAnswer: it is not one response, or aborted, or tokens and log-probs do not match or are not finite.
+        EngineError: the server always ends such a response too early: it has another EOS, or too little room.
     """
     try:
         with _collector_paused():
@@ -100,10 +97,8 @@ def read(answer: bytes, request: Request) -> Sample:
     if isinstance(matched, str):
         raise BadAnswer(f"stopped by {matched!r}")
     if not np.isfinite(logprobs).all():
-        raise BadAnswer(
-            "log-probs that are not finite: if all servers answer so, the policy is damaged: resume from an "
-            "earlier step"
-        )
+        remedy = "if all servers send such, the policy is damaged: resume from an earlier step"
+        raise BadAnswer(f"log-probs that are not finite: {remedy}")
     length, finish_reason = _end(tokens, reason, request)
     return Sample(
         group=request.group,
@@ -117,7 +112,7 @@ def read(answer: bytes, request: Request) -> Sample:
 
 
 def _end(tokens: np.ndarray, reason: Any, request: Request) -> tuple[int, FinishReason]:
-    """Return length and finish reason. Our stop ids decide: a response ends at the first of them, inclusive."""
+    """Return length and finish reason: a response ends at the first of our stop ids, inclusive."""
     if reason not in ("stop", "length"):
         raise BadAnswer(f"an unknown finish reason {reason!r}")
     sampling = request.sampling
@@ -128,8 +123,8 @@ def _end(tokens: np.ndarray, reason: Any, request: Request) -> tuple[int, Finish
         return len(tokens), "length"
     if reason == "length":
         raise EngineError(
-            f"response {request.id} was cut off after {len(tokens)} of {sampling.max_tokens} tokens: the server "
-            "has no room for more; raise its context-length or max-total-tokens, or lower "
+            f"response {request.id} was cut off after {len(tokens)} of {sampling.max_tokens} tokens: the "
+            "server has no room for more; raise its context-length or max-total-tokens, or lower "
             "rollout.max_response_length"
         )
     raise EngineError(
@@ -149,9 +144,7 @@ def _versions(meta: dict[str, Any], length: int) -> tuple[tuple[int, int, int], 
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Pause the garbage collector. Parsing makes one list per token: n / 700 collections that free nothing
-    and take as long as the parsing.
-    """
+    """Pause garbage collection: parsing makes a list per token, so n / 700 collections that free nothing."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,9 +1,8 @@
 """The guardian of one server: `python guardian.py TRAINER LOG COMMAND…` runs COMMAND until it ends, SIGTERM
 arrives, or process TRAINER has ended.
 
-Then it kills everything that the command started: it is one process group, and SGLang's own children stay in
-it. The command's output goes to LOG, without the API key that is in the environment. Linux and standard
-library only.
+Then it kills all that the command started: one process group, which SGLang's own children do not leave. The
+command's output goes to LOG, without the API key in the environment. Linux and standard library only.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ import ctypes
 import os
 import select
 import signal
-import subprocess
 import sys
 import time
+from subprocess import DEVNULL, PIPE, STDOUT, Popen
 from types import FrameType
 from typing import IO, NoReturn
 
@@ -48,13 +47,8 @@ def main(trainer: int, log: Log, command: list[str]) -> int:
     def die_with_guardian() -> None:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # SGLang's children watch their parent in the same way
 
-    child = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        process_group=0,
-        preexec_fn=die_with_guardian,
+    child = Popen(
+        command, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, process_group=0, preexec_fn=die_with_guardian
     )
     assert child.stdout is not None
     try:
@@ -67,7 +61,7 @@ def main(trainer: int, log: Log, command: list[str]) -> int:
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
-def _end(child: subprocess.Popen[bytes], pipe: IO[bytes], log: Log) -> None:
+def _end(child: Popen[bytes], pipe: IO[bytes], log: Log) -> None:
     with contextlib.suppress(ProcessLookupError):  # all have ended
         # not SIGTERM: a server has nothing to save, and SGLang would finish its requests first
         os.killpg(child.pid, signal.SIGKILL)

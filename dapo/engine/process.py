@@ -1,6 +1,4 @@
-"""A server or the router as a child process under a guardian (guardian.py): started, checked, described,
-stopped.
-"""
+"""A server or the router as a child process, under a guardian (guardian.py)."""
 
 from __future__ import annotations
 
@@ -56,26 +54,19 @@ class ServerProcess:
             self.begin = log.tell()  # of this start's lines
         command = [sys.executable, "-I", guardian.__file__, str(os.getpid()), str(self.log)]
         command += [*self.command, "--port", str(port)]
+        # in a session of its own it does not receive Ctrl-C
         self.process = subprocess.Popen(
-            command,
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # it does not receive Ctrl-C
+            command, env=self.environment, stdin=subprocess.DEVNULL, start_new_session=True
         )
 
     def plan_restart(self) -> None:
         """Restart at once if it had served, after a pause if it died before that."""
         self.num_restarts = 1 if self.state == "serving" else self.num_restarts + 1
-        pause = 0.0
-        if self.num_restarts > 1:
-            pause = min(FIRST_PAUSE * 2 ** (self.num_restarts - 2), LONGEST_PAUSE)
-        self.restart_at = time.monotonic() + pause
+        pause = FIRST_PAUSE * 2 ** (self.num_restarts - 2) if self.num_restarts > 1 else 0.0
+        self.restart_at = time.monotonic() + min(pause, LONGEST_PAUSE)
 
     def has_ended(self) -> bool:
         return self.process.poll() is not None
-
-    def has_failed(self) -> bool:
-        return bool(self.fault) or self.has_ended()
 
     def is_up(self) -> bool:
         try:
@@ -135,9 +126,7 @@ class ServerProcess:
 
 
 def last_error(lines: Sequence[str]) -> str:
-    """Return the line of a log that says why: the last exception's or argparse's among the last 40 lines,
-    else the last line.
-    """
+    """Return the last line of a log that an exception or argparse wrote, else the last one."""
     for line in reversed(lines[-40:]):
         if re.match(r"[\w.]*(Error|Exception)\b|.*\berror: ", line):
             return line.strip()[:300]

@@ -1,4 +1,4 @@
-"""The router in front of a run's servers. It takes generation requests only: control calls go to each worker."""
+"""The router in front of a run's servers, for generation only: control calls go to each worker."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from dapo.config import Config
 from dapo.engine.arguments import child_environment, module_command
-from dapo.engine.control import KEY_VARIABLE, Server
+from dapo.engine.control import Server
 from dapo.engine.process import LOOPBACK, ServerProcess, free_port
 from dapo.types import EngineError
 
@@ -17,8 +17,7 @@ OPTIONS = {
     "health-failure-threshold": 2,
     "health-success-threshold": 1,
     "worker-startup-check-interval": 1,
-    # a retry would have the same id, which a server refuses while it knows it; the client retries with a new
-    # id
+    # a server refuses a retry under an id that it still knows: the client retries, with a new id
     "disable-retries": True,
     "cb-failure-threshold": 5,
     "cb-timeout-duration-secs": 10,
@@ -34,12 +33,11 @@ class Router(ServerProcess):
     def __init__(self, config: Config, key: str, worker_urls: Iterable[str]):
         self.config = config
         self.key = key
-        environment = child_environment(has_cuda=True) | {KEY_VARIABLE: key}
-        log = config.run.dir / "servers/router.log"
+        log, environment = config.run.dir / "servers/router.log", child_environment(True, key)
         super().__init__("router", self._command_for(worker_urls), log, environment)
 
     def start_again(self, worker_urls: Iterable[str]) -> None:
-        """Start it at the same port, with these workers."""
+        """Start it with these workers, at the same port."""
         self.command = self._command_for(worker_urls)
         self.start(self.port)
 

@@ -22,18 +22,11 @@ CHECK_EVERY = 0.5  # seconds of waiting between two checks for an interruption, 
 class SGLangEngine:
     """The Engine protocol over servers that generate. Its methods may be called from any thread."""
 
-    def __init__(
-        self,
-        servers: Servers,
-        sync: WeightSync,
-        max_concurrent: int,
-        limits: Limits,
-        is_interrupted: Callable[[], bool] = lambda: False,
-    ):
+    def __init__(self, servers: Servers, sync: WeightSync, max_concurrent: int, limits: Limits,
+                 is_interrupted: Callable[[], bool] = lambda: False):  # fmt: skip
         self.servers = servers
         self.sync = sync
         self.is_interrupted = is_interrupted
-        self.prepared: int | None = None
         self.client = Client(servers, max_concurrent, limits)
         http.wait(self.client.open())
 
@@ -41,12 +34,7 @@ class SGLangEngine:
         return SGLangStream(self)
 
     def prepare_weights(self, version: int) -> None:
-        """Make every server ready for weights: one that refuses does so here, before any rank enters a
-        collective.
-
-        Raises:
-            EngineError: a server refuses, or none is left.
-        """
+        """Make every server ready for weights. Raise EngineError now, before collectives, if one refuses."""
         http.wait(self.client.finish_aborts())
         self.servers.refresh()
         try:
@@ -56,18 +44,11 @@ class SGLangEngine:
             if not self.servers.refresh():
                 raise
             self.sync.prepare(version)  # without the server that died
-        self.prepared = version
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Send the weights to every server, after `prepare_weights`. Outstanding responses continue under the
-        new weights.
-
-        Raises:
-            EngineError: a server does not have the weights in the end.
-        """
-        if self.prepared != version:
+        """Send the weights to all servers, or raise EngineError. Outstanding responses continue with them."""
+        if self.sync.prepared != version:
             self.prepare_weights(version)
-        self.prepared = None
         self.client.begin_load(version)
         try:
             self.sync.load(weights, version)
@@ -84,9 +65,7 @@ class SGLangEngine:
         return self.client.waiting()
 
     def close(self) -> None:
-        """Abort what is outstanding, in every stream, and close the sync and the servers. A second call does
-        nothing.
-        """
+        """Abort all requests of every stream, close sync and servers. A second call does nothing."""
         if self.client.is_closed:
             return
         try:
@@ -102,11 +81,9 @@ class SGLangStream:
     """One user's requests to the engine. Its samples come through a queue of its own.
 
     Raises, from `completed`:
-        EngineError: a request was refused or failed too often, no server is left, or there was no progress
-            for 2 × stall_seconds.
-        WeightsLost: no server that had the weights is left, but some restart. The caller aborts the
-            outstanding requests.
-        Interrupted: the engine's `is_interrupted()` is true. The outstanding requests are aborted.
+        EngineError: a request was refused or failed too often, no server is left, or none progressed in time.
+        WeightsLost: no server with the weights is left, but some restart; the caller aborts its requests.
+        Interrupted: the engine's `is_interrupted()` is true; the stream's requests are aborted.
     """
 
     def __init__(self, engine: SGLangEngine):

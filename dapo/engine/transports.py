@@ -1,6 +1,4 @@
-"""Ways for buckets of weights to the servers: files, or memory of the same host. Broadcasts are in
-broadcast.py.
-"""
+"""How buckets of weights reach the servers: by files or by the same host's memory; or by broadcast.py."""
 
 from __future__ import annotations
 
@@ -32,10 +30,8 @@ class Transport:
     """Sends buckets: `open`, then `start` for each bucket, then `commit`; after a failure, `forget`.
 
     At most two buckets are on their way: the function that a `start` returns is called after the next `start`
-    and before the one after that. Each wait has a timeout, in seconds. Buckets are filled on `device`.
-
-    Raises, in every method:
-        EngineError: it names the server and what it answered.
+    and before the one after that. Each wait has a timeout, in seconds. Buckets are filled on `device`. Every
+    method may raise EngineError with the server and its answer.
     """
 
     needs_session = True  # if the server has sessions
@@ -70,10 +66,7 @@ class Transport:
 
 
 class Disk(Transport):
-    """Writes a Hugging Face directory below `directory`, which every server can read.
-
-    It appears whole; then the one before is removed.
-    """
+    """Writes a Hugging Face directory, which appears whole, and removes the one before. Servers read it."""
 
     needs_session = False
 
@@ -112,26 +105,21 @@ class Disk(Transport):
             shutil.rmtree(whole, ignore_errors=True)
             os.rename(self.partial, whole)
         call = {"model_path": str(whole), "flush_cache": False}
-        on_all(
-            [peer.server for peer in self.peers],
-            lambda server: server.post("/update_weights_from_disk", call, self.timeout, SUCCESS),
-        )
-        for path in self.directory.iterdir():
-            if path != whole:
-                shutil.rmtree(path, ignore_errors=True)
+        path = "/update_weights_from_disk"
+        on_all(self.peers, lambda peer: peer.server.post(path, call, self.timeout, SUCCESS))
+        for old in self.directory.iterdir():
+            if old != whole:
+                shutil.rmtree(old, ignore_errors=True)
 
     def forget(self) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)
 
 
 class Tensors(Transport):
-    """Sends buckets in the call itself, to servers on this host: CUDA IPC handles from a GPU, bytes from a
-    CPU.
-    """
+    """Sends buckets in calls to servers on this host: as CUDA IPC handles from a GPU, as bytes from a CPU."""
 
     def __init__(self, bucket_bytes: int, timeout: float, device: torch.device):
-        # On a CPU memory for two buckets must hold both, and of one its clone, pickled, in base64, as JSON,
-        # encoded and sent
+        # on a CPU this memory must also hold a bucket's clone, pickled, in base64, as JSON, encoded, sent
         if device.type == "cpu":
             bucket_bytes //= 4
         super().__init__(bucket_bytes, timeout, device)
@@ -159,9 +147,7 @@ class Tensors(Transport):
 
 
 class _Handle:
-    """A CUDA tensor, pickled as an IPC handle that names its GPU by UUID: so the servers may number GPUs as
-    they like.
-    """
+    """A CUDA tensor, pickled as an IPC handle with its GPU's UUID: servers may number GPUs differently."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
@@ -196,9 +182,7 @@ def _file_name(number: int) -> str:
 
 
 def _write(path: Path, bucket: Bucket) -> None:
-    """Write one safetensors file: length of the header, header, the bucket's bytes. It is not synced to the
-    disk, because it is never read after a crash.
-    """
+    """Write a safetensors file: length of the header, header, bytes. No fsync: a crash makes it useless."""
     header: dict[str, Any] = {}
     for part in bucket.parts:
         offsets = [part.start, part.end]
@@ -221,9 +205,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def wait_for_all(futures: Sequence[Future[Any]], timeout: float, doing: str) -> None:
-    """Wait until all are done or one has failed, and raise its error. `doing` begins the message of a
-    timeout.
-    """
+    """Wait until all are done or one fails, and raise its error; that of a timeout begins with `doing`."""
     done, waiting = wait(futures, timeout, FIRST_EXCEPTION)
     for future in futures:
         if future in done:

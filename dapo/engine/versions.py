@@ -38,7 +38,7 @@ def inspect(servers: Sequence[Server]) -> list[Peer]:
     """Ask every server for its layout and version. Warn once about each version that the tests do not run.
 
     Raises:
-        EngineError: a server does not answer, or has a layout that weights cannot be sent to.
+        EngineError: a server does not answer, or weights cannot be sent to its layout.
     """
     peers = on_all(servers, _inspect)
     for version in sorted({peer.version for peer in peers}):
@@ -49,10 +49,8 @@ def inspect(servers: Sequence[Server]) -> list[Peer]:
 def _inspect(server: Server) -> Peer:
     info = server.get("/server_info", fields=SERVER_INFO)
     if info["dp_size"] * info["pp_size"] > 1:
-        raise EngineError(
-            f"{server.url} has dp-size {info['dp_size']}, pp-size {info['pp_size']}: start more servers, "
-            "with tp-size alone"
-        )
+        layout = f"dp-size {info['dp_size']}, pp-size {info['pp_size']}"
+        raise EngineError(f"{server.url} has {layout}: start more servers, with tp-size alone")
     paths = server.get("/openapi.json", fields={"paths": dict})["paths"]
     return Peer(
         server,
@@ -65,7 +63,7 @@ def _inspect(server: Server) -> Peer:
 
 
 def describe(server: Server) -> tuple[str, list[str] | None]:
-    """Return one line about a server, and the architectures that it serves, None if it does not report them."""
+    """Return one line about a server, and the architectures that it serves, None if it does not say."""
     about = server.get("/model_info")
     version = server.get("/server_info").get("version", UNKNOWN)
     return f"{server.url}: SGLang {version}, {about.get('model_path')}", about.get("architectures")
@@ -79,8 +77,5 @@ def weight_spans(meta: dict[str, Any], length: int) -> list[dict[str, Any]]:
 @functools.cache  # once per version
 def _warn_of(version: str) -> None:
     if version not in RUN:
-        print(
-            f"warning: a server is SGLang {version}; this trainer was run with {', '.join(RUN)} only",
-            file=sys.stderr,
-            flush=True,
-        )
+        text = f"warning: a server is SGLang {version}; this trainer was run with {', '.join(RUN)} only"
+        print(text, file=sys.stderr, flush=True)

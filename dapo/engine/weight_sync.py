@@ -1,8 +1,9 @@
 """How π_θ reaches the servers, by any transport (transports.py, broadcast.py). One order of calls:
 
-prepare  inspect every server, pause its generation, open its update: a server that refuses does so here,
-before a rank enters a collective load     bucket by bucket; then flush the cache, set the weight version and
-read it back, compare checksums, continue generation
+prepare: inspect every server, pause its generation, open its update. A server that refuses does so here,
+         before any rank enters a collective.
+load:    bucket by bucket; then flush the cache, set the weight version and read it back, compare checksums,
+         continue generation.
 
 Responses in progress are retracted, not lost: they continue with the new weights, and their `weight_versions`
 say which version wrote each token.
@@ -10,7 +11,7 @@ say which version wrote each token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from dapo.config import ConfigError
 from dapo.engine.broadcast import Broadcast
 from dapo.engine.buckets import buckets
 from dapo.engine.checksums import Checksums
-from dapo.engine.control import NOTHING, SUCCESS, Server, on_all
+from dapo.engine.control import NOTHING, SUCCESS, Fields, Server, on_all
 from dapo.engine.transports import Disk, Tensors, Transport
 from dapo.engine.versions import Peer, inspect
 from dapo.model.shape import ModelShape, read_shape
@@ -31,40 +32,30 @@ STATUS = {"status": str}
 
 
 class WeightSync:
-    """Takes all servers through an update. Each call to a server has a timeout, in seconds.
+    """Takes all servers through an update. Every method may raise EngineError with a server and its answer.
 
-    Servers whose update broke off stay paused, because some of their weights are new; the next sync starts
-    over.
-
-    Raises, in every method but `close`:
-        EngineError: it names the server and its answer.
+    After an update that broke off servers stay paused, because some of their weights are new.
     """
 
     def __init__(
-        self,
-        workers: Callable[[], Sequence[Server]],
-        transport: Transport,
-        *,
-        shape: ModelShape,
-        verify: bool,
-        timeout: float,
+        self, workers: Callable[[], Sequence[Server]], transport: Transport, shape: ModelShape, verify: bool
     ):
         self.find_workers = workers
         self.transport = transport
+        self.timeout = transport.timeout
         self.shape = shape
         self.verify = verify
-        self.timeout = timeout
         self.workers: Sequence[Server] = []
         self.peers: list[Peer] = []
+        self.prepared: int | None = None  # the version that `load` may bring
         self._synced: dict[str, str] = {}  # url → the version last set; empty after a failure
-        self._prepared: int | None = None
         self._released: dict[str, str] = {}  # url → its version when it last released its memory
         self._weightless: set[str] = set()  # urls of servers that have no memory for weights now
         self._cacheless: set[str] = set()  # urls of servers that have no memory for the cache now
 
     def prepare(self, version: int) -> None:
         """Make every server ready to take the weights of `version`."""
-        self._prepared = None
+        self.prepared = None
         self.workers = self.find_workers()
         versions = self._versions()
         # at the first sync, after a failure, or if the servers are not the same
@@ -79,13 +70,13 @@ class WeightSync:
         self._post("/pause_generation", {"mode": "retract"}, STATUS)
         on_all(self._in_session(), self._begin)
         self.transport.open(self.peers)
-        self._prepared = version
+        self.prepared = version
 
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Send the weights to every server, after `prepare`. On return all of them generate with these."""
-        if self._prepared != version:
+        if self.prepared != version:
             self.prepare(version)
-        self._prepared, self._synced = None, {}
+        self.prepared, self._synced = None, {}
         tensor_ranks = [peer.tensor_ranks for peer in self.peers]
         device = self.peers[0].device
         checksums = Checksums(tensor_ranks, self.shape.num_kv_heads, device, self.shape.num_experts)
@@ -150,12 +141,9 @@ class WeightSync:
                 raise EngineError(f"{url} says that it holds weights {found}, after a sync of {version}")
         if self.verify:
             for peer, found_of_ranks in zip(self.peers, on_all(self.peers, self._checksums), strict=True):
-                wrong = checksums.differences(found_of_ranks)
-                if wrong:
-                    raise EngineError(
-                        f"{peer.server.url}: after the sync of {version}, {len(wrong)} weights are not the "
-                        f"policy's: {wrong[0]}"
-                    )
+                if wrong := checksums.differences(found_of_ranks):
+                    where = f"{peer.server.url}: after the sync of {version}"
+                    raise EngineError(f"{where}, {len(wrong)} weights are not the policy's: {wrong[0]}")
         self._synced = versions
 
     def _checksums(self, peer: Peer) -> list[dict[str, str]]:
@@ -164,10 +152,8 @@ class WeightSync:
         ranks = [rank.get("checksums") for rank in answer["ranks"] if isinstance(rank, dict)]
         found = [checksums for checksums in ranks if isinstance(checksums, dict)]
         if len(found) != peer.tensor_ranks:
-            raise EngineError(
-                f"{peer.server.url}/weights_checker answered without checksums of {peer.tensor_ranks} tensor "
-                "ranks"
-            )
+            lacking = f"checksums of {peer.tensor_ranks} tensor ranks"
+            raise EngineError(f"{peer.server.url}/weights_checker answered without {lacking}")
         return found
 
     def _versions(self) -> dict[str, str]:
@@ -184,7 +170,7 @@ class WeightSync:
         self,
         path: str,
         body: dict[str, Any] | None = None,
-        fields: Mapping[str, type] = NOTHING,
+        fields: Fields = NOTHING,
         to: Sequence[Server] | None = None,
     ) -> None:
         servers = self.workers if to is None else to
@@ -192,29 +178,21 @@ class WeightSync:
 
 
 def make_sync(
-    kind: Literal["disk", "broadcast", "tensor"],
-    workers: Callable[[], Sequence[Server]],
-    *,
-    bucket_bytes: int,
-    device: torch.device,
-    directory: Path,
-    model: Path,
-    timeout: float,
+    kind: Literal["disk", "broadcast", "tensor"], workers: Callable[[], Sequence[Server]], *,
+    bucket_bytes: int, device: torch.device, directory: Path, model: Path, timeout: float,
     verify: bool = False,
-) -> WeightSync:
-    """Return the sync of this kind. `workers` is called before every sync, because servers come and go.
+) -> WeightSync:  # fmt: skip
+    """Return the sync of this kind. Raise ConfigError if the weights of such a model cannot be verified.
 
-    The policy's weights are on `device`. `timeout`, in seconds, is for an answer and for a bucket. Only
-    "disk" uses `directory`; it copies the small files of `model` there.
-
-    Raises:
-        ConfigError: the weights of such a model cannot be verified.
+    `workers` is called before every sync, because servers come and go. The policy's weights are on `device`.
+    `timeout`, in seconds, is for an answer and for a bucket. Only "disk" uses `directory`; it copies the
+    small files of `model` there.
     """
     shape = read_shape(model)
     if verify and shape.num_experts and device.type == "cuda":
+        experts = "a mixture of experts, which a server on GPUs orders by the kernel that it chooses"
         raise ConfigError(
-            f"engine.verify_weights=true: {model} is a mixture of experts, which a server on GPUs orders by "
-            "the kernel that it chooses: their checksums are not known; leave it false"
+            f"engine.verify_weights=true: {model} is {experts}: their checksums are not known; leave it false"
         )
     transport: Transport
     if kind == "disk":
@@ -223,4 +201,4 @@ def make_sync(
         transport = Broadcast(bucket_bytes, timeout, device)
     else:
         transport = Tensors(bucket_bytes, timeout, device)
-    return WeightSync(workers, transport, shape=shape, verify=verify, timeout=timeout)
+    return WeightSync(workers, transport, shape, verify)

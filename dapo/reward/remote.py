@@ -1,4 +1,4 @@
-"""A reward over HTTP: POST {"responses": […], "answers": […]} returns a JSON list of one bool or number each."""
+"""A reward over HTTP: POST {"responses": […], "answers": […]} returns a JSON list of bools or numbers."""
 
 from __future__ import annotations
 

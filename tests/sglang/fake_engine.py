@@ -24,6 +24,7 @@ class Fakes:
     def __init__(self, *fakes: FakeServer, router: FakeServer | None = None):
         self.fakes, self.router = list(fakes), router
         self.workers = [Server(server.url) for server in fakes]
+        self.prepared: int | None = None
         self.calls: list[str] = []
         self.restarted: list[str] = []
 

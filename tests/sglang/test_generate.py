@@ -11,9 +11,9 @@ import pytest
 
 from dapo.engine import generate
 from dapo.engine.generate import BadAnswer
-from dapo.types import EngineError, Request, Sampling
+from dapo.types import EngineError, Prompt, Request, Sampling
 
-REQUEST = Request(3, 1, np.array([5, 6, 7], np.int32), 42, Sampling(0.8, 6, (9, 4)))
+REQUEST = Request(3, 1, Prompt(0, np.array([5, 6, 7], np.int32), ""), 42, Sampling(0.8, 6, (9, 4)))
 
 
 def answer(tokens: list[int], reason: Any = None, request: Request = REQUEST, **changes: Any) -> bytes:
@@ -80,7 +80,7 @@ def test_weights_that_no_sync_has_named_are_of_an_unknown_version() -> None:
     [
         (b"", "no answer of SGLang"),
         (b"{}", "no answer of SGLang: KeyError: 'meta_info'"),
-        (b"[]", "0 samples where one was asked for"),
+        (b"[]", "0 samples, expected one"),
         (b"[1, 2]", "2 samples"),
         (b"7", "JSON, but no object"),
         (answer([20, 9], "stop")[:-40], "no answer of SGLang: JSONDecodeError"),

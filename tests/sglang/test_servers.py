@@ -303,7 +303,7 @@ def test_what_the_only_server_was_asked_when_it_was_lost_is_asked_of_it_after_th
 ) -> None:
     started = start()
     started.wait()
-    sync = SimpleNamespace(prepare=lambda version: None, close=lambda: None)
+    sync = SimpleNamespace(prepared=None, prepare=lambda version: None, close=lambda: None)
     sync.load = lambda weights, version: [
         worker.post("/update_weight_version", {"new_version": str(version)}) for worker in started.workers
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import transformers
 from safetensors.torch import load_file
 
 from dapo.engine.embedded import EmbeddedEngine
-from dapo.types import Request, Sample, Sampling
+from dapo.types import Prompt, Request, Sample, Sampling
 
 BASE = Path(__file__).parents[3] / "examples/arithmetic/base"
 EOS = 1
@@ -30,13 +32,16 @@ def requests(num_groups: int, sampling: Sampling) -> list[Request]:
     texts = ["8+4-8+1=", "3+4=", "9-1+2-3+4-5="]
     prompts = [np.array(tokenizer(text)["input_ids"], np.int32) for text in texts]
     return [
-        Request(g, i, prompts[g % 3], 1000 * g + i, sampling) for g in range(num_groups) for i in range(2)
+        Request(g, i, Prompt(g % 3, prompts[g % 3], ""), 1000 * g + i, sampling)
+        for g in range(num_groups)
+        for i in range(2)
     ]
 
 
 def generate(engine: EmbeddedEngine, wanted: list[Request]) -> dict[str, Sample]:
-    engine.submit(wanted)
-    return {f"{sample.group}.{sample.index}": sample for sample in engine.completed()}
+    stream = engine.stream()
+    stream.submit(wanted)
+    return {f"{sample.group}.{sample.index}": sample for sample in stream.completed()}
 
 
 def test_a_sample_does_not_depend_on_what_it_was_batched_with(engine: EmbeddedEngine) -> None:
@@ -59,9 +64,10 @@ def test_behavior_logprobs_are_the_models_at_the_sampling_temperature(
     model = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     for request in wanted:
         [sample] = generate(engine, [request]).values()
-        tokens = torch.from_numpy(np.concatenate([request.tokens, sample.tokens])).long()[None]
+        prompt = request.prompt.tokens
+        tokens = torch.from_numpy(np.concatenate([prompt, sample.tokens])).long()[None]
         with torch.no_grad():
-            logprobs = (model(tokens).logits[0, len(request.tokens) - 1 : -1] / temperature).log_softmax(-1)
+            logprobs = (model(tokens).logits[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
         expected = logprobs.gather(-1, torch.from_numpy(sample.tokens).long()[:, None])[:, 0]
         np.testing.assert_allclose(sample.behavior_logprobs, expected.numpy(), atol=2e-5)
 
@@ -85,7 +91,7 @@ def test_draws_follow_the_models_distribution(engine: EmbeddedEngine) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     with torch.no_grad():
         probabilities = (
-            (model(torch.from_numpy(request.tokens).long()[None]).logits[0, -1] / 1.5)
+            (model(torch.from_numpy(request.prompt.tokens).long()[None]).logits[0, -1] / 1.5)
             .softmax(-1)
             .double()
             .numpy()
@@ -96,7 +102,7 @@ def test_draws_follow_the_models_distribution(engine: EmbeddedEngine) -> None:
         cut = np.zeros_like(probabilities)
         cut[kept] = probabilities[kept] / probabilities[kept].sum()
         engine.max_concurrent = 1000
-        wanted = [Request(0, i, request.tokens, i, Sampling(1.5, 1, (EOS,), top_p)) for i in range(3000)]
+        wanted = [Request(0, i, request.prompt, i, Sampling(1.5, 1, (EOS,), top_p)) for i in range(3000)]
         drawn = (
             np.bincount(
                 [int(sample.tokens[0]) for sample in generate(engine, wanted).values()], minlength=len(cut)
@@ -134,9 +140,10 @@ def test_a_mixture_of_experts_takes_weights_as_its_files_have_them_and_generates
         assert torch.equal(engine.model.get_parameter(name), parameter), name
     wanted = requests(3, Sampling(1.0, 12, (EOS,)))
     for sample, request in zip(generate(engine, wanted).values(), wanted, strict=True):
-        tokens = torch.from_numpy(np.concatenate([request.tokens, sample.tokens])).long()[None]
+        prompt = request.prompt.tokens
+        tokens = torch.from_numpy(np.concatenate([prompt, sample.tokens])).long()[None]
         with torch.no_grad():
-            logprobs = model(tokens).logits[0, len(request.tokens) - 1 : -1].log_softmax(-1)
+            logprobs = model(tokens).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         expected = logprobs.gather(-1, torch.from_numpy(sample.tokens).long()[:, None])[:, 0]
         np.testing.assert_allclose(sample.behavior_logprobs, expected.numpy(), atol=2e-5)
     weights.pop("model.layers.0.mlp.experts.2.down_proj.weight")
@@ -144,11 +151,39 @@ def test_a_mixture_of_experts_takes_weights_as_its_files_have_them_and_generates
         engine.load_weights(weights.items(), version=8)
 
 
-def test_abort_forgets_what_is_queued(engine: EmbeddedEngine) -> None:
-    wanted = requests(2, Sampling(1.0, 4, (EOS,)))
-    engine.submit(wanted)
-    engine.abort([wanted[0].id, wanted[3].id])
-    assert [f"{s.group}.{s.index}" for s in engine.completed()] == [wanted[1].id, wanted[2].id]
+def ids(samples: Iterable[Sample]) -> list[str]:
+    return [f"{sample.group}.{sample.index}" for sample in samples]
+
+
+def test_abort_drops_these_requests_or_all(engine: EmbeddedEngine) -> None:
+    wanted, stream = requests(2, Sampling(1.0, 4, (EOS,))), engine.stream()
+    stream.submit(wanted)
+    stream.abort([wanted[0].id, wanted[3].id])
+    assert ids(stream.completed()) == [wanted[1].id, wanted[2].id]
+    stream.submit(wanted)
+    next(stream.completed())  # the others are generated, and not read yet
+    stream.abort()
+    assert ids(stream.completed()) == []
+
+
+def test_streams_do_not_see_each_other(engine: EmbeddedEngine) -> None:
+    """They have the same request ids. Each gets its own samples, the same as alone; abort leaves the other."""
+    long, short = requests(4, Sampling(1.0, 24, (EOS,))), requests(4, Sampling(1.0, 2, (EOS,)))
+    alone = [generate(engine, wanted) for wanted in (long, short)]
+    streams = [engine.stream(), engine.stream()]
+    for stream, wanted in zip(streams, (long, short), strict=True):
+        stream.submit(wanted)
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda stream: list(stream.completed()), streams))
+    for samples, expected in zip(found, alone, strict=True):
+        assert ids(samples) == list(expected)
+        for sample in samples:
+            assert sample.tokens.tolist() == expected[f"{sample.group}.{sample.index}"].tokens.tolist()
+    for stream in streams:
+        stream.submit(long)
+    assert engine.waiting() == "16 responses queued in this process"
+    streams[0].abort()
+    assert ids(streams[0].completed()) == [] and ids(streams[1].completed()) == [r.id for r in long]
 
 
 def test_missing_weights_are_noticed(engine: EmbeddedEngine) -> None:
