@@ -97,9 +97,8 @@ class Policy:
     @timed("old_logprobs")
     def place(self, batch: Batch[np.ndarray]) -> PlacedBatch:
         """Copy this rank's microbatches onto its device."""
-        placed = [
-            [schedule.on_device(m, self.mesh.device) for m in minibatch] for minibatch in batch.minibatches
-        ]
+        device = self.mesh.device
+        placed = [[schedule.on_device(m, device) for m in minibatch] for minibatch in batch.minibatches]
         return Batch(placed, batch.metrics)
 
     @timed("old_logprobs")
@@ -147,10 +146,8 @@ class Policy:
         self.scheduler.step(1)  # before the update: the first one has the first warm-up value, not lr 0
         _, grad_norm, _ = self.optimizer.step()
         if not math.isfinite(grad_norm):
-            raise PolicyError(
-                f"gradient norm is {grad_norm}: the update destroyed the policy; resume from the last "
-                "checkpoint"
-            )
+            found = f"gradient norm is {grad_norm}: the update destroyed the policy"
+            raise PolicyError(f"{found}; resume from the last checkpoint")
         return values | {"policy/grad_norm": float(grad_norm), "policy/lr": self.scheduler.get_lr({})}
 
     def backward(self, minibatch: list[PlacedMicrobatch]) -> dict[str, float]:
@@ -164,9 +161,8 @@ class Policy:
         rows = schedule.run(self.models, self.transformer, minibatch, self._loss, forward_only=False)
         sums = self.mesh.sum_by_key(metrics.total([metrics.update_sums(), *(rows if self.reports else [])]))
         if not math.isfinite(sums["loss"]):
-            raise PolicyError(
-                f"the loss is {sums['loss']}: stopped before the update; the last checkpoint is whole"
-            )
+            found = f"the loss is {sums['loss']}: stopped before the update"
+            raise PolicyError(f"{found}; the last checkpoint is whole")
         return metrics.update_metrics(sums)
 
     def take_traces(self) -> list[Trace]:
@@ -178,10 +174,6 @@ class Policy:
         """Yield (Hugging Face name, full tensor) of the whole model on every rank. Every rank drains it."""
         return self._weights.export()
 
-    def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the last `backward`'s gradients as `weights` does, whole only without data parallelism."""
-        return self._weights.export(lambda p: p.main_grad)  # type: ignore[attr-defined]
-
     def free_unused(self) -> None:
         """Give back the GPU memory that torch keeps for later: servers that share the GPU need it."""
         if self.mesh.device.type == "cuda":
@@ -190,25 +182,19 @@ class Policy:
     @timed("export")
     def save_hf(self, target: Path) -> None:
         """Write the model as a Hugging Face directory, which appears whole or not at all."""
+        weights, dtype, source = self.weights(), self.transformer.params_dtype, self.config.policy.model
         if self.mesh.is_main:
-            dtype = self.transformer.params_dtype
-            weight_files.save_hf(
-                [self.weights()], self.shape, dtype, self.config.policy.model, target, may_replace=True
-            )
-        else:
-            for _ in self.weights():
-                pass
+            weight_files.save_hf([weights], self.shape, dtype, source, target, may_replace=True)
+        for _ in weights:  # every rank drains them
+            pass
         self.mesh.barrier()
 
     def save(self, directory: Path) -> torch_dist.Save:
         """Plan a checkpoint of model, optimizer and scheduler in an existing, empty directory: `start` it."""
         copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
         tensors, _ = self._sharded_state()
-        state = tensors | {
-            "optimizer": group_settings(self.optimizer),
-            "num_updates": self.scheduler.num_steps,
-        }
-        return torch_dist.Save(state, directory, copies, self.mesh.barrier)
+        others = {"optimizer": group_settings(self.optimizer), "num_updates": self.scheduler.num_steps}
+        return torch_dist.Save(tensors | others, directory, copies, self.mesh.barrier)
 
     def load(self, directory: Path) -> None:
         """Restore what `save` planned, in this layout or another.
@@ -300,7 +286,5 @@ class Policy:
 
 def _refuse_broken(directory: Path, names: list[list[str]]) -> None:
     if broken := [name for of_rank in names for name in of_rank]:
-        raise ConfigError(
-            f"{directory}: {len(broken)} parameters hold NaN or infinite values, first {broken[0]}: use an "
-            "earlier checkpoint"
-        )
+        found = f"{len(broken)} parameters hold NaN or infinite values, first {broken[0]}"
+        raise ConfigError(f"{directory}: {found}: use an earlier checkpoint")
