@@ -121,5 +121,3 @@ def assert_answered(samples: list[Sample], wanted: list[Request]) -> None:
             and sample.loss_mask.all()
             and len(sample.loss_mask) == sample.length
         )
-
-

@@ -22,6 +22,7 @@ from tests.sglang import fake_server as fake
 from tests.sglang.fake_engine import Fakes, assert_answered, collect, stream_of, wait_for, within_limit
 from tests.sglang.fake_server import FakeServer, requests, tokens_of
 
+
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "FIRST_PAUSE", 0.02)
@@ -169,7 +170,9 @@ def test_a_worker_that_hangs_behind_a_router_is_started_again_while_another_work
         def restart(url: str, fault: str) -> None:
             assert fault == "stood still for 0.5 s"
             stream.engine.servers.restarted.append(url)
-            stream.engine.servers.workers = [worker for worker in stream.engine.servers.workers if worker.url != url]
+            stream.engine.servers.workers = [
+                worker for worker in stream.engine.servers.workers if worker.url != url
+            ]
             is_restarted.set()
 
         stream.engine.servers.restart = restart
@@ -197,9 +200,7 @@ def test_a_server_that_never_was_there_is_an_error_after_twice_the_stall() -> No
     server.die()
     with stream_of(server, stall_seconds=0.5) as stream:
         stream.submit(requests(3))
-        with pytest.raises(
-            EngineError, match=rf"{server.url} \(left alone, last fault: connection refused"
-        ):
+        with pytest.raises(EngineError, match=rf"{server.url} \(left alone, last fault: connection refused"):
             collect(stream)
 
 

@@ -160,9 +160,7 @@ def test_a_server_lives_on_though_its_log_cannot_be_written() -> None:
     assert (done.returncode, done.stderr) == (7, "")
 
 
-def test_a_server_that_died_takes_part_from_the_next_sync_on(
-    start: Callable[..., Fleet], fake: Path
-) -> None:
+def test_a_server_that_died_takes_part_from_the_next_sync_on(start: Callable[..., Fleet], fake: Path) -> None:
     said: list[str] = []
     started = start(said)
     started.wait()
@@ -186,9 +184,7 @@ def test_a_server_that_died_takes_part_from_the_next_sync_on(
     assert started.refresh() is False
 
 
-def test_waiting_for_a_server_that_starts_again_is_progress(
-    start: Callable[..., Fleet], fake: Path
-) -> None:
+def test_waiting_for_a_server_that_starts_again_is_progress(start: Callable[..., Fleet], fake: Path) -> None:
     started = start()
     started.wait()
     processes_of(fake)[1].kill()
@@ -291,9 +287,7 @@ def test_a_server_that_cannot_start_again_stays_dead(
         started.refresh()
     assert not isinstance(error.value, WeightsLost), "another sync would not help"
     assert "stays dead" in said[-1]
-    assert [line.endswith("; starting it again") for line in said] == [True] * process.RESTARTS + [
-        False
-    ]
+    assert [line.endswith("; starting it again") for line in said] == [True] * process.RESTARTS + [False]
     assert processes_of(fake) == []
 
 

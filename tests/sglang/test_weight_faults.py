@@ -566,7 +566,9 @@ def test_a_mixture_of_experts_whose_checksums_are_not_known_is_refused_before_an
 ) -> None:
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 16}
     (tmp_path / "config.json").write_text(json.dumps(QWEN2 | experts | {"model_type": "qwen3_moe"}))
-    options: dict[str, Any] = dict(bucket_bytes=600, directory=tmp_path / "weights", model=tmp_path, timeout=10)
+    options: dict[str, Any] = dict(
+        bucket_bytes=600, directory=tmp_path / "weights", model=tmp_path, timeout=10
+    )
     with pytest.raises(ConfigError, match=r"engine.verify_weights=true: .* is a mixture of experts"):
         make_sync("tensor", list, verify=True, device=torch.device("cuda"), **options)
     for device, verify in (("cuda", False), ("cpu", True)):
