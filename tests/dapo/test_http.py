@@ -117,7 +117,7 @@ def cut(status: int) -> Reply:
 
 
 def test_a_body_that_is_cut_short_is_no_answer_unless_it_is_a_refusal(server) -> None:
-    with pytest.raises(http.NoAnswer, match="^the answer was cut short$"):
+    with pytest.raises(http.NoAnswer, match=r"^the answer was cut short$"):
         http.call("GET", server(cut(200)), timeout=5)
     assert http.call("GET", server(cut(500)), timeout=5) == (500, b"half")
 
@@ -131,7 +131,7 @@ def test_the_timeout_is_for_the_whole_answer(server) -> None:
 
     for reply in (drip, silent):
         start = time.monotonic()
-        with pytest.raises(http.TimedOut, match="^timed out$"):
+        with pytest.raises(http.TimedOut, match=r"^timed out$"):
             http.call("GET", server(reply), timeout=0.5)
         assert time.monotonic() - start < 5
 

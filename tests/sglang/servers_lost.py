@@ -27,8 +27,11 @@ from tests.sglang.sync_fails import attempt
 CASES = {"never": [], "now_and_then": [0, 1, 2], "for_ever": list(range(9))}
 
 
-OPTIONS = ["eval.every=1", "eval.samples=1", "reward.workers=0", "rollout.prompts_per_step=4", "rollout.prompts_per_round=4",
-           "parallel.tensor=2", "run.steps=1", "run.save_every=100", "engine.max_concurrent=32"]  # fmt: skip
+OPTIONS = [
+    "eval.every=1", "eval.samples=1", "reward.workers=0", "rollout.prompts_per_step=4",
+    "rollout.prompts_per_round=4", "parallel.tensor=2", "run.steps=1", "run.save_every=100",
+    "engine.max_concurrent=32",
+]  # fmt: skip
 
 
 class LosingEngine(EmbeddedEngine):

@@ -1,5 +1,5 @@
-"""Servers of a run: what they are started with, what is told when they fail, and that nothing of them is
-left, however the trainer ends.
+"""Servers of a run: their arguments, what is reported when they fail, and that no process of theirs is left,
+however the trainer ends.
 
 Most of it with a stand-in for SGLang that is up in half a second (fake/); real servers are in
 test_real_servers.py.
@@ -282,7 +282,7 @@ def test_a_server_that_cannot_start_again_stays_dead(
     until(lambda: not started.workers)
     with pytest.raises(
         EngineError,
-        match=r"no server is left: server 0 ended with status 1: OSError: .* holds no model; see .*server-0\.log",
+        match=r"no server is left: server 0 ended with status 1: OSError: .* no model; see .*server-0\.log",
     ) as error:
         started.refresh()
     assert not isinstance(error.value, WeightsLost), "another sync would not help"
@@ -354,7 +354,7 @@ def test_a_start_that_fails_is_tried_again(
     assert started.workers[0].post("/generate")
 
 
-def test_servers_are_watched_though_nobody_can_be_told(start: Callable[..., Fleet], fake: Path) -> None:
+def test_servers_are_watched_though_no_news_can_be_printed(start: Callable[..., Fleet], fake: Path) -> None:
     started = start()
     started.wait()
 
@@ -574,7 +574,7 @@ def test_a_broadcast_that_nccl_would_refuse_is_refused_before_a_server_starts(
     check_broadcast(broadcast, {}, sys.executable)
     with pytest.raises(
         ConfigError,
-        match=r"engine.python=/other/python has NCCL 2.30.7, the trainer 2.28.9.* set engine.weight_sync=disk",
+        match=r"engine.python=/other/python has NCCL 2.30.7, the trainer 2.28.9.* engine.weight_sync=disk",
     ):
         check_broadcast(broadcast, {}, "/other/python")
     with pytest.raises(ConfigError, match=r"no two processes on one GPU; set engine.weight_sync=tensor"):
