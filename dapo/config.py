@@ -249,7 +249,7 @@ class Engine(Section):
 
     @property
     def limits(self) -> Limits:
-        """Time limits that follow from stall_seconds."""
+        """Times without progress after which a run acts."""
         return Limits(self.stall_seconds)
 
     @property
