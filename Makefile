@@ -1,4 +1,4 @@
-# make quickstart · test · lint · bench · kernel-report · gpu-check · sglang-cpu. Each makes .venv if it is not there; nothing else is needed.
+# make quickstart · test · test-fast · lint · bench · kernel-report · gpu-check · sglang-cpu. Each makes .venv if it is not there; nothing else is needed.
 #   TORCH="torch==2.13.0"     which torch: any requirement pip understands, or a wheel's path
 #   PIP_ARGS="--index-url …"  where from (a CPU-only or CUDA build)
 #   EXTRAS=dev,gpu            optional parts, see setup.py
@@ -22,6 +22,10 @@ quickstart: $(VENV)/.ready $(if $(filter sglang,$(ENGINE)),$(if $(SGLANG_PYTHON)
 
 test: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest
+
+# without torchrun and servers: see the marks in tests/conftest.py
+test-fast: $(VENV)/.ready
+	$(VENV)/bin/python -m pytest -m "not gpu and not slow"
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
@@ -56,4 +60,4 @@ $(VENV)/.ready: setup.py
 	$(VENV)/bin/python -m pip install --quiet --editable ".[$(EXTRAS)]"
 	touch $@
 
-.PHONY: quickstart test lint bench kernel-report gpu-check sglang-cpu
+.PHONY: quickstart test test-fast lint bench kernel-report gpu-check sglang-cpu

@@ -1,5 +1,4 @@
-"""How long it takes to pack a step's samples into microbatches, and how evenly the data-parallel ranks are
-loaded.
+"""Measures how long packing a step's samples takes, and how evenly the data-parallel ranks are loaded.
 
 python benchmarks/batch.py [--ranks 16] [--trials 20]
 """
@@ -10,13 +9,15 @@ import argparse
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from record import heading, save, spread, table
 
 from dapo import config
-from dapo.learn.batch import ATTENTION_SPAN, pack, plan
+from dapo.learn.batch import plan
+from dapo.learn.packing import ATTENTION_SPAN, pack
 from dapo.types import Group, Prompt, Sample
 
 BUDGET, LONGEST, GROUP_SIZE, PROMPT = 32_768, 20_480, 16, 256  # tokens; the paper's group size
@@ -25,6 +26,7 @@ MIXES = {  # response lengths in tokens, cut off at LONGEST
     "Pareto from 500, index 1.1": lambda rng, count: 500 * (1 + rng.pareto(1.1, count)),
     "uniform": lambda rng, count: rng.integers(1, LONGEST + 1, count),
 }
+FIRST = next(iter(MIXES))
 
 
 def cost(lengths: np.ndarray) -> np.ndarray:
@@ -32,9 +34,7 @@ def cost(lengths: np.ndarray) -> np.ndarray:
 
 
 def in_asking_order(lengths: list[int], budget: int, num_ranks: int) -> list[list[int]]:
-    """What packing without a plan would do: fill one bin after the other, empty ones at the end to a multiple
-    of the ranks.
-    """
+    """Pack without a plan: fill one bin after the other, and add empty ones to a multiple of the ranks."""
     bins: list[list[int]] = [[]]
     for i, n in enumerate(lengths):
         if sum(lengths[j] for j in bins[-1]) + n > budget:
@@ -43,37 +43,40 @@ def in_asking_order(lengths: list[int], budget: int, num_ranks: int) -> list[lis
     return bins + [[]] * (-len(bins) % num_ranks)
 
 
-def idle_shares(
-    lengths: np.ndarray, updates: list[tuple[np.ndarray, list[list[int]]]], num_ranks: int
-) -> list[str]:
-    """Of the ranks' time, in percent: waiting for the slowest rank at each update's end; the same if they met
-    after every microbatch, by cost and by tokens."""
-    # each: the work there is, and the work there would be if every rank had the largest share
+Updates = list[tuple[np.ndarray, list[list[int]]]]  # samples of each, and their bins
+
+
+def idle_fractions(lengths: np.ndarray, updates: Updates, num_ranks: int) -> list[str]:
+    """Return the fraction of the ranks' time that waits for the slowest rank, as text.
+
+    At each update's end, by cost; and after every microbatch, by cost and by tokens.
+    """
+    # each: the work there is, and the work if every rank had as much as the busiest
     waits = np.zeros((3, 2))
     for members, bins in updates:
         costs, tokens = (
             [f(lengths[members[b]]).sum() if b else 0.0 for b in bins] for f in (cost, np.asarray)
         )
-        costs, tokens = (np.reshape(x, (-1, num_ranks)) for x in (costs, tokens))  # [turn, rank]
+        costs, tokens = (np.reshape(x, (-1, num_ranks)) for x in (costs, tokens))  # [row, rank]
         for wait, work in zip(waits, (costs.sum(0, keepdims=True), costs, tokens), strict=True):
             wait += work.sum(), num_ranks * work.max(1).sum()
     return [f"{1 - work / most:.2%}" for work, most in waits]
 
 
-def gathered_shares(
-    lengths: np.ndarray, updates: list[tuple[np.ndarray, list[list[int]]]], num_ranks: int
-) -> list[str]:
-    """Where all tokens of a turn are gathered at every layer, in percent: of all tokens, those that pad the
-    ranks to the longest; of the ranks' time, waiting, if a turn takes the most tokens and the most attention
-    that a rank has in it."""
-    # each: what there is, and what there would be if every rank had the most
+def gathered_fractions(lengths: np.ndarray, updates: Updates, num_ranks: int) -> list[str]:
+    """Return two fractions as text, where all tokens of a row are gathered at every layer.
+
+    Of all tokens, those that pad the ranks to the longest; of the ranks' time, waiting, if a row takes as
+    long as the most tokens and the most attention that a rank has in it.
+    """
+    # each: the amount there is, and the amount if every rank had the most
     padded, waits = np.zeros(2), np.zeros(2)
     for members, bins in updates:
         parts = [
             [f(lengths[members[b]]).sum() if b else 0.0 for b in bins]
             for f in (np.asarray, lambda n: n**2 / ATTENTION_SPAN)
         ]
-        tokens, attention = (np.reshape(x, (-1, num_ranks)) for x in parts)  # [turn, rank]
+        tokens, attention = (np.reshape(x, (-1, num_ranks)) for x in parts)  # [row, rank]
         padded += tokens.sum(), num_ranks * tokens.max(1).sum()
         waits += tokens.sum() + attention.sum(), num_ranks * (tokens.max(1) + attention.max(1)).sum()
     return [f"{1 - work / most:.2%}" for work, most in (padded, waits)]
@@ -83,31 +86,24 @@ def groups_of(lengths: list[int], rng: np.random.Generator) -> Iterator[Group]:
     for g in range(0, len(lengths), GROUP_SIZE):
         prompt, samples = Prompt(g, np.zeros(PROMPT, np.int32), "0"), []
         for i, n in enumerate(lengths[g : g + GROUP_SIZE]):
-            values = rng.random(n, dtype=np.float32)
-            samples.append(
-                Sample(
-                    g,
-                    i,
-                    np.zeros(n, np.int32),
-                    values,
-                    np.ones(n, bool),
-                    ((0, 0, n),),
-                    "stop",
-                    reward=1.0,
-                    advantage=1.0,
-                )
-            )
+            arrays = np.zeros(n, np.int32), rng.random(n, dtype=np.float32), np.ones(n, bool)
+            samples.append(Sample(g, i, *arrays, ((0, 0, n),), "stop", reward=1.0, advantage=1.0))
         yield Group(g, prompt, samples)
 
 
 def seconds(function, trials: int) -> list[float]:
-    """Of this process: a machine that others use as well counts only what was worked."""
+    """Return CPU seconds of this process: a machine that others use counts only its own work."""
     taken = []
     for _ in range(trials):
         start = time.process_time()
         function()
         taken.append(time.process_time() - start)
     return taken
+
+
+def pack_all(parts: list[np.ndarray], lengths: np.ndarray, num_ranks: int) -> None:
+    for part in parts:
+        pack(lengths[part].tolist(), BUDGET, num_ranks)
 
 
 def main() -> None:
@@ -123,93 +119,61 @@ def main() -> None:
         everything = np.arange(len(lengths))
         for name, parts in (("one update", [everything]), ("16 updates", np.array_split(everything, 16))):
             for how, function in (("packed", pack), ("in asking order", in_asking_order)):
-                if how == "packed" or mix == next(iter(MIXES)):
-                    updates = [(part, function(lengths[part].tolist(), BUDGET, args.ranks)) for part in parts]
-                    taken = seconds(
-                        lambda: [pack(lengths[part].tolist(), BUDGET, args.ranks) for part in parts],
-                        args.trials,
-                    )  # noqa: B023
-                    timing = spread([1e3 * s for s in taken], 1) if how == "packed" else "–"
-                    num_bins = sum(len(bins) for _, bins in updates)
-                    rows.append(
-                        [
-                            mix,
-                            name,
-                            how,
-                            timing,
-                            num_bins // args.ranks,
-                            *idle_shares(lengths, updates, args.ranks),
-                        ]
-                    )
-            for how in (False, True):
-                updates = [
-                    (part, pack(lengths[part].tolist(), BUDGET, args.ranks, by_tokens=how)) for part in parts
-                ]
-                gathered.append(
-                    [
-                        mix,
-                        name,
-                        "by tokens" if how else "by cost",
-                        *gathered_shares(lengths, updates, args.ranks),
-                    ]
-                )
+                if how == "in asking order" and mix != FIRST:
+                    continue
+                updates = [(part, function(lengths[part].tolist(), BUDGET, args.ranks)) for part in parts]
+                timing = "–"
+                if how == "packed":
+                    taken = seconds(partial(pack_all, parts, lengths, args.ranks), args.trials)
+                    timing = spread([1e3 * s for s in taken], 1)
+                count = sum(len(bins) for _, bins in updates) // args.ranks
+                idle = idle_fractions(lengths, updates, args.ranks)
+                rows.append([mix, name, how, timing, count, *idle])
+            for how, by_tokens in (("by cost", False), ("by tokens", True)):
+                bins = [pack(lengths[part].tolist(), BUDGET, args.ranks, by_tokens) for part in parts]
+                updates = list(zip(parts, bins, strict=True))
+                gathered.append([mix, name, how, *gathered_fractions(lengths, updates, args.ranks)])
 
-    lengths = np.clip(
-        MIXES[next(iter(MIXES))](np.random.default_rng(0), args.samples).astype(int), 1, LONGEST
-    ).tolist()
+    drawn = MIXES[FIRST](np.random.default_rng(0), args.samples)
+    lengths = np.clip(drawn.astype(int), 1, LONGEST).tolist()
     groups = list(groups_of(lengths, np.random.default_rng(0)))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.yaml"
         path.write_text("run: {dir: r}\ndata: {train: t}\npolicy: {model: m}\n")
-        run = config.load(
-            path, [f"rollout.prompts_per_step={len(groups)}", f"rollout.group_size={GROUP_SIZE}"]
-        )
+        sizes = [f"rollout.prompts_per_step={len(groups)}", f"rollout.group_size={GROUP_SIZE}"]
+        run = config.load(path, sizes)
     whole = seconds(lambda: plan(groups, run, args.ranks, {}), 3)
     batches = plan(groups, run, args.ranks, {})
     microbatches = [m for batch in batches for minibatch in batch.minibatches for m in minibatch]
-    num_tokens, num_real = (
-        sum(len(m.tokens) for m in microbatches),
-        sum(len(s.tokens) + PROMPT - 1 for g in groups for s in g.samples),
-    )
+    num_tokens = sum(len(m.tokens) for m in microbatches)
+    num_real = sum(len(s.tokens) + PROMPT - 1 for g in groups for s in g.samples)
 
     text = heading("Packing a step's samples into microbatches")
-    text += (
-        f"\n{args.samples:,} samples in microbatches of {BUDGET:,} tokens at most, on {args.ranks} "
-        "data-parallel ranks; prompts of "
-        f"{PROMPT} tokens, responses of at most {LONGEST:,}.\n"
-        f"Times are CPU time of one thread, median (min–max) of {args.trials} trials.\n\n"
-        "Idle is the share of all ranks' work that would fit into the time that they wait for the slowest of "
-        "them: at the end of an\n"
-        "update, where gradients are summed, counting attention and the rest of a layer (n + n²/32,768 for n "
-        "tokens); if they\n"
-        "waited after every microbatch as well, counting the same; and that in tokens alone.\n\n"
-    )
-    header = [
-        "response lengths",
-        "samples in",
-        "",
-        "ms",
-        "microbatches a rank",
-        "idle",
-        "if met each turn",
-        "the same in tokens",
-    ]
-    text += table(header, rows)
-    text += (
-        f"\n`plan` whole, 16 updates of {args.samples // 16} samples of the first mix, arrays of "
-        f"{num_real:,} tokens filled: "
-        f"{spread(whole, 2)} s. Sequence parallelism over 8 tensor ranks pads {num_tokens - num_real:,} "
-        "tokens, "
-        f"{1 - num_real / num_tokens:.4%}.\n"
-    )
-    text += (
-        "\n## Experts by allgather\n\n"
-        "There all tokens of a turn are gathered at every layer: ranks are padded to the longest and wait "
-        "for the slowest.\n"
-        "Packed by cost as above, or by tokens as `plan` does for this dispatcher. Padding is a share of all "
-        "tokens; idle is of\n"
-        "the ranks' time, if a turn takes the most tokens and the most attention that a rank has in it.\n\n"
-    )
+    text += f"""
+{args.samples:,} samples in microbatches of {BUDGET:,} tokens at most, on {args.ranks} data-parallel ranks;
+prompts of {PROMPT} tokens, responses of at most {LONGEST:,}.
+Times are CPU time of one thread, median (min–max) of {args.trials} trials.
+
+Idle is the fraction of the ranks' time in which they wait for the slowest of them: at the end of an update,
+where gradients are summed, counting attention and the rest of a layer (n + n²/32,768 for n tokens); if they
+waited after every microbatch as well, counting the same; and that in tokens alone.
+
+"""
+    header = ["response lengths", "samples in", "", "ms", "microbatches a rank"]
+    text += table([*header, "idle", "waiting after each microbatch", "the same in tokens"], rows)
+    text += f"""
+`plan` whole, 16 updates of {args.samples // 16} samples of the first mix, arrays of {num_real:,} tokens:
+{spread(whole, 2)} s. Sequence parallelism over 8 tensor ranks pads {num_tokens - num_real:,} tokens,
+{1 - num_real / num_tokens:.4%}.
+
+## Experts by allgather
+
+All tokens that the ranks compute at a time are gathered at every layer: ranks are padded to the longest and
+wait for the slowest. Packed by cost as above, or by tokens as `plan` does for this dispatcher. Padding is a
+fraction of all tokens; idle is a fraction of the ranks' time, if each microbatch takes as long as the most
+tokens and the most attention of a rank.
+
+"""
     text += table(["response lengths", "samples in", "packed", "padding", "idle"], gathered)
     save("batch.md", text)
 

@@ -29,10 +29,9 @@ import torch
 from record import heading, save, spread, table
 
 from dapo.files import SummedFile, sum_of
+from dapo.model.names import table as entries
 from dapo.model.shape import ModelShape, read_shape
 from dapo.policy.weight_files import save_hf
-from dapo.policy.weights import hf_shapes
-from dapo.policy.weights import table as entries
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {
@@ -59,7 +58,7 @@ def random_tensors(shape: ModelShape) -> Iterator[tuple[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     numbers = torch.empty(2**24, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
     for entry in entries(shape, is_fused=True):
-        for name, size in zip(entry.hf, hf_shapes(entry, shape), strict=True):
+        for name, size in zip(entry.hf, entry.shapes, strict=True):
             turned = numbers.roll(int(torch.randint(len(numbers), (), generator=generator)))
             yield name, turned.repeat(-(-prod(size) // len(turned)))[: prod(size)].view(size)
 

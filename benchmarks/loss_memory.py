@@ -1,10 +1,8 @@
-"""Memory and CPU time of one loss with its gradients: linear_policy_loss beside the plain path on full
-logits.
+"""Compare memory and CPU time of linear_policy_loss with those of plain paths, which make the full logits.
 
-python benchmarks/loss_memory.py
+    python benchmarks/loss_memory.py
 
-Each run is a process of its own; what counts is the rise of its peak resident memory above the inputs. One
-thread.
+Each run is a process of its own with one thread. Its memory is peak resident memory above that of the inputs.
 """
 
 from __future__ import annotations
@@ -39,10 +37,10 @@ def main() -> None:
     text = heading("Memory and CPU time of the policy loss from hidden states")
     text += (
         "\nLoss, per-token statistics, gradients of hidden states and LM head; peak resident memory above "
-        f"the inputs (median of {ROUNDS} "
-        "processes) and CPU seconds, median (min–max). One thread; nothing masked, so that no path can skip "
-        "a row.\n\n" + "".join(f"- {path}: {what}\n" for path, what in PATHS.items()) + "\n"
+        f"the inputs (median of {ROUNDS} processes) and CPU seconds, median (min–max). One thread; nothing "
+        "masked, so that no path can skip a row.\n\n"
     )
+    text += "".join(f"- {path}: {what}\n" for path, what in PATHS.items()) + "\n"
     rows = []
     for size in SIZES:
         runs: dict[str, list[dict[str, float]]] = {path: [] for path in PATHS}
@@ -69,7 +67,7 @@ def measure_in_a_process(path: str, *size: object) -> dict[str, float]:
 
 def measure(path: str, num_tokens: int, hidden_size: int, vocab: int, dtype: str) -> dict[str, float]:
     torch.set_num_threads(1)
-    one_loss(path, *make(8, hidden_size, 64, dtype))  # what torch loads and allocates once is not the loss's
+    one_loss(path, *make(8, hidden_size, 64, dtype))  # torch loads and allocates once
     inputs = make(num_tokens, hidden_size, vocab, dtype)
     before, start = psutil.Process().memory_info().rss, time.process_time()
     one_loss(path, *inputs)
@@ -80,9 +78,8 @@ def measure(path: str, num_tokens: int, hidden_size: int, vocab: int, dtype: str
 def one_loss(path: str, hidden: torch.Tensor, weight: torch.Tensor, *rest: torch.Tensor) -> None:
     if path == "log_softmax":
         targets, old, advantages, _ = rest  # nothing is masked
-        ratio = (
-            torch.log_softmax((hidden @ weight.t()).float(), -1).gather(-1, targets[:, None])[:, 0] - old
-        ).exp()
+        scores = torch.log_softmax((hidden @ weight.t()).float(), -1)
+        ratio = (scores.gather(-1, targets[:, None])[:, 0] - old).exp()
         loss = torch.maximum(-ratio * advantages, -ratio.clamp(0.8, 1.28) * advantages).sum()
     elif path == "plain":
         loss = reference.policy_loss(hidden @ weight.t(), *rest, **CLIP).loss  # type: ignore[arg-type]
@@ -95,22 +92,13 @@ def one_loss(path: str, hidden: torch.Tensor, weight: torch.Tensor, *rest: torch
 def make(num_tokens: int, hidden_size: int, vocab: int, dtype: str) -> tuple[Any, ...]:
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(num_tokens, hidden_size, generator=g, dtype=getattr(torch, dtype)).requires_grad_()
+    weight = torch.randn(vocab, hidden_size, generator=g, dtype=hidden.dtype)
     # in place: a peak while the inputs are made would hide the loss's
-    weight = (
-        torch.randn(vocab, hidden_size, generator=g, dtype=hidden.dtype)
-        .mul_(hidden_size**-0.5)
-        .requires_grad_()
-    )
+    weight = weight.mul_(hidden_size**-0.5).requires_grad_()
     targets = torch.randint(vocab, (num_tokens,), generator=g)
     old = -torch.rand(num_tokens, generator=g) - 10.5
-    return (
-        hidden,
-        weight,
-        targets,
-        old,
-        torch.randn(num_tokens, generator=g),
-        torch.ones(num_tokens, dtype=torch.bool),
-    )
+    advantages = torch.randn(num_tokens, generator=g)
+    return hidden, weight, targets, old, advantages, torch.ones(num_tokens, dtype=torch.bool)
 
 
 def peak_bytes() -> int:

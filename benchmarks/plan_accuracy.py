@@ -30,7 +30,9 @@ from record import heading, save, table
 from dapo import config as configs
 from dapo.learn import batch as batches
 from dapo.mesh import Mesh
-from dapo.plan.memory import CHECKPOINT, Backend, Rank, num_parameters
+from dapo.model.parameters import num_parameters
+from dapo.plan.activations import Backend
+from dapo.plan.memory import CHECKPOINT, Rank
 from dapo.policy.cpu import has_transformer_engine
 from dapo.policy.megatron import Policy
 from dapo.types import Group, Prompt, Sample
@@ -156,9 +158,10 @@ def worker(case: Case, model: Path) -> None:
         config,
         mesh.data,
         metrics={},
-    )[mesh.share]
+    )[mesh.shard]
+    batch = policy.place(batch)
     assert len(batch.minibatches[1]) == case.microbatches
-    policy.set_old_logprobs(batch)
+    policy.score(batch)
     for minibatch in batch.minibatches:
         policy.update(minibatch)
     learning = peak() - before

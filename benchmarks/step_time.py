@@ -1,6 +1,6 @@
-"""Where a step's time goes: the arithmetic recipe on one process, one thread, CPU seconds by phase, and the
-costliest operators.
+"""Measures where a step's time goes: the arithmetic recipe on one process and one thread.
 
+It prints CPU seconds by phase, and the costliest operators.
 python benchmarks/step_time.py [steps]
 """
 
@@ -18,7 +18,7 @@ import torch
 from record import heading, save, spread, table
 
 from dapo import config as configs
-from dapo.assemble import make_rollouts
+from dapo.assemble import make_sampler
 from dapo.mesh import Mesh
 from dapo.policy.megatron import Policy
 
@@ -34,7 +34,7 @@ def main(steps: int) -> None:
             ROOT / "examples/arithmetic/config.yaml", [f"run.dir={directory}", "parallel.tensor=1"]
         )
         mesh = Mesh(config.parallel)
-        rollouts, _ = make_rollouts(config, mesh)
+        rollouts = make_sampler(config, mesh).rollouts
         policy = Policy(config, mesh)
         seconds, samples = measure(policy, rollouts, steps)
     rows = [[phase, spread(values)] for phase, values in seconds.items()]
@@ -60,25 +60,27 @@ def measure(policy: Any, rollouts: Any, steps: int) -> tuple[dict[str, list[floa
 
     for step in range(steps + WARM_UP):
         sync, _ = clocked(lambda step=step: rollouts.load_weights(policy.weights(), step))
-        rollout, [batch] = clocked(rollouts.next_batch, step)
-        old, _ = clocked(policy.set_old_logprobs, batch)
-        updates = [clocked(policy.update, minibatch)[0] for minibatch in batch.minibatches]
+        sampling, [batch] = clocked(rollouts.next_batch, step)
+        placed = policy.place(batch)
+        old, _ = clocked(policy.score, placed)
+        updates = [clocked(policy.update, minibatch)[0] for minibatch in placed.minibatches]
         if step >= WARM_UP and len(updates) == 4:
-            rounds = batch.metrics["groups/asked"] / rollouts.options.rollout.prompts_per_round
+            rounds = batch.metrics["groups/asked"] / rollouts.config.rollout.prompts_per_round
             seconds["weights to the engine"].append(sync)
-            seconds["generation, per round"].append(rollout / rounds)
+            seconds["generation, per round"].append(sampling / rounds)
             seconds["old log-probs"].append(old)
             seconds["4 updates"].append(sum(updates))
             seconds["policy: old log-probs + 4 updates"].append(old + sum(updates))
-    options = rollouts.options.rollout
-    return seconds, options.prompts_per_round * options.group_size
+    rollout = rollouts.config.rollout
+    return seconds, rollout.prompts_per_round * rollout.group_size
 
 
 def profile(policy: Any, rollouts: Any) -> list[list[object]]:
     [batch] = rollouts.next_batch(10_000)
+    placed = policy.place(batch)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        policy.set_old_logprobs(batch)
-        for minibatch in batch.minibatches:
+        policy.score(placed)
+        for minibatch in placed.minibatches:
             policy.update(minibatch)
     events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)[:12]
     return [[event.key, event.count, f"{event.self_cpu_time_total / 1e3:.1f}"] for event in events]

@@ -1,10 +1,10 @@
-"""Three steps of real training on one GPU: a random Qwen2.5-shaped model in bf16, embedded engine. Tokens per
-second, MFU, peak memory.
+"""Measure three training steps on one GPU: tokens per second, MFU and peak memory of a random Qwen2.5-shaped
+model in bf16, sampled by the embedded engine.
 
     python benchmarks/train_gpu.py            # 1.5 B parameters; --size 0.5b for half a billion
     python benchmarks/train_gpu.py --tiny     # the same on a CPU, to see that it runs
 
-The model knows nothing, so the reward is a coin thrown by the response's own hash: groups come out mixed, and
+The model knows nothing, so a hash of the response decides whether it is correct: groups come out mixed, and
 every part of a step does its work.
 """
 
@@ -25,50 +25,39 @@ from record import heading, save, table
 ROOT = Path(__file__).parents[1]
 # bf16, dense, from the data sheets
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
-SIZES: dict[str, dict[str, Any]] = {
-    "1.5b": dict(
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        vocab_size=151936,
-    ),
-    "0.5b": dict(
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        vocab_size=151936,
-    ),
-    "tiny": dict(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=512,
-    ),
+# hidden size, intermediate size, layers, heads, vocabulary
+SIZES = {
+    "1.5b": (1536, 8960, 28, 12, 151936),
+    "0.5b": (896, 4864, 24, 14, 151936),
+    "tiny": (64, 128, 2, 4, 512),
 }
 STEPS = 3
 
 
 def coin(response: str, answer: str) -> bool:
-    """A verdict that depends on the response alone, right half of the time."""
+    """Return a verdict that depends on the response alone and is True half of the time."""
     return zlib.crc32(response.encode("utf-8", "replace")) % 2 == 0
 
 
 def make_model(size: str, directory: Path) -> int:
-    """A random model with the arithmetic example's tokenizer, whose ids are the first 25 of the vocabulary;
-    its number of parameters.
+    """Write a random model with the arithmetic example's tokenizer, whose ids are the first 25 of the
+    vocabulary. Returns its number of parameters.
     """
-    shutil.copytree(
-        ROOT / "examples/arithmetic/base", directory, ignore=shutil.ignore_patterns("*.safetensors")
-    )
+    without_weights = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(ROOT / "examples/arithmetic/base", directory, ignore=without_weights)
     torch.manual_seed(0)
+    hidden, intermediate, layers, heads, vocabulary = SIZES[size]
     config = transformers.Qwen2Config(
-        **SIZES[size], tie_word_embeddings=True, eos_token_id=1, pad_token_id=0, bos_token_id=None
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=2,
+        vocab_size=vocabulary,
+        tie_word_embeddings=True,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
     )
     model = transformers.Qwen2ForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(directory)
@@ -108,50 +97,41 @@ def main(size: str) -> None:
         num_parameters = make_model(size, directory / "model")
         run = config.load(ROOT / "examples/arithmetic/config.yaml", options(size, directory))
         train(run, Mesh(run.parallel))
-        rows = [json.loads(line) for line in (directory / "run" / "metrics.jsonl").read_text().splitlines()][
-            :STEPS
-        ]
-    text = report(num_parameters, rows)
-    print(text) if size == "tiny" else save("train_gpu.md", text)
+        lines = (directory / "run" / "metrics.jsonl").read_text().splitlines()
+    text = report(num_parameters, [json.loads(line) for line in lines[:STEPS]])
+    if size == "tiny":
+        print(text)
+    else:
+        save("train_gpu.md", text)
 
 
 def report(num_parameters: int, rows: list[dict[str, Any]]) -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device), float("nan"))
-    text = heading(
-        f"Three training steps of a random {num_parameters / 1e9:.2f} B model, bf16, one device, embedded "
-        "engine"
+    model = f"a random {num_parameters / 1e9:.2f} B model"
+    text = heading(f"Three training steps of {model}, bf16, one device, embedded engine")
+    text += (
+        "\nMFU: 6 · parameters · kept tokens / (seconds of the updates · data-sheet bf16 peak); attention is "
+        "not counted.\n\n"
     )
-    text += "\nMFU: 6 · parameters · kept tokens / (seconds of the updates · data-sheet bf16 peak); attention not counted.\n\n"
     cells = []
     for row in rows:
         kept = row["groups/kept"] * 16 * row["rollout/length_kept"]
         mfu = 6 * num_parameters * kept / row["time/update"] / peak
         cells.append(
-            [
-                row["step"],
-                int(kept),
-                f"{row['rollout/tokens'] / row['time/rollout']:.0f}",
-                f"{kept / row['time/old_logprobs']:.0f}",
-                f"{kept / row['time/update']:.0f}",
-                f"{mfu:.1%}",
-                f"{row['perf/peak_memory_gib']:.1f}",
-                f"{row['policy/mismatch']:.1e}",
-                f"{row['policy/grad_norm']:.2e}",
-            ]
+            {
+                "step": row["step"],
+                "tokens learnt from": int(kept),
+                "generated/s": f"{row['rollout/tokens'] / row['time/rollout']:.0f}",
+                "scored/s": f"{kept / row['time/old_logprobs']:.0f}",
+                "learnt/s": f"{kept / row['time/update']:.0f}",
+                "MFU": f"{mfu:.1%}",
+                "peak GiB": f"{row['perf/peak_memory_gib']:.1f}",
+                "mismatch": f"{row['policy/mismatch']:.1e}",
+                "grad norm": f"{row['policy/grad_norm']:.2e}",
+            }
         )
-    header = [
-        "step",
-        "tokens learnt from",
-        "generated/s",
-        "scored/s",
-        "learnt/s",
-        "MFU",
-        "peak GiB",
-        "mismatch",
-        "grad norm",
-    ]
-    return text + table(header, cells)
+    return text + table(list(cells[0]), [list(line.values()) for line in cells])
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from dapo.config import Config
 from dapo.engine.control import Server
-from dapo.engine.fleet import Servers
+from dapo.engine.fleet import make_servers
 from dapo.engine.weight_sync import make_sync
 
 RUNS = 7
@@ -220,7 +220,7 @@ def measure(
     }
     raw = raws[kind]()
     options: dict[str, Any] = dict(
-        bucket_bytes=bucket, device=torch.device("cpu"), directory=scratch / "weights", model=model, limit=600
+        bucket_bytes=bucket, device=torch.device("cpu"), directory=scratch / "weights", model=model, timeout=600
     )
     sync = make_sync(kind, lambda: [server], **options)
     commit, post, carried, waits = sync.transport.commit, server.post, [], []  # type: ignore[var-annotated]
@@ -280,7 +280,7 @@ def main(python: str, directory: Path) -> None:
         make_model(model)
     engine = {"kind": "sglang", "python": python, "max_concurrent": 4}
     options = {"run": {"dir": directory / "run"}, "data": {"train": directory / "none"}, "engine": engine}
-    servers = Servers(Config.model_validate(options | {"policy": {"model": model, "dtype": "float32"}}))
+    servers = make_servers(Config.model_validate(options | {"policy": {"model": model, "dtype": "float32"}}))
     try:
         servers.wait()
         measure_all(servers.workers[0], model)

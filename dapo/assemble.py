@@ -15,7 +15,7 @@ import torch
 
 from dapo.config import Config, ConfigError
 from dapo.engine.embedded import EmbeddedEngine
-from dapo.engine.fleet import Servers
+from dapo.engine.fleet import make_servers
 from dapo.engine.sglang import SGLangEngine
 from dapo.engine.weight_sync import make_sync
 from dapo.files import write_text
@@ -111,7 +111,7 @@ def make_engine(config: Config, mesh: Mesh, is_interrupted: Callable[[], bool]) 
         return EmbeddedEngine(
             config.policy.model, getattr(torch, config.policy.dtype), mesh.device, options.max_concurrent
         )
-    servers = Servers(config, say=lambda text: print(text, flush=True), is_interrupted=is_interrupted)
+    servers = make_servers(config, say=lambda text: print(text, flush=True), is_interrupted=is_interrupted)
     servers.wait()
     sync = make_sync(
         options.weight_sync,
@@ -120,11 +120,10 @@ def make_engine(config: Config, mesh: Mesh, is_interrupted: Callable[[], bool]) 
         device=mesh.device,
         directory=config.run.dir / "weights",
         model=config.policy.model,
-        limit=2 * options.stall_seconds,  # sooner than the flight recorder's end, which saves nothing
+        timeout=options.limits.stop,
         verify=options.verify_weights,
     )
-    engine = SGLangEngine(servers, sync, options.max_concurrent, options.stall_seconds)
-    engine.is_interrupted = is_interrupted
+    engine = SGLangEngine(servers, sync, options.max_concurrent, options.limits, is_interrupted)
     engine.release_memory()  # the policy needs it, from when it is built
     return engine
 

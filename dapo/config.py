@@ -8,7 +8,7 @@ import difflib
 import re
 from math import lcm
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -35,6 +35,17 @@ class ConfigError(ValueError):
     """
 
 
+UNSAID = "unsaid"  # the source leaves it open: nothing departs from it
+
+
+def option(default: Any, why: str, paper: Any = UNSAID, verl: Any = UNSAID) -> Any:
+    """Declare an option that decides what a run's numbers mean; `dapo plan --diff` compares it with these.
+
+    `paper`, `verl`: its value in the paper and in the released code; `why`: the reason for another one.
+    """
+    return Field(default, json_schema_extra={"paper": paper, "verl": verl, "reason": why})
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -56,26 +67,39 @@ class Data(Section):
     # .jsonl of {prompt, answer}, or .parquet in the DAPO-Math-17k schema: one file, several as one, or {file:
     # weight} to mix
     train: Path | list[Path] | dict[Path, AboveZero]
-    max_prompt_length: Positive = 2048  # tokens
+    max_prompt_length: Positive = option(2048, "other tasks, other lengths", verl=2048)  # tokens
     # truncate cuts on the left, as the released recipe does
-    too_long: Literal["error", "drop", "truncate"] = "truncate"
+    too_long: Literal["error", "drop", "truncate"] = option(
+        "truncate", "a prompt that is cut may have lost its question", verl="truncate"
+    )
     on_error: Literal["stop", "skip"] = "stop"  # a malformed row: stop, or count it and go on
 
 
 class Rollout(Section):
-    prompts_per_step: Positive = 512  # N: groups that a step learns from
-    group_size: Annotated[int, Field(ge=2)] = 16  # G: samples per prompt
+    # N: groups that a step learns from
+    prompts_per_step: Positive = option(512, "another batch size", paper=512, verl=512)
+    # G: samples per prompt
+    group_size: Annotated[int, Field(ge=2)] = option(
+        16, paper=16, verl=16, why="more samples find a mixed group more often, and cost more"
+    )
     # prompts asked for at a time, until N mixed groups are in; from servers as the groups come in
-    prompts_per_round: Positive = 1536
-    max_rounds: Positive = 10
-    dynamic_sampling: bool = True  # Eq. 11; false keeps every group
-    at_cap: Literal["train", "stop"] = "train"  # after max_rounds with fewer than N mixed groups
+    prompts_per_round: Positive = option(1536, "how far sampling runs ahead", verl=1536)
+    max_rounds: Positive = option(10, "how long to look for mixed groups", verl=10)
+    # Eq. 11; false keeps every group
+    dynamic_sampling: bool = option(
+        True, "without it a step is cheaper and teaches less", paper=True, verl=True
+    )
+    # after max_rounds with fewer than N mixed groups
+    at_cap: Literal["train", "stop"] = option(
+        "train", "a late step that finds too few mixed groups learns from those", verl="stop"
+    )
     # finished groups that a step has no room for are kept for the next, as long as they are at most so many
     # steps old when they are learnt from; 0: they are thrown away, and their prompts asked anew
-    max_staleness: Count = 0
+    max_staleness: Count = option(0, "finished groups without room are learnt from later", verl=0)
     max_empty_steps: Positive = 3  # steps in a row without one mixed group before the run stops
-    temperature: AboveZero = 1.0
-    max_response_length: Positive = 20480  # L_max of Eq. 13, tokens
+    temperature: AboveZero = option(1.0, "hotter explores more; the loss uses the same", paper=1.0, verl=1.0)
+    # L_max of Eq. 13, tokens
+    max_response_length: Positive = option(20480, "other tasks, other lengths", paper=20480, verl=20480)
     # of each step's groups, kept in run.dir/rollouts as parquet
     dump_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     only: bool = False  # write every step's batch and learn nothing
@@ -94,29 +118,46 @@ class Reward(Section):
     workers: Count = 4
     # seconds for one answer; after them the worker is replaced, the answer is wrong and counted
     time_limit: AboveZero = 5.0
-    truncated_is_wrong: bool = False
+    truncated_is_wrong: bool = option(False, "where the task asks for an end", verl=False)
     soft_overlong_punishment: bool = True  # Eq. 13
     overlong_cache: Positive = 4096  # L_cache of Eq. 13, tokens
 
 
 class Objective(Section):
-    normaliser: Literal["token_mean", "group_token_mean", "sample_mean"] = "token_mean"
-    clip_low: NonNegative = 0.2
-    clip_high: NonNegative = 0.28  # Clip-Higher
-    dual_clip: Annotated[float, Field(gt=1)] | None = None  # the released code has 10, the paper none
-    overlong_filtering: bool = False  # truncated samples give no gradient
+    normaliser: Literal["token_mean", "group_token_mean", "sample_mean"] = option(
+        "token_mean",
+        "every token of a minibatch weighs the same; Eq. 8 to the letter weighs short groups' tokens up",
+        paper="group_token_mean", verl="token_mean",
+    )  # fmt: skip
+    clip_low: NonNegative = option(0.2, "a narrower or wider trust region downwards", paper=0.2, verl=0.2)
+    clip_high: NonNegative = option(
+        0.28, "Clip-Higher: room for unlikely tokens keeps the entropy up", paper=0.28, verl=0.28
+    )
+    dual_clip: Annotated[float, Field(gt=1)] | None = option(
+        None, paper=None, verl=10.0, why="bounds the loss of a bad token that became much likelier"
+    )
+    # truncated samples give no gradient
+    overlong_filtering: bool = option(
+        False,
+        "Table 1 adds it and keeps it; the best public run had none: soft punishment alone limits length",
+        paper=True, verl=False,
+    )  # fmt: skip
     # a token written by older weights counts min(exp(old − behavior log-prob), this); one of the current
     # weights always counts 1
     importance_cap: Annotated[float, Field(ge=1)] = 2.0
 
 
 class Optim(Section):
-    lr: NonNegative = 1e-6
-    warmup_steps: Count = 20  # rollout steps, linear, starting at the first warm-up value
-    prompts_per_minibatch: Positive = 32  # × group_size = samples per update
-    weight_decay: NonNegative = 0.1
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    clip_grad: AboveZero = 1.0
+    lr: NonNegative = option(1e-6, "a smaller model bears more", paper=1e-6, verl=1e-6)
+    # rollout steps, linear, starting at the first warm-up value
+    warmup_steps: Count = option(20, "rollout steps, linear", paper=20, verl=10)
+    # × group_size = samples per update
+    prompts_per_minibatch: Positive = option(32, "other numbers of updates a step", paper=32, verl=32)
+    weight_decay: NonNegative = option(0.1, "none for very small models", verl=0.1)
+    betas: tuple[Share, Share] = option(
+        (0.9, 0.999), "a shorter memory bears larger steps", verl=[0.9, 0.999]
+    )
+    clip_grad: AboveZero = option(1.0, "another bound for the gradient's norm", verl=1.0)
 
 
 class Parallel(Section):
@@ -184,6 +225,22 @@ class Policy(Section):
     megatron: dict[str, Any] = {}
 
 
+class Limits(NamedTuple):
+    """Seconds without progress after which a run acts."""
+
+    stall: float  # report, dump stacks, restart the server that stands still
+
+    @property
+    def stop(self) -> float:
+        """Seconds after which the run saves and stops."""
+        return 2 * self.stall
+
+    @property
+    def exit(self) -> float:
+        """Seconds after which ranks that are stuck in a collective, where they cannot save, exit."""
+        return 3 * self.stall
+
+
 class Engine(Section):
     kind: Literal["embedded", "sglang"] = "embedded"  # embedded: Hugging Face generate, in the main process
     max_concurrent: Positive = 256  # samples generated together, by each server
@@ -203,6 +260,11 @@ class Engine(Section):
     stall_seconds: AboveZero = 300.0
 
     @property
+    def limits(self) -> Limits:
+        """Time limits that follow from stall_seconds."""
+        return Limits(self.stall_seconds)
+
+    @property
     def is_streaming(self) -> bool:
         """Groups are asked for ahead and scored as they come in; in-process generation gains more from whole
         rounds, at once.
@@ -214,9 +276,10 @@ class Eval(Section):
     # same formats as data.train; {name: file} for several sets; null: no evaluation
     data: Path | dict[str, Path] | None = None
     every: Positive = 5  # steps; also before the first and after the last
-    samples: Positive = 32  # k per problem: mean@k
-    temperature: AboveZero = 1.0
-    top_p: Share = 0.7
+    # k per problem: mean@k
+    samples: Positive = option(32, "fewer samples, wider intervals", paper=32, verl=32)
+    temperature: AboveZero = option(1.0, "another way to ask", paper=1.0, verl=1.0)
+    top_p: Share = option(0.7, "1.0 measures the distribution that is trained", paper=0.7, verl=0.7)
 
 
 class Config(Section):
@@ -288,28 +351,6 @@ class Config(Section):
                 f"{rollout.max_response_length} unpunished: make it smaller, or set "
                 "reward.soft_overlong_punishment=false"
             )
-
-        self._check_offload()
-
-    def _check_offload(self) -> None:
-        """Optimizer state in main memory: Megatron 0.16.1 resumes it in one way only."""
-        megatron = self.policy.megatron
-        if not megatron.get("optimizer_cpu_offload"):
-            return
-        wrong = []
-        if not megatron.get("use_precision_aware_optimizer"):
-            wrong.append(
-                "policy.megatron.use_precision_aware_optimizer=true: without it no checkpoint can be loaded"
-            )
-        if megatron.get("optimizer_offload_fraction", 0.0) != 1.0:
-            wrong.append(
-                "policy.megatron.optimizer_offload_fraction=1.0: a part left on the GPU resumes with a wrong "
-                "count of its steps"
-            )
-        if self.policy.dtype != "bfloat16":
-            wrong.append("policy.dtype=bfloat16: 32-bit parameters cannot be offloaded")
-        if wrong:
-            raise ConfigError(f"policy.megatron.optimizer_cpu_offload wants {'; '.join(wrong)}")
 
     def warnings(self) -> list[str]:
         """What is allowed and rarely meant."""

@@ -165,6 +165,10 @@ class Mesh:
         dist.all_reduce(total, group=self.control)
         return total.numpy()
 
+    def sum_by_key(self, values: dict[str, float]) -> dict[str, float]:
+        """Sum each value over all ranks, on every rank. All ranks have the same keys, in the same order."""
+        return dict(zip(values, self.sum(np.array(list(values.values()))).tolist(), strict=True))
+
     def max(self, value: float) -> float:
         """Return the largest value of all ranks, on every rank."""
         largest = torch.tensor([value], dtype=torch.float64)

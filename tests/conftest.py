@@ -6,10 +6,33 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from dapo import config
 from dapo.types import Group, Prompt, Sample
+
+SLOW = (  # start torchrun, a server or Triton's interpreter: not part of `make test-fast`
+    "tests/distributed/",
+    "tests/sglang/",
+    "tests/kernels/test_linear_policy_loss.py",
+    "tests/kernels/test_policy_loss.py",
+    "tests/kernels/test_report.py",
+    "tests/kernels/test_tensor_parallel.py",
+    "tests/tools/test_convert.py",
+    "tests/tools/test_verify_resume.py",
+    "tests/fixtures/test_fixtures.py::test_a_run_of_then_goes_on_as_it_would_have",
+    "tests/test_commands.py",
+    "tests/test_examples.py",
+    "tests/test_servers_apart.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+
 
 SMALL_RUN = """
 run: {dir: DIR/run, steps: 2}

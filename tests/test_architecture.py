@@ -17,7 +17,7 @@ FILES = [
 # its own floor.
 FLOORS = [
     {"types", "config", "clock"},
-    {"files", "mesh"},
+    {"files", "http", "mesh"},
     {"model"},
     {"learn"},
     {"reward", "plan"},
@@ -25,6 +25,7 @@ FLOORS = [
     {"report"},
     {"engine", "policy"},
     {"checkpoint", "log", "recorder", "verify"},
+    {"sampler"},
     {"assemble"},
     {"train"},
 ]
@@ -111,6 +112,13 @@ def test_pure_modules_know_nothing_of_process_groups(path):
 def test_only_the_policy_imports_megatron(path):
     megatron = [name for name in imports_in(path) if is_below(name, "megatron")]
     assert not megatron or path.is_relative_to("dapo/policy")
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_only_http_imports_an_http_client(path):
+    clients = ("aiohttp", "http.client", "urllib.request", "urllib3", "requests", "httpx")
+    found = [name for name in imports_in(path) if any(is_below(name, client) for client in clients)]
+    assert not found or path == Path("dapo/http.py")
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.parts[0] == "kernels"], ids=str)

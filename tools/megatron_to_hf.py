@@ -1,11 +1,10 @@
-"""A checkpoint of a run, or what hf_to_megatron.py made, of any layout → a Hugging Face directory. One
-process, tensor by tensor.
+"""Convert a run's checkpoint, or hf_to_megatron.py's, of any layout, to a Hugging Face directory.
+
+One process, tensor by tensor.
 
     python tools/megatron_to_hf.py RUN/checkpoints/step-000100 TARGET [--model MODEL] [--dtype bfloat16]
-    [--shard-size 4GiB]
 
-Config, tokenizer and generation config come from MODEL, by default the policy.model that RUN/config.yaml
-names.
+Config, tokenizer and generation config come from MODEL, by default from policy.model of RUN/config.yaml.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from hf_to_megatron import convert, parser
 from dapo import config
 from dapo.config import ConfigError
 from dapo.model.shape import ModelShape
-from dapo.policy.weight_files import hf_tensors, save_hf, shares
+from dapo.policy.weight_files import hf_tensors, parts, save_hf
 from dapo.policy.weights import StoredWeights
 
 
 def model_of(checkpoint: Path) -> Path:
-    """The Hugging Face directory that a checkpoint's config and tokenizer come from.
+    """Return the Hugging Face directory that a checkpoint's config and tokenizer come from.
 
     Raises:
         ConfigError: none is known.
@@ -49,7 +48,7 @@ def save(
     *,
     shard_bytes: int,
 ) -> None:
-    tensors = [hf_tensors(weights, shape, dtype, share) for share in shares(shape)]
+    tensors = [hf_tensors(weights, shape, dtype, part) for part in parts(shape)]
     save_hf(tensors, shape, dtype, model, target, shard_bytes=shard_bytes)
 
 

@@ -1,6 +1,4 @@
-"""What a run's SGLang servers are started with: from the config, checked against the arguments that the
-installed SGLang has.
-"""
+"""Command lines of a run's SGLang servers, from the config, checked against the installed SGLang's arguments."""
 
 from __future__ import annotations
 
@@ -19,8 +17,8 @@ from dapo.config import Config, ConfigError, nearest
 from dapo.engine.control import KEY_VARIABLE
 from dapo.engine.process import LOOPBACK, last_error
 
-ASK_LIMIT = 300.0  # seconds for SGLang to be imported
-OURS = {  # what engine.sglang may not name → what to do instead
+IMPORT_TIMEOUT = 300.0  # seconds for SGLang to be imported
+OURS = {  # argument that engine.sglang may not set → what to do instead
     "model-path": "set policy.model",
     "port": "free ports are taken",
     "api-key": f"one is drawn for the run; for servers named in engine.urls set {KEY_VARIABLE}",
@@ -37,36 +35,44 @@ CPU = {  # for a machine without CUDA; engine.sglang overrides
     "mem-fraction-static": 0.2,
     "sleep-on-idle": True,  # else an idle server keeps a core busy
 }
-# On a CPU a bucket of weights lies in memory that the last one has left: fresh pages would take as long as
-# the copy
+# On a CPU the memory of one bucket of weights is used for the next: fresh pages would take as long as the
+# copy
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-# Every spelling of every argument → its main spelling and what it takes
+# The API key reaches the command line inside the process, where `ps` does not see it
+BOOT = f"""import os, runpy, sys
+module, *arguments = sys.argv[1:]
+sys.argv[1:] = [*arguments, "--api-key", os.environ.pop("{KEY_VARIABLE}")]
+runpy.run_module(module, run_name="__main__", alter_sys=True)"""
+# Prints every spelling of every argument → its main spelling and the kind of its value
 LIST_ARGUMENTS = """import argparse, json
 from sglang.srt.server_args import ServerArgs
 parser = argparse.ArgumentParser(add_help=False)
 ServerArgs.add_cli_args(parser)
 known = {}
 for action in parser._actions:
-    takes = "yes or no" if isinstance(action, argparse.BooleanOptionalAction) else "list" if action.nargs in ("+", "*") else "nothing" if action.nargs == 0 else "value"
-    names = [name[2:] for name in action.option_strings if name.startswith("--") and not (takes == "yes or no" and name.startswith("--no-"))]
+    names = [name[2:] for name in action.option_strings if name.startswith("--")]
+    takes = "list" if action.nargs in ("+", "*") else "nothing" if action.nargs == 0 else "value"
+    if isinstance(action, argparse.BooleanOptionalAction):
+        names = [name for name in names if not name.startswith("no-")]
+        takes = "yes or no"
     known |= {name: (names[0], takes) for name in names}
-print("\\n" + json.dumps(known))"""  # noqa: E501
+print("\\n" + json.dumps(known))"""
 
 Known = dict[str, tuple[str, str]]
 
 
 def server_options(config: Config, known: Known, has_cuda: bool) -> dict[str, Any]:
-    """A server's arguments by name: what follows from the config, then engine.sglang on top.
+    """Return a server's arguments by name: those that follow from the config, then engine.sglang on top.
 
     Raises:
-        ConfigError: engine.sglang names what SGLang does not know, or what is set here.
+        ConfigError: engine.sglang has an argument that SGLang does not know, or that is set here.
     """
     longest = config.data.max_prompt_length + config.rollout.max_response_length
     options: dict[str, Any] = {
         "model-path": str(config.policy.model),
         "host": LOOPBACK,
         "dtype": config.policy.dtype,
-        "log-level-http": "warning",  # not a line for each request
+        "log-level-http": "warning",  # no line per request
     }
     if not has_cuda:
         options |= CPU | {
@@ -82,20 +88,24 @@ def server_options(config: Config, known: Known, has_cuda: bool) -> dict[str, An
         main, takes = known[spelling]
         if main in OURS:
             raise ConfigError(f"engine.sglang.{name} is set by the run: {OURS[main]}")
-        if (takes in ("nothing", "yes or no")) != isinstance(value, bool) and value is not None:
-            raise ConfigError(
-                f"engine.sglang.{name}={value!r}: {'true or false' if takes != 'value' else 'a value'} is "
-                "expected"
-            )
+        is_flag = takes in ("nothing", "yes or no")
+        if is_flag != isinstance(value, bool) and value is not None:
+            expected = "true or false" if is_flag else "a value"
+            raise ConfigError(f"engine.sglang.{name}={value!r}: {expected} is expected")
         options[main] = value
         if takes == "yes or no":
             options[f"no-{main}"] = not value
     return options
 
 
+def module_command(python: str, module: str, options: dict[str, Any]) -> list[str]:
+    """Return the command that runs a module of SGLang, with the API key in the environment."""
+    return [python, "-c", BOOT, module, *command_line(options)]
+
+
 def command_line(options: dict[str, Any]) -> list[str]:
-    """`command_line({"tp-size": 2, "sleep-on-idle": True, "device": None})` → ["--tp-size", "2",
-    "--sleep-on-idle"].
+    """Return options as arguments: `{"tp-size": 2, "sleep-on-idle": True}` → ["--tp-size", "2", "--sleep-on-
+    idle"].
     """
     arguments = []
     for name, value in options.items():
@@ -111,25 +121,23 @@ def command_line(options: dict[str, Any]) -> list[str]:
 
 
 def check_broadcast(config: Config, options: dict[str, Any], python: str) -> None:
-    """Whether the trainer and servers of these options can join in an NCCL group.
+    """Check that the trainer and servers of these options can join in an NCCL group.
 
     Raises:
-        ConfigError: they share GPUs, or have different versions of NCCL; what to use instead.
+        ConfigError: they share GPUs, or have different versions of NCCL. It says what to use instead.
     """
     if config.engine.weight_sync != "broadcast":
         return
     if options.get("enable-memory-saver"):
         raise ConfigError(
             "engine.weight_sync=broadcast with engine.sglang.enable-memory-saver: NCCL joins no two "
-            "processes on one GPU; set "
-            "engine.weight_sync=tensor"
+            "processes on one GPU; set engine.weight_sync=tensor"
         )
     ours, theirs = (nccl_version(path) for path in (sys.executable, python))
     if ours != theirs:
         raise ConfigError(
             f"engine.weight_sync=broadcast: engine.python={python} has NCCL {theirs}, the trainer {ours}, "
-            "and only equal ones join: "
-            "install the same torch, or set engine.weight_sync=disk"
+            "and only equal ones join: install the same torch, or set engine.weight_sync=disk"
         )
 
 
@@ -140,13 +148,13 @@ def nccl_version(python: str) -> str:
 
 
 def gpu_sets(servers: int, options: dict[str, Any], sees_main: bool = False) -> list[list[str]]:
-    """Each server's GPUs, as CUDA_VISIBLE_DEVICES names them: those after the trainer's, or from the first
-    on, if memory is handed over.
+    """Return each server's GPUs, as CUDA_VISIBLE_DEVICES names them: those after the trainer's or, if they
+    share memory, from the first on.
 
-    `sees_main`: behind its own each also sees the main rank's GPU, to read weights there.
+    With `sees_main` each also sees the main rank's GPU, as its last, to read weights there.
 
     Raises:
-        ConfigError: there are not enough.
+        ConfigError: there are too few.
     """
     names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     names = names or [str(i) for i in range(torch.cuda.device_count())]
@@ -156,38 +164,34 @@ def gpu_sets(servers: int, options: dict[str, Any], sees_main: bool = False) -> 
     if taken + servers * each > len(names):
         raise ConfigError(
             f"engine.servers={servers} of {each} GPUs (tp-size × pp-size × dp-size in engine.sglang) after "
-            f"the trainer's {taken}: "
-            f"here are {len(names)}; start fewer, or share the trainer's with "
-            "engine.sglang.enable-memory-saver=true and "
-            "engine.weight_sync=tensor"
+            f"the trainer's {taken}: here are {len(names)}; start fewer, or share the trainer's with "
+            "engine.sglang.enable-memory-saver=true and engine.weight_sync=tensor"
         )
     sets = [names[taken + i * each : taken + (i + 1) * each] for i in range(servers)]
     return [own + ([names[0]] if sees_main and names[0] not in own else []) for own in sets]
 
 
 def child_environment(has_cuda: bool) -> dict[str, str]:
-    """Ours, without what torchrun says of our place: a server would take it for its own."""
+    """Return our environment without torchrun's variables: a server would take our rank for its own."""
     torchrun = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(torchrun)}
-    # health must not take a generated token: during a sync there is none
+    # a health check must not generate a token: during a sync none is generated
     environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
     return environment if has_cuda else KEEP_MEMORY | environment | {"SGLANG_USE_CPU_ENGINE": "1"}
 
 
 @functools.cache
 def known_arguments(python: str, has_cuda: bool) -> Known:
-    """The arguments of the SGLang that `python` has. Asking takes it many seconds, so the answer is kept in
-    the user's cache.
+    """Return the arguments of the SGLang that `python` has. They are kept in the user's cache, because to
+    import SGLang takes many seconds.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: it has no SGLang.
     """
     version = _ask(python, "import importlib.metadata; print(importlib.metadata.version('sglang'))", has_cuda)
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dapo"
-    kept = (
-        folder
-        / f"sglang-arguments-{hashlib.sha256(f'{python} {version} {LIST_ARGUMENTS}'.encode()).hexdigest()[:16]}.json"
-    )
+    key = hashlib.sha256(f"{python} {version} {LIST_ARGUMENTS}".encode()).hexdigest()[:16]
+    kept = folder / f"sglang-arguments-{key}.json"
     if not kept.exists():
         answer = _ask(python, LIST_ARGUMENTS, has_cuda)
         folder.mkdir(parents=True, exist_ok=True)
@@ -198,14 +202,14 @@ def known_arguments(python: str, has_cuda: bool) -> Known:
 
 
 def _ask(python: str, code: str, has_cuda: bool) -> str:
-    """The last line that `code` prints."""
+    """Return the last line that `code` prints."""
     try:
         done = subprocess.run(
             [python, "-c", code],
             env=child_environment(has_cuda),
             capture_output=True,
             text=True,
-            timeout=ASK_LIMIT,
+            timeout=IMPORT_TIMEOUT,
         )
     except OSError as error:
         raise ConfigError(f"engine.python={python}: {error.strerror}") from error
@@ -215,7 +219,7 @@ def _ask(python: str, code: str, has_cuda: bool) -> str:
         ) from error
     if done.returncode:
         raise ConfigError(
-            f"engine.python={python} has no SGLang that works: {last_error(done.stderr.splitlines())}; pip "
-            "install dapo[sglang]"
+            f"engine.python={python} has no SGLang that works: {last_error(done.stderr.splitlines())}; "
+            "pip install dapo[sglang]"
         )
     return done.stdout.splitlines()[-1]

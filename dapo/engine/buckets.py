@@ -1,4 +1,4 @@
-"""Weights packed for the road: tensors end to end in one flat uint8 tensor."""
+"""Weights packed into buckets: tensors end to end in one flat uint8 tensor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FIRST = 8  # the first bucket is at most a FIRST of the others: nothing travels while it is filled
+FIRST = 8  # the first bucket has at most 1 / FIRST of the others' size: nothing is sent while it is filled
 
 
 @dataclass(frozen=True)
@@ -30,20 +30,21 @@ class Bucket:
 
 
 def buckets(weights: Iterable[tuple[str, Tensor]], size: int, device: torch.device) -> Iterator[Bucket]:
-    """The weights packed into buckets of at most `size` bytes, the first one smaller; a larger tensor travels
-    alone, in its own memory.
+    """Pack the weights into buckets of at most `size` bytes; a larger tensor is a bucket by itself, in its
+    own memory.
 
-    A bucket's memory is used again for the next but one: be done with a bucket before asking for the second
-    after it.
+    Two buffers take turns: finish with a bucket before asking for the second one after it.
     """
     memory = itertools.cycle([torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)])
-    flat, parts, used, limit = next(memory), list[Part](), 0, size // FIRST
+    flat, parts, used = next(memory), list[Part](), 0
+    limit = size // FIRST
     for name, tensor in weights:
         data = tensor.detach().contiguous().view(-1).view(torch.uint8)
         # the receiver views each part as its dtype: aligned
         if parts and (used + len(data) > limit or used % tensor.itemsize):
             yield Bucket(flat[:used], parts)
-            flat, parts, used, limit = next(memory), [], 0, size
+            flat, parts, used = next(memory), [], 0
+            limit = size
         if len(data) > size:
             yield Bucket(data.to(device), [Part(name, tensor.dtype, tuple(tensor.shape), 0, len(data))])
             continue

@@ -1,9 +1,9 @@
-"""The checksums that an SGLang server should have of the policy's weights, to compare with those it has.
+"""The checksums that an SGLang server must have of the policy's weights, compared with those that it has.
 
-SGLang keeps q, k, v in one parameter, gate and up in another, those of all of a layer's experts together, the
-vocabulary padded with zeros to a multiple of 64, and shards every matrix over its tensor ranks.
-`/weights_checker` gives 8 bytes for a parameter: on a CPU, the first of the SHA-256 of its memory; on a GPU,
-a hash of its own (`gpu_digest`).
+SGLang keeps q, k, v in one parameter and gate, up in another, a layer's experts in one, the vocabulary padded
+with zeros to a multiple of 64, and shards every matrix over its tensor ranks. `/weights_checker` returns 8
+bytes for a
+parameter: on a CPU, the first of the SHA-256 of its memory; on a GPU, a hash of SGLang's own (`gpu_digest`).
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ LOW = 0xFFFFFFFF
 # factor, seed, turn of each half
 PLACES = ((0x27D4EB2D, 0x243F6A88, 15), (0x165667B1, ((0x243F6A88 * 0x9E3779B1) ^ 0xDEADBEEF) & LOW, 13))
 FUSED_INTO = {part: whole for whole, parts in FUSED.items() for part in parts}
-# of every expert, one after another
+# one expert after another
 EXPERTS = {"w13_weight": ("gate_proj", "up_proj"), "w2_weight": ("down_proj",)}
 EXPERTS_INTO = {part: whole for whole, parts in EXPERTS.items() for part in parts}
 
 
 class Checksums:
-    """Of weights as they pass by, for servers of each of these numbers of tensor ranks, on one kind of
-    device.
+    """Computes checksums of weights as they are sent, for servers with each of these numbers of tensor ranks.
 
-    Experts as a server on a CPU has them, if their columns are a multiple of 32 × tensor ranks, else it pads
-    them; on a GPU it orders them by the kernel that it chooses.
+    Those of experts hold for a server on a CPU if their columns are a multiple of 32 × tensor ranks, else it
+    pads them; a server on a GPU orders experts as its kernel needs them.
     """
 
     def __init__(
         self, tensor_ranks: Iterable[int], num_kv_heads: int, device: str = "cpu", num_experts: int = 0
     ):
-        self.num_kv_heads, self.digest = num_kv_heads, cpu_digest if device == "cpu" else gpu_digest
+        self.num_kv_heads = num_kv_heads
         self.num_experts = num_experts
+        self.digest = cpu_digest if device == "cpu" else gpu_digest
         self.of_ranks: dict[int, list[dict[str, str]]] = {
             size: [{} for _ in range(size)] for size in set(tensor_ranks)
         }
-        # parts of a fused parameter whose others have not come by
+        # fused parameter → the parts of it that came so far
         self._waiting: dict[str, dict[str, Tensor]] = {}
 
     def watch(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -51,7 +51,7 @@ class Checksums:
             yield name, tensor
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """`name` and `tensor` are Hugging Face's."""
+        """Add one of Hugging Face's tensors."""
         *path, module, kind = name.split(".")  # [model, layers, 0, self_attn], q_proj, weight
         if "experts" in path:  # [model, layers, 0, mlp, experts, 7], down_proj, weight
             whole = EXPERTS_INTO[module]
@@ -64,7 +64,7 @@ class Checksums:
             self._enter(name, [(module, tensor)])
 
     def _collect(self, fused: str, part: str, tensor: Tensor, order: Sequence[str]) -> None:
-        """One more of the parts of a parameter; when all are there, in this order, they are entered."""
+        """Keep one part of a fused parameter; enter all of them, in this order, once they are there."""
         parts = self._waiting.setdefault(fused, {})
         parts[part] = tensor
         if len(parts) == len(order):
@@ -72,17 +72,11 @@ class Checksums:
             self._enter(fused, [(part.split(".")[-1], parts[part]) for part in order])
 
     def differences(self, found: Sequence[dict[str, str]]) -> list[str]:
-        """Names that a server, of which `found` has one dictionary per tensor rank, does not hold as they
-        passed by, or should not hold.
+        """Return the names whose checksums differ from those of a server, `found` on each of its tensor
+        ranks.
         """
-        expected = self.of_ranks[len(found)]
-        return sorted(
-            {
-                name
-                for ours, theirs in zip(expected, found, strict=True)
-                for name, _ in ours.items() ^ theirs.items()
-            }
-        )
+        pairs = zip(self.of_ranks[len(found)], found, strict=True)
+        return sorted({name for ours, theirs in pairs for name, _ in ours.items() ^ theirs.items()})
 
     def _enter(self, name: str, parts: list[tuple[str, Tensor]]) -> None:
         for size, ranks in self.of_ranks.items():
@@ -106,15 +100,15 @@ class Checksums:
 
 
 def cpu_digest(data: Tensor) -> str:
-    """uint8 [n] → 16 hexadecimal digits."""
+    """Return 16 hexadecimal digits of uint8 [n]."""
     return hashlib.sha256(data.cpu().numpy()).hexdigest()[:16]  # type: ignore[arg-type]
 
 
 def gpu_digest(data: Tensor) -> str:
-    """uint8 [n] → 16 hexadecimal digits, on any device: SGLang's hash of a CUDA tensor.
+    """Return 16 hexadecimal digits of uint8 [n], on any device: SGLang's hash of a CUDA tensor.
 
-    Each 32-bit word is mixed with its place, twice; the mixed words are summed in tiles, the finished tiles
-    over all. Multiplication wraps in int64, and its low 32 bits are the ones of uint32.
+    Each 32-bit word is mixed with its position, twice; the mixed words are summed in tiles, and these over
+    all. Multiplication wraps in int64, and its low 32 bits are those of uint32.
     """
     words = torch.nn.functional.pad(data, (0, -len(data) % 4)).view(torch.int32)
     total = 0
@@ -136,7 +130,7 @@ def gpu_digest(data: Tensor) -> str:
 
 
 def _mix(word: Tensor) -> Tensor:
-    """The end of MurmurHash3, of 32-bit words in int64."""
+    """Apply the end of MurmurHash3 to 32-bit words in int64."""
     word = (word ^ word >> 16) * 0x85EBCA6B & LOW
     word = (word ^ word >> 13) * 0xC2B2AE35 & LOW
     return word ^ word >> 16

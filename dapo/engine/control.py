@@ -1,44 +1,42 @@
-"""One SGLang server, seen by whoever steers it: the calls that are not generation. Blocking, each with its
-time limit.
-"""
+"""Control calls to one SGLang server: every call but generation. Each blocks, for a time limit at most."""
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
-import time
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from dapo import http
 from dapo.clock import heartbeat
 from dapo.types import EngineError
 
 S = TypeVar("S")
 T = TypeVar("T")
-KEY_VARIABLE = "DAPO_ENGINE_KEY"  # servers' API key: from the environment, for a config is kept with the run
-IN_WORDS = {"/flush_cache"}  # what is answered in words; everything else with JSON, or with nothing
-CHUNK = 1 << 16
+# environment variable with the servers' API key: not an option, because the config is saved with the run
+KEY_VARIABLE = "DAPO_ENGINE_KEY"
+IN_WORDS = {"/flush_cache"}  # calls answered in words; all others are answered with JSON, or with nothing
 NOTHING: Mapping[str, type] = {}
-SUCCESS: Mapping[str, type] = {"success": bool}  # of whatever changes a server's weights; false is a refusal
+SUCCESS: Mapping[str, type] = {"success": bool}  # of every call that changes weights; false is a refusal
 
 
 class Server:
-    """The server at `url`, http://host:port. `key` is its API key, if it wants one.
+    """The server at `url`, http://host:port. `key` is its API key, if it needs one.
 
-    `fields` are what the answer must have, by type: `get("/server_info", fields={"tp_size": int})`. Without
-    any, an empty answer will do.
+    `fields` are those that the answer must have, by type: `get("/server_info", fields={"tp_size": int})`.
+    Without any, the answer may be empty. `timeout` is in seconds.
 
-    Raises, in every call: EngineError naming the server, the call, what came back.
+    Raises, in every call:
+        EngineError: it names the server, the call and the answer.
     """
 
     def __init__(self, url: str, key: str | None = None):
-        self.url, self.key = url.rstrip("/"), key or os.environ.get(KEY_VARIABLE)
+        self.url = url.rstrip("/")
+        self.key = key or os.environ.get(KEY_VARIABLE)
 
     def get(self, path: str, timeout: float = 10, fields: Mapping[str, type] = NOTHING) -> dict[str, Any]:
-        return self._call(urllib.request.Request(self.url + path), path, timeout, fields)
+        return self._call("GET", path, None, timeout, fields)
 
     def post(
         self,
@@ -47,85 +45,45 @@ class Server:
         timeout: float = 60,
         fields: Mapping[str, type] = NOTHING,
     ) -> dict[str, Any]:
-        data = json.dumps(body or {}).encode()
-        return self._call(
-            urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}),
-            path,
-            timeout,
-            fields,
-        )
+        return self._call("POST", path, json.dumps(body or {}).encode(), timeout, fields)
 
     def delete(self, path: str, timeout: float = 10) -> dict[str, Any]:
-        return self._call(urllib.request.Request(self.url + path, method="DELETE"), path, timeout, NOTHING)
+        return self._call("DELETE", path, None, timeout, NOTHING)
 
     def _call(
-        self, request: urllib.request.Request, path: str, timeout: float, fields: Mapping[str, type]
+        self, method: str, path: str, body: bytes | None, timeout: float, fields: Mapping[str, type]
     ) -> dict[str, Any]:
-        if self.key:
-            request.add_header("Authorization", f"Bearer {self.key}")
         where = self.url + path
         try:
-            status, text = _exchange(request, timeout)
-        except (OSError, http.client.HTTPException) as error:
-            raise EngineError(f"{where}: {error or type(error).__name__}") from None
+            status, text = http.call(method, where, body, timeout=timeout, key=self.key)
+        except http.NoAnswer as error:
+            raise EngineError(f"{where}: {error}") from None
         finally:
-            heartbeat()  # it has ended, well or not: the next call has a limit of its own
+            heartbeat()  # it has ended, well or not: the next call has a timeout of its own
         if not 200 <= status < 300:
-            raise EngineError(f"{where} answered {status}: {one_line(text)}")
+            raise EngineError(f"{where} answered {status}: {http.one_line(text)}")
         value = {} if path in IN_WORDS else _parse(text, where)
         if value.get("success") is False:
             raise EngineError(f"{where} refused: {value.get('message', value)}")
         for name, kind in fields.items():
             if not isinstance(value.get(name), kind):
-                raise EngineError(f"{where} answered without {name}: {one_line(text) or 'nothing'}")
+                raise EngineError(f"{where} answered without {name}: {http.one_line(text) or 'nothing'}")
         return value
 
 
-class _AnyStatus(urllib.request.HTTPErrorProcessor):
-    """An answer is an answer, whatever its status; none sends us elsewhere."""
-
-    def http_response(self, request: urllib.request.Request, response: Any) -> Any:
-        return response
-
-    https_response = http_response
-
-
-OPENER = urllib.request.build_opener(_AnyStatus)
-
-
-def _exchange(request: urllib.request.Request, timeout: float) -> tuple[int, bytes]:
-    """Status and body of the answer. `timeout` is for all of it: a server that sends a byte now and then is
-    late, too.
-    """
-    deadline, parts = time.monotonic() + timeout, []
-    with OPENER.open(request, timeout=timeout) as answer:
-        while part := answer.read1(CHUNK):
-            parts.append(part)
-            if time.monotonic() > deadline:
-                raise TimeoutError("timed out")
-        text = b"".join(parts)
-        # less than was announced; of a refusal, what came says more
-        if answer.length and answer.status < 300:
-            raise http.client.IncompleteRead(text, answer.length)
-        return answer.status, text
-
-
 def _parse(text: bytes, where: str) -> dict[str, Any]:
-    """The JSON object in `text`; {} of nothing, a list as {"items": …}."""
+    """Return the JSON object in `text`; {} for no text, or for a value that is not an object."""
     try:
         value = json.loads(text or b"null")
     except ValueError:
-        raise EngineError(f"{where} answered what is not JSON: {one_line(text)}") from None
-    return value if isinstance(value, dict) else {} if value is None else {"items": value}
+        raise EngineError(f"{where} answered what is not JSON: {http.one_line(text)}") from None
+    return value if isinstance(value, dict) else {}
 
 
 def on_all(servers: Sequence[S], call: Callable[[S], T]) -> list[T]:
-    """`call` on every server at once; their answers in order. Raises the first error, after all have
-    answered.
+    """Run `call` on every server at once and return the answers in order.
+
+    The first error is raised after all have answered.
     """
     with ThreadPoolExecutor(max(1, len(servers))) as pool:
         return [future.result() for future in [pool.submit(call, server) for server in servers]]
-
-
-def one_line(text: bytes) -> str:
-    return " ".join(text[:500].decode("utf-8", "replace").split())

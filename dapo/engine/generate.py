@@ -1,4 +1,4 @@
-"""SGLang's generation call: a Request as its body, the answer as a Sample. Pure: tested without a server.
+"""SGLang's generation call: a Request becomes its body, its answer a Sample. Pure: tested without a server.
 
 n = response tokens.
 """
@@ -16,20 +16,19 @@ import orjson
 from dapo.engine.versions import weight_spans
 from dapo.types import EngineError, FinishReason, Request, Sample
 
-UNKNOWN_VERSION = -1  # of weights that no sync has named: SGLang calls them "default"
+UNKNOWN_VERSION = -1  # of weights from before the first sync, which SGLang calls "default"
 
 
 class BadAnswer(Exception):
-    """What came back is no response to what was asked. Generation changes nothing at the server: ask again,
-    rather another one.
-    """
+    """The answer is no response to the request. It may be sent again, preferably to another server."""
 
 
 def body(request: Request, rid: str) -> bytes:
-    """What POST /generate is sent. Every sampling setting is named, so that no server's defaults have a say.
+    """Return the body of POST /generate. It sets every sampling parameter, so that no server's default
+    applies.
 
-    `ignore_eos` stays off, for it would also switch off `stop_token_ids`. The seed counts where the server
-    runs with --enable-deterministic-inference; others ignore it.
+    `ignore_eos` stays off, because it would also switch off `stop_token_ids`. Only servers that run with
+    --enable-deterministic-inference use the seed.
     """
     sampling = request.sampling
     return orjson.dumps(
@@ -62,29 +61,25 @@ def body(request: Request, rid: str) -> bytes:
 
 
 def read(answer: bytes, request: Request) -> Sample:
-    """The sample in the body of a 200.
+    """Return the sample in the body of an answer with status 200.
 
     Raises:
-        BadAnswer: not JSON, not one response, tokens and log-probs that do not match or are not finite,
-            aborted by the server.
-        EngineError: a response that this server will always end before its time: another EOS, or less room
+        BadAnswer: the body is not JSON or not one response, its tokens and log-probs do not match or are not
+            finite, or the server aborted it.
+        EngineError: this server will always end such a response too early: it has another EOS, or less room
             than max_tokens.
     """
     try:
         with _collector_paused():
             parsed = orjson.loads(answer)
             if not isinstance(parsed, dict):
-                raise BadAnswer(
-                    f"{len(parsed)} samples where one was asked for"
-                    if isinstance(parsed, list)
-                    else "JSON, but no object"
-                )
+                is_list = isinstance(parsed, list)
+                raise BadAnswer(f"{len(parsed)} samples, expected one" if is_list else "JSON, but no object")
             meta = parsed["meta_info"]
             reason = meta["finish_reason"]["type"]
             if reason == "abort":
-                raise BadAnswer(
-                    f"aborted by the server: {meta['finish_reason'].get('message', 'no reason given')}"
-                )
+                why = meta["finish_reason"].get("message", "no reason given")
+                raise BadAnswer(f"aborted by the server: {why}")
             # [(log-prob, id, None)], of log_softmax(logits / temperature), before top_p
             entries = meta.pop("output_token_logprobs")
             logprobs = np.array([entry[0] for entry in entries], np.float32)
@@ -101,13 +96,13 @@ def read(answer: bytes, request: Request) -> Sample:
         raise BadAnswer(f"{len(tokens)} log-probs for {len(output_ids)} tokens")
     if (tokens != output_ids).any() or tokens.min() < 0:
         raise BadAnswer("log-probs of other tokens than output_ids")
-    # we ask for no stop strings; a server whose logits are NaN says so here, and writes EOS
+    # requests have no stop strings: a server whose logits are NaN reports it here, and appends EOS
     if isinstance(matched, str):
         raise BadAnswer(f"stopped by {matched!r}")
     if not np.isfinite(logprobs).all():
         raise BadAnswer(
-            "log-probs that are not finite: unless other servers do better the policy is damaged, resume "
-            "from an earlier step"
+            "log-probs that are not finite: if all servers answer so, the policy is damaged: resume from an "
+            "earlier step"
         )
     length, finish_reason = _end(tokens, reason, request)
     return Sample(
@@ -116,17 +111,13 @@ def read(answer: bytes, request: Request) -> Sample:
         tokens=tokens[:length],
         behavior_logprobs=logprobs[:length],
         loss_mask=np.ones(length, bool),
-        versions=tuple(
-            (version, start, min(end, length)) for version, start, end in versions if start < length
-        ),
+        versions=tuple((v, start, min(end, length)) for v, start, end in versions if start < length),
         finish_reason=finish_reason,
     )
 
 
 def _end(tokens: np.ndarray, reason: Any, request: Request) -> tuple[int, FinishReason]:
-    """Length and finish reason: up to the first of our stop ids, inclusive, whatever the server holds for an
-    end.
-    """
+    """Return length and finish reason. Our stop ids decide: a response ends at the first of them, inclusive."""
     if reason not in ("stop", "length"):
         raise BadAnswer(f"an unknown finish reason {reason!r}")
     sampling = request.sampling
@@ -137,19 +128,18 @@ def _end(tokens: np.ndarray, reason: Any, request: Request) -> tuple[int, Finish
         return len(tokens), "length"
     if reason == "length":
         raise EngineError(
-            f"response {request.id} was cut off after {len(tokens)} of {sampling.max_tokens} tokens: the "
-            "server has no room for more; "
-            "raise its context-length or max-total-tokens, or lower rollout.max_response_length"
+            f"response {request.id} was cut off after {len(tokens)} of {sampling.max_tokens} tokens: the server "
+            "has no room for more; raise its context-length or max-total-tokens, or lower "
+            "rollout.max_response_length"
         )
     raise EngineError(
         f"response {request.id} ended at token id {tokens[-1]}, which is not among the policy's stop ids "
-        f"{sampling.stop_ids}: "
-        "name it as eos_token_id in the model's generation_config.json"
+        f"{sampling.stop_ids}: name it as eos_token_id in the model's generation_config.json"
     )
 
 
 def _versions(meta: dict[str, Any], length: int) -> tuple[tuple[int, int, int], ...]:
-    """(weight version, start, end) by token range, without gaps."""
+    """Return (weight version, start, end) of consecutive token ranges without gaps."""
     spans = weight_spans(meta, length)
     versions = tuple((version_of(span["version"]), int(span["start"]), int(span["end"])) for span in spans)
     if [start for _, start, _ in versions] + [length] != [0] + [end for _, _, end in versions]:
@@ -159,8 +149,8 @@ def _versions(meta: dict[str, Any], length: int) -> tuple[tuple[int, int, int], 
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """An answer is a list a token for a moment: n / 700 collections for nothing, which take as long as the
-    parsing.
+    """Pause the garbage collector. Parsing makes one list per token: n / 700 collections that free nothing
+    and take as long as the parsing.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -172,5 +162,5 @@ def _collector_paused() -> Iterator[None]:
 
 
 def version_of(name: str) -> int:
-    """`version_of("12")` → 12; `version_of("default")` → UNKNOWN_VERSION."""
+    """Return a weight version as a number: "12" → 12, "default" → UNKNOWN_VERSION."""
     return int(name) if name.isdecimal() else UNKNOWN_VERSION

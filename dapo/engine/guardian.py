@@ -1,9 +1,9 @@
-"""The guardian of one server: python guardian.py TRAINER LOG COMMAND…, until the command ends, SIGTERM comes,
-or process TRAINER is gone.
+"""The guardian of one server: `python guardian.py TRAINER LOG COMMAND…` runs COMMAND until it ends, SIGTERM
+arrives, or process TRAINER has ended.
 
-Whichever it is, nothing that the command started survives: it is one process group, and SGLang's own children
-stay in it. Linux, standard library only. What the command prints goes to LOG, with the API key in the
-environment, if there is one, blotted out.
+Then it kills everything that the command started: it is one process group, and SGLang's own children stay in
+it. The command's output goes to LOG, without the API key that is in the environment. Linux and standard
+library only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from types import FrameType
 from typing import IO, NoReturn
 
 KEY_VARIABLE = "DAPO_ENGINE_KEY"
-LOOK_EVERY = 0.25  # seconds
+CHECK_EVERY = 0.25  # seconds
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -36,18 +36,17 @@ class Log:
         text = self.line + data
         end = len(text) if is_last else max(text.rfind(b"\n"), text.rfind(b"\r")) + 1  # \r: progress bars
         self.line = text[end:]
-        with contextlib.suppress(OSError):  # a full disk: a server is worth more than its log
+        with contextlib.suppress(OSError):  # the disk is full: the server runs without its log
             self.file.write(text[:end].replace(self.key, b"***") if self.key else text[:end])
 
 
 def main(trainer: int, log: Log, command: list[str]) -> int:
-    """The command's exit status, or 128 + the signal that ended it."""
-    signal.signal(signal.SIGTERM, _leave)
+    """Run the command. Return its exit status, or 128 + the signal that ended it."""
+    signal.signal(signal.SIGTERM, _exit)
     prctl = ctypes.CDLL(None).prctl
 
-    # should the guardian itself be killed: SGLang's children watch their parent in the same way
-    def with_us() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    def die_with_guardian() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # SGLang's children watch their parent in the same way
 
     child = subprocess.Popen(
         command,
@@ -55,11 +54,11 @@ def main(trainer: int, log: Log, command: list[str]) -> int:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         process_group=0,
-        preexec_fn=with_us,
+        preexec_fn=die_with_guardian,
     )
     assert child.stdout is not None
     try:
-        # not an end-of-file on a pipe: any fork of the trainer would hold it open
+        # the parent's id, not an end-of-file on a pipe: a fork of the trainer would keep that open
         while os.getppid() == trainer and child.poll() is None:
             _copy(child.stdout, log)
     finally:
@@ -69,8 +68,8 @@ def main(trainer: int, log: Log, command: list[str]) -> int:
 
 
 def _end(child: subprocess.Popen[bytes], pipe: IO[bytes], log: Log) -> None:
-    with contextlib.suppress(ProcessLookupError):  # nobody is left
-        # a server has nothing to save; asked politely, SGLang finishes its requests first
+    with contextlib.suppress(ProcessLookupError):  # all have ended
+        # not SIGTERM: a server has nothing to save, and SGLang would finish its requests first
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
     while _copy(pipe, log):
@@ -79,16 +78,16 @@ def _end(child: subprocess.Popen[bytes], pipe: IO[bytes], log: Log) -> None:
 
 
 def _copy(pipe: IO[bytes], log: Log) -> bool:
-    """Whether something came within LOOK_EVERY seconds."""
-    ready, _, _ = select.select([pipe], [], [], LOOK_EVERY)
+    """Copy output to the log. Return True if there was any within CHECK_EVERY seconds."""
+    ready, _, _ = select.select([pipe], [], [], CHECK_EVERY)
     data = os.read(pipe.fileno(), 1 << 16) if ready else b""
     log.write(data)
     if ready and not data:
-        time.sleep(LOOK_EVERY)  # it has closed its output, and may live on
+        time.sleep(CHECK_EVERY)  # it closed its output, but may still run
     return bool(data)
 
 
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
+def _exit(number: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 
 

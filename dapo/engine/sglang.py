@@ -1,154 +1,152 @@
-"""The engine of SGLang servers: requests go out from a thread of its own, samples come back through a
-queue.
-"""
+"""The engine of SGLang servers: weights, memory and waiting; and its streams, which take requests."""
 
 from __future__ import annotations
 
-import asyncio
 import queue
-import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from dapo.engine.client import Dispatch, Job, Servers
+from dapo import http
+from dapo.config import Limits
+from dapo.engine.client import Client
+from dapo.engine.endpoint import Job, Servers
 from dapo.engine.weight_sync import WeightSync
 from dapo.types import EngineError, Interrupted, Request, Sample
 
-NOTICED = 1.5  # seconds within which a server that has died is known to have
+DEATH_NOTICED = 1.5  # seconds within which the death of a server is noticed
+CHECK_EVERY = 0.5  # seconds of waiting between two checks for an interruption, or for servers that died
 
 
 class SGLangEngine:
-    """The Engine protocol over servers that generate. Its methods may be called from any thread.
+    """The Engine protocol over servers that generate. Its methods may be called from any thread."""
 
-    What the threads share: `jobs` (one dict operation at a time), `outcomes` (a queue), and plain flags.
-
-    Raises, from `completed`:
-        EngineError: a refused request, one that failed too often, no server left, no response at all for 2 ×
-            stall_seconds.
-        WeightsLost: no server left that had the weights, but some that start again; what is outstanding is to
-        be aborted. Interrupted: `is_interrupted` said so, which is asked every half second of waiting; what
-        was outstanding is aborted.
-    """
-
-    def __init__(self, servers: Servers, sync: WeightSync, max_concurrent: int, stall_seconds: float):
-        self.servers, self.sync = servers, sync
-        self.is_interrupted: Callable[[], bool] = lambda: False
+    def __init__(
+        self,
+        servers: Servers,
+        sync: WeightSync,
+        max_concurrent: int,
+        limits: Limits,
+        is_interrupted: Callable[[], bool] = lambda: False,
+    ):
+        self.servers = servers
+        self.sync = sync
+        self.is_interrupted = is_interrupted
         self.prepared: int | None = None
-        self.is_closed = False
-        self.jobs: dict[str, Job] = {}  # submitted, neither aborted nor taken from `completed`
-        # None: look again at `failure` and `jobs`
-        self.outcomes: queue.SimpleQueue[tuple[Job, Sample] | None] = queue.SimpleQueue()
-        self.failure: BaseException | None = None
-        self.dispatch = Dispatch(
-            servers, max_concurrent, stall_seconds, self._is_wanted, self._deliver, self._fail
-        )
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self.thread.start()
-        self._wait_for(self.dispatch.open())
+        self.client = Client(servers, max_concurrent, limits)
+        http.wait(self.client.open())
 
-    def submit(self, requests: Iterable[Request]) -> None:
-        jobs = [Job(request, self.dispatch.version) for request in requests]
-        for job in jobs:
-            assert job.request.id not in self.jobs, f"request {job.request.id} is outstanding already"
-            self.jobs[job.request.id] = job
-        self.loop.call_soon_threadsafe(self.dispatch.add, jobs)
-
-    def completed(self) -> Iterator[Sample]:
-        while self.jobs:
-            if self.failure:
-                raise self.failure
-            if self.is_interrupted():
-                self.abort(list(self.jobs))
-                raise Interrupted
-            try:
-                outcome = self.outcomes.get(timeout=0.5)
-            except queue.Empty:
-                self.servers.check()
-                continue
-            if outcome and self.jobs.get(outcome[0].request.id) is outcome[0]:  # else it was aborted since
-                del self.jobs[outcome[0].request.id]
-                yield outcome[1]
-
-    def abort(self, ids: Iterable[str]) -> None:
-        jobs = [job for id in ids if (job := self.jobs.pop(id, None))]
-        if jobs and not self.is_closed:
-            self.outcomes.put(None)
-            self.loop.call_soon_threadsafe(self.dispatch.abandon, jobs)
+    def stream(self) -> SGLangStream:
+        return SGLangStream(self)
 
     def prepare_weights(self, version: int) -> None:
-        """Ready every server for weights: whoever refuses does so here, before any rank enters a
+        """Make every server ready for weights: one that refuses does so here, before any rank enters a
         collective.
+
+        Raises:
+            EngineError: a server refuses, or none is left.
         """
-        self._wait_for(self.dispatch.settle())
+        http.wait(self.client.finish_aborts())
         self.servers.refresh()
         try:
             self.sync.prepare(version)
         except EngineError:
-            time.sleep(NOTICED)
+            time.sleep(DEATH_NOTICED)
             if not self.servers.refresh():
                 raise
-            self.sync.prepare(version)  # without the one that has died
+            self.sync.prepare(version)  # without the server that died
         self.prepared = version
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Hand the weights to every server, after `prepare_weights`. Responses that are outstanding go on
-        under the new weights.
+        """Send the weights to every server, after `prepare_weights`. Outstanding responses continue under the
+        new weights.
+
+        Raises:
+            EngineError: a server does not have the weights in the end.
         """
-        self.dispatch.is_loading = True
+        if self.prepared != version:
+            self.prepare_weights(version)
+        self.prepared = None
+        self.client.begin_load(version)
         try:
-            if self.prepared != version:
-                self.prepare_weights(version)
-            self.prepared, self.dispatch.version = None, version  # before the first answer of the new weights
             self.sync.load(weights, version)
             self.servers.serve()
-            self._wait_for(self.dispatch.meet())
+            http.wait(self.client.update_endpoints())
         finally:
-            self.dispatch.is_loading = False
+            self.client.end_load()
 
     def release_memory(self) -> None:
-        """Servers that share the trainer's GPUs give their memory to it until the next weights."""
+        """Make servers that share the trainer's GPUs free their memory until the next weights."""
         self.sync.release()
 
     def waiting(self) -> str:
-        """What is outstanding, and where, for a person to read."""
-        return self.dispatch.waiting()
+        return self.client.waiting()
 
     def close(self) -> None:
-        """Forget what is outstanding, tell the servers, end the thread, the sync and the servers. A second
-        call does nothing.
+        """Abort what is outstanding, in every stream, and close the sync and the servers. A second call does
+        nothing.
         """
-        if self.is_closed:
+        if self.client.is_closed:
             return
-        self.is_closed = True
-        self.jobs.clear()
-        self.outcomes.put(None)
         try:
-            self._wait_for(self.dispatch.close())
-            self.loop.call_soon_threadsafe(self.loop.stop)
-            self.thread.join()
+            http.wait(self.client.close())
         finally:
             try:
                 self.sync.close()
             finally:
                 self.servers.close()
 
-    def _run(self) -> None:
-        self.loop.run_forever()
-        self.loop.close()
 
-    def _wait_for(self, work: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(work, self.loop).result()
+class SGLangStream:
+    """One user's requests to the engine. Its samples come through a queue of its own.
 
-    def _is_wanted(self, job: Job) -> bool:
-        return self.jobs.get(job.request.id) is job
+    Raises, from `completed`:
+        EngineError: a request was refused or failed too often, no server is left, or there was no progress
+            for 2 × stall_seconds.
+        WeightsLost: no server that had the weights is left, but some restart. The caller aborts the
+            outstanding requests.
+        Interrupted: the engine's `is_interrupted()` is true. The outstanding requests are aborted.
+    """
 
-    def _deliver(self, job: Job, sample: Sample) -> None:
-        self.outcomes.put((job, sample))
+    def __init__(self, engine: SGLangEngine):
+        self.engine = engine
+        self.client = engine.client
+        self.jobs: dict[str, Job] = {}  # submitted, neither aborted nor read, by request id
+        self.outcomes: queue.SimpleQueue[tuple[Job, Sample] | None] = queue.SimpleQueue()
 
-    def _fail(self, error: BaseException) -> None:
-        self.failure = self.failure or error
-        self.outcomes.put(None)
+    def submit(self, requests: Iterable[Request]) -> None:
+        jobs = [Job(request, self.client.version, self.outcomes) for request in requests]
+        for job in jobs:
+            assert job.request.id not in self.jobs, f"request {job.request.id} is outstanding already"
+            self.jobs[job.request.id] = job
+        self.client.add(jobs)
+
+    def completed(self) -> Iterator[Sample]:
+        while self.jobs and not self.client.is_closed:
+            if self.client.failure:
+                raise self.client.failure
+            if self.engine.is_interrupted():
+                self.abort()
+                raise Interrupted
+            try:
+                outcome = self.outcomes.get(timeout=CHECK_EVERY)
+            except queue.Empty:
+                self.engine.servers.check()
+                continue
+            if outcome is None:
+                continue
+            job, sample = outcome
+            if job.is_wanted:  # else it was aborted since
+                job.is_wanted = False
+                del self.jobs[job.request.id]
+                yield sample
+
+    def abort(self, ids: Iterable[str] | None = None) -> None:
+        ids = list(self.jobs) if ids is None else ids
+        jobs = [job for id in ids if (job := self.jobs.pop(id, None))]
+        for job in jobs:
+            job.is_wanted = False
+        if jobs and not self.client.is_closed:
+            self.outcomes.put(None)
+            self.client.abandon(jobs)

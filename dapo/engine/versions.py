@@ -1,6 +1,6 @@
-"""Which SGLang a server is, and the one place that knows of differences between versions.
+"""What a server says about itself, and the one place that knows the differences between SGLang's versions.
 
-Older ones take weights without a session, do not say which architecture they serve, and name one weight
+Older ones take weights without a session, do not report the architecture that they serve, and give one weight
 version for a whole response.
 """
 
@@ -15,8 +15,9 @@ from typing import Any
 from dapo.engine.control import Server, on_all
 from dapo.types import EngineError
 
-RUN = ("0.5.23",)  # what the tests run; other versions may do
-ABOUT = {"tp_size": int, "pp_size": int, "dp_size": int, "device": str, "enable_memory_saver": bool}
+RUN = ("0.5.23",)  # versions that the tests run; others may work
+SERVER_INFO = {"tp_size": int, "pp_size": int, "dp_size": int, "device": str, "enable_memory_saver": bool}
+UNKNOWN = "of unknown version"
 
 
 @dataclass(frozen=True)
@@ -26,58 +27,56 @@ class Peer:
     server: Server
     tensor_ranks: int
     device: str
-    # it takes tensors and broadcasts between begin_weight_update and end_weight_update only
-    has_sessions: bool
+    has_sessions: (
+        bool  # it takes tensors and broadcasts between begin_weight_update and end_weight_update only
+    )
     can_release: bool  # it was started to share its GPUs with the trainer, with --enable-memory-saver
     version: str
 
 
-def meet(servers: Sequence[Server]) -> list[Peer]:
-    """Ask every server what it is; say once of each version that was not run that it was not.
+def inspect(servers: Sequence[Server]) -> list[Peer]:
+    """Ask every server for its layout and version. Warn once about each version that the tests do not run.
 
     Raises:
-        EngineError: no answer, or a layout that weights cannot be sent to.
+        EngineError: a server does not answer, or has a layout that weights cannot be sent to.
     """
-    peers = on_all(servers, _meet)
+    peers = on_all(servers, _inspect)
     for version in sorted({peer.version for peer in peers}):
         _warn_of(version)
     return peers
 
 
-def _meet(server: Server) -> Peer:
-    info = server.get("/server_info", fields=ABOUT)
+def _inspect(server: Server) -> Peer:
+    info = server.get("/server_info", fields=SERVER_INFO)
     if info["dp_size"] * info["pp_size"] > 1:
         raise EngineError(
             f"{server.url} has dp-size {info['dp_size']}, pp-size {info['pp_size']}: start more servers, "
             "with tp-size alone"
         )
-    has_sessions = "/begin_weight_update" in server.get("/openapi.json", fields={"paths": dict})["paths"]
-    version = str(info.get("version", "of unknown version"))
+    paths = server.get("/openapi.json", fields={"paths": dict})["paths"]
     return Peer(
         server,
-        info["tp_size"],
-        info["device"],
-        has_sessions,
+        tensor_ranks=info["tp_size"],
+        device=info["device"],
+        has_sessions="/begin_weight_update" in paths,
         can_release=info["enable_memory_saver"],
-        version=version,
+        version=str(info.get("version", UNKNOWN)),
     )
 
 
-def introduce(server: Server) -> tuple[str, list[str] | None]:
-    """A server in words, and the architectures that it serves; None where it does not say."""
-    about, version = (
-        server.get("/model_info"),
-        server.get("/server_info").get("version", "of unknown version"),
-    )
+def describe(server: Server) -> tuple[str, list[str] | None]:
+    """Return one line about a server, and the architectures that it serves, None if it does not report them."""
+    about = server.get("/model_info")
+    version = server.get("/server_info").get("version", UNKNOWN)
     return f"{server.url}: SGLang {version}, {about.get('model_path')}", about.get("architectures")
 
 
 def weight_spans(meta: dict[str, Any], length: int) -> list[dict[str, Any]]:
-    """[{version, start, end}, …] of a response of `length` tokens, from its meta_info."""
+    """Return [{version, start, end}, …] of a response of `length` tokens, from its meta_info."""
     return meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0, "end": length}]
 
 
-@functools.cache  # once
+@functools.cache  # once per version
 def _warn_of(version: str) -> None:
     if version not in RUN:
         print(

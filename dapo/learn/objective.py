@@ -1,47 +1,71 @@
-"""What each token weighs in the loss. The kernel sums mask · weight · loss: every denominator is in the
-weights, counted per minibatch.
+"""The weight of each token in the loss.
+
+The kernel sums mask · weight · loss: every denominator is in the weights, counted per minibatch.
+To add a normaliser, write its function, name it in NORMALISERS and in config.Objective.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dapo.types import Group, Sample
 
-Normaliser = Literal["token_mean", "group_token_mean", "sample_mean"]
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def token_weights(groups: list[Group], normaliser: Normaliser, overlong_filtering: bool) -> list[list[float]]:
-    """The weight of every response token of each sample of one minibatch: [group][sample].
+def token_mean(tokens: list[np.ndarray]) -> list[np.ndarray]:
+    """Divide by the tokens of the minibatch: the released code's form of Eq. 8."""
+    total = sum(t.sum() for t in tokens)
+    return [np.full_like(t, total) for t in tokens]
 
-    - token_mean: 1 / tokens of the minibatch (the released code's form of Eq. 8; default).
-    - group_token_mean: 1 / (groups · tokens of the group): Eq. 8 to the letter, averaged over prompts.
-    - sample_mean: 1 / (samples · tokens of the sample): GRPO.
 
-    Overlong filtering: a truncated sample weighs 0, and its tokens, its sample and a group of nothing else
-    leave the denominators too.
+def group_token_mean(tokens: list[np.ndarray]) -> list[np.ndarray]:
+    """Divide by groups · tokens of the group: Eq. 8 to the letter, averaged over prompts."""
+    num_groups = sum(t.any() for t in tokens)
+    return [np.full_like(t, num_groups * t.sum()) for t in tokens]
+
+
+def sample_mean(tokens: list[np.ndarray]) -> list[np.ndarray]:
+    """Divide by samples · tokens of the sample: GRPO."""
+    num_samples = sum(np.count_nonzero(t) for t in tokens)
+    return [num_samples * t for t in tokens]
+
+
+# name → function of each group's tokens per sample, float64 [G]; it returns each sample's denominator, [G]
+NORMALISERS: dict[str, Callable[[list[np.ndarray]], list[np.ndarray]]] = {
+    "token_mean": token_mean,
+    "group_token_mean": group_token_mean,
+    "sample_mean": sample_mean,
+}
+
+
+def token_weights(groups: list[Group], normaliser: str, overlong_filtering: bool) -> list[list[float]]:
+    """Return the weight of every response token of each sample of one minibatch: [group][sample].
+
+    Overlong filtering: a truncated sample weighs 0. Its tokens and the sample leave the denominators too, and
+    so does a group that has no other samples.
     """
     tokens = [
         np.array([_kept_tokens(sample, overlong_filtering) for sample in group.samples], dtype=np.float64)
         for group in groups
     ]
-    total = sum(t.sum() for t in tokens)
-    num_groups = sum(t.any() for t in tokens)
-    num_samples = sum(np.count_nonzero(t) for t in tokens)
-
-    weights = []
-    for t in tokens:  # [G]
-        if normaliser == "token_mean":
-            denominators = np.full_like(t, total)
-        elif normaliser == "group_token_mean":
-            denominators = np.full_like(t, num_groups * t.sum())
-        else:
-            denominators = num_samples * t
-        weights.append([float(1 / d) if kept else 0.0 for kept, d in zip(t, denominators, strict=True)])
-    return weights
+    return [
+        [float(1 / d) if kept else 0.0 for kept, d in zip(t, denominators, strict=True)]
+        for t, denominators in zip(tokens, NORMALISERS[normaliser](tokens), strict=True)
+    ]
 
 
 def _kept_tokens(sample: Sample, overlong_filtering: bool) -> int:
     return 0 if overlong_filtering and sample.is_truncated else int(sample.loss_mask.sum())
+
+
+def importance(old: Tensor, behavior: Tensor, is_stale: Tensor, cap: float) -> Tensor:
+    """Return each token's truncated importance weight, [T]: min(exp(old − behavior), cap) if stale, else 1.
+
+    Weights older than π_θold wrote a stale token. For the other tokens old and behavior differ by rounding.
+    """
+    return (old - behavior).exp().clamp(max=cap).where(is_stale, 1.0)

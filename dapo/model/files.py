@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face directory: which file holds which."""
+"""Reading the tensors of a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dapo.config import ConfigError
-from dapo.model.shape import read_object
+from dapo.model.shape import read_config
 
 
 def open_safetensors(directory: Path) -> dict[str, Path]:
-    """Tensor name → file: by the index if there is one, whatever other files lie there, else of all
-    safetensors files in the directory.
+    """Return the file of each tensor by name: from the index if there is one, else of all safetensors files.
 
     Raises:
-        ConfigError: none there, one is damaged, one that the index names is missing, or the index names what
-            is not in it.
+        ConfigError: there are none, one is damaged, or a file or a tensor of the index is missing.
     """
     index = directory / "model.safetensors.index.json"
     where = _indexed(index) if index.is_file() else {}
@@ -29,12 +27,11 @@ def open_safetensors(directory: Path) -> dict[str, Path]:
     found = {}
     for path in paths:
         if not path.is_file():
-            raise ConfigError(
-                f"{directory}: {path.name} is missing, one of {len(paths)} files that {index.name} names"
-            )
+            missing = f"{path.name} is missing, one of {len(paths)} files that {index.name} names"
+            raise ConfigError(f"{directory}: {missing}")
         try:
             with safe_open(path, framework="pt") as file:
-                names = {name for name in file.keys() if where.get(name, path.name) == path.name}  # noqa: SIM118  # it is no dictionary
+                names = {name for name in file.keys() if where.get(name, path.name) == path.name}  # noqa: SIM118
         except SafetensorError as error:
             raise ConfigError(f"{path}: damaged or cut short: {error}") from error
         if lacking := sorted({name for name, file_name in where.items() if file_name == path.name} - names):
@@ -44,7 +41,7 @@ def open_safetensors(directory: Path) -> dict[str, Path]:
 
 
 def _indexed(index: Path) -> dict[str, str]:
-    """Tensor name → file name."""
+    """Return the file name of each tensor by name."""
     try:
         where = json.loads(index.read_text())["weight_map"]
         return {str(name): str(file) for name, file in where.items()}
@@ -58,25 +55,22 @@ def read_tensor(path: Path, name: str) -> Tensor:
 
 
 def read_dtypes(files: dict[str, Path]) -> dict[str, str]:
-    """Tensor name → its dtype as the file's header has it, such as BF16."""
+    """Return the dtype of each tensor by name, as the file's header has it, such as BF16."""
     found = {}
     for path in set(files.values()):
         with safe_open(path, framework="pt") as file:
-            found.update(
-                {name: file.get_slice(name).get_dtype() for name, where in files.items() if where == path}
-            )
+            names = [name for name, where in files.items() if where == path]
+            found.update({name: file.get_slice(name).get_dtype() for name in names})
     return found
 
 
 def stored_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor, without the copy of the embedding that some store as the head of a tied model.
+    """Yield every tensor, without the copy of the embedding that some store as the head of a tied model.
 
     Raises:
         ConfigError: no config.json there, or it is broken, or as `open_safetensors`.
     """
-    if not (directory / "config.json").is_file():
-        raise ConfigError(f"model {directory}: no config.json there; expected a Hugging Face model directory")
-    is_tied = read_object(directory / "config.json").get("tie_word_embeddings", False)
+    is_tied = read_config(directory).get("tie_word_embeddings", False)
     for name, path in open_safetensors(directory).items():
         if not (is_tied and name == "lm_head.weight"):
             yield name, read_tensor(path, name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import string
 from pathlib import Path
 from typing import Any
@@ -10,41 +9,37 @@ from typing import Any
 import transformers
 
 from dapo.config import ConfigError
+from dapo.model.shape import read_config
 
 
 def load_tokenizer(model: Path) -> Any:
-    """Raises ConfigError: there is none."""
+    """Load the tokenizer of a Hugging Face directory. Raise ConfigError if there is none."""
+    wrong = f"policy.model={model}: no usable tokenizer there"
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"policy.model={model}: no usable tokenizer there: {' '.join(str(error).split())}"
-        ) from error
-    # transformers makes an empty one up where there is no file
+        raise ConfigError(f"{wrong}: {' '.join(str(error).split())}") from error
+    # transformers makes up an empty one if there is no file
     if not tokenizer(string.printable, add_special_tokens=False)["input_ids"]:
-        raise ConfigError(f"policy.model={model}: no usable tokenizer there: it makes no tokens of text")
+        raise ConfigError(f"{wrong}: it makes no tokens of text")
     return tokenizer
 
 
 def stop_ids(model: Path, tokenizer: Any) -> tuple[int, ...]:
-    """The ids that end a response, for every engine alike: all that the model's files name, for a server
-    would stop at them anyway.
+    """Return the ids that end a response, for every engine alike: all that the model's files name.
+
+    A server would stop at them anyway.
 
     Raises:
         ConfigError: there are none; no response would ever end.
     """
-    ids = {
-        tokenizer.eos_token_id,
-        *_listed(json.loads((model / "config.json").read_text()).get("eos_token_id")),
-    }
+    ids = {tokenizer.eos_token_id, *_listed(read_config(model).get("eos_token_id"))}
     if (model / "generation_config.json").is_file():
         ids |= set(_listed(transformers.GenerationConfig.from_pretrained(model).eos_token_id))
     ids.discard(None)
     if not ids:
-        raise ConfigError(
-            f"policy.model={model}: neither the tokenizer nor config.json nor generation_config.json names "
-            "an EOS token"
-        )
+        sources = "neither the tokenizer nor config.json nor generation_config.json"
+        raise ConfigError(f"policy.model={model}: {sources} names an EOS token")
     return tuple(sorted(ids))
 
 

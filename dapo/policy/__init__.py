@@ -1,6 +1,4 @@
-"""π_θ: Megatron-core, the same code on a laptop's CPU and on many GPUs. The only room that imports
-Megatron.
-"""
+"""π_θ on Megatron-core: the same code on a laptop's CPU and on many GPUs. Only policy/ imports Megatron."""
 
 import logging
 import warnings
@@ -8,11 +6,10 @@ import warnings
 from dapo.policy import cpu
 
 cpu.install()
-# Megatron tells of optional packages at every import, and of its own deprecations at every call
+# Megatron warns about optional packages at every import, and about its own deprecations at every call
+NOISY = r"megatron\.core|torch\.distributed|dapo\.policy\.cpu"
 for category in (UserWarning, FutureWarning, DeprecationWarning):
-    warnings.filterwarnings(
-        "ignore", category=category, module=r"megatron\.core|torch\.distributed|dapo\.policy\.cpu"
-    )
+    warnings.filterwarnings("ignore", category=category, module=NOISY)
 logging.getLogger("megatron.core").setLevel(logging.WARNING)
-# what fails there is raised too
+# errors that it logs are raised too
 logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.CRITICAL)

@@ -1,11 +1,9 @@
-"""Megatron-core on machines without CUDA, or without Transformer Engine: the one place where an upstream is
-adapted.
+"""Megatron-core adapted to machines without CUDA, or without Transformer Engine.
 
-Megatron-core 0.16.1 spells "cuda" in some 460 places, and expects Transformer Engine's FusedAdam wherever
-optimizer state is saved. `install` puts a finder before Python's own that rewrites those spellings while
+Megatron-core 0.16.1 writes "cuda" in some 460 places, and expects Transformer Engine's FusedAdam where it
+saves optimizer state. `install` puts a finder before Python's own that rewrites those places while
 megatron.core's modules are imported; nothing on disk changes. On a GPU machine with Transformer Engine it
-does nothing. The version is pinned, and tests/dapo/policy/test_cpu.py counts every rule's hits over the
-package, so that an upgrade shows.
+does nothing. The version is pinned, and a test counts every rule's hits, so that an upgrade shows.
 """
 
 from __future__ import annotations
@@ -31,15 +29,14 @@ M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW whose `step` counts in the parameter groups, as Transformer Engine's FusedAdam does: what
-    Megatron's checkpoints expect.
+    """AdamW that counts its steps in the parameter groups, as Transformer Engine's FusedAdam does.
 
-    torch.optim.AdamW keeps a step per parameter, and Megatron's distributed optimizer cannot load that back.
-    The arithmetic is torch's own.
+    torch.optim.AdamW keeps a step per parameter, which Megatron's distributed optimizer cannot load back. The
+    arithmetic is torch's own.
     """
 
-    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-                 weight_decay: float = 0.0, adam_w_mode: bool = True):  # fmt: skip
+    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+                 eps: float = 1e-8, weight_decay: float = 0.0, adam_w_mode: bool = True):  # fmt: skip
         assert adam_w_mode, "decoupled weight decay only"
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
@@ -73,7 +70,7 @@ class AdamW(torch.optim.Optimizer):
 
 
 class NoCuda:
-    """What rewritten Megatron modules call in place of torch.cuda."""
+    """Stands in for torch.cuda in rewritten Megatron modules."""
 
     @staticmethod
     def device() -> torch.device:
@@ -109,9 +106,9 @@ class Rule:
     module: str | None = None
 
     def apply(self, source: str, module: str) -> tuple[str, int]:
-        return (
-            re.subn(self.pattern, self.replacement, source) if self.module in (None, module) else (source, 0)
-        )
+        if self.module not in (None, module):
+            return source, 0
+        return re.subn(self.pattern, self.replacement, source)
 
 
 HYBRID = "megatron.core.optimizer.cpu_offloading.hybrid_optimizer"
@@ -129,10 +126,10 @@ NO_CUDA = [
     Rule(r"device_ids=\[[^\]]*\],?", ""),
     Rule(
         r"\ndef convert_cuda_rng_state\(",
-        "\ndef _get_cuda_rng_state(device='cpu', clone=False, graph_safe=False):\n    return "
-        "torch.get_rng_state()\n"
-        "\ndef _set_cuda_rng_state(new_state, device=-1, graph_safe=False):\n    "
-        "torch.set_rng_state(new_state)\n"
+        "\ndef _get_cuda_rng_state(device='cpu', clone=False, graph_safe=False):\n"
+        "    return torch.get_rng_state()\n"
+        "\ndef _set_cuda_rng_state(new_state, device=-1, graph_safe=False):\n"
+        "    torch.set_rng_state(new_state)\n"
         r"\g<0>",
         "megatron.core.tensor_parallel.random",
     ),
@@ -142,12 +139,12 @@ NO_CUDA = [
         "if False:",
         "megatron.core.tensor_parallel.random",
     ),
-    # optimizer state in main memory: a parameter on the CPU is the device's, and its copy is the CPU's
+    # optimizer state in main memory: a parameter on the CPU is taken for the device's, its copy for the CPU's
     Rule(r"if param\.is_cuda:", "if not cpu_copy:", HYBRID),
     Rule(r"\bparam\.is_cuda\b", "True", HYBRID),
     Rule(r"\.cpu\(\)\.pin_memory\(\)", "", HYBRID),
     Rule(r"pin_memory=self\.pin_cpu_grads", "pin_memory=False", HYBRID),
-    # the alltoall dispatcher sends what a split lists, which is a tensor until it is "on the CPU"
+    # the alltoall dispatcher needs the sizes of a split as a list, and makes it of a tensor on a GPU only
     Rule(
         r"torch\.is_tensor\(tensor\) and tensor\.is_cuda",
         "torch.is_tensor(tensor)",
@@ -168,7 +165,7 @@ NO_TRANSFORMER_ENGINE = [
         "from dapo.policy.cpu import AdamW as Adam",
         "megatron.core.optimizer.distrib_optimizer",
     ),
-    # the version of none is no number; only the state in main memory gets past the check that comes after
+    # an absent Transformer Engine has no version to compare; only state in main memory passes the next check
     Rule(r"if not is_te_min_version\(\"2\.1\.0\"\):", "if True:", "megatron.core.optimizer.optimizer_config"),
     Rule(
         r"(?<=except ImportError:\n)    HAVE_TE = False",
@@ -186,7 +183,7 @@ NO_TRANSFORMER_ENGINE = [
 class _Loader(importlib.machinery.SourceFileLoader):
     rules: Sequence[Rule] = ()
 
-    def get_code(self, fullname: str) -> CodeType:  # never the .pyc, which holds the source as it is on disk
+    def get_code(self, fullname: str) -> CodeType:  # not from the .pyc, whose source is as on disk
         path = self.get_filename(fullname)
         source = self.get_data(path).decode()
         for rule in self.rules:
@@ -216,11 +213,10 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def return_freed_memory() -> None:
-    """Have malloc give large blocks back to the system when they are freed: what a run holds is then what its
-    plan counts.
+    """Make malloc return large freed blocks to the system: a run then holds what its plan counts.
 
-    glibc by itself keeps freed blocks of up to 32 MiB, of a large model a quarter more.
-    MALLOC_MMAP_THRESHOLD_ in the environment rules.
+    glibc by itself keeps freed blocks of up to 32 MiB, a quarter more of a large model's memory.
+    MALLOC_MMAP_THRESHOLD_ in the environment has priority.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
     if mallopt and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
@@ -228,22 +224,20 @@ def return_freed_memory() -> None:
 
 
 def has_transformer_engine() -> bool:
-    """Transformer Engine is installed and there is a GPU for it: without one its import fails."""
+    """True if Transformer Engine is installed and there is a GPU: without one its import fails."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
 def install() -> None:
-    """Adapt Megatron-core to what this machine lacks. Before the first import of megatron.core; a second call
-    changes nothing.
+    """Adapt Megatron-core to what this machine lacks, before its first import. A second call changes nothing.
 
     Raises:
-        ImportError: another Megatron-core than the one the rules were written for.
+        ImportError: the rules were written for another version of Megatron-core.
     """
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
-    rules = ([] if torch.cuda.is_available() else NO_CUDA) + (
-        [] if has_transformer_engine() else NO_TRANSFORMER_ENGINE
-    )
+    rules = [] if torch.cuda.is_available() else list(NO_CUDA)
+    rules += [] if has_transformer_engine() else NO_TRANSFORMER_ENGINE
     if not rules:
         return
     version = importlib.metadata.version("megatron-core")
@@ -253,6 +247,6 @@ def install() -> None:
             f"{MEGATRON_VERSION}"
         )
     assert "megatron.core" not in sys.modules, "dapo.policy must be imported before megatron.core"
-    if not has_transformer_engine():
-        sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]  # ImportError, which Megatron expects, not TE's RuntimeError
+    if not has_transformer_engine():  # Megatron expects ImportError, TE without a GPU raises RuntimeError
+        sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
     sys.meta_path.insert(0, _Finder(rules))

@@ -1,7 +1,6 @@
-"""The two modules that Megatron-core takes from Transformer Engine, in plain torch: norm and packed
-attention.
+"""Norm and packed attention in plain torch, in place of Transformer Engine's.
 
-With Transformer Engine on a GPU machine its own layers are used and nothing here runs.
+On a GPU machine with Transformer Engine its own modules are used, and nothing here runs.
 S = sequences, T = packed tokens (of one context rank), h = heads, g = KV heads, d = head size.
 """
 
@@ -28,19 +27,18 @@ from torch import Tensor
 
 from dapo.policy.cpu import has_transformer_engine
 
-MAX_PADDING = 0.25  # of a padded batch of sequences
+MAX_PADDING = 0.25  # fraction of a padded batch of sequences
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm as Hugging Face computes it: statistics in float32, the weight applied in the
-    input's type.
-    """
+    """RMS norm as Hugging Face computes it: statistics in float32, the weight applied in the input's type."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # its gradient is summed over tensor ranks
+        # its gradient is summed over tensor ranks
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.float()
@@ -49,16 +47,16 @@ class RMSNorm(torch.nn.Module):
 
 
 class PackedAttention(MegatronModule):  # type: ignore[misc]
-    """Causal attention within each packed sequence; grouped KV heads. The constructor is that of Transformer
-    Engine's module.
+    """Causal attention within each packed sequence, with grouped KV heads.
 
-    Context ranks share each sequence in the zig-zag of batch.share: every rank gathers all keys and values,
-    attends from its own tokens, and the gradients of keys and values go back summed to the rank whose tokens
-    they are.
+    The constructor is that of Transformer Engine's module. Context ranks split each sequence as batch.shard
+    does: every rank gathers all keys and values and attends from its own tokens; the gradients of keys and
+    values go back, summed, to the rank that has their tokens.
     """
 
-    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: Any, attention_type: str,
-                 pg_collection: ProcessGroupCollection, softmax_scale: float | None = None, **_: Any):  # fmt: skip
+    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: Any,
+                 attention_type: str, pg_collection: ProcessGroupCollection,
+                 softmax_scale: float | None = None, **_: Any):  # fmt: skip
         super().__init__(config=config)
         self.scale = softmax_scale
         self.context = pg_collection.cp
@@ -68,65 +66,56 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         """query [T, h, d], key and value [T, g, d] → [T, h·d]."""
         # torch's flash attention for packed sequences
         has_kernel = query.is_cuda and query.dtype != torch.float32
+        queries = keys = cu = packed_seq_params.cu_seqlens_q
         if self.context.size() > 1:
             # [context·T, 2g, d]
             both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=1), group=self.context)
-            runs = key_runs(
-                packed_seq_params.cu_seqlens_q, len(query), self.context.rank(), self.context.size()
-            )
-            key, value = (x[runs.places] for x in both.chunk(2, dim=1))
-            attend = self._varlen if has_kernel else self._run_by_run
-            return attend(query, key, value, runs.queries, runs.keys, packed_seq_params.max_seqlen_q).flatten(
-                1
-            )
-        cu, longest = packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q
-        return (
-            self._varlen(query, key, value, cu, cu, longest)
-            if has_kernel
-            else self._padded(query, key, value, cu)
-        ).flatten(1)
+            queries, keys, places = key_runs(cu, len(query), self.context.rank(), self.context.size())
+            key, value = (x[places] for x in both.chunk(2, dim=1))
+        if has_kernel:
+            out = self._varlen(query, key, value, queries, keys, packed_seq_params.max_seqlen_q)
+        elif self.context.size() > 1:
+            out = self._run_by_run(query, key, value, queries, keys)
+        else:
+            out = self._padded(query, key, value, cu)
+        return out.flatten(1)
 
     def _varlen(
         self, query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, longest: int
     ) -> Tensor:
-        """Run i: queries queries[i] : queries[i + 1] see keys keys[i] : keys[i + 1], the last one all of
-        them, the one before it …
+        """Attend run by run: of queries queries[i] : queries[i + 1] the last sees all of keys keys[i] :
+        keys[i + 1], the one before it all but one, and so on.
         """
         from torch.nn.attention.varlen import varlen_attn
 
-        repeat = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-        return varlen_attn(
-            query, key, value, queries, keys, longest, longest, scale=self.scale, window_size=(-1, 0)
-        )  # type: ignore[return-value]
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+        options: Any = {"scale": self.scale, "window_size": (-1, 0)}
+        return varlen_attn(query, key, value, queries, keys, longest, longest, **options)  # type: ignore[return-value]
 
-    def _run_by_run(
-        self, query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor, _: int
-    ) -> Tensor:
-        """As `_varlen`, where there is no kernel for it: queries padded in front, and so no mask of queries ×
-        keys is ever held.
-        """
+    def _run_by_run(self, query: Tensor, key: Tensor, value: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+        """Attend as `_varlen`, without its kernel: queries padded in front need no mask of queries × keys."""
         parts = []
-        sizes = queries.diff().tolist(), keys.diff().tolist()
-        for q, k, v in zip(query.split(sizes[0]), key.split(sizes[1]), value.split(sizes[1]), strict=True):
+        counts = keys.diff().tolist()
+        runs = zip(query.split(queries.diff().tolist()), key.split(counts), value.split(counts), strict=True)
+        for q, k, v in runs:
             padding = len(k) - len(q)
             q, k, v = (x.transpose(0, 1)[None] for x in (F.pad(q, (0, 0, 0, 0, padding, 0)), k, v))
             parts.append(self._causal(q, k, v)[0].transpose(0, 1)[padding:])
         return torch.cat(parts)
 
     def _padded(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Sequences of like length together, padded on the right, where causality hides the padding."""
+        """Attend in batches of sequences of like length, padded at the end, where causality hides it."""
         parts, batches = [], padded_batches(tuple(cu_seqlens.tolist()), query.device)
         for places, is_real in batches:
             q, k, v = (x[places].transpose(1, 2) for x in (query, key, value))  # [S, h or g, longest, d]
             parts.append(self._causal(q, k, v).transpose(1, 2)[is_real])
-        # where each computed row belongs in the pack
+        # position of each computed row in the pack
         order = torch.cat([places[is_real] for places, is_real in batches])
         return torch.cat(parts)[order.argsort()]
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [S, h, n, d], key and value [S, g, n, d] → [S, h, n, d]."""
-        if query.is_cuda:  # in float32 only a kernel without grouped heads does not hold n × n scores
+        if query.is_cuda:  # in float32 the kernel for grouped heads would hold n × n scores
             key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=self.scale, enable_gqa=not query.is_cuda
@@ -138,14 +127,14 @@ class Runs(NamedTuple):
 
     queries: Tensor  # int32 [2S + 1]: run i of this rank's tokens is queries[i] : queries[i + 1]
     keys: Tensor  # int32 [2S + 1]: its keys are keys[i] : keys[i + 1]
-    # int64 [keys[-1]]: of each key, where it lies among the tokens of all context ranks, rank after rank
-    places: Tensor
+    places: Tensor  # int64 [keys[-1]]: each key's index among all context ranks' tokens, rank after rank
 
 
 @functools.lru_cache(maxsize=16)
 def key_runs(cu_seqlens: Tensor, num_tokens: int, rank: int, context: int) -> Runs:
-    """What `rank` of `context` attends to, for the zig-zag of batch.share. `num_tokens`: T. Never waits for
-    the device.
+    """Return the runs of context rank `rank`, for the zig-zag of batch.shard. `num_tokens`: T.
+
+    It never waits for the device.
     """
     sizes = cu_seqlens.diff() // (2 * context)  # [S], of a chunk
     ends = torch.tensor([rank + 1, 2 * context - rank], device=sizes.device, dtype=sizes.dtype)
@@ -155,7 +144,7 @@ def key_runs(cu_seqlens: Tensor, num_tokens: int, rank: int, context: int) -> Ru
     run = torch.repeat_interleave(
         torch.arange(len(keys) - 1, device=keys.device), keys.diff(), output_size=num_keys
     )
-    # of the key's sequence: its chunks, its beginning on every rank
+    # of the key's sequence: size of a chunk, start on every rank
     size, start = sizes[run // 2], cu_seqlens[run // 2] // context
     step = torch.arange(num_keys, device=keys.device) - keys[run]
     chunk = step // size
@@ -166,34 +155,32 @@ def key_runs(cu_seqlens: Tensor, num_tokens: int, rank: int, context: int) -> Ru
 
 @functools.lru_cache(maxsize=16)
 def padded_batches(cu_seqlens: tuple[int, ...], device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """The packed sequences as padded batches of like length, at most MAX_PADDING of each padding.
+    """Batch packed sequences of like length, each batch padded by at most MAX_PADDING of it.
 
-    Returns per batch: places in the pack, int64 [S, longest], padding repeats a sequence's last; which are
-    real, bool [S, longest].
+    Returns per batch: indices in the pack, int64 [S, longest], where padding repeats a sequence's last; and
+    True where they are no padding, bool [S, longest].
     """
     starts, lengths = np.array(cu_seqlens[:-1]), np.diff(cu_seqlens)
     batches: list[list[int]] = []
     for i in np.argsort(-lengths, kind="stable").tolist():
-        if batches and lengths[batches[-1]].sum() + lengths[i] >= (1 - MAX_PADDING) * lengths[
-            batches[-1][0]
-        ] * (len(batches[-1]) + 1):
-            batches[-1].append(i)
+        joined = [*batches[-1], i] if batches else [i]
+        if batches and lengths[joined].sum() >= (1 - MAX_PADDING) * lengths[joined[0]] * len(joined):
+            batches[-1] = joined
         else:
             batches.append([i])
     padded = []
     for batch in batches:
         steps = np.arange(lengths[batch[0]])
         places = starts[batch, None] + np.minimum(steps, lengths[batch, None] - 1)
-        padded.append(
-            (torch.from_numpy(places).to(device), torch.from_numpy(steps < lengths[batch, None]).to(device))
-        )
+        is_real = steps < lengths[batch, None]
+        padded.append((torch.from_numpy(places).to(device), torch.from_numpy(is_real).to(device)))
     return padded
 
 
 def layer_spec(
     config: TransformerConfig, vp_stage: int | None = None
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """Megatron's layers with Transformer Engine where there is one, else with the modules above."""
+    """Return Megatron's layers, with Transformer Engine if it is here, else with the modules above."""
     experts = dict(num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm)
     if has_transformer_engine():
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm, **experts)

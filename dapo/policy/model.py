@@ -1,4 +1,4 @@
-"""A model's sizes and a run's options → Megatron's TransformerConfig and GPTModel."""
+"""Megatron's TransformerConfig, OptimizerConfig and GPTModel, from a model's sizes and a run's config."""
 
 from __future__ import annotations
 
@@ -14,46 +14,42 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from dapo.config import Config, ConfigError, nearest
-from dapo.model.shape import ModelShape, check_layout, padded_vocab
+from dapo.model.layout import check_layout, padded_vocab
+from dapo.model.passthrough import Passthrough
+from dapo.model.shape import ModelShape
 from dapo.policy.cpu import has_transformer_engine
 from dapo.policy.layers import layer_spec
 from dapo.policy.rope import inverse_frequencies, softmax_scale
 
 
 def split_passthrough(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """policy.megatron's fields for (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig); a
-    shared name goes to each.
+    """Split policy.megatron into (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig) fields.
+
+    A name that several have goes to each.
 
     Raises:
         ConfigError: none of the three has such a field.
     """
-    owners = [
-        {f.name for f in dataclasses.fields(c)}
-        for c in (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig)
-    ]
+    classes = TransformerConfig, OptimizerConfig, DistributedDataParallelConfig
+    owners = [{field.name for field in dataclasses.fields(c)} for c in classes]
+    known = set().union(*owners)
     for name in options:
-        if not any(name in fields for fields in owners):
-            raise ConfigError(
-                f"policy.megatron.{name}: no such field in Megatron's configs; "
-                f"{nearest(name, sorted(set().union(*owners)))}"
-            )
+        if name not in known:
+            hint = nearest(name, sorted(known))
+            raise ConfigError(f"policy.megatron.{name}: no such field in Megatron's configs; {hint}")
     transformer, optimizer, ddp = ({k: v for k, v in options.items() if k in fields} for fields in owners)
     return transformer, optimizer, ddp
 
 
 def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
-    """Raises ConfigError: heads, KV heads or layers do not divide by the layout, or Megatron refuses a
-    passed-through field.
+    """Make Megatron's description of the model and its layout.
+
+    Raises:
+        ConfigError: the layout cannot hold the model, or Megatron refuses a passed-through field.
     """
-    tensor, pipeline, virtual = (
-        config.parallel.tensor,
-        config.parallel.pipeline,
-        config.parallel.virtual_pipeline,
-    )
     check_layout(shape, config)
-    passed, _, _ = split_passthrough(config.policy.megatron)
+    parallel, passed = config.parallel, split_passthrough(config.policy.megatron)[0]
     dtype = getattr(torch, config.policy.dtype)
-    has_cuda = torch.cuda.is_available()
     fields = dict(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -71,20 +67,25 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         softmax_scale=softmax_scale(shape),
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=tensor,
-        sequence_parallel=tensor > 1,
-        pipeline_model_parallel_size=pipeline,
-        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
-        context_parallel_size=config.parallel.context,
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.tensor > 1,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+        ),
+        context_parallel_size=parallel.context,
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         calculate_per_token_loss=True,  # the loss is a sum over tokens: Megatron must divide by nothing
-        moe_token_dispatcher_type="alltoall",  # what variable_seq_lengths insists on, dense models included
+        # Megatron refuses unlike lengths for allgather, which gathers as many tokens from every rank;
+        # learn/batch.py makes them alike. It refuses them without alltoall even for dense models
+        variable_seq_lengths=not Passthrough.of(config.policy.megatron).is_allgather,
+        moe_token_dispatcher_type="alltoall",
         # between two stages that take turns, batched sends in both directions are swapped
         batch_p2p_comm=False,
         overlap_p2p_comm=False,
-        use_cpu_initialization=not has_cuda,
+        use_cpu_initialization=not torch.cuda.is_available(),
         # the weights are loaded; but Megatron marks a parameter as tensor-parallel while it initialises it,
         # and unmarked ones are missing from the gradient norm: so initialise, with functions that do nothing
         perform_initialization=True,
@@ -108,30 +109,31 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
             moe_router_load_balancing_type="none",
             moe_router_dtype="fp32",
             moe_grouped_gemm=has_transformer_engine(),
-            expert_model_parallel_size=config.parallel.expert,
+            expert_model_parallel_size=parallel.expert,
             expert_tensor_parallel_size=1,
         )
-    if has_transformer_engine() and config.parallel.context > 1 and dtype == torch.float32:
+    if has_transformer_engine() and parallel.context > 1 and dtype == torch.float32:
         raise ConfigError(
-            f"parallel.context={config.parallel.context} with policy.dtype=float32: Transformer Engine has "
-            "no such attention; use bfloat16"
+            f"parallel.context={parallel.context} with policy.dtype=float32: Transformer Engine has no such "
+            "attention; use bfloat16"
         )
-    # Megatron refuses unlike lengths for allgather, which gathers as many tokens from every rank. batch.py
-    # makes them alike within a group
-    fields["variable_seq_lengths"] = passed.get("moe_token_dispatcher_type") != "allgather"
+    made: TransformerConfig = _make(TransformerConfig, fields | passed, config)
+    made.variable_seq_lengths = True  # packed microbatches differ in length
+    return made
+
+
+def _make(cls: type, fields: dict[str, Any], config: Config) -> Any:
+    """Make one of Megatron's configs. Raise ConfigError if it refuses a passed-through field."""
     try:
-        made = TransformerConfig(**fields | passed)
-        made.variable_seq_lengths = True  # packed microbatches differ in length
-        return made
-    except (ValueError, AssertionError, TypeError) as error:
-        raise ConfigError(
-            f"policy.megatron={config.policy.megatron}: Megatron refuses it: {error}"
-        ) from error
+        return cls(**fields)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        message = f"policy.megatron={config.policy.megatron}: Megatron refuses it: {error}"
+        raise ConfigError(message) from error
 
 
 def optimizer_config(config: Config, transformer: TransformerConfig) -> OptimizerConfig:
-    """Raises ConfigError: Megatron refuses a passed-through field."""
-    _, passed, _ = split_passthrough(config.policy.megatron)
+    """Make Megatron's description of the optimizer. Raise ConfigError if it refuses a field."""
+    passed = split_passthrough(config.policy.megatron)[1]
     fields = dict(
         optimizer="adam",
         lr=config.optim.lr,
@@ -143,12 +145,7 @@ def optimizer_config(config: Config, transformer: TransformerConfig) -> Optimize
         params_dtype=transformer.params_dtype,
         use_distributed_optimizer=True,
     )
-    try:
-        return OptimizerConfig(**fields | passed)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"policy.megatron={config.policy.megatron}: Megatron refuses it: {error}"
-        ) from error
+    return _make(OptimizerConfig, fields | passed, config)
 
 
 def _leave(weight: torch.Tensor) -> torch.Tensor:
@@ -156,8 +153,9 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
 
 
 class HeadlessGPTModel(GPTModel):  # type: ignore[misc]
-    """A GPTModel whose last stage returns hidden states [T, 1, H]: the loss takes them and the LM head, and
-    logits [T, V] never exist.
+    """A GPTModel whose last stage returns hidden states [T, 1, H].
+
+    The loss takes them and the LM head, so that logits [T, V] never exist.
     """
 
     def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -166,18 +164,12 @@ class HeadlessGPTModel(GPTModel):  # type: ignore[misc]
     @property
     def head(self) -> torch.nn.Parameter:
         """The LM head [V/tp, H] on the last pipeline stage."""
-        head: torch.nn.Parameter = (
-            self.shared_embedding_or_output_weight()
-            if self.share_embeddings_and_output_weights
-            else self.output_layer.weight
-        )
-        return head
+        is_tied = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if is_tied else self.output_layer.weight  # type: ignore[no-any-return]
 
 
 def build_model(shape: ModelShape, config: TransformerConfig) -> list[HeadlessGPTModel]:
-    """This rank's part of the model, with uninitialised weights: a chunk of layers for each virtual pipeline
-    stage, or all in one.
-    """
+    """Build this rank's part of the model, not initialised: a chunk for each virtual pipeline stage."""
     num_chunks = config.virtual_pipeline_model_parallel_size
     return [_build_chunk(shape, config, chunk) for chunk in (range(num_chunks) if num_chunks else [None])]
 
@@ -197,9 +189,9 @@ def _build_chunk(shape: ModelShape, config: TransformerConfig, chunk: int | None
         rotary_base=shape.rope_theta,
     )
     for name, parameter in model.named_parameters():
-        # Megatron marks them where expert > 1; but tensor ranks too see other tokens each, with whole experts
+        # Megatron marks them where expert > 1; but tensor ranks, too, have whole experts and their own tokens
         if ".mlp.experts." in name:
             parameter.allreduce = False
-    # Megatron knows one kind of llama3's and another softmax for yarn's
+    # Megatron computes one kind of llama3's only, and another softmax for yarn's
     model.rotary_pos_emb.inv_freq = inverse_frequencies(shape)
     return model

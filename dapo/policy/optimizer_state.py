@@ -1,10 +1,10 @@
-"""The optimizer's state in a checkpoint: each rank writes, and reads in place, what it owns, as boxes of each
-parameter's whole tensor.
+"""The optimizer's state in a checkpoint: each rank writes what it owns, as boxes of each parameter's whole
+tensor, and reads it in place.
 
-Megatron's distributed optimizer gives each data-parallel rank a flat range of each parameter, whose main
-parameter and moments it keeps. Megatron's own form for any layout (fully_reshardable) gathers them all on
-every rank first: 12 bytes a parameter, and more on the way. Names and places are the same, so what either
-wrote the other reads.
+Megatron's distributed optimizer gives each data-parallel rank a flat range of each parameter; the rank keeps
+that range's main parameter and moments. Megatron's own form for any layout (fully_reshardable) gathers all of
+them on every rank first: 12 bytes a parameter, and more on the way. Names and offsets are the same, so each
+reads what the other wrote.
 """
 
 from __future__ import annotations
@@ -23,31 +23,27 @@ from torch import Tensor
 
 
 class OwnState:
-    """What this rank owns of an optimizer's state. `model`: the model's sharded state dict, which says where
-    each parameter lies.
-    """
+    """The part of an optimizer's state that this rank owns."""
 
     def __init__(self, optimizer: Any, model: dict[str, Any]):
-        places = {
-            entry.data: entry
-            for entry in nested_values(model)
-            if isinstance(entry, ShardedTensor | ShardedTensorFactory)
-        }
-        self._parts, boxes = _parts(optimizer), list[ShardedTensor]()
+        """`model`: the model's sharded state dict, which locates each parameter in the whole."""
+        sharded = (ShardedTensor, ShardedTensorFactory)
+        locations = {entry.data: entry for entry in nested_values(model) if isinstance(entry, sharded)}
+        self._parts = _parts(optimizer)
+        boxes: list[ShardedTensor] = []
         # (optimizer, parameter, its range of the state by name)
         self._owned: list[tuple[Any, Tensor, dict[str, Tensor]]] = []
         for part in self._parts:
-            _begin(part)
+            _initialize(part)
             for param, start in _ranges(part):
                 state = _state(part, param)
                 self._owned.append((part, param, state))
-                boxes += _boxes_of(param, places[param], start, state, part.distributed_optimizer_instance_id)
+                instance = part.distributed_optimizer_instance_id
+                boxes += _boxes_of(param, locations[param], start, state, instance)
         self.boxes = {str(i): box for i, box in enumerate(boxes)}  # views of the state
 
     def take(self) -> None:
-        """Hand what was read into the boxes to the optimizers, some of which keep it elsewhere or in another
-        form.
-        """
+        """Hand what was read into the boxes to the optimizers: some keep it elsewhere or in another form."""
         for part, param, state in self._owned:
             part._set_main_param_and_optimizer_states(param, state)
         for part in self._parts:
@@ -55,8 +51,8 @@ class OwnState:
                 part.optimizer._sync_hdo_state_to_sub_optimizers()
 
 
-def groups(optimizer: Any) -> dict[Any, Any]:
-    """All else that a checkpoint holds of an optimizer: its groups' settings and steps."""
+def group_settings(optimizer: Any) -> dict[Any, Any]:
+    """Return the rest of an optimizer's state in a checkpoint: its groups' settings and steps."""
     parts = _parts(optimizer)
     if len(parts) == 1:
         return without_classes(parts[0].state_dict())  # type: ignore[no-any-return]
@@ -65,10 +61,9 @@ def groups(optimizer: Any) -> dict[Any, Any]:
 
 
 def boxes(start: int, end: int, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The flat range [start, end) of a tensor as boxes (offset, size), end to end.
+    """Cut the flat range [start, end) of a tensor into boxes (offset, size), end to end.
 
-    `boxes(2, 8, (3, 3))` → the rest of row 0, row 1, the beginning of row 2: ((0, 2), (1, 1)), ((1, 0), (1,
-    3)), ((2, 0), (1, 2))
+    `boxes(2, 8, (3, 3))` → ((0, 2), (1, 1)), the rest of row 0; ((1, 0), (1, 3)); ((2, 0), (1, 2))
     """
     row = prod(shape[1:])
     while start < end:
@@ -79,89 +74,85 @@ def boxes(start: int, end: int, shape: tuple[int, ...]) -> Iterator[tuple[tuple[
             start += count * row
         else:
             stop = min(end, (i + 1) * row)
-            yield from (
-                ((i, *offset), (1, *size)) for offset, size in boxes(column, stop - i * row, shape[1:])
-            )
+            for offset, size in boxes(column, stop - i * row, shape[1:]):
+                yield (i, *offset), (1, *size)
             start = stop
 
 
 def _boxes_of(
     param: Tensor,
-    place: ShardedTensor | ShardedTensorFactory,
+    whole: ShardedTensor | ShardedTensorFactory,
     start: int,
     state: dict[str, Tensor],
     instance: int,
 ) -> Iterator[ShardedTensor]:
-    """`state`, which begins at the parameter's flat place `start`, as boxes of the tensors that hold the
-    parameter in a checkpoint.
+    """Cut the state from offset `start` of the flat parameter into boxes of the checkpoint's tensors.
+
+    `whole` is the parameter's entry in the sharded state dict.
     """
     end = start + len(state["param"])
-    # gate and up are two, of one parameter
-    for piece in [place] if isinstance(place, ShardedTensor) else nested_values(place.build()):
-        assert (
-            piece.data.untyped_storage().data_ptr() == param.untyped_storage().data_ptr()
-            and piece.data.is_contiguous()
-        )
+    # the MLP's first matrix is two tensors in a checkpoint, gate and up
+    for piece in [whole] if isinstance(whole, ShardedTensor) else nested_values(whole.build()):
+        assert piece.data.untyped_storage().data_ptr() == param.untyped_storage().data_ptr()
+        assert piece.data.is_contiguous()
         begin = piece.data.storage_offset() - param.storage_offset()
         first = max(start, begin)
         axes = (1,) * piece.prepend_axis_num  # layers, experts
         for offset, size in boxes(first - begin, min(end - begin, piece.data.numel()), piece.local_shape):
             for name, tensor in state.items():
                 data = tensor[first - start :][: prod(size)].view(*axes, *size)
+                begins = zip(piece.global_offset, (*[0] * len(axes), *offset), strict=True)
                 yield replace(
                     piece,
                     key=f"optimizer.state.{name}.{piece.key}",
                     data=data,
                     dtype=data.dtype,
                     local_shape=tuple(data.shape),
-                    global_offset=tuple(
-                        a + b for a, b in zip(piece.global_offset, (*[0] * len(axes), *offset), strict=True)
-                    ),
+                    global_offset=tuple(a + b for a, b in begins),
                     axis_fragmentations=None,  # no regular grid
-                    replica_id=(*piece.replica_id[:-1], instance),  # no two data-parallel ranks own the same
+                    replica_id=(
+                        *piece.replica_id[:-1],
+                        instance,
+                    ),  # data-parallel ranks own different numbers
                     prepend_axis_num=0,
                 )
             first += prod(size)
 
 
 def _ranges(part: Any) -> Iterator[tuple[Tensor, int]]:
-    """The parameters of which this rank owns something, and where in each that begins."""
-    for buckets in (buckets for buffer in part.gbuf_ranges for buckets in buffer.values()):
-        for param, ranges in (item for bucket in buckets for item in bucket["param_map"].items()):
-            yield param, ranges["param"].start
+    """Yield the parameters of which this rank owns a range, and the range's offset."""
+    buckets = [bucket for buffer in part.gbuf_ranges for of_dtype in buffer.values() for bucket in of_dtype]
+    for param, ranges in (item for bucket in buckets for item in bucket["param_map"].items()):
+        yield param, ranges["param"].start
 
 
 def _state(part: Any, param: Tensor) -> dict[str, Tensor]:
-    """This rank's range of the main parameter, "param", and of the moments, "exp_avg" and "exp_avg_sq"."""
+    """Return this rank's range of the main parameter "param" and the moments "exp_avg" and "exp_avg_sq"."""
     state = part._get_main_param_and_optimizer_states(param)
     return {name: tensor.detach() for name, tensor in state.items() if name != "step"}  # the groups have it
 
 
 def _parts(optimizer: Any) -> list[Any]:
-    """Experts have an optimizer of their own."""
+    """Return the optimizers that Megatron chains: experts have one of their own."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
-def _begin(part: Any) -> None:
-    """Moments of 0 where there are none yet: before the first update there are none, and a checkpoint wants
-    them.
-    """
+def _initialize(part: Any) -> None:
+    """Set moments to 0 where there are none: a checkpoint needs them before the first update too."""
     if not isinstance(part.optimizer, HybridDeviceOptimizer):
         part.init_state_fn(part.optimizer, part.config)
         return
     for inner in part.optimizer.sub_optimizers:
         for p in (p for group in inner.param_groups for p in group["params"] if not inner.state[p]):
-            inner.state[p] = {
-                "step": torch.zeros(()),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
+            moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            inner.state[p] = {"step": torch.zeros(()), **moments}
     part.optimizer._sync_sub_optimizers_state_to_hdo()
 
 
 def without_classes(state: Any) -> Any:
-    """Without what Megatron's own loading refuses: the groups of an optimizer in main memory name the
-    optimizers that it is made of.
+    """Return the state without classes, which Megatron's loading refuses.
+
+    The groups of an optimizer in main memory name the classes of the optimizers that it is made of.
     """
     if isinstance(state, dict):
         return {key: without_classes(value) for key, value in state.items() if not isinstance(value, type)}

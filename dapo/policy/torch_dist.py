@@ -1,8 +1,8 @@
-"""Megatron's distributed checkpoints (torch_dist): written by one thread of each rank; read and written chunk
-by chunk by a single process.
+"""Megatron's distributed checkpoints (torch_dist).
 
+A run writes one with a thread of each rank; a single process reads and writes one chunk by chunk.
 A directory holds *.distcp files (chunks of tensors end to end, each as torch.save writes it), .metadata (a
-pickle: which chunk lies where), common.pt and metadata.json (what is no tensor, and which format this is).
+pickle: the file and offset of each chunk), common.pt and metadata.json (all else, and the format's name).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import mmap
 import pickle
+import struct
 import zipfile
 import zlib
 from collections import Counter
@@ -53,39 +54,38 @@ from dapo.config import ConfigError
 from dapo.files import Sum, SummedFile
 from dapo.mesh import FailedElsewhere
 
-# --- all ranks of a run, each its own part ---
+# --- all ranks of a run, each with its own part ---
 
 
 class Save:
     """A checkpoint on its way to the disk. Every method but `is_written` is collective.
 
-    Megatron's own writers are forked processes, and a manager process that a killed trainer leaves behind:
-    here a thread writes.
+    A thread writes. Megatron's own writers are forked processes and a manager process, which a killed trainer
+    leaves behind.
     """
 
     def __init__(
         self, state: dict[str, Any], directory: Path, copies: dist.ProcessGroup, barrier: Callable[[], None]
     ):
-        """Plan who writes what, into an existing, empty directory. Nothing large is written yet.
+        """Plan each rank's part, in an existing, empty directory. Nothing large is written yet.
 
-        `copies`: ranks that have the same state, who share the writing of it. `barrier` has time for a slow
-        disk, as NCCL's has not.
+        `copies`: ranks with the same state, which divide the writing among them. `barrier` waits for a slow
+        disk, which NCCL's does not.
         """
         strategy = _Strategy("torch_dist", 1)
         shared = FullyParallelSaveStrategyWrapper(strategy, copies)
         self._request = dist_checkpointing.save(state, str(directory), shared, async_sharded_save=True)
-        self._writer, self._barrier = strategy.writer, barrier
+        self._writer = strategy.writer
+        self._barrier = barrier
         self._file = f"{directory.name}/{self._writer.file_name}"
 
     @property
     def num_bytes(self) -> int:
-        """Of this rank's part."""
+        """Bytes of this rank's part."""
         return self._writer.num_bytes
 
     def start(self, in_background: bool) -> None:
-        """Write. In the background: from a copy in main memory, so that training may go on and change the
-        parameters.
-        """
+        """Write. In the background, from a copy in main memory: training may then change the parameters."""
         if in_background:
             self._writer.copy_items()
         self._writer.start()
@@ -96,35 +96,31 @@ class Save:
         return self._writer.future.done()
 
     def finish(self) -> dict[str, Sum]:
-        """Wait for every rank's part, then let the main rank write which chunk lies where. Returns the sum of
-        the file of this rank.
+        """Wait for all parts; the main rank then writes .metadata. Returns the sum of this rank's file.
 
         Raises:
             OSError: a part could not be written.
-            FailedElsewhere: this rank's was, another's was not.
+            FailedElsewhere: this rank's part was written, another's was not.
         """
         self._writer.wait()
         self._barrier()
         try:
             for finalize in self._request.finalize_fns:
                 finalize()
-        except CheckpointException as error:  # a BaseException; only the main rank is told the reasons
-            reasons = [reason for reason, _ in error.failures.values()]
-            raise (
-                OSError(str(reasons[0]))
-                if reasons
-                else FailedElsewhere("a part of the checkpoint could not be written")
-            ) from error
+        except CheckpointException as error:  # a BaseException; only the main rank knows the reasons
+            reasons = [str(reason) for reason, _ in error.failures.values()]
+            if reasons:
+                raise OSError(reasons[0]) from error
+            raise FailedElsewhere("a part of the checkpoint could not be written") from error
         return {self._file: self._writer.sum} if self._writer.items else {}
 
 
 class _Strategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
-    """Megatron's plan, our writer."""
+    """Megatron's plan, written by our writer."""
 
     def async_save(self, sharded_state_dict: Any, checkpoint_dir: Path) -> AsyncRequest:
-        tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(
-            sharded_state_dict, self.keep_only_main_replica
-        )
+        only_main = self.keep_only_main_replica
+        tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, only_main)
         self.writer = _Writer(checkpoint_dir)
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         plan, *_ = save_state_dict_async_plan(mcore_to_pyt_state_dict(tensors), self.writer, planner=planner)
@@ -136,17 +132,15 @@ class _Writer(FileSystemWriterAsync):  # type: ignore[misc]
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
         self.items: list[tuple[WriteItem, Any]] = [(item, planner.resolve_data(item)) for item in plan.items]
-        self.num_bytes = sum(
-            data.nbytes if isinstance(data, Tensor) else len(data.getbuffer()) for _, data in self.items
-        )
+        sizes = [d.nbytes if isinstance(d, Tensor) else len(d.getbuffer()) for _, d in self.items]
+        self.num_bytes = sum(sizes)
         self.file_name = f"{plan.storage_data.prefix}0.distcp"
         self.sum: Sum = (0, 0)
 
     def copy_items(self) -> None:
-        self.items = [
-            (item, _on_cpu(data, copy=True) if isinstance(data, Tensor) else data)
-            for item, data in self.items
-        ]
+        for i, (item, data) in enumerate(self.items):
+            if isinstance(data, Tensor):
+                self.items[i] = item, _on_cpu(data, copy=True)
 
     def start(self) -> None:
         thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -171,11 +165,8 @@ class _Writer(FileSystemWriterAsync):  # type: ignore[misc]
         try:
             for item, data in sorted(self.items, key=lambda pair: pair[0].type != WriteItemType.BYTE_IO):
                 data = _on_cpu(data) if isinstance(data, Tensor) else data
-                results.append(
-                    _write_item(
-                        self.transforms, file, data, item, self.file_name, SerializationFormat.TORCH_SAVE
-                    )
-                )  # type: ignore[arg-type]
+                form = SerializationFormat.TORCH_SAVE
+                results.append(_write_item(self.transforms, file, data, item, self.file_name, form))  # type: ignore[arg-type]
             file.close()
         except (OSError, RuntimeError) as error:
             raise file.error or error from None
@@ -184,24 +175,22 @@ class _Writer(FileSystemWriterAsync):  # type: ignore[misc]
 
 
 def _on_cpu(tensor: Tensor, copy: bool = False) -> Tensor:
-    """In memory of its own: torch.save would write all of a storage for a view into it."""
+    """Return the tensor in memory of its own: of a view torch.save would write the whole storage."""
     tensor = tensor.detach()
     is_view = tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous()
-    return (
-        torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
-        if copy or is_view or not tensor.is_cpu
-        else tensor
-    )
+    if copy or is_view or not tensor.is_cpu:
+        return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+    return tensor
 
 
 # --- a single process, any layout ---
 
 
 class Reader:
-    """The tensors of a checkpoint, whichever ranks wrote them.
+    """Reads the tensors of a checkpoint of any layout.
 
     Raises:
-        ConfigError: the directory is no such checkpoint.
+        ConfigError: the directory holds no such checkpoint.
     """
 
     def __init__(self, directory: Path):
@@ -209,38 +198,31 @@ class Reader:
         try:
             self._metadata = FileSystemReader(directory).read_metadata()
         except (OSError, EOFError, pickle.UnpicklingError, AttributeError) as error:
-            raise ConfigError(
-                f"{directory}: no Megatron checkpoint (torch_dist) is there: .metadata: {error}"
-            ) from error
-        found = self._metadata.state_dict_metadata
-        self.sizes = {
-            name: tuple(m.size) for name, m in found.items() if isinstance(m, TensorStorageMetadata)
-        }
+            message = f"{directory}: no Megatron checkpoint (torch_dist) is there: .metadata: {error}"
+            raise ConfigError(message) from error
+        found = self._metadata.state_dict_metadata.items()
+        self.sizes = {name: tuple(m.size) for name, m in found if isinstance(m, TensorStorageMetadata)}
 
     def dtype(self, name: str) -> torch.dtype:
         return self._metadata.state_dict_metadata[name].properties.dtype  # type: ignore[union-attr]
 
     def read(self, name: str, place: tuple[int, ...] = ()) -> Tensor:
-        """The whole tensor, or of one whose first dimensions count layers (and experts), that layer's (and
-        expert's).
+        """Return the whole tensor; `place`: the layer (and expert) of one whose first dimensions count them.
 
         Raises:
             ConfigError: a file is missing, cut short or damaged.
         """
-        chunks = self._by_place(name, len(place))[place]
+        depth = len(place)
+        chunks = self._by_place(name, depth)[place]
         parts = [self._chunk(name, chunk) for chunk in chunks]
         if len(parts) == 1:
-            whole = parts[0]
-        else:
-            whole = torch.empty(
-                [1] * len(place) + list(self.sizes[name][len(place) :]), dtype=self.dtype(name)
-            )
-            for chunk, part in zip(chunks, parts, strict=True):
-                starts = [0] * len(place) + list(chunk.offsets[len(place) :])
-                whole[tuple(slice(start, start + n) for start, n in zip(starts, part.shape, strict=True))] = (
-                    part
-                )
-        return whole[(0,) * len(place)]
+            return parts[0][(0,) * depth]
+        whole = torch.empty(self.sizes[name][depth:], dtype=self.dtype(name))
+        for chunk, part in zip(chunks, parts, strict=True):
+            part = part[(0,) * depth]
+            ranges = zip(chunk.offsets[depth:], part.shape, strict=True)
+            whole[tuple(slice(start, start + size) for start, size in ranges)] = part
+        return whole
 
     @functools.cache  # noqa: B019  # as long-lived as the process that converts
     def _by_place(self, name: str, depth: int) -> dict[tuple[int, ...], list[ChunkStorageMetadata]]:
@@ -250,17 +232,14 @@ class Reader:
         return found
 
     def _chunk(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
-        """Mapped, not copied: torch.save's archive is not compressed, and keeps a CRC-32 of each tensor,
-        which is checked.
-        """
+        """Map a chunk, without a copy. torch.save's archive is not compressed; its CRC-32 is checked."""
         where = self._metadata.storage_data[MetadataIndex(name, chunk.offsets)]
         path = self.directory / where.relative_path
         start = where.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        length = where.offset + where.length - start
         try:
             with open(path, "rb") as file:
-                mapped = mmap.mmap(
-                    file.fileno(), where.offset + where.length - start, access=mmap.ACCESS_COPY, offset=start
-                )
+                mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
                 mapped.madvise(mmap.MADV_WILLNEED)
                 archive = _Slice(mapped, where.offset - start, where.length)
             with zipfile.ZipFile(archive) as entries:  # type: ignore[arg-type]
@@ -269,56 +248,54 @@ class Reader:
                     header = archive.bytes_at(entry.header_offset, 30)
         except (OSError, ValueError, zipfile.BadZipFile) as error:
             raise ConfigError(f"{path}: missing, damaged or cut short, at {name}: {error}") from error
-        begin = (
-            archive.start
-            + entry.header_offset
-            + 30
-            + int.from_bytes(header[26:28], "little")
-            + int.from_bytes(header[28:30], "little")
-        )
+        begin = archive.start + entry.header_offset + 30
+        begin += sum(struct.unpack("<HH", header[26:30]))  # lengths of the name and of the extra field
         if zlib.crc32(memoryview(mapped)[begin : begin + entry.file_size]) != entry.CRC:
             raise ConfigError(f"{path}: damaged: the checksum of {name} differs")
         dtype = self.dtype(name)
-        return torch.frombuffer(
-            mapped, dtype=dtype, count=entry.file_size // dtype.itemsize, offset=begin
-        ).view(*chunk.sizes)
+        count = entry.file_size // dtype.itemsize
+        return torch.frombuffer(mapped, dtype=dtype, count=count, offset=begin).view(*chunk.sizes)
 
 
 class _Slice:
-    """A part of mapped memory as the file that zipfile wants."""
+    """A part of mapped memory, as a file for zipfile."""
 
     def __init__(self, mapped: mmap.mmap, start: int, length: int):
-        self.mapped, self.start, self.length, self.place = mapped, start, length, 0
+        self.mapped = mapped
+        self.start = start
+        self.length = length
+        self.offset = 0
 
-    def bytes_at(self, place: int, size: int) -> bytes:
-        return self.mapped[self.start + place : self.start + min(place + size, self.length)]
+    def bytes_at(self, offset: int, size: int) -> bytes:
+        return self.mapped[self.start + offset : self.start + min(offset + size, self.length)]
 
     def read(self, size: int = -1) -> bytes:
-        data = self.bytes_at(self.place, self.length if size < 0 else size)
-        self.place += len(data)
+        data = self.bytes_at(self.offset, self.length if size < 0 else size)
+        self.offset += len(data)
         return data
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        self.place = offset + (0, self.place, self.length)[whence]
-        return self.place
+        self.offset = offset + (0, self.offset, self.length)[whence]
+        return self.offset
 
     def tell(self) -> int:
-        return self.place
+        return self.offset
 
     def seekable(self) -> bool:
         return True
 
 
 class Writer:
-    """A checkpoint of tensors written one by one, in files of at most `file_bytes` (or one chunk). Each
-    thread writes a part of its own.
+    """Writes a checkpoint tensor by tensor, in files of at most `file_bytes` (or one chunk).
+
+    Each thread writes a part of its own.
     """
 
     def __init__(self, directory: Path, file_bytes: int):
         self.directory, self.file_bytes = directory, file_bytes
-        self.sums: dict[str, Sum] = {}  # of the files that are done
-        self._files: dict[int, tuple[str, SummedFile]] = {}  # open ones, by part
-        self._counts: Counter[int] = Counter()  # of files begun, by part
+        self.sums: dict[str, Sum] = {}  # of finished files
+        self._files: dict[int, tuple[str, SummedFile]] = {}  # part → its open file
+        self._counts: Counter[int] = Counter()  # part → number of its files
         self._closing = ThreadPoolExecutor(1)  # waits for the disk while the next file is written
         self._closed: list[Future[None]] = []
         self._metadata: dict[str, Any] = {}
@@ -332,23 +309,20 @@ class Writer:
         counts: tuple[int, ...] = (),
         part: int = 0,
     ) -> None:
-        """The whole tensor, or that of layer (and expert) `place` of one whose first dimensions count
-        `counts` of them.
-        """
+        """Write a whole tensor; or layer (and expert) `place` of one whose first dimensions are `counts`."""
         offsets = torch.Size([*place, *[0] * tensor.dim()])
         size = torch.Size([*counts, *tensor.shape])
         tensor = tensor[(None,) * len(place)]
         file_name, file = self._file_of(part, tensor.nbytes)
         start = file.tell()
         torch.save(_on_cpu(tensor), file)  # type: ignore[arg-type]
-        known = self._metadata.setdefault(
-            name, TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), size, [])
-        )
+        new = TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), size, [])
+        known = self._metadata.setdefault(name, new)
         known.chunks.append(ChunkStorageMetadata(offsets, tensor.shape))
         self._places[MetadataIndex(name, offsets)] = _StorageInfo(file_name, start, file.tell() - start)
 
     def close(self) -> None:
-        """Write which chunk lies where: without it there is no checkpoint."""
+        """Finish the files and write .metadata, without which there is no checkpoint."""
         for part in list(self._files):
             self._end_file(part)
         for closed in self._closed:
@@ -356,13 +330,12 @@ class Writer:
         for known in self._metadata.values():
             known.chunks.sort(key=lambda chunk: tuple(chunk.offsets))
         torch.save({}, self.directory / "common.pt")
-        (self.directory / ".metadata").write_bytes(
-            pickle.dumps(Metadata(self._metadata, storage_data=self._places))
-        )
+        metadata = Metadata(self._metadata, storage_data=self._places)
+        (self.directory / ".metadata").write_bytes(pickle.dumps(metadata))
         save_config(CheckpointingConfig("torch_dist", 1), str(self.directory))
 
     def _file_of(self, part: int, num_bytes: int) -> tuple[str, SummedFile]:
-        """The part's file, with room for so many bytes."""
+        """Return the part's file, a new one if the open one has no room for so many bytes."""
         if part in self._files and self._files[part][1].tell() + num_bytes > self.file_bytes:
             self._end_file(part)
         if part not in self._files:

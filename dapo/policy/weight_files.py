@@ -1,9 +1,8 @@
-"""A model's weights in files, of either format: Hugging Face safetensors, and Megatron's distributed
-checkpoint. Both are streamed.
+"""A model's weights in files, as Hugging Face safetensors or as Megatron's distributed checkpoint.
 
-Reading takes the name table's entries; writing holds one tensor at a time, in each thread. HF directory:
-config.json, *.safetensors, tokenizer. Megatron directory: policy/ in torch_dist, manifest.json; one that
-hf_to_megatron.py made has config.json and tokenizer too.
+Both are streamed: reading takes the name table's entries; writing holds one tensor at a time, in each thread.
+A Hugging Face directory has config.json, *.safetensors and a tokenizer. A Megatron directory has policy/ in
+torch_dist and manifest.json; one that hf_to_megatron.py made also has config.json and a tokenizer.
 """
 
 from __future__ import annotations
@@ -26,144 +25,121 @@ from torch import Tensor
 from dapo import files
 from dapo.config import ConfigError
 from dapo.model.files import open_safetensors, read_dtypes, read_tensor
-from dapo.model.shape import ModelShape
+from dapo.model.names import Dimensions, Entry, table
+from dapo.model.shape import ModelShape, read_config
 from dapo.policy import torch_dist
-from dapo.policy.weights import Entry, StoredWeights, from_shards, hf_shapes, table, to_shard
+from dapo.policy.weights import StoredWeights, from_shards, to_shard
 
 T = TypeVar("T")
-Named = Iterator[tuple[str, Tensor]]  # by their Hugging Face names
-SHARD_BYTES = 4 * 2**30  # of a written file
-THREADS = 2  # that convert: reading, checking, rearranging and writing take about as long as the disk
+Named = Iterator[tuple[str, Tensor]]  # with Hugging Face names
+SHARD_BYTES = 4 * 2**30  # size of a written file
+THREADS = 2  # with two, reading, checking, rearranging and writing take about as long as the disk
 SAFETENSORS_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def open_weights(directory: Path, shape: ModelShape) -> HFWeights | MegatronWeights:
-    """The weights of a directory, whichever format it holds.
+    """Open the weights of a directory of either format.
 
     Raises:
         ConfigError: none there; or a tensor is missing or has no place in this architecture.
     """
-    return (
-        MegatronWeights(directory, shape) if (directory / "policy").is_dir() else HFWeights(directory, shape)
-    )
+    is_megatron = (directory / "policy").is_dir()
+    return MegatronWeights(directory, shape) if is_megatron else HFWeights(directory, shape)
 
 
 class HFWeights:
-    """*.safetensors, as the table's entries."""
+    """*.safetensors, read as the table's entries."""
 
     def __init__(self, directory: Path, shape: ModelShape):
-        self.directory, self.shape, self._files = directory, shape, open_safetensors(directory)
+        self.directory = directory
+        found = open_safetensors(directory)
         expected = {name for entry in table(shape, is_fused=True) for name in entry.hf}
-        _check_names(
-            directory, set(self._files), expected, allowed={"lm_head.weight"} if shape.is_tied else set()
-        )
-        self._files = {name: self._files[name] for name in expected}
+        _check_names(directory, set(found), expected, {"lm_head.weight"} if shape.is_tied else set())
+        self._files = {name: found[name] for name in expected}
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of all tensors. Raises ConfigError: they are of several."""
+        """The dtype of all tensors. Raise ConfigError if they are of several."""
         known = {code: dtype for dtype, code in SAFETENSORS_DTYPE.items()}
-        return _only_dtype(
-            self.directory, {name: known.get(code, code) for name, code in read_dtypes(self._files).items()}
-        )
+        dtypes = {name: known.get(code, code) for name, code in read_dtypes(self._files).items()}
+        return _only_dtype(self.directory, dtypes)
 
     def read(self, entry: Entry) -> list[Tensor]:
         """See StoredWeights."""
-        return _checked(
-            self.directory, entry, [read_tensor(self._files[name], name) for name in entry.hf], self.shape
-        )
+        tensors = [read_tensor(self._files[name], name) for name in entry.hf]
+        return _checked(self.directory, entry, tensors)
 
 
 class MegatronWeights:
-    """A distributed checkpoint of any layout, as the table's entries. Optimizer state is not touched."""
+    """A distributed checkpoint of any layout, read as the table's entries. Optimizer state is not read."""
 
     def __init__(self, directory: Path, shape: ModelShape):
         self.directory, self.shape = directory, shape
         check_model(directory, shape)
-        # a pickle: damage in it could do anything; the tensors are verified as they are read
+        # the file is a pickle: damage in it could do anything; the tensors are verified as they are read
         name = "policy/.metadata"
-        if damage := files.file_damage(
-            directory, name, files.read_manifest(directory)["files"].get(name, (0, 0))
-        ):
+        wanted = files.read_manifest(directory)["files"].get(name, (0, 0))
+        if damage := files.file_damage(directory, name, wanted):
             raise ConfigError(f"{directory}: damaged: {damage}")
         self._reader = torch_dist.Reader(directory / "policy")
-        self.optimizer_sizes = {
-            name: size for name, size in self._reader.sizes.items() if name.startswith("optimizer.")
-        }
-        self.sizes = sizes = {
-            name: size for name, size in self._reader.sizes.items() if name not in self.optimizer_sizes
-        }
+        sizes = self._reader.sizes
+        self.sizes = {name: sizes[name] for name in sizes if not name.startswith("optimizer.")}
+        self.optimizer_sizes = {name: sizes[name] for name in sizes if name not in self.sizes}
         self._entries = {entry.hf: entry for entry in table(shape, is_fused=True)}
-        expected = {_key(entry): entry for entry in self._entries.values()}
-        _check_names(directory, set(sizes), set(expected), allowed=set())
+        expected = {entry.key: entry for entry in self._entries.values()}
+        _check_names(directory, set(self.sizes), set(expected), allowed=set())
         for key, entry in expected.items():
-            counts = _counts(entry, shape)
-            size = list(sizes[key])[len(counts) :]
-            wanted = _megatron_size(entry, shape)
+            found = self.sizes[key]
+            rows, columns = sum(rows for rows, *_ in entry.shapes), entry.shapes[0][1:]
             if entry.kind == "rows":  # padded for its layout
-                wanted[0] = max(size[0], shape.vocab_size)
-            if (*counts, *wanted) != (*sizes[key][: len(counts)], *size):
+                rows = max(rows, found[0])
+            if found != (wanted := (*_counts(entry, shape), rows, *columns)):
                 raise ConfigError(
-                    f"{directory}: tensor {key} has shape {sizes[key]}, the model's config.json means "
-                    f"{(*counts, *wanted)}"
+                    f"{directory}: tensor {key} has shape {found}, the model's config.json means {wanted}"
                 )
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of all tensors. Raises ConfigError: they are of several."""
+        """The dtype of all tensors. Raise ConfigError if they are of several."""
         return _only_dtype(self.directory, {name: self._reader.dtype(name) for name in self.sizes})
 
     def read(self, entry: Entry) -> list[Tensor]:
         """See StoredWeights."""
-        entry = self._entries[entry.hf]  # under the name that checkpoints use
-        tensors = from_shards(entry, [self._reader.read(_key(entry), entry.place)], self.shape)
-        return _checked(self.directory, entry, tensors, self.shape)
+        entry = self._entries[entry.hf]  # with the name that checkpoints use
+        tensors = from_shards(entry, [self._reader.read(entry.key, entry.place)], self.shape)
+        return _checked(self.directory, entry, tensors)
 
 
-def _key(entry: Entry) -> str:
-    """The tensor's name in a checkpoint, where one tensor holds all layers, and all their experts."""
-    return entry.megatron if entry.layer is None else f"decoder.layers.{entry.megatron}"
-
-
-def _counts(entry: Entry, shape: ModelShape) -> tuple[int, ...]:
-    """First dimensions of that tensor."""
+def _counts(entry: Entry, shape: ModelShape) -> Dimensions:
+    """Return the first dimensions of the entry's tensor in a checkpoint, which count layers and experts."""
     return (shape.num_layers, shape.num_experts)[: len(entry.place)]
 
 
-def _megatron_size(entry: Entry, shape: ModelShape) -> list[int]:
-    """Of the whole tensor that the entry's Hugging Face tensors make, one layer, without padding."""
-    sizes = hf_shapes(entry, shape)
-    return [sum(size[0] for size in sizes), *sizes[0][1:]]
-
-
-def _checked(directory: Path, entry: Entry, tensors: list[Tensor], shape: ModelShape) -> list[Tensor]:
-    for name, tensor, size in zip(entry.hf, tensors, hf_shapes(entry, shape), strict=True):
-        if tuple(tensor.shape) != size:
+def _checked(directory: Path, entry: Entry, tensors: list[Tensor]) -> list[Tensor]:
+    """Return the tensors. Raise ConfigError if a shape is not config.json's, or a value is not finite."""
+    for name, tensor, wanted in zip(entry.hf, tensors, entry.shapes, strict=True):
+        if tuple(tensor.shape) != wanted:
             raise ConfigError(
-                f"{directory}: tensor {name} has shape {tuple(tensor.shape)}, config.json means {size}"
+                f"{directory}: tensor {name} has shape {tuple(tensor.shape)}, config.json means {wanted}"
             )
-        # of NaN both are NaN; an eighth of isfinite's time
+        # with a NaN both are NaN; takes an eighth of isfinite's time
         if not torch.stack(torch.aminmax(tensor)).isfinite().all():
             raise ConfigError(f"{directory}: tensor {name} holds NaN or infinite values")
     return tensors
 
 
 def _only_dtype(directory: Path, dtypes: dict[str, torch.dtype | str]) -> torch.dtype:
-    """The one that every tensor has: in one that only some have, the others would be rounded without a
-    word.
-    """
+    """Return the dtype of every tensor. Raise ConfigError if there are several: some would be rounded."""
     first = min(dtypes)
     dtype = dtypes[first]
     if other := min((name for name in dtypes if dtypes[name] != dtype), default=None):
         raise ConfigError(
-            f"{directory}: tensor {first} is {_name(dtype)}, {other} is {_name(dtypes[other])}: choose one "
-            "for all of them with --dtype"
+            f"{directory}: tensor {first} is {_name(dtype)}, {other} is {_name(dtypes[other])}: "
+            "choose one for all of them with --dtype"
         )
     if not isinstance(dtype, torch.dtype) or dtype not in SAFETENSORS_DTYPE:
-        raise ConfigError(
-            f"{directory}: the tensors are {_name(dtype)}: choose {', '.join(map(_name, SAFETENSORS_DTYPE))} "
-            "with --dtype"
-        )
+        known = ", ".join(map(_name, SAFETENSORS_DTYPE))
+        raise ConfigError(f"{directory}: the tensors are {_name(dtype)}: choose {known} with --dtype")
     return dtype
 
 
@@ -171,28 +147,25 @@ def _check_names(directory: Path, found: set[str], expected: set[str], allowed: 
     missing, extra = sorted(expected - found), sorted(found - expected - allowed)
     if missing:
         raise ConfigError(
-            f"{directory}: {len(missing)} tensors are missing, first {missing[0]}; config.json does not "
-            "describe these weights"
+            f"{directory}: {len(missing)} tensors are missing, first {missing[0]}; "
+            "config.json does not describe these weights"
         )
     if extra:
-        raise ConfigError(
-            f"{directory}: {len(extra)} tensors have no place in this architecture, first {extra[0]}"
-        )
+        first = f"{len(extra)} tensors have no place in this architecture, first {extra[0]}"
+        raise ConfigError(f"{directory}: {first}")
 
 
 def check_model(directory: Path, shape: ModelShape) -> None:
-    """Compare the model that a Megatron directory's manifest names with `shape`: rope and heads are not seen
-    in tensors.
+    """Compare the model in a Megatron directory's manifest with `shape`: tensors do not show rope and heads.
 
     Raises:
-        ConfigError: they differ, with the fields that do; or there is no manifest.
+        ConfigError: they differ, and in which fields; or there is no manifest.
     """
     try:
         there = files.read_manifest(directory)["model"]
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"{directory}: no Megatron checkpoint is there: {files.MANIFEST}: {error}"
-        ) from error
+        message = f"{directory}: no Megatron checkpoint is there: {files.MANIFEST}: {error}"
+        raise ConfigError(message) from error
     here = json.loads(json.dumps(asdict(shape)))
     differences = [
         f"{name}={there[name]!r} there, {here[name]!r} here"
@@ -204,8 +177,9 @@ def check_model(directory: Path, shape: ModelShape) -> None:
 
 
 def check_checkpoint(directory: Path, shape: ModelShape) -> None:
-    """Is there what a run of this model goes on from, weights and optimizer, every tensor of the right shape?
-    Reads none of them.
+    """Check that a run of this model can resume from a checkpoint: weights and optimizer, by their shapes.
+
+    No tensor is read.
 
     Raises:
         ConfigError: it is of another model; a tensor is missing, of another shape, or has no place in this
@@ -213,51 +187,48 @@ def check_checkpoint(directory: Path, shape: ModelShape) -> None:
     """
     weights = MegatronWeights(directory, shape)
     for part in ("param", "exp_avg", "exp_avg_sq"):
-        for key, size in weights.sizes.items():
+        for key, wanted in weights.sizes.items():
             name = f"optimizer.state.{part}.{key}"
-            if name not in weights.optimizer_sizes:
+            found = weights.optimizer_sizes.get(name)
+            if found is None:
                 raise ConfigError(
-                    f"{directory}: tensor {name} is missing: no run can go on from there; "
+                    f"{directory}: tensor {name} is missing: no run can resume from it; "
                     f"policy.model={directory} starts one"
                 )
-            if weights.optimizer_sizes[name] != size:
-                raise ConfigError(
-                    f"{directory}: tensor {name} has shape {weights.optimizer_sizes[name]}, the parameter "
-                    f"has {size}"
-                )
+            if found != wanted:
+                message = f"tensor {name} has shape {found}, the parameter has {wanted}"
+                raise ConfigError(f"{directory}: {message}")
 
 
-def shares(shape: ModelShape) -> list[list[Entry]]:
-    """The table in THREADS parts of about the same size: whoever reads and writes in threads gives each one
-    of them.
-    """
+def parts(shape: ModelShape) -> list[list[Entry]]:
+    """Return the table in THREADS parts of about the same size, one for each thread that reads and writes."""
     entries = table(shape, is_fused=True)
-    sizes = [sum(prod(size) for size in hf_shapes(entry, shape)) for entry in entries]
-    part, loads = [0] * len(entries), [0] * THREADS
+    found: list[list[int]] = [[] for _ in range(THREADS)]
+    loads = [0] * THREADS
     # the largest first: small ones fill what is left
-    for i in sorted(range(len(entries)), key=lambda i: -sizes[i]):
-        part[i] = loads.index(min(loads))
-        loads[part[i]] += sizes[i]
-    return [[entry for entry, where in zip(entries, part, strict=True) if where == i] for i in range(THREADS)]
+    for i in sorted(range(len(entries)), key=lambda i: -entries[i].size):
+        least = loads.index(min(loads))
+        found[least].append(i)
+        loads[least] += entries[i].size
+    return [[entries[i] for i in sorted(part)] for part in found]
 
 
 def hf_tensors(
     weights: StoredWeights, shape: ModelShape, dtype: torch.dtype, entries: list[Entry] | None = None
 ) -> Named:
-    """(Hugging Face name, tensor) of these entries; of all, in the table's order."""
+    """Yield (Hugging Face name, tensor) of these entries; None: of all, in the table's order."""
     for entry in table(shape, is_fused=True) if entries is None else entries:
         for name, tensor in zip(entry.hf, weights.read(entry), strict=True):
             yield name, _cast(name, tensor, dtype)
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Raises ConfigError: a value is beyond the dtype's range, and would become infinite without a word."""
+    """Convert a tensor. Raise ConfigError if a value is beyond the dtype's range, so would be infinite."""
     if tensor.dtype != dtype:
-        largest = max(torch.aminmax(tensor), key=abs)
+        largest, limit = max(torch.aminmax(tensor), key=abs), torch.finfo(dtype).max
         if largest.to(dtype).isinf():
             raise ConfigError(
-                f"tensor {name} holds {float(largest):.9g}, but {_name(dtype)} ends at "
-                f"{torch.finfo(dtype).max:.9g}"
+                f"tensor {name} holds {float(largest):.9g}, but {_name(dtype)} ends at {limit:.9g}"
             )
     return tensor.to(dtype)
 
@@ -276,62 +247,61 @@ def save_hf(
     shard_bytes: int = SHARD_BYTES,
     may_replace: bool = False,
 ) -> None:
-    """Write a Hugging Face directory: the table's tensors in its order, and config, tokenizer and the like
-    from `source`.
+    """Write a Hugging Face directory: the table's tensors in its order; config, tokenizer etc. from `source`.
 
-    `tensors`: all of them, in any order; each iterator is drained by a thread of its own, a single one by the
-    caller's. It appears whole or not at all.
+    `tensors`: all of them, in any order; a thread for each iterator, or this thread for a single one. The
+    directory appears whole or not at all.
 
     Raises:
         ConfigError: `target` exists and may not be replaced, or the disk has no room.
     """
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
-    room = shard_bytes
+    shards: list[dict[str, Dimensions]] = [{}]
+    room, total = shard_bytes, 0
     for entry in table(shape, is_fused=True):
-        for name, size in zip(entry.hf, hf_shapes(entry, shape), strict=True):
-            num_bytes = prod(size) * dtype.itemsize
+        for name, dimensions in zip(entry.hf, entry.shapes, strict=True):
+            num_bytes = prod(dimensions) * dtype.itemsize
             if num_bytes > room and shards[-1]:
                 shards.append({})
                 room = shard_bytes
-            shards[-1][name] = size
+            shards[-1][name] = dimensions
             room -= num_bytes
-    total = sum(prod(size) for shard in shards for size in shard.values()) * dtype.itemsize
+            total += num_bytes
     with files.made_whole(target, total, may_replace) as partial, contextlib.ExitStack() as opened:
         carry_over(source, partial, dtype)
         written: dict[str, _Safetensors] = {}
         places: dict[str, str] = {}
         for i, shard in enumerate(shards):
-            name = (
-                f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-                if len(shards) > 1
-                else "model.safetensors"
-            )
+            name = "model.safetensors"
+            if len(shards) > 1:
+                name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
             written |= dict.fromkeys(shard, opened.enter_context(_Safetensors(partial / name, shard, dtype)))
             places |= dict.fromkeys(shard, name)
 
-        def drain(share: Named) -> None:
-            for name, tensor in share:
+        def write(part: Named) -> None:
+            for name, tensor in part:
                 written.pop(name).write(name, tensor)
 
-        _in_threads(drain, tensors)
-        assert not written, f"never came: {sorted(written)}"
+        _in_threads(write, tensors)
+        assert not written, f"not in `tensors`: {sorted(written)}"
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": places}
             (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
 class _Safetensors:
-    """A file of tensors that come in any order, from any thread: 8 bytes of the header's length, a JSON
-    header, the tensors end to end.
+    """A safetensors file whose tensors are written in any order, from any thread.
+
+    It has 8 bytes of the header's length, a JSON header, and the tensors end to end.
     """
 
-    def __init__(self, path: Path, sizes: dict[str, tuple[int, ...]], dtype: torch.dtype):
+    def __init__(self, path: Path, sizes: dict[str, Dimensions], dtype: torch.dtype):
         self.sizes, self.dtype = sizes, dtype
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
-        for name, size in sizes.items():
-            start, end = end, end + prod(size) * dtype.itemsize
-            header[name] = {"dtype": SAFETENSORS_DTYPE[dtype], "shape": size, "data_offsets": [start, end]}
+        for name, dimensions in sizes.items():
+            start, end = end, end + prod(dimensions) * dtype.itemsize
+            offsets = [start, end]
+            header[name] = {"dtype": SAFETENSORS_DTYPE[dtype], "shape": dimensions, "data_offsets": offsets}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115  # until close
@@ -345,9 +315,8 @@ class _Safetensors:
         self._file.close()
 
     def write(self, name: str, tensor: Tensor) -> None:
-        assert tuple(tensor.shape) == self.sizes[name], (
-            f"{name} {tuple(tensor.shape)} instead of {self.sizes[name]}"
-        )
+        found, wanted = tuple(tensor.shape), self.sizes[name]
+        assert found == wanted, f"{name} {found} instead of {wanted}"
         data = tensor.detach().to("cpu", self.dtype).contiguous().view(-1).view(torch.uint8).numpy().data
         files.write_at(self._file, data, self._places[name])
 
@@ -361,54 +330,47 @@ def save_megatron(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a Megatron directory that any layout can load: no optimizer state, and config and tokenizer from
-    `source`.
+    """Write a Megatron directory that any layout can load: weights, and config etc. from `source`.
 
-    It appears whole or not at all. Raises as `save_hf` does.
+    It appears whole or not at all.
+
+    Raises:
+        ConfigError: as `save_hf`.
     """
-    parts = shares(shape)
-    total = sum(prod(_megatron_size(entry, shape)) for part in parts for entry in part) * dtype.itemsize
+    total = sum(entry.size for entry in table(shape, is_fused=True)) * dtype.itemsize
     with files.made_whole(target, total) as partial:
         carry_over(source, partial, dtype)
         (partial / "policy").mkdir()
         writer = torch_dist.Writer(partial / "policy", shard_bytes)
 
-        def convert(share: Iterator[tuple[int, Entry]]) -> None:
-            for part, entry in share:
-                tensors = [
-                    _cast(name, tensor, dtype)
-                    for name, tensor in zip(entry.hf, weights.read(entry), strict=True)
-                ]
-                writer.write(
-                    _key(entry),
-                    to_shard(entry, tensors, shape, 0, 1),
-                    entry.place,
-                    _counts(entry, shape),
-                    part,
-                )
+        def convert(part: Iterator[tuple[int, Entry]]) -> None:
+            for number, entry in part:
+                tensors = [tensor for _, tensor in hf_tensors(weights, shape, dtype, [entry])]
+                whole = to_shard(entry, tensors, shape, 0, 1)
+                writer.write(entry.key, whole, entry.place, _counts(entry, shape), number)
 
-        _in_threads(convert, [zip(itertools.repeat(part), entries) for part, entries in enumerate(parts)])
+        _in_threads(convert, [zip(itertools.repeat(i), part) for i, part in enumerate(parts(shape))])
         writer.close()
         files.write_manifest(
             partial, {f"policy/{name}": s for name, s in writer.sums.items()}, {"model": asdict(shape)}
         )
 
 
-def _in_threads(work: Callable[[Iterator[T]], None], shares: Sequence[Iterator[T]]) -> None:
-    """`work` on every share, each in a thread of its own; on a single one in this thread.
+def _in_threads(work: Callable[[Iterator[T]], None], parts: Sequence[Iterator[T]]) -> None:
+    """Call `work` with every part, in a thread for each; with a single one in this thread.
 
     When one fails, or the caller is interrupted, the others stop at their next item.
     """
-    if len(shares) == 1:
-        work(shares[0])
+    if len(parts) == 1:
+        work(parts[0])
         return
     is_over = threading.Event()
 
-    def until_over(share: Iterator[T]) -> Iterator[T]:
-        return itertools.takewhile(lambda _: not is_over.is_set(), share)
+    def until_over(part: Iterator[T]) -> Iterator[T]:
+        return itertools.takewhile(lambda _: not is_over.is_set(), part)
 
-    with ThreadPoolExecutor(len(shares)) as pool:
-        working = [pool.submit(work, until_over(share)) for share in shares]
+    with ThreadPoolExecutor(len(parts)) as pool:
+        working = [pool.submit(work, until_over(part)) for part in parts]
         try:
             wait(working, return_when=FIRST_EXCEPTION)
         finally:
@@ -423,7 +385,7 @@ def carry_over(source: Path, target: Path, dtype: torch.dtype) -> None:
         is_ours = path.name == files.MANIFEST or path.name.endswith(".index.json")
         if path.is_file() and path.suffix in {".json", ".txt", ".model", ".jinja"} and not is_ours:
             shutil.copy2(path, target / path.name)
-    config = json.loads((target / "config.json").read_text())
+    config = read_config(target)
     name = "torch_dtype" if "torch_dtype" in config else "dtype"
     if config.get(name) != _name(dtype):
         (target / "config.json").write_text(json.dumps(config | {name: _name(dtype)}, indent=2) + "\n")

@@ -1,18 +1,14 @@
-"""A reward over HTTP: POST {"responses": [...], "answers": [...]} → a JSON list with a bool or a number for
-each.
-"""
+"""A reward over HTTP: POST {"responses": […], "answers": […]} returns a JSON list of one bool or number each."""
 
 from __future__ import annotations
 
-import http.client
+import asyncio
 import json
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from dapo import http
 from dapo.config import ConfigError
 from dapo.reward.worker import Failure, Job, Verdict, checked
 
@@ -32,47 +28,47 @@ def judge(
     limit: float,
     is_interrupted: Callable[[], bool] = lambda: False,
 ) -> list[Verdict | Failure | None]:
-    """One verdict a job, in order; `concurrency` requests at a time, each within `limit` seconds × its jobs.
+    """Return one verdict per job, in order.
+
+    `concurrency` requests are sent at a time; each has a timeout of `limit` seconds × its jobs.
 
     Raises:
-        ConfigError: the server cannot be reached, refuses, or does not answer with as many verdicts as it was
-            sent responses.
+        ConfigError: the server cannot be reached, refuses, or returns more or fewer verdicts than responses.
+        Interrupted: `is_interrupted()` is true.
     """
     chunks = [jobs[i : i + JOBS_PER_REQUEST] for i in range(0, len(jobs), JOBS_PER_REQUEST)]
     with ThreadPoolExecutor(max(concurrency, 1)) as threads:
-        return [
-            checked(verdict)
-            for verdicts in threads.map(lambda chunk: _ask(url, chunk, limit), chunks)
-            for verdict in verdicts
-        ]
+        answers = threads.map(lambda chunk: _ask(url, chunk, limit, is_interrupted), chunks)
+        return [checked(verdict) for verdicts in answers for verdict in verdicts]
 
 
-def _ask(url: str, jobs: Sequence[Job], limit: float) -> list[Any]:
-    body = json.dumps(
-        {"responses": [job.response for job in jobs], "answers": [job.answer for job in jobs]}
-    ).encode()
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-    told = f"reward.function={url}"
+def _ask(url: str, jobs: Sequence[Job], limit: float, is_interrupted: Callable[[], bool]) -> list[Any]:
+    sent = {"responses": [job.response for job in jobs], "answers": [job.answer for job in jobs]}
+    body, failure = json.dumps(sent).encode(), ""
     for attempt in range(ATTEMPTS):
         if attempt:
-            time.sleep(BACK_OFF * 2 ** (attempt - 1))
+            http.wait(asyncio.sleep(BACK_OFF * 2 ** (attempt - 1)), is_interrupted)
         try:
-            with urllib.request.urlopen(request, timeout=limit * len(jobs)) as reply:
-                verdicts = json.loads(reply.read())
-            break
-        except urllib.error.HTTPError as error:
-            if error.code < 500 and error.code != 429:
-                raise ConfigError(f"{told}: the server answered {error.code} {error.reason}") from error
-            last = f"{error.code} {error.reason}"
-        except (OSError, http.client.HTTPException) as error:
-            last = str(error) or type(error).__name__
-        except ValueError as error:
-            raise ConfigError(f"{told}: the answer is not JSON: {error}") from error
-    else:
-        raise ConfigError(f"{told}: no answer in {ATTEMPTS} attempts, the last: {last}")
-    if not isinstance(verdicts, list) or len(verdicts) != len(jobs):
-        found = f"{len(verdicts)} of them" if isinstance(verdicts, list) else type(verdicts).__name__
-        raise ConfigError(
-            f"{told}: sent {len(jobs)} responses, expected a list of as many verdicts, got {found}"
-        )
-    return verdicts
+            answer = http.call("POST", url, body, timeout=limit * len(jobs), is_interrupted=is_interrupted)
+        except http.NoAnswer as error:
+            failure = str(error)
+            continue
+        if 200 <= answer.status < 300:
+            return _parse(url, answer.body, len(jobs))
+        failure = f"{answer.status} {http.one_line(answer.body)}".strip()
+        if answer.status < 500 and answer.status != 429:
+            raise ConfigError(f"reward.function={url}: the server answered {failure}")
+    raise ConfigError(f"reward.function={url}: no answer in {ATTEMPTS} attempts, the last: {failure}")
+
+
+def _parse(url: str, body: bytes, num_jobs: int) -> list[Any]:
+    try:
+        verdicts = json.loads(body)
+    except ValueError as error:
+        raise ConfigError(f"reward.function={url}: the answer is not JSON: {error}") from error
+    if isinstance(verdicts, list) and len(verdicts) == num_jobs:
+        return verdicts
+    found = f"{len(verdicts)} of them" if isinstance(verdicts, list) else type(verdicts).__name__
+    raise ConfigError(
+        f"reward.function={url}: sent {num_jobs} responses, expected a list of as many verdicts, got {found}"
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def _read_jsonl(path: Path) -> Iterator[_Raw]:
         for number, line in enumerate(lines, start=1):
             place = f"{path}, line {number}"
             if line.strip():
-                yield _Raw(place, position, 1, lambda line=line, place=place: _parse_line(line, place))
+                yield _Raw(place, position, 1, partial(_parse_line, line, place))
             position += len(line)
 
 
@@ -172,7 +173,7 @@ def _read_parquet(path: Path) -> Iterator[_Raw]:
     for batch in file.iter_batches(batch_size=ARROW_ROWS, columns=columns):
         for first, count, row in _group_equal(pa.Table.from_batches([batch])):
             position = before + first
-            yield _Raw(f"{path}, row {position + 1}", position, count, lambda row=row: row)
+            yield _Raw(f"{path}, row {position + 1}", position, count, partial(dict, row))
         before += batch.num_rows
 
 

@@ -1,11 +1,9 @@
-"""Rollouts as parquet, one file a step: to look at, and to train from again (rollout.replay); and what the
-updates saw of their tokens.
-"""
+"""Rollouts and their traces as parquet, one file a step: to read, and to train from (rollout.replay)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +12,33 @@ import numpy as np
 from dapo.config import ConfigError
 from dapo.learn.traces import Trace, chosen
 from dapo.rollout.buffer import Buffer
-from dapo.types import Group, Prompt, Sample
+from dapo.types import Group, Prompt, Sample, token_fields
 
+Rows = list[dict[str, Any]]
 KINDS = ("kept", "all_correct", "all_wrong", "surplus")
 TRACES = ".traces.parquet"
-COLUMNS = {  # of a dump, a row a sample; [x]: a list of x
-    "kind": "string",
-    "group": "int64",
-    "index": "int64",
-    "prompt_index": "int64",
-    "prompt_tokens": "[int32]",
-    "answer": "string",
-    "tokens": "[int32]",
-    "behavior_logprobs": "[float]",
-    "loss_mask": "[bool]",
-    "versions": "[[int64]]",
-    "finish_reason": "string",
-    "text": "string",
-    "is_correct": "bool",
-    "reward": "double",
-    "advantage": "double",
+TYPES = {  # a field's annotation → its column; [x]: a list of x
+    "int": "int64",
+    "float": "double",
+    "bool": "bool",
+    "str": "string",
+    "FinishReason": "string",
+    "tuple[tuple[int, int, int], ...]": "[[int64]]",
 }
-TRACE_COLUMNS = {
-    "group": "int64",
-    "index": "int64",
-    "old_logprobs": "[float]",
-    "logprobs": "[float]",
-    "clipped_low": "[bool]",
-    "clipped_high": "[bool]",
-}
+
+
+def columns_of(kind: type) -> dict[str, str]:
+    """Return a dataclass's columns: name → type."""
+    per_token = token_fields(kind)
+    return {
+        f.name: f"[{per_token[f.name]}]" if f.name in per_token else TYPES[str(f.type)] for f in fields(kind)
+    }
+
+
+PROMPT = {"prompt_index": "int64", "prompt_tokens": "[int32]", "answer": "string"}
+KEY = {"kind": "string", "group": "int64", "index": "int64"}
+COLUMNS = KEY | PROMPT | columns_of(Sample)  # of a dump, a row a sample
+TRACE_COLUMNS = columns_of(Trace)
 
 
 def path_of(directory: Path, step: int) -> Path:
@@ -53,18 +49,15 @@ def traces_path_of(directory: Path, step: int) -> Path:
     return path_of(directory, step).with_suffix(TRACES)
 
 
-def write(path: Path, buffer: Buffer, share: float) -> None:
-    """One row a sample, of the chosen `share` of the groups of each kind. Appears whole or not at all."""
+def write(path: Path, buffer: Buffer, fraction: float) -> None:
+    """Write a `fraction` of each kind's groups, a row a sample. The file appears whole or not at all."""
     path.with_suffix(TRACES).unlink(missing_ok=True)  # of an earlier attempt at this step
-    _write(
-        path,
-        _rows([(kind, group) for kind in KINDS for group in chosen(getattr(buffer, kind), share)]),
-        COLUMNS,
-    )
+    groups = [(kind, group) for kind in KINDS for group in chosen(getattr(buffer, kind), fraction)]
+    _write(path, _rows(groups), COLUMNS)
 
 
 def read(path: Path, capacity: int) -> Buffer:
-    """The buffer that `write` was given, as far as it was written.
+    """Return the buffer that `write` was given, as far as it was written.
 
     Raises:
         ConfigError: no such file, or it is not a dump.
@@ -78,28 +71,23 @@ def read(path: Path, capacity: int) -> Buffer:
 
 
 def write_groups(path: Path, groups: Sequence[Group]) -> None:
-    """The groups that have samples, one row a sample; no file if none has."""
+    """Write the groups that have samples, a row a sample; no file if none has."""
     _write(path, _rows([("carried", group) for group in groups]), COLUMNS)
 
 
 def read_groups(path: Path) -> list[Group]:
-    """What `write_groups` was given, as far as it had samples."""
+    """Return the groups that `write_groups` was given, those with samples."""
     return [group for _, group in _groups(path)] if path.exists() else []
 
 
 def write_traces(path: Path, traces: Iterable[Trace]) -> None:
-    """One row a sample, by (group, index) as in the dump of the same step. Appears whole or not at all."""
-    _write(
-        path,
-        [asdict(trace) for trace in sorted(traces, key=lambda trace: (trace.group, trace.index))],
-        TRACE_COLUMNS,
-    )
+    """Write a row a sample, by (group, index) as in the step's dump. It appears whole or not at all."""
+    ordered = sorted(traces, key=lambda trace: (trace.group, trace.index))
+    _write(path, [asdict(trace) for trace in ordered], TRACE_COLUMNS)
 
 
-def read_rows(
-    path: Path, columns: Mapping[str, str], groups: Sequence[int] | None = None
-) -> list[dict[str, Any]]:
-    """The rows, of `groups` only if they are named, with `columns` of COLUMNS or TRACE_COLUMNS.
+def read_rows(path: Path, columns: Mapping[str, str], groups: Sequence[int] | None = None) -> Rows:
+    """Return the rows, only those of `groups` if given, with `columns` of COLUMNS or TRACE_COLUMNS.
 
     Raises:
         ConfigError: the file is damaged, or was not written here.
@@ -114,16 +102,15 @@ def read_rows(
             raise pa.ArrowInvalid(
                 f"columns {', '.join(table.column_names) or 'other than'} in place of {', '.join(columns)}"
             )
-        rows: list[dict[str, Any]] = table.to_pylist()
+        rows: Rows = table.to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{path} is damaged, or no dump of rollouts: {' '.join(str(error).split())}"
-        ) from None
+        said = " ".join(str(error).split())
+        raise ConfigError(f"{path} is damaged, or no dump of rollouts: {said}") from None
     return rows
 
 
 def _groups(path: Path) -> list[tuple[str, Group]]:
-    """(kind, group), in the order in which they were written."""
+    """Return (kind, group) in the order in which they were written."""
     groups: dict[int, tuple[str, Group]] = {}
     for row in read_rows(path, COLUMNS):
         if row["group"] not in groups:
@@ -133,7 +120,7 @@ def _groups(path: Path) -> list[tuple[str, Group]]:
     return list(groups.values())
 
 
-def _rows(groups: Iterable[tuple[str, Group]]) -> list[dict[str, Any]]:
+def _rows(groups: Iterable[tuple[str, Group]]) -> Rows:
     return [_row(kind, group, sample) for kind, group in groups for sample in group.samples]
 
 
@@ -146,7 +133,7 @@ def _schema(columns: Mapping[str, str]) -> Any:
     return pa.schema([(name, kind_of(kind)) for name, kind in columns.items()])
 
 
-def _write(path: Path, rows: list[dict[str, Any]], columns: Mapping[str, str]) -> None:
+def _write(path: Path, rows: Rows, columns: Mapping[str, str]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -154,46 +141,20 @@ def _write(path: Path, rows: list[dict[str, Any]], columns: Mapping[str, str]) -
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    pq.write_table(
-        pa.Table.from_pylist(rows, schema=_schema(columns)),
-        partial,
-        compression="zstd",
-        write_page_checksum=True,
-    )
+    table = pa.Table.from_pylist(rows, schema=_schema(columns))
+    pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
     partial.rename(path)
 
 
 def _row(kind: str, group: Group, sample: Sample) -> dict[str, Any]:
-    return {
-        "kind": kind,
-        "group": group.id,
-        "index": sample.index,
-        "prompt_index": group.prompt.index,
-        "prompt_tokens": group.prompt.tokens,
-        "answer": group.prompt.answer,
-        "tokens": sample.tokens,
-        "behavior_logprobs": sample.behavior_logprobs,
-        "loss_mask": sample.loss_mask,
-        "versions": [list(version) for version in sample.versions],
-        "finish_reason": sample.finish_reason,
-        "text": sample.text,
-        "is_correct": sample.is_correct,
-        "reward": sample.reward,
-        "advantage": sample.advantage,
-    }
+    row = {name: getattr(sample, name) for name in columns_of(Sample)}
+    prompt = group.prompt
+    about = {"prompt_index": prompt.index, "prompt_tokens": prompt.tokens, "answer": prompt.answer}
+    return row | {"kind": kind, "group": group.id} | about
 
 
 def _sample(row: dict[str, Any]) -> Sample:
-    return Sample(
-        group=row["group"],
-        index=row["index"],
-        tokens=np.array(row["tokens"], np.int32),
-        behavior_logprobs=np.array(row["behavior_logprobs"], np.float32),
-        loss_mask=np.array(row["loss_mask"], bool),
-        versions=tuple((version, start, end) for version, start, end in row["versions"]),
-        finish_reason=row["finish_reason"],
-        text=row["text"],
-        is_correct=row["is_correct"],
-        reward=row["reward"],
-        advantage=row["advantage"],
-    )
+    values = {name: row[name] for name in columns_of(Sample)}
+    values |= {name: np.array(row[name], dtype) for name, dtype in token_fields(Sample).items()}
+    values["versions"] = tuple((version, start, end) for version, start, end in row["versions"])
+    return Sample(**values)

@@ -15,7 +15,7 @@ import numpy as np
 from dapo.clock import heartbeat, timed
 from dapo.config import Config
 from dapo.learn import batch
-from dapo.learn.advantages import group_advantages
+from dapo.learn.advantages import set_advantages
 from dapo.learn.batch import Batch
 from dapo.reward.pool import Reward
 from dapo.rollout import dump
@@ -94,10 +94,7 @@ class Rollouts:
         buffer = replayed or self.collect(step)
         self.engine.release_memory()
         self._stop_if_nothing_is_learned(buffer)
-        for group in buffer.kept:
-            advantages = group_advantages([sample.reward for sample in group.samples])
-            for sample, advantage in zip(group.samples, advantages, strict=True):
-                sample.advantage = float(advantage)
+        set_advantages(buffer.kept)
         fraction = 1.0 if rollout.only else rollout.dump_share
         dump.write(dump.path_of(self.config.run.dir / "rollouts", step), buffer, fraction)
         metrics = buffer.ledger() | self.reward.take_metrics() | self._staleness(buffer, step)

@@ -1,8 +1,8 @@
-"""What the public functions accept. Everything else is refused before the first kernel or collective, by a
-ValueError with the numbers.
+"""Checks of the public functions' arguments: a ValueError with the numbers comes before the first kernel or
+collective.
 
-Values are looked at too (targets, weights), on every device: that is the one wait for a GPU in a call, and
-brings the mask along.
+The values of targets and weights are checked too, on every device: a call waits for a GPU once, for the
+verdict and the mask.
 """
 
 from __future__ import annotations
@@ -13,76 +13,71 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dapo_kernels.rows import Objective, Tokens
+from dapo_kernels.rows import Objective, Tokens, Vocabulary
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_matrix(name: str, x: Tensor, axes: str) -> None:
+    """Raise ValueError unless `x` is a contiguous matrix of floats; `axes` names its shape."""
     _require_tensor(name, x)
     if x.dim() != 2:
         raise ValueError(f"{name} has shape {list(x.shape)}; expected {axes}")
-    if x.dtype not in FLOATS:
-        raise ValueError(f"{name} is {x.dtype}; expected one of {', '.join(map(str, FLOATS))}")
+    _require_dtype(name, x, FLOATS)
     _require_contiguous(name, x)
 
 
-LOSS_INPUTS = ("old_logprobs", "advantages")
-
-
 def check_tokens(
-    tokens: Tokens, num_tokens: int, device: torch.device, vocab: int, required: tuple[str, ...] = LOSS_INPUTS
+    tokens: Tokens, num_tokens: int, device: torch.device, vocab: int, has_loss: bool = True
 ) -> Tensor:
-    """Every per-token argument of [T] tokens whose targets are below `vocab`; `required`: what must be there
-    beside targets and mask.
+    """Raise ValueError unless every tensor is [T] of `num_tokens` and targets are ids below `vocab`. Without
+    a loss old log-probs and advantages may be absent.
 
     Returns the mask, on the CPU.
     """
-    for name in ("targets", "mask", *required, "weights", "ref_logprobs"):
-        x = getattr(tokens, name)
-        if x is None and name in ("weights", "ref_logprobs"):
-            continue
-        _require_tensor(name, x)
+    given: dict[str, Tensor | None] = {"targets": tokens.targets, "mask": tokens.mask}
+    if has_loss:
+        given |= {"old_logprobs": tokens.old_logprobs, "advantages": tokens.advantages}
+    if tokens.weights is not None:
+        given["weights"] = tokens.weights
+    if tokens.penalty is not None:
+        given["ref_logprobs"] = tokens.penalty.ref_logprobs
+    dtypes = {"targets": (torch.int64,), "mask": (torch.bool,)}
+    for name, x in given.items():
+        x = _require_tensor(name, x)
         if x.shape != (num_tokens,):
             raise ValueError(f"{name} has shape {list(x.shape)}; expected [{num_tokens}], one for each token")
-        if name in ("targets", "mask"):
-            expected = torch.int64 if name == "targets" else torch.bool
-            if x.dtype != expected:
-                raise ValueError(f"{name} is {x.dtype}; expected {expected}")
-        elif x.dtype not in FLOATS:
-            raise ValueError(f"{name} is {x.dtype}; expected one of {', '.join(map(str, FLOATS))}")
+        _require_dtype(name, x, dtypes.get(name, FLOATS))
         if x.device != device:
             raise ValueError(f"{name} is on {x.device}; expected {device}, where the first argument is")
         _require_contiguous(name, x)
     return _check_values(tokens, vocab)
 
 
-def check_options(objective: Objective, has_reference: bool) -> None:
+def check_objective(objective: Objective) -> None:
+    """Raise ValueError where a constant of Eq. 8 is out of its range."""
     if not 0 <= objective.clip_low <= 1:
         raise ValueError(f"clip_low is {objective.clip_low}; expected 0 to 1")
     if not 0 <= objective.clip_high < math.inf:
         raise ValueError(f"clip_high is {objective.clip_high}; expected a number ≥ 0")
     if objective.dual_clip is not None and not 1 < objective.dual_clip < math.inf:
         raise ValueError(f"dual_clip is {objective.dual_clip}; expected None or a number > 1")
-    if not 0 <= objective.kl_coef < math.inf:
-        raise ValueError(f"kl_coef is {objective.kl_coef}; expected a number ≥ 0")
-    if objective.kl_coef and not has_reference:
-        raise ValueError(
-            f"kl_coef is {objective.kl_coef} and ref_logprobs is None; expected the reference's log-probs"
-        )
 
 
-def check_vocabulary(
-    name: str, columns: int, valid_vocab: int | None, temperature: float, tp_group: dist.ProcessGroup | None
-) -> int:
-    """The number of ids that targets may have; `name` is the argument that is sharded by `columns`."""
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}; expected a number > 0")
-    if tp_group is not None and not isinstance(tp_group, dist.ProcessGroup):
+def check_vocabulary(name: str, columns: int, vocabulary: Vocabulary) -> int:
+    """Return the number of ids that targets may have; the argument `name` holds a rank's `columns`.
+
+    Raises:
+        ValueError: a setting of the vocabulary is out of its range.
+    """
+    group, valid_vocab = vocabulary.tp_group, vocabulary.valid_vocab
+    if not 0 < vocabulary.temperature < math.inf:
+        raise ValueError(f"temperature is {vocabulary.temperature}; expected a number > 0")
+    if group is not None and not isinstance(group, dist.ProcessGroup):
         raise ValueError(
-            f"tp_group is a {type(tp_group).__name__}; expected a process group this rank is in, or None"
+            f"tp_group is a {type(group).__name__}; expected a process group this rank is in, or None"
         )
-    ranks = 1 if tp_group is None else dist.get_world_size(tp_group)
+    ranks = 1 if group is None else dist.get_world_size(group)
     total = ranks * columns
     if columns == 0:
         raise ValueError(f"{name} holds 0 columns of the vocabulary; expected at least 1")
@@ -97,8 +92,8 @@ def check_vocabulary(
 
 
 def _check_values(tokens: Tokens, vocab: int) -> Tensor:
-    """Targets and weights inside the mask. Returns the mask on the CPU: the verdict on each token travels
-    with it.
+    """Check targets and weights inside the mask. Returns the mask on the CPU: one copy brings it together
+    with the verdict on each token.
     """
     assert tokens.mask is not None
     is_wrong = {"targets": (tokens.targets < 0) | (tokens.targets >= vocab)}
@@ -109,21 +104,25 @@ def _check_values(tokens: Tokens, vocab: int) -> Tensor:
     if wrong.any():
         row, token = (int(i) for i in wrong.nonzero()[0])
         name = list(is_wrong)[row]
+        value = getattr(tokens, name)[token].item()
         expected = f"0 to {vocab - 1}" if name == "targets" else "finite numbers ≥ 0"
-        raise ValueError(
-            f"{name} holds {getattr(tokens, name)[token].item()} inside the mask, at token {token}; expected "
-            f"{expected}"
-        )
+        raise ValueError(f"{name} holds {value} inside the mask, at token {token}; expected {expected}")
     return mask
 
 
-def _require_tensor(name: str, x: object) -> None:
+def _require_tensor(name: str, x: object) -> Tensor:
     if not isinstance(x, Tensor):
         raise ValueError(f"{name} is a {type(x).__name__}; expected a tensor")
+    return x
+
+
+def _require_dtype(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if x.dtype not in dtypes:
+        any_of = "one of " if len(dtypes) > 1 else ""
+        raise ValueError(f"{name} is {x.dtype}; expected {any_of}{', '.join(map(str, dtypes))}")
 
 
 def _require_contiguous(name: str, x: Tensor) -> None:
     if not x.is_contiguous():
-        raise ValueError(
-            f"{name} has strides {list(x.stride())} for shape {list(x.shape)}; expected a contiguous tensor"
-        )
+        strides, shape = list(x.stride()), list(x.shape)
+        raise ValueError(f"{name} has strides {strides} for shape {shape}; expected a contiguous tensor")

@@ -1,5 +1,5 @@
-"""How the kernels are launched: a small table by architecture and number of columns. Tuning at run time would
-rerun in-place kernels.
+"""A small table by architecture and number of columns says how the kernels are launched. Tuning at run time
+would repeat kernels that write over their input.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ TABLE: dict[int, list[tuple[int, Launch, Launch]]] = {
 
 
 def launches(capability: int, columns: int) -> tuple[Launch, Launch]:
-    """(statistics, loss and gradient) on the newest architecture of the table that is not newer than the
-    device.
+    """Return the launches of (statistics, loss and gradient) on the newest architecture of the table that is
+    not newer than the device.
 
     `launches(90, 151936)` → (Launch(8192, 8), Launch(4096, 4)); capability 89 is served by 80's lines.
     """

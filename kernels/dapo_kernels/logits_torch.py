@@ -1,5 +1,5 @@
-"""The kernels of `logits_triton` in plain torch: the same two passes and results, no autograd, no second [T,
-V]. Any float type.
+"""The kernels of `logits_triton` in plain torch: the same two passes and results for any float type, without
+autograd and without a second [T, V].
 """
 
 from __future__ import annotations
@@ -39,13 +39,9 @@ def row_statistics(logits: Tensor, tokens: Tokens, shard: Shard) -> Tensor:
 
 
 def loss_and_gradient(
-    logits: Tensor,
-    statistics: Tensor,
-    tokens: Tokens,
-    shard: Shard,
-    objective: Objective | None,
-    gradient: Tensor | None,
-) -> Rows:
+    logits: Tensor, statistics: Tensor, tokens: Tokens,
+    shard: Shard, objective: Objective | None, gradient: Tensor | None,
+) -> Rows:  # fmt: skip
     peak, log_total, logprobs, entropy = _merge(statistics, shard.temperature)
     if objective is None:
         none = logprobs.new_empty(0)
@@ -62,21 +58,21 @@ def scale_(gradient: Tensor, factor: Tensor) -> None:
 
 
 def _merge(statistics: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(peak, log Σ e, log-prob, entropy) from every rank's statistics [tp, 4, T]."""
+    """Merge every rank's statistics [tp, 4, T] to (peak, log Σ e, log-prob, entropy)."""
     peaks, totals, weighted, picked = statistics.unbind(1)  # [tp, T] each
     peak = peaks.amax(0)
     moved = (peaks - peak) / temperature
-    shares = moved.exp()
-    total = (shares * totals).sum(0)
+    scales = moved.exp()
+    total = (scales * totals).sum(0)
     log_total = total.log()
-    entropy = log_total - (shares * (weighted + moved * totals)).sum(0) / total
+    entropy = log_total - (scales * (weighted + moved * totals)).sum(0) / total
     return peak, log_total, (picked.amax(0) - peak) / temperature - log_total, entropy
 
 
 def _token_losses(
     logprobs: Tensor, tokens: Tokens, objective: Objective
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, its derivative by the log-prob, clipped low, clipped high) of every token (Eq. 8)."""
+    """Compute (loss, its derivative by the log-prob, clipped low, clipped high) of every token (Eq. 8)."""
     assert tokens.old_logprobs is not None and tokens.advantages is not None
     old, advantages = tokens.old_logprobs.to(logprobs.dtype), tokens.advantages.to(logprobs.dtype)
     log_ratio = logprobs - old
@@ -88,13 +84,14 @@ def _token_losses(
     if objective.dual_clip is not None:
         bound = -objective.dual_clip * advantages
         is_bounded = (advantages < 0) & (losses > bound)
-        losses, has_slope = torch.where(is_bounded, bound, losses), has_slope & ~is_bounded
+        losses = torch.where(is_bounded, bound, losses)
+        has_slope &= ~is_bounded
     slopes = torch.where(has_slope, unclipped_losses, 0.0)
     slopes = torch.where(losses.isnan(), losses, slopes)  # a NaN must not pass as "clipped"
-    if tokens.ref_logprobs is not None:
-        d = tokens.ref_logprobs.to(logprobs.dtype) - logprobs
-        losses = losses + objective.kl_coef * (d.exp() - d - 1)
-        slopes = slopes + objective.kl_coef * (1 - d.exp())
+    if tokens.penalty is not None:
+        d = tokens.penalty.ref_logprobs.to(logprobs.dtype) - logprobs
+        losses = losses + tokens.penalty.kl_coef * (d.exp() - d - 1)
+        slopes = slopes + tokens.penalty.kl_coef * (1 - d.exp())
     if tokens.weights is not None:
         weights = tokens.weights.to(logprobs.dtype)
         losses, slopes = losses * weights, slopes * weights
@@ -104,15 +101,10 @@ def _token_losses(
 
 
 def _write_gradient(
-    gradient: Tensor,
-    logits: Tensor,
-    peak: Tensor,
-    log_total: Tensor,
-    slopes: Tensor,
-    tokens: Tokens,
-    shard: Shard,
-) -> None:
-    """slope · (1[column = target] − p), row by row; `gradient` may be `logits`."""
+    gradient: Tensor, logits: Tensor, peak: Tensor, log_total: Tensor, slopes: Tensor,
+    tokens: Tokens, shard: Shard,
+) -> None:  # fmt: skip
+    """Write slope · (1[column = target] − p), row by row; `gradient` may be `logits`."""
     for rows in _blocks(logits):
         z = logits[rows, : shard.valid].to(slopes.dtype)
         slope = slopes[rows, None]
@@ -127,7 +119,7 @@ def _write_gradient(
 
 
 def _shifted(z: Tensor, peak: Tensor, temperature: float) -> Tensor:
-    """(z − peak) / temperature, in this order: exact at |z| ~ 1e4."""
+    """Compute (z − peak) / temperature, in this order: exact at |z| ~ 1e4."""
     shifted = z - peak[:, None]
     return shifted if temperature == 1 else shifted.div_(temperature)
 

@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
-"""The policy loss on logits as two Triton kernels: row statistics, then loss and gradient; the second may
-write over the logits it reads.
+"""Two Triton kernels compute the policy loss on logits: row statistics, then loss and gradient. The second
+may write over the logits it reads.
 
 One program a row, each row summed in a fixed order and no atomics: results are the same in every run. All
 arithmetic is in float32. The peak is subtracted first and the temperature applied then, in base 2: `(z −
@@ -26,25 +26,14 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 _FLOOR = tl.constexpr(-1e30)  # stands for −inf where 0 · −inf or −inf − −inf would give NaN
 _MAX_LOG_RATIO = tl.constexpr(MAX_LOG_RATIO)
-_ONCE = {  # what differs from call to call or rank to rank is compiled once for all values
-    "do_not_specialize": ["num_rows", "start", "valid"],
-    "do_not_specialize_on_alignment": [
-        "TARGETS",
-        "MASK",
-        "STATISTICS",
-        "OLD",
-        "ADVANTAGES",
-        "WEIGHTS",
-        "REFERENCE",
-        "VALUES",
-        "FLAGS",
-    ],
-}
+_PER_ROW = ["TARGETS", "MASK", "STATISTICS", "OLD", "ADVANTAGES", "WEIGHTS", "REFERENCE", "VALUES", "FLAGS"]
+# arguments that differ from call to call or rank to rank are compiled once for all values
+_ONCE = {"do_not_specialize": ["num_rows", "start", "valid"], "do_not_specialize_on_alignment": _PER_ROW}
 
 
 @triton.jit
 def _add_tile(z, peak, total, weighted, scale):
-    """Running (m, Σ e, Σ e·(z − m)) of each lane [R] after one more tile z [R, VEC]."""
+    """Update the running (m, Σ e, Σ e·(z − m)) of each lane [R] by one more tile z [R, VEC]."""
     new_peak = tl.maximum(peak, tl.max(z, axis=1))
     shifted = z - new_peak[:, None]
     exps = tl.exp2(shifted * scale)
@@ -57,20 +46,10 @@ def _add_tile(z, peak, total, weighted, scale):
 
 @triton.jit(**_ONCE)
 def row_statistics_kernel(
-    LOGITS,
-    TARGETS,
-    MASK,
-    STATISTICS,
-    stride,
-    num_rows,
-    columns,
-    valid,
-    start,
-    inverse_temperature,
-    HAS_MASK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    VEC: tl.constexpr,
-):
+    LOGITS, TARGETS, MASK, STATISTICS,
+    stride, num_rows, columns, valid, start, inverse_temperature,
+    HAS_MASK: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     rows = tl.cast(num_rows, tl.int64)
     out = STATISTICS + row
@@ -114,8 +93,8 @@ def row_statistics_kernel(
 
 @triton.jit
 def _merge(STATISTICS, row, rows, inverse_temperature, WORLD: tl.constexpr):
-    """(peak, log2 Σ e, log-prob, entropy) of the whole row, by the same operations in the same order
-    everywhere.
+    """Merge all ranks' statistics of a row to (peak, log2 Σ e, log-prob, entropy), by the same operations in
+    the same order on every rank.
     """
     peak = tl.load(STATISTICS + row)
     picked = tl.load(STATISTICS + 3 * rows + row)
@@ -126,25 +105,20 @@ def _merge(STATISTICS, row, rows, inverse_temperature, WORLD: tl.constexpr):
     weighted = peak * 0.0
     for rank in tl.static_range(0, WORLD):
         moved = (tl.load(STATISTICS + 4 * rank * rows + row) - peak) * inverse_temperature
-        share = tl.exp2(moved * _LOG2E)
+        scale = tl.exp2(moved * _LOG2E)
         part = tl.load(STATISTICS + (4 * rank + 1) * rows + row)
-        total = tl.fma(share, part, total)
-        weighted = tl.fma(
-            share, tl.fma(moved, part, tl.load(STATISTICS + (4 * rank + 2) * rows + row)), weighted
-        )
+        part_weighted = tl.load(STATISTICS + (4 * rank + 2) * rows + row)
+        total = tl.fma(scale, part, total)
+        weighted = tl.fma(scale, tl.fma(moved, part, part_weighted), weighted)
     log2_total = tl.log2(total)
     log_total = log2_total * _LN2
-    return (
-        peak,
-        log2_total,
-        tl.fma(picked - peak, inverse_temperature, -log_total),
-        log_total - weighted / total,
-    )
+    logprob = tl.fma(picked - peak, inverse_temperature, -log_total)
+    return peak, log2_total, logprob, log_total - weighted / total
 
 
 @triton.jit
 def _token_loss(logprob, old, advantage, clip_floor, clip_ceiling, dual_clip, HAS_DUAL_CLIP: tl.constexpr):
-    """(loss, its derivative by the log-prob, clipped low, clipped high) of one token (Eq. 8)."""
+    """Compute (loss, its derivative by the log-prob, clipped low, clipped high) of one token (Eq. 8)."""
     log_ratio = logprob - old
     ratio = tl.exp(tl.minimum(tl.maximum(log_ratio, -_MAX_LOG_RATIO), _MAX_LOG_RATIO))
     clipped = tl.minimum(tl.maximum(ratio, clip_floor), clip_ceiling)
@@ -164,37 +138,12 @@ def _token_loss(logprob, old, advantage, clip_floor, clip_ceiling, dual_clip, HA
 
 @triton.jit(**_ONCE)
 def loss_gradient_kernel(
-    LOGITS,
-    GRADIENT,
-    TARGETS,
-    MASK,
-    STATISTICS,
-    OLD,
-    ADVANTAGES,
-    WEIGHTS,
-    REFERENCE,
-    VALUES,
-    FLAGS,
-    logits_stride,
-    gradient_stride,
-    num_rows,
-    columns,
-    valid,
-    start,
-    inverse_temperature,
-    clip_floor,
-    clip_ceiling,
-    dual_clip,
-    kl_coef,
-    WORLD: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
-    HAS_DUAL_CLIP: tl.constexpr,
-    HAS_REFERENCE: tl.constexpr,
-    HAS_LOSS: tl.constexpr,
-    HAS_GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    LOGITS, GRADIENT, TARGETS, MASK, STATISTICS, OLD, ADVANTAGES, WEIGHTS, REFERENCE, VALUES, FLAGS,
+    logits_stride, gradient_stride, num_rows, columns, valid, start, inverse_temperature,
+    clip_floor, clip_ceiling, dual_clip, kl_coef,
+    WORLD: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_DUAL_CLIP: tl.constexpr,
+    HAS_REFERENCE: tl.constexpr, HAS_LOSS: tl.constexpr, HAS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     rows = tl.cast(num_rows, tl.int64)
     is_live = row >= 0
@@ -209,7 +158,7 @@ def loss_gradient_kernel(
         loss, slope, is_low, is_high = _token_loss(
             logprob, old, advantage, clip_floor, clip_ceiling, dual_clip, HAS_DUAL_CLIP
         )
-        if HAS_REFERENCE:
+        if HAS_REFERENCE:  # GRPO's penalty
             d = tl.load(REFERENCE + row, mask=is_live, other=0.0) - logprob
             loss += kl_coef * (tl.exp(d) - d - 1.0)
             slope += kl_coef * (1.0 - tl.exp(d))
@@ -268,74 +217,38 @@ def row_statistics(logits: Tensor, tokens: Tokens, shard: Shard) -> Tensor:
     launch, _ = _launches(logits)
     with _on(logits):
         row_statistics_kernel[(num_rows,)](
-            logits,
-            tokens.targets,
-            _bytes(tokens.mask),
-            statistics,
-            logits.stride(0),
-            num_rows,
-            columns,
-            shard.valid,
-            shard.start,
-            1.0 / shard.temperature,
-            HAS_MASK=tokens.mask is not None,
-            BLOCK=launch.block,
-            # one 128-bit load: only then is the maximum over VEC inside a thread
-            VEC=16 // logits.element_size(),
-            num_warps=launch.warps,
-        )
+            logits, tokens.targets, _bytes(tokens.mask), statistics,
+            logits.stride(0), num_rows, columns, shard.valid, shard.start, 1.0 / shard.temperature,
+            HAS_MASK=tokens.mask is not None, BLOCK=launch.block, num_warps=launch.warps,
+            VEC=16 // logits.element_size(),  # a 128-bit load: only then is the maximum inside a thread
+        )  # fmt: skip
     return statistics
 
 
 def loss_and_gradient(
-    logits: Tensor,
-    statistics: Tensor,
-    tokens: Tokens,
-    shard: Shard,
-    objective: Objective | None,
-    gradient: Tensor | None,
-) -> Rows:
+    logits: Tensor, statistics: Tensor, tokens: Tokens,
+    shard: Shard, objective: Objective | None, gradient: Tensor | None,
+) -> Rows:  # fmt: skip
     num_rows, columns = logits.shape
     values = statistics.new_empty(2 if objective is None else 3, num_rows)
     flags = statistics.new_empty(2, 0 if objective is None else num_rows, dtype=torch.uint8)
     _, launch = _launches(logits)
-    limits = objective or Objective(0.0, 0.0)
+    bounds, penalty = objective or Objective(0.0, 0.0), tokens.penalty
     if num_rows:
         with _on(logits):
             loss_gradient_kernel[(num_rows,)](
-                logits,
-                gradient,
-                tokens.targets,
-                _bytes(tokens.mask),
-                statistics,
-                *(
-                    None if x is None else x.to(torch.float32)
-                    for x in (tokens.old_logprobs, tokens.advantages)
-                ),
-                *(None if x is None else x.to(torch.float32) for x in (tokens.weights, tokens.ref_logprobs)),
-                values,
-                flags,
-                logits.stride(0),
-                0 if gradient is None else gradient.stride(0),
-                num_rows,
-                columns,
-                shard.valid,
-                shard.start,
-                1.0 / shard.temperature,
-                1.0 - limits.clip_low,
-                1.0 + limits.clip_high,
-                limits.dual_clip or 0.0,
-                limits.kl_coef,
-                WORLD=statistics.shape[0],
-                HAS_MASK=tokens.mask is not None,
-                HAS_WEIGHTS=tokens.weights is not None,
-                HAS_DUAL_CLIP=limits.dual_clip is not None,
-                HAS_REFERENCE=tokens.ref_logprobs is not None,
-                HAS_LOSS=objective is not None,
-                HAS_GRADIENT=gradient is not None,
-                BLOCK=launch.block,
-                num_warps=launch.warps,
-            )
+                logits, gradient, tokens.targets, _bytes(tokens.mask), statistics,
+                _float(tokens.old_logprobs), _float(tokens.advantages), _float(tokens.weights),
+                None if penalty is None else _float(penalty.ref_logprobs), values, flags,
+                logits.stride(0), 0 if gradient is None else gradient.stride(0),
+                num_rows, columns, shard.valid, shard.start, 1.0 / shard.temperature,
+                1.0 - bounds.clip_low, 1.0 + bounds.clip_high, bounds.dual_clip or 0.0,
+                0.0 if penalty is None else penalty.kl_coef,
+                WORLD=statistics.shape[0], HAS_MASK=tokens.mask is not None,
+                HAS_WEIGHTS=tokens.weights is not None, HAS_DUAL_CLIP=bounds.dual_clip is not None,
+                HAS_REFERENCE=penalty is not None, HAS_LOSS=objective is not None,
+                HAS_GRADIENT=gradient is not None, BLOCK=launch.block, num_warps=launch.warps,
+            )  # fmt: skip
     losses = values[2] if objective is not None else values.new_empty(0)
     return Rows(values[0], values[1], losses, flags[0].view(torch.bool), flags[1].view(torch.bool))
 
@@ -358,8 +271,12 @@ def _launches(logits: Tensor) -> Any:
 
 
 def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensor's."""
+    """Make the tensor's device the current one, on which Triton launches."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _float(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.float32)
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:

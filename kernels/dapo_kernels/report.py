@@ -1,8 +1,10 @@
-"""What the kernels compile to, on any machine: ahead of time for sm_80, sm_90 and sm_100, no GPU needed.
+"""Compile the kernels ahead of time for sm_80, sm_90 and sm_100 and report on the code; no GPU is needed.
 
-python -m dapo_kernels.report [OUT.json]. Ends with an error if a kernel keeps anything on the stack or lost
-its 128-bit loads: either would cost a multiple of its time. (The compiler's own LOCAL counter is 0 even where
-registers are spilled; instructions are counted.)
+    python -m dapo_kernels.report [OUT.json]
+
+Ends with an error if a kernel keeps anything on the stack or lost its 128-bit loads: either would cost a
+multiple of its time. (The compiler's own LOCAL counter is 0 even where registers are spilled; instructions
+are counted.)
 """
 
 from __future__ import annotations
@@ -33,8 +35,17 @@ ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 FORWARD_ONLY = "log-probs only"  # reads statistics, no logits
-# what the caller's padding makes divisible by 16
+# arguments that the caller's padding makes divisible by 16
 ALIGNED = ("LOGITS", "GRADIENT", "logits_stride", "gradient_stride", "stride", "columns")
+# the pointers that a launch passes as None where the flag is False
+FLAGS = {
+    "HAS_MASK": ["MASK"],
+    "HAS_WEIGHTS": ["WEIGHTS"],
+    "HAS_DUAL_CLIP": [],
+    "HAS_REFERENCE": ["REFERENCE"],
+    "HAS_LOSS": ["OLD", "ADVANTAGES"],
+    "HAS_GRADIENT": ["GRADIENT"],
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one variant became on one architecture."""
+    """The code of one variant on one architecture."""
 
     arch: int
     kernel: str
@@ -68,31 +79,23 @@ class Compiled:
 
     @property
     def faults(self) -> list[str]:
+        """One line for each property that would make the kernel slow."""
         found = []
         if self.stack or self.spills:
             found.append(f"{self.stack} bytes of stack, {self.spills} spilling instructions")
         if not self.loads_128 and self.variant != FORWARD_ONLY:
             found.append("no 128-bit load")
-        return [
-            f"sm_{self.arch} {self.kernel} ({self.variant}, block {self.block}): {fault}" for fault in found
-        ]
+        name = f"sm_{self.arch} {self.kernel} ({self.variant}, block {self.block})"
+        return [f"{name}: {fault}" for fault in found]
 
 
 def variants() -> list[Variant]:
-    plain = {
-        "HAS_MASK": False,
-        "HAS_WEIGHTS": True,
-        "HAS_DUAL_CLIP": False,
-        "HAS_REFERENCE": False,
-        "HAS_LOSS": True,
-        "HAS_GRADIENT": True,
-    }
-    everything = plain | {"HAS_MASK": True, "HAS_DUAL_CLIP": True, "HAS_REFERENCE": True}
+    """Return the ways of calling that are compiled: the usual ones, and those with every option."""
+    nothing, everything = dict.fromkeys(FLAGS, False), dict.fromkeys(FLAGS, True)
+    plain = nothing | {"HAS_WEIGHTS": True, "HAS_LOSS": True, "HAS_GRADIENT": True}
     statistics = [
-        Variant(
-            "row_statistics_kernel", dtype, dtype, dtype, {"HAS_MASK": True, "VEC": 16 // ITEMSIZE[dtype]}
-        )
-        for dtype in ITEMSIZE
+        Variant("row_statistics_kernel", dtype, dtype, dtype, {"HAS_MASK": True, "VEC": 16 // size})
+        for dtype, size in ITEMSIZE.items()
     ]
     loss = [
         Variant("loss_gradient_kernel", f"{name}, tp {world}", logits, gradient, options | {"WORLD": world})
@@ -104,13 +107,13 @@ def variants() -> list[Variant]:
             ("fp32 to bf16", "fp32", "bf16", plain, 1),
         ]
     ]
-    forward_only = dict.fromkeys(plain, False) | {"WORLD": 8}
-    loss.append(Variant("loss_gradient_kernel", FORWARD_ONLY, "bf16", "bf16", forward_only))
+    loss.append(Variant("loss_gradient_kernel", FORWARD_ONLY, "bf16", "bf16", nothing | {"WORLD": 8}))
     return [*statistics, *loss, *(Variant("scale_kernel", dtype, dtype, dtype, {}) for dtype in ITEMSIZE)]
 
 
-def compile_all(architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[Compiled]:
-    for arch in architectures:
+def compile_all() -> Iterator[Compiled]:
+    """Compile every variant with every launch of the table, on every architecture."""
+    for arch in ARCHITECTURES:
         for variant in variants():
             column = 1 if variant.kernel == "row_statistics_kernel" else 2
             for launch in dict.fromkeys(line[column] for line in TABLE[arch]):
@@ -118,16 +121,10 @@ def compile_all(architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[Comp
 
 
 def compile_one(arch: int, variant: Variant, launch: Launch) -> Compiled:
+    """Compile one variant and count what its machine code holds."""
     function = getattr(logits_triton, variant.kernel)
-    constants = dict(variant.constants) | {"BLOCK": launch.block}
-    absent = {
-        "HAS_MASK": ["MASK"],
-        "HAS_REFERENCE": ["REFERENCE"],
-        "HAS_WEIGHTS": ["WEIGHTS"],
-        "HAS_LOSS": ["OLD", "ADVANTAGES"],
-        "HAS_GRADIENT": ["GRADIENT"],
-    }
-    for flag, pointers in absent.items():  # what the launch passes as None
+    constants = variant.constants | {"BLOCK": launch.block}
+    for flag, pointers in FLAGS.items():
         constants |= {name: None for name in pointers if constants.get(flag) is False}
     names = list(function.arg_names)
     signature = {name: "constexpr" if name in constants else _type(name, variant) for name in names}

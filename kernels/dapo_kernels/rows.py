@@ -1,11 +1,11 @@
-"""What the loss is computed from, row by row, and what comes out.
+"""The arguments of a loss, packed by what they describe, and the results for every row.
 
 T = packed tokens, V = vocabulary, V/tp = this rank's shard of it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import Tensor
@@ -13,38 +13,80 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tokens:
-    """The targets and, where there is a loss to compute, what else it needs of every row; all [T]."""
+    """The loss reads these arguments of every token, [T] each; log-probs alone need targets and mask.
+
+    targets: int64, ids in the whole vocabulary.
+    mask: bool, response tokens. Rows outside it may hold anything, NaN included.
+    old_logprobs: log π_θold of the targets.
+    advantages: Eq. 9.
+    weights: ≥ 0, the normaliser and whatever else scales a token's loss. None: 1.
+    """
 
     targets: Tensor
     mask: Tensor | None = None  # None: every row counts
     old_logprobs: Tensor | None = None
     advantages: Tensor | None = None
     weights: Tensor | None = None
-    ref_logprobs: Tensor | None = None
+    penalty: Penalty | None = None
 
     def select(self, rows: Tensor) -> Tokens:
-        """The given rows only. They are the ones inside the mask, so the result has none."""
-        picked = {
-            f.name: None if (x := getattr(self, f.name)) is None else x[rows]
-            for f in fields(self)
-            if f.name != "mask"
-        }
-        return Tokens(**picked)  # type: ignore[arg-type]
+        """Return the given rows, all of which lie inside the mask: the result has no mask."""
+        values = (self.old_logprobs, self.advantages, self.weights)
+        old, advantages, weights = (None if x is None else x[rows] for x in values)
+        penalty = self.penalty
+        if penalty is not None:
+            penalty = Penalty(penalty.kl_coef, penalty.ref_logprobs[rows])
+        return Tokens(self.targets[rows], None, old, advantages, weights, penalty)
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """GRPO adds kl_coef · (e^d − d − 1) to every token's loss, d = ref − log π_θ; DAPO does not.
+
+    kl_coef: β of GRPO, ≥ 0. Default: 0.
+    ref_logprobs: [T], log π_ref of the targets. Default: no such term.
+    """
+
+    kl_coef: float
+    ref_logprobs: Tensor
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The constants of the loss (Eq. 8), by the names `reference.policy_loss` gives them."""
+    """Eq. 8 has these constants.
+
+    clip_low, clip_high: ε_low and ε_high, both required.
+    dual_clip: where A < 0, l_t is at most −dual_clip · A_t. None: no such bound.
+    """
 
     clip_low: float
     clip_high: float
     dual_clip: float | None = None
-    kl_coef: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """Logits are read by these settings.
+
+    temperature: logits are divided by it, as the sampler did. Default: 1.
+    tp_group: the ranks that hold the vocabulary's shards, in order. The loss is then the same on all of them.
+    valid_vocab: the vocabulary's true size where V is padded; padded columns have probability 0.
+    """
+
+    temperature: float = 1.0
+    tp_group: dist.ProcessGroup | None = None
+    valid_vocab: int | None = None
+
+    def shard(self, columns: int) -> Shard:
+        """Return the shard of a rank that holds `columns` columns, as every rank of the group does."""
+        start = columns * (dist.get_rank(self.tp_group) if self.tp_group is not None else 0)
+        valid = columns if self.valid_vocab is None else min(max(self.valid_vocab - start, 0), columns)
+        return Shard(columns, start, valid, self.temperature, self.tp_group)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of the vocabulary that this rank's columns are, and the temperature the logits are read at."""
+    """One rank's columns of the vocabulary, and the temperature at which their logits are read."""
 
     columns: int  # V/tp, padding included
     start: int  # vocabulary id of the first column
@@ -52,19 +94,11 @@ class Shard:
     temperature: float
     group: dist.ProcessGroup | None
 
-    @classmethod
-    def of(
-        cls, columns: int, valid_vocab: int | None, temperature: float, group: dist.ProcessGroup | None
-    ) -> Shard:
-        start = columns * (dist.get_rank(group) if group is not None else 0)
-        valid = columns if valid_vocab is None else min(max(valid_vocab - start, 0), columns)
-        return cls(columns, start, valid, temperature, group)
-
 
 @dataclass(frozen=True)
 class Rows:
-    """What comes out for every row, [T] each; 0 and False outside the mask. Without an objective the last
-    three are empty.
+    """Results for every row, [T] each; 0 and False outside the mask. Without an objective the last three are
+    empty.
     """
 
     logprobs: Tensor

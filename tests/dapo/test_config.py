@@ -205,33 +205,3 @@ def test_why_a_hair_of_length_penalty_becomes_a_full_size_advantage_in_an_all_co
         "as large as that of the one wrong answer among four"
     )
     assert group_advantages([1.0, 1.0, 1.0, -1.0])[3] == pytest.approx(-1.5, abs=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        (
-            ["policy.megatron.optimizer_offload_fraction=1.0"],
-            "use_precision_aware_optimizer=true: without it",
-        ),
-        (
-            [
-                "policy.megatron.use_precision_aware_optimizer=true",
-                "policy.megatron.optimizer_offload_fraction=0.5",
-            ],
-            "offload_fraction=1.0: a part",
-        ),
-        (["policy.megatron.use_precision_aware_optimizer=true"], "offload_fraction=1.0: a part"),
-        (
-            [
-                "policy.megatron.use_precision_aware_optimizer=true",
-                "policy.megatron.optimizer_offload_fraction=1.0",
-                "policy.dtype=float32",
-            ],
-            "bfloat16: 32-bit",
-        ),
-    ],
-)
-def test_optimizer_state_in_main_memory_in_a_way_that_cannot_resume_is_refused(tmp_path, overrides, said):
-    with pytest.raises(ConfigError, match=said):
-        load_text(tmp_path, REQUIRED, "policy.megatron.optimizer_cpu_offload=true", *overrides)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from dapo import clock
 from dapo.clock import heartbeat, timed
+from dapo.config import Limits
 from dapo.engine.control import Server
 from dapo.engine.sglang import SGLangEngine
 from dapo.recorder import Recorder, may_be_silent, ranges
@@ -137,12 +138,12 @@ def test_a_stall_is_reported_once_with_phases_and_what_is_waited_for(watch, tmp_
 def test_an_engine_that_waits_for_nothing_is_no_progress(watch, capsys):
     server = FakeServer()
     fakes = SimpleNamespace(workers=[Server(server.url)], generate_urls=[server.url], close=server.stop)
-    engine = SGLangEngine(fakes, fakes, max_concurrent=4, stall_seconds=0.3)
+    engine = SGLangEngine(fakes, fakes, 4, Limits(0.3))
 
     @timed("checkpoint")
     def hang():
         for is_loading in (False, True):
-            engine.dispatch.is_loading = is_loading
+            engine.client.is_loading = is_loading
             heartbeat()
             wait_until(lambda: "stalled" in capsys.readouterr().err)
 

@@ -25,6 +25,7 @@ from dapo.learn import batch as batches
 from dapo.mesh import Mesh
 from dapo.plan.memory import Rank
 from dapo.policy.megatron import Policy
+from dapo.policy.schedule import hidden_states, on_device
 from dapo.types import Group, Prompt, Sample
 from tests.distributed.ranks import prepare_rank
 
@@ -122,7 +123,7 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     )
     policy = Policy(config, mesh)
     rank = Rank(config, policy.shape, "cpu", mesh.data, stage=mesh.rank // (case.tensor * case.context))
-    batch = batches.plan([make_group()], config, mesh.data, metrics={})[mesh.share]
+    batch = batches.plan([make_group()], config, mesh.data, metrics={})[mesh.shard]
     [[microbatch]] = batch.minibatches
     ranks: list[Any] = [None] * mesh.world
     measured = {
@@ -159,7 +160,7 @@ def kept(policy: Policy, rank: Rank, microbatch: batches.Microbatch) -> int:
     """Bytes of all storages that the forward pass leaves for the backward pass, and of what it takes from and
     hands to its neighbours.
     """
-    tensors = policy._tensors(microbatch)
+    placed = on_device(microbatch, policy.mesh.device)
     parameters = {p.untyped_storage().data_ptr() for chunk in policy.chunks for p in chunk.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}
 
@@ -174,13 +175,8 @@ def kept(policy: Policy, rank: Rank, microbatch: batches.Microbatch) -> int:
             len(microbatch.tokens), 1, SHAPE["hidden_size"], dtype=dtype, requires_grad=True
         )
         policy.chunks[0].set_input_tensor(keep(received))
-    options = {"fp32_output": False} if policy.transformer.bf16 else {}
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        keep(
-            policy.models[0](
-                tensors.tokens, tensors.positions, None, packed_seq_params=tensors.packed, **options
-            )
-        )
+        keep(hidden_states(policy.models[0], policy.transformer, placed))
     return sum(storage.nbytes() for storage in storages.values())
 
 
@@ -188,7 +184,7 @@ def kept_by_scoring(policy: Policy, batch: batches.Batch) -> int:
     """How many tensors autograd keeps of the log-probs' forward pass."""
     kept: list[torch.Size] = []
     with saved_tensors_hooks(lambda tensor: (kept.append(tensor.shape), tensor)[1], lambda tensor: tensor):
-        policy.set_old_logprobs(batch)
+        policy.score(policy.place(batch))
     return len(kept)
 
 

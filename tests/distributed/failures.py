@@ -25,11 +25,11 @@ from dapo import files
 from dapo.__main__ import main as dapo
 from dapo.config import Parallel
 from dapo.mesh import Mesh
+from dapo.model.names import table
 from dapo.model.shape import read_shape
 from dapo.policy import torch_dist
-from dapo.policy.weight_files import _key as megatron_name
 from dapo.policy.weight_files import open_weights
-from dapo.policy.weights import table, to_shard
+from dapo.policy.weights import to_shard
 from tests.distributed.launch import ROOT
 from tests.distributed.ranks import prepare_rank
 
@@ -276,7 +276,7 @@ def checkpoint(
     (directory / "run" / "config.yaml").write_text(MINE)
     weights = open_weights(EXAMPLE / "base", shape)
     entries = {
-        megatron_name(entry): to_shard(entry, weights.read(entry), shape, 0, 1)
+        entry.key: to_shard(entry, weights.read(entry), shape, 0, 1)
         for entry in table(shape, is_fused=True)
         if not entry.layer
     }

@@ -1,4 +1,4 @@
-"""One torchrun launch for many cases: importing torch and Megatron costs every process ten seconds."""
+"""Launches torchrun once for many cases: importing torch and Megatron costs every process ten seconds."""
 
 from __future__ import annotations
 
@@ -18,18 +18,9 @@ ROOT = Path(__file__).parents[2]
 def torchrun(
     num_processes: int, *command: str, timeout: float = 300, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script or `-m module` on `num_processes` ranks, one thread each; everything it printed is in
-    stdout.
-    """
-    arguments = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(num_processes),
-        *command,
-    ]
+    """Run a script or `-m module` on `num_processes` ranks, one thread each; stdout has all it printed."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    arguments = [*launcher, "--nproc-per-node", str(num_processes), *command]
     env = os.environ | {"OMP_NUM_THREADS": "1"} | env
     return subprocess.run(
         arguments,
@@ -43,14 +34,14 @@ def torchrun(
 
 
 def numbers(run: Path) -> dict[str, Any]:
-    """What a run's first step came to, but for its times, and a checksum of the weights in the end."""
+    """Return the metrics of a run's first step without times, and a checksum of its final weights."""
     row = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     values = {name: value for name, value in row.items() if not name.startswith(("time/", "perf/"))}
     return values | {"weights": hashlib.sha256((run / "hf" / "model.safetensors").read_bytes()).hexdigest()}
 
 
 def measured(module: str, num_processes: int) -> dict[str, Any]:
-    """The results by name of `python -m module OUT.json`, launched once per number of processes."""
+    """Return the results by name of `python -m module OUT.json`, launched once per number of processes."""
     printed, results = _launched(module, num_processes)
     assert results is not None, printed
     return results

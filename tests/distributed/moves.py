@@ -31,21 +31,16 @@ LAYOUTS = {  # of four processes
     "experts over 4, data 4": ["parallel.tensor=1", "parallel.expert=4"],
 }
 HUB = "tensor 2, pipeline 2"
+OTHERS = [
+    "data 4",
+    "tensor 4",
+    "tensor 2, data 2",
+    "tensor 2, context 2",
+    "pipeline 2, data 2, two chunks a stage",
+]
 MOVES = [  # saved in → gone on in
-    *[
-        (HUB, other)
-        for other in (
-            "data 4",
-            "tensor 4",
-            "tensor 2, data 2",
-            "tensor 2, context 2",
-            "pipeline 2, data 2, two chunks a stage",
-        )
-    ],
-    *[
-        (other, HUB)
-        for other in ("data 4", "tensor 4", "tensor 2, context 2", "pipeline 2, data 2, two chunks a stage")
-    ],
+    *[(HUB, other) for other in OTHERS],
+    *[(other, HUB) for other in OTHERS if other != "tensor 2, data 2"],
     ("tensor 2, pipeline 2, bfloat16", "tensor 4, bfloat16"),
     ("tensor 2, data 2, bfloat16", "tensor 2, data 2, offloaded"),
     ("tensor 2, data 2, offloaded", "tensor 2, data 2, offloaded"),
@@ -62,7 +57,5 @@ def model_of(layout: str) -> str:
 
 
 def is_bfloat16(layout: str) -> bool:
-    """Its layouts differ by 10⁻³ after a step, and then other tokens are drawn: one step is compared, of
-    float32 two.
-    """
+    """True if layouts differ by 10⁻³ after a step, and then draw other tokens: one step is compared."""
     return "bfloat16" in layout or "offloaded" in layout

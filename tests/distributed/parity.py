@@ -1,7 +1,7 @@
-"""Policy against a plain Hugging Face model trained by the same equations, case after case in one launch.
+"""Compares Policy with a plain Hugging Face model trained by the same equations, all cases in one launch.
 
-torchrun --nproc-per-node WORLD -m tests.distributed.parity OUT.json [PATTERN]: every case of that world size,
-or those whose name has the pattern; the main rank writes what it measured.
+torchrun --nproc-per-node WORLD -m tests.distributed.parity OUT.json [PATTERN] runs every case of that world
+size, or those with the pattern in their name; the main rank writes what it measured.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from dapo_kernels import Head
 from safetensors.torch import load_file
 
 from dapo import config as configs
 from dapo.engine.embedded import as_stored
 from dapo.learn import batch as batches
+from dapo.learn.advantages import set_advantages
 from dapo.learn.objective import token_weights
 from dapo.mesh import Mesh
-from dapo.policy import megatron as policy_module
-from dapo.policy.megatron import Policy, PolicyError
-from dapo.rollout import group_advantages
+from dapo.policy import metrics, schedule
+from dapo.policy.megatron import PlacedBatch, Policy, PolicyError
+from dapo.policy.schedule import get_forward_backward_func
 from dapo.types import Group, Prompt, Sample
 from tests.distributed.cases import CASES, FAULTS, Case
 from tests.distributed.ranks import prepare_rank
@@ -45,12 +47,18 @@ YARN = {
     "beta_fast": 2.0,
     "beta_slow": 0.25,
 }
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "original_max_position_embeddings": 16, "low_freq_factor": 0.5,
-          "high_freq_factor": 2.0}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "low_freq_factor": 0.5,
+    "high_freq_factor": 2.0,
+}
 
 
 def make_hf(model: str, is_tied: bool, directory: Path, layers: int = 4) -> None:
-    """A random model in which biases and norms matter."""
+    """Save a random model in which biases and norms matter."""
     kinds = {
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
         # ≠ hidden / heads
@@ -100,24 +108,29 @@ def make_hf(model: str, is_tied: bool, directory: Path, layers: int = 4) -> None
 
 
 def make_groups(rng: np.random.Generator, is_stale: bool) -> list[Group]:
-    """Random groups. Stale: of every other sample, older weights (version 1 of 2) wrote the first half."""
+    """Make random groups. Stale: older weights (version 1 of 2) wrote half of every other sample."""
     groups = []
     for g in range(NUM_UPDATES * GROUPS_PER_UPDATE):
         group = Group(g, Prompt(g, rng.integers(0, VOCAB, rng.integers(1, 9)).astype(np.int32), "0"))
         for i in range(GROUP_SIZE):
             n = int(rng.integers(1, 24))
-            sample = Sample(g, i, rng.integers(0, VOCAB, n).astype(np.int32), rng.normal(-5, 1, n).astype(np.float32), rng.random(n) < 0.9,
-                            ((VERSION, 0, n),), "length" if rng.random() < 0.3 else "stop", reward=float(rng.normal()))  # fmt: skip
+            sample = Sample(
+                g,
+                i,
+                tokens=rng.integers(0, VOCAB, n).astype(np.int32),
+                behavior_logprobs=rng.normal(-5, 1, n).astype(np.float32),
+                loss_mask=rng.random(n) < 0.9,
+                versions=((VERSION, 0, n),),
+                finish_reason="length" if rng.random() < 0.3 else "stop",
+                reward=float(rng.normal()),
+            )
             sample.loss_mask[0] = True
             if is_stale:
                 half = (i % 2) * ((n + 1) // 2)
                 sample.versions = ((1, 0, half), (VERSION, half, n))
             group.samples.append(sample)
-        for sample, advantage in zip(
-            group.samples, group_advantages([s.reward for s in group.samples]), strict=True
-        ):
-            sample.advantage = float(advantage)
         groups.append(group)
+    set_advantages(groups)
     return groups
 
 
@@ -174,7 +187,7 @@ class HFTrainer:
 
 
 def run(case: Case, directory: Path) -> dict[str, Any]:
-    mesh_options = configs.Parallel(
+    parallel = configs.Parallel(
         tensor=case.tensor,
         pipeline=case.pipeline,
         virtual_pipeline=case.virtual,
@@ -192,7 +205,7 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
         ),
         objective=configs.Objective(normaliser=case.normaliser, overlong_filtering=case.filtering),
         optim=configs.Optim(lr=LR, warmup_steps=0, prompts_per_minibatch=GROUPS_PER_UPDATE, clip_grad=0.5),
-        parallel=mesh_options,
+        parallel=parallel,
         policy=configs.Policy(
             model=directory / "hf",
             dtype=case.dtype,
@@ -200,14 +213,15 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
             megatron={"adam_eps": EPS} | case.megatron,
         ),
     )
-    mesh = Mesh(mesh_options)
+    mesh = Mesh(parallel)
     if mesh.is_main:
         make_hf(case.model, case.is_tied, directory / "hf", case.layers)
     mesh.barrier()
     policy, hf = Policy(config, mesh), HFTrainer(directory / "hf", config)
     inject(case.fault, policy)
     groups = make_groups(np.random.default_rng(3), case.stale)
-    batch = batches.plan(groups, config, mesh.data, metrics={}, version=VERSION)[mesh.share]
+    planned = batches.plan(groups, config, mesh.data, metrics={}, version=VERSION)[mesh.shard]
+    batch = policy.place(planned)
     result: dict[str, Any] = {"case": asdict(case), "microbatches": len(batch.minibatches[0])}
 
     policy.save_hf(directory / "exported")
@@ -221,7 +235,12 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
 
     with torch.no_grad():
         old = {(g.id, s.index): hf.logprobs(g, s).detach() for g in groups for s in g.samples}
-    result["mismatch"] = policy.set_old_logprobs(batch)
+    weights = [m.token_weights.clone() for minibatch in batch.minibatches for m in minibatch]
+    result["mismatch"] = policy.score(batch)
+    scored = [m for minibatch in batch.minibatches for m in minibatch]
+    result["weights kept"] = all(
+        torch.equal(m.token_weights, w) for m, w in zip(scored, weights, strict=True)
+    )
     result["expected_mismatch"] = expected_mismatch(groups, old, config.objective.importance_cap)
     result["logprobs"] = mesh.max(_logprob_error(policy, batch, groups, old))
 
@@ -234,7 +253,7 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     policy.backward(batch.minibatches[0])
     policy.transformer.finalize_model_grads_func = finalize
     result["ratio"] = mesh.max(max(ratio_gaps, default=0.0))
-    policy_module.linear_policy_loss = _plain_loss
+    Head.loss = _plain_loss  # type: ignore[method-assign]
     hf.backward(groups[:GROUPS_PER_UPDATE], old)
     params = dict(as_stored(hf.model.named_parameters()))
     grads = dict(as_stored((n, p.grad) for n, p in hf.model.named_parameters()))
@@ -242,6 +261,7 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
         *((float((g - grads[n]).norm()), float(grads[n].norm())) for n, g in policy.gradients()), strict=True
     )
     result["gradients"] = float(np.linalg.norm(gaps) / np.linalg.norm(norms))
+    result["toy"] = toy_metric(policy, batch)
 
     start = {name: param.detach().clone() for name, param in params.items()}
     our_start = {name: weight.clone().float() for name, weight in policy.weights()}
@@ -263,13 +283,14 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
         next(policy.chunks[0].parameters()).fill_(torch.nan)
     result["refused"] = [
         _refusal(policy.update, batch.minibatches[0]),
-        _refusal(policy.set_old_logprobs, batch),
+        _refusal(policy.score, batch),
     ]
     return result
 
 
 def inject(fault: str, policy: Policy) -> None:
-    """A wrong gradient scale, as it comes about: nothing else changes."""
+    """Make the gradient scale wrong, as a mistake in Megatron's settings would; nothing else changes."""
+    schedule.get_forward_backward_func = get_forward_backward_func
     # Megatron multiplies a loss that comes without a number of tokens so, and averages it
     if fault == "context factor":
         finalize = policy.transformer.finalize_model_grads_func
@@ -280,17 +301,24 @@ def inject(fault: str, policy: Policy) -> None:
                 chunk.scale_gradients(policy.config.parallel.context)
 
         policy.transformer.finalize_model_grads_func = twice
-    elif fault == "token mean":  # told the number of tokens, Megatron divides by it
-        loss = policy._loss
+    elif fault == "token mean":  # Megatron divides by the number of tokens, where it knows one
 
-        def counted(tensors: Any, hidden: torch.Tensor) -> Any:
-            total, _, sums = loss(tensors, hidden)
-            return total, tensors.mask.sum().int(), sums
+        def counted(forward_step_func: Any, **arguments: Any) -> Any:
+            def step(data: Any, model: Any) -> Any:
+                hidden, loss = forward_step_func(data, model)
 
-        policy._loss = counted  # type: ignore[method-assign]
-    elif (
-        fault == "expert factor"
-    ):  # summed over the data-parallel ranks and left so, where other ranks have the experts too
+                def with_tokens(hidden: torch.Tensor) -> Any:
+                    total, _, sums = loss(hidden)
+                    count = sums["tokens"] if isinstance(sums, dict) else 0
+                    return total, torch.tensor(count, dtype=torch.int), sums
+
+                return hidden, with_tokens
+
+            return get_forward_backward_func()(forward_step_func=step, **arguments)
+
+        schedule.get_forward_backward_func = lambda: counted
+    # summed over the data-parallel ranks and left so, where other ranks have the experts too
+    elif fault == "expert factor":
         finalize_all = policy.transformer.finalize_model_grads_func
 
         def halved(model: list[Any], *arguments: Any, **options: Any) -> None:
@@ -305,10 +333,20 @@ def inject(fault: str, policy: Policy) -> None:
         assert not fault
 
 
+def toy_metric(policy: Policy, batch: PlacedBatch) -> float:
+    """Add a metric where the guide says: a sum and a value. Returns it, of all ranks' response tokens."""
+    sums, values = metrics.update_sums, metrics.update_metrics
+    metrics.update_sums = lambda *x: sums(*x) | {"toy": 2 * sums(*x)["tokens"]}
+    metrics.update_metrics = lambda x: values(x) | {"policy/toy": x["toy"] / x["tokens"]}
+    found = policy.backward(batch.minibatches[0])["policy/toy"]
+    metrics.update_sums, metrics.update_metrics = sums, values
+    return found
+
+
 def expected_mismatch(
     groups: list[Group], old: dict[tuple[int, int], torch.Tensor], cap: float
 ) -> dict[str, float]:
-    """What set_old_logprobs reports, token by token."""
+    """Compute what Policy.score reports, token by token."""
     gaps, importances = [], []
     for group in groups:
         for sample in group.samples:
@@ -337,39 +375,38 @@ def _refusal(function: Any, argument: Any) -> str:
 
 
 def _logprob_error(
-    policy: Policy, batch: batches.Batch, groups: list[Group], old: dict[tuple[int, int], torch.Tensor]
+    policy: Policy, batch: PlacedBatch, groups: list[Group], old: dict[tuple[int, int], torch.Tensor]
 ) -> float:
-    """Of every masked log-prob of this rank, against the Hugging Face model's: found by the sample's place in
-    the microbatch.
+    """Return the largest difference of this rank's masked log-probs from the Hugging Face model's.
+
+    They are found by the sample's location in the microbatch.
     """
     if not policy.is_last_stage:
         return 0.0
     masks = {(sample.group, sample.index): sample.loss_mask for group in groups for sample in group.samples}
     worst, seen = 0.0, 0
-    for minibatch in batch.minibatches:
-        for microbatch in minibatch:
-            ours = policy._on_device[id(microbatch)].old_logprobs
-            for place in microbatch.dumped:
-                here = slice(place.start, place.start + place.tokens.stop - place.tokens.start)
-                mask = torch.from_numpy(masks[place.group, place.index][here])
-                gaps = (ours[place.tokens] - old[place.group, place.index][here])[mask].abs()
-                worst, seen = max(worst, float(gaps.max()) if len(gaps) else 0.0), seen + len(gaps)
-    assert seen == sum(int(m.mask.sum()) for minibatch in batch.minibatches for m in minibatch)
+    scored = [microbatch for minibatch in batch.minibatches for microbatch in minibatch]
+    for microbatch in scored:
+        for location in microbatch.dumped:
+            key, tokens = (location.group, location.index), location.tokens
+            here = slice(location.start, location.start + tokens.stop - tokens.start)
+            mask = torch.from_numpy(masks[key][here])
+            gaps = (microbatch.scores.old_logprobs[tokens] - old[key][here])[mask].abs()
+            worst, seen = max(worst, float(gaps.max()) if len(gaps) else 0.0), seen + len(gaps)
+    assert seen == sum(int(m.loss_mask.sum()) for m in scored)
     return worst
 
 
-_plain_loss = policy_module.linear_policy_loss
+_plain_loss = Head.loss
 
 
 def _watch_ratios(gaps: list[float]) -> None:
-    def watched(
-        hidden: Any, weight: Any, targets: Any, old_logprobs: Any, *arguments: Any, **options: Any
-    ) -> Any:
-        out = _plain_loss(hidden, weight, targets, old_logprobs, *arguments, **options)
-        gaps.append(float((out.logprobs - old_logprobs).abs().max()))
+    def watched(head: Head, hidden: Any, tokens: Any, *arguments: Any, **options: Any) -> Any:
+        out = _plain_loss(head, hidden, tokens, *arguments, **options)
+        gaps.append(float((out.logprobs - tokens.old_logprobs).abs().max()))
         return out
 
-    policy_module.linear_policy_loss = watched
+    Head.loss = watched  # type: ignore[method-assign]
 
 
 def main(out: str, only: str = "") -> None:

@@ -1,4 +1,4 @@
-"""A rank that makes one policy after another, as the tests' scripts do."""
+"""Prepares a rank that makes one policy after another, as the tests' scripts do."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch.distributed as dist
 
 
 def prepare_rank() -> None:
-    """One thread for computing; and process groups of the same ranks are one group.
+    """Compute with one thread, and make one process group of the same ranks.
 
-    Megatron makes some 25 groups for a policy, gloo keeps threads for each, and neither is let go: backward
-    hooks hold a policy for ever.
+    Megatron makes some 25 groups for a policy, gloo keeps threads for each, and neither is freed: backward
+    hooks keep a policy for ever.
     """
     torch.set_num_threads(1)
     make, made = dist.new_group, dict[tuple[tuple[int, ...], Any], Any]()

@@ -1,5 +1,4 @@
-"""A run saved in one layout goes on in another: what is restored, and what is learnt from there, every pair
-of layouts in one launch.
+"""Saves a run in one layout and continues it in another: every pair of layouts in one launch.
 
 torchrun --nproc-per-node 4 -m tests.distributed.reshard OUT.json
 """
@@ -44,12 +43,12 @@ OPTIONS = [
 
 
 def is_even(response: str, answer: str) -> bool:
-    """What a random model can do, and fail to do: an even number of digits."""
+    """True for an even number of digits: a random model is right now and then."""
     return sum(c.isdigit() for c in response) % 2 == 0
 
 
 def make_models(root: Path) -> None:
-    """Random models that every layout can split, with the arithmetic example's tokenizer."""
+    """Make random models that every layout can split, with the arithmetic example's tokenizer."""
     shutil.copytree(ROOT / "examples/arithmetic/base", root / "dense")
     config = transformers.Qwen2Config.from_pretrained(
         root / "dense", num_hidden_layers=4, num_key_value_heads=4, layer_types=["full_attention"] * 4
@@ -60,11 +59,10 @@ def make_models(root: Path) -> None:
 
 
 def restored(source: Path, target: Path, options: list[str], is_poisoned: bool = False) -> str:
-    """Load the checkpoint `source` in the layout of `options`, and save it as it is: no arithmetic on the
-    way.
+    """Load the checkpoint `source` in the layout of `options`, and save it without any arithmetic.
 
-    On the way Megatron writes it in its own form: where that has a tensor's numbers is where they belong.
-    Poisoned, it is saved with a NaN on one rank instead, and loaded again. Returns how that was refused.
+    In between Megatron writes its own form and we read it, which proves all offsets. Poisoned, the checkpoint
+    is saved with a NaN on one rank instead, and loaded again. Returns the error.
     """
     config = configs.load(ROOT / "examples/arithmetic/config.yaml", [*resume.OPTIONS, *options])
     mesh = Mesh(config.parallel)
@@ -92,7 +90,7 @@ def restored(source: Path, target: Path, options: list[str], is_poisoned: bool =
 
 
 def write_as_megatron(policy: Policy, mesh: Mesh, directory: Path) -> Path:
-    """A checkpoint whose optimizer state was gathered, and cut by Megatron."""
+    """Write a checkpoint whose optimizer state Megatron gathers and cuts."""
     from megatron.core import dist_checkpointing  # after dapo.policy, which adapts it
 
     for model in policy.models:
@@ -115,7 +113,7 @@ def write_as_megatron(policy: Policy, mesh: Mesh, directory: Path) -> Path:
 
 
 def settings(checkpoint: Path) -> Any:
-    """Updates so far; steps, learning rates and weight decays of the optimizer's groups."""
+    """Return the number of updates, and the settings of the optimizer's groups."""
     found = torch.load(checkpoint / "policy/common.pt", weights_only=False)
     optimizer = found["optimizer"]
     # experts have one of their own
@@ -128,9 +126,7 @@ def settings(checkpoint: Path) -> Any:
 
 
 def padding(checkpoint: Path) -> float:
-    """The largest value in the rows that pad the vocabulary, of the embedding, its main parameters and its
-    moments.
-    """
+    """Return the largest value in rows that pad the vocabulary: embedding, main parameters, moments."""
     tensors = Reader(checkpoint / "policy")
     vocab = read_shape(ROOT / "examples/arithmetic/base").vocab_size
     found = [

@@ -1,4 +1,4 @@
-"""k + m steps against k, stop, damage, resume, m steps; every layout in one launch.
+"""Compares k + m steps with k steps, a stop, damage, a resume and m steps: all layouts in one launch.
 
 torchrun --nproc-per-node 2 -m tests.distributed.resume OUT.json
 """
@@ -59,9 +59,7 @@ ONLY_STOPPED = {  # options of the run that stops: they change nothing of the ou
 
 
 def make_base(layout: str, directory: Path) -> Path:
-    """The model that a layout starts from: the example's, or a deeper one; or a random mixture of experts
-    with its vocabulary.
-    """
+    """Return the model that a layout starts from: the example's, a deeper one, or random experts."""
     example = ROOT / "examples/arithmetic/base"
     if layout == "interleaved":
         deepen(directory)
@@ -111,9 +109,7 @@ def leave(mesh: Mesh) -> None:
 
 
 def deepen(target: Path) -> None:
-    """The example's model with twice the layers, which are enough for two chunks a stage; the new ones add
-    nothing to begin with.
-    """
+    """Give the example's model twice the layers, for two chunks a stage; at first the new ones do nothing."""
     base = ROOT / "examples/arithmetic/base"
     shutil.copytree(base, target, dirs_exist_ok=True)
     values = json.loads((base / "config.json").read_text())
@@ -131,7 +127,7 @@ def deepen(target: Path) -> None:
 
 
 def rows(directory: Path) -> list[dict[str, Any]]:
-    """What metrics.jsonl says of every step but its times."""
+    """Return the rows of metrics.jsonl without times."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     return [
         {k: v for k, v in json.loads(line).items() if not k.startswith(("time/", "perf/"))} for line in lines
@@ -147,7 +143,7 @@ def is_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def replay(directory: Path) -> dict[str, Any]:
-    """Sampling now and learning later, from what was dumped; and saving before anything was learnt."""
+    """Sample now and learn later, from what was dumped; and save before anything was learnt."""
     run(directory / "sampled", "run.steps=2", "rollout.dump_share=1.0")
     run(directory / "replayed", "run.steps=2", f"rollout.replay={directory / 'sampled' / 'rollouts'}")
     run(directory / "later", "run.steps=1", "rollout.only=true")
@@ -201,8 +197,8 @@ def main(out: str) -> None:
 
 
 def optimizer_in(checkpoint: Path) -> dict[str, Any]:
-    """How often numbers of the optimizer's tensors were written; their bytes, by file; do the main parameters
-    equal the parameters?
+    """Return how often the optimizer's numbers were written, their bytes by file, and if the main parameters
+    equal the parameters.
     """
     directory = checkpoint / "policy"
     found, reader = FileSystemReader(directory).read_metadata(), Reader(directory)
@@ -241,7 +237,7 @@ def cut_short(checkpoint: Path) -> None:
 
 
 def flip_a_bit(checkpoint: Path) -> None:
-    path = checkpoint / "policy" / "__1_0.distcp"  # of the second rank, and verified by whichever
+    path = checkpoint / "policy" / "__1_0.distcp"  # the second rank's; any rank may verify it
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)

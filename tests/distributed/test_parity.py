@@ -1,6 +1,4 @@
-"""Megatron on every layout against a plain Hugging Face model: the numbers that parity.py measured, case by
-case.
-"""
+"""Megatron on every layout equals a plain Hugging Face model, by the numbers that parity.py measured."""
 
 from __future__ import annotations
 
@@ -18,6 +16,8 @@ def test_policy_equals_a_plain_model(case: Case) -> None:
     assert result["round_trip"], "Hugging Face → Megatron → Hugging Face is not bit-exact"
     assert result["logprobs"] <= bounds.logprobs
     assert result["ratio"] == 0.0, "the first minibatch's ratio is exactly 1"
+    assert result["weights kept"], "score changes no token weight"
+    assert result["toy"] == 2.0, "a metric needs a sum and a value"
     assert result["mismatch"] == pytest.approx(result["expected_mismatch"], rel=bounds.mismatch)
     assert result["gradients"] <= bounds.gradients
     assert grad_norm_gap(result) <= bounds.grad_norm
@@ -28,9 +28,7 @@ def test_policy_equals_a_plain_model(case: Case) -> None:
 
 @pytest.mark.parametrize("case", FAULTS, ids=lambda case: case.name)
 def test_a_wrong_gradient_scale_is_beyond_every_bound_on_gradients(case: Case) -> None:
-    """Not on parameters: clipping and Adam take a scale out again, which is why gradients are compared before
-    both.
-    """
+    """Parameters do not show it: clipping and Adam remove a scale, so gradients are compared before both."""
     result = measured_of(case)
     assert result["logprobs"] <= Bounds().logprobs, "something else is wrong too"
     assert result["gradients"] > 1000 * Bounds().gradients

@@ -1,4 +1,4 @@
-"""A run saved in one layout goes on in another: what reshard.py found, move by move."""
+"""A run saved in one layout continues in another, as reshard.py found for every move."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stopping and going on changes nothing, to the bit: what resume.py found."""
+"""A stop and a resume change nothing, to the bit, as resume.py found."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_ranks_that_have_the_same_share_the_writing(layout: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_number_of_the_optimizer_is_written_once_by_the_rank_that_owns_it(layout: str) -> None:
     found = measured("tests.distributed.resume", 2)[layout]["optimizer"]
-    assert found["times"] == [1], "each once: no two ranks the same, and none left out"
+    assert found["times"] == [1], "each number once: by one rank, and by no other"
     assert sum(found["bytes"]) == found["wanted"], "a float32 and two moments of each parameter"
     assert found["main"], "the main parameters are others than the parameters"
     if layout in ("data-parallel", "context-parallel", "expert-parallel"):

@@ -1,6 +1,4 @@
-"""What the updates saw of each dumped token reaches the main rank's files on every layout: what traces.py
-read there.
-"""
+"""The traces of dumped tokens reach the main rank's files on every layout, as traces.py read them."""
 
 from __future__ import annotations
 
@@ -17,10 +15,8 @@ def test_traces_say_of_every_token_what_follows_from_its_log_probs(layout: str) 
     assert result["same_samples"], "a trace for each sample that was learnt from, in the dump's order"
     assert result["mismatch"] < 1e-4, "a token's own π_θold, at its own place"
     assert result["wrong_flags"] == 0
-    assert result["shares"] == pytest.approx(result["logged"], rel=1e-5), (
-        "of a whole dump, the shares that the step logged"
-    )
-    assert min(result["shares"]) > 0.001, "both bounds clipped, or nothing was tested"
+    assert result["fractions"] == pytest.approx(result["logged"], rel=1e-5), "of a whole dump, as logged"
+    assert min(result["fractions"]) > 0.001, "both bounds clipped, or nothing was tested"
 
 
 def test_only_the_groups_in_the_dump_are_traced() -> None:
@@ -32,12 +28,10 @@ def test_a_run_that_dumps_nothing_traces_nothing() -> None:
     assert not measured("tests.distributed.traces", 2)["nothing"]["is_dumped"]
 
 
-def test_a_rank_receives_its_own_share_only() -> None:
-    """Of the same step's samples: the other tensor rank needs all of them, the other data-parallel rank
-    half.
-    """
-    (all_of_it, total), (share, of_both) = (
+def test_a_rank_receives_its_own_shard_only() -> None:
+    """Of the same samples the other tensor rank needs all, the other data-parallel rank half."""
+    (all_of_it, total), (shard, of_both) = (
         measured("tests.distributed.traces", 2)[f"{x}-parallel"]["received"] for x in ("tensor", "data")
     )
-    assert total == all_of_it > 10_000 and of_both == share, "the main rank was sent something"
-    assert share == pytest.approx(all_of_it / 2, rel=0.15)
+    assert total == all_of_it > 10_000 and of_both == shard, "the main rank was sent something"
+    assert shard == pytest.approx(all_of_it / 2, rel=0.15)

@@ -1,6 +1,6 @@
-"""Steps dumped with their traces, layout after layout in one launch.
+"""Dumps steps with their traces, all layouts in one launch.
 
-torchrun --nproc-per-node 2 -m tests.distributed.traces OUT.json: the main rank writes what the files say,
+torchrun --nproc-per-node 2 -m tests.distributed.traces OUT.json: the main rank writes what the files say
 beside what they should say.
 """
 
@@ -61,9 +61,7 @@ def run(directory: Path, layout: list[str]) -> configs.Config:
 
 
 def read(config: configs.Config) -> dict[str, Any]:
-    """What the two files of step 0 say, and what follows from the log-probs: Eq. 8's clipping, token by
-    token.
-    """
+    """Read step 0's dump and traces, and compute Eq. 8's clipping from the log-probs, token by token."""
     rollouts = config.run.dir / "rollouts"
     traces = {
         (row["group"], row["index"]): row
@@ -72,23 +70,22 @@ def read(config: configs.Config) -> dict[str, Any]:
     groups = dump.read(dump.path_of(rollouts, 0), config.rollout.prompts_per_step).kept
     samples = {(sample.group, sample.index): sample for group in groups for sample in group.samples}
     result: dict[str, Any] = {"same_samples": list(traces) == list(samples), "groups": len(groups)}
-    mismatch, wrong, shares = 0.0, 0, []
+    mismatch, wrong = 0.0, 0
+    fractions = []
     for minibatch in np.array_split(np.array([group.id for group in groups]), 2):
         counts = np.zeros(3)  # tokens, clipped low, clipped high
         for key, sample in samples.items():
             if key[0] in minibatch:
                 trace = {name: np.array(value) for name, value in traces[key].items()}
-                ratio = np.exp(
-                    trace["logprobs"].astype(np.float32) - trace["old_logprobs"].astype(np.float32)
-                )
+                new, old = (trace[name].astype(np.float32) for name in ("logprobs", "old_logprobs"))
+                ratio = np.exp(new - old)
                 low = (ratio < 1 - config.objective.clip_low) & (sample.advantage < 0)
                 high = (ratio > 1 + config.objective.clip_high) & (sample.advantage > 0)
                 wrong += int((low != trace["clipped_low"]).sum() + (high != trace["clipped_high"]).sum())
-                mismatch = max(
-                    mismatch, float(np.abs(trace["old_logprobs"] - sample.behavior_logprobs).max())
-                )
+                gap = np.abs(trace["old_logprobs"] - sample.behavior_logprobs).max()
+                mismatch = max(mismatch, float(gap))
                 counts += [sample.length, low.sum(), high.sum()]
-        shares.append((counts[1:] / counts[0]).tolist())
+        fractions.append((counts[1:] / counts[0]).tolist())
     metrics = json.loads((config.run.dir / "metrics.jsonl").read_text().splitlines()[0])
     logged = [metrics["policy/clip_low"], metrics["policy/clip_high"]]
     result["received"] = [metrics["perf/bytes_received_max"], metrics["perf/bytes_received"]]
@@ -96,7 +93,7 @@ def read(config: configs.Config) -> dict[str, Any]:
     return result | {
         "mismatch": mismatch,
         "wrong_flags": wrong,
-        "shares": np.mean(shares, axis=0).tolist(),
+        "fractions": np.mean(fractions, axis=0).tolist(),
         "logged": logged,
     }
 

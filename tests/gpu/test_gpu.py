@@ -1,7 +1,5 @@
-"""What only a GPU shows: races, 16-bit products, more than 2³¹ elements, the packed attention kernel, a whole
-training step.
-
-make gpu-check
+"""A GPU alone shows these: races, 16-bit products, more than 2³¹ elements, the packed attention kernel, a whole
+training step. make gpu-check
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
 
 def tokens(T: int, V: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """targets, old log-probs, advantages, mask, weights of T tokens."""
+    """Make targets, old log-probs, advantages, mask and weights of T tokens."""
     generator = torch.Generator(GPU).manual_seed(seed)
     rand = lambda: torch.rand(T, generator=generator, device=GPU)  # noqa: E731
     return (rand() * V).long(), -3 - rand(), 2 * rand() - 1, rand() < 0.7, rand()
@@ -43,16 +41,8 @@ def test_policy_loss_equals_the_float64_reference(V: int, dtype: torch.dtype) ->
     targets, old, advantages, mask, weights = tokens(97, V)
     fused, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
     a = policy_loss(fused, targets, old, advantages, mask, weights=weights, dual_clip=3.0, **CLIP)
-    b = reference.policy_loss(
-        exact,
-        targets,
-        old.double(),
-        advantages.double(),
-        mask,
-        weights=weights.double(),
-        dual_clip=3.0,
-        **CLIP,
-    )
+    old, advantages, weights = old.double(), advantages.double(), weights.double()
+    b = reference.policy_loss(exact, targets, old, advantages, mask, weights=weights, dual_clip=3.0, **CLIP)
     a.loss.backward()
     b.loss.backward()
     assert relative(a.logprobs, b.logprobs) < 2e-5
@@ -81,25 +71,16 @@ def test_values_are_refused_on_a_gpu_too() -> None:
     hidden, head = torch.randn(8, 64, device=GPU), torch.randn(100, 64, device=GPU)
     targets, old, advantages, mask, weights = tokens(8, 100)
     mask[:] = True
-    for name, wrong in (
-        ("targets", targets + 100),
-        ("targets", targets - 100),
-        ("weights", -weights),
-        ("weights", weights * torch.nan),
-    ):
-        given = {
-            "targets": targets,
-            "old_logprobs": old,
-            "advantages": advantages,
-            "mask": mask,
-            "weights": weights,
-        } | {name: wrong}
-        for call in (
-            lambda g=given: linear_policy_loss(hidden, head, **g, **CLIP),
-            lambda g=given: policy_loss(hidden @ head.t(), **g, **CLIP),
-        ):
-            with pytest.raises(ValueError, match=rf"^{name} holds .* inside the mask, at token \d; expected"):
-                call()
+    wrongs = [("targets", targets + 100), ("targets", targets - 100)]
+    wrongs += [("weights", -weights), ("weights", weights * torch.nan)]
+    for name, wrong in wrongs:
+        given = {"targets": targets, "old_logprobs": old, "advantages": advantages, "mask": mask}
+        given |= {"weights": weights, name: wrong}
+        message = rf"^{name} holds .* inside the mask, at token \d; expected"
+        with pytest.raises(ValueError, match=message):
+            linear_policy_loss(hidden, head, **given, **CLIP)
+        with pytest.raises(ValueError, match=message):
+            policy_loss(hidden @ head.t(), **given, **CLIP)
         given["mask"] = torch.zeros_like(mask)
         assert float(linear_policy_loss(hidden, head, **given, **CLIP).loss) == 0
 
@@ -107,30 +88,18 @@ def test_values_are_refused_on_a_gpu_too() -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_two_runs_are_equal_to_the_bit_and_scoring_equals_learning(dtype: torch.dtype) -> None:
     torch.manual_seed(2)
-    hidden, head = (
-        torch.randn(3000, 512, device=GPU).to(dtype),
-        (torch.randn(32000, 512, device=GPU) / 8).to(dtype),
-    )
+    hidden = torch.randn(3000, 512, device=GPU).to(dtype)
+    head = (torch.randn(32000, 512, device=GPU) / 8).to(dtype)
     targets, old, advantages, mask, weights = tokens(3000, 32000)
+    options = {"fp32_logits": True, "chunk_bytes": 64 << 20}
     runs = []
     for _ in range(2):
         h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
-        out = linear_policy_loss(
-            h,
-            w,
-            targets,
-            old,
-            advantages,
-            mask,
-            weights=weights,
-            fp32_logits=True,
-            chunk_bytes=64 << 20,
-            **CLIP,
-        )
+        out = linear_policy_loss(h, w, targets, old, advantages, mask, weights=weights, **options, **CLIP)
         out.loss.backward()
         runs.append((out.loss.detach(), out.logprobs, h.grad, w.grad))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-    scored = linear_logprobs(hidden, head, targets, mask, fp32_logits=True, chunk_bytes=64 << 20)
+    scored = linear_logprobs(hidden, head, targets, mask, **options)
     assert torch.equal(scored, runs[0][1])
 
 
@@ -160,41 +129,31 @@ def test_another_number_of_tokens_compiles_nothing() -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_linear_policy_loss_equals_the_float64_reference(dtype: torch.dtype, fp32_logits: bool) -> None:
     torch.manual_seed(3)
-    hidden, head = (
-        torch.randn(700, 256, device=GPU).to(dtype),
-        (torch.randn(5000, 256, device=GPU) / 4).to(dtype),
-    )
+    hidden = torch.randn(700, 256, device=GPU).to(dtype)
+    head = (torch.randn(5000, 256, device=GPU) / 4).to(dtype)
     targets, noise, advantages, mask, weights = tokens(700, 4990)
-    options = dict(weights=weights, valid_vocab=4990, temperature=0.8, **CLIP)
+    vocabulary = {"valid_vocab": 4990, "temperature": 0.8}
+    options = {"weights": weights, **vocabulary, **CLIP}
     h64, w64 = hidden.double().requires_grad_(), head.double().requires_grad_()
-    logits = h64 @ w64.t()
-    # near the log-probs, so that no few tokens are all of the gradient
-    old = (
-        linear_logprobs(h64.detach(), w64.detach(), targets, mask, temperature=0.8, valid_vocab=4990)
-        + 0.1 * (noise + 3.5)
-    ).float()
-    exact = reference.policy_loss(logits, targets, old, advantages, mask, **options)
+    # near the log-probs: else a few tokens would make all of the gradient
+    own = linear_logprobs(h64.detach(), w64.detach(), targets, mask, **vocabulary)
+    old = (own + 0.1 * (noise + 3.5)).float()
+    exact = reference.policy_loss(h64 @ w64.t(), targets, old, advantages, mask, **options)
     exact.loss.backward()
     h, w = hidden.clone().requires_grad_(), head.clone().requires_grad_()
     before = w64.grad.float().std() * torch.randn(5000, 256, device=GPU)
     total = before.clone()
-    out = linear_policy_loss(
-        h,
-        w,
-        targets,
-        old,
-        advantages,
-        mask,
-        weight_grad=total,
-        fp32_logits=fp32_logits,
-        chunk_bytes=1 << 20,
-        **options,
-    )
+    options |= {"fp32_logits": fp32_logits, "chunk_bytes": 1 << 20}
+    out = linear_policy_loss(h, w, targets, old, advantages, mask, weight_grad=total, **options)
     out.loss.backward()
     assert relative(out.logprobs, exact.logprobs) < (1e-5 if fp32_logits or dtype == torch.float32 else 2e-2)
     assert relative(h.grad, h64.grad) < 2 * TOLERANCE[dtype]
     assert relative(total - before, w64.grad) < 2 * TOLERANCE[dtype]
     assert not w.grad.any()
+
+
+def queries_keys_values(num_tokens: int) -> list[torch.Tensor]:
+    return [torch.randn(num_tokens, h, 64, device=GPU, dtype=torch.bfloat16) for h in (8, 2, 2)]
 
 
 def test_packed_attention_kernel_keeps_sequences_apart() -> None:
@@ -205,13 +164,10 @@ def test_packed_attention_kernel_keeps_sequences_apart() -> None:
     attention = PackedAttention.__new__(PackedAttention)
     torch.nn.Module.__init__(attention)
     attention.scale, attention.context = None, SimpleNamespace(size=lambda: 1)
-    query, key, value = (
-        torch.randn(sum(lengths), h, 64, device=GPU, dtype=torch.bfloat16) for h in (8, 2, 2)
-    )
+    query, key, value = queries_keys_values(sum(lengths))
     cu_seqlens = torch.tensor([0, 7, 8, 138, 202], dtype=torch.int32, device=GPU)
-    out = attention(
-        query, key, value, None, packed_seq_params=SimpleNamespace(cu_seqlens_q=cu_seqlens, max_seqlen_q=130)
-    )
+    packed = SimpleNamespace(cu_seqlens_q=cu_seqlens, max_seqlen_q=130)
+    out = attention(query, key, value, None, packed_seq_params=packed)
     parts = zip(*(x.double().split(lengths) for x in (query, key, value)), strict=True)
     expected = torch.cat([attend(*(p.cpu() for p in part)) for part in parts])
     assert relative(out.cpu(), expected) < 1e-2
@@ -219,34 +175,28 @@ def test_packed_attention_kernel_keeps_sequences_apart() -> None:
 
 @pytest.mark.parametrize("context", [2, 4])
 def test_packed_attention_kernel_gives_each_context_rank_its_own_tokens_past(context: int) -> None:
-    """A run's queries are fewer than its keys: the kernel must take the last query to be the one that sees
-    all.
-    """
+    """A run has fewer queries than keys: the kernel must let the last query see all of them."""
     from dapo.policy.layers import PackedAttention, key_runs
 
     torch.manual_seed(5)
     lengths = [2 * context * n for n in (3, 1, 40)]
     cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32, device=GPU).cumsum(0, dtype=torch.int32)
-    query, key, value = (
-        torch.randn(sum(lengths), h, 64, device=GPU, dtype=torch.bfloat16) for h in (8, 2, 2)
-    )
+    query, key, value = queries_keys_values(sum(lengths))
     parts = zip(*(x.double().cpu().split(lengths) for x in (query, key, value)), strict=True)
     expected = torch.cat([attend(*part) for part in parts])
     attention = PackedAttention.__new__(PackedAttention)
     torch.nn.Module.__init__(attention)
     attention.scale = None
-    # of every sequence, rank r has chunks r and 2·context − 1 − r
-    chunks = [
-        torch.arange(a, a + n, device=GPU).chunk(2 * context)
-        for a, n in zip(cu_seqlens.tolist(), lengths, strict=False)
-    ]
-    shares = [
+    # rank r has chunks r and 2·context − 1 − r of every sequence
+    sequences = torch.arange(sum(lengths), device=GPU).split(lengths)
+    chunks = [sequence.chunk(2 * context) for sequence in sequences]
+    shards = [
         torch.cat([c for own in chunks for c in (own[rank], own[2 * context - 1 - rank])])
         for rank in range(context)
     ]
-    for rank, mine in enumerate(shares):
+    for rank, mine in enumerate(shards):
         runs = key_runs(cu_seqlens, len(mine), rank, context)
-        seen = torch.cat(shares)[runs.places]
+        seen = torch.cat(shards)[runs.places]
         out = attention._varlen(query[mine], key[seen], value[seen], runs.queries, runs.keys, max(lengths))
         assert relative(out.flatten(1).cpu(), expected[mine.cpu()]) < 1e-2
 
@@ -272,12 +222,8 @@ def test_optimizer_state_in_main_memory_learns_the_same_and_goes_on(tmp_path: Pa
     options = ["eval.data=null", "parallel.tensor=1", "policy.dtype=bfloat16", "rollout.dump_share=1.0"]
     # rounding would change what is drawn
     again = [*OFFLOADED, f"rollout.replay={tmp_path / 'gpu' / 'rollouts'}"]
-    for name, steps, more in (
-        ("gpu", 4, []),
-        ("whole", 4, again),
-        ("stopped", 2, again),
-        ("stopped", 4, again),
-    ):
+    runs = (("gpu", 4, []), ("whole", 4, again), ("stopped", 2, again), ("stopped", 4, again))
+    for name, steps, more in runs:
         run = [*options, *more, f"run.steps={steps}", f"run.dir={tmp_path / name}"]
         done = torchrun(1, "-m", "dapo", "train", "examples/arithmetic/config.yaml", *run)
         assert done.returncode == 0, done.stdout

@@ -1,4 +1,4 @@
-"""The plan's memory against what a GPU's allocator has seen. make gpu-check"""
+"""The plan's memory is compared with the peak of a GPU's allocator. make gpu-check"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random rows of a policy loss, and how far a result is from the truth."""
+"""Make random rows of a policy loss, and measure how far a result is from the truth."""
 
 import torch
 from dapo_kernels.reference import policy_loss
@@ -8,8 +8,8 @@ T, V = 41, 37  # odd on purpose
 
 
 def random_inputs(seed=0, num_tokens=T, vocab=V, dtype=torch.float64, temperature=1.0):
-    """logits, targets, old_logprobs, advantages, mask. Log-ratios are ~ N(0, 0.5): a good part lies beyond
-    either clip bound.
+    """Return logits, targets, old_logprobs, advantages and mask. Log-ratios are ~ N(0, 0.5): a good part lies
+    beyond either clip bound.
     """
     g = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(num_tokens, vocab, generator=g, dtype=torch.float64)
@@ -22,7 +22,7 @@ def random_inputs(seed=0, num_tokens=T, vocab=V, dtype=torch.float64, temperatur
 
 
 def truth_of(inputs, **options):
-    """The reference in float64: (result, gradient of the logits)."""
+    """Compute the reference in float64: (result, gradient of the logits)."""
     logits, *rest = (double(x) for x in inputs)
     logits = logits.clone().requires_grad_()
     result = policy_loss(logits, *rest, **CLIP, **{name: double(x) for name, x in options.items()})
@@ -35,19 +35,15 @@ def double(x):
 
 
 def relative_error(x, truth):
-    """‖x − truth‖ / ‖truth‖; where the truth is 0, so must x be."""
-    difference, size = (
-        (x.detach().double() - truth.detach().double()).norm().item(),
-        truth.detach().double().norm().item(),
-    )
+    """Compute ‖x − truth‖ / ‖truth‖; where the truth is 0, so must x be."""
+    x, truth = x.detach().double(), truth.detach().double()
+    difference, size = (x - truth).norm().item(), truth.norm().item()
     return difference / size if size else difference
 
 
 def make(num_tokens=12, vocab=1000, dtype=torch.float32, seed=0, temperature=1.0):
-    """As `random_inputs`, with logits of `dtype` and the rest float32."""
-    logits, targets, old, advantages, mask = random_inputs(
-        seed, num_tokens, vocab, torch.float64, temperature
-    )
+    """Return `random_inputs` with logits of `dtype` and the rest float32."""
+    logits, targets, old, advantages, mask = random_inputs(seed, num_tokens, vocab, temperature=temperature)
     return logits.to(dtype), targets, old.float(), advantages.float(), mask
 
 

@@ -1,5 +1,5 @@
-"""The Triton kernels, interpreted on the CPU, against the float64 reference. Interpreted, programs run one
-after another: no race shows.
+"""Compare the Triton kernels, interpreted on the CPU, with the float64 reference. Interpreted programs run
+one after another, so no race shows.
 
 test_policy_loss.py runs this file in a process of its own, because Triton must be imported with
 TRITON_INTERPRET=1.
@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 from dapo_kernels import logits_torch, logits_triton, policy_loss, reference
-from dapo_kernels.rows import Objective, Shard, Tokens
+from dapo_kernels.rows import Objective, Shard, Tokens, Vocabulary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,15 +27,21 @@ def run(inputs, **options):
     return result, logits.grad
 
 
+def rows_of(module, parts, shards, tokens):
+    """The rows by each rank's part of the logits, which then holds its gradient."""
+    pairs = list(zip(parts, shards, strict=True))
+    statistics = torch.stack([module.row_statistics(part, tokens, shard) for part, shard in pairs])
+    return [module.loss_and_gradient(part, statistics, tokens, s, OBJECTIVE, part) for part, s in pairs]
+
+
 def assert_is_the_truth(inputs, **options):
     result, grad = run(inputs, **options)
     truth, true_grad = truth_of(inputs, **options)
     for name in ("loss", "logprobs", "entropy"):
         assert relative_error(getattr(result, name), getattr(truth, name)) < 2e-5, name
     assert relative_error(grad, true_grad) < TOLERANCE[inputs[0].dtype]
-    assert torch.equal(result.clipped_low, truth.clipped_low) and torch.equal(
-        result.clipped_high, truth.clipped_high
-    )
+    assert torch.equal(result.clipped_low, truth.clipped_low)
+    assert torch.equal(result.clipped_high, truth.clipped_high)
     assert grad.dtype == inputs[0].dtype and not grad[~inputs[4]].any()
     return result, grad
 
@@ -44,9 +50,8 @@ def assert_is_the_truth(inputs, **options):
 @pytest.mark.parametrize("vocab", [1, 25, 1000, 2052, 3001])
 def test_value_and_gradient_are_the_references(vocab, dtype):
     for options in options_for(12)[:2]:
-        assert_is_the_truth(
-            make(vocab=vocab, dtype=dtype, temperature=options.get("temperature", 1.0)), **options
-        )
+        inputs = make(vocab=vocab, dtype=dtype, temperature=options.get("temperature", 1.0))
+        assert_is_the_truth(inputs, **options)
 
 
 @pytest.mark.parametrize("options", options_for(12)[2:], ids=lambda options: "+".join(options))
@@ -72,9 +77,8 @@ def test_bfloat16_is_never_worse_than_plain_bfloat16():
     ratio = (logprobs - old[mask]).exp()
     torch.maximum(-ratio * advantages[mask], -ratio.clamp(0.8, 1.28) * advantages[mask]).sum().backward()
     assert relative_error(grad, true_grad) <= relative_error(plain.grad, true_grad) + 1e-3
-    assert relative_error(result.logprobs[mask], truth.logprobs[mask]) <= relative_error(
-        logprobs, truth.logprobs[mask]
-    )
+    error = relative_error(result.logprobs[mask], truth.logprobs[mask])
+    assert error <= relative_error(logprobs, truth.logprobs[mask])
 
 
 @settings(max_examples=25, deadline=None)
@@ -133,23 +137,15 @@ def test_rows_of_extremes():
 def test_masked_rows_may_hold_nan_and_give_zeros():
     logits, targets, old, advantages, mask = make()
     weights, ref = torch.rand(12), -torch.rand(12)
-    expected, expected_grad = run(
-        (logits, targets, old, advantages, mask), weights=weights, ref_logprobs=ref, kl_coef=0.1
-    )
+    options = {"weights": weights, "ref_logprobs": ref, "kl_coef": 0.1}
+    expected, expected_grad = run((logits, targets, old, advantages, mask), **options)
     for x in (logits, old, advantages, weights, ref):
         x[~mask] = math.nan
-    result, grad = run(
-        (logits, targets.masked_fill(~mask, -100), old, advantages, mask),
-        weights=weights,
-        ref_logprobs=ref,
-        kl_coef=0.1,
-    )
+    result, grad = run((logits, targets.masked_fill(~mask, -100), old, advantages, mask), **options)
     assert torch.equal(result.loss, expected.loss) and torch.equal(grad, expected_grad)
     for name in ("logprobs", "entropy", "clipped_low", "clipped_high"):
-        assert (
-            torch.equal(getattr(result, name), getattr(expected, name))
-            and not getattr(result, name)[~mask].any()
-        )
+        values = getattr(result, name)
+        assert torch.equal(values, getattr(expected, name)) and not values[~mask].any()
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 5])
@@ -157,10 +153,8 @@ def test_nothing_to_learn_from(num_tokens):
     logits, targets, old, advantages, mask = make(num_tokens)
     result, grad = run((logits, targets, old, advantages, torch.zeros_like(mask)))
     assert result.loss == 0 and grad.shape == logits.shape and not grad.any()
-    assert (
-        result.logprobs.shape == result.clipped_low.shape == (num_tokens,)
-        and result.clipped_low.dtype == torch.bool
-    )
+    assert result.logprobs.shape == result.clipped_low.shape == (num_tokens,)
+    assert result.clipped_low.dtype == torch.bool
 
 
 @pytest.mark.parametrize("advantage", [-1.5, 1.5])
@@ -171,9 +165,8 @@ def test_absurd_log_ratios_are_clamped_and_give_no_gradient(log_ratio, advantage
     old = reference.logprobs(logits, targets, mask) - log_ratio
     result, grad = run((logits, targets, old, torch.full((4,), advantage), mask))
     ratio = math.exp(math.copysign(reference.MAX_LOG_RATIO, log_ratio))
-    assert result.loss.item() == pytest.approx(
-        4 * max(-ratio * advantage, -min(max(ratio, 0.8), 1.28) * advantage), rel=1e-5
-    )
+    expected = max(-ratio * advantage, -min(max(ratio, 0.8), 1.28) * advantage)
+    assert result.loss.item() == pytest.approx(4 * expected, rel=1e-5)
     assert torch.equal(grad, torch.zeros_like(grad))
 
 
@@ -196,11 +189,9 @@ def test_a_nan_inside_the_mask_is_not_hidden(which):
 
 def test_the_first_minibatch_has_ratio_exactly_one():
     logits, targets, _, advantages, mask = make(dtype=torch.bfloat16, vocab=3001)
-    shard = Shard.of(3001, None, 0.7, None)
-    statistics = logits_triton.row_statistics(logits, Tokens(targets, mask), shard)[None]
-    own = logits_triton.loss_and_gradient(
-        logits, statistics, Tokens(targets, mask), shard, None, None
-    ).logprobs
+    shard, tokens = Vocabulary(temperature=0.7).shard(3001), Tokens(targets, mask)
+    statistics = logits_triton.row_statistics(logits, tokens, shard)[None]
+    own = logits_triton.loss_and_gradient(logits, statistics, tokens, shard, None, None).logprobs
     result, _ = run((logits, targets, own, advantages, mask), temperature=0.7)
     assert torch.equal(result.logprobs, own)
     assert result.loss == -torch.where(mask, advantages, 0).sum()
@@ -215,7 +206,7 @@ def test_two_runs_are_bitwise_equal():
 def test_statistics_of_masked_rows_are_those_of_one_token(module):
     logits, targets, *_, mask = make()
     logits[~mask] = math.nan
-    statistics = module.row_statistics(logits, Tokens(targets, mask), Shard.of(1000, None, 1.0, None))
+    statistics = module.row_statistics(logits, Tokens(targets, mask), Vocabulary().shard(1000))
     assert statistics[:, ~mask].t().tolist() == [[0.0, 1.0, 0.0, 0.0]] * int((~mask).sum())
     assert statistics[:, mask].isfinite().all()
 
@@ -230,55 +221,37 @@ def test_shards_of_the_vocabulary_merge_to_the_whole(module, world):
     tokens = Tokens(targets, mask, old, advantages)
     parts = [part.clone() for part in logits.chunk(world, 1)]
     shards = [Shard(1000 // world, rank * (1000 // world), 1000 // world, 1.0, None) for rank in range(world)]
-    statistics = torch.stack(
-        [module.row_statistics(part, tokens, shard) for part, shard in zip(parts, shards, strict=True)]
-    )
-    rows = [
-        module.loss_and_gradient(part, statistics, tokens, s, OBJECTIVE, part)
-        for part, s in zip(parts, shards, strict=True)
-    ]
+    rows = rows_of(module, parts, shards, tokens)
     assert relative_error(rows[0].losses.sum(), truth.loss) < 2e-5
     assert relative_error(rows[0].entropy, truth.entropy) < 2e-5
     assert relative_error(torch.cat(parts, 1), true_grad) < 2e-5
     for other in rows[1:]:
-        assert all(
-            torch.equal(getattr(rows[0], field), getattr(other, field))
-            for field in ("losses", "logprobs", "entropy")
-        )
+        for name in ("losses", "logprobs", "entropy"):
+            assert torch.equal(getattr(rows[0], name), getattr(other, name))
 
 
 @pytest.mark.parametrize("module", [logits_triton, logits_torch], ids=["kernels", "twin"])
 def test_a_shard_of_padding_alone_changes_nothing(module):
     logits, targets, old, advantages, mask = make(vocab=40)
-    # far below any stand-in for "nothing seen"
-    logits, tokens = logits - 1e4, Tokens(targets, mask, old, advantages)
+    logits = logits - 1e4  # far below any stand-in for "nothing seen"
+    tokens = Tokens(targets, mask, old, advantages)
     truth, true_grad = truth_of((logits, targets, old, advantages, mask), dual_clip=3.0)
     parts = [logits.clone(), torch.full_like(logits, math.nan)]
     shards = [Shard(40, 0, 40, 1.0, None), Shard(40, 40, 0, 1.0, None)]
-    statistics = torch.stack(
-        [module.row_statistics(part, tokens, shard) for part, shard in zip(parts, shards, strict=True)]
-    )
-    rows = [
-        module.loss_and_gradient(part, statistics, tokens, s, OBJECTIVE, part)
-        for part, s in zip(parts, shards, strict=True)
-    ]
-    assert relative_error(rows[0].losses.sum(), truth.loss) < 2e-5 and torch.equal(
-        rows[0].losses, rows[1].losses
-    )
+    rows = rows_of(module, parts, shards, tokens)
+    assert relative_error(rows[0].losses.sum(), truth.loss) < 2e-5
+    assert torch.equal(rows[0].losses, rows[1].losses)
     assert relative_error(parts[0], true_grad) < 2e-5 and not parts[1].any()
 
 
 def test_offsets_beyond_two_to_the_31():
-    """Two rows 2³¹ + 16 elements apart, in memory that is reserved but never touched between them."""
+    """Two rows lie 2³¹ + 16 elements apart, in memory that is reserved but never touched between them."""
     stride = 2**31 + 16
     logits, targets, old, advantages, _ = make(2, 1000, torch.bfloat16)
     mask = torch.ones(2, dtype=torch.bool)
     far = torch.empty(stride + 1000, dtype=torch.bfloat16).as_strided((2, 1000), (stride, 1))
     far.copy_(logits)
-    shard, tokens = Shard.of(1000, None, 1.0, None), Tokens(targets, mask, old, advantages)
-    rows = logits_triton.loss_and_gradient(
-        far, logits_triton.row_statistics(far, tokens, shard)[None], tokens, shard, OBJECTIVE, far
-    )
+    [rows] = rows_of(logits_triton, [far], [Vocabulary().shard(1000)], Tokens(targets, mask, old, advantages))
     truth, true_grad = truth_of((logits, targets, old, advantages, mask), dual_clip=3.0)
     assert relative_error(rows.losses.sum(), truth.loss) < 2e-5 and relative_error(far, true_grad) < 2e-2
 
@@ -309,7 +282,7 @@ def test_the_gradient_can_be_spent_once():
         loss.backward()
 
 
-def test_whoever_needs_the_logits_themselves_is_told():
+def test_an_operation_that_saved_the_logits_raises():
     logits, *rest = make()
     # the derivative of exp is its own output
     loss = policy_loss(logits.requires_grad_().exp(), *rest, **CLIP).loss

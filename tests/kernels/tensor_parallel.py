@@ -1,8 +1,8 @@
-"""The losses on vocab-parallel shards against the float64 reference on the whole, case after case in one
-launch.
+"""Compare the losses on shards of the vocabulary with the float64 reference on the whole.
 
-torchrun --nproc-per-node WORLD -m tests.kernels.tensor_parallel OUT.json: every rank computes, rank 0 writes
-what was measured.
+    torchrun --nproc-per-node WORLD -m tests.kernels.tensor_parallel OUT.json
+
+Every rank computes case after case; rank 0 writes the errors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from dapo_kernels import linear_logprobs, linear_policy_loss, policy_loss, reference
+from dapo_kernels import PolicyLoss, linear_logprobs, linear_policy_loss, policy_loss, reference
 
 from tests.kernels.inputs import CLIP, double, relative_error
 
@@ -24,17 +24,16 @@ CHUNKS = [1, 4 * 26 * 9, None]  # bytes: as small as possible; several; one
 
 
 def make():
-    """hidden, weight [104, H], and the per-token arguments; a long stretch of tokens is masked, and so are
-    whole chunks.
+    """Return hidden, weight [104, H] and the per-token arguments. So many neighbours are masked that whole
+    chunks are.
     """
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(T, H, generator=g), torch.randn(104, H, generator=g)
     targets, mask = torch.randint(V, (T,), generator=g), torch.rand(T, generator=g) < 0.7
     mask[20:30] = False
-    old = reference.logprobs(
-        hidden @ weight.t(), targets, torch.ones_like(mask), temperature=0.8, valid_vocab=V
-    )
-    return hidden, weight, targets, old + 0.4 * torch.randn(T, generator=g), torch.randn(T, generator=g), mask
+    everything = torch.ones_like(mask)
+    own = reference.logprobs(hidden @ weight.t(), targets, everything, temperature=0.8, valid_vocab=V)
+    return hidden, weight, targets, own + 0.4 * torch.randn(T, generator=g), torch.randn(T, generator=g), mask
 
 
 def main(out: str) -> None:
@@ -47,18 +46,14 @@ def main(out: str) -> None:
     truth, hidden_grad, weight_grad, logits_grad = truth_of(hidden, weight, rest)
     results = []
 
-    def report(
-        name: str,
-        loss,
-        values: list[torch.Tensor],
-        gradients: list[tuple[torch.Tensor, torch.Tensor]],
-        shared: list[torch.Tensor],
-    ) -> None:
-        """`shared` must be the same bits on every rank; `gradients` are pairs of ours and the truth's."""
-        expected = (truth.logprobs, truth.entropy)
-        errors = [relative_error(loss, truth.loss)]
-        errors += [relative_error(x, y) for x, y in [*zip(values, expected, strict=True), *gradients]]
-        same = all(is_the_same_everywhere(x.detach()) for x in [loss, *values, *shared])
+    def report(name: str, done: PolicyLoss, gradients: list[tuple], shared: list[torch.Tensor]) -> None:
+        """Add a result. `gradients` are pairs of ours and the truth's; `shared` must be the same bits on all
+        ranks, as the loss and its metrics must.
+        """
+        values = [(getattr(done, field), getattr(truth, field)) for field in ("loss", "logprobs", "entropy")]
+        errors = [relative_error(x, y) for x, y in values + gradients]
+        shared = [*shared, *(x.detach() for x, _ in values)]
+        same = all([is_the_same_everywhere(x) for x in shared])
         gathered: list = [None] * world
         dist.all_gather_object(gathered, max(errors))
         results.append({"name": name, "error": max(gathered), "is_same": same})
@@ -71,13 +66,7 @@ def main(out: str) -> None:
         mine = logits_grad.chunk(world, 1)[rank]
         done = policy_loss(logits, *rest, **CLIP, **options)
         done.loss.backward()
-        report(
-            f"logits {kind}",
-            done.loss,
-            [done.logprobs, done.entropy],
-            [(logits.grad, mine)],
-            [done.clipped_low],
-        )
+        report(f"logits {kind}", done, [(logits.grad, mine)], [done.clipped_low])
 
         for is_parallel in (False, True):
             for chunk_bytes in CHUNKS if is_parallel or not is_triton else CHUNKS[1:]:
@@ -91,14 +80,8 @@ def main(out: str) -> None:
                     (leaf.grad, hidden_grad.chunk(world)[rank] if is_parallel else hidden_grad),
                     (head.grad if main_grad is None else main_grad, weight_grad.chunk(world)[rank]),
                 ]
-                name = f"linear {kind}{' sequence' * is_parallel} {chunk_bytes}"
-                report(
-                    name,
-                    done.loss,
-                    [done.logprobs, done.entropy],
-                    gradients,
-                    [] if is_parallel else [leaf.grad],
-                )
+                name = f"linear {kind}{' sequence' if is_parallel else ''} {chunk_bytes}"
+                report(name, done, gradients, [] if is_parallel else [leaf.grad])
 
                 more.pop("dual_clip")
                 logprobs = linear_logprobs(leaf, head, rest[0], rest[-1], **more)
@@ -114,7 +97,7 @@ def main(out: str) -> None:
 
 
 def truth_of(hidden, weight, rest):
-    """The reference on one process: (result, gradients of hidden, of weight and of the logits)."""
+    """Compute the reference on one process: (result, gradients of hidden, of weight and of the logits)."""
     hidden, weight = double(hidden).requires_grad_(), double(weight).requires_grad_()
     logits = hidden @ weight.t()
     logits.retain_grad()
@@ -124,7 +107,7 @@ def truth_of(hidden, weight, rest):
 
 
 def is_the_same_everywhere(x: torch.Tensor) -> bool:
-    """Whether all ranks hold the same bits."""
+    """True if all ranks hold the same bits."""
     copies = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(copies, x.contiguous())
     return all(torch.equal(copy, copies[0]) for copy in copies)

@@ -1,4 +1,4 @@
-"""linear_policy_loss against the reference on the full logits: values, gradients, chunks, masks,
+"""Compare linear_policy_loss with the reference on the full logits: values, gradients, chunks, masks,
 accumulation, the forward-only half.
 """
 
@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from dapo_kernels import linear_logprobs, linear_policy_loss, reference
-from dapo_kernels.linear_policy_loss import MAX_SPAN, _spans
+from dapo_kernels.chunks import MAX_SPAN, plan_spans
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,29 +20,21 @@ FIELDS = ("loss", "logprobs", "entropy", "clipped_low", "clipped_high")
 
 
 def make(num_tokens=T, hidden_size=H, vocab=V, dtype=torch.float32, seed=0, temperature=1.0):
-    """hidden, weight, targets, old_logprobs, advantages, mask."""
+    """Return hidden, weight, targets, old_logprobs, advantages and mask."""
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(num_tokens, hidden_size, generator=g).to(dtype)
     weight = (torch.randn(vocab, hidden_size, generator=g) * 2 / hidden_size**0.5).to(dtype)
     targets = torch.randint(vocab, (num_tokens,), generator=g)
     mask = torch.rand(num_tokens, generator=g) < 0.7
-    own = reference.logprobs(
-        hidden.double() @ weight.double().t(), targets, torch.ones_like(mask), temperature=temperature
-    )
+    logits = hidden.double() @ weight.double().t()
+    own = reference.logprobs(logits, targets, torch.ones_like(mask), temperature=temperature)
     old = own + 0.4 * torch.randn(num_tokens, generator=g, dtype=torch.float64)
-    advantages = torch.randn(num_tokens, generator=g)
-    return (
-        hidden,
-        weight,
-        targets,
-        old.to(torch.float64 if dtype == torch.float64 else torch.float32),
-        advantages,
-        mask,
-    )
+    old = old.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    return hidden, weight, targets, old, torch.randn(num_tokens, generator=g), mask
 
 
 def run(inputs, **options):
-    """(result, gradient of hidden, gradient of weight) on fresh leaves."""
+    """Return (result, gradient of hidden, gradient of weight) on fresh leaves."""
     hidden, weight = (x.clone().requires_grad_() for x in inputs[:2])
     result = linear_policy_loss(hidden, weight, *inputs[2:], **CLIP, **options)
     result.loss.backward()
@@ -52,9 +44,8 @@ def run(inputs, **options):
 def truth_of(inputs, **options):
     hidden, weight, *rest = (double(x) for x in inputs)
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    result = reference.policy_loss(
-        hidden @ weight.t(), *rest, **CLIP, **{name: double(x) for name, x in options.items()}
-    )
+    options = {name: double(x) for name, x in options.items()}
+    result = reference.policy_loss(hidden @ weight.t(), *rest, **CLIP, **options)
     result.loss.backward()
     return result, hidden.grad, weight.grad
 
@@ -73,9 +64,8 @@ def test_values_and_gradients_are_the_references(which, chunk_bytes):
     inputs = make(temperature=options.get("temperature", 1.0))
     ours, truth = run(inputs, chunk_bytes=chunk_bytes, **options), truth_of(inputs, **options)
     assert_close(ours, truth, 1e-5)
-    assert torch.equal(ours[0].clipped_low, truth[0].clipped_low) and torch.equal(
-        ours[0].clipped_high, truth[0].clipped_high
-    )
+    assert torch.equal(ours[0].clipped_low, truth[0].clipped_low)
+    assert torch.equal(ours[0].clipped_high, truth[0].clipped_high)
     assert (ours[0].clipped_low | ours[0].clipped_high).any()
 
 
@@ -107,9 +97,8 @@ def test_masked_rows_may_hold_nan_and_never_enter_a_product():
     hidden, weight, targets, old, advantages, mask = (x.clone() for x in inputs)
     for x in (hidden, old, advantages, weights):
         x[~mask] = math.nan
-    result, *grads = run(
-        (hidden, weight, targets.masked_fill(~mask, -100), old, advantages, mask), weights=weights
-    )
+    targets = targets.masked_fill(~mask, -100)
+    result, *grads = run((hidden, weight, targets, old, advantages, mask), weights=weights)
     assert all(torch.equal(getattr(result, name), getattr(expected, name)) for name in FIELDS)
     assert all(map(torch.equal, grads, expected_grads))
     assert not grads[0][~mask].any()
@@ -129,16 +118,12 @@ def test_nothing_to_learn_from(num_tokens):
 def test_padded_columns_have_probability_zero_and_no_gradient(valid_vocab):
     inputs = make(vocab=valid_vocab)
     padded = torch.cat([inputs[1], torch.full((101 - valid_vocab + 3, H), 50.0)])
-    expected, hidden_grad, weight_grad = run(inputs)
-    result, padded_hidden_grad, padded_weight_grad = run(
-        (inputs[0], padded, *inputs[2:]), valid_vocab=valid_vocab
-    )
+    expected, *expected_grads = run(inputs)
+    result, hidden_grad, weight_grad = run((inputs[0], padded, *inputs[2:]), valid_vocab=valid_vocab)
     assert relative_error(result.loss, expected.loss) < 1e-5
-    assert relative_error(padded_hidden_grad, hidden_grad) < 1e-5
-    assert (
-        relative_error(padded_weight_grad[:valid_vocab], weight_grad) < 1e-5
-        and not padded_weight_grad[valid_vocab:].any()
-    )
+    assert relative_error(hidden_grad, expected_grads[0]) < 1e-5
+    assert relative_error(weight_grad[:valid_vocab], expected_grads[1]) < 1e-5
+    assert not weight_grad[valid_vocab:].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -189,9 +174,8 @@ def test_two_calls_add_up_in_weight_grad(dtype):
     main_grad, weight = start.clone(), first[1].clone().requires_grad_()
     for hidden, _, *rest in (first, second):
         leaf = hidden.clone().requires_grad_()
-        linear_policy_loss(
-            leaf, weight, *rest, **CLIP, weight_grad=main_grad, fp32_logits=True
-        ).loss.backward()
+        done = linear_policy_loss(leaf, weight, *rest, **CLIP, weight_grad=main_grad, fp32_logits=True)
+        done.loss.backward()
         # there for hooks that ask for one, and nothing to add
         assert weight.grad is not None and not weight.grad.any()
         assert torch.equal(leaf.grad, run((hidden, first[1], *rest), fp32_logits=True)[1])
@@ -200,16 +184,16 @@ def test_two_calls_add_up_in_weight_grad(dtype):
 
 
 def test_a_tied_embedding_gets_its_own_gradient_beside_weight_grad():
-    """The head's share goes to main_grad; what autograd then holds for the shared weight is the embedding's
-    share, whole.
+    """The head's gradient goes to main_grad; autograd then holds the embedding's gradient of the shared
+    weight, whole.
     """
     _, weight, *rest = make()
-    shared, main_grad, ids = weight.clone().requires_grad_(), torch.zeros(V, H), torch.arange(T)
-    linear_policy_loss(
-        torch.nn.functional.embedding(ids, shared), shared, *rest, **CLIP, weight_grad=main_grad
-    ).loss.backward()
+    embedding, ids = torch.nn.functional.embedding, torch.arange(T)
+    shared, main_grad = weight.clone().requires_grad_(), torch.zeros(V, H)
+    done = linear_policy_loss(embedding(ids, shared), shared, *rest, **CLIP, weight_grad=main_grad)
+    done.loss.backward()
     both = weight.clone().requires_grad_()
-    reference.policy_loss(torch.nn.functional.embedding(ids, both) @ both.t(), *rest, **CLIP).loss.backward()
+    reference.policy_loss(embedding(ids, both) @ both.t(), *rest, **CLIP).loss.backward()
     assert relative_error(shared.grad + main_grad, both.grad) < 1e-5 and shared.grad.any()
 
 
@@ -252,19 +236,15 @@ def test_what_needs_no_gradient_gets_none(frozen):
 
 
 def test_no_tensor_is_larger_than_a_chunk():
-    """Neither the logits nor anything of their size: the largest new tensors are the chunk and the weight's
-    gradient.
-    """
+    """No new tensor is of the logits' size: the largest are the chunk and the weight's gradient."""
     inputs = make(1000, 8, 400)
     hidden, weight = (x.clone().requires_grad_() for x in inputs[:2])
-    with torch.profiler.profile(
-        profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
-    ) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(profile_memory=True, activities=cpu) as profile:
         linear_policy_loss(hidden, weight, *inputs[2:], **CLIP, chunk_bytes=400 * 4 * 32).loss.backward()
     gc.collect()
-    largest = max(
-        event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"
-    )
+    events = profile.profiler.kineto_results.events()
+    largest = max(event.nbytes() for event in events if event.name() == "[memory]")
     assert 400 * 4 * 20 < largest <= 400 * 4 * 32, largest  # the full logits would be 1000 · 400 · 4
 
 
@@ -272,67 +252,66 @@ def test_no_tensor_is_larger_than_a_chunk():
 @given(st.lists(st.booleans(), max_size=60), st.sampled_from([1, 2, 4]), st.integers(4, 20))
 def test_chunks_cover_every_live_row_once_and_hold_no_more_than_asked(live, slices, limit):
     mask = torch.tensor(live[: len(live) // slices * slices], dtype=torch.bool)
-    spans = _spans(mask, mask.device, slices, limit)
+    spans = plan_spans(mask, mask.device, slices, limit)
     rows = torch.cat([span.rows for span in spans]) if spans else torch.zeros(0, dtype=torch.int64)
     assert sorted(rows.tolist()) == mask.nonzero()[:, 0].tolist()
     assert all(0 < len(span.rows) <= limit for span in spans)
     length = len(mask) // slices
     for span in spans:  # `within` and `rows` name the same tokens
-        position = (
-            torch.arange(len(mask)).view(slices, length)[:, span.start : span.stop].flatten()
-            if length
-            else mask
-        )
-        assert torch.equal(position[span.within], span.rows)
-    assert all(
-        slices * (span.stop - span.start) <= max(MAX_SPAN * limit, slices) for span in spans if slices > 1
-    )  # what is gathered
+        positions = torch.arange(len(mask)).view(slices, length)[:, span.start : span.stop].flatten()
+        assert torch.equal(positions[span.within], span.rows)
+        if slices > 1:
+            assert slices * (span.stop - span.start) <= max(MAX_SPAN * limit, slices)  # gathered rows
     if slices == 1 and spans:
         sizes = [len(span.rows) for span in spans]
         assert len(sizes) == -(-sum(live) // limit) and max(sizes) - min(sizes) < len(sizes)
 
 
 WRONG = [
-    (lambda a: a | {"hidden": a["hidden"][0]}, r"hidden has shape \[24\]; expected \[T, H\]"),
+    ("hidden", lambda a: a["hidden"][0], r"hidden has shape \[24\]; expected \[T, H\]"),
     (
-        lambda a: a | {"hidden": a["hidden"].bfloat16()},
+        "hidden",
+        lambda a: a["hidden"].bfloat16(),
         "weight is torch.float32; expected torch.bfloat16, as hidden is",
     ),
     (
-        lambda a: a | {"hidden": a["hidden"].t().contiguous().t()},
+        "hidden",
+        lambda a: a["hidden"].t().contiguous().t(),
         r"hidden has strides .*expected a contiguous tensor",
     ),
     (
-        lambda a: a | {"weight": a["weight"][:, :20].contiguous()},
+        "weight",
+        lambda a: a["weight"][:, :20].contiguous(),
         r"weight has shape \[101, 20\]; expected \[V/tp, 24\]",
     ),
-    (lambda a: a | {"weight": a["weight"].to("meta")}, "weight is on meta; expected cpu"),
-    (lambda a: a | {"targets": a["targets"][:5]}, r"targets has shape \[5\]; expected \[53\]"),
+    ("weight", lambda a: a["weight"].to("meta"), "weight is on meta; expected cpu"),
+    ("targets", lambda a: a["targets"][:5], r"targets has shape \[5\]; expected \[53\]"),
     (
-        lambda a: a | {"targets": a["targets"] + 101},
+        "targets",
+        lambda a: a["targets"] + 101,
         r"targets holds \d+ inside the mask, at token \d+; expected 0 to 100",
     ),
-    (lambda a: a | {"mask": a["mask"].long()}, "mask is torch.int64; expected torch.bool"),
+    ("mask", lambda a: a["mask"].long(), "mask is torch.int64; expected torch.bool"),
+    ("valid_vocab", lambda a: 102, "valid_vocab is 102, but weight holds 101 columns and tp_group 1 ranks"),
+    ("chunk_bytes", lambda a: 0, "chunk_bytes is 0"),
+    ("sequence_parallel", lambda a: True, "sequence_parallel is True and tp_group is None"),
     (
-        lambda a: a | {"valid_vocab": 102},
-        "valid_vocab is 102, but weight holds 101 columns and tp_group 1 ranks",
-    ),
-    (lambda a: a | {"chunk_bytes": 0}, "chunk_bytes is 0"),
-    (lambda a: a | {"sequence_parallel": True}, "sequence_parallel is True and tp_group is None"),
-    (
-        lambda a: a | {"weight_grad": torch.zeros(101, 24, dtype=torch.bfloat16)},
+        "weight_grad",
+        lambda a: a["weight"].bfloat16(),
         r"weight_grad is \[101, 24\] torch.bfloat16 on cpu; expected",
     ),
     (
-        lambda a: a | {"weight_grad": torch.zeros(100, 24)},
+        "weight_grad",
+        lambda a: a["weight"][:100],
         r"weight_grad is \[100, 24\] torch.float32 on cpu; expected \[101, 24\]",
     ),
-    (lambda a: a | {"weights": -torch.ones(53)}, "weights holds -1.0 inside the mask"),
+    ("weights", lambda a: -torch.ones(53), "weights holds -1.0 inside the mask"),
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), WRONG)
-def test_wrong_input_is_named_before_anything_runs(change, message):
+@pytest.mark.parametrize(("name", "value", "message"), WRONG)
+def test_wrong_input_is_named_before_anything_runs(name, value, message):
     names = ("hidden", "weight", "targets", "old_logprobs", "advantages", "mask")
+    given = dict(zip(names, make(), strict=True))
     with pytest.raises(ValueError, match=f"^{message}"):
-        linear_policy_loss(**(CLIP | change(dict(zip(names, make(), strict=True)))))
+        linear_policy_loss(**(CLIP | given | {name: value(given)}))

@@ -1,4 +1,4 @@
-"""The definition, checked against the formulas written out token by token in Python floats (float64)."""
+"""Check the definition against the formulas, written out token by token in Python floats (float64)."""
 
 import math
 
@@ -6,25 +6,15 @@ import pytest
 import torch
 from dapo_kernels.reference import MAX_LOG_RATIO, logprobs, logprobs_and_entropy, policy_loss
 
-from tests.kernels.inputs import CLIP, T, V, random_inputs, relative_error
+from tests.kernels.inputs import CLIP, T, V, double, random_inputs, relative_error
 
 
 def brute_force(
-    logits,
-    targets,
-    old,
-    advantages,
-    mask,
-    clip_low,
-    clip_high,
-    weights=None,
-    dual_clip=None,
-    ref_logprobs=None,
-    kl_coef=0.0,
-    temperature=1.0,
-):
-    """(loss, gradient [T][V], logprobs, entropy, clipped_low, clipped_high), by the formulas, one token after
-    another.
+    logits, targets, old, advantages, mask,
+    clip_low, clip_high, weights=None, dual_clip=None, ref_logprobs=None, kl_coef=0.0, temperature=1.0,
+):  # fmt: skip
+    """Compute (loss, gradient [T][V], logprobs, entropy, clipped_low, clipped_high) by the formulas, token by
+    token.
     """
     loss, gradient, rows = 0.0, [[0.0] * logits.shape[1] for _ in logits], []
     for t, target in enumerate(targets.tolist()):
@@ -34,15 +24,12 @@ def brute_force(
         scaled = [x / temperature for x in logits[t].tolist()]
         log_total = max(scaled) + math.log(sum(math.exp(x - max(scaled)) for x in scaled))
         p = [math.exp(x - log_total) for x in scaled]
-        logp, a, w = (
-            scaled[target] - log_total,
-            float(advantages[t]),
-            1.0 if weights is None else float(weights[t]),
-        )
+        logp, a = scaled[target] - log_total, float(advantages[t])
+        w = 1.0 if weights is None else float(weights[t])
         log_ratio = logp - float(old[t])
         ratio = math.exp(min(max(log_ratio, -MAX_LOG_RATIO), MAX_LOG_RATIO))
-        # of the token's loss, by logp
-        value, slope = -ratio * a, -ratio * a if abs(log_ratio) <= MAX_LOG_RATIO else 0.0
+        value = -ratio * a
+        slope = value if abs(log_ratio) <= MAX_LOG_RATIO else 0.0  # the derivative of value by logp
         clipped = min(max(ratio, 1 - clip_low), 1 + clip_high)
         if -clipped * a > value:
             value, slope = -clipped * a, 0.0
@@ -50,7 +37,8 @@ def brute_force(
             value, slope = -dual_clip * a, 0.0
         if ref_logprobs is not None:
             d = float(ref_logprobs[t]) - logp
-            value, slope = value + kl_coef * (math.exp(d) - d - 1), slope + kl_coef * (1 - math.exp(d))
+            value += kl_coef * (math.exp(d) - d - 1)
+            slope += kl_coef * (1 - math.exp(d))
         loss += w * value
         gradient[t] = [w * slope * ((v == target) - p[v]) / temperature for v in range(len(p))]
         entropy = -sum(x * math.log(x) for x in p if x)
@@ -59,7 +47,7 @@ def brute_force(
 
 
 def run(inputs, **options):
-    """policy_loss on a fresh leaf: (result, gradient of the logits)."""
+    """Return (policy_loss of a fresh leaf, its gradient)."""
     logits = inputs[0].detach().clone().requires_grad_()
     result = policy_loss(logits, *inputs[1:], **{**CLIP, **options})
     result.loss.backward()
@@ -78,9 +66,8 @@ def assert_is_brute_force(inputs, **options):
     return result
 
 
-WEIGHTS = torch.rand(T, generator=torch.Generator().manual_seed(8), dtype=torch.float64) * (
-    torch.arange(T) % 5 > 0
-)  # some are 0
+WEIGHTS = torch.rand(T, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+WEIGHTS[::5] = 0
 REF = -3 * torch.rand(T, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
 OPTIONS = [
     {},
@@ -99,29 +86,22 @@ OPTIONS = [
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options) or "plain")
 def test_value_and_gradient_are_the_formulas(options, seed):
-    result = assert_is_brute_force(
-        random_inputs(seed, temperature=options.get("temperature", 1.0)), **options
-    )
+    inputs = random_inputs(seed, temperature=options.get("temperature", 1.0))
+    result = assert_is_brute_force(inputs, **options)
     if options.get("clip_high") != 3.0:
         assert result.clipped_low.any() and result.clipped_high.any()  # else the test would not see the clip
 
 
 def test_gradient_is_what_finite_differences_say():
     inputs = random_inputs(3, num_tokens=6, vocab=5)
-    options = {
-        "weights": WEIGHTS[:6],
-        "dual_clip": 1.3,
-        "ref_logprobs": REF[:6],
-        "kl_coef": 0.1,
-        "temperature": 0.7,
-    }
-    assert torch.autograd.gradcheck(
-        lambda z: policy_loss(z, *inputs[1:], **CLIP, **options).loss, inputs[0].requires_grad_()
-    )
+    penalty = {"ref_logprobs": REF[:6], "kl_coef": 0.1}
+    options = {"weights": WEIGHTS[:6], "dual_clip": 1.3, "temperature": 0.7, **penalty}
+    loss_of = lambda z: policy_loss(z, *inputs[1:], **CLIP, **options).loss  # noqa: E731
+    assert torch.autograd.gradcheck(loss_of, inputs[0].requires_grad_())
 
 
 def at_ratios(ratios, advantage):
-    """One token per ratio π_θ / π_θold, all with the same advantage."""
+    """Make one token per ratio π_θ / π_θold, all with the same advantage."""
     n = len(ratios)
     logits, targets, *_ = random_inputs(4, num_tokens=n)
     mask = torch.ones(n, dtype=torch.bool)
@@ -171,9 +151,8 @@ def test_kl_term_is_zero_at_the_reference_and_positive_elsewhere():
     at_reference, grad = run(inputs, ref_logprobs=own, kl_coef=1.0)
     assert at_reference.loss == 0 and not grad.any()
     for shift in (-1.0, 1.0):
-        assert run(inputs, ref_logprobs=own + shift, kl_coef=0.5)[0].loss.item() == pytest.approx(
-            5 * 0.5 * (math.exp(shift) - shift - 1)
-        )
+        loss = run(inputs, ref_logprobs=own + shift, kl_coef=0.5)[0].loss.item()
+        assert loss == pytest.approx(5 * 0.5 * (math.exp(shift) - shift - 1))
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
@@ -185,9 +164,8 @@ def test_the_first_minibatch_has_ratio_exactly_one(temperature, dtype):
     assert result.loss == -advantages[mask].sum()  # exactly: e⁰ · A
     assert not result.clipped_low.any() and not result.clipped_high.any()
     assert torch.equal(result.logprobs, own)
-    picked, _ = logprobs_and_entropy(
-        leaf := logits.clone().requires_grad_(), targets, mask, temperature=temperature
-    )
+    leaf = logits.clone().requires_grad_()
+    picked, _ = logprobs_and_entropy(leaf, targets, mask, temperature=temperature)
     (-picked * advantages[mask]).sum().backward()  # the plain policy gradient
     torch.testing.assert_close(grad, leaf.grad)
 
@@ -200,33 +178,27 @@ def test_without_weights_every_token_weighs_one():
 def test_the_sum_over_parts_is_the_whole():
     inputs = random_inputs(7)
     whole, grad = run(inputs, weights=WEIGHTS)
-    parts = [
-        run(tuple(x[rows] for x in inputs), weights=WEIGHTS[rows])
-        for rows in (slice(0, 9), slice(9, 10), slice(10, T))
-    ]
+    thirds = (slice(0, 9), slice(9, 10), slice(10, T))
+    parts = [run(tuple(x[rows] for x in inputs), weights=WEIGHTS[rows]) for rows in thirds]
     torch.testing.assert_close(sum(part.loss for part, _ in parts), whole.loss)
     torch.testing.assert_close(torch.cat([g for _, g in parts]), grad)
 
 
 def test_masked_rows_may_hold_nan_and_give_zeros_and_no_gradient():
     logits, targets, old, advantages, mask = random_inputs(8)
-    expected, expected_grad = run(
-        (logits, targets, old, advantages, mask), weights=WEIGHTS, ref_logprobs=REF, kl_coef=0.1
-    )
+    inputs = (logits, targets, old, advantages, mask)
+    expected, expected_grad = run(inputs, weights=WEIGHTS, ref_logprobs=REF, kl_coef=0.1)
     logits, old, advantages, weights, ref = [x.clone() for x in (logits, old, advantages, WEIGHTS, REF)]
     for x in (logits, old, advantages, weights, ref):
         x[~mask] = math.nan
-    targets = targets.masked_fill(~mask, -100)
-    result, grad = run(
-        (logits, targets, old, advantages, mask), weights=weights, ref_logprobs=ref, kl_coef=0.1
-    )
+    inputs = (logits, targets.masked_fill(~mask, -100), old, advantages, mask)
+    result, grad = run(inputs, weights=weights, ref_logprobs=ref, kl_coef=0.1)
     assert torch.equal(result.loss, expected.loss) and torch.equal(grad, expected_grad)
     assert not grad[~mask].any()
     for name in ("logprobs", "entropy", "clipped_low", "clipped_high"):
         values = getattr(result, name)
-        assert (
-            values.shape == (T,) and not values[~mask].any() and torch.equal(values, getattr(expected, name))
-        )
+        assert values.shape == (T,) and not values[~mask].any()
+        assert torch.equal(values, getattr(expected, name))
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 5])
@@ -234,13 +206,8 @@ def test_nothing_to_learn_from_is_a_loss_of_zero_with_a_gradient_of_zeros(num_to
     logits, targets, old, advantages, _ = random_inputs(9, num_tokens=num_tokens)
     result, grad = run((logits, targets, old, advantages, torch.zeros(num_tokens, dtype=torch.bool)))
     assert result.loss == 0 and grad.shape == (num_tokens, V) and not grad.any()
-    assert (
-        result.logprobs.shape
-        == result.entropy.shape
-        == result.clipped_low.shape
-        == result.clipped_high.shape
-        == (num_tokens,)
-    )
+    for name in ("logprobs", "entropy", "clipped_low", "clipped_high"):
+        assert getattr(result, name).shape == (num_tokens,)
 
 
 @pytest.mark.parametrize("garbage", [50.0, -50.0, 1e4, math.nan, math.inf])
@@ -249,10 +216,8 @@ def test_padded_columns_have_probability_zero_and_no_gradient(garbage):
     expected, expected_grad = run(inputs)
     padded = torch.cat([inputs[0], torch.full((T, 5), garbage, dtype=torch.float64)], dim=1)
     result, grad = run((padded, *inputs[1:]), valid_vocab=V)
-    assert all(
-        torch.equal(getattr(result, name), getattr(expected, name))
-        for name in ("loss", "logprobs", "entropy")
-    )
+    for name in ("loss", "logprobs", "entropy"):
+        assert torch.equal(getattr(result, name), getattr(expected, name))
     assert torch.equal(grad[:, :V], expected_grad) and not grad[:, V:].any()
 
 
@@ -277,10 +242,9 @@ def test_logits_of_1e4_are_computed_exactly(dtype, temperature):
     for shift in (1e4, -1e4):
         shifted = logits + shift  # rounded here, once: what follows sees the same numbers in either type
         old = logprobs(shifted.double(), targets, mask, temperature=temperature)
-        result, grad = run((shifted.to(dtype), targets, old, advantages, mask), temperature=temperature)
-        truth, true_grad = run(
-            (shifted.double(), targets, old, advantages.double(), mask), temperature=temperature
-        )
+        inputs = (targets, old, advantages, mask)
+        result, grad = run((shifted.to(dtype), *inputs), temperature=temperature)
+        truth, true_grad = run((shifted.double(), *map(double, inputs)), temperature=temperature)
         torch.testing.assert_close(result.logprobs.double(), truth.logprobs, rtol=2e-6, atol=2e-6)
         torch.testing.assert_close(grad.double(), true_grad, rtol=1e-5, atol=1e-6)
 
@@ -288,14 +252,8 @@ def test_logits_of_1e4_are_computed_exactly(dtype, temperature):
 def test_one_logit_far_above_the_rest_is_probability_one_without_nan():
     logits = torch.full((3, V), -1e4)
     logits[:, 5] = 1e4
-    inputs = (
-        logits,
-        torch.tensor([5, 5, 6]),
-        torch.zeros(3),
-        torch.tensor([1.0, -1.0, 1.0]),
-        torch.ones(3, dtype=torch.bool),
-    )
-    result, grad = run(inputs)
+    targets, advantages = torch.tensor([5, 5, 6]), torch.tensor([1.0, -1.0, 1.0])
+    result, grad = run((logits, targets, torch.zeros(3), advantages, torch.ones(3, dtype=torch.bool)))
     assert result.logprobs.tolist() == [0.0, 0.0, -2e4]
     assert not result.entropy.any() and grad.isfinite().all() and result.loss.isfinite()
 
@@ -318,23 +276,17 @@ def test_entropy_is_that_of_the_distribution_sampled_from(temperature):
 
 
 def test_entropy_of_equal_logits_is_log_v():
-    inputs = (
-        torch.full((1, V), 7.0),
-        torch.tensor([0]),
-        torch.zeros(1),
-        torch.ones(1),
-        torch.ones(1, dtype=torch.bool),
-    )
-    assert run(inputs)[0].entropy.item() == pytest.approx(math.log(V), rel=1e-6)
+    mask = torch.ones(1, dtype=torch.bool)
+    result, _ = run((torch.full((1, V), 7.0), torch.tensor([0]), torch.zeros(1), torch.ones(1), mask))
+    assert result.entropy.item() == pytest.approx(math.log(V), rel=1e-6)
 
 
 def test_metrics_are_detached_and_logprobs_keeps_no_graph():
     logits, *rest = random_inputs(15)
     result = policy_loss(logits.requires_grad_(), *rest, **CLIP)
     assert result.loss.requires_grad
-    assert not any(
-        x.requires_grad for x in (result.logprobs, result.entropy, result.clipped_low, result.clipped_high)
-    )
+    metrics = (result.logprobs, result.entropy, result.clipped_low, result.clipped_high)
+    assert not any(x.requires_grad for x in metrics)
     assert not logprobs(logits, rest[0], rest[3]).requires_grad
     assert torch.equal(logprobs(logits, rest[0], rest[3]), result.logprobs)
 
@@ -344,7 +296,7 @@ def test_float32_is_within_2e5_of_the_truth(temperature):
     inputs = random_inputs(16, num_tokens=101, vocab=4099, dtype=torch.float32, temperature=temperature)
     options = {"temperature": temperature, "dual_clip": 10.0}
     result, grad = run(inputs, **options)
-    truth, true_grad = run(tuple(x.double() if x.is_floating_point() else x for x in inputs), **options)
+    truth, true_grad = run(tuple(map(double, inputs)), **options)
     assert relative_error(result.loss, truth.loss) < 2e-5
     assert relative_error(grad, true_grad) < 2e-5
     assert relative_error(result.logprobs, truth.logprobs) < 2e-5

@@ -1,5 +1,5 @@
-"""What the kernels compile to for real GPUs, on a machine without one. In processes of their own: Triton must
-not be interpreted there.
+"""The kernels are compiled for real GPUs on a machine without one, in processes of their own: Triton must not
+be interpreted there.
 """
 
 import json

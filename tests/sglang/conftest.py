@@ -17,11 +17,22 @@ import transformers
 
 from dapo.config import Config
 from dapo.engine.control import Server
-from dapo.engine.fleet import Servers
+from dapo.engine.fleet import make_servers
 from tests.sglang.environment.build import build
 
 BASE = Path(__file__).parents[2] / "examples/arithmetic/base"
 VOCAB = 64  # the tokenizer knows 25 of them
+# config.json of a model that is only read, never built
+QWEN2 = {
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,7 @@ def sglang_server(
     sglang_python: Path, random_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningServer]:
     config = server_config(tmp_path_factory.mktemp("sglang"), random_model, python=str(sglang_python))
-    servers = Servers(config, say=lambda text: print(text, file=sys.stderr))
+    servers = make_servers(config, say=lambda text: print(text, file=sys.stderr))
     try:
         servers.wait()
         [server] = servers.workers

@@ -15,7 +15,7 @@ import numpy as np
 import orjson
 from aiohttp import web
 
-from dapo.types import Request, Sampling
+from dapo.types import Prompt, Request, Sampling
 
 STOP = 9
 Fault = Callable[["FakeServer", web.Request, dict], Awaitable[web.StreamResponse]]
@@ -260,6 +260,6 @@ def requests(count: int, sampling: Sampling | None = None, first: int = 0) -> li
     """Groups of two."""
     sampling = sampling or Sampling(1.0, 64, (STOP,))
     return [
-        Request(i // 2, i % 2, np.arange(3, dtype=np.int32), 1000 + i, sampling)
+        Request(i // 2, i % 2, Prompt(i // 2, np.arange(3, dtype=np.int32), ""), 1000 + i, sampling)
         for i in range(first, first + count)
     ]

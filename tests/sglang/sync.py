@@ -116,7 +116,7 @@ def main(url: str, model: str, out: str) -> None:
             directory=folder / "weights",
             model=variants[0],
             verify=True,
-            limit=60,
+            timeout=60,
         )
         before = mesh.on_main(measure, server, variants[i], vocab)
         sync(policy, OnlyWeights(weights) if mesh.is_main else RolloutsElsewhere(), mesh, version=100 + i)  # type: ignore[arg-type]

@@ -54,7 +54,7 @@ class SyncingEngine(EmbeddedEngine):
         super().__init__(model, *arguments)
         self.server = WeightServer()
         options: dict[str, Any] = dict(
-            bucket_bytes=40_000, device=self.device, directory=Path(), model=model, limit=5
+            bucket_bytes=40_000, device=self.device, directory=Path(), model=model, timeout=5
         )
         self.sync = make_sync("broadcast", lambda: [Server(self.server.url)], **options)
 

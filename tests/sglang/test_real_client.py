@@ -14,11 +14,12 @@ import pytest
 import torch
 import transformers
 
+from dapo.config import Limits
 from dapo.engine import generate
 from dapo.engine.control import Server
 from dapo.engine.generate import BadAnswer
-from dapo.engine.sglang import SGLangEngine
-from dapo.types import EngineError, Request, Sample, Sampling
+from dapo.engine.sglang import SGLangEngine, SGLangStream
+from dapo.types import EngineError, Prompt, Request, Sample, Sampling
 
 LIMIT = 120.0  # seconds, on a busy machine
 
@@ -39,10 +40,15 @@ class Alone:
 @pytest.fixture
 def engine(sglang_server: Any) -> Iterator[SGLangEngine]:
     alone = Alone(sglang_server.server)
-    engine = SGLangEngine(alone, alone, max_concurrent=64, stall_seconds=LIMIT)  # type: ignore[arg-type]  # no sync takes place
+    engine = SGLangEngine(alone, alone, 64, Limits(LIMIT))  # type: ignore[arg-type]  # no sync takes place
     yield engine
     engine.close()
     wait_until_idle(sglang_server.server)
+
+
+@pytest.fixture
+def stream(engine: SGLangEngine) -> SGLangStream:
+    return engine.stream()
 
 
 @pytest.fixture
@@ -77,9 +83,10 @@ def requests(count: int, shape: SimpleNamespace, sampling: Sampling) -> list[Req
     """Prompts of different lengths without stop tokens."""
     rng = np.random.default_rng(0)
     usable = np.setdiff1d(np.arange(shape.vocabulary), shape.stop_ids)
+    prompts = [rng.choice(usable, int(rng.integers(3, 30))).astype(np.int32) for _ in range(count)]
     return [
-        Request(i // 4, i % 4, rng.choice(usable, int(rng.integers(3, 30))).astype(np.int32), i, sampling)
-        for i in range(count)
+        Request(i // 4, i % 4, Prompt(i, tokens, ""), i, sampling)
+        for i, tokens in enumerate(prompts)
     ]
 
 
@@ -102,22 +109,23 @@ def wait_until_idle(server: Server) -> None:
 
 def expected_logprobs(model: Any, request: Request, sample: Sample) -> np.ndarray:
     """log softmax(logits / T) of the response's tokens, by a plain forward of the Hugging Face model."""
-    tokens = torch.from_numpy(np.concatenate([request.tokens, sample.tokens])).long()
+    prompt = request.prompt.tokens
+    tokens = torch.from_numpy(np.concatenate([prompt, sample.tokens])).long()
     with torch.no_grad():
-        logits = model(tokens[None]).logits[0, len(request.tokens) - 1 : -1] / request.sampling.temperature
-    return logits.log_softmax(-1).gather(-1, tokens[len(request.tokens) :, None])[:, 0].numpy()
+        logits = model(tokens[None]).logits[0, len(prompt) - 1 : -1] / request.sampling.temperature
+    return logits.log_softmax(-1).gather(-1, tokens[len(prompt) :, None])[:, 0].numpy()
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.0, 0.7)])
 def test_64_concurrent_responses_have_the_models_logprobs(
-    engine, model, shape, temperature: float, top_p: float
+    stream, model, shape, temperature: float, top_p: float
 ) -> None:
     wanted = {
         request.id: request
         for request in requests(64, shape, Sampling(temperature, 48, shape.stop_ids, top_p))
     }
-    engine.submit(wanted.values())
-    samples = list(engine.completed())
+    stream.submit(wanted.values())
+    samples = list(stream.completed())
     assert {f"{sample.group}.{sample.index}" for sample in samples} == wanted.keys() and len(samples) == 64
     worst = 0.0
     for sample in samples:
@@ -131,10 +139,10 @@ def test_64_concurrent_responses_have_the_models_logprobs(
     assert len({sample.tokens.tobytes() for sample in samples}) > 32, "they are drawn, not all alike"
 
 
-def test_every_stop_id_ends_a_response_and_stays_in_it(engine, shape) -> None:
+def test_every_stop_id_ends_a_response_and_stays_in_it(stream, shape) -> None:
     more = tuple(range(2, shape.vocabulary, 3))
-    engine.submit(requests(32, shape, Sampling(1.0, 32, (*shape.stop_ids, *more))))
-    samples = list(engine.completed())
+    stream.submit(requests(32, shape, Sampling(1.0, 32, (*shape.stop_ids, *more))))
+    samples = list(stream.completed())
     assert len(samples) == 32 and all(
         sample.finish_reason == "stop" for sample in samples if sample.length < 32
     )
@@ -144,33 +152,33 @@ def test_every_stop_id_ends_a_response_and_stays_in_it(engine, shape) -> None:
 
 
 @pytest.mark.parametrize("excess", ["prompt", "response"])
-def test_what_does_not_fit_the_context_is_refused_with_one_clear_error(engine, shape, excess: str) -> None:
+def test_what_does_not_fit_the_context_is_refused_with_one_clear_error(stream, shape, excess: str) -> None:
     length, limit = (shape.context + 10, 8) if excess == "prompt" else (10, shape.context)
-    prompt = np.full(length, shape.vocabulary - 1, np.int32)
-    engine.submit([Request(5, 0, prompt, 0, Sampling(1.0, limit, shape.stop_ids))])
+    prompt = Prompt(5, np.full(length, shape.vocabulary - 1, np.int32), "")
+    stream.submit([Request(5, 0, prompt, 0, Sampling(1.0, limit, shape.stop_ids))])
     with pytest.raises(
         EngineError,
         match=rf"refused request 5\.0 \({length} tokens of prompt, max_tokens {limit}\): 400 .*context",
     ):
-        list(engine.completed())
+        list(stream.completed())
 
 
 def test_abort_ends_one_request_and_not_the_one_whose_id_begins_alike(
-    engine, shape, sglang_server, long_responses
+    stream, shape, sglang_server, long_responses
 ) -> None:
     sampling = Sampling(1.0, shape.context // 2, shape.stop_ids)
-    prompt = requests(1, shape, sampling)[0].tokens
+    prompt = requests(1, shape, sampling)[0].prompt
     wanted = [Request(1, index, prompt, index, sampling) for index in range(32)]
-    engine.submit(wanted)
+    stream.submit(wanted)
     wait_for(lambda: num_running(sglang_server.server) > 16)
-    engine.abort(request.id for request in wanted if request.index in (1, 2))
-    samples = list(engine.completed())
+    stream.abort(request.id for request in wanted if request.index in (1, 2))
+    samples = list(stream.completed())
     assert {sample.index for sample in samples} == set(range(32)) - {1, 2}
     for sample in samples:
         stops = np.flatnonzero(np.isin(sample.tokens, shape.stop_ids)).tolist()
         assert stops == ([sample.length - 1] if sample.finish_reason == "stop" else [])
         assert sample.finish_reason == "stop" or sample.length == sampling.max_tokens
-    assert [endpoint.fault for endpoint in engine.dispatch.endpoints] == [""], (
+    assert [endpoint.fault for endpoint in stream.client.endpoints] == [""], (
         "none came back aborted and was asked again"
     )
 
@@ -207,9 +215,9 @@ def test_a_long_response_is_no_stall(
     wanted = requests(8, shape, Sampling(1.0, shape.context * 3 // 4, shape.stop_ids))
 
     def seconds_to_first(engine: SGLangEngine) -> float:
-        start = time.monotonic()
-        engine.submit(wanted)
-        completed = engine.completed()
+        start, stream = time.monotonic(), engine.stream()
+        stream.submit(wanted)
+        completed = stream.completed()
         next(completed)
         seconds = time.monotonic() - start
         assert len(list(completed)) == 7
@@ -217,7 +225,7 @@ def test_a_long_response_is_no_stall(
 
     stall = max(0.5, seconds_to_first(engine) / 8)  # the machine may be that much faster the second time
     alone = Alone(sglang_server.server)
-    impatient = SGLangEngine(alone, alone, max_concurrent=64, stall_seconds=stall)  # type: ignore[arg-type]  # no sync takes place
+    impatient = SGLangEngine(alone, alone, 64, Limits(stall))  # type: ignore[arg-type]
     assert seconds_to_first(impatient) > stall
     impatient.close()
     assert "no progress" not in capfd.readouterr().err
@@ -225,8 +233,8 @@ def test_a_long_response_is_no_stall(
 
 def test_close_leaves_the_server_idle(shape, sglang_server, long_responses) -> None:
     alone = Alone(sglang_server.server)
-    engine = SGLangEngine(alone, alone, max_concurrent=64, stall_seconds=LIMIT)  # type: ignore[arg-type]
-    engine.submit(requests(32, shape, Sampling(1.0, shape.context // 2, shape.stop_ids)))
+    engine = SGLangEngine(alone, alone, 64, Limits(LIMIT))  # type: ignore[arg-type]
+    engine.stream().submit(requests(32, shape, Sampling(1.0, shape.context // 2, shape.stop_ids)))
     wait_for(lambda: num_running(sglang_server.server) > 8)
     start = time.monotonic()
     engine.close()

@@ -13,7 +13,7 @@ import pytest
 
 from dapo.config import ConfigError
 from dapo.engine.arguments import OURS, known_arguments, server_options
-from dapo.engine.fleet import Servers
+from dapo.engine.fleet import make_servers
 from dapo.rollout.rollouts import GROUPS_PER_STEP
 from tests.sglang.conftest import RunningServer, server_config
 from tests.sglang.two_servers import GROUPS, SAMPLES
@@ -58,7 +58,7 @@ def test_a_server_that_does_not_start_says_why(
     sglang: dict[str, str],
     words: list[str],
 ) -> None:
-    servers = Servers(
+    servers = make_servers(
         server_config(
             tmp_path, tmp_path / model if model else random_model, python=sglang_python, sglang=sglang
         ),

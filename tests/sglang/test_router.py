@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from dapo.engine.arguments import child_environment, command_line
+from dapo.config import Limits
+from dapo.engine.arguments import child_environment, module_command
 from dapo.engine.control import KEY_VARIABLE, Server
-from dapo.engine.fleet import BOOT, ROUTER
 from dapo.engine.process import LOOPBACK, ServerProcess, free_port
+from dapo.engine.router import OPTIONS
 from dapo.engine.sglang import SGLangEngine
 from tests.sglang import fake_server as fake
+from tests.sglang.fake_engine import Fakes, assert_answered, collect
 from tests.sglang.fake_server import FakeServer, requests
-from tests.sglang.test_client import Fakes, assert_answered, collect
 from tests.sglang.test_servers import until
 
 
@@ -27,7 +28,7 @@ class Routed(Fakes):
             "prometheus-port": free_port(),
             "worker-urls": [server.url for server in fakes],
         }
-        command = [str(python), "-c", BOOT, "sglang_router.launch_router", *command_line(ROUTER | options)]
+        command = module_command(str(python), "sglang_router.launch_router", OPTIONS | options)
         environment = child_environment(has_cuda=True) | {KEY_VARIABLE: "key"}
         self.process = ServerProcess("router", command, folder / "router.log", environment)
 
@@ -52,11 +53,12 @@ def test_what_fails_behind_the_router_is_asked_again_and_never_under_the_same_id
     try:
         until(routed.process.is_up, limit=120)
         until(lambda: routed.num_healthy() == 2, limit=120)
-        engine = SGLangEngine(routed, routed, 8, 60.0)  # type: ignore[arg-type]
+        engine = SGLangEngine(routed, routed, 8, Limits(60.0))  # type: ignore[arg-type]
         try:
             wanted = requests(40)
-            engine.submit(wanted)
-            assert_answered(collect(engine), wanted)
+            stream = engine.stream()
+            stream.submit(wanted)
+            assert_answered(collect(stream), wanted)
         finally:
             engine.close()
     finally:

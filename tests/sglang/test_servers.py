@@ -25,11 +25,8 @@ import pytest
 import torch
 
 from dapo import clock
-from dapo.config import ConfigError
-from dapo.engine import arguments as server_options_module
-from dapo.engine import fleet as servers
-from dapo.engine import guardian
-from dapo.engine import process as server_process
+from dapo.config import ConfigError, Limits
+from dapo.engine import arguments, fleet, guardian, process
 from dapo.engine.arguments import (
     check_broadcast,
     child_environment,
@@ -39,21 +36,22 @@ from dapo.engine.arguments import (
     server_options,
 )
 from dapo.engine.control import KEY_VARIABLE, Server
-from dapo.engine.fleet import Servers, introduce
+from dapo.engine.external import check_server
+from dapo.engine.fleet import Fleet, make_servers
 from dapo.engine.sglang import SGLangEngine
 from dapo.engine.weight_sync import make_sync
 from dapo.types import EngineError, WeightsLost
-from tests.sglang.conftest import server_config
+from tests.sglang.conftest import QWEN2, server_config
 from tests.sglang.fake_server import FakeServer, requests, tokens_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="SGLang runs on Linux")
 ROOT = Path(__file__).parents[2]
 FAKE = Path(__file__).parent / "fake"
 TRAINER = """import pathlib, sys, time
-from dapo.engine.fleet import Servers
+from dapo.engine.fleet import make_servers
 from tests.sglang.conftest import server_config
 folder = pathlib.Path(sys.argv[1])
-Servers(server_config(folder, folder)).wait()
+make_servers(server_config(folder, folder)).wait()
 print("up", flush=True)
 time.sleep(600)"""
 
@@ -68,18 +66,18 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     known_arguments.cache_clear()
-    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Qwen2ForCausalLM"]}))
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2))
     return tmp_path
 
 
 @pytest.fixture
-def start(fake: Path) -> Iterator[Callable[..., Servers]]:
+def start(fake: Path) -> Iterator[Callable[..., Fleet]]:
     """Servers by options of the section engine, stopped in the end."""
     started = []
 
-    def start(said: list[str] | None = None, **engine: Any) -> Servers:
+    def start(said: list[str] | None = None, **engine: Any) -> Fleet:
         started.append(
-            Servers(server_config(fake, fake, **engine), say=(said if said is not None else []).append)
+            make_servers(server_config(fake, fake, **engine), say=(said if said is not None else []).append)
         )
         return started[-1]
 
@@ -129,7 +127,7 @@ def test_nothing_survives_the_trainer(fake: Path, end: signal.Signals) -> None:
     assert survivors(family) == []
 
 
-def test_nothing_survives_closing(start: Callable[..., Servers], fake: Path) -> None:
+def test_nothing_survives_closing(start: Callable[..., Fleet], fake: Path) -> None:
     started = start()
     started.wait()
     family = processes_of(fake)
@@ -138,7 +136,7 @@ def test_nothing_survives_closing(start: Callable[..., Servers], fake: Path) -> 
     assert survivors(family) == []
 
 
-def test_a_server_goes_with_its_guardian(start: Callable[..., Servers], fake: Path) -> None:
+def test_a_server_goes_with_its_guardian(start: Callable[..., Fleet], fake: Path) -> None:
     started = start()
     started.wait()
     guardian, server, child = processes_of(fake)
@@ -163,7 +161,7 @@ def test_a_server_lives_on_though_its_log_cannot_be_written() -> None:
 
 
 def test_a_server_that_died_takes_part_from_the_next_sync_on(
-    start: Callable[..., Servers], fake: Path
+    start: Callable[..., Fleet], fake: Path
 ) -> None:
     said: list[str] = []
     started = start(said)
@@ -189,7 +187,7 @@ def test_a_server_that_died_takes_part_from_the_next_sync_on(
 
 
 def test_waiting_for_a_server_that_starts_again_is_progress(
-    start: Callable[..., Servers], fake: Path
+    start: Callable[..., Fleet], fake: Path
 ) -> None:
     started = start()
     started.wait()
@@ -200,7 +198,7 @@ def test_waiting_for_a_server_that_starts_again_is_progress(
     assert clock.progress()[0] > before
 
 
-def test_a_server_that_stands_still_is_started_again(start: Callable[..., Servers], fake: Path) -> None:
+def test_a_server_that_stands_still_is_started_again(start: Callable[..., Fleet], fake: Path) -> None:
     said: list[str] = []
     started = start(said)
     started.wait()
@@ -217,7 +215,7 @@ def test_a_server_that_stands_still_is_started_again(start: Callable[..., Server
     assert "up again" in said[-1], "once"
 
 
-def test_a_router_that_died_is_started_again_under_a_sync(start: Callable[..., Servers], fake: Path) -> None:
+def test_a_router_that_died_is_started_again_under_a_sync(start: Callable[..., Fleet], fake: Path) -> None:
     said: list[str] = []
     started = start(said, servers=2)
     started.wait()
@@ -231,12 +229,12 @@ def test_a_router_that_died_is_started_again_under_a_sync(start: Callable[..., S
 
 
 def test_a_router_that_does_not_come_back_is_one_error(
-    start: Callable[..., Servers], fake: Path, monkeypatch: pytest.MonkeyPatch
+    start: Callable[..., Fleet], fake: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = start(servers=2)
     started.wait()
     assert started.router
-    monkeypatch.setattr(servers, "ROUTER_LIMIT", 2.0)
+    monkeypatch.setattr(fleet, "ROUTER_TIMEOUT", 2.0)
     monkeypatch.setattr(started.router, "has_ended", lambda: False)
     started.router.process.kill()
     with pytest.raises(EngineError, match=rf"{started.router.url}/workers: .*, after 2 s; see .*router\.log"):
@@ -244,15 +242,13 @@ def test_a_router_that_does_not_come_back_is_one_error(
 
 
 def test_a_server_that_dies_just_before_a_sync_is_left_out_of_it(
-    start: Callable[..., Servers], fake: Path
+    start: Callable[..., Fleet], fake: Path
 ) -> None:
-    (fake / "config.json").write_text('{"architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 2}')
     started = start(servers=2)
     started.wait()
     where: dict[str, Any] = {"directory": fake / "weights", "model": fake, "device": torch.device("cpu")}
-    engine = SGLangEngine(
-        started, make_sync("disk", lambda: started.workers, bucket_bytes=64, limit=20, **where), 4, 60.0
-    )
+    sync = make_sync("disk", lambda: started.workers, bucket_bytes=64, timeout=20, **where)
+    engine = SGLangEngine(started, sync, 4, Limits(60.0))
     try:
         dead, alive = started.workers
         for version in (1, 2):
@@ -276,11 +272,11 @@ def refuses(server: Server) -> bool:
 
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_process, "FIRST_PAUSE", 0.1)
+    monkeypatch.setattr(process, "FIRST_PAUSE", 0.1)
 
 
-def test_a_server_that_cannot_start_again_is_given_up(
-    start: Callable[..., Servers], fake: Path, short_pauses: None
+def test_a_server_that_cannot_start_again_stays_dead(
+    start: Callable[..., Fleet], fake: Path, short_pauses: None
 ) -> None:
     said: list[str] = []
     started = start(said)
@@ -294,8 +290,8 @@ def test_a_server_that_cannot_start_again_is_given_up(
     ) as error:
         started.refresh()
     assert not isinstance(error.value, WeightsLost), "another sync would not help"
-    assert "given up" in said[-1]
-    assert [line.endswith("; starting it again") for line in said] == [True] * server_process.RESTARTS + [
+    assert "stays dead" in said[-1]
+    assert [line.endswith("; starting it again") for line in said] == [True] * process.RESTARTS + [
         False
     ]
     assert processes_of(fake) == []
@@ -303,7 +299,7 @@ def test_a_server_that_cannot_start_again_is_given_up(
 
 @pytest.mark.parametrize("how", ["killed", "hung"])
 def test_what_the_only_server_was_asked_when_it_was_lost_is_asked_of_it_after_the_next_sync(
-    start: Callable[..., Servers], fake: Path, how: str
+    start: Callable[..., Fleet], fake: Path, how: str
 ) -> None:
     started = start()
     started.wait()
@@ -311,27 +307,28 @@ def test_what_the_only_server_was_asked_when_it_was_lost_is_asked_of_it_after_th
     sync.load = lambda weights, version: [
         worker.post("/update_weight_version", {"new_version": str(version)}) for worker in started.workers
     ]
-    engine = SGLangEngine(started, sync, max_concurrent=4, stall_seconds=60 if how == "killed" else 1)  # type: ignore[arg-type]
+    engine = SGLangEngine(started, sync, 4, Limits(60.0 if how == "killed" else 3.0))  # type: ignore[arg-type]
+    stream = engine.stream()
     engine.load_weights([], 3)
     (fake / "hung").touch()
     wanted = requests(6)
-    engine.submit(wanted)
-    until(lambda: engine.dispatch.endpoints[0].asked)
+    stream.submit(wanted)
+    until(lambda: engine.client.endpoints[0].outstanding)
     if how == "killed":
         processes_of(fake)[1].kill()
     with pytest.raises(WeightsLost):
-        list(engine.completed())
-    engine.abort([request.id for request in wanted])
+        list(stream.completed())
+    stream.abort()
     (fake / "hung").unlink()
     engine.load_weights([], 3)
-    engine.submit(wanted)
-    found = {f"{sample.group}.{sample.index}": sample.tokens.tolist() for sample in engine.completed()}
+    stream.submit(wanted)
+    found = {f"{sample.group}.{sample.index}": sample.tokens.tolist() for sample in stream.completed()}
     assert found == {request.id: tokens_of(request).tolist() for request in wanted}
     engine.close()
 
 
 def test_a_start_that_fails_is_tried_again(
-    start: Callable[..., Servers], fake: Path, short_pauses: None, monkeypatch: pytest.MonkeyPatch
+    start: Callable[..., Fleet], fake: Path, short_pauses: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A port that another process takes first, then no process at all; the log has gone, too."""
     said: list[str] = []
@@ -349,21 +346,21 @@ def test_a_start_that_fails_is_tried_again(
         occupied.listen()
         ports = [occupied.getsockname()[1]]
         monkeypatch.setattr(
-            servers, "free_port", lambda avoid=0: ports.pop() if ports else server_process.free_port(avoid)
+            fleet, "free_port", lambda avoid=0: ports.pop() if ports else process.free_port(avoid)
         )
-        monkeypatch.setattr(server_process.subprocess, "Popen", popen)
+        monkeypatch.setattr(process.subprocess, "Popen", popen)
         shutil.rmtree(fake / "run/servers")
         processes_of(fake)[1].kill()
         until(lambda: any("up again" in line for line in said))
     assert "killed by signal 9: its log cannot be read" in said[0]
     assert "server 0 cannot be started: [Errno 11]" in said[1]
-    assert not any("given up" in line for line in said)
+    assert not any("stays dead" in line for line in said)
     started.refresh()
     started.serve()
     assert started.workers[0].post("/generate")
 
 
-def test_servers_are_watched_though_nobody_can_be_told(start: Callable[..., Servers], fake: Path) -> None:
+def test_servers_are_watched_though_nobody_can_be_told(start: Callable[..., Fleet], fake: Path) -> None:
     started = start()
     started.wait()
 
@@ -384,7 +381,7 @@ def test_servers_are_watched_though_nobody_can_be_told(start: Callable[..., Serv
     ],
 )
 def test_a_server_that_does_not_start_is_one_clear_line(
-    start: Callable[..., Servers], fake: Path, monkeypatch: pytest.MonkeyPatch, what: str, words: list[str]
+    start: Callable[..., Fleet], fake: Path, monkeypatch: pytest.MonkeyPatch, what: str, words: list[str]
 ) -> None:
     with socket.socket() as occupied:
         occupied.bind(("127.0.0.1", 0))
@@ -392,7 +389,7 @@ def test_a_server_that_does_not_start_is_one_clear_line(
         if what == "model":
             (fake / "broken").touch()
         if what == "port":
-            monkeypatch.setattr(server_process, "free_port", lambda avoid=0: occupied.getsockname()[1])
+            monkeypatch.setattr(process, "free_port", lambda avoid=0: occupied.getsockname()[1])
         started = start(sglang={"tp-size": "two"} if what == "argument" else {})
         with pytest.raises(ConfigError) as error:
             started.wait()
@@ -401,7 +398,7 @@ def test_a_server_that_does_not_start_is_one_clear_line(
     assert processes_of(fake) == []
 
 
-def test_the_key_is_wanted_and_shows_nowhere(start: Callable[..., Servers], fake: Path) -> None:
+def test_the_key_is_wanted_and_shows_nowhere(start: Callable[..., Fleet], fake: Path) -> None:
     started = start()
     started.wait()
     assert started.workers[0].post("/generate")["authorization"] == f"Bearer {started.key}"
@@ -413,7 +410,7 @@ def test_the_key_is_wanted_and_shows_nowhere(start: Callable[..., Servers], fake
 
 
 def test_servers_of_other_people_are_checked_and_left_alone(
-    start: Callable[..., Servers], fake: Path, monkeypatch: pytest.MonkeyPatch
+    start: Callable[..., Fleet], fake: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs = start()
     theirs.wait()
@@ -432,14 +429,14 @@ def test_servers_of_other_people_are_checked_and_left_alone(
         ConfigError,
         match=rf"engine.urls: {url} serves \['Qwen2ForCausalLM'\], policy.model=.* is \['LlamaForCausalLM'\]",
     ):
-        introduce(Server(url), fake)
+        check_server(Server(url), fake)
     theirs.close()
     with pytest.raises(ConfigError, match=rf"engine.urls: {url}/model_info: .*refused.*is it up"):
-        introduce(Server(url), fake)
+        check_server(Server(url), fake)
 
 
 def test_a_server_of_other_people_that_died_is_left_out_until_it_answers(
-    start: Callable[..., Servers], fake: Path
+    start: Callable[..., Fleet], fake: Path
 ) -> None:
     said: list[str] = []
     first, second = FakeServer(), FakeServer()
@@ -519,7 +516,7 @@ def test_a_wrong_argument_is_refused_before_anything_starts(
 
 def test_arguments_for_other_peoples_servers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"engine.sglang is for servers that the run starts"):
-        Servers(server_config(tmp_path, tmp_path, urls=["http://127.0.0.1:1"], sglang={"tp-size": 2}))
+        make_servers(server_config(tmp_path, tmp_path, urls=["http://127.0.0.1:1"], sglang={"tp-size": 2}))
 
 
 def test_arguments_become_a_command_line(tmp_path: Path) -> None:
@@ -576,7 +573,7 @@ def test_a_broadcast_that_nccl_would_refuse_is_refused_before_a_server_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
-    monkeypatch.setattr(server_options_module, "_ask", lambda *arguments, **options: "2.30.7")
+    monkeypatch.setattr(arguments, "_ask", lambda *arguments, **options: "2.30.7")
     broadcast, tensor = (
         server_config(tmp_path, tmp_path, weight_sync=kind) for kind in ("broadcast", "tensor")
     )

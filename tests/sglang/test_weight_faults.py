@@ -22,7 +22,7 @@ from dapo.engine.control import Server
 from dapo.engine.weight_sync import WeightSync, make_sync
 from dapo.types import EngineError
 from tests.distributed.launch import measured
-from tests.sglang.conftest import server_config
+from tests.sglang.conftest import QWEN2, server_config
 from tests.sglang.weight_server import MALFORMED, WeightServer
 
 KINDS = ["disk", "broadcast", "tensor"]
@@ -54,10 +54,10 @@ def start(tmp_path: Path, servers: list[WeightServer]) -> Iterator[Any]:
     """`start("disk")` → a WeightSync of those of `servers` that live."""
     model = tmp_path / "model"
     model.mkdir()
-    (model / "config.json").write_text('{"num_key_value_heads": 2}')
+    (model / "config.json").write_text(json.dumps(QWEN2))
     started: list[WeightSync] = []
 
-    def make(kind: Any, limit: float = 10.0) -> WeightSync:
+    def make(kind: Any, timeout: float = 10.0) -> WeightSync:
         def workers() -> list[Server]:
             return [Server(server.url) for server in servers if not server.is_dead.is_set()]
 
@@ -69,7 +69,7 @@ def start(tmp_path: Path, servers: list[WeightServer]) -> Iterator[Any]:
                 device=CPU,
                 directory=tmp_path / "weights",
                 model=model,
-                limit=limit,
+                timeout=timeout,
             )
         )
         return started[-1]
@@ -133,7 +133,7 @@ def test_a_refusal_is_known_before_a_weight_is_asked_for(
     kind: str, path: str, servers: list[WeightServer], start: Any
 ) -> None:
     servers[1].faults[path] = ["refuse", "refuse"]
-    sync, drawn = start(kind, limit=3), []
+    sync, drawn = start(kind, timeout=3), []
     with pytest.raises(EngineError, match=f"{servers[1].url}{path} answered 400.*not today"):
         sync.load((drawn.append(name) or (name, tensor) for name, tensor in make_weights(1)), 1)
     assert drawn == []
@@ -148,7 +148,7 @@ def test_a_refusal_is_known_before_a_weight_is_asked_for(
 def test_a_server_that_fails_half_way_is_one_error_and_the_next_sync_works(
     kind: str, fault: str, servers: list[WeightServer], start: Any
 ) -> None:
-    sync = start(kind, limit=2)
+    sync = start(kind, timeout=2)
     sync.load(iter(make_weights(1)), 1)
     servers[1].faults[UPDATE[kind]] = [fault] if kind == "disk" else [None, fault]
     with pytest.raises(EngineError) as error:
@@ -212,7 +212,7 @@ def test_a_malformed_answer_half_way_is_one_error_by_every_transport(
 def test_an_answer_of_a_byte_now_and_then_is_late(path: str, servers: list[WeightServer], start: Any) -> None:
     servers[1].faults[path] = ["slow"]
     with pytest.raises(EngineError, match=f"{servers[1].url}{path}: timed out"):
-        start("tensor", limit=1).load(iter(make_weights(1)), 1)
+        start("tensor", timeout=1).load(iter(make_weights(1)), 1)
 
 
 @pytest.mark.parametrize(
@@ -354,7 +354,7 @@ def test_servers_give_up_the_memory_that_they_share_before_the_policy_is_built(
     servers: list[WeightServer], tmp_path: Path
 ) -> None:
     servers[0].has_memory_saver = True
-    (tmp_path / "config.json").write_text('{"num_key_value_heads": 2}')
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2))
     config = server_config(tmp_path, tmp_path, urls=[server.url for server in servers], weight_sync="tensor")
     engine = make_engine(config, SimpleNamespace(device=CPU), lambda: False)  # type: ignore[arg-type]
     try:
@@ -371,7 +371,7 @@ def test_disk_keeps_one_whole_directory_that_a_server_could_start_from(
         sync.load(iter(make_weights(version)), version)
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["000008"]
     whole = tmp_path / "weights" / "000008"
-    assert json.loads((whole / "config.json").read_text()) == {"num_key_value_heads": 2}
+    assert json.loads((whole / "config.json").read_text()) == QWEN2
     index = json.loads((whole / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for _, tensor in make_weights(8))
     assert len(set(index["weight_map"].values())) > 1
@@ -386,7 +386,7 @@ def test_weights_that_cannot_be_written_are_one_error_before_a_weight_is_asked_f
 
 
 def test_a_disk_that_hangs_is_one_error(servers: list[WeightServer], start: Any, tmp_path: Path) -> None:
-    sync = start("disk", limit=1)
+    sync = start("disk", timeout=1)
     sync.prepare(1)
     path = tmp_path / "weights/.partial/model-00001.safetensors"
     os.mkfifo(path)  # opening it waits for a reader
@@ -564,8 +564,9 @@ def test_the_same_command_goes_on_after_a_sync_that_failed() -> None:
 def test_a_mixture_of_experts_whose_checksums_are_not_known_is_refused_before_any_server_is_asked(
     tmp_path: Path,
 ) -> None:
-    (tmp_path / "config.json").write_text('{"num_key_value_heads": 2, "num_experts": 4}')
-    options: dict[str, Any] = dict(bucket_bytes=600, directory=tmp_path / "weights", model=tmp_path, limit=10)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 16}
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2 | experts | {"model_type": "qwen3_moe"}))
+    options: dict[str, Any] = dict(bucket_bytes=600, directory=tmp_path / "weights", model=tmp_path, timeout=10)
     with pytest.raises(ConfigError, match=r"engine.verify_weights=true: .* is a mixture of experts"):
         make_sync("tensor", list, verify=True, device=torch.device("cuda"), **options)
     for device, verify in (("cuda", False), ("cpu", True)):

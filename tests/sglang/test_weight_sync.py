@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from dapo.engine.control import KEY_VARIABLE, Server
-from dapo.engine.fleet import Servers
+from dapo.engine.fleet import make_servers
 from dapo.engine.weight_sync import WeightSync, make_sync
 from dapo.types import EngineError
 from tests.distributed.launch import torchrun
@@ -38,7 +38,7 @@ def results_of_experts(sglang_python: Path, tmp_path_factory: pytest.TempPathFac
     """As `results`, of a mixture of experts and a server of its own."""
     folder = tmp_path_factory.mktemp("experts")
     model = make_model(folder / "model", num_experts=4)
-    servers = Servers(
+    servers = make_servers(
         server_config(folder, model, python=str(sglang_python)), say=lambda text: print(text, file=sys.stderr)
     )
     try:
@@ -67,7 +67,7 @@ def start(sglang_server: Any, tmp_path: Path) -> Iterator[Any]:
     started: list[WeightSync] = []
 
     def make(kind: Any) -> WeightSync:
-        options: dict[str, Any] = dict(bucket_bytes=40_000, device=torch.device("cpu"), verify=True, limit=60)
+        options: dict[str, Any] = dict(bucket_bytes=40_000, device=torch.device("cpu"), verify=True, timeout=60)
         started.append(
             make_sync(
                 kind,

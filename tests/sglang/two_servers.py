@@ -23,10 +23,10 @@ import torch
 from safetensors.torch import load_file
 
 from dapo.assemble import make_engine
-from dapo.config import Config
+from dapo.config import Config, Limits
 from dapo.engine import generate
 from dapo.engine.control import Server
-from dapo.engine.fleet import Servers
+from dapo.engine.fleet import Fleet
 from dapo.engine.sglang import SGLangEngine
 from dapo.reward.pool import Reward
 from dapo.rollout.prompts import PromptStream
@@ -71,7 +71,7 @@ def main(folder: Path, model: Path, python: str) -> None:
     rollouts, said = make_rollouts(
         server_config(folder, model, python=python, servers=2, weight_sync="tensor")
     )
-    servers: Servers = rollouts.engine.servers  # type: ignore[attr-defined]
+    servers: Fleet = rollouts.engine.servers  # type: ignore[attr-defined]
     weights = load_file(model / "model.safetensors")
     rollouts.load_weights(weights.items(), 0)
     first, _ = servers.workers
@@ -95,7 +95,7 @@ def main(folder: Path, model: Path, python: str) -> None:
     seen["num_processes"] = len(psutil.Process().children(recursive=True))
 
     scheduler(servers.local[0].process.pid).suspend()  # its HTTP goes on
-    rollouts.engine.dispatch.stall_seconds = STALL  # type: ignore[attr-defined]
+    rollouts.engine.client.limits = Limits(STALL)  # type: ignore[attr-defined]
     seen["third_step"] = collect(rollouts, 2)
     seen["said"] = said
     seen["family"] = [child.pid for child in psutil.Process().children(recursive=True)]
@@ -137,7 +137,7 @@ def collect(rollouts: Seen, step: int) -> dict[str, Any]:
     }
 
 
-def kill_at_work(servers: Servers, worker: Server, seen: dict[str, Any]) -> None:
+def kill_at_work(servers: Fleet, worker: Server, seen: dict[str, Any]) -> None:
     for _ in itertools.takewhile(lambda _: running(worker) == 0, range(600)):
         time.sleep(0.1)
     seen["running_when_killed"] = running(worker)

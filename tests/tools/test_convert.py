@@ -20,10 +20,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dapo.model.names import table
 from dapo.model.shape import read_shape
 from dapo.policy import torch_dist, weight_files
 from dapo.policy.weight_files import open_weights
-from dapo.policy.weights import table
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import check_checkpoint

@@ -1,13 +1,10 @@
 import numpy as np
 import pytest
 
-from dapo.learn.batch import ATTENTION_SPAN, pack, plan
+from dapo.learn.batch import BYTES_PER_TOKEN, Microbatch, plan
 from dapo.learn.traces import blank, merged
+from dapo.types import token_fields
 from tests.conftest import make_config, make_group
-
-
-def random_lengths(seed, count=60, longest=64):
-    return np.random.default_rng(seed).integers(1, longest + 1, count).tolist()
 
 
 def random_groups(num_groups, seed=0, group_size=2, longest=40):
@@ -29,7 +26,7 @@ def sequences_of(microbatch):
 
 
 def response_at(microbatch, start, end):
-    return tuple(microbatch.targets[start:end][microbatch.mask[start:end]].tolist())
+    return tuple(microbatch.targets[start:end][microbatch.loss_mask[start:end]].tolist())
 
 
 def responses_of(microbatches):
@@ -46,67 +43,17 @@ def responses_in(groups):
     return [tuple(sample.tokens.tolist()) for group in groups for sample in group.samples]
 
 
-# pack
+# padding
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
-@pytest.mark.parametrize("budget", [64, 65, 130, 100_000])
-def test_every_sequence_is_packed_once_within_the_budget_on_a_multiple_of_ranks(seed, num_ranks, budget):
-    lengths = random_lengths(seed)
-    bins = pack(lengths, budget, num_ranks)
-    assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
-    assert all(sum(lengths[i] for i in b) <= budget for b in bins)
-    assert len(bins) % num_ranks == 0
-    assert all(b == sorted(b) for b in bins)
-
-
-@pytest.mark.parametrize(
-    ("lengths", "num_ranks", "num_bins"),
-    [
-        ([30, 30, 30, 30], 1, 2),
-        ([60, 4], 1, 1),
-        ([60, 5], 1, 2),
-        ([64], 1, 1),
-        ([64], 4, 4),
-        ([40] * 5, 2, 6),
-        ([1] * 64, 2, 2),
-    ],
-)
-def test_as_few_bins_are_used_as_fit(lengths, num_ranks, num_bins):
-    assert len(pack(lengths, 64, num_ranks)) == num_bins
-
-
-def test_ranks_get_work_of_like_cost():
-    lengths = random_lengths(0, count=200, longest=20_000)
-    costs = [
-        sum(lengths[i] + lengths[i] ** 2 / ATTENTION_SPAN for i in b) for b in pack(lengths, 1_000_000, 8)
-    ]
-    assert max(costs) < 1.02 * min(costs)
-
-
-@pytest.mark.parametrize(("count", "most", "most_in_turns"), [(8192, 0.0001, 0.002), (512, 0.001, 0.004)])
-def test_a_heavy_tail_leaves_sixteen_ranks_next_to_nothing_to_wait_for(count, most, most_in_turns):
-    drawn = np.random.default_rng(0).lognormal(np.log(2500), 1.0, count)
-    lengths = np.clip(drawn.astype(int), 1, 20_480)
-    bins = pack(lengths.tolist(), 32_768, 16)
-    # [turn, rank]
-    costs = np.array([(lengths[b] + lengths[b] ** 2 / ATTENTION_SPAN).sum() for b in bins]).reshape(-1, 16)
-    # of all ranks' work, until the slowest has finished the update
-    assert 1 - costs.sum() / (16 * costs.sum(axis=0).max()) < most
-    # if they waited after every microbatch
-    assert 1 - costs.sum() / (16 * costs.max(axis=1).sum()) < most_in_turns
-
-
-def padded_share(batches):
-    """Of all tokens that the ranks compute on, those that only fill up."""
+def padding_fraction(batches):
+    """Fraction of the ranks' tokens that only fill up."""
     microbatches = [m for batch in batches for minibatch in batch.minibatches for m in minibatch]
     num_tokens = sum(len(m.tokens) for m in microbatches)
-    return (
-        1
-        - sum(end - start for m in microbatches for start, end in sequences_of(m) if m.mask[start:end].any())
-        / num_tokens
-    )
+    real = [
+        end - start for m in microbatches for start, end in sequences_of(m) if m.loss_mask[start:end].any()
+    ]
+    return 1 - sum(real) / num_tokens
 
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
@@ -134,17 +81,7 @@ def test_at_most_two_percent_of_the_tokens_of_sixteen_ranks_are_padding(tmp_path
         "policy.tokens_per_microbatch=32768",
         f"policy.megatron.moe_token_dispatcher_type={dispatcher}",
     ]
-    assert padded_share(plan(groups, make_config(tmp_path, *options), 16, {})) <= 0.02
-
-
-def test_packing_is_deterministic():
-    lengths = [5, 5, 5, 9, 9, 1] * 10
-    assert pack(lengths, 20, 2) == pack(list(lengths), 20, 2)
-
-
-def test_a_sequence_beyond_the_budget_is_never_packed():
-    with pytest.raises(AssertionError, match="65 tokens in microbatches of 64"):
-        pack([65], 64, 1)
+    assert padding_fraction(plan(groups, make_config(tmp_path, *options), 16, {})) <= 0.02
 
 
 # build
@@ -168,13 +105,17 @@ def test_every_value_sits_at_the_position_that_predicts_its_token(tmp_path, mult
         assert np.array_equal(m.targets[start:end], whole[1:])
         assert np.array_equal(m.positions[start:end], np.arange(len(whole) - 1))
         before, response = slice(start, start + len(prompt.tokens) - 1), slice(end - sample.length, end)
-        assert not m.mask[before].any() and not m.weights[before].any() and not m.advantages[before].any()
+        assert (
+            not m.loss_mask[before].any()
+            and not m.token_weights[before].any()
+            and not m.advantages[before].any()
+        )
         assert np.array_equal(m.targets[response], sample.tokens)
-        assert np.array_equal(m.mask[response], sample.loss_mask)
+        assert np.array_equal(m.loss_mask[response], sample.loss_mask)
         assert np.array_equal(m.behavior_logprobs[response], sample.behavior_logprobs)
         assert (m.advantages[response] == np.float32(sample.advantage)).all()
         # 18 response tokens, 16 the policy's own
-        assert m.weights[response][sample.loss_mask] == pytest.approx(1 / 16)
+        assert m.token_weights[response][sample.loss_mask] == pytest.approx(1 / 16)
 
 
 @pytest.mark.parametrize("multiple", [1, 2, 3, 8, 64])
@@ -184,30 +125,42 @@ def test_padding_is_one_more_sequence_that_weighs_nothing(tmp_path, multiple):
         for m in (m for microbatches in batch.minibatches for m in microbatches):
             num_tokens = m.cu_seqlens[-1]
             assert num_tokens % multiple == 0
-            assert {
-                len(value) for name, value in vars(m).items() if name not in ("cu_seqlens", "dumped")
-            } == {num_tokens}
+            assert {len(getattr(m, name)) for name in token_fields(Microbatch)} == {num_tokens}
             assert (np.diff(m.cu_seqlens) > 0).all()
             assert all(
                 np.array_equal(m.positions[start:end], np.arange(end - start))
                 for start, end in sequences_of(m)
             )
-            real = [end - start for start, end in sequences_of(m) if m.mask[start:end].any()]
+            real = [end - start for start, end in sequences_of(m) if m.loss_mask[start:end].any()]
             padding = slice(sum(real), None)
             assert num_tokens - sum(real) < multiple and len(m.cu_seqlens) - 1 - len(real) in (0, 1)
             assert not any(
                 getattr(m, name)[padding].any()
-                for name in ("mask", "weights", "advantages", "behavior_logprobs")
+                for name in ("loss_mask", "token_weights", "advantages", "behavior_logprobs")
             )
 
 
 def test_arrays_have_the_types_that_training_expects(tmp_path):
     [batch] = plan([make_group([1, 0])], make_config(tmp_path), 1, {})
     [[m]] = batch.minibatches
-    types = {name: value.dtype.name for name, value in vars(m).items() if name != "dumped"}
-    floats = dict.fromkeys(["weights", "advantages", "behavior_logprobs"], "float32")
+    types = {name: getattr(m, name).dtype.name for name in [*token_fields(Microbatch), "cu_seqlens"]}
+    floats = dict.fromkeys(["token_weights", "advantages", "behavior_logprobs"], "float32")
     integers = {"tokens": "int64", "targets": "int64", "positions": "int64", "cu_seqlens": "int32"}
-    assert types == integers | floats | {"mask": "bool", "is_stale": "bool"}
+    assert types == integers | floats | {"loss_mask": "bool", "is_stale": "bool"}
+
+
+def test_a_batch_holds_as_many_bytes_a_token_as_its_fields_say(tmp_path):
+    [batch] = plan([make_group([1, 0])], make_config(tmp_path), 1, {})
+    [[m]] = batch.minibatches
+    sent = sum(getattr(m, name).itemsize for name in token_fields(Microbatch))
+    assert sent + 4 + 4 == BYTES_PER_TOKEN  # old_logprobs and importance are made on the device
+
+
+def test_the_longest_sequence_is_known_on_every_context_rank(tmp_path):
+    for context in (1, 2):
+        for batch in plan(random_groups(6), make_config(tmp_path, f"parallel.context={context}"), 1, {}):
+            for m in (m for minibatch in batch.minibatches for m in minibatch):
+                assert m.longest == np.diff(m.cu_seqlens).max()
 
 
 def test_a_token_is_stale_where_older_weights_wrote_it(tmp_path):
@@ -216,9 +169,9 @@ def test_a_token_is_stale_where_older_weights_wrote_it(tmp_path):
     group.samples[1].versions = ((7, 0, 4),)
     [batch] = plan([group], make_config(tmp_path), 1, {}, version=7)
     [[m]] = batch.minibatches
-    stale = [m.is_stale[start:end][m.mask[start:end]].tolist() for start, end in sequences_of(m)]
+    stale = [m.is_stale[start:end][m.loss_mask[start:end]].tolist() for start, end in sequences_of(m)]
     assert sorted(stale) == [[False] * 4, [True, True, False, False, False]]
-    assert not m.is_stale[~m.mask].any()
+    assert not m.is_stale[~m.loss_mask].any()
 
 
 # plan
@@ -287,15 +240,15 @@ def test_ranks_have_as_many_tokens_at_a_time_where_all_are_gathered_for_the_expe
     for dispatcher, is_alike in (("allgather", True), ("alltoall", False)):
         config = make_config(tmp_path, *layout, f"policy.megatron.moe_token_dispatcher_type={dispatcher}")
         batches = plan(random_groups(5), config, num_ranks, {})
-        turns = [
-            turn
+        rows = [
+            row
             for updates in zip(*(b.minibatches for b in batches), strict=True)
-            for turn in zip(*updates, strict=True)
+            for row in zip(*updates, strict=True)
         ]
-        assert len(turns) > 1
-        assert all(len({len(m.tokens) for m in turn}) == 1 for turn in turns) is is_alike
+        assert len(rows) > 1
+        assert all(len({len(m.tokens) for m in row}) == 1 for row in rows) is is_alike
         assert all(
-            m.cu_seqlens[-1] == len(m.tokens) <= 48 and len(m.tokens) % 2 == 0 for turn in turns for m in turn
+            m.cu_seqlens[-1] == len(m.tokens) <= 48 and len(m.tokens) % 2 == 0 for row in rows for m in row
         )
         sums = sums_of_updates(batches)
         if is_alike:
@@ -306,7 +259,9 @@ def test_ranks_have_as_many_tokens_at_a_time_where_all_are_gathered_for_the_expe
 def weighted(m):
     """Σ mask · weight · value, for a value that each token has of its own."""
     return (
-        m.mask * m.weights.astype(np.float64) * (m.advantages * m.behavior_logprobs + m.targets / 1e6)
+        m.loss_mask
+        * m.token_weights.astype(np.float64)
+        * (m.advantages * m.behavior_logprobs + m.targets / 1e6)
     ).sum()
 
 
@@ -335,15 +290,15 @@ def test_filtered_samples_stay_in_the_batch_and_weigh_nothing(tmp_path):
     group = make_group([1, 0], [5, 32], truncated=[1])
     [batch] = plan([group], make_config(tmp_path, "objective.overlong_filtering=true"), 1, {})
     [[m]] = batch.minibatches
-    assert m.mask.sum() == 37 and m.weights[m.mask].sum() == pytest.approx(1)
-    assert np.count_nonzero(m.weights) == 5
+    assert m.loss_mask.sum() == 37 and m.token_weights[m.loss_mask].sum() == pytest.approx(1)
+    assert np.count_nonzero(m.token_weights) == 5
 
 
 # context ranks
 
 
-def shares_of(tmp_path, context, *overrides, num_ranks=1, num_groups=6):
-    """[data rank][update][microbatch][context rank], and beside it the same unshared."""
+def shards_of(tmp_path, context, *overrides, num_ranks=1, num_groups=6):
+    """Shards as [data rank][update][microbatch][context rank]."""
     layout = [
         f"parallel.context={context}",
         "policy.tokens_per_microbatch=96",
@@ -364,8 +319,8 @@ def shares_of(tmp_path, context, *overrides, num_ranks=1, num_groups=6):
 @pytest.mark.parametrize("num_ranks", [1, 3])
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("context", [2, 3, 4])
-def test_context_ranks_share_each_sequence_in_a_zig_zag_of_equal_parts(tmp_path, context, tensor, num_ranks):
-    for minibatches in shares_of(tmp_path, context, f"parallel.tensor={tensor}", num_ranks=num_ranks):
+def test_context_ranks_split_each_sequence_in_a_zig_zag_of_equal_parts(tmp_path, context, tensor, num_ranks):
+    for minibatches in shards_of(tmp_path, context, f"parallel.tensor={tensor}", num_ranks=num_ranks):
         for parts in (parts for minibatch in minibatches for parts in minibatch):
             assert len({len(part.tokens) for part in parts}) == 1 and len(parts[0].tokens) % tensor == 0
             assert all(np.array_equal(part.cu_seqlens, parts[0].cu_seqlens) for part in parts)
@@ -383,7 +338,7 @@ def test_a_token_keeps_its_target_across_the_edge_of_a_chunk(tmp_path, context):
     groups = {s.tokens.tobytes(): g.prompt for g in random_groups(6) for s in g.samples}
     for [minibatch] in [
         m
-        for m in shares_of(
+        for m in shards_of(
             tmp_path, context, "optim.prompts_per_minibatch=4", "rollout.prompts_per_step=4", num_groups=4
         )
     ]:
@@ -393,14 +348,14 @@ def test_a_token_keeps_its_target_across_the_edge_of_a_chunk(tmp_path, context):
                 order = np.concatenate([part.positions[here] for part in parts]).argsort()
                 whole = {
                     name: np.concatenate([getattr(p, name)[here] for p in parts])[order]
-                    for name in ("tokens", "targets", "mask")
+                    for name in ("tokens", "targets", "loss_mask")
                 }
-                response = whole["targets"][whole["mask"]]
+                response = whole["targets"][whole["loss_mask"]]
                 if len(response):
                     prompt = groups[response.astype(np.int32).tobytes()]
                     fed = np.concatenate([prompt.tokens, response])
                     assert np.array_equal(whole["tokens"][: len(fed) - 1], fed[:-1])
-                    assert not whole["mask"][len(fed) - 1 :].any()
+                    assert not whole["loss_mask"][len(fed) - 1 :].any()
 
 
 @pytest.mark.parametrize("context", [2, 4])
@@ -414,30 +369,30 @@ def test_context_ranks_together_weigh_what_one_weighs(tmp_path, normaliser, cont
 
 
 @pytest.mark.parametrize("context", [2, 3])
-def test_the_places_of_a_sample_on_all_context_ranks_hold_its_tokens_once(tmp_path, context):
-    placed: dict = {}
+def test_the_locations_of_a_sample_on_all_context_ranks_hold_its_tokens_once(tmp_path, context):
+    located: dict = {}
     for m in (
         m
-        for minibatches in shares_of(tmp_path, context)
+        for minibatches in shards_of(tmp_path, context)
         for minibatch in minibatches
         for parts in minibatch
         for m in parts
     ):
-        for place in m.dumped:
-            tokens = placed.setdefault((place.group, place.index), np.full(place.length, -1))
-            here = slice(place.start, place.start + place.tokens.stop - place.tokens.start)
+        for location in m.dumped:
+            tokens = located.setdefault((location.group, location.index), np.full(location.length, -1))
+            here = slice(location.start, location.start + location.tokens.stop - location.tokens.start)
             assert (tokens[here] == -1).all()
-            tokens[here] = m.targets[place.tokens]
-    assert {key: tokens.tolist() for key, tokens in placed.items()} == {
+            tokens[here] = m.targets[location.tokens]
+    assert {key: tokens.tolist() for key, tokens in located.items()} == {
         (s.group, s.index): s.tokens.tolist() for group in random_groups(6) for s in group.samples
     }
 
 
-def test_a_pack_of_no_sequences_is_shared_too(tmp_path):
+def test_a_pack_of_no_sequences_is_sharded_too(tmp_path):
     config = make_config(tmp_path, "parallel.context=2", "parallel.tensor=2")
     batches = plan(random_groups(1), config, 4, {})
     assert {len(m.tokens) for batch in batches[4:] for [m] in batch.minibatches} == {4}
-    assert not any(m.mask.any() for batch in batches[4:] for [m] in batch.minibatches)
+    assert not any(m.loss_mask.any() for batch in batches[4:] for [m] in batch.minibatches)
 
 
 def test_traces_of_context_ranks_are_one_trace():
@@ -451,11 +406,11 @@ def test_traces_of_context_ranks_are_one_trace():
     assert (whole.group, whole.index, other.index) == (3, 1, 0)
 
 
-# chunks that take turns
+# stages with several chunks
 
 
 @pytest.mark.parametrize(("virtual", "multiple"), [(1, 1), (2, 3)])
-def test_an_update_has_microbatches_in_groups_of_the_stages_where_chunks_take_turns(
+def test_an_update_has_a_multiple_of_the_stages_in_microbatches_where_they_have_several_chunks(
     tmp_path, virtual, multiple
 ):
     config = make_config(tmp_path, "parallel.pipeline=3", f"parallel.virtual_pipeline={virtual}")
@@ -471,24 +426,24 @@ def test_an_update_has_microbatches_in_groups_of_the_stages_where_chunks_take_tu
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_the_places_of_dumped_samples_hold_their_tokens(tmp_path, num_ranks):
+def test_the_locations_of_dumped_samples_hold_their_tokens(tmp_path, num_ranks):
     config = make_config(
         tmp_path, "rollout.dump_share=0.5", "rollout.prompts_per_step=4", "rollout.group_size=2"
     )
     groups = random_groups(4)
     batches = plan(groups, config, num_ranks, metrics={})
-    placed = {
-        (place.group, place.index): m.targets[place.tokens].tolist()
+    located = {
+        (location.group, location.index): m.targets[location.tokens].tolist()
         for batch in batches
         for minibatch in batch.minibatches
         for m in minibatch
-        for place in m.dumped
+        for location in m.dumped
     }
-    assert placed == {
+    assert located == {
         (s.group, s.index): s.tokens.tolist() for group in (groups[1], groups[3]) for s in group.samples
     }
 
 
-def test_nothing_is_placed_where_nothing_is_dumped(tmp_path):
+def test_nothing_is_located_where_nothing_is_dumped(tmp_path):
     batch = plan(random_groups(4), make_config(tmp_path), 1, metrics={})[0]
     assert not any(m.dumped for minibatch in batch.minibatches for m in minibatch)

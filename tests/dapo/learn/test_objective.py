@@ -1,10 +1,12 @@
+from typing import get_args
+
 import numpy as np
 import pytest
+import torch
 
-from dapo.learn.objective import token_weights
+from dapo import config
+from dapo.learn.objective import NORMALISERS, importance, token_weights
 from tests.conftest import make_group
-
-NORMALISERS = ["token_mean", "group_token_mean", "sample_mean"]
 
 
 def brute_force(values, normaliser):
@@ -103,3 +105,33 @@ def test_only_tokens_that_the_policy_wrote_are_counted(normaliser):
     shorter = [make_group([1, 0], [6, 6]), make_group([0], [5])]
     expected = token_weights(shorter, normaliser, False)
     assert token_weights(groups, normaliser, False) == [expected[0], [0.0, *expected[1]]]
+
+
+# how to add one
+
+
+def test_the_normalisers_are_those_that_the_config_allows():
+    assert get_args(config.Objective.model_fields["normaliser"].annotation) == tuple(NORMALISERS)
+
+
+def test_a_normaliser_is_one_function_in_the_table(monkeypatch):
+    monkeypatch.setitem(NORMALISERS, "toy", lambda tokens: [np.full_like(t, 7) for t in tokens])
+    weights = token_weights(uneven_groups(), "toy", overlong_filtering=True)
+    assert weights == [[1 / 7, 1 / 7, 0.0], [1 / 7, 1 / 7], [0.0, 1 / 7, 0.0]]
+
+
+# importance
+
+
+def test_stale_tokens_weigh_the_truncated_ratio_and_the_others_one():
+    old, behavior = torch.tensor([-1.0, -1.0, -1.0, 5.0]), torch.tensor([-1.5, -9.0, -9.0, -1.0])
+    is_stale = torch.tensor([True, True, False, False])
+    weights = importance(old, behavior, is_stale, cap=2.0)
+    assert weights.tolist() == [pytest.approx(np.exp(0.5)), 2.0, 1.0, 1.0]
+    assert weights.dtype == torch.float32
+
+
+def test_a_log_prob_that_is_not_finite_changes_no_token_of_the_current_weights():
+    nan = torch.tensor([float("nan")] * 2)
+    weights = importance(nan, torch.zeros(2), torch.tensor([False, True]), cap=2.0)
+    assert weights[0] == 1.0 and weights[1].isnan()

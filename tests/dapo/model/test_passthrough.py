@@ -11,15 +11,15 @@ import pytest
 
 from dapo import policy  # noqa: F401  # adapts Megatron before it is imported
 from dapo.config import ConfigError, load
-from dapo.model.passthrough import REFUSED
+from dapo.model.passthrough import READ, REFUSED, Passthrough
 from dapo.model.shape import read_shape
 from dapo.plan.plan import make_plan
 from dapo.policy import model
 
 ROOT = Path(__file__).parents[3]
 OVERRIDABLE = {  # what the policy sets and a run may set otherwise: which kernels compute the same
-    "gradient_accumulation_fusion", "masked_softmax_fusion", "bias_activation_fusion", "bias_dropout_fusion", "apply_rope_fusion",
-    "persist_layer_norm", "moe_token_dispatcher_type",
+    "gradient_accumulation_fusion", "masked_softmax_fusion", "bias_activation_fusion",
+    "bias_dropout_fusion", "apply_rope_fusion", "persist_layer_norm", "moe_token_dispatcher_type",
 }  # fmt: skip
 
 
@@ -101,3 +101,61 @@ def test_a_field_that_leaves_the_numbers_alone_reaches_megatron() -> None:
     _, optimizer, ddp = model.split_passthrough(config.policy.megatron)
     assert built.recompute_granularity == "selective"
     assert (optimizer, ddp) == ({"adam_eps": 1e-6}, {"bucket_size": 1000, "overlap_grad_reduce": True})
+
+
+def test_the_fields_that_are_read_are_megatrons_and_have_its_defaults() -> None:
+    defaults: dict[str, Any] = {}
+    for owner in (model.OptimizerConfig, model.TransformerConfig):
+        defaults |= {field.name: field.default for field in dataclasses.fields(owner)}
+    ours = vars(Passthrough.of({}))
+    assert set(ours) - {"verbatim"} == READ
+    # Megatron's own default is allgather; the policy sets alltoall
+    assert {name: ours[name] for name in READ} == {name: defaults[name] for name in READ} | {
+        "moe_token_dispatcher_type": "alltoall"
+    }
+
+
+def test_every_field_is_kept_as_it_was_given() -> None:
+    given = {"recompute_num_layers": 2, "fp8": "hybrid", "recompute_modules": None}
+    parsed = Passthrough.of(given)
+    assert parsed.verbatim == given
+    assert (parsed.recompute_num_layers, parsed.recompute_modules) == (2, None)
+    assert parsed.optimizer_offload_fraction == 0.0 and not parsed.is_allgather
+    assert Passthrough.of({"moe_token_dispatcher_type": "allgather"}).is_allgather
+
+
+@pytest.mark.parametrize(
+    ("given", "recomputed"),
+    [
+        ({}, set()),
+        ({"recompute_modules": ["mlp"]}, set()),  # without a granularity Megatron recomputes nothing
+        ({"recompute_granularity": "full"}, {"full"}),
+        ({"recompute_granularity": "selective"}, {"core_attn"}),
+        ({"recompute_granularity": "selective", "recompute_modules": ["mlp", "moe"]}, {"mlp", "moe"}),
+    ],
+    ids=str,
+)
+def test_what_is_recomputed_follows_granularity_and_modules(
+    given: dict[str, Any], recomputed: set[str]
+) -> None:
+    parsed = Passthrough.of(given)
+    assert {what for what in ("full", "core_attn", "mlp", "moe") if parsed.recomputes(what)} == recomputed
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (
+            "recompute_num_layers=two",
+            "policy.megatron.recompute_num_layers='two': input should be a valid integer",
+        ),
+        ("recompute_modules=mlp", "policy.megatron.recompute_modules='mlp': input should be a valid list"),
+        (
+            "optimizer_cpu_offload=maybe",
+            "policy.megatron.optimizer_cpu_offload='maybe': input should be a valid bool",
+        ),
+    ],
+)
+def test_a_field_of_a_wrong_type_is_refused_by_name(option: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        make_plan(config_of(f"policy.megatron.{option}"), "h100", 1)

@@ -1,10 +1,8 @@
-"""python -m tests.dapo.policy.layout_on_meta CONFIG MODEL WORLD LAYOUT…: parameters of the first and the last
-rank, built without memory, as JSON.
+"""python -m tests.dapo.policy.layout_on_meta CONFIG MODEL WORLD LAYOUT…: print the numbers of parameters of the
+first and the last rank as JSON: in the config's own layout, and then with the overrides LAYOUT.
 
-As the config has it, and then with the overrides LAYOUT.
-
-One process that takes itself for one rank after the other: torch's fake process group answers every
-collective at once.
+The model is built without memory, in one process that acts as one rank after the other: torch's fake process
+group answers every collective at once.
 """
 
 from __future__ import annotations
@@ -18,21 +16,15 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dapo import config as configs
 from dapo.model.shape import read_shape
-from dapo.policy import hf_weights
 from dapo.policy.layout import initialize_megatron
 from dapo.policy.model import build_model, transformer_config
+from dapo.policy.weights import Weights
 
 
 def main(path: str, model: str, world: str, *layout: str) -> None:
     layouts: list[list[str]] = [[], list(layout)]
-    print(
-        json.dumps(
-            [
-                parameters(configs.load(path, [f"policy.model={model}", *layout]), int(world))
-                for layout in layouts
-            ]
-        )
-    )
+    loaded = [configs.load(path, [f"policy.model={model}", *layout]) for layout in layouts]
+    print(json.dumps([parameters(config, int(world)) for config in loaded]))
 
 
 def parameters(config: configs.Config, world: int) -> list[int]:
@@ -47,7 +39,7 @@ def parameters(config: configs.Config, world: int) -> list[int]:
         model_parallel_cuda_manual_seed(0)
         with torch.device("meta"):
             chunks = build_model(shape, transformer_config(shape, config))
-        weights = hf_weights.Weights(chunks, shape)
+        weights = Weights(chunks, shape)
         names = {name for entry in weights.entries if (name := weights.local_name(entry)) is not None}
         assert names == set(weights.params), names ^ set(weights.params)
         assert all(parameter.is_meta for parameter in weights.params.values())

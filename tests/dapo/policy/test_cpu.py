@@ -1,6 +1,4 @@
-"""The adaptation of Megatron-core: how often each rule hits in the pinned version, so that an upgrade
-shows.
-"""
+"""The adaptation of Megatron-core: an upgrade shows in how often each rule hits."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ HITS = [175, 31, 11, 59, 1, 21, 18, 15, 9, 123, 2, 1, 1, 1, 2, 1, 1, 1, 1, 1, 1,
 
 
 def sources() -> dict[str, str]:
-    """Module name → source of all of megatron.core, as the finder would meet it."""
+    """Return module name → source of all of megatron.core."""
     root = Path(str(importlib.metadata.distribution("megatron-core").locate_file("megatron/core")))
     found = {}
     for path in root.rglob("*.py"):
@@ -35,7 +33,7 @@ def test_every_rule_hits_as_often_as_when_it_was_written() -> None:
         for i, rule in enumerate(cpu.NO_CUDA + cpu.NO_TRANSFORMER_ENGINE):
             source, count = rule.apply(source, module)
             hits[i] += count
-    assert hits == HITS, "Megatron-core has changed under the rules of policy/cpu.py: read each place anew"
+    assert hits == HITS, "Megatron-core has changed under the rules of policy/cpu.py: read each place again"
 
 
 def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,11 +77,7 @@ print(full - resident())
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc")
 def test_freed_memory_is_returned() -> None:
     kept, returned = (
-        int(
-            subprocess.run(
-                [sys.executable, "-c", FREED, how], check=True, capture_output=True, text=True
-            ).stdout
-        )
+        int(subprocess.check_output([sys.executable, "-c", FREED, how], text=True))
         for how in ("kept", "returned")
     )
     assert kept < 32, "glibc returns it by itself: nothing was tested"

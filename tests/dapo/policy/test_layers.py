@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dapo.learn.batch import Microbatch, share
+from dapo.learn.batch import Microbatch, shard
 from dapo.policy.layers import MAX_PADDING, PackedAttention, RMSNorm, key_runs, padded_batches
+from dapo.types import token_fields
 from tests.conftest import attend
 
 CPU = torch.device("cpu")
@@ -47,7 +48,7 @@ def test_context_ranks_together_attend_as_one(context: int, chunks: list[int]) -
     lengths = [2 * context * n for n in chunks]
     cu_seqlens = np.cumsum([0, *lengths]).astype(np.int32)
     everything = microbatch_of(np.arange(sum(lengths)), cu_seqlens)
-    shares = [torch.from_numpy(share(everything, rank, context).tokens) for rank in range(context)]
+    shards = [torch.from_numpy(shard(everything, rank, context).tokens) for rank in range(context)]
     query, key, value = (torch.randn(sum(lengths), h, 8) for h in (4, 2, 2))
     expected = torch.cat(
         [attend(*parts) for parts in zip(*(x.split(lengths) for x in (query, key, value)), strict=True)]
@@ -55,18 +56,16 @@ def test_context_ranks_together_attend_as_one(context: int, chunks: list[int]) -
     attention = PackedAttention.__new__(PackedAttention)
     torch.nn.Module.__init__(attention)
     attention.scale = None
-    gathered = torch.cat(shares)
-    for rank, mine in enumerate(shares):
+    gathered = torch.cat(shards)
+    for rank, mine in enumerate(shards):
         runs = key_runs(torch.from_numpy(cu_seqlens), len(mine), rank, context)
         seen = gathered[runs.places]
-        ours = attention._run_by_run(
-            query[mine], key[seen], value[seen], runs.queries, runs.keys, max(lengths)
-        )
+        ours = attention._run_by_run(query[mine], key[seen], value[seen], runs.queries, runs.keys)
         torch.testing.assert_close(ours.flatten(1), expected[mine])
 
 
 def microbatch_of(tokens: np.ndarray, cu_seqlens: np.ndarray) -> Microbatch:
-    return Microbatch(tokens, *[tokens] * 2, cu_seqlens, *[tokens] * 5)
+    return Microbatch(**dict.fromkeys(token_fields(Microbatch), tokens), cu_seqlens=cu_seqlens, longest=0)
 
 
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=40))

@@ -14,6 +14,7 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dapo.config import ConfigError
+from dapo.model.rope import Yarn
 from dapo.model.shape import read_shape
 from dapo.policy.rope import inverse_frequencies, softmax_scale
 
@@ -83,9 +84,7 @@ def test_frequencies_and_attention_factor_are_hugging_faces(
 def test_old_and_new_spellings_mean_the_same(fields: dict[str, Any], tmp_path: Path) -> None:
     shape = read_shape(write_model(tmp_path, **fields))
     assert shape.rope_theta == 1e6
-    assert shape.rope_scaling == YARN | {
-        "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "attention_factor": None, "mscale": None, "mscale_all_dim": None,
-    }  # fmt: skip
+    assert shape.rope_scaling == Yarn(factor=4.0, original_max_position_embeddings=32768)
 
 
 @pytest.mark.parametrize(

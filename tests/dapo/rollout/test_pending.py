@@ -315,7 +315,7 @@ def test_staleness_is_reported_in_steps(tmp_path):
         rollouts.load_weights([], step)
         [batch] = rollouts.next_batch(step)
         reported.append((batch.metrics["rollout/staleness"], batch.metrics["rollout/staleness_max"]))
-        stale = [m.is_stale[m.mask].mean() for microbatches in batch.minibatches for m in microbatches]
+        stale = [m.is_stale[m.loss_mask].mean() for microbatches in batch.minibatches for m in microbatches]
         assert any(stale) is (reported[-1][1] > 0)
     assert reported[0] == (0, 0)
     assert max(reported) > (0, 0) and max(reported)[0] <= max(reported)[1] == 1

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import pytest
 
-from dapo.learn.advantages import group_advantages
+from dapo.learn.advantages import ADVANTAGES, group_advantages
+from dapo.learn.objective import NORMALISERS
 from dapo.reward.pool import Reward
 from dapo.rollout.buffer import Buffer
 from dapo.rollout.prompts import PromptStream
@@ -195,7 +196,7 @@ def test_advantages_come_from_the_shaped_reward(tmp_path):
         round(float(a), 4)
         for microbatches in batch.minibatches
         for m in microbatches
-        for a in m.advantages[m.mask]
+        for a in m.advantages[m.loss_mask]
     }
     assert advantages == {round(float(a), 4) for a in group_advantages([1, 1 - 0.25, -1 - 0.5, -1 - 0.75])}
 
@@ -449,3 +450,29 @@ def test_asked_is_kept_plus_all_correct_plus_all_wrong_plus_surplus(tmp_path, se
     }
     assert groups.pop("asked") == sum(groups.values()) == len(engine.asked())
     assert batch.metrics["rollout/tokens"] == 4 * 2 * len(engine.asked())
+
+
+# docs/add_an_advantage.md
+
+
+def leave_one_out(rewards):
+    values = np.asarray(rewards, dtype=np.float64)
+    return ((values - values.mean()) * len(values) / (len(values) - 1)).astype(np.float32)
+
+
+def constant_length(tokens):
+    num_samples = sum(np.count_nonzero(t) for t in tokens)
+    return [np.full_like(t, 1000 * num_samples) for t in tokens]
+
+
+def test_a_new_advantage_and_a_new_normaliser_are_an_entry_each(tmp_path, monkeypatch):
+    monkeypatch.setitem(ADVANTAGES, "group", leave_one_out)
+    monkeypatch.setitem(NORMALISERS, "constant_length", constant_length)
+    rollouts = make_rollouts(tmp_path, ScriptedEngine(lambda prompt: "1000"), "rollout.group_size=4")
+    objective = rollouts.config.objective.model_copy(update={"normaliser": "constant_length"})
+    rollouts.config = rollouts.config.model_copy(update={"objective": objective})
+    [batch] = rollouts.next_batch(0)
+    packed = [microbatch for microbatches in batch.minibatches for microbatch in microbatches]
+    advantages = {round(float(a), 4) for m in packed for a in m.advantages[m.loss_mask]}
+    assert advantages == {2.0, round(-2 / 3, 4)}  # ±1 minus the mean of the other three
+    assert {round(float(1 / w)) for m in packed for w in m.token_weights[m.loss_mask]} == {1000 * 2 * 4}

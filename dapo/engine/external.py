@@ -1,0 +1,103 @@
+"""Servers that someone else started (engine.urls): checked and used, never started or stopped here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from dapo.config import Config, ConfigError
+from dapo.engine.control import KEY_VARIABLE, Server, on_all
+from dapo.engine.versions import describe
+from dapo.model.shape import read_object
+from dapo.types import EngineError
+
+
+class ExternalServers:
+    """Implements Servers. A server that does not answer before a sync is left out until it does before a
+    later one.
+
+    Raises:
+        ConfigError: engine.sglang is set as well.
+    """
+
+    def __init__(self, config: Config, say: Callable[[str], None]):
+        if config.engine.sglang:
+            raise ConfigError(
+                "engine.sglang is for servers that the run starts: give those in engine.urls their arguments "
+                "where they start"
+            )
+        self.model = config.policy.model
+        self.say = say
+        self.servers = [Server(url) for url in config.engine.urls]
+        self.failures = {server.url: "" for server in self.servers}  # "" of one that answers
+
+    @property
+    def workers(self) -> list[Server]:
+        return [server for server in self.servers if not self.failures[server.url]]
+
+    @property
+    def generate_urls(self) -> list[str]:
+        return [worker.url for worker in self.workers]
+
+    def wait(self) -> None:
+        """Check every server and report what it is.
+
+        Raises:
+            ConfigError: one does not answer, or serves another architecture than the policy's.
+        """
+        for server in self.servers:
+            self.say(check_server(server, self.model))
+
+    def refresh(self) -> bool:
+        """Check every server again. Return True if others answer than at the last check.
+
+        Raises:
+            EngineError: none answers.
+        """
+        found = on_all(self.servers, self._failure_of)
+        has_changed = False
+        for server, failure in zip(self.servers, found, strict=True):
+            if bool(failure) != bool(self.failures[server.url]):
+                has_changed = True
+                left_out = f"{failure}; left out until it answers at a sync of weights"
+                self.say(left_out if failure else f"{server.url} answers again")
+        self.failures = dict(zip(self.failures, found, strict=True))
+        self.check()
+        return has_changed
+
+    def serve(self) -> None: ...
+
+    def check(self) -> None:
+        if not self.workers:
+            raise EngineError("no server is left: " + "; ".join(self.failures.values()))
+
+    def restart(self, url: str, fault: str) -> None: ...
+
+    def close(self) -> None: ...
+
+    def _failure_of(self, server: Server) -> str:
+        try:
+            check_server(server, self.model)
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+
+def check_server(server: Server, model: Path) -> str:
+    """Return one line about an external server: its version and its model.
+
+    Raises:
+        ConfigError: it does not answer, or serves another architecture than the policy's.
+    """
+    try:
+        line, theirs = describe(server)
+    except EngineError as error:
+        raise ConfigError(
+            f"engine.urls: {error}; is it up, and {KEY_VARIABLE} set if it wants a key?"
+        ) from error
+    ours = read_object(model / "config.json").get("architectures")
+    if theirs not in (ours, None):
+        raise ConfigError(
+            f"engine.urls: {server.url} serves {theirs}, policy.model={model} is {ours}: start it with that model"
+        )
+    return line

@@ -1,0 +1,158 @@
+"""The one HTTP client: for requests to inference servers, their health, and rewards at a URL.
+
+One thread runs an event loop for all of them. Every status is an answer; a body that is cut short is none.
+No proxy is used, whatever the environment says, and no redirect is followed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import functools
+import io
+import socket
+import sys
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, NamedTuple, TypeVar
+
+import aiohttp
+
+from dapo.types import Interrupted
+
+T = TypeVar("T")
+CHECK_EVERY = 0.25  # seconds between two checks for an interruption
+CONNECT_TIMEOUT = 60.0  # seconds, for requests whose answer has no timeout
+KEEP_ALIVE = 2.0  # seconds that an idle connection stays open; SGLang closes one after 5
+_starting = threading.Lock()
+
+
+class NoAnswer(Exception):
+    """The server cannot be reached, or its answer did not arrive whole. The message is one line."""
+
+
+class TimedOut(NoAnswer):
+    """The whole answer was not there in time."""
+
+
+class Answer(NamedTuple):
+    status: int
+    body: bytes
+
+
+async def exchange(
+    method: str, url: str, body: bytes | None = None, timeout: float | None = None, key: str | None = None,
+    keep_alive: bool = True,
+) -> Answer:  # fmt: skip
+    """Send a request, in the event loop, and return the answer. Any number are sent at a time.
+
+    `body` is JSON; `key` is sent as a bearer token. `timeout`, in seconds, is for the whole answer: a server
+    that sends a byte now and then is late, too. With None only connecting has a timeout.
+
+    Raises:
+        NoAnswer: the server cannot be reached, or its answer is cut short.
+        TimedOut: the answer is late.
+    """
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    if body is not None:
+        headers["Content-Type"] = "application/json"
+    if not keep_alive:
+        headers["Connection"] = "close"
+    data = None if body is None else io.BytesIO(body)  # sent piece by piece: bytes would block the loop
+    timeouts = aiohttp.ClientTimeout(total=timeout, sock_connect=None if timeout else CONNECT_TIMEOUT)
+    request: dict[str, Any] = dict(data=data, headers=headers, timeout=timeouts, allow_redirects=False)
+    try:
+        async with _session().request(method, url, **request) as response:
+            return Answer(response.status, await _read(response))
+    except TimeoutError:
+        raise TimedOut("timed out") from None
+    except (aiohttp.ClientError, OSError) as error:
+        raise NoAnswer(_describe(error)) from None
+
+
+def call(
+    method: str, url: str, body: bytes | None = None, *, timeout: float, key: str | None = None,
+    is_interrupted: Callable[[], bool] = lambda: False,
+) -> Answer:  # fmt: skip
+    """Send a request as `exchange` does and wait for the answer. Any thread may call it.
+
+    Raises:
+        Interrupted: `is_interrupted()` is true; the request is dropped.
+    """
+    return wait(exchange(method, url, body, timeout, key, keep_alive=False), is_interrupted)
+
+
+def wait(work: Coroutine[Any, Any, T], is_interrupted: Callable[[], bool] = lambda: False) -> T:
+    """Run a coroutine in the event loop and wait for its result. Any thread but the loop's own may call it.
+
+    Raises:
+        Interrupted: `is_interrupted()`, checked every CHECK_EVERY seconds, is true; `work` is cancelled.
+    """
+    future = asyncio.run_coroutine_threadsafe(work, loop())
+    try:
+        while not concurrent.futures.wait([future], CHECK_EVERY).done:
+            if is_interrupted():
+                raise Interrupted
+        return future.result()
+    finally:
+        future.cancel()  # one that has ended stays as it is
+
+
+def loop() -> asyncio.AbstractEventLoop:
+    """Return the event loop, which runs in a thread of its own until the process ends."""
+    with _starting:
+        return _start_loop()
+
+
+@functools.cache
+def _start_loop() -> asyncio.AbstractEventLoop:
+    made = asyncio.new_event_loop()
+    threading.Thread(target=made.run_forever, name="http", daemon=True).start()
+    atexit.register(made.set_exception_handler, lambda *_: None)  # else it reports open connections then
+    return made
+
+
+@functools.cache
+def _session() -> aiohttp.ClientSession:
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE, socket_factory=_make_socket)
+    cookies = aiohttp.DummyCookieJar()
+    return aiohttp.ClientSession(connector=connector, cookie_jar=cookies, trust_env=False)  # no proxies
+
+
+async def _read(response: aiohttp.ClientResponse) -> bytes:
+    if response.status < 300:
+        return await response.read()
+    parts: list[bytes] = []
+    try:
+        async for part in response.content.iter_any():
+            parts.append(part)
+    except aiohttp.ClientPayloadError:
+        pass  # cut short: the part of a refusal that came says more
+    return b"".join(parts)
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, aiohttp.InvalidURL):
+        return "it is no valid URL"
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return "the answer was cut short"
+    if isinstance(error, aiohttp.ClientConnectorError) and isinstance(error.os_error, ConnectionRefusedError):
+        return "connection refused"
+    return one_line(str(error).encode()) or type(error).__name__
+
+
+def _make_socket(address: Any) -> socket.socket:
+    """Make a socket that notices within 75 s that a host has vanished: no host sends while it generates."""
+    family, kind, protocol, *_ = address
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform == "linux":
+        for option, value in ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 3)):
+            made.setsockopt(socket.IPPROTO_TCP, option, value)
+    return made
+
+
+def one_line(text: bytes) -> str:
+    """Return the first 500 bytes of an answer as one line, to be quoted in an error message."""
+    return " ".join(text[:500].decode("utf-8", "replace").split())

@@ -1,0 +1,89 @@
+"""Can a layout hold the model? A config is checked against the model's sizes, before anything is built."""
+
+from __future__ import annotations
+
+from dapo.config import Config, ConfigError, Parallel
+from dapo.model.passthrough import Passthrough
+from dapo.model.shape import ModelShape
+
+
+def check_layout(shape: ModelShape, config: Config) -> None:
+    """Check that the config's layout and its policy.megatron can hold and train the model.
+
+    Raises:
+        ConfigError: all that is wrong, in one line.
+    """
+    megatron = Passthrough.of(config.policy.megatron)
+    checks = [
+        *_divisions(shape, config.parallel, megatron),
+        *_recompute(shape, megatron),
+        *_offload(megatron, config.policy.dtype),
+    ]
+    if wrong := [message for is_wrong, message in checks if is_wrong]:
+        raise ConfigError("; ".join(wrong))
+
+
+Checks = list[tuple[bool, str]]  # whether something is wrong, and the message if it is
+
+
+def _divisions(shape: ModelShape, parallel: Parallel, megatron: Passthrough) -> Checks:
+    """Return a check for each of the model's numbers that an option must divide."""
+    tensor, expert = f"parallel.tensor={parallel.tensor}", f"parallel.expert={parallel.expert}"
+    stages, chunks = f"parallel.pipeline={parallel.pipeline}", parallel.pipeline * parallel.virtual_pipeline
+    layers = "a stage's layers"
+    if parallel.virtual_pipeline > 1:
+        stages += f" × parallel.virtual_pipeline={parallel.virtual_pipeline}"
+        layers = "a stage's chunk of layers"
+    # Megatron would fail in its first forward pass
+    unit = megatron.recomputed_together if megatron.recompute_method == "uniform" else 1
+    columns = 0 if shape.num_experts else shape.ffn_size  # tensor ranks do not split experts
+    numbers = [
+        (tensor, parallel.tensor, "the model's num_attention_heads", shape.num_heads),
+        (tensor, parallel.tensor, "the model's num_key_value_heads", shape.num_kv_heads),
+        (tensor, parallel.tensor, "the model's intermediate_size", columns),
+        (stages, chunks, "the model's num_hidden_layers", shape.num_layers),
+        (f"policy.megatron.recompute_num_layers={unit}", unit, layers, shape.num_layers // chunks),
+        (expert, parallel.expert, "the model's num_experts", shape.num_experts),
+    ]
+    no_experts = f"{expert}, but {shape.model_type} has no experts: leave it 1"
+    return [
+        *[(n % by != 0, f"{option} does not divide {what}={n}") for option, by, what, n in numbers],
+        (parallel.expert > 1 and not shape.num_experts, no_experts),
+    ]
+
+
+def _recompute(shape: ModelShape, megatron: Passthrough) -> Checks:
+    """Return the checks of recomputation that Megatron lacks, or makes late."""
+    modules, prefix = megatron.recompute_modules or [], "policy.megatron.recompute_modules:"
+    is_complete = megatron.recompute_method in ("uniform", "block") and megatron.recompute_num_layers
+    return [
+        (megatron.recomputes("full") and not is_complete,
+         "policy.megatron.recompute_granularity=full wants recompute_method=uniform or block, and "
+         "recompute_num_layers"),
+        # Megatron wants Transformer Engine for it, whose layers have no separate norm
+        ("layernorm" in modules, f"{prefix} layernorm cannot be recomputed by itself; core_attn and mlp can"),
+        ("moe" in modules and not shape.num_experts,
+         f"{prefix} moe, but there are no experts; the other is mlp"),
+        ("mlp" in modules and shape.num_experts > 0,
+         f"{prefix} mlp recomputes nothing where every layer has experts; moe does"),
+    ]  # fmt: skip
+
+
+def _offload(megatron: Passthrough, dtype: str) -> Checks:
+    """Return the check of optimizer state in main memory: Megatron 0.16.1 resumes it in one way only."""
+    wants = [
+        (not megatron.use_precision_aware_optimizer,
+         "policy.megatron.use_precision_aware_optimizer=true: without it no checkpoint can be loaded"),
+        (megatron.optimizer_offload_fraction != 1.0,
+         "policy.megatron.optimizer_offload_fraction=1.0: a part left on the GPU resumes with a wrong count "
+         "of its steps"),
+        (dtype != "bfloat16", "policy.dtype=bfloat16: 32-bit parameters cannot be offloaded"),
+    ]  # fmt: skip
+    missing = [option for is_missing, option in wants if is_missing]
+    message = f"policy.megatron.optimizer_cpu_offload wants {'; '.join(missing)}"
+    return [(megatron.optimizer_cpu_offload and bool(missing), message)]
+
+
+def padded_vocab(shape: ModelShape, tensor: int) -> int:
+    """Number of vocabulary rows, rounded up so that each tensor rank has a multiple of 16: aligned loads."""
+    return -(-shape.vocab_size // (16 * tensor)) * 16 * tensor
