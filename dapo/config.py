@@ -292,8 +292,7 @@ class Config(Section):
         if run.keep_every and run.keep_every % run.save_every:
             raise ConfigError(
                 f"run.keep_every={run.keep_every} is not a multiple of run.save_every={run.save_every}: "
-                "nothing is "
-                "saved then"
+                "nothing is saved then"
             )
         if rollout.prompts_per_step % minibatch:
             raise ConfigError(
@@ -317,21 +316,18 @@ class Config(Section):
             raise ConfigError(
                 f"policy.tokens_per_microbatch={budget} cannot hold one sample of data.max_prompt_length="
                 f"{self.data.max_prompt_length} + rollout.max_response_length={rollout.max_response_length} "
-                "= "
-                f"{longest} tokens{padded}: raise it"
+                f"= {longest} tokens{padded}: raise it"
             )
         if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
             raise ConfigError(
                 f"parallel.virtual_pipeline={parallel.virtual_pipeline} with parallel.pipeline=1: one stage "
-                "has "
-                "nobody to take turns with; raise parallel.pipeline, or leave it 1"
+                "has nobody to take turns with; raise parallel.pipeline, or leave it 1"
             )
         if reward.soft_overlong_punishment and reward.overlong_cache >= rollout.max_response_length:
             raise ConfigError(
                 f"reward.overlong_cache={reward.overlong_cache} leaves nothing of "
-                "rollout.max_response_length="
-                f"{rollout.max_response_length} unpunished: make it smaller, or set "
-                "reward.soft_overlong_punishment=false"
+                f"rollout.max_response_length={rollout.max_response_length} unpunished: make it smaller, or "
+                "set reward.soft_overlong_punishment=false"
             )
 
     def warnings(self) -> list[str]:
@@ -339,10 +335,8 @@ class Config(Section):
         if self.reward.soft_overlong_punishment and not self.rollout.dynamic_sampling:
             return [
                 "reward.soft_overlong_punishment without rollout.dynamic_sampling: in a group all right or "
-                "all wrong "
-                "the length penalty is the only difference, and dividing by its small std (Eq. 9) makes "
-                "full-size "
-                "advantages of it"
+                "all wrong the length penalty is the only difference, and dividing by its small std (Eq. 9) "
+                "makes full-size advantages of it"
             ]
         return []
 
