@@ -54,6 +54,8 @@ from dapo.config import ConfigError
 from dapo.files import Sum, SummedFile
 from dapo.mesh import FailedElsewhere
 
+Index = tuple[int, ...]
+
 # --- all ranks of a run, each with its own part ---
 
 
@@ -206,7 +208,7 @@ class Reader:
     def dtype(self, name: str) -> torch.dtype:
         return self._metadata.state_dict_metadata[name].properties.dtype  # type: ignore[union-attr]
 
-    def read(self, name: str, index: tuple[int, ...] = ()) -> Tensor:
+    def read(self, name: str, index: Index = ()) -> Tensor:
         """Return the whole tensor; `index`: the layer (and expert) of one whose first dimensions count them.
 
         Raises:
@@ -225,8 +227,8 @@ class Reader:
         return whole
 
     @functools.cache  # noqa: B019  # as long-lived as the process that converts
-    def _by_index(self, name: str, depth: int) -> dict[tuple[int, ...], list[ChunkStorageMetadata]]:
-        found: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
+    def _by_index(self, name: str, depth: int) -> dict[Index, list[ChunkStorageMetadata]]:
+        found: dict[Index, list[ChunkStorageMetadata]] = {}
         for chunk in self._metadata.state_dict_metadata[name].chunks:  # type: ignore[union-attr]
             found.setdefault(tuple(chunk.offsets[:depth]), []).append(chunk)
         return found
@@ -301,14 +303,7 @@ class Writer:
         self._metadata: dict[str, Any] = {}
         self._storage: dict[MetadataIndex, _StorageInfo] = {}
 
-    def write(
-        self,
-        name: str,
-        tensor: Tensor,
-        index: tuple[int, ...] = (),
-        counts: tuple[int, ...] = (),
-        part: int = 0,
-    ) -> None:
+    def write(self, name: str, tensor: Tensor, index: Index = (), counts: Index = (), part: int = 0) -> None:
         """Write a whole tensor; or layer (and expert) `index` of one whose first dimensions are `counts`."""
         offsets = torch.Size([*index, *[0] * tensor.dim()])
         size = torch.Size([*counts, *tensor.shape])
