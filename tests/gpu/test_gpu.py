@@ -1,4 +1,4 @@
-"""A GPU alone shows these: races, 16-bit products, more than 2³¹ elements, the packed attention kernel, a whole
+"""Only a GPU shows races, 16-bit products, more than 2³¹ elements, the packed attention kernel and a whole
 training step. make gpu-check
 """
 
