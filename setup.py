@@ -16,7 +16,10 @@ setup(
     python_requires=">=3.11",
     packages=["dapo", *(f"dapo.{wing}" for wing in WINGS), "dapo_kernels"],
     package_dir={"dapo_kernels": "kernels/dapo_kernels"},
-    package_data={"dapo": ["py.typed", "report/page.html", "report/metrics.md"], "dapo_kernels": ["py.typed"]},
+    package_data={
+        "dapo": ["py.typed", "report/page.html", "report/metrics.md", "model/refused.md"],
+        "dapo_kernels": ["py.typed"],
+    },
     install_requires=[
         "torch>=2.11",
         "megatron-core==0.16.1",  # pinned: policy/cpu.py adapts this very version
