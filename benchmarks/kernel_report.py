@@ -25,11 +25,10 @@ os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
-from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped,import-not-found,unused-ignore]
-from triton.compiler import ASTSource  # type: ignore[import-untyped,import-not-found,unused-ignore]
-
 from dapo_kernels import logits_triton
 from dapo_kernels.launch import TABLE, Launch
+from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped,import-not-found,unused-ignore]
+from triton.compiler import ASTSource  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
 ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"

@@ -27,7 +27,7 @@ NOT_RUN = {
     "git clone … && cd dapo": "what `clone` does",
     "sbatch examples/qwen2.5_32b_paper/launch.sh": "wants SLURM and 128 GPUs; the script runs below",
     "sbatch examples/qwen2.5_32b_paper/launch.sh run.steps=10 optim.lr=2e-6": "wants SLURM and 128 GPUs",
-    "sbatch examples/qwen3_30b_a3b/launch.sh": "wants SLURM and 16 GPUs; it is the 32B's but for config and nodes",
+    "sbatch examples/qwen3_30b_a3b/launch.sh": "wants SLURM and 16 GPUs; much like the 32B's",
     "sbatch examples/qwen3_30b_a3b/launch.sh run.steps=10 optim.lr=2e-6": "wants SLURM and 16 GPUs",
     "bash examples/qwen2.5_7b/launch.sh": "wants eight GPUs; test_examples.py checks the rest",
     "sbatch examples/qwen2.5_7b/slurm.sbatch": "wants a cluster",

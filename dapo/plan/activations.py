@@ -1,6 +1,6 @@
-"""What autograd keeps of a layer, in dapo/policy/layers.py and in Megatron-core's local layers around it.
+"""Tensors that autograd keeps of a layer, in dapo/policy/layers.py and in Megatron-core's layers around it.
 
-It is counted tensor by tensor; tests/distributed/test_memory.py counts the same in a real forward pass. For
+They are counted one by one; tests/distributed/test_memory.py counts the same in a real forward pass. For
 Transformer Engine's layers the list is read from its source.
 """
 

@@ -1,4 +1,4 @@
-"""What a run takes, before a GPU is allocated: memory by pipeline stage, tokens, seconds and advice.
+"""Forecast of a run, before a GPU is allocated: memory by pipeline stage, tokens, seconds and advice.
 
 python -m dapo plan CONFIG.yaml --gpu h200 --world-size 16
 """

@@ -1,4 +1,4 @@
-"""What a run's numbers mean: each choice that a reader of its curves has to know, and what its sources chose.
+"""The meaning of a run's numbers: each choice that a reader of its curves has to know, and its sources'.
 
 `paper` is arXiv:2503.14476; `verl` is the released reproduction, recipe/dapo/run_dapo_qwen2.5_32b.sh and the
 code it runs. Choices that are options are declared in dapo/config.py; those that the code has fixed, here.

@@ -89,7 +89,7 @@ def test_memory_and_work_follow_the_layout_of_experts(tmp_path: Path) -> None:
         and eight.parameters == dense + eight.expert_parameters
     )
     assert one.expert_copies == 16 and eight.expert_copies == 2, (
-        "tensor ranks have whole experts, so they share their optimizer's state"
+        "tensor ranks have whole experts, so they split their optimizer's state"
     )
     assert one.optimizer == 12 * (dense // 4 + one.expert_parameters // 16)
     assert eight.optimizer == 12 * (dense // 4 + eight.expert_parameters // 2), (
@@ -131,7 +131,7 @@ def test_a_checkpoint_takes_the_main_memory_of_one_tensor_and_in_the_background_
     )
 
 
-def test_a_mixture_of_experts_that_does_not_fit_is_told_to_spread_them(tmp_path: Path) -> None:
+def test_a_mixture_of_experts_that_does_not_fit_is_advised_to_spread_them(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "Qwen3-30B-A3B", "parallel.tensor=4", "parallel.expert=2", gpu="h100", world=32)
     assert not plan.fits
     found = {text: changed for text, changed in remedies(plan)}
