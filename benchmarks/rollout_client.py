@@ -199,9 +199,14 @@ def main(num_responses: int, profiled: bool) -> None:
         ["orjson and numpy alone, nothing checked, collector not paused", least],
     ]
     text = heading("Taking in responses from SGLang servers")
-    text += f"\n{num_responses} responses of {TOKENS} tokens with log-probs ({len(make_answer(0)) / 1024:.0f} KiB each), {CONCURRENT} "
-    text += f"requests outstanding, {SERVERS} server processes on the same machine, which take 0.5 to 1.5 s for an answer. CPU time of the "
-    text += f"trainer's process, all its threads; median (range) of {RUNS}, in turns.\n\n"
+    text += (
+        f"\n{num_responses} responses of {TOKENS} tokens with log-probs ({len(make_answer(0)) / 1024:.0f} "
+        "KiB each), "
+        f"{CONCURRENT} requests outstanding, {SERVERS} server processes on the same machine, which take 0.5 "
+        "to 1.5 s "
+        "for an answer. CPU time of the trainer's process, all its threads; median (range) of "
+        f"{RUNS}, in turns.\n\n"
+    )
     millions = num_responses * TOKENS / 1e6
     columns = ["", "million tokens per CPU second", "wall seconds"]
     text += table(
