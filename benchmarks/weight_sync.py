@@ -55,7 +55,8 @@ from tests.sglang.weight_server import WeightServer
 class Taker(WeightServer):
     memory = defaultdict(lambda: torch.ones(1 << 27, dtype=torch.uint8))
     def _from_broadcast(self, body):
-        size = sum(prod(shape) * getattr(torch, dtype).itemsize for shape, dtype in zip(body["shapes"], body["dtypes"]))
+        pairs = zip(body["shapes"], body["dtypes"])
+        size = sum(prod(shape) * getattr(torch, dtype).itemsize for shape, dtype in pairs)
         name = body["group_name"]
         self.groups[name].broadcast(self.memory[name][:size], 0).wait()
         return {}
@@ -219,10 +220,8 @@ def measure(
         "tensor": lambda: RawPickle(num_bytes, bucket),
     }
     raw = raws[kind]()
-    options: dict[str, Any] = dict(
-        bucket_bytes=bucket, device=torch.device("cpu"), directory=scratch / "weights", model=model, timeout=600
-    )
-    sync = make_sync(kind, lambda: [server], **options)
+    options: dict[str, Any] = dict(bucket_bytes=bucket, device=torch.device("cpu"), timeout=600)
+    sync = make_sync(kind, lambda: [server], directory=scratch / "weights", model=model, **options)
     commit, post, carried, waits = sync.transport.commit, server.post, [], []  # type: ignore[var-annotated]
 
     def timed_commit(version: int) -> None:
@@ -323,8 +322,8 @@ def measure_all(server: Server, model: Path) -> None:
         "the medians. *extra*: the "
         "trainer's peak resident memory during a sync above that before it, in buckets.\n\n"
     )
-    header = ["", "MiB", "sync s", "carry s", "carry GB/s", "server s", "raw send s", "raw copy s", "send / carry", "copy / carry",
-              "extra"]  # fmt: skip
+    header = ["", "MiB", "sync s", "carry s", "carry GB/s", "server s", "raw send s", "raw copy s"]
+    header += ["send / carry", "copy / carry", "extra"]
     save("weight_sync_cpu.md", text + table(header, rows))
 
 
