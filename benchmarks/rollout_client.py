@@ -19,22 +19,26 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from multiprocessing.connection import Connection
-from typing import ClassVar
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import numpy as np
 import orjson
 from record import heading, save, spread, table
 
+from dapo import http
+from dapo.config import Limits
 from dapo.engine import generate
-from dapo.engine.client import Dispatch, Endpoint
 from dapo.engine.control import Server
 from dapo.engine.sglang import SGLangEngine
-from dapo.types import Request, Sampling
+from dapo.types import Prompt, Request, Sampling
 
 TOKENS, CONCURRENT, SERVERS, RUNS = 4096, 1000, 2, 3
 VOCABULARY, STOP = 151_936, 151_643
+PROMPT = Prompt(0, np.arange(200, dtype=np.int32), "")
+REQUEST = Request(0, 0, PROMPT, 0, Sampling(1.0, TOKENS, (STOP,)))
 
 
 def make_answer(seed: int) -> bytes:
@@ -112,9 +116,10 @@ def _until_closed(pipe: Connection) -> None:
 
 
 class Bare:
-    """Servers that need no care, and no weights."""
+    """Servers and weight sync of servers that never fail and take no weights."""
 
     def __init__(self, ports: list[int]):
+        self.prepared = None
         self.generate_urls = [f"http://127.0.0.1:{port}" for port in ports]
         self.workers = [Server(url) for url in self.generate_urls]
 
@@ -134,15 +139,15 @@ class Bare:
 
 
 def through_engine(ports: list[int], num_responses: int) -> tuple[float, float]:
-    """CPU and wall seconds of the engine, from `submit` to the last sample."""
+    """Return CPU and wall seconds of the engine, from `submit` to the last sample."""
     servers = Bare(ports)
-    engine = SGLangEngine(servers, servers, CONCURRENT // len(ports), stall_seconds=300.0)
+    engine = SGLangEngine(servers, servers, CONCURRENT // len(ports), Limits(300.0))
     engine.load_weights([], 1)
-    prompt, sampling = np.arange(200, dtype=np.int32), Sampling(1.0, TOKENS, (STOP,))
-    wanted = [Request(i // 16, i % 16, prompt, i, sampling) for i in range(num_responses)]
+    stream = engine.stream()
+    wanted = [replace(REQUEST, group=i // 16, index=i % 16, seed=i) for i in range(num_responses)]
     cpu, wall = time.process_time(), time.perf_counter()
-    engine.submit(wanted)
-    num_tokens = sum(sample.length for sample in engine.completed())
+    stream.submit(wanted)
+    num_tokens = sum(sample.length for sample in stream.completed())
     taken = time.process_time() - cpu, time.perf_counter() - wall
     assert num_tokens == num_responses * TOKENS
     engine.close()
@@ -150,7 +155,7 @@ def through_engine(ports: list[int], num_responses: int) -> tuple[float, float]:
 
 
 def parsing_alone(num_responses: int, make: Callable[[bytes], object]) -> tuple[float, float]:
-    """CPU and wall seconds of `make` on as many answers, without HTTP."""
+    """Return CPU and wall seconds of `make` on as many answers, without HTTP."""
     answers = [make_answer(seed) for seed in range(16)]
     cpu, wall = time.process_time(), time.perf_counter()
     for i in range(num_responses):
@@ -159,15 +164,14 @@ def parsing_alone(num_responses: int, make: Callable[[bytes], object]) -> tuple[
 
 
 def orjson_and_numpy(answer: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """The least that any client must do."""
+    """Do the least that any client must do."""
     entries = orjson.loads(answer)["meta_info"]["output_token_logprobs"]
     return np.array([e[0] for e in entries], np.float32), np.array([e[1] for e in entries], np.int32)
 
 
-async def post_in_chunks(self: Dispatch, endpoint: Endpoint, request: Request, rid: str) -> bytes:
-    """In place of Dispatch._post: the body piece by piece, as it arrives."""
-    async with self.session.post(endpoint.url + "/generate", data=generate.body(request, rid)) as response:
-        return b"".join([chunk async for chunk in response.content.iter_any()])
+async def read_in_chunks(response: Any) -> bytes:
+    """Read the body piece by piece, as it arrives: in place of http._read."""
+    return b"".join([chunk async for chunk in response.content.iter_any()])
 
 
 def main(num_responses: int, profiled: bool) -> None:
@@ -182,14 +186,13 @@ def main(num_responses: int, profiled: bool) -> None:
         return profile_loop(ports, num_responses)
     through_engine(ports, CONCURRENT)  # warm
     engine, unpaused, chunks, reading, least = [], [], [], [], []
-    request = Request(0, 0, np.arange(200, dtype=np.int32), 0, Sampling(1.0, TOKENS, (STOP,)))
     for _ in range(RUNS):
         engine.append(through_engine(ports, num_responses))
         with patch.object(generate, "_collector_paused", nullcontext):
             unpaused.append(through_engine(ports, num_responses))
-        with patch.object(Dispatch, "_post", post_in_chunks):
+        with patch.object(http, "_read", read_in_chunks):
             chunks.append(through_engine(ports, num_responses))
-        reading.append(parsing_alone(num_responses, lambda answer: generate.read(answer, request)))
+        reading.append(parsing_alone(num_responses, lambda answer: generate.read(answer, REQUEST)))
         least.append(parsing_alone(num_responses, orjson_and_numpy))
     rows = [
         ["the engine: HTTP, checks, samples", engine],
@@ -199,13 +202,11 @@ def main(num_responses: int, profiled: bool) -> None:
         ["orjson and numpy alone, nothing checked, collector not paused", least],
     ]
     text = heading("Taking in responses from SGLang servers")
+    size = f"{len(make_answer(0)) / 1024:.0f} KiB"
     text += (
-        f"\n{num_responses} responses of {TOKENS} tokens with log-probs ({len(make_answer(0)) / 1024:.0f} "
-        "KiB each), "
-        f"{CONCURRENT} requests outstanding, {SERVERS} server processes on the same machine, which take 0.5 "
-        "to 1.5 s "
-        "for an answer. CPU time of the trainer's process, all its threads; median (range) of "
-        f"{RUNS}, in turns.\n\n"
+        f"\n{num_responses} responses of {TOKENS} tokens with log-probs ({size} each), {CONCURRENT} requests "
+        f"outstanding, {SERVERS} server processes on the same machine, which answer in 0.5 to 1.5 s. "
+        f"CPU time of the trainer's process, all its threads; median (range) of {RUNS}, in turns.\n\n"
     )
     millions = num_responses * TOKENS / 1e6
     columns = ["", "million tokens per CPU second", "wall seconds"]
@@ -220,10 +221,15 @@ def main(num_responses: int, profiled: bool) -> None:
 
 
 def profile_loop(ports: list[int], num_responses: int) -> None:
-    """Where the loop's thread spends its time."""
-    profile, run = cProfile.Profile(), SGLangEngine._run
-    SGLangEngine._run = lambda self: profile.runcall(run, self)  # type: ignore[method-assign]
+    """Print where the loop's thread spends its time."""
+    profile = cProfile.Profile()
+
+    async def switch(turn: Callable[[], None]) -> None:
+        turn()
+
+    http.wait(switch(profile.enable))
     print(through_engine(ports, num_responses))
+    http.wait(switch(profile.disable))
     pstats.Stats(profile).sort_stats("tottime").print_stats(25)
 
 

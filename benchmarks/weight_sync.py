@@ -55,8 +55,8 @@ from tests.sglang.weight_server import WeightServer
 class Taker(WeightServer):
     memory = defaultdict(lambda: torch.ones(1 << 27, dtype=torch.uint8))
     def _from_broadcast(self, body):
-        sizes = [getattr(torch, dtype).itemsize for dtype in body["dtypes"]]
-        size = sum(prod(shape) * size for shape, size in zip(body["shapes"], sizes))
+        pairs = zip(body["shapes"], body["dtypes"])
+        size = sum(prod(shape) * getattr(torch, dtype).itemsize for shape, dtype in pairs)
         name = body["group_name"]
         self.groups[name].broadcast(self.memory[name][:size], 0).wait()
         return {}
@@ -220,14 +220,8 @@ def measure(
         "tensor": lambda: RawPickle(num_bytes, bucket),
     }
     raw = raws[kind]()
-    options: dict[str, Any] = dict(
-        bucket_bytes=bucket,
-        device=torch.device("cpu"),
-        directory=scratch / "weights",
-        model=model,
-        timeout=600,
-    )
-    sync = make_sync(kind, lambda: [server], **options)
+    options: dict[str, Any] = dict(bucket_bytes=bucket, device=torch.device("cpu"), timeout=600)
+    sync = make_sync(kind, lambda: [server], directory=scratch / "weights", model=model, **options)
     commit, post, carried, waits = sync.transport.commit, server.post, [], []  # type: ignore[var-annotated]
 
     def timed_commit(version: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,35 +32,23 @@ GROUPS_PER_STEP = 1 << 20  # group id = step × this + the place in request orde
 PRIOR = 16  # groups: how much the estimate of the mixed fraction remembers of earlier steps
 
 
+@dataclass
 class Rollouts:
-    """The main rank's side of sampling: engine, prompts, reward, and the groups carried from step to step.
+    """The main rank's side of sampling: engine, prompts, reward, and the groups carried from step to step."""
 
-    Args:
-        num_data_ranks: data-parallel ranks that a step's batch is planned for.
-        decode: token ids [n] → text.
-        is_interrupted: asked after every sample; True raises Interrupted.
-        on_progress: called with a line that says where the current step is.
-    """
+    config: Config
+    num_data_ranks: int  # data-parallel ranks that a step's batch is planned for
+    engine: Engine
+    prompts: PromptStream
+    reward: Reward
+    decode: Callable[[np.ndarray], str]  # token ids [n] → text
+    stop_ids: tuple[int, ...]
+    is_interrupted: Callable[[], bool] = lambda: False  # asked after every sample; True raises Interrupted
+    on_progress: Callable[[str], None] = lambda text: None  # called with a line: where the current step is
 
-    def __init__(
-        self,
-        config: Config,
-        num_data_ranks: int,
-        engine: Engine,
-        prompts: PromptStream,
-        reward: Reward,
-        decode: Callable[[np.ndarray], str],
-        stop_ids: tuple[int, ...],
-        *,
-        is_interrupted: Callable[[], bool] = lambda: False,
-        on_progress: Callable[[str], None] = lambda text: None,
-    ):
-        rollout = config.rollout
-        self.config, self.num_data_ranks = config, num_data_ranks
-        self.engine, self.prompts, self.reward = engine, prompts, reward
-        self.decode, self.stop_ids = decode, stop_ids
-        self.is_interrupted, self.on_progress = is_interrupted, on_progress
-        self.sampling = Sampling(rollout.temperature, rollout.max_response_length, stop_ids)
+    def __post_init__(self) -> None:
+        rollout = self.config.rollout
+        self.sampling = Sampling(rollout.temperature, rollout.max_response_length, self.stop_ids)
         self.num_empty_steps = 0
         # groups left over by earlier steps, in request order; without samples if they were unfinished
         self.carried: list[Group] = []
