@@ -220,7 +220,11 @@ def measure(
     }
     raw = raws[kind]()
     options: dict[str, Any] = dict(
-        bucket_bytes=bucket, device=torch.device("cpu"), directory=scratch / "weights", model=model, timeout=600
+        bucket_bytes=bucket,
+        device=torch.device("cpu"),
+        directory=scratch / "weights",
+        model=model,
+        timeout=600,
     )
     sync = make_sync(kind, lambda: [server], **options)
     commit, post, carried, waits = sync.transport.commit, server.post, [], []  # type: ignore[var-annotated]

@@ -42,7 +42,7 @@ BOOT = f"""import os, runpy, sys
 module, *arguments = sys.argv[1:]
 sys.argv[1:] = [*arguments, "--api-key", os.environ.pop("{KEY_VARIABLE}")]
 runpy.run_module(module, run_name="__main__", alter_sys=True)"""
-# Prints every spelling of every argument → its main spelling and the kind of its value
+# Prints every name of every argument → its main name and the kind of its value
 LIST_ARGUMENTS = """import argparse, json
 from sglang.srt.server_args import ServerArgs
 parser = argparse.ArgumentParser(add_help=False)
@@ -77,11 +77,11 @@ def server_options(config: Config, known: Known, has_cuda: bool) -> dict[str, An
         most = config.engine.max_concurrent
         options |= CPU | {"max-running-requests": most, "max-total-tokens": most * longest}
     for name, value in config.engine.sglang.items():
-        spelling = name.replace("_", "-")
-        if spelling not in known:
-            hint = nearest(spelling, sorted(known))
+        argument = name.replace("_", "-")
+        if argument not in known:
+            hint = nearest(argument, sorted(known))
             raise ConfigError(f"engine.sglang.{name}: SGLang has no such argument; {hint}")
-        main, takes = known[spelling]
+        main, takes = known[argument]
         if main in OURS:
             raise ConfigError(f"engine.sglang.{name} is set by the run: {OURS[main]}")
         is_flag = takes in ("nothing", "yes or no")

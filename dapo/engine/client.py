@@ -99,7 +99,7 @@ class Client:
         await self.update_endpoints()
 
     async def update_endpoints(self) -> None:
-        """After a sync: use workers that joined or were left alone, drop those that have left."""
+        """Use workers that joined or were left alone, drop those that have left: called after a sync."""
         known = {endpoint.url: endpoint for endpoint in self.endpoints}
         urls = [url.rstrip("/") for url in self.servers.generate_urls]
         self.endpoints = [known.get(url) or Endpoint(url, self.servers, self.key) for url in urls]

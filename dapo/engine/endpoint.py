@@ -28,11 +28,11 @@ class Servers(Protocol):
     def generate_urls(self) -> Sequence[str]: ...
 
     def refresh(self) -> bool:
-        """Before a sync: add servers that were restarted. Return True if the workers changed."""
+        """Add servers that were restarted, before a sync. Return True if the workers changed."""
         ...
 
     def serve(self) -> None:
-        """After a sync: let every worker take requests, now that all have the weights."""
+        """Let every worker take requests, after a sync: all have the weights."""
 
     def check(self) -> None:
         """Raise EngineError if no worker is left; WeightsLost if a sync would bring one back."""

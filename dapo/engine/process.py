@@ -51,7 +51,7 @@ class ServerProcess:
         self.url = f"http://{self.host}:{port}"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as log:
-            self.begin = log.tell()  # of this start's lines
+            self.begin = log.seek(0, os.SEEK_END)  # of this start's lines
         command = [sys.executable, "-I", guardian.__file__, str(os.getpid()), str(self.log)]
         command += [*self.command, "--port", str(port)]
         # in a session of its own it does not receive Ctrl-C

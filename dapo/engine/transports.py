@@ -1,4 +1,4 @@
-"""How buckets of weights reach the servers: by files or by the same host's memory; or by broadcast.py."""
+"""Transports bring buckets of weights to the servers: by files, by memory of one host, or by broadcast.py."""
 
 from __future__ import annotations
 

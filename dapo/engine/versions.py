@@ -1,4 +1,4 @@
-"""What a server says about itself, and the one place that knows the differences between SGLang's versions.
+"""Servers describe themselves here, the one place that knows the differences between SGLang's versions.
 
 Older ones take weights without a session, do not report the architecture that they serve, and give one weight
 version for a whole response.

@@ -1,4 +1,4 @@
-"""How π_θ reaches the servers, by any transport (transports.py, broadcast.py). One order of calls:
+"""Brings π_θ to the servers by any transport (transports.py, broadcast.py). The order of the calls:
 
 prepare: inspect every server, pause its generation, open its update. A server that refuses does so here,
          before any rank enters a collective.

@@ -70,8 +70,8 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         if self.context.size() > 1:
             # [context·T, 2g, d]
             both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=1), group=self.context)
-            queries, keys, places = key_runs(cu, len(query), self.context.rank(), self.context.size())
-            key, value = (x[places] for x in both.chunk(2, dim=1))
+            queries, keys, indices = key_runs(cu, len(query), self.context.rank(), self.context.size())
+            key, value = (x[indices] for x in both.chunk(2, dim=1))
         if has_kernel:
             out = self._varlen(query, key, value, queries, keys, packed_seq_params.max_seqlen_q)
         elif self.context.size() > 1:
@@ -106,11 +106,11 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
     def _padded(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Attend in batches of sequences of like length, padded at the end, where causality hides it."""
         parts, batches = [], padded_batches(tuple(cu_seqlens.tolist()), query.device)
-        for places, is_real in batches:
-            q, k, v = (x[places].transpose(1, 2) for x in (query, key, value))  # [S, h or g, longest, d]
+        for indices, is_real in batches:
+            q, k, v = (x[indices].transpose(1, 2) for x in (query, key, value))  # [S, h or g, longest, d]
             parts.append(self._causal(q, k, v).transpose(1, 2)[is_real])
         # position of each computed row in the pack
-        order = torch.cat([places[is_real] for places, is_real in batches])
+        order = torch.cat([indices[is_real] for indices, is_real in batches])
         return torch.cat(parts)[order.argsort()]
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class Runs(NamedTuple):
 
     queries: Tensor  # int32 [2S + 1]: run i of this rank's tokens is queries[i] : queries[i + 1]
     keys: Tensor  # int32 [2S + 1]: its keys are keys[i] : keys[i + 1]
-    places: Tensor  # int64 [keys[-1]]: each key's index among all context ranks' tokens, rank after rank
+    indices: Tensor  # int64 [keys[-1]]: each key's index among all context ranks' tokens, rank after rank
 
 
 @functools.lru_cache(maxsize=16)
@@ -171,9 +171,9 @@ def padded_batches(cu_seqlens: tuple[int, ...], device: torch.device) -> list[tu
     padded = []
     for batch in batches:
         steps = np.arange(lengths[batch[0]])
-        places = starts[batch, None] + np.minimum(steps, lengths[batch, None] - 1)
+        indices = starts[batch, None] + np.minimum(steps, lengths[batch, None] - 1)
         is_real = steps < lengths[batch, None]
-        padded.append((torch.from_numpy(places).to(device), torch.from_numpy(is_real).to(device)))
+        padded.append((torch.from_numpy(indices).to(device), torch.from_numpy(is_real).to(device)))
     return padded
 
 

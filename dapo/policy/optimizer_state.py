@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -21,14 +21,15 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
 
+Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
+
 
 class OwnState:
     """The part of an optimizer's state that this rank owns."""
 
     def __init__(self, optimizer: Any, model: dict[str, Any]):
         """`model`: the model's sharded state dict, which locates each parameter in the whole."""
-        sharded = (ShardedTensor, ShardedTensorFactory)
-        locations = {entry.data: entry for entry in nested_values(model) if isinstance(entry, sharded)}
+        locations = {entry.data: entry for entry in nested_values(model) if isinstance(entry, Sharded)}
         self._parts = _parts(optimizer)
         boxes: list[ShardedTensor] = []
         # (optimizer, parameter, its range of the state by name)
@@ -80,11 +81,7 @@ def boxes(start: int, end: int, shape: tuple[int, ...]) -> Iterator[tuple[tuple[
 
 
 def _boxes_of(
-    param: Tensor,
-    whole: ShardedTensor | ShardedTensorFactory,
-    start: int,
-    state: dict[str, Tensor],
-    instance: int,
+    param: Tensor, whole: Sharded, start: int, state: dict[str, Tensor], instance: int
 ) -> Iterator[ShardedTensor]:
     """Cut the state from offset `start` of the flat parameter into boxes of the checkpoint's tensors.
 
@@ -110,10 +107,8 @@ def _boxes_of(
                     local_shape=tuple(data.shape),
                     global_offset=tuple(a + b for a, b in begins),
                     axis_fragmentations=None,  # no regular grid
-                    replica_id=(
-                        *piece.replica_id[:-1],
-                        instance,
-                    ),  # data-parallel ranks own different numbers
+                    # data-parallel ranks own different numbers
+                    replica_id=(*piece.replica_id[:-1], instance),
                     prepend_axis_num=0,
                 )
             first += prod(size)

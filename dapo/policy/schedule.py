@@ -116,11 +116,7 @@ class InterleavedCommunicator(P2PCommunicator):  # type: ignore[misc]
         self.backward = iter([microbatch for microbatch, chunk in order if not (is_last and chunk == 0)])
 
     def _communicate_shapes(
-        self,
-        tensor_send_next: Tensor | None,
-        tensor_send_prev: Tensor | None,
-        recv_prev: bool,
-        recv_next: bool,
+        self, send_next: Any, send_prev: Any, recv_prev: bool, recv_next: bool
     ) -> tuple[list[int] | None, list[int] | None]:
         return self._next_shape(self.forward, recv_prev), self._next_shape(self.backward, recv_next)
 

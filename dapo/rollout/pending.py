@@ -105,7 +105,8 @@ class Pending:
         if not waiting:
             return "no group"
         first, *rest = waiting
-        return f"group {first.id} ({len(first.samples)} of {self.group_size} samples) and {len(rest)} groups after it"
+        arrived = f"{len(first.samples)} of {self.group_size} samples"
+        return f"group {first.id} ({arrived}) and {len(rest)} groups after it"
 
 
 class GroupSampler:

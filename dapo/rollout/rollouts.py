@@ -283,8 +283,7 @@ class Rollouts:
         correct, wrong = len(buffer.all_correct) / asked, len(buffer.all_wrong) / asked
         found = (
             f"{len(buffer.kept)} of {buffer.capacity} mixed groups among {asked} sampled ({correct:.0%} all "
-            "correct, "
-            f"{wrong:.0%} all wrong): use harder or easier data, or check "
+            f"correct, {wrong:.0%} all wrong): use harder or easier data, or check "
             f"reward.function={self.config.reward.function}"
         )
         if not buffer.is_full and rollout.at_cap == "stop":

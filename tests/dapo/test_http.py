@@ -50,7 +50,9 @@ def server() -> Iterator[Callable[[Reply], str]]:
         each.server_close()
 
 
-def send(handler: BaseHTTPRequestHandler, status: int, body: bytes, announced: int | None = None, **headers) -> None:
+def send(
+    handler: BaseHTTPRequestHandler, status: int, body: bytes, announced: int | None = None, **headers
+) -> None:
     handler.send_response(status)
     for name, value in headers.items():
         handler.send_header(name, value)
@@ -83,7 +85,12 @@ def test_a_request_arrives_as_it_was_made(server) -> None:
         "Cookie": None,
     }
     seen = json.loads(http.call("DELETE", url, timeout=5).body)
-    assert (seen["method"], seen["body"], seen["Authorization"], seen["Content-Type"]) == ("DELETE", "", None, None)
+    assert (seen["method"], seen["body"], seen["Authorization"], seen["Content-Type"]) == (
+        "DELETE",
+        "",
+        None,
+        None,
+    )
 
 
 def test_a_body_of_many_megabytes_arrives_whole(server) -> None:
@@ -110,7 +117,7 @@ def cut(status: int) -> Reply:
 
 
 def test_a_body_that_is_cut_short_is_no_answer_unless_it_is_a_refusal(server) -> None:
-    with pytest.raises(http.NoAnswer, match="^the answer was cut short$"):
+    with pytest.raises(http.NoAnswer, match=r"^the answer was cut short$"):
         http.call("GET", server(cut(200)), timeout=5)
     assert http.call("GET", server(cut(500)), timeout=5) == (500, b"half")
 
@@ -124,7 +131,7 @@ def test_the_timeout_is_for_the_whole_answer(server) -> None:
 
     for reply in (drip, silent):
         start = time.monotonic()
-        with pytest.raises(http.TimedOut, match="^timed out$"):
+        with pytest.raises(http.TimedOut, match=r"^timed out$"):
             http.call("GET", server(reply), timeout=0.5)
         assert time.monotonic() - start < 5
 
@@ -220,7 +227,9 @@ def test_connections_are_kept_for_the_next_request_and_shared_by_threads(server)
         http.wait(http.exchange("GET", url))
     assert len(ports) == 1
     with ThreadPoolExecutor(8) as threads:
-        assert {answer.status for answer in threads.map(lambda _: http.call("GET", url, timeout=5), range(40))} == {200}
+        assert {
+            answer.status for answer in threads.map(lambda _: http.call("GET", url, timeout=5), range(40))
+        } == {200}
 
 
 def test_an_error_text_is_cut_to_one_line() -> None:

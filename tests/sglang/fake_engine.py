@@ -19,7 +19,7 @@ LIMIT = 30.0  # seconds for anything here: nothing takes so long, but nothing ma
 
 
 class Fakes:
-    """Servers and weight sync of an engine over fake servers. Weights are dropped; the servers get the version."""
+    """Servers and weight sync of an engine over fake servers, which get the version and no weights."""
 
     def __init__(self, *fakes: FakeServer, router: FakeServer | None = None):
         self.fakes, self.router = list(fakes), router
@@ -78,7 +78,7 @@ def stream_of(
 
 
 def within_limit(work: Callable[[], object]) -> object:
-    """Return what `work` returns, or raise its error. It runs in a thread and must end within LIMIT seconds."""
+    """Run `work` in a thread, for at most LIMIT seconds. Return its result, or raise its error."""
     ended: list[tuple[object, BaseException | None]] = []
 
     def run() -> None:
@@ -121,5 +121,3 @@ def assert_answered(samples: list[Sample], wanted: list[Request]) -> None:
             and sample.loss_mask.all()
             and len(sample.loss_mask) == sample.length
         )
-
-

@@ -1,5 +1,5 @@
-"""A server that speaks as SGLang does and errs as it is told. For faults only: what the real server does is
-asked of the real server.
+"""A server that answers as SGLang does, with the faults that a test gives it. For faults only: what the real
+server does is tested with the real server.
 
 A fault is an async function of (the server, the HTTP request, its body) that answers, or does not.
 """
@@ -22,8 +22,8 @@ Fault = Callable[["FakeServer", web.Request, dict], Awaitable[web.StreamResponse
 
 
 class FakeServer:
-    """Listens at `url` until stopped. The first generation requests meet `faults` in turn, all later ones
-    `afterwards`.
+    """Listens at `url` until stopped. `faults` answer the first generation requests in turn, `afterwards` all
+    later ones.
     """
 
     def __init__(

@@ -1,8 +1,7 @@
-"""Training on two ranks whose engine loses its servers in mid-evaluation and in mid-rollout; and loses them
-for ever.
+"""Training on two ranks whose engine loses its servers during an evaluation and a rollout; and for good.
 
-torchrun --nproc-per-node 2 -m tests.sglang.servers_lost OUT.json. Sampling is the embedded engine's, which
-loses nothing by itself.
+torchrun --nproc-per-node 2 -m tests.sglang.servers_lost OUT.json. The embedded engine samples, which loses
+nothing by itself.
 """
 
 from __future__ import annotations
@@ -18,18 +17,21 @@ import torch
 import dapo.assemble
 import dapo.policy  # before Megatron, which it adapts
 from dapo.config import Parallel
-from dapo.engine.embedded import EmbeddedEngine
+from dapo.engine.embedded import EmbeddedEngine, EmbeddedStream
 from dapo.mesh import Mesh
 from dapo.types import Sample, WeightsLost
 from tests.distributed.launch import numbers
 from tests.sglang.sync_fails import attempt
 
-# which readings of samples end in a loss
+# readings of samples that end in a loss
 CASES = {"never": [], "now_and_then": [0, 1, 2], "for_ever": list(range(9))}
 
 
-OPTIONS = ["eval.every=1", "eval.samples=1", "reward.workers=0", "rollout.prompts_per_step=4", "rollout.prompts_per_round=4",
-           "parallel.tensor=2", "run.steps=1", "run.save_every=100", "engine.max_concurrent=32"]  # fmt: skip
+OPTIONS = [
+    "eval.every=1", "eval.samples=1", "reward.workers=0", "rollout.prompts_per_step=4",
+    "rollout.prompts_per_round=4", "parallel.tensor=2", "run.steps=1", "run.save_every=100",
+    "engine.max_concurrent=32",
+]  # fmt: skip
 
 
 class LosingEngine(EmbeddedEngine):
@@ -38,20 +40,32 @@ class LosingEngine(EmbeddedEngine):
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
-        self.num_readings, self.synced = 0, list[int]()
+        self.num_readings = 0
+        self.synced: list[int] = []
         self.instances.append(self)
 
-    def completed(self) -> Iterator[Sample]:
-        reading, self.num_readings = self.num_readings, self.num_readings + 1
-        for number, sample in enumerate(super().completed()):
-            if number == 10 and reading in self.losses:
-                raise WeightsLost("no server has the policy's weights")
-            yield sample
+    def stream(self) -> LosingStream:
+        made = LosingStream(self)
+        self.streams.add(made)
+        return made
 
     def load_weights(self, weights: Any, version: int) -> None:
-        assert not self.queue and not self.finished, "what was lost is aborted"
+        for stream in self.streams:
+            assert not stream.queue and not stream.finished, "what was lost is aborted"
         self.synced.append(version)
         super().load_weights(weights, version)
+
+
+class LosingStream(EmbeddedStream):
+    engine: LosingEngine
+
+    def completed(self) -> Iterator[Sample]:
+        reading = self.engine.num_readings
+        self.engine.num_readings += 1
+        for number, sample in enumerate(super().completed()):
+            if number == 10 and reading in self.engine.losses:
+                raise WeightsLost("no server has the policy's weights")
+            yield sample
 
 
 def main(out: str) -> None:

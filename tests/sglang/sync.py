@@ -1,5 +1,5 @@
-"""A trainer on several ranks gives a running server its weights by each transport, and asks it what it
-generates with them.
+"""A trainer on several ranks sends its weights to a running server by each transport, and checks what the
+server generates with them.
 
 torchrun --nproc-per-node 2 -m tests.sglang.sync URL MODEL OUT.json: the main rank writes what it measured.
 """
@@ -22,8 +22,7 @@ from dapo.engine.weight_sync import WeightSync, make_sync
 from dapo.mesh import Mesh
 from dapo.policy.megatron import Policy
 from dapo.policy.weight_files import open_weights
-from dapo.rollout.rollouts import RolloutsElsewhere
-from dapo.train import sync
+from dapo.sampler import Sampler
 
 NUM_REQUESTS = 64  # at once
 BUCKET = 40_000  # bytes: many of them
@@ -119,7 +118,8 @@ def main(url: str, model: str, out: str) -> None:
             timeout=60,
         )
         before = mesh.on_main(measure, server, variants[i], vocab)
-        sync(policy, OnlyWeights(weights) if mesh.is_main else RolloutsElsewhere(), mesh, version=100 + i)  # type: ignore[arg-type]
+        rollouts: Any = OnlyWeights(weights) if mesh.is_main else None
+        Sampler(config, mesh, rollouts, {}).load_weights(policy, version=100 + i)
         after = mesh.on_main(measure, server, variants[i], vocab)
         results.append(
             {"name": f"{kind}-{i}", "kind": kind, "version": 100 + i, "before": before, "after": after}

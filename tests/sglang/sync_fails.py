@@ -43,8 +43,11 @@ CASES: dict[str, dict[str, list[str | None]]] = {
 FAILS_AT = 2
 
 
-OPTIONS = ["eval.data=null", "reward.workers=0", "rollout.prompts_per_step=4", "rollout.prompts_per_round=4", "rollout.max_rounds=1",
-           "rollout.max_empty_steps=9", "parallel.tensor=2", "run.steps=3", "run.save_every=100"]  # fmt: skip
+OPTIONS = [
+    "eval.data=null", "reward.workers=0", "rollout.prompts_per_step=4", "rollout.prompts_per_round=4",
+    "rollout.max_rounds=1", "rollout.max_empty_steps=9", "parallel.tensor=2", "run.steps=3",
+    "run.save_every=100",
+]  # fmt: skip
 
 
 class SyncingEngine(EmbeddedEngine):

@@ -22,6 +22,7 @@ from tests.sglang import fake_server as fake
 from tests.sglang.fake_engine import Fakes, assert_answered, collect, stream_of, wait_for, within_limit
 from tests.sglang.fake_server import FakeServer, requests, tokens_of
 
+
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "FIRST_PAUSE", 0.02)
@@ -117,7 +118,7 @@ def test_what_is_never_answered_is_asked_again_elsewhere_after_the_stall(
     with stream_of(hung, good, max_concurrent=2, stall_seconds=1.0) as stream:
         stream.submit(wanted)
         assert_answered(collect(stream), wanted)
-        assert {body["rid"] for body in hung.bodies} == set(hung.aborted), "the old place is told"
+        assert {body["rid"] for body in hung.bodies} == set(hung.aborted), "the server knows of the aborts"
     err = capfd.readouterr().err
     assert f"no progress at {hung.url} for 1 s" in err
     assert re.search(rf"{hung.url} \(usable\): 2 asked: 0\.0 for \d+ s; 1\.0 for \d+ s", err)
@@ -165,14 +166,15 @@ def test_a_worker_that_hangs_behind_a_router_is_started_again_while_another_work
 
     threading.Thread(target=generate, daemon=True).start()
     with stream_of(hung, good, idle, router=router, max_concurrent=1, stall_seconds=0.5) as stream:
+        servers = stream.engine.servers
 
         def restart(url: str, fault: str) -> None:
             assert fault == "stood still for 0.5 s"
-            stream.engine.servers.restarted.append(url)
-            stream.engine.servers.workers = [worker for worker in stream.engine.servers.workers if worker.url != url]
+            servers.restarted.append(url)
+            servers.workers = [worker for worker in servers.workers if worker.url != url]
             is_restarted.set()
 
-        stream.engine.servers.restart = restart
+        servers.restart = restart
         stream.submit(wanted)
         assert_answered(collect(stream), wanted)
         assert stream.engine.servers.restarted == [hung.url]
@@ -185,10 +187,8 @@ def test_twice_the_stall_without_an_answer_is_an_error_that_says_who_is_waited_f
     server = FakeServer(afterwards=fake.nothing)
     with stream_of(server, max_concurrent=2, stall_seconds=0.5) as stream:
         stream.submit(requests(3))
-        with pytest.raises(
-            EngineError,
-            match=rf"no progress for 2 × engine.stall_seconds=0.5: waiting for 3 responses.*{server.url}.*0\.0",
-        ):
+        says = rf"no progress for 2 × engine.stall_seconds=0.5: waiting for 3 responses.*{server.url}.*0\.0"
+        with pytest.raises(EngineError, match=says):
             collect(stream)
 
 
@@ -197,14 +197,12 @@ def test_a_server_that_never_was_there_is_an_error_after_twice_the_stall() -> No
     server.die()
     with stream_of(server, stall_seconds=0.5) as stream:
         stream.submit(requests(3))
-        with pytest.raises(
-            EngineError, match=rf"{server.url} \(left alone, last fault: connection refused"
-        ):
+        with pytest.raises(EngineError, match=rf"{server.url} \(left alone, last fault: connection refused"):
             collect(stream)
 
 
 def test_long_work_that_moves_is_no_stall() -> None:
-    """/v1/loads tells other numbers of tokens each time: the server generates one long response."""
+    """/v1/loads reports another number of tokens each time: the server generates one long response."""
     server = FakeServer(seconds=2.5)
     server.loads = [{"num_running_reqs": 1, "num_used_tokens": 0}]
     wanted = requests(1)
@@ -249,7 +247,7 @@ def test_a_restarted_server_is_not_used_until_it_has_the_weights(capfd: pytest.C
         samples = collect(stream)
         assert_answered(samples, wanted)
         assert {sample.versions for sample in samples} == {((7, 0, sample.length),) for sample in samples}
-        assert len(servers[1].bodies) <= 4, "its first answers told"
+        assert len(servers[1].bodies) <= 4, "its first answers showed it"
         stream.engine.load_weights([], 8)
         time.sleep(0.5)
         more = requests(40, first=40)
@@ -305,7 +303,7 @@ def test_a_server_that_joins_takes_part_after_the_next_sync() -> None:
     first.stop()
 
 
-def test_a_response_over_a_weight_update_tells_who_wrote_which_tokens() -> None:
+def test_a_response_over_a_weight_update_says_which_version_wrote_which_tokens() -> None:
     server = FakeServer()
     request = next(request for request in requests(20) if len(tokens_of(request)) > 10)
     n = len(tokens_of(request))
@@ -381,7 +379,7 @@ def test_more_may_be_submitted_while_samples_are_taken() -> None:
     assert_answered(samples, wanted)
 
 
-def test_nothing_comes_back_for_what_was_aborted_and_the_server_is_told() -> None:
+def test_nothing_comes_back_for_what_was_aborted_and_the_server_knows() -> None:
     server = FakeServer([fake.well, fake.well], afterwards=fake.nothing)
     with stream_of(server, max_concurrent=4) as stream:
         wanted = requests(24)
@@ -428,7 +426,7 @@ def test_what_is_aborted_before_it_was_sent_leaves_its_place_to_others() -> None
 
 
 def test_no_id_at_a_server_is_the_beginning_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SGLang aborts every request whose id begins with the one that it is told."""
+    """SGLang aborts every request whose id begins with the one in the abort."""
     monkeypatch.setattr(client, "MAX_ATTEMPTS", 30)
     server = FakeServer([fake.status(500)] * 12)
     sampling = Sampling(1.0, 8, (fake.STOP,))
@@ -450,7 +448,7 @@ def test_no_id_at_a_server_is_the_beginning_of_another(monkeypatch: pytest.Monke
     assert len(rids) == 8 and not [(a, b) for a in rids for b in rids if a != b and b.startswith(a)]
 
 
-def test_behind_a_router_every_worker_is_told_of_an_abort() -> None:
+def test_behind_a_router_every_worker_gets_an_abort() -> None:
     router, workers = FakeServer(afterwards=fake.nothing), [FakeServer(), FakeServer()]
     with stream_of(*workers, router=router, max_concurrent=3) as stream:
         stream.submit(requests(10))
@@ -461,7 +459,7 @@ def test_behind_a_router_every_worker_is_told_of_an_abort() -> None:
         assert router.aborted == [] and {len(set(worker.aborted)) for worker in workers} == {6}
 
 
-def test_a_worker_that_is_silent_about_an_abort_is_not_told_of_all_the_others(
+def test_a_worker_that_is_silent_about_an_abort_does_not_get_all_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(client, "ABORT_TIMEOUT", 1.5)
@@ -478,7 +476,7 @@ def test_a_worker_that_is_silent_about_an_abort_is_not_told_of_all_the_others(
         wait_for(lambda: len(router.bodies) == 152)
         stream.abort([request.id for request in requests(2)])
         stream.engine.load_weights([], 1)
-        assert len(silent.aborted) == client.NUM_ABORTS + 2, "the next time it is told again"
+        assert len(silent.aborted) == client.NUM_ABORTS + 2, "it gets the next ones again"
 
 
 @pytest.mark.parametrize("has_died", [True, False])
@@ -515,7 +513,7 @@ def test_an_interruption_is_noticed_while_nothing_comes() -> None:
         assert len(server.aborted) == 3
 
 
-def test_close_is_quick_with_requests_outstanding_tells_the_servers_and_may_be_called_twice() -> None:
+def test_close_is_quick_with_requests_outstanding_aborts_them_and_may_be_called_twice() -> None:
     server = FakeServer(afterwards=fake.nothing)
     with stream_of(server) as stream:
         stream.submit(requests(9))

@@ -27,7 +27,7 @@ def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     def run(*command: str) -> None:
         ran.append(" ".join(command))
-        time.sleep(0.05)  # so that two at once meet
+        time.sleep(0.05)  # so that two run at once
         (folder / "lib/python3.11/site-packages").mkdir(parents=True, exist_ok=True)
 
     monkeypatch.setattr(environment, "FOLDER", folder)
@@ -39,8 +39,10 @@ def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 def test_who_installs_the_servers_gets_what_the_tests_run() -> None:
     pinned = (environment.HERE / "requirements.txt").read_text().splitlines()
     ours = [line for line in pinned if line.startswith(("sglang==", "sglang-router=="))]
-    listed = re.search(r'"sglang": \[(.*)\]', (environment.HERE.parents[2] / "setup.py").read_text())
-    assert listed and listed[1] == ", ".join(f'"{package}"' for package in ours)
+    listed = re.search(
+        r'"sglang": \[(.*?)\]', (environment.HERE.parents[2] / "setup.py").read_text(), re.DOTALL
+    )
+    assert listed and re.findall(r'"(.*?)"', listed[1]) == ours
     assert [f"sglang=={version}" for version in versions.RUN] == ours[:1]
 
 

@@ -76,7 +76,7 @@ def test_weights_that_no_sync_has_named_are_of_an_unknown_version() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bad", "told"),
+    ("bad", "says"),
     [
         (b"", "no answer of SGLang"),
         (b"{}", "no answer of SGLang: KeyError: 'meta_info'"),
@@ -121,8 +121,8 @@ def test_weights_that_no_sync_has_named_are_of_an_unknown_version() -> None:
         ),
     ],
 )
-def test_what_is_no_response_says_why(bad: bytes, told: str) -> None:
-    with pytest.raises(BadAnswer, match=told):
+def test_what_is_no_response_says_why(bad: bytes, says: str) -> None:
+    with pytest.raises(BadAnswer, match=says):
         generate.read(bad, REQUEST)
 
 

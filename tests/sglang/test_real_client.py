@@ -84,10 +84,7 @@ def requests(count: int, shape: SimpleNamespace, sampling: Sampling) -> list[Req
     rng = np.random.default_rng(0)
     usable = np.setdiff1d(np.arange(shape.vocabulary), shape.stop_ids)
     prompts = [rng.choice(usable, int(rng.integers(3, 30))).astype(np.int32) for _ in range(count)]
-    return [
-        Request(i // 4, i % 4, Prompt(i, tokens, ""), i, sampling)
-        for i, tokens in enumerate(prompts)
-    ]
+    return [Request(i // 4, i % 4, Prompt(i, tokens, ""), i, sampling) for i, tokens in enumerate(prompts)]
 
 
 def wait_for(is_so: Callable[[], bool]) -> None:

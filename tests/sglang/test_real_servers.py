@@ -33,10 +33,10 @@ def test_arguments_are_those_of_the_installed_sglang(sglang_python: Path, tmp_pa
     known = known_arguments(str(sglang_python), has_cuda=False)
     ours = server_options(server_config(tmp_path, tmp_path), {}, has_cuda=False)
     for name in [*ours, *OURS, "tp-size", "pp-size", "dp-size", "enable-dp-attention", "enable-memory-saver"]:
-        assert known[name][0] == name, "servers.py asks for it by this spelling"
+        assert known[name][0] == name, "arguments.py uses this name"
     with pytest.raises(
         ConfigError,
-        match=r"engine.sglang.mem-fraction-statik: SGLang has no such argument; did you mean mem-fraction-static\?",
+        match=r"mem-fraction-statik: SGLang has no such argument; did you mean mem-fraction-static\?",
     ):
         server_options(
             server_config(tmp_path, tmp_path, sglang={"mem-fraction-statik": 0.5}), known, has_cuda=False

@@ -1,5 +1,5 @@
-"""Servers of a run: what they are started with, what is told when they fail, and that nothing of them is
-left, however the trainer ends.
+"""Servers of a run: their arguments, what is reported when they fail, and that no process of theirs is left,
+however the trainer ends.
 
 Most of it with a stand-in for SGLang that is up in half a second (fake/); real servers are in
 test_real_servers.py.
@@ -160,9 +160,7 @@ def test_a_server_lives_on_though_its_log_cannot_be_written() -> None:
     assert (done.returncode, done.stderr) == (7, "")
 
 
-def test_a_server_that_died_takes_part_from_the_next_sync_on(
-    start: Callable[..., Fleet], fake: Path
-) -> None:
+def test_a_server_that_died_takes_part_from_the_next_sync_on(start: Callable[..., Fleet], fake: Path) -> None:
     said: list[str] = []
     started = start(said)
     started.wait()
@@ -186,9 +184,7 @@ def test_a_server_that_died_takes_part_from_the_next_sync_on(
     assert started.refresh() is False
 
 
-def test_waiting_for_a_server_that_starts_again_is_progress(
-    start: Callable[..., Fleet], fake: Path
-) -> None:
+def test_waiting_for_a_server_that_starts_again_is_progress(start: Callable[..., Fleet], fake: Path) -> None:
     started = start()
     started.wait()
     processes_of(fake)[1].kill()
@@ -286,14 +282,12 @@ def test_a_server_that_cannot_start_again_stays_dead(
     until(lambda: not started.workers)
     with pytest.raises(
         EngineError,
-        match=r"no server is left: server 0 ended with status 1: OSError: .* holds no model; see .*server-0\.log",
+        match=r"no server is left: server 0 ended with status 1: OSError: .* no model; see .*server-0\.log",
     ) as error:
         started.refresh()
     assert not isinstance(error.value, WeightsLost), "another sync would not help"
     assert "stays dead" in said[-1]
-    assert [line.endswith("; starting it again") for line in said] == [True] * process.RESTARTS + [
-        False
-    ]
+    assert [line.endswith("; starting it again") for line in said] == [True] * process.RESTARTS + [False]
     assert processes_of(fake) == []
 
 
@@ -360,7 +354,7 @@ def test_a_start_that_fails_is_tried_again(
     assert started.workers[0].post("/generate")
 
 
-def test_servers_are_watched_though_nobody_can_be_told(start: Callable[..., Fleet], fake: Path) -> None:
+def test_servers_are_watched_though_no_news_can_be_printed(start: Callable[..., Fleet], fake: Path) -> None:
     started = start()
     started.wait()
 
@@ -580,7 +574,7 @@ def test_a_broadcast_that_nccl_would_refuse_is_refused_before_a_server_starts(
     check_broadcast(broadcast, {}, sys.executable)
     with pytest.raises(
         ConfigError,
-        match=r"engine.python=/other/python has NCCL 2.30.7, the trainer 2.28.9.* set engine.weight_sync=disk",
+        match=r"engine.python=/other/python has NCCL 2.30.7, the trainer 2.28.9.* engine.weight_sync=disk",
     ):
         check_broadcast(broadcast, {}, "/other/python")
     with pytest.raises(ConfigError, match=r"no two processes on one GPU; set engine.weight_sync=tensor"):

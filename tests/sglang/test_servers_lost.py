@@ -44,8 +44,11 @@ def test_a_server_that_falls_silent_ends_a_run_on_two_ranks_with_one_line_and_a_
     nothing, does not end it.
     """
     run = tmp_path / "run"
-    options = ["engine.kind=sglang", "engine.weight_sync=tensor", "engine.stall_seconds=3", "rollout.prompts_per_step=4",
-               "rollout.prompts_per_round=4", "eval.data=null", "reward.workers=0", "parallel.tensor=2", f"run.dir={run}"]  # fmt: skip
+    options = [
+        "engine.kind=sglang", "engine.weight_sync=tensor", "engine.stall_seconds=3",
+        "rollout.prompts_per_step=4", "rollout.prompts_per_round=4", "eval.data=null", "reward.workers=0",
+        "parallel.tensor=2", f"run.dir={run}",
+    ]  # fmt: skip
     with WeightServer() as server:
         server.faults = {path: ["silence"] * 99 for path in silent}
         done = torchrun(

@@ -166,8 +166,11 @@ def test_a_server_that_fails_half_way_is_one_error_and_the_next_sync_works(
         assert_holds(servers[1], 3)
 
 
-CALLS = ["/server_info", "/openapi.json", "/model_info", "/pause_generation", "/begin_weight_update", UPDATE["tensor"],
-         "/end_weight_update", "/flush_cache", "/update_weight_version", "/weights_checker", "/continue_generation"]  # fmt: skip
+CALLS = [
+    "/server_info", "/openapi.json", "/model_info", "/pause_generation", "/begin_weight_update",
+    UPDATE["tensor"], "/end_weight_update", "/flush_cache", "/update_weight_version", "/weights_checker",
+    "/continue_generation",
+]  # fmt: skip
 WORDS = ("garbage", "half a JSON", "empty")  # what /flush_cache may say
 
 
@@ -432,8 +435,11 @@ def sha(*arrays: np.ndarray) -> str:
 
 def test_checksums_are_of_the_parameters_as_a_server_shards_them() -> None:
     rng = np.random.default_rng(0)
-    shapes = {"self_attn.q_proj": (16, 8), "self_attn.k_proj": (8, 8), "self_attn.v_proj": (8, 8), "self_attn.o_proj": (8, 16),
-              "mlp.gate_proj": (12, 8), "mlp.up_proj": (12, 8), "mlp.down_proj": (8, 12), "input_layernorm": (8,)}  # fmt: skip
+    shapes = {
+        "self_attn.q_proj": (16, 8), "self_attn.k_proj": (8, 8), "self_attn.v_proj": (8, 8),
+        "self_attn.o_proj": (8, 16), "mlp.gate_proj": (12, 8), "mlp.up_proj": (12, 8),
+        "mlp.down_proj": (8, 12), "input_layernorm": (8,),
+    }  # fmt: skip
     layer = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     vocab = rng.normal(size=(70, 8)).astype(np.float32)
     checksums = Checksums([1, 2, 4], num_kv_heads=2)
@@ -566,7 +572,9 @@ def test_a_mixture_of_experts_whose_checksums_are_not_known_is_refused_before_an
 ) -> None:
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 16}
     (tmp_path / "config.json").write_text(json.dumps(QWEN2 | experts | {"model_type": "qwen3_moe"}))
-    options: dict[str, Any] = dict(bucket_bytes=600, directory=tmp_path / "weights", model=tmp_path, timeout=10)
+    options: dict[str, Any] = dict(
+        bucket_bytes=600, directory=tmp_path / "weights", model=tmp_path, timeout=10
+    )
     with pytest.raises(ConfigError, match=r"engine.verify_weights=true: .* is a mixture of experts"):
         make_sync("tensor", list, verify=True, device=torch.device("cuda"), **options)
     for device, verify in (("cuda", False), ("cpu", True)):

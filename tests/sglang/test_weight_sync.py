@@ -67,7 +67,9 @@ def start(sglang_server: Any, tmp_path: Path) -> Iterator[Any]:
     started: list[WeightSync] = []
 
     def make(kind: Any) -> WeightSync:
-        options: dict[str, Any] = dict(bucket_bytes=40_000, device=torch.device("cpu"), verify=True, timeout=60)
+        options: dict[str, Any] = dict(
+            bucket_bytes=40_000, device=torch.device("cpu"), verify=True, timeout=60
+        )
         started.append(
             make_sync(
                 kind,

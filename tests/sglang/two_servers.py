@@ -13,9 +13,10 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import psutil
@@ -27,33 +28,31 @@ from dapo.config import Config, Limits
 from dapo.engine import generate
 from dapo.engine.control import Server
 from dapo.engine.fleet import Fleet
-from dapo.engine.sglang import SGLangEngine
+from dapo.engine.sglang import SGLangEngine, SGLangStream
 from dapo.reward.pool import Reward
 from dapo.rollout.prompts import PromptStream
 from dapo.rollout.rollouts import Rollouts
-from dapo.types import EngineError, Group, Prompt, Request, Sample
+from dapo.types import EngineError, Prompt, Request, Sample
 from tests.sglang.conftest import server_config
 
 GROUPS, SAMPLES = 12, 4  # of a step, of a group
 STALL = 5.0  # seconds
 
 
-class Seen(Rollouts):
-    """Keeps what the engine delivers."""
+class Seen(SGLangStream):
+    """Records the samples that the engine returns."""
 
-    def __init__(self, *arguments: Any, **options: Any):
-        super().__init__(*arguments, **options)
-        self.samples: list[tuple[int, int, list[int]]] = []  # group, index, versions
+    samples: ClassVar[list[tuple[int, int, list[int]]]] = []  # group, index, versions
 
-    def _read(self, group: Group, sample: Sample) -> None:
-        super()._read(group, sample)
-        self.samples.append(
-            (sample.group, sample.index, sorted({version for version, _, _ in sample.versions}))
-        )
+    def completed(self) -> Iterator[Sample]:
+        for sample in super().completed():
+            versions = sorted({version for version, _, _ in sample.versions})
+            self.samples.append((sample.group, sample.index, versions))
+            yield sample
 
 
 class Work:
-    """How many requests each worker was seen to run at once."""
+    """Counts the most requests that each worker was seen to run at once."""
 
     def __init__(self, workers: list[Server]):
         self.most = {worker.url: 0 for worker in workers}
@@ -108,8 +107,8 @@ def main(folder: Path, model: Path, python: str) -> None:
     time.sleep(600)
 
 
-def make_rollouts(config: Config) -> tuple[Seen, list[str]]:
-    """And what the servers are said to do, as it comes."""
+def make_rollouts(config: Config) -> tuple[Rollouts, list[str]]:
+    """Return the rollouts, and the list that the servers' news are appended to."""
     said: list[str] = []
     rollout = {
         "prompts_per_step": GROUPS,
@@ -121,19 +120,19 @@ def make_rollouts(config: Config) -> tuple[Seen, list[str]]:
     engine = make_engine(config, SimpleNamespace(device=torch.device("cpu")), lambda: False)  # type: ignore[arg-type]
     assert isinstance(engine, SGLangEngine)
     engine.servers.say = said.append  # type: ignore[attr-defined]
+    engine.stream = lambda: Seen(engine)  # type: ignore[method-assign]
     prompts = [Prompt(i, np.full(8, 2 + i, np.int32), "1") for i in range(2 * GROUPS)]
     reward = Reward(config.reward.model_copy(update={"workers": 0}), config.rollout.max_response_length)
-    return Seen(
-        config, 1, engine, PromptStream(prompts, 1), reward, lambda tokens: " ".join(map(str, tokens)), (1,)
-    ), said
+    stream = PromptStream(prompts, 1)
+    return Rollouts(config, 1, engine, stream, reward, lambda tokens: " ".join(map(str, tokens)), (1,)), said
 
 
-def collect(rollouts: Seen, step: int) -> dict[str, Any]:
-    rollouts.samples.clear()
+def collect(rollouts: Rollouts, step: int) -> dict[str, Any]:
+    Seen.samples.clear()
     buffer = rollouts.collect(step)
     return {
         "kept": [[group.id, len(group.samples)] for group in buffer.kept],
-        "samples": list(rollouts.samples),
+        "samples": list(Seen.samples),
     }
 
 

@@ -1,4 +1,4 @@
-"""A server that takes weights as SGLang does, in a thread of this process, and that can be told to fail: for
+"""A server that takes weights as SGLang does, in a thread of this process, and that fails on demand: for
 fault injection only.
 
 `server.faults["/begin_weight_update"] = [None, "refuse"]`: the first such call goes well, the second is
@@ -51,8 +51,9 @@ class WeightServer:
         self.is_dead = threading.Event()
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.http.daemon_threads = True
-        tell = self.http.handle_error
-        self.http.handle_error = lambda *where: None if self.is_dead.is_set() else tell(*where)  # type: ignore[method-assign]  # the dead say nothing
+        report = self.http.handle_error
+        # a dead server prints nothing
+        self.http.handle_error = lambda *where: None if self.is_dead.is_set() else report(*where)  # type: ignore[method-assign]
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
@@ -186,7 +187,7 @@ def _handler(server: WeightServer) -> type[BaseHTTPRequestHandler]:
                     self._send(200, server.answer(self.path))
 
         def _fail(self) -> bool:
-            """As this call is told to, if it is."""
+            """Fail as `faults` says for this call. Return True if it does."""
             faults = server.faults.get(self.path)
             fault = faults.pop(0) if faults else None
             if fault == "silence":

@@ -167,7 +167,7 @@ def test_abort_drops_these_requests_or_all(engine: EmbeddedEngine) -> None:
 
 
 def test_streams_do_not_see_each_other(engine: EmbeddedEngine) -> None:
-    """They have the same request ids. Each gets its own samples, the same as alone; abort leaves the other."""
+    """Both use the same request ids. Each gets the samples it gets alone; abort of one leaves the other."""
     long, short = requests(4, Sampling(1.0, 24, (EOS,))), requests(4, Sampling(1.0, 2, (EOS,)))
     alone = [generate(engine, wanted) for wanted in (long, short)]
     streams = [engine.stream(), engine.stream()]

@@ -1,6 +1,6 @@
 """Compile the kernels ahead of time for sm_80, sm_90 and sm_100 and report on the code; no GPU is needed.
 
-    python -m dapo_kernels.report [OUT.json]
+    python benchmarks/kernel_report.py [OUT.json]
 
 Ends with an error if a kernel keeps anything on the stack or lost its 128-bit loads: either would cost a
 multiple of its time. (The compiler's own LOCAL counter is 0 even where registers are spilled; instructions
