@@ -14,6 +14,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
@@ -30,6 +31,7 @@ SILENT_PHASES = {"rollout", "eval", "checkpoint", "export"}
 PLACES = {"": "between phases", "?": "not begun"}
 
 
+@dataclass(eq=False)
 class Recorder:
     """A thread on every rank that watches heartbeats: its own, and those of all ranks in the shared store.
 
@@ -39,21 +41,20 @@ class Recorder:
     of the SILENT_PHASES: ranks stuck in a collective cannot save.
     """
 
-    def __init__(
-        self, directory: Path, limits: Limits, rank: int, world: int, store: Store, waiting: Callable[[], str]
-    ):
-        self.directory = directory
-        self.limits = limits
-        self.rank = rank
-        self.world = world
-        self.store = store
-        self.waiting = waiting
+    directory: Path
+    limits: Limits
+    rank: int
+    world: int
+    store: Store
+    waiting: Callable[[], str]
+
+    def __post_init__(self) -> None:
         self.heartbeats = -1  # this rank's at the last check
         self.total = -1  # checks of any rank that found new heartbeats
         self.since = time.monotonic()  # when `total` last changed
         self.is_reported = False
-        directory.mkdir(parents=True, exist_ok=True)
-        self.stacks = (directory / f"rank-{rank}.txt").open("a")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.stacks = (self.directory / f"rank-{self.rank}.txt").open("a")
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="recorder", daemon=True)
         self._thread.start()

@@ -23,7 +23,7 @@ R = TypeVar("R")
 RETRIES = 3  # of one step's sampling: servers that die more often than that are not restarted into health
 
 
-@dataclass
+@dataclass(eq=False)
 class Sampler:
     """Samples π_θold. The main rank has the Rollouts; the other ranks take part in the collectives.
 

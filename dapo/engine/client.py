@@ -15,6 +15,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Coroutine, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -37,6 +38,7 @@ NUM_ABORTS = 32  # sent at a time
 CLOSE_TIMEOUT = 2.0  # seconds
 
 
+@dataclass(eq=False)
 class Client:
     """Sends requests until each is answered, aborted or has failed.
 
@@ -48,15 +50,16 @@ class Client:
     `end_load` and `waiting`.
     """
 
-    def __init__(self, servers: Servers, max_concurrent: int, limits: Limits):
-        self.servers = servers
-        self.max_concurrent = max_concurrent
-        self.limits = limits
+    servers: Servers
+    max_concurrent: int
+    limits: Limits
+
+    def __post_init__(self) -> None:
         self.version = UNKNOWN_VERSION  # of the weights that were last sent
         self.is_loading = False
         self.is_closed = False
         self.failure: BaseException | None = None  # the first one: every stream raises it
-        self.key = servers.workers[0].key
+        self.key = self.servers.workers[0].key
         self.name = uuid.uuid4().hex[:8]  # servers may still work for a trainer that died
         self.numbers = itertools.count()  # of the attempts
         self.endpoints: list[Endpoint] = []

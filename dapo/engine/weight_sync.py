@@ -12,6 +12,7 @@ say which version wrote each token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,20 +32,20 @@ from dapo.types import EngineError
 STATUS = {"status": str}
 
 
+@dataclass(eq=False)
 class WeightSync:
     """Takes all servers through an update. Every method may raise EngineError with a server and its answer.
 
     After an update that broke off servers stay paused, because some of their weights are new.
     """
 
-    def __init__(
-        self, workers: Callable[[], Sequence[Server]], transport: Transport, shape: ModelShape, verify: bool
-    ):
-        self.find_workers = workers
-        self.transport = transport
-        self.timeout = transport.timeout
-        self.shape = shape
-        self.verify = verify
+    find_workers: Callable[[], Sequence[Server]]
+    transport: Transport
+    shape: ModelShape
+    verify: bool
+
+    def __post_init__(self) -> None:
+        self.timeout = self.transport.timeout
         self.workers: Sequence[Server] = []
         self.peers: list[Peer] = []
         self.prepared: int | None = None  # the version that `load` may bring

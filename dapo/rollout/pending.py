@@ -110,7 +110,7 @@ class Pending:
         return f"group {first.id} ({arrived}) and {len(rest)} groups after it"
 
 
-@dataclass
+@dataclass(eq=False)
 class GroupSampler:
     """Samples groups: request them, `wait` until some are scored, take those that are `ready`, `cancel`."""
 

@@ -32,7 +32,7 @@ GROUPS_PER_STEP = 1 << 20  # group id = step × this + the place in request orde
 PRIOR = 16  # groups: how much the estimate of the mixed fraction remembers of earlier steps
 
 
-@dataclass
+@dataclass(eq=False)
 class Rollouts:
     """The main rank's side of sampling: engine, prompts, reward, and the groups carried from step to step."""
 
