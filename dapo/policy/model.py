@@ -49,7 +49,7 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
     """
     check_layout(shape, config)
     parallel, passed = config.parallel, split_passthrough(config.policy.megatron)[0]
-    dtype = getattr(torch, config.policy.dtype)
+    dtype, virtual = getattr(torch, config.policy.dtype), parallel.virtual_pipeline
     fields = dict(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -70,9 +70,7 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.tensor > 1,
         pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=(
-            parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
-        ),
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         context_parallel_size=parallel.context,
         pipeline_dtype=dtype,
         params_dtype=dtype,
