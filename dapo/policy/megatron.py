@@ -146,7 +146,7 @@ class Policy:
         return values | {"policy/grad_norm": float(grad_norm), "policy/lr": self.scheduler.get_lr({})}
 
     def backward(self, minibatch: list[PlacedMicrobatch]) -> dict[str, float]:
-        """Compute a minibatch's gradients, summed over all ranks' tokens; return means over response tokens."""
+        """Compute the gradients of a minibatch's loss over all ranks; return means over response tokens."""
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
