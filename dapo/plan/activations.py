@@ -58,11 +58,9 @@ class Layer:
         return self._norm(self.shape.hidden_size, rows=1) / self.tensor
 
     def _norm(self, width: int, rows: int) -> int:
-        """Return the bytes of the input and the inverse root.
-
-        The plain norm keeps the input in float32, and also what the weight multiplies.
-        """
+        """Return the bytes of the input and the inverse root."""
         b = self.value_bytes
+        # the plain norm keeps the input in float32, and also what the weight multiplies
         return (b if self.backend == "transformer_engine" else 4 + b) * width + 4 * rows
 
     @property

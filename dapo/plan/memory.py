@@ -158,10 +158,8 @@ class Rank:
 
     @property
     def _kept_by_layers(self) -> float:
-        layer, layers = (
-            self.layer,
-            self.shape.num_layers // (self.parallel.pipeline * self.parallel.virtual_pipeline),
-        )
+        num_chunks = self.parallel.pipeline * self.parallel.virtual_pipeline
+        layer, layers = self.layer, self.shape.num_layers // num_chunks
         kept = layers * layer.everything
         if self.megatron.recomputes("full"):
             unit = min(self.megatron.recomputed_together, layers)
@@ -190,8 +188,8 @@ class Rank:
         layer, b, hidden, T = self.layer, self.value_bytes, self.shape.hidden_size, self.tokens
         recomputed = 0.0
         if self.megatron.recomputes("full"):
-            is_block = self.megatron.recompute_method == "block"
-            recomputed = layer.everything * (1 if is_block else self.megatron.recomputed_together)
+            layers = 1 if self.megatron.recompute_method == "block" else self.megatron.recomputed_together
+            recomputed = layer.everything * layers
         recomputed += layer.mlp if self._recomputes_mlp else 0
         recomputed += layer.core_attention if self.megatron.recomputes("core_attn") else 0
         gathered = b * T * hidden if self.parallel.tensor > 1 else 0  # the stream of all tensor ranks

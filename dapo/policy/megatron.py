@@ -63,9 +63,8 @@ class Policy:
         self.transformer = transformer_config(self.shape, config)
         optimizer = optimizer_config(config, self.transformer)
         initialize_megatron(config.parallel)
-        assert parallel_state.get_data_parallel_rank(with_context_parallel=True) == mesh.shard, (
-            "mesh and Megatron disagree on the ranks"
-        )
+        shard = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        assert shard == mesh.shard, "mesh and Megatron disagree on the ranks"
         model_parallel_cuda_manual_seed(config.run.seed)
         self.tensor_group = parallel_state.get_tensor_model_parallel_group()
         self.is_last_stage = parallel_state.is_pipeline_last_stage()
@@ -126,10 +125,9 @@ class Policy:
                 largest_gap = max(largest_gap, float(gap.max()) if len(gap) else 0.0)
         sums = self.mesh.sum_by_key(metrics.total(rows))
         if sums["broken"]:
-            raise PolicyError(
-                f"{sums['broken']:.0f} of {sums['current'] + sums['stale']:.0f} log-probs of the policy are "
-                "not finite: its weights are damaged; resume from a checkpoint"
-            )
+            count = sums["current"] + sums["stale"]
+            found = f"{sums['broken']:.0f} of {count:.0f} log-probs of the policy are not finite"
+            raise PolicyError(f"{found}: its weights are damaged; resume from a checkpoint")
         return metrics.score_metrics(sums, self.mesh.max(largest_gap))
 
     @timed("update")
@@ -148,10 +146,7 @@ class Policy:
         return values | {"policy/grad_norm": float(grad_norm), "policy/lr": self.scheduler.get_lr({})}
 
     def backward(self, minibatch: list[PlacedMicrobatch]) -> dict[str, float]:
-        """Compute the gradients of the minibatch's loss, summed over microbatches and data-parallel ranks.
-
-        Returns the minibatch's metrics, means over its response tokens.
-        """
+        """Compute the gradients of a minibatch's loss over all ranks; return means over response tokens."""
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -194,11 +189,7 @@ class Policy:
         return torch_dist.Save(tensors | others, directory, copies, self.mesh.barrier)
 
     def load(self, directory: Path) -> None:
-        """Restore what `save` planned, in this layout or another.
-
-        Raises:
-            ConfigError: a parameter holds NaN or infinite values.
-        """
+        """Restore what `save` planned, in any layout. Raise ConfigError if a parameter is not finite."""
         now = [{key: group[key] for key in SETTINGS} for group in self.optimizer.param_groups]
         tensors, own = self._sharded_state()
         state = dist_checkpointing.load(tensors, str(directory))
@@ -249,13 +240,9 @@ class Policy:
         """Return the loss, a sum over this microbatch's tokens, and what its metrics are made of."""
         scores, head = microbatch.scores, self._head
         assert scores, "score comes before update"
-        tokens = Tokens(
-            microbatch.targets,
-            microbatch.loss_mask,
-            scores.old_logprobs,
-            microbatch.advantages,
-            weights=microbatch.token_weights * scores.importance,
-        )
+        targets, mask = microbatch.targets, microbatch.loss_mask
+        weights = microbatch.token_weights * scores.importance
+        tokens = Tokens(targets, mask, scores.old_logprobs, microbatch.advantages, weights=weights)
         bounds = self.config.objective
         objective = Objective(bounds.clip_low, bounds.clip_high, bounds.dual_clip)
         # the gradient of the head's weight is added where Megatron keeps it
@@ -265,7 +252,7 @@ class Policy:
             seen = {"old_logprobs": scores.old_logprobs} | vars(out)
             values = torch.stack([seen[name].float() for name in token_fields(Trace)]).cpu().numpy()
             record(self._traces, microbatch.dumped, dict(zip(token_fields(Trace), values, strict=True)))
-        return out.loss, metrics.update_sums(out, microbatch.loss_mask)
+        return out.loss, metrics.update_sums(out, mask)
 
     @property
     def _head(self) -> Head:

@@ -83,10 +83,7 @@ def boxes(start: int, end: int, shape: tuple[int, ...]) -> Iterator[tuple[tuple[
 def _boxes_of(
     param: Tensor, whole: Sharded, start: int, state: dict[str, Tensor], instance: int
 ) -> Iterator[ShardedTensor]:
-    """Cut the state from offset `start` of the flat parameter into boxes of the checkpoint's tensors.
-
-    `whole` is the parameter's entry in the sharded state dict.
-    """
+    """Cut the state from offset `start` of the flat parameter, of which `whole` is the entry, into boxes."""
     end = start + len(state["param"])
     # the MLP's first matrix is two tensors in a checkpoint, gate and up
     for piece in [whole] if isinstance(whole, ShardedTensor) else nested_values(whole.build()):
@@ -145,10 +142,8 @@ def _initialize(part: Any) -> None:
 
 
 def without_classes(state: Any) -> Any:
-    """Return the state without classes, which Megatron's loading refuses.
-
-    The groups of an optimizer in main memory name the classes of the optimizers that it is made of.
-    """
+    """Return the state without classes, which Megatron's loading refuses."""
+    # the groups of an optimizer in main memory name the classes of the optimizers that it is made of
     if isinstance(state, dict):
         return {key: without_classes(value) for key, value in state.items() if not isinstance(value, type)}
     return [without_classes(value) for value in state] if isinstance(state, list) else state

@@ -189,11 +189,7 @@ def _on_cpu(tensor: Tensor, copy: bool = False) -> Tensor:
 
 
 class Reader:
-    """Reads the tensors of a checkpoint of any layout.
-
-    Raises:
-        ConfigError: the directory holds no such checkpoint.
-    """
+    """Reads the tensors of a checkpoint of any layout. Raises ConfigError if the directory holds none."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -288,10 +284,7 @@ class _Slice:
 
 
 class Writer:
-    """Writes a checkpoint tensor by tensor, in files of at most `file_bytes` (or one chunk).
-
-    Each thread writes a part of its own.
-    """
+    """Writes a checkpoint, a part in each thread, in files of at most `file_bytes` (or one chunk)."""
 
     def __init__(self, directory: Path, file_bytes: int):
         self.directory, self.file_bytes = directory, file_bytes
