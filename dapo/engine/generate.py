@@ -62,9 +62,8 @@ def body(request: Request, rid: str) -> bytes:
 def read(answer: bytes, request: Request) -> Sample:
     """Return the sample in the body of an answer with status 200.
 
-    Raises:
-        BadAnswer: it is not one response, or aborted, or tokens and log-probs do not match or are not finite.
-        EngineError: the server always ends such a response too early: it has another EOS, or too little room.
+    Raise BadAnswer if it is not one response, or aborted, or tokens and log-probs do not match or are not
+    finite; EngineError if the server always ends such a response too early: another EOS, or too little room.
     """
     try:
         with _collector_paused():
