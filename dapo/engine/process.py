@@ -94,9 +94,8 @@ class ServerProcess:
 
     def describe_progress(self) -> str:
         """Return one line: its name, the seconds since its start, its last line in the log."""
-        lines = [
-            line for line in self.lines() if not line[0].isspace()
-        ]  # an indented line quotes code that warns
+        # an indented line quotes code that warns
+        lines = [line for line in self.lines() if not line[0].isspace()]
         last = re.sub(r"^\[[^\]]*\] *", "", lines[-1])[:100] if lines else "nothing in its log yet"
         return f"{self.name}, {time.time() - self.started:.0f} s: {last}"
 
