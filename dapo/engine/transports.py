@@ -104,8 +104,7 @@ class Disk(Transport):
             (self.partial / "model.safetensors.index.json").write_text(json.dumps(index))
             shutil.rmtree(whole, ignore_errors=True)
             os.rename(self.partial, whole)
-        call = {"model_path": str(whole), "flush_cache": False}
-        path = "/update_weights_from_disk"
+        path, call = "/update_weights_from_disk", {"model_path": str(whole), "flush_cache": False}
         on_all(self.peers, lambda peer: peer.server.post(path, call, self.timeout, SUCCESS))
         for old in self.directory.iterdir():
             if old != whole:
