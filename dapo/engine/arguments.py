@@ -118,16 +118,13 @@ def check_broadcast(config: Config, options: dict[str, Any], python: str) -> Non
     if config.engine.weight_sync != "broadcast":
         return
     if options.get("enable-memory-saver"):
-        raise ConfigError(
-            "engine.weight_sync=broadcast with engine.sglang.enable-memory-saver: NCCL joins no two "
-            "processes on one GPU; set engine.weight_sync=tensor"
-        )
+        why = "NCCL joins no two processes on one GPU; set engine.weight_sync=tensor"
+        raise ConfigError(f"engine.weight_sync=broadcast with engine.sglang.enable-memory-saver: {why}")
     ours, theirs = (nccl_version(path) for path in (sys.executable, python))
     if ours != theirs:
-        raise ConfigError(
-            f"engine.weight_sync=broadcast: engine.python={python} has NCCL {theirs}, the trainer {ours}, "
-            "and only equal ones join: install the same torch, or set engine.weight_sync=disk"
-        )
+        why = f"engine.python={python} has NCCL {theirs}, the trainer {ours}, and only equal ones join"
+        remedy = "install the same torch, or set engine.weight_sync=disk"
+        raise ConfigError(f"engine.weight_sync=broadcast: {why}: {remedy}")
 
 
 def nccl_version(python: str) -> str:
