@@ -23,6 +23,7 @@ from dapo.engine.control import SUCCESS, on_all
 from dapo.engine.versions import Peer
 from dapo.types import EngineError
 
+FLATTENED = {"load_format": "flattened_bucket", "flush_cache": False}  # in each call that loads a bucket
 SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -137,11 +138,7 @@ class Tensors(Transport):
 
     def _send(self, bucket: Bucket) -> None:
         for peer in self.peers:
-            call = {
-                "serialized_named_tensors": _payloads(bucket, peer.tensor_ranks),
-                "load_format": "flattened_bucket",
-                "flush_cache": False,
-            }
+            call = FLATTENED | {"serialized_named_tensors": _payloads(bucket, peer.tensor_ranks)}
             peer.server.post("/update_weights_from_tensor", call, self.timeout, SUCCESS)
 
 
