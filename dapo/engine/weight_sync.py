@@ -187,9 +187,8 @@ def make_sync(
     shape = read_shape(model)
     if verify and shape.num_experts and device.type == "cuda":
         experts = "a mixture of experts, which a server on GPUs orders by the kernel that it chooses"
-        raise ConfigError(
-            f"engine.verify_weights=true: {model} is {experts}: their checksums are not known; leave it false"
-        )
+        remedy = "their checksums are not known; leave it false"
+        raise ConfigError(f"engine.verify_weights=true: {model} is {experts}: {remedy}")
     transport: Transport
     if kind == "disk":
         transport = Disk(bucket_bytes, timeout, directory, model)
