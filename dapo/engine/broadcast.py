@@ -60,7 +60,7 @@ class Broadcast(Transport):
     def start(self, bucket: Bucket) -> Callable[[], object]:
         group, other = self.groups
         self.groups = [other, group]
-        call: dict[str, Any] = dict(
+        call = dict(
             names=[part.name for part in bucket.parts],
             dtypes=[str(part.dtype).removeprefix("torch.") for part in bucket.parts],
             shapes=[part.shape for part in bucket.parts],

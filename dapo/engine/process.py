@@ -21,7 +21,7 @@ SILENCE = 600.0
 STOP_TIMEOUT = 10.0  # seconds
 HEALTH_TIMEOUT = 2.0  # seconds
 RESTARTS = 3  # in a row, of a server that dies again before it has served
-FIRST_PAUSE, LONGEST_PAUSE = 2.0, 30.0  # seconds before the second restart in a row, doubled at each further
+FIRST_PAUSE, LONGEST_PAUSE = 2.0, 30.0  # seconds before the second restart in a row, doubled each time
 LOOPBACK = "127.0.0.1"
 
 

@@ -23,7 +23,7 @@ from dapo.engine.control import SUCCESS, on_all
 from dapo.engine.versions import Peer
 from dapo.types import EngineError
 
-FLATTENED = {"load_format": "flattened_bucket", "flush_cache": False}  # in each call that loads a bucket
+FLATTENED: dict[str, Any] = {"load_format": "flattened_bucket", "flush_cache": False}  # of every bucket
 SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
