@@ -71,8 +71,7 @@ class ExternalServers:
 def check_server(server: Server, model: Path) -> str:
     """Return one line about a server: its version and model.
 
-    Raises:
-        ConfigError: it does not answer, or serves another architecture than the policy's.
+    Raise ConfigError if it does not answer, or serves another architecture than the policy's.
     """
     try:
         line, theirs = describe(server)

@@ -21,8 +21,7 @@ SILENCE = 600.0
 STOP_TIMEOUT = 10.0  # seconds
 HEALTH_TIMEOUT = 2.0  # seconds
 RESTARTS = 3  # in a row, of a server that dies again before it has served
-# seconds before the second restart in a row, doubled for each further one
-FIRST_PAUSE, LONGEST_PAUSE = 2.0, 30.0
+FIRST_PAUSE, LONGEST_PAUSE = 2.0, 30.0  # seconds before the second restart in a row, doubled each time
 LOOPBACK = "127.0.0.1"
 
 
@@ -94,9 +93,8 @@ class ServerProcess:
 
     def describe_progress(self) -> str:
         """Return one line: its name, the seconds since its start, its last line in the log."""
-        lines = [
-            line for line in self.lines() if not line[0].isspace()
-        ]  # an indented line quotes code that warns
+        # an indented line quotes code that warns
+        lines = [line for line in self.lines() if not line[0].isspace()]
         last = re.sub(r"^\[[^\]]*\] *", "", lines[-1])[:100] if lines else "nothing in its log yet"
         return f"{self.name}, {time.time() - self.started:.0f} s: {last}"
 
