@@ -27,13 +27,11 @@ RETRIES = 3  # of one step's sampling: servers that die more often than that are
 class Sampler:
     """Samples π_θold. The main rank has the Rollouts; the other ranks take part in the collectives.
 
-    `load_weights`, `evaluate`, `next_batch` and `write_traces` are collective. Where all servers died and
-    some restart, the weights are loaded again and the same is asked again: seeds are a function of names, so
-    the samples are the same.
+    `load_weights`, `evaluate`, `next_batch` and `write_traces` are collective. If all servers died and some
+    restart, weights and requests are sent again; the seeds, and so the samples, are the same.
 
     Raises, on every rank:
-        EngineError: the engine failed. If it refused weights, no rank has entered a collective; if it failed
-            while they were sent, all ranks have left the last one.
+        EngineError: the engine failed; no rank is left in a collective.
         WeightsLost: all servers died more than RETRIES times in one call.
         Interrupted: the run is to stop.
     """

@@ -73,10 +73,8 @@ class Rollouts:
         The batch has N mixed groups, or fewer at the cap (`rollout.at_cap`), scored and packed.
 
         Raises:
-            RolloutError: the cap was reached and at_cap is "stop", or max_empty_steps steps in a row found no
-                mixed group.
-            Stopped: the run is interrupted, or the engine failed. The prompts are back in the stream: the
-                step can be made again.
+            RolloutError: at_cap is "stop" and the cap was reached, or too many steps had no mixed group.
+            Stopped: the run is to stop; the prompts are back in the stream, the step can be made again.
         """
         rollout = self.config.rollout
         replayed = rollout.replay and dump.read(dump.path_of(rollout.replay, step), rollout.prompts_per_step)
