@@ -237,16 +237,12 @@ class Rollouts:
         return min(count, rollout.prompts_per_round * rollout.max_rounds - pending.num_added)
 
     def _renewed(self, group: Group, step: int) -> Group:
-        """The carried group as it is if it is whole and young enough; else without samples, to be requested
-        again.
-
-        It keeps its id and so its seeds.
-        """
+        """Return the carried group, without samples if it is unfinished or too old. It keeps its seeds."""
         is_usable = group.samples and _age(group, step) <= self.config.rollout.max_staleness
         return group if is_usable else Group(group.id, group.prompt)
 
     def _staleness(self, buffer: Buffer, step: int) -> dict[str, float]:
-        """Metrics of how old the kept groups are, in steps; none if none may be."""
+        """Return metrics of the kept groups' ages in steps, if groups may be carried at all."""
         if not self.config.rollout.max_staleness:
             return {}
         ages = [_age(group, step) for group in buffer.kept]
