@@ -76,9 +76,9 @@ class MegatronWeights:
     def __init__(self, directory: Path, shape: ModelShape):
         self.directory, self.shape = directory, shape
         check_model(directory, shape)
+        # the file is a pickle: damage in it could do anything; the tensors are verified as they are read
         name = "policy/.metadata"
         wanted = files.read_manifest(directory)["files"].get(name, (0, 0))
-        # the file is a pickle: damage in it could do anything; the tensors are verified as they are read
         if damage := files.file_damage(directory, name, wanted):
             raise ConfigError(f"{directory}: damaged: {damage}")
         self._reader = torch_dist.Reader(directory / "policy")
