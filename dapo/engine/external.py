@@ -21,7 +21,8 @@ class ExternalServers:
             raise ConfigError(f"engine.sglang is for servers that the run starts: {remedy}")
         self.model = config.policy.model
         self.say = say
-        self.servers = [Server(url) for url in config.engine.urls]
+        urls = dict.fromkeys(url.rstrip("/") for url in config.engine.urls)  # each once
+        self.servers = [Server(url) for url in urls]
         self.failures = {server.url: "" for server in self.servers}  # "" of one that answers
 
     @property

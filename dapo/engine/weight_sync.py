@@ -26,7 +26,7 @@ from dapo.engine.checksums import Checksums
 from dapo.engine.control import NOTHING, SUCCESS, Fields, Json, Server, on_all
 from dapo.engine.transports import Disk, Tensors, Transport
 from dapo.engine.versions import Peer, inspect
-from dapo.model.shape import ModelShape, read_shape
+from dapo.model.shape import read_config
 from dapo.types import EngineError
 
 STATUS = {"status": str}
@@ -41,7 +41,8 @@ class WeightSync:
 
     find_workers: Callable[[], Sequence[Server]]
     transport: Transport
-    shape: ModelShape
+    num_kv_heads: int
+    num_experts: int
     verify: bool
 
     def __post_init__(self) -> None:
@@ -80,7 +81,7 @@ class WeightSync:
         self.prepared, self._synced = None, {}
         tensor_ranks = [peer.tensor_ranks for peer in self.peers]
         device = self.peers[0].device
-        checksums = Checksums(tensor_ranks, self.shape.num_kv_heads, device, self.shape.num_experts)
+        checksums = Checksums(tensor_ranks, self.num_kv_heads, device, self.num_experts)
         watched = checksums.watch(weights) if self.verify else weights
         finish: Callable[[], object] = dict  # waits for the bucket before; the first has none
         for bucket in buckets(watched, self.transport.bucket_bytes, self.transport.device):
@@ -184,8 +185,9 @@ def make_sync(
     `timeout`, in seconds, is for an answer and for a bucket. Only "disk" uses `directory`; it copies the
     small files of `model` there.
     """
-    shape = read_shape(model)
-    if verify and shape.num_experts and device.type == "cuda":
+    layout = read_config(model)  # not its whole shape: an evaluated model need not be one that can be trained
+    num_experts = layout.get("num_experts", layout.get("num_local_experts", 0))
+    if verify and num_experts and device.type == "cuda":
         experts = "a mixture of experts, which a server on GPUs orders by the kernel that it chooses"
         remedy = "their checksums are not known; leave it false"
         raise ConfigError(f"engine.verify_weights=true: {model} is {experts}: {remedy}")
@@ -196,4 +198,4 @@ def make_sync(
         transport = Broadcast(bucket_bytes, timeout, device)
     else:
         transport = Tensors(bucket_bytes, timeout, device)
-    return WeightSync(workers, transport, shape, verify)
+    return WeightSync(workers, transport, layout["num_key_value_heads"], num_experts, verify)

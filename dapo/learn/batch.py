@@ -88,7 +88,7 @@ def plan(
     """Return the step's work, one Batch per data-parallel rank and, within it, context rank.
 
     All have the same number of microbatches. `num_ranks`: number of data-parallel ranks; `version`: of the
-    policy's weights. Minibatches are whole groups in asking order.
+    policy's weights. Minibatches are whole groups in request order.
     """
     context = config.parallel.context
     batches: list[Batch[np.ndarray]] = [Batch([], metrics) for _ in range(num_ranks * context)]

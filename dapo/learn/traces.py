@@ -68,7 +68,7 @@ def merged(traces: Iterable[Trace]) -> list[Trace]:
 
 
 def chosen(groups: Sequence[Group], fraction: float) -> list[Group]:
-    """Return about `fraction` of the groups, spread evenly over asking order, and so over a step's updates.
+    """Return about `fraction` of the groups, spread evenly over request order, and so over a step's updates.
 
     Asking order does not depend on the outcome.
     """

@@ -74,7 +74,7 @@ class Rollouts:
 
         Raises:
             RolloutError: at_cap is "stop" and the cap was reached, or too many steps had no mixed group.
-            Stopped: the run is to stop; the prompts are back in the stream, the step can be made again.
+            Stopped: the run is to stop; prompts of an unfinished collection are back in the stream.
         """
         rollout = self.config.rollout
         replayed = rollout.replay and dump.read(dump.path_of(rollout.replay, step), rollout.prompts_per_step)

@@ -429,6 +429,25 @@ def test_servers_of_other_people_are_checked_and_left_alone(
         check_server(Server(url), fake)
 
 
+def test_a_url_that_is_named_twice_is_one_server(start: Callable[..., Fleet], fake: Path) -> None:
+    server = FakeServer()
+    try:
+        started = start([], urls=[server.url, server.url + "/", server.url])
+        started.wait()
+        assert started.refresh() is False
+        assert started.generate_urls == [server.url]
+    finally:
+        server.die()
+
+
+def test_a_model_that_cannot_be_trained_here_can_be_sent_to_servers(tmp_path: Path) -> None:
+    fields = {"model_type": "gemma2", "num_key_value_heads": 4, "attn_logit_softcapping": 50.0}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    where: dict[str, Any] = {"directory": tmp_path, "model": tmp_path, "device": torch.device("cpu")}
+    sync = make_sync("disk", lambda: [], bucket_bytes=64, timeout=20, **where)
+    assert (sync.num_kv_heads, sync.num_experts) == (4, 0)
+
+
 def test_a_server_of_other_people_that_died_is_left_out_until_it_answers(
     start: Callable[..., Fleet], fake: Path
 ) -> None:
