@@ -37,7 +37,7 @@ bench: $(VENV)/.ready
 	$(VENV)/bin/python benchmarks/arithmetic_seeds.py
 
 kernel-report: $(VENV)/.ready
-	$(VENV)/bin/python -m dapo_kernels.report
+	$(VENV)/bin/python benchmarks/kernel_report.py
 
 # SGLang 0.5.23 for CPU, outside the clone; the tests make it too
 sglang-cpu: $(VENV)/.ready

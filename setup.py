@@ -11,12 +11,15 @@ TEST = ["pytest>=8", "hypothesis>=6.100", "triton>=3.7; sys_platform == 'linux'"
 setup(
     name="dapo",
     version="0.1.0",
-    description="DAPO (arXiv:2503.14476) on Megatron-core: reinforcement learning that teaches language models to reason",
+    description="DAPO (arXiv:2503.14476) on Megatron-core: RL that teaches language models to reason",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=["dapo", *(f"dapo.{wing}" for wing in WINGS), "dapo_kernels"],
     package_dir={"dapo_kernels": "kernels/dapo_kernels"},
-    package_data={"dapo": ["py.typed", "report/page.html"], "dapo_kernels": ["py.typed"]},
+    package_data={
+        "dapo": ["py.typed", "report/page.html", "report/metrics.md", "model/refused.md"],
+        "dapo_kernels": ["py.typed"],
+    },
     install_requires=[
         "torch>=2.11",
         "megatron-core==0.16.1",  # pinned: policy/cpu.py adapts this very version

@@ -1,7 +1,6 @@
-"""How fast tools/hf_to_megatron.py and megatron_to_hf.py convert a random 4 GB model, against copying it; and
-how much memory they need.
+"""Speed and memory of hf_to_megatron.py and megatron_to_hf.py on a random 4 GB model, beside copying it.
 
-python benchmarks/conversion.py [--layers 18] [--trials 3] [--directory DIR]
+    python benchmarks/conversion.py [--layers 18] [--trials 3] [--directory DIR]
 
 Copying is `cp -r` and an fsync of every file; both end with the bytes on the disk. Before every trial the
 files to be read are dropped from the page cache and the directory written last is removed. Trials of copying
@@ -35,26 +34,25 @@ from dapo.policy.weight_files import save_hf
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {
-    "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 11008,
-    "num_attention_heads": 16, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": False,
+    "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 151936, "hidden_size": 2048,
+    "intermediate_size": 11008, "num_attention_heads": 16, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6, "tie_word_embeddings": False,
 }  # fmt: skip
 SHARD_BYTES = 2**30  # of every file written: peak memory must stay below that + 1 GiB
 CONVERT = """
 import resource, sys, time
 begin = time.perf_counter(); sys.path.insert(0, "tools"); import {tool}; imported = time.perf_counter()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-worked = time.process_time()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before, worked = peak(), time.process_time()
 status = {tool}.main(sys.argv[1:])
 worked = time.process_time() - worked
-print(time.perf_counter() - imported, imported - begin, before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, worked)
+print(time.perf_counter() - imported, imported - begin, before, peak(), worked)
 sys.exit(status)
 """
 
 
 def random_tensors(shape: ModelShape) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor another turn of the same 2²⁴ numbers: drawing billions takes longer than converting
-    them.
-    """
+    """Yield tensors of the same 2²⁴ numbers, rotated: drawing billions takes longer than converting them."""
     generator = torch.Generator().manual_seed(0)
     numbers = torch.empty(2**24, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
     for entry in entries(shape, is_fused=True):
@@ -64,7 +62,7 @@ def random_tensors(shape: ModelShape) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def forget(directory: Path) -> int:
-    """Drop the directory's files from the page cache; their size in bytes."""
+    """Drop the directory's files from the page cache. Return their size in bytes."""
     paths = [path for path in directory.rglob("*") if path.is_file()]
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
@@ -86,9 +84,7 @@ def copy(source: Path, target: Path) -> float:
 
 
 def convert(tool: str, source: Path, target: Path) -> list[float]:
-    """Seconds to convert, seconds to import, peak KiB of memory after importing, and in the end, CPU seconds
-    to convert.
-    """
+    """Return seconds to convert, to import; peak KiB after the import, at the end; CPU seconds to convert."""
     forget(source)
     command = [
         sys.executable,
@@ -104,9 +100,7 @@ def convert(tool: str, source: Path, target: Path) -> list[float]:
 
 
 def checksum_cost(directory: Path, num_bytes: int = 2**29) -> list[list[object]]:
-    """GB per CPU second: writing tensors of 64 MiB as a checkpoint's thread does, without and with the file's
-    CRC-32; verifying a file.
-    """
+    """Return GB per CPU second: writing tensors of 64 MiB, without and with a CRC-32; verifying a file."""
     tensor = torch.empty(2**25, dtype=torch.bfloat16).normal_()
     crc32, seconds = zlib.crc32, defaultdict(list)
     for _ in range(5):
@@ -197,17 +191,13 @@ def main() -> None:
     text = heading("Conversion of a model between Hugging Face and Megatron files")
     text += (
         f"\n{num_bytes / 1e9:.2f} GB of bfloat16, {shape.num_layers} layers, files of 1 GiB at most; one "
-        "process; median (min–max) of "
-        f"{args.trials} trials ({2 * args.trials} of copying); load of the machine before the end "
-        f"{os.getloadavg()[0]:.1f}.\n"
-        "Read from a cold page cache, ended by fsync. Memory is the peak resident set, mapped files "
-        "included. "
-        "There and back the files are equal to the byte.\n\n"
+        f"process; median (min–max) of {args.trials} trials ({2 * args.trials} of copying); load of the "
+        f"machine before the end {os.getloadavg()[0]:.1f}.\nRead from a cold page cache, ended by fsync. "
+        "Memory is the peak resident set, mapped files included. There and back the files are equal to the "
+        "byte.\n\n"
     )
-    text += (
-        table(header, rows)
-        + "\n## A checkpoint's checksums\n\nGB per CPU second of one thread, the disk's time left out; 5 trials.\n\n"
-    )
+    text += table(header, rows) + "\n## A checkpoint's checksums\n\n"
+    text += "GB per CPU second of one thread, the disk's time left out; 5 trials.\n\n"
     save("conversion.md", text + table(["", "GB/s"], checksums))
 
 

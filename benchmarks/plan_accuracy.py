@@ -1,8 +1,9 @@
-"""Does `dapo plan` foretell the memory? The peak of real updates, rank by rank, beside the plan's; on a CPU,
-or on one GPU.
+"""Does `dapo plan` forecast the memory? The peak of real updates, rank by rank, beside the plan's.
 
-python benchmarks/plan_accuracy.py            # about ten minutes on two cores; at most 16 GiB. Numbers of
-cases: these only
+    python benchmarks/plan_accuracy.py [NUMBER …]
+
+On a CPU it takes about ten minutes on two cores, and at most 16 GiB; on a GPU it needs one. Numbers: these
+cases only.
 
 Each case is a torchrun of its own: Policy on random weights, the log-probs of two minibatches, two updates (a
 small first one makes the optimizer's state), and a checkpoint. Compared is, on a CPU, the rise of the
@@ -39,7 +40,7 @@ from dapo.types import Group, Prompt, Sample
 
 GIB = 2**30
 PROMPT, SMALL = 4, 128  # tokens; of the first minibatch, which is there to make the optimizer's state
-# lengths of a microbatch's samples, as shares of its tokens
+# lengths of a microbatch's samples, as fractions of its tokens
 SHARES = np.array([2, 3, 5, 6, 8, 10, 12, 18]) / 64
 SHAPE = dict(
     hidden_size=1024, intermediate_size=2816, num_attention_heads=16, num_key_value_heads=4, vocab_size=32768
@@ -91,15 +92,16 @@ def main(chosen: list[int]) -> None:
     worst = max(
         abs(row["planned" + when] / row["measured" + when] - 1) for row in rows for when in ("", "_saving")
     )
-    text = heading("What `dapo plan` foretells of memory, and what was measured")
+    text = heading("Memory that `dapo plan` forecasts, and what was measured")
     text += (
         "\nGiB of a rank at its peak, on a CPU above what the process held after the imports; random "
-        "Qwen2-shaped models, "
-        "updates of packed sequences of mixed lengths, then a checkpoint. "
+        "Qwen2-shaped models, updates of packed sequences of mixed lengths, then a checkpoint. "
         f"Largest deviation: {worst:.1%}.\n\n"
     )
-    header = ["model", "layout", "rank", "type", "tokens a microbatch", "microbatches", "recomputed", "planned", "measured", "off", "peak",
-              "checkpoint planned", "measured", "off"]  # fmt: skip
+    header = [
+        "model", "layout", "rank", "type", "tokens a microbatch", "microbatches", "recomputed",
+        "planned", "measured", "off", "peak", "checkpoint planned", "measured", "off",
+    ]  # fmt: skip
     text += table(header, [cells(row) for row in rows])
     save("plan_accuracy_gpu.md" if torch.cuda.is_available() else "plan_accuracy.md", text)
 
@@ -108,8 +110,9 @@ def cells(row: dict[str, Any]) -> list[object]:
     case = Case(**row["case"])
     off, off_saving = (row["planned" + when] / row["measured" + when] - 1 for when in ("", "_saving"))
     return [
-        f"{row['parameters'] / 2**20:.0f} Mi", f"tp{case.tensor} pp{case.pipeline} dp{case.data}", row["rank"], case.dtype, case.tokens,
-        case.microbatches, case.recompute, f"{row['planned'] / GIB:.2f}", f"{row['measured'] / GIB:.2f}", f"{off:+.1%}", row["moment"],
+        f"{row['parameters'] / 2**20:.0f} Mi", f"tp{case.tensor} pp{case.pipeline} dp{case.data}",
+        row["rank"], case.dtype, case.tokens, case.microbatches, case.recompute,
+        f"{row['planned'] / GIB:.2f}", f"{row['measured'] / GIB:.2f}", f"{off:+.1%}", row["moment"],
         f"{row['planned_saving'] / GIB:.2f}", f"{row['measured_saving'] / GIB:.2f}", f"{off_saving:+.1%}",
     ]  # fmt: skip
 

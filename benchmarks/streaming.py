@@ -261,9 +261,11 @@ def main() -> None:
     population = " ".join((Population.__doc__ or "").split())
     text += f"""
 The real Rollouts.collect on simulated servers. N = {N} mixed groups a step, {G} samples a group, rounds of
-{ROUND} groups. {SLOTS} slots a server; a decoding step takes {1000 * STEP_SECONDS:.0f} ms × (1 + samples / {HALF_SPEED}).
+{ROUND} groups. {SLOTS} slots a server; a decoding step takes {1000 * STEP_SECONDS:.0f} ms ×
+(1 + samples / {HALF_SPEED}).
 {population}
-Limit {MAX_LENGTH:,} tokens. {NUM_STEPS - WARM_UP} steps after {WARM_UP} others, {len(SEEDS)} seeds: median (range).
+Limit {MAX_LENGTH:,} tokens. {NUM_STEPS - WARM_UP} steps after {WARM_UP} others, {len(SEEDS)} seeds: median
+(range).
 
 - lower bound: all slots decode nothing but tokens of groups that had their turn (kept, all right, all wrong)
 - wasted: tokens decoded for groups that never had their turn

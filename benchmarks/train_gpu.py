@@ -1,5 +1,6 @@
-"""Measure three training steps on one GPU: tokens per second, MFU and peak memory of a random Qwen2.5-shaped
-model in bf16, sampled by the embedded engine.
+"""Measure three training steps on one GPU: tokens per second, MFU and peak memory.
+
+A random Qwen2.5-shaped model in bf16 is trained and sampled by the embedded engine.
 
     python benchmarks/train_gpu.py            # 1.5 B parameters; --size 0.5b for half a billion
     python benchmarks/train_gpu.py --tiny     # the same on a CPU, to see that it runs

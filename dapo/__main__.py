@@ -16,7 +16,8 @@ from typing import NoReturn
 
 from dapo.config import Config, ConfigError, Parallel, load
 from dapo.plan import semantics
-from dapo.plan.plan import HARDWARE, describe, make_plan
+from dapo.plan.plan import describe, make_plan
+from dapo.plan.time import HARDWARE
 
 
 def main(argv: list[str]) -> int:

@@ -160,8 +160,7 @@ class Checkpoints:
             if step == steps[-1]:
                 raise ConfigError(
                     f"no checkpoint below {self.root} is whole; the last one tried, {self._path(step)}, is "
-                    "damaged "
-                    f"({damage}): restore one, or choose another run.dir to begin anew"
+                    f"damaged ({damage}): restore one, or choose another run.dir to begin anew"
                 )
             if self.mesh.is_main:
                 print(
@@ -176,8 +175,7 @@ class Checkpoints:
         if self.run.resume == "never" and steps:
             raise ConfigError(
                 f"run.dir={self.run.dir} already holds a run and run.resume=never: choose another directory, "
-                "or "
-                "run.resume=auto"
+                "or run.resume=auto"
             )
         return steps
 

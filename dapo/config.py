@@ -1,6 +1,4 @@
-"""Every option of a run. The defaults are the paper's recipe for Qwen2.5-32B (arXiv:2503.14476, section
-4.1).
-"""
+"""Every option of a run. The defaults are the paper's recipe for Qwen2.5-32B (arXiv:2503.14476, 4.1)."""
 
 from __future__ import annotations
 
@@ -18,6 +16,7 @@ Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 AboveZero = Annotated[float, Field(gt=0)]
+AtLeastTwo = Annotated[int, Field(ge=2)]
 
 
 class _Loader(yaml.SafeLoader):
@@ -30,20 +29,20 @@ _Loader.add_implicit_resolver(
 
 
 class ConfigError(ValueError):
-    """Something the user wrote, or pointed at, cannot be used. The message is one line: what, where, and what
-    to do.
-    """
+    """The user's input cannot be used. The message is one line: the thing, its value, and the remedy."""
 
 
 UNSAID = "unsaid"  # the source leaves it open: nothing departs from it
 
 
-def option(default: Any, why: str, paper: Any = UNSAID, verl: Any = UNSAID) -> Any:
+def option(default: Any, why: str, paper: Any = UNSAID, verl: Any = UNSAID, both: Any = UNSAID) -> Any:
     """Declare an option that decides what a run's numbers mean; `dapo plan --diff` compares it with these.
 
-    `paper`, `verl`: its value in the paper and in the released code; `why`: the reason for another one.
+    `paper`, `verl`, `both`: its value in the paper, in the released code, in both; `why`: a reason for
+    another.
     """
-    return Field(default, json_schema_extra={"paper": paper, "verl": verl, "reason": why})
+    sources = {"paper": paper, "verl": verl} if both == UNSAID else {"paper": both, "verl": both}
+    return Field(default, json_schema_extra=sources | {"reason": why})
 
 
 class Section(BaseModel):
@@ -77,18 +76,14 @@ class Data(Section):
 
 class Rollout(Section):
     # N: groups that a step learns from
-    prompts_per_step: Positive = option(512, "another batch size", paper=512, verl=512)
+    prompts_per_step: Positive = option(512, "another batch size", both=512)
     # G: samples per prompt
-    group_size: Annotated[int, Field(ge=2)] = option(
-        16, paper=16, verl=16, why="more samples find a mixed group more often, and cost more"
-    )
+    group_size: AtLeastTwo = option(16, "more samples find a mixed group more often, and cost more", both=16)
     # prompts asked for at a time, until N mixed groups are in; from servers as the groups come in
     prompts_per_round: Positive = option(1536, "how far sampling runs ahead", verl=1536)
     max_rounds: Positive = option(10, "how long to look for mixed groups", verl=10)
     # Eq. 11; false keeps every group
-    dynamic_sampling: bool = option(
-        True, "without it a step is cheaper and teaches less", paper=True, verl=True
-    )
+    dynamic_sampling: bool = option(True, "without it a step is cheaper and teaches less", both=True)
     # after max_rounds with fewer than N mixed groups
     at_cap: Literal["train", "stop"] = option(
         "train", "a late step that finds too few mixed groups learns from those", verl="stop"
@@ -97,9 +92,9 @@ class Rollout(Section):
     # steps old when they are learnt from; 0: they are thrown away, and their prompts asked anew
     max_staleness: Count = option(0, "finished groups without room are learnt from later", verl=0)
     max_empty_steps: Positive = 3  # steps in a row without one mixed group before the run stops
-    temperature: AboveZero = option(1.0, "hotter explores more; the loss uses the same", paper=1.0, verl=1.0)
+    temperature: AboveZero = option(1.0, "hotter explores more; the loss uses the same", both=1.0)
     # L_max of Eq. 13, tokens
-    max_response_length: Positive = option(20480, "other tasks, other lengths", paper=20480, verl=20480)
+    max_response_length: Positive = option(20480, "other tasks, other lengths", both=20480)
     # of each step's groups, kept in run.dir/rollouts as parquet
     dump_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     only: bool = False  # write every step's batch and learn nothing
@@ -125,22 +120,20 @@ class Reward(Section):
 
 class Objective(Section):
     normaliser: Literal["token_mean", "group_token_mean", "sample_mean"] = option(
-        "token_mean",
-        "every token of a minibatch weighs the same; Eq. 8 to the letter weighs short groups' tokens up",
-        paper="group_token_mean", verl="token_mean",
+        "token_mean", paper="group_token_mean", verl="token_mean",
+        why="every token of a minibatch weighs the same; Eq. 8 to the letter weighs short groups' tokens up",
     )  # fmt: skip
-    clip_low: NonNegative = option(0.2, "a narrower or wider trust region downwards", paper=0.2, verl=0.2)
+    clip_low: NonNegative = option(0.2, "a narrower or wider trust region downwards", both=0.2)
     clip_high: NonNegative = option(
-        0.28, "Clip-Higher: room for unlikely tokens keeps the entropy up", paper=0.28, verl=0.28
+        0.28, "Clip-Higher: room for unlikely tokens keeps the entropy up", both=0.28
     )
     dual_clip: Annotated[float, Field(gt=1)] | None = option(
         None, paper=None, verl=10.0, why="bounds the loss of a bad token that became much likelier"
     )
     # truncated samples give no gradient
     overlong_filtering: bool = option(
-        False,
-        "Table 1 adds it and keeps it; the best public run had none: soft punishment alone limits length",
-        paper=True, verl=False,
+        False, paper=True, verl=False,
+        why="Table 1 adds it and keeps it; the best public run had none: soft punishment alone limits length",
     )  # fmt: skip
     # a token written by older weights counts min(exp(old − behavior log-prob), this); one of the current
     # weights always counts 1
@@ -148,11 +141,11 @@ class Objective(Section):
 
 
 class Optim(Section):
-    lr: NonNegative = option(1e-6, "a smaller model bears more", paper=1e-6, verl=1e-6)
+    lr: NonNegative = option(1e-6, "a smaller model bears more", both=1e-6)
     # rollout steps, linear, starting at the first warm-up value
     warmup_steps: Count = option(20, "rollout steps, linear", paper=20, verl=10)
     # × group_size = samples per update
-    prompts_per_minibatch: Positive = option(32, "other numbers of updates a step", paper=32, verl=32)
+    prompts_per_minibatch: Positive = option(32, "other numbers of updates a step", both=32)
     weight_decay: NonNegative = option(0.1, "none for very small models", verl=0.1)
     betas: tuple[Share, Share] = option(
         (0.9, 0.999), "a shorter memory bears larger steps", verl=[0.9, 0.999]
@@ -170,47 +163,42 @@ class Parallel(Section):
 
     @property
     def model_size(self) -> int:
-        """Ranks that a microbatch takes: world size / data-parallel ranks."""
+        """Number of ranks that a microbatch takes: world size / data-parallel ranks."""
         return self.tensor * self.pipeline * self.context
 
     @property
     def least_world(self) -> int:
-        """Processes of the smallest world in this layout."""
+        """Number of processes of the smallest world in this layout."""
         return lcm(self.model_size, self.expert * self.pipeline)
 
     @property
     def sequence_multiple(self) -> int:
-        """What a sequence's fed tokens are padded to a multiple of: each context rank has two chunks of it,
-        of equal size.
-        """
+        """Multiple to which a sequence is padded, in tokens: a context rank has two equal chunks of it."""
         return 1 if self.context == 1 else 2 * self.context
 
     @property
     def pack_multiple(self) -> int:
-        """What a microbatch's tokens are padded to a multiple of: sequence parallelism splits each context
-        rank's.
-        """
+        """Multiple to which a microbatch is padded, in tokens: sequence parallelism splits it further."""
         return self.sequence_multiple * self.tensor
 
     def data(self, world: int) -> int:
-        """Data-parallel ranks of `world` processes.
+        """Return the number of data-parallel ranks of `world` processes.
 
         Raises:
-            ConfigError: the world size does not divide by tensor × pipeline × context, or a stage's ranks by
-                expert.
+            ConfigError: tensor × pipeline × context does not divide the world, or expert a stage's ranks.
         """
         if world % self.model_size:
             context = f" × parallel.context={self.context}" if self.context > 1 else ""
+            layout = f"parallel.tensor={self.tensor} × parallel.pipeline={self.pipeline}{context}"
             raise ConfigError(
-                f"world size {world} is not a multiple of parallel.tensor={self.tensor} × "
-                f"parallel.pipeline={self.pipeline}{context}: "
-                f"launch {self.model_size} processes, or a multiple, or change the layout"
+                f"world size {world} is not a multiple of {layout}: launch {self.model_size} processes, or a "
+                "multiple, or change the layout"
             )
         if world // self.pipeline % self.expert:
             raise ConfigError(
                 f"parallel.expert={self.expert} does not divide the {world // self.pipeline} ranks of a "
-                "pipeline stage "
-                f"(world size {world} / parallel.pipeline={self.pipeline}), who share its experts"
+                "pipeline "
+                f"stage (world size {world} / parallel.pipeline={self.pipeline}), who share its experts"
             )
         return world // self.model_size
 
@@ -266,9 +254,7 @@ class Engine(Section):
 
     @property
     def is_streaming(self) -> bool:
-        """Groups are asked for ahead and scored as they come in; in-process generation gains more from whole
-        rounds, at once.
-        """
+        """True if groups are requested ahead and scored as they come; in process, whole rounds gain more."""
         return self.kind == "sglang"
 
 
@@ -277,9 +263,9 @@ class Eval(Section):
     data: Path | dict[str, Path] | None = None
     every: Positive = 5  # steps; also before the first and after the last
     # k per problem: mean@k
-    samples: Positive = option(32, "fewer samples, wider intervals", paper=32, verl=32)
-    temperature: AboveZero = option(1.0, "another way to ask", paper=1.0, verl=1.0)
-    top_p: Share = option(0.7, "1.0 measures the distribution that is trained", paper=0.7, verl=0.7)
+    samples: Positive = option(32, "fewer samples, wider intervals", both=32)
+    temperature: AboveZero = option(1.0, "another way to ask", both=1.0)
+    top_p: Share = option(0.7, "1.0 measures the distribution that is trained", both=0.7)
 
 
 class Config(Section):
@@ -296,87 +282,74 @@ class Config(Section):
 
     @property
     def updates_per_step(self) -> int:
-        """Updates of a full step; a step that came up short makes fewer."""
+        """Number of updates of a full step; a step with fewer groups makes fewer."""
         return self.rollout.prompts_per_step // self.optim.prompts_per_minibatch
 
     def check(self) -> None:
-        """What one field cannot know of another.
-
-        Raises:
-            ConfigError: two options contradict each other.
-        """
-        rollout, reward, optim = self.rollout, self.reward, self.optim
-        if self.run.keep_every and self.run.keep_every % self.run.save_every:
+        """Raise ConfigError if two options contradict each other."""
+        run, rollout, reward, parallel = self.run, self.rollout, self.reward, self.parallel
+        minibatch, budget = self.optim.prompts_per_minibatch, self.policy.tokens_per_microbatch
+        if run.keep_every and run.keep_every % run.save_every:
             raise ConfigError(
-                f"run.keep_every={self.run.keep_every} is not a multiple of "
-                f"run.save_every={self.run.save_every}: nothing is saved then"
+                f"run.keep_every={run.keep_every} is not a multiple of run.save_every={run.save_every}: "
+                "nothing is saved then"
             )
-        if rollout.prompts_per_step % optim.prompts_per_minibatch:
+        if rollout.prompts_per_step % minibatch:
             raise ConfigError(
                 f"rollout.prompts_per_step={rollout.prompts_per_step} is not a multiple of "
-                f"optim.prompts_per_minibatch={optim.prompts_per_minibatch}: every update takes the same "
-                "number of groups"
+                f"optim.prompts_per_minibatch={minibatch}: every update takes the same number of groups"
             )
         if rollout.prompts_per_round * rollout.max_rounds < rollout.prompts_per_step:
             raise ConfigError(
                 f"rollout.prompts_per_round={rollout.prompts_per_round} × "
-                f"rollout.max_rounds={rollout.max_rounds} can never fill "
-                f"rollout.prompts_per_step={rollout.prompts_per_step}: raise one of them"
+                f"rollout.max_rounds={rollout.max_rounds} "
+                f"can never fill rollout.prompts_per_step={rollout.prompts_per_step}: raise one of them"
             )
-        longest = self.data.max_prompt_length + rollout.max_response_length
-        multiple = self.parallel.sequence_multiple
-        if -(-longest // multiple) * multiple > self.policy.tokens_per_microbatch:
+        longest, multiple = (
+            self.data.max_prompt_length + rollout.max_response_length,
+            parallel.sequence_multiple,
+        )
+        if -(-longest // multiple) * multiple > budget:
             padded = (
-                f", padded to a multiple of 2 × parallel.context={self.parallel.context}"
-                if multiple > 1
-                else ""
+                f", padded to a multiple of 2 × parallel.context={parallel.context}" if multiple > 1 else ""
             )
             raise ConfigError(
-                f"policy.tokens_per_microbatch={self.policy.tokens_per_microbatch} cannot hold one sample of "
-                "data.max_prompt_length="
+                f"policy.tokens_per_microbatch={budget} cannot hold one sample of data.max_prompt_length="
                 f"{self.data.max_prompt_length} + rollout.max_response_length={rollout.max_response_length} "
-                f"= {longest} tokens{padded}: "
-                "raise it"
+                f"= {longest} tokens{padded}: raise it"
             )
-        if self.parallel.virtual_pipeline > 1 and self.parallel.pipeline == 1:
+        if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
             raise ConfigError(
-                f"parallel.virtual_pipeline={self.parallel.virtual_pipeline} with parallel.pipeline=1: one "
-                "stage has nobody to take turns "
-                "with; raise parallel.pipeline, or leave it 1"
+                f"parallel.virtual_pipeline={parallel.virtual_pipeline} with parallel.pipeline=1: one stage "
+                "has nobody to take turns with; raise parallel.pipeline, or leave it 1"
             )
         if reward.soft_overlong_punishment and reward.overlong_cache >= rollout.max_response_length:
             raise ConfigError(
                 f"reward.overlong_cache={reward.overlong_cache} leaves nothing of "
-                "rollout.max_response_length="
-                f"{rollout.max_response_length} unpunished: make it smaller, or set "
-                "reward.soft_overlong_punishment=false"
+                f"rollout.max_response_length={rollout.max_response_length} unpunished: make it smaller, or "
+                "set reward.soft_overlong_punishment=false"
             )
 
     def warnings(self) -> list[str]:
-        """What is allowed and rarely meant."""
+        """Describe what is allowed and rarely meant, a line each."""
         if self.reward.soft_overlong_punishment and not self.rollout.dynamic_sampling:
             return [
                 "reward.soft_overlong_punishment without rollout.dynamic_sampling: in a group all right or "
-                "all wrong the length penalty is "
-                "the only difference, and dividing by its small std (Eq. 9) makes full-size advantages of it"
+                "all wrong the length penalty is the only difference, and dividing by its small std (Eq. 9) "
+                "makes full-size advantages of it"
             ]
         return []
 
     def changed(self, overrides: list[str]) -> Config:
-        """This config with overrides applied as `load` does.
+        """Return this config with overrides applied as `load` does.
 
         Raises:
-            ConfigError: two options contradict each other.
+            ConfigError: a key or value is not valid, or two options contradict each other.
         """
-        values = self.model_dump(mode="json")
-        for override in overrides:
-            _apply(values, override)
-        config = Config.model_validate(values)
-        config.check()
-        return config
+        return _validated(self.model_dump(mode="json"), overrides, "config")
 
     def dump(self) -> str:
-        """The resolved config as YAML: what `load` reads back to an equal Config."""
+        """Return the resolved config as YAML, which `load` reads back to an equal Config."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
@@ -397,20 +370,23 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"config {path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"config {path}: expected sections (run:, data:, …), got {type(values).__name__}")
-    for override in overrides or []:
+    return _validated(values, overrides or [], f"config {path}")
+
+
+def _validated(values: dict[str, Any], overrides: list[str], what: str) -> Config:
+    for override in overrides:
         _apply(values, override)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(
-            f"config {path}: " + "; ".join(_explain(e, values) for e in error.errors())
-        ) from None
+        explained = "; ".join(_explain(e, values) for e in error.errors())
+        raise ConfigError(f"{what}: {explained}") from None
     config.check()
     return config
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """A hint for a misspelt name: `nearest("lrr", ["lr", "seed"])` → "did you mean lr?"."""
+    """Return a hint for a misspelt name: `nearest("lrr", ["lr", "seed"])` → "did you mean lr?"."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
 

@@ -94,10 +94,7 @@ def sum_of(path: Path) -> Sum:
 
 
 def write_manifest(directory: Path, sums: dict[str, Sum], about: dict[str, Any]) -> None:
-    """Write manifest.json, as the last file: `about`, and the sums of all files.
-
-    Files that are not in `sums` are read.
-    """
+    """Write manifest.json last: `about`, and the sums of all files. Files that are not in `sums` are read."""
     names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
     manifest = about | {"files": {name: sums.get(name) or sum_of(directory / name) for name in names}}
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -107,10 +104,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """Read manifest.json. Raise OSError if there is none, ValueError if it is damaged itself."""
     manifest = json.loads((directory / MANIFEST).read_text())
     sums = manifest.get("files") if isinstance(manifest, dict) else None
-    is_whole = isinstance(sums, dict) and all(isinstance(s, list) and len(s) == 2 for s in sums.values())
-    if not is_whole:
-        raise ValueError("it does not list files with size and checksum")
-    return manifest  # type: ignore[no-any-return]
+    if isinstance(sums, dict) and all(isinstance(s, list) and len(s) == 2 for s in sums.values()):
+        return manifest  # type: ignore[no-any-return]
+    raise ValueError("it does not list files with size and checksum")
 
 
 def damage(directory: Path, part: int = 0, parts: int = 1) -> str | None:
@@ -199,11 +195,7 @@ def _refuse_existing(target: Path, may_replace: bool) -> None:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Make the directory and lock it for this process, at most until the process ends.
-
-    Raises:
-        BlockingIOError: another process holds the lock.
-    """
+    """Make and lock the directory, at most until the process ends. Raise BlockingIOError if it is locked."""
     directory.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(directory, os.O_RDONLY)
     try:

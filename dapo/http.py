@@ -48,11 +48,8 @@ async def exchange(
     """Send a request, in the event loop, and return the answer. Any number are sent at a time.
 
     `body` is JSON; `key` is sent as a bearer token. `timeout`, in seconds, is for the whole answer: a server
-    that sends a byte now and then is late, too. With None only connecting has a timeout.
-
-    Raises:
-        NoAnswer: the server cannot be reached, or its answer is cut short.
-        TimedOut: the answer is late.
+    that sends a byte now and then is late, too. With None only connecting has a timeout. Raise NoAnswer if
+    the server cannot be reached or its answer is cut short, TimedOut if the answer is late.
     """
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     if body is not None:
@@ -75,19 +72,14 @@ def call(
     method: str, url: str, body: bytes | None = None, *, timeout: float, key: str | None = None,
     is_interrupted: Callable[[], bool] = lambda: False,
 ) -> Answer:  # fmt: skip
-    """Send a request as `exchange` does and wait for the answer. Any thread may call it.
-
-    Raises:
-        Interrupted: `is_interrupted()` is true; the request is dropped.
-    """
+    """Send a request as `exchange` does and wait for the answer as `wait` does."""
     return wait(exchange(method, url, body, timeout, key, keep_alive=False), is_interrupted)
 
 
 def wait(work: Coroutine[Any, Any, T], is_interrupted: Callable[[], bool] = lambda: False) -> T:
     """Run a coroutine in the event loop and wait for its result. Any thread but the loop's own may call it.
 
-    Raises:
-        Interrupted: `is_interrupted()`, checked every CHECK_EVERY seconds, is true; `work` is cancelled.
+    Cancel it and raise Interrupted once `is_interrupted()`, checked every CHECK_EVERY seconds, is true.
     """
     future = asyncio.run_coroutine_threadsafe(work, loop())
     try:

@@ -127,9 +127,5 @@ def peak_memory_gib() -> float:
 def _start_wandb(config: Config) -> Any:
     import wandb
 
-    return wandb.init(
-        project=config.run.wandb_project,
-        name=config.run.dir.name,
-        config=config.model_dump(mode="json"),
-        resume="allow",
-    )
+    run, options = config.run, config.model_dump(mode="json")
+    return wandb.init(project=run.wandb_project, name=run.dir.name, config=options, resume="allow")

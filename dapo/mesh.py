@@ -37,8 +37,7 @@ def _device(local_rank: int) -> torch.device:
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
             f"local rank {local_rank} finds {torch.cuda.device_count()} GPUs on this machine, one a process "
-            "is "
-            "needed: launch fewer processes, or set CUDA_VISIBLE_DEVICES= to run on the CPU"
+            "is needed: launch fewer processes, or set CUDA_VISIBLE_DEVICES= to run on the CPU"
         )
     return torch.device("cuda", local_rank)
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
@@ -21,40 +22,39 @@ from pathlib import Path
 from torch._C._distributed_c10d import Store
 
 from dapo import clock
+from dapo.config import Limits
 
 CHECK_SECONDS = 5.0  # between two checks, at most
-# stalls until the run ends; an engine that was silent for two has raised EngineError, and the run is saved
-EXIT_AFTER = 3
 # phases that may be silent for long: engines and disks have time limits of their own
 SILENT_PHASES = {"rollout", "eval", "checkpoint", "export"}
 
 PLACES = {"": "between phases", "?": "not begun"}
 
 
+@dataclass(eq=False)
 class Recorder:
     """A thread on every rank that watches heartbeats: its own, and those of all ranks in the shared store.
 
-    After `seconds` without a heartbeat on any rank, each rank adds its threads' Python stacks to
+    After `limits.stall` seconds without a heartbeat on any rank, each rank adds its threads' Python stacks to
     <directory>/rank-N.txt, and rank 0 reports on stderr which ranks are in which phases, and what
-    `waiting()` returns. After EXIT_AFTER times as long every rank exits with status 1, unless a rank is in
-    one of the SILENT_PHASES: ranks stuck in a collective cannot save.
+    `waiting()` returns. After `limits.exit` seconds every rank exits with status 1, unless a rank is in one
+    of the SILENT_PHASES: ranks stuck in a collective cannot save.
     """
 
-    def __init__(
-        self, directory: Path, seconds: float, rank: int, world: int, store: Store, waiting: Callable[[], str]
-    ):
-        self.directory = directory
-        self.seconds = seconds
-        self.rank = rank
-        self.world = world
-        self.store = store
-        self.waiting = waiting
+    directory: Path
+    limits: Limits
+    rank: int
+    world: int
+    store: Store
+    waiting: Callable[[], str]
+
+    def __post_init__(self) -> None:
         self.heartbeats = -1  # this rank's at the last check
         self.total = -1  # checks of any rank that found new heartbeats
         self.since = time.monotonic()  # when `total` last changed
         self.is_reported = False
-        directory.mkdir(parents=True, exist_ok=True)
-        self.stacks = (directory / f"rank-{rank}.txt").open("a")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.stacks = (self.directory / f"rank-{self.rank}.txt").open("a")
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="recorder", daemon=True)
         self._thread.start()
@@ -73,14 +73,14 @@ class Recorder:
 
     def _watch(self) -> None:
         try:
-            while not self._closed.wait(min(self.seconds / 5, CHECK_SECONDS)):
+            while not self._closed.wait(min(self.limits.stall / 5, CHECK_SECONDS)):
                 self._check()
         except RuntimeError:  # the store ended with rank 0, and the other ranks are about to
             faulthandler.cancel_dump_traceback_later()
 
     def _check(self) -> None:
         # in case a C call holds the interpreter, and with it this thread
-        faulthandler.dump_traceback_later(self.seconds + CHECK_SECONDS, file=self.stacks)
+        faulthandler.dump_traceback_later(self.limits.stall + CHECK_SECONDS, file=self.stacks)
         heartbeats, phases = clock.progress()
         self.store.set(f"phases/{self.rank}", phases)
         total = self.store.add("progress", int(heartbeats != self.heartbeats))
@@ -90,13 +90,13 @@ class Recorder:
             self.since = time.monotonic()
             self.is_reported = False
         idle = time.monotonic() - self.since
-        if idle >= self.seconds and not self.is_reported:
+        if idle >= self.limits.stall and not self.is_reported:
             self.is_reported = True
             self._keep_stacks(idle, phases)
             if self.rank == 0:
                 report = f"stalled: {self._report(idle)}; Python stacks in {self.directory}"
                 print(report, file=sys.stderr, flush=True)
-        if idle >= EXIT_AFTER * self.seconds and not any(map(may_be_silent, self._all_phases())):
+        if idle >= self.limits.exit and not any(map(may_be_silent, self._all_phases())):
             report = f"error: {self._report(idle)}; stopped, and the steps since the last checkpoint are lost"
             if self.store.add("exited", 1) == 1:
                 print(f"{report}: the same command goes on from it", file=sys.stderr, flush=True)

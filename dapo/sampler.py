@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -22,31 +23,32 @@ R = TypeVar("R")
 RETRIES = 3  # of one step's sampling: servers that die more often than that are not restarted into health
 
 
+@dataclass(eq=False)
 class Sampler:
     """Samples π_θold. The main rank has the Rollouts; the other ranks take part in the collectives.
 
-    `load_weights`, `evaluate`, `next_batch` and `write_traces` are collective. Where all servers died and
-    some restart, the weights are loaded again and the same is asked again: seeds are a function of names, so
-    the samples are the same.
+    `load_weights`, `evaluate`, `next_batch` and `write_traces` are collective. If all servers died and some
+    restart, weights and requests are sent again; the seeds, and so the samples, are the same.
 
     Raises, on every rank:
-        EngineError: the engine failed. If it refused weights, no rank has entered a collective; if it failed
-            while they were sent, all ranks have left the last one.
+        EngineError: the engine failed; no rank is left in a collective.
         WeightsLost: all servers died more than RETRIES times in one call.
         Interrupted: the run is to stop.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, rollouts: Rollouts | None, sets: dict[str, list[Prompt]]):
-        self.config, self.mesh = config, mesh
-        self._rollouts = rollouts
-        self.sets = sets  # held-out problems by name; main rank only
+    config: Config
+    mesh: Mesh
+    main: Rollouts | None  # on the main rank
+    sets: dict[str, list[Prompt]]  # held-out problems by name, on the main rank
+
+    def __post_init__(self) -> None:
         self._reload: Callable[[], None] = lambda: None
 
     @property
     def rollouts(self) -> Rollouts:
-        """The main rank's Rollouts; no other rank may ask."""
-        assert self._rollouts, f"rank {self.mesh.rank} does not sample: the main rank does"
-        return self._rollouts
+        """The main rank's Rollouts."""
+        assert self.main, f"rank {self.mesh.rank} does not sample: the main rank does"
+        return self.main
 
     def load_weights(self, policy: Policy, version: int) -> None:
         """π_θold ← π_θ: send the policy's weights to the engine."""
@@ -81,17 +83,17 @@ class Sampler:
         """Read what `save` wrote; nothing on other ranks. Raises ConfigError if the data has changed under
         the run.
         """
-        if self._rollouts:
-            self._rollouts.load(directory)
+        if self.main:
+            self.main.load(directory)
 
     def waiting(self) -> str:
         """Say who is waited for. Any thread may call it."""
-        return self._rollouts.waiting() if self._rollouts else "the main rank"
+        return self.main.waiting() if self.main else "the main rank"
 
     def close(self) -> None:
         """Stop the engine and the reward's processes."""
-        if self._rollouts:
-            self._rollouts.close()
+        if self.main:
+            self.main.close()
 
     def _send_weights(self, policy: Policy, version: int) -> None:
         policy.free_unused()
@@ -100,8 +102,8 @@ class Sampler:
 
         def load() -> None:
             try:
-                if self._rollouts:
-                    self._rollouts.load_weights(weights, version)
+                if self.main:
+                    self.main.load_weights(weights, version)
             finally:
                 for _ in weights:  # every rank drains them to the end, even if the engine has failed
                     heartbeat()

@@ -68,7 +68,7 @@ def train(config: Config, mesh: Mesh) -> None:
 def make_recorder(config: Config, mesh: Mesh, sampler: Sampler) -> Recorder:
     """Start the watch for stalls: stacks go to <run.dir>/stalls."""
     stalls, store = config.run.dir / "stalls", mesh.store("stalls")
-    return Recorder(stalls, config.engine.stall_seconds, mesh.rank, mesh.world, store, sampler.waiting)
+    return Recorder(stalls, config.engine.limits, mesh.rank, mesh.world, store, sampler.waiting)
 
 
 class Interruption:

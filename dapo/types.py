@@ -128,7 +128,7 @@ class Group:
 
     @property
     def is_mixed(self) -> bool:
-        """0 < #correct < G (Eq. 11): only such a group tells right from wrong.
+        """0 < #correct < G (Eq. 11): only such a group separates right from wrong.
 
         Counted on correctness, never on the shaped reward.
         """

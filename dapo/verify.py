@@ -47,19 +47,15 @@ def runs(a: Path, b: Path, first: int, end: int) -> Iterator[Finding]:
         ConfigError: a dump or a checkpoint is missing, or damaged.
     """
     steps = range(first, end)
+    dumps = [[dump.path_of(run / "rollouts", step) for step in steps] for run in (a, b)]
     for what, names in SAMPLED.items():
         columns = {name: dump.COLUMNS[name] for name in names}
-        x, y = (
-            [dump.read_rows(dump.path_of(run / "rollouts", step), columns) for step in steps]
-            for run in (a, b)
-        )
+        x, y = ([dump.read_rows(path, columns) for path in paths] for paths in dumps)
         num_different = sum(p != q for p, q in zip(x, y, strict=True))
         yield Finding(what, sum(map(len, x)), num_different / len(x))
+    records = [curves.read(run / "metrics.jsonl") for run in (a, b)]
     for what, key in (("learning rate", "policy/lr"), ("loss", "policy/loss")):
-        u, v = (
-            [row.get(key, 0.0) for row in curves.read(run / "metrics.jsonl") if row["step"] in steps]
-            for run in (a, b)
-        )
+        u, v = ([row.get(key, 0.0) for row in rows if row["step"] in steps] for rows in records)
         gap = max(abs(p - q) for p, q in zip(u, v, strict=True))
         yield Finding(what, len(u), gap, is_rounded=key == "policy/loss")
     here, there = (run / "checkpoints" / f"step-{end:06}" for run in (a, b))
@@ -91,10 +87,7 @@ def _kind(name: str) -> str:
 
 
 def tokens_of(text: Path, models: list[Path], shape: ModelShape) -> torch.Tensor:
-    """Tokenize a file: [1, n] token ids, which must be the same for both models.
-
-    Args:
-        models: two Hugging Face directories, for their tokenizers.
+    """Tokenize a file: [1, n] ids, which must be the same for both `models`, Hugging Face directories.
 
     Raises:
         ConfigError: the ids differ, or are too few, or exceed the vocabulary; or a tokenizer or the file
@@ -107,19 +100,14 @@ def tokens_of(text: Path, models: list[Path], shape: ModelShape) -> torch.Tensor
     a, b = (load_tokenizer(model)(words).input_ids for model in models)
     if a != b:
         place = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))  # noqa: B905
-        raise ConfigError(
-            f"the tokenizers differ: --text {text} is {len(a)} tokens to one, {len(b)} to the other, unlike "
-            f"from {place} on"
-        )
+        counts = f"{len(a)} tokens to one, {len(b)} to the other, unlike from {place} on"
+        raise ConfigError(f"the tokenizers differ: --text {text} is {counts}")
     if len(a) < 2:
-        raise ConfigError(
-            f"--text {text} has too few tokens, {len(a)}: the first has no log-prob, so there must be two"
-        )
+        reason = "the first has no log-prob, so there must be two"
+        raise ConfigError(f"--text {text} has too few tokens, {len(a)}: {reason}")
     if max(a) >= shape.vocab_size:
-        raise ConfigError(
-            f"--text {text} has token {max(a)}, the models have a vocabulary of {shape.vocab_size}: not "
-            "their tokenizer"
-        )
+        both = f"token {max(a)}, the models have a vocabulary of {shape.vocab_size}"
+        raise ConfigError(f"--text {text} has {both}: not their tokenizer")
     return torch.tensor([a])
 
 

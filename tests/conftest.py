@@ -17,7 +17,7 @@ SLOW = (  # start torchrun, a server or Triton's interpreter: not part of `make 
     "tests/sglang/",
     "tests/kernels/test_linear_policy_loss.py",
     "tests/kernels/test_policy_loss.py",
-    "tests/kernels/test_report.py",
+    "tests/kernels/test_kernel_report.py",
     "tests/kernels/test_tensor_parallel.py",
     "tests/tools/test_convert.py",
     "tests/tools/test_verify_resume.py",

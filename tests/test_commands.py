@@ -27,9 +27,9 @@ NOT_RUN = {
     "git clone … && cd dapo": "what `clone` does",
     "sbatch examples/qwen2.5_32b_paper/launch.sh": "wants SLURM and 128 GPUs; the script runs below",
     "sbatch examples/qwen2.5_32b_paper/launch.sh run.steps=10 optim.lr=2e-6": "wants SLURM and 128 GPUs",
-    "sbatch examples/qwen3_30b_a3b/launch.sh": "wants SLURM and 16 GPUs; it is the 32B's script but for the config and the number of nodes",
+    "sbatch examples/qwen3_30b_a3b/launch.sh": "wants SLURM and 16 GPUs; much like the 32B's",
     "sbatch examples/qwen3_30b_a3b/launch.sh run.steps=10 optim.lr=2e-6": "wants SLURM and 16 GPUs",
-    "bash examples/qwen2.5_7b/launch.sh": "wants eight GPUs; test_examples.py checks what can be checked without",
+    "bash examples/qwen2.5_7b/launch.sh": "wants eight GPUs; test_examples.py checks the rest",
     "sbatch examples/qwen2.5_7b/slurm.sbatch": "wants a cluster",
 }
 EDITOR = """#!/bin/sh
@@ -152,9 +152,10 @@ def test_sampling_from_a_real_server_learns_as_much(quickstart: Path, from_serve
 
 
 def test_every_step_has_every_metric(quickstart: Path) -> None:
-    names = """groups/asked groups/kept groups/all_correct groups/all_wrong rollout/accuracy rollout/reward rollout/truncated rollout/length
-        rollout/length_max rollout/length_kept rollout/length_turned_away policy/loss policy/entropy policy/probability policy/clip_low
-        policy/clip_high policy/clip_high_probability policy/grad_norm policy/lr policy/mismatch time/rollout time/update time/sync
+    names = """groups/asked groups/kept groups/all_correct groups/all_wrong rollout/accuracy rollout/reward
+        rollout/truncated rollout/length rollout/length_max rollout/length_kept rollout/length_turned_away
+        policy/loss policy/entropy policy/probability policy/clip_low policy/clip_high policy/grad_norm
+        policy/clip_high_probability policy/lr policy/mismatch time/rollout time/update time/sync
         time/old_logprobs time/step perf/tokens_per_second perf/peak_memory_gib
         perf/bytes_received perf/bytes_received_max"""
     for row in rows_of(quickstart)[:-1]:

@@ -116,7 +116,8 @@ def test_a_server_that_dies_takes_no_other_along_and_comes_back(tmp_path: Path) 
 def test_a_job_gives_trainers_and_servers_their_nodes_and_ends_with_the_trainer(tmp_path: Path) -> None:
     write_command(tmp_path, "scontrol", "printf 'n%s\\n' 0 1 2 3")
     told = 'printf "%s\\n" "$*" "SERVERS=$SERVERS" "$HEAD $NODES $SRUN_CPUS_PER_TASK" >"$LOGS/$name"'
-    srun = f'[[ "$*" == *server.sh* ]] && name=servers || name=trainer\n{told}\n[[ $name == trainer ]] || exec sleep 60'
+    which = '[[ "$*" == *server.sh* ]] && name=servers || name=trainer'
+    srun = f"{which}\n{told}\n[[ $name == trainer ]] || exec sleep 60"
     write_command(tmp_path, "srun", f"{srun}\nuntil [[ -s $LOGS/servers ]]; do sleep 0.05; done\nexit 3")
     env = os.environ | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",

@@ -19,11 +19,12 @@ DOCUMENTS = [
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 # Words that had meanings of their own here. The field's word, or the plainest, stands in their place:
-# meet → receive, check; settle → finish; heed → check; outlive → keep alive; told → reported; guests → external
-# servers; beat, pulse → heartbeat, progress; give up → cancel; turned away → rejected; spell → format
+# meet → receive, check; settle → finish; heed → check; outlive → keep alive; told → reported; guests →
+# external servers; beat, pulse → heartbeat, progress; give up → cancel; turned away → rejected; spell →
+# format.
 PRIVATE = re.compile(
-    r"\b(meets?|met|settle[sd]?|heed(s|ed)?|outlive[sd]?|told|tells?|guests?|beats?|pulses?|gives? up|given up|give_up"
-    r"|turned away|turned_away|spell(s|ed|ing|ings)?|spelt)\b",
+    r"\b(meets?|met|settle[sd]?|heed(s|ed)?|outlive[sd]?|told|tells?|guests?|beats?|pulses?|gives? up"
+    r"|given up|give_up|turned away|turned_away|spell(s|ed|ing|ings)?|spelt)\b",
     re.IGNORECASE,
 )
 # A docstring that begins so has no verb of its own
@@ -40,7 +41,7 @@ def words_of(path: Path) -> list[tuple[int, str]]:
         return list(enumerate(path.read_text().splitlines(), start=1))
     with path.open("rb") as file:
         tokens = list(tokenize.tokenize(file.readline))
-    return [(token.start[0], token.string) for token in tokens]
+    return [(token.start[0], token.string) for token in tokens if token.string != "tell"]  # a file's method
 
 
 @pytest.mark.parametrize("path", [*SOURCES, *DOCUMENTS], ids=lambda path: str(path.relative_to(ROOT)))

@@ -1,7 +1,8 @@
-"""Are two models the same, each a Hugging Face directory or a Megatron checkpoint of any layout? If not, the
-exit status is 1.
+"""Compare two models, each a Hugging Face directory or a Megatron checkpoint of any layout.
 
-python tools/check_checkpoint.py A B [--text TEXT.txt] [--tolerance 0]
+    python tools/check_checkpoint.py A B [--text TEXT.txt] [--tolerance 0]
+
+The exit status is 1 if they differ.
 """
 
 from __future__ import annotations
@@ -15,50 +16,54 @@ import torch
 from megatron_to_hf import model_of
 
 from dapo.config import ConfigError
-from dapo.model.shape import read_shape
+from dapo.model.shape import ModelShape, read_shape
 from dapo.policy.weight_files import hf_tensors, open_weights
 from dapo.verify import logprobs, tokens_of
 
 
+def compare(models: list[Path], text: Path | None, tolerance: float) -> float:
+    """Print the differences. Return the largest one of a value."""
+    described = [model_of(path) for path in models]
+    shape = common_shape(*map(read_shape, described))
+    tokens = tokens_of(text, described, shape) if text else None
+    worst = 0.0
+    a, b = (hf_tensors(open_weights(path, shape), shape, torch.float32) for path in models)
+    for (name, x), (_, y) in zip(a, b, strict=True):
+        difference = float((x - y).abs().max())
+        worst = max(worst, difference)
+        if difference > tolerance:
+            print(f"{name}: differs by up to {difference:.3g}")
+    print(f"tensors: the largest difference is {worst:.3g}")
+    if tokens is None:
+        return worst
+    x, y = (logprobs(path, model, shape, tokens) for path, model in zip(models, described, strict=True))
+    difference = float((x - y).abs().max())
+    means = f"mean {x.mean():.4f} and {y.mean():.4f}"
+    print(f"log-probs of {len(x)} tokens: {means}, the largest difference is {difference:.3g}")
+    return max(worst, difference)
+
+
+def common_shape(a: ModelShape, b: ModelShape) -> ModelShape:
+    """Return the models' sizes. Raise ConfigError if they differ."""
+    x, y = asdict(a), asdict(b)
+    differences = [f"{name}: {x[name]!r} against {y[name]!r}" for name in x if x[name] != y[name]]
+    if differences:
+        raise ConfigError(f"the architectures differ: {'; '.join(differences)}")
+    return a
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs=2, type=Path, metavar="MODEL")
-    parser.add_argument("--text", type=Path, help="a file: compare the log-probs of its tokens")
-    parser.add_argument(
-        "--tolerance", type=float, default=0.0, help="on tensors and log-probs; 0: bit for bit"
-    )
+    add = parser.add_argument
+    add("models", nargs=2, type=Path, metavar="MODEL")
+    add("--text", type=Path, help="a file: compare the log-probs of its tokens")
+    add("--tolerance", type=float, default=0.0, help="on tensors and log-probs; 0: bit for bit")
     args = parser.parse_args(argv)
     try:
-        described = [model_of(path) for path in args.models]
-        a, b = map(read_shape, described)
-        if differences := [
-            f"{name}: {x!r} against {y!r}"
-            for (name, x), y in zip(asdict(a).items(), asdict(b).values())
-            if x != y
-        ]:  # noqa: B905
-            raise ConfigError(f"the architectures differ: {'; '.join(differences)}")
-        tokens = tokens_of(args.text, described, a) if args.text else None
-        worst = 0.0
-        for (name, x), (_, y) in zip(
-            *(hf_tensors(open_weights(p, a), a, torch.float32) for p in args.models), strict=True
-        ):
-            worst = max(worst, difference := float((x - y).abs().max()))
-            if difference > args.tolerance:
-                print(f"{name}: differs by up to {difference:.3g}")
-        print(f"tensors: the largest difference is {worst:.3g}")
-        if tokens is not None:
-            x, y = (
-                logprobs(path, model, a, tokens) for path, model in zip(args.models, described, strict=True)
-            )
-            worst = max(worst, difference := float((x - y).abs().max()))
-            print(
-                f"log-probs of {len(x)} tokens: mean {x.mean():.4f} and {y.mean():.4f}, the largest "
-                f"difference is {difference:.3g}"
-            )
+        return int(compare(args.models, args.text, args.tolerance) > args.tolerance)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return int(worst > args.tolerance)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""A Hugging Face directory → a Megatron distributed checkpoint that any layout loads. One process, tensor by
-tensor.
+"""Convert a Hugging Face directory to a Megatron distributed checkpoint that any layout loads.
 
     python tools/hf_to_megatron.py MODEL TARGET [--dtype bfloat16] [--shard-size 4GiB]
 
-TARGET holds policy/ (torch_dist), manifest.json, and MODEL's config, tokenizer and generation config:
-`policy.model=TARGET` starts a run.
+One process, tensor by tensor. TARGET has policy/ (torch_dist), manifest.json, and MODEL's config, tokenizer
+and generation config: `policy.model=TARGET` starts a run.
 """
 
 from __future__ import annotations
@@ -23,23 +22,18 @@ from dapo.policy.weight_files import open_weights, save_megatron
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """What both directions take."""
+    """Return the arguments of both directions."""
     made = argparse.ArgumentParser(description=description.splitlines()[0])
-    made.add_argument("source", type=Path)
-    made.add_argument("target", type=Path, help="must not exist; appears whole or not at all")
-    made.add_argument(
-        "--dtype",
-        choices=["bfloat16", "float16", "float32"],
-        help="of the written tensors; default: the source's",
-    )
-    made.add_argument(
-        "--shard-size", type=num_bytes, default="4GiB", help="largest file written, such as 500MiB or 4GiB"
-    )
+    add, dtypes = made.add_argument, ["bfloat16", "float16", "float32"]
+    add("source", type=Path)
+    add("target", type=Path, help="must not exist; appears whole or not at all")
+    add("--dtype", choices=dtypes, help="of the written tensors; default: the source's")
+    add("--shard-size", type=num_bytes, default="4GiB", help="largest written file, such as 500MiB or 4GiB")
     return made
 
 
 def num_bytes(text: str) -> int:
-    """`num_bytes("1.5GiB")` → 1610612736."""
+    """Parse a size: `num_bytes("1.5GiB")` → 1610612736."""
     found = re.fullmatch(r"([\d.]+)([KMG])i?B", text)
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MiB or 4GiB")
@@ -49,8 +43,9 @@ def num_bytes(text: str) -> int:
 def convert(
     args: argparse.Namespace, model_of: Callable[[argparse.Namespace], Path], save: Callable[..., None]
 ) -> int:
-    """`save(weights, shape, dtype, model, target, shard_bytes=…)` what args.source holds. The exit status; a
-    refusal is one line.
+    """Call `save(weights, shape, dtype, model, target, shard_bytes=…)` with the weights of args.source.
+
+    Return the exit status; an error is one line.
     """
     try:
         model = model_of(args)

@@ -63,8 +63,7 @@ Known = dict[str, tuple[str, str]]
 def server_options(config: Config, known: Known, has_cuda: bool) -> dict[str, Any]:
     """Return a server's arguments by name: those that follow from the config, then engine.sglang on top.
 
-    Raises:
-        ConfigError: engine.sglang has an argument that SGLang does not know, or that is set here.
+    Raise ConfigError if engine.sglang has an argument that SGLang does not know, or that is set here.
     """
     options: dict[str, Any] = {
         "model-path": str(config.policy.model),
@@ -119,16 +118,13 @@ def check_broadcast(config: Config, options: dict[str, Any], python: str) -> Non
     if config.engine.weight_sync != "broadcast":
         return
     if options.get("enable-memory-saver"):
-        raise ConfigError(
-            "engine.weight_sync=broadcast with engine.sglang.enable-memory-saver: NCCL joins no two "
-            "processes on one GPU; set engine.weight_sync=tensor"
-        )
+        why = "NCCL joins no two processes on one GPU; set engine.weight_sync=tensor"
+        raise ConfigError(f"engine.weight_sync=broadcast with engine.sglang.enable-memory-saver: {why}")
     ours, theirs = (nccl_version(path) for path in (sys.executable, python))
     if ours != theirs:
-        raise ConfigError(
-            f"engine.weight_sync=broadcast: engine.python={python} has NCCL {theirs}, the trainer {ours}, "
-            "and only equal ones join: install the same torch, or set engine.weight_sync=disk"
-        )
+        why = f"engine.python={python} has NCCL {theirs}, the trainer {ours}, and only equal ones join"
+        remedy = "install the same torch, or set engine.weight_sync=disk"
+        raise ConfigError(f"engine.weight_sync=broadcast: {why}: {remedy}")
 
 
 def nccl_version(python: str) -> str:
@@ -171,11 +167,9 @@ def child_environment(has_cuda: bool, key: str | None = None) -> dict[str, str]:
 
 @functools.cache
 def known_arguments(python: str, has_cuda: bool) -> Known:
-    """Return the arguments of the SGLang that `python` has. Raise ConfigError if it has none.
-
-    They are kept in the user's cache: to import SGLang takes many seconds.
-    """
+    """Return the arguments of the SGLang that `python` has. Raise ConfigError if it has none."""
     version = _ask(python, "import importlib.metadata; print(importlib.metadata.version('sglang'))", has_cuda)
+    # in the user's cache: to import SGLang takes many seconds
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dapo"
     key = hashlib.sha256(f"{python} {version} {LIST_ARGUMENTS}".encode()).hexdigest()[:16]
     kept = folder / f"sglang-arguments-{key}.json"
@@ -190,18 +184,14 @@ def known_arguments(python: str, has_cuda: bool) -> Known:
 
 def _ask(python: str, code: str, has_cuda: bool) -> str:
     """Return the last line that `code` prints."""
-    command, environment = [python, "-c", code], child_environment(has_cuda)
+    option, command, env = f"engine.python={python}", [python, "-c", code], child_environment(has_cuda)
     try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=IMPORT_TIMEOUT
-        )
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=IMPORT_TIMEOUT)
     except OSError as error:
-        raise ConfigError(f"engine.python={python}: {error.strerror}") from error
+        raise ConfigError(f"{option}: {error.strerror}") from error
     except subprocess.TimeoutExpired as error:
-        late = f"does not import SGLang within {error.timeout:.0f} s"
-        raise ConfigError(f"engine.python={python} {late}") from error
+        raise ConfigError(f"{option} does not import SGLang within {error.timeout:.0f} s") from error
     if done.returncode:
         why = last_error(done.stderr.splitlines())
-        remedy = "pip install dapo[sglang]"
-        raise ConfigError(f"engine.python={python} has no SGLang that works: {why}; {remedy}")
+        raise ConfigError(f"{option} has no SGLang that works: {why}; pip install dapo[sglang]")
     return done.stdout.splitlines()[-1]

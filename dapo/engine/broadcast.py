@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dapo.engine.buckets import Bucket
 from dapo.engine.control import SUCCESS, Server, on_all
-from dapo.engine.transports import Transport, wait_for_all
+from dapo.engine.transports import FLATTENED, Transport, wait_for_all
 from dapo.engine.versions import Peer
 from dapo.types import EngineError
 
@@ -65,8 +65,7 @@ class Broadcast(Transport):
             dtypes=[str(part.dtype).removeprefix("torch.") for part in bucket.parts],
             shapes=[part.shape for part in bucket.parts],
             group_name=group.name,
-            load_format="flattened_bucket",
-            flush_cache=False,
+            **FLATTENED,
         )
         self._wait_until_loaded(group)
         path, timeout = "/update_weights_from_distributed", self.timeout + GRACE  # `_finish` ends before it

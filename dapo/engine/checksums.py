@@ -20,8 +20,7 @@ LOW = 0xFFFFFFFF
 # factor, seed, turn of each half
 PLACES = ((0x27D4EB2D, 0x243F6A88, 15), (0x165667B1, ((0x243F6A88 * 0x9E3779B1) ^ 0xDEADBEEF) & LOW, 13))
 FUSED_INTO = {part: whole for whole, parts in FUSED.items() for part in parts}
-# one expert after another
-EXPERTS = {"w13_weight": ("gate_proj", "up_proj"), "w2_weight": ("down_proj",)}
+EXPERTS = {"w13_weight": ("gate_proj", "up_proj"), "w2_weight": ("down_proj",)}  # one expert after another
 EXPERTS_INTO = {part: whole for whole, parts in EXPERTS.items() for part in parts}
 
 
@@ -38,11 +37,9 @@ class Checksums:
         self.num_kv_heads = num_kv_heads
         self.num_experts = num_experts
         self.digest = cpu_digest if device == "cpu" else gpu_digest
-        self.of_ranks: dict[int, list[dict[str, str]]] = {
-            size: [{} for _ in range(size)] for size in set(tensor_ranks)
-        }
-        # fused parameter → the parts of it that came so far
-        self._waiting: dict[str, dict[str, Tensor]] = {}
+        sizes = set(tensor_ranks)
+        self.of_ranks: dict[int, list[dict[str, str]]] = {size: [{} for _ in range(size)] for size in sizes}
+        self._waiting: dict[str, dict[str, Tensor]] = {}  # fused parameter → the parts of it that came so far
 
     def watch(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
@@ -78,11 +75,9 @@ class Checksums:
     def _enter(self, name: str, parts: list[tuple[str, Tensor]]) -> None:
         for size, ranks in self.of_ranks.items():
             for rank, checksums in enumerate(ranks):
-                shards = [
-                    self._shard(module, tensor, rank, size).reshape(-1).view(torch.uint8)
-                    for module, tensor in parts
-                ]
-                checksums[name] = self.digest(torch.cat(shards))
+                shards = [self._shard(module, tensor, rank, size) for module, tensor in parts]
+                data = torch.cat([shard.reshape(-1).view(torch.uint8) for shard in shards])
+                checksums[name] = self.digest(data)
 
     def _shard(self, module: str, tensor: Tensor, rank: int, size: int) -> Tensor:
         if module in ("embed_tokens", "lm_head"):

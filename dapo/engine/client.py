@@ -15,6 +15,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Coroutine, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -30,13 +31,13 @@ from dapo.types import EngineError, Request, Sample
 
 RETRIED = {408, 429, 500, 502, 503, 504}  # HTTP: not now; any other status but 200 is a refusal
 MAX_ATTEMPTS = 8  # for one response
-# seconds for which a server that failed is left alone, doubled from failure to failure
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds that a server is left alone, doubled at each further failure
 ABORT_TIMEOUT = 10.0  # seconds
 NUM_ABORTS = 32  # sent at a time
 CLOSE_TIMEOUT = 2.0  # seconds
 
 
+@dataclass(eq=False)
 class Client:
     """Sends requests until each is answered, aborted or has failed.
 
@@ -48,15 +49,16 @@ class Client:
     `end_load` and `waiting`.
     """
 
-    def __init__(self, servers: Servers, max_concurrent: int, limits: Limits):
-        self.servers = servers
-        self.max_concurrent = max_concurrent
-        self.limits = limits
+    servers: Servers
+    max_concurrent: int
+    limits: Limits
+
+    def __post_init__(self) -> None:
         self.version = UNKNOWN_VERSION  # of the weights that were last sent
         self.is_loading = False
         self.is_closed = False
         self.failure: BaseException | None = None  # the first one: every stream raises it
-        self.key = servers.workers[0].key
+        self.key = self.servers.workers[0].key
         self.name = uuid.uuid4().hex[:8]  # servers may still work for a trainer that died
         self.numbers = itertools.count()  # of the attempts
         self.endpoints: list[Endpoint] = []
@@ -188,18 +190,15 @@ class Client:
         if status in RETRIED:
             raise BadAnswer(f"{status} {http.one_line(answer)}")
         if status != 200:
-            raise EngineError(
-                f"{endpoint.url} refused request {request.id} ({len(request.prompt.tokens)} tokens of "
-                f"prompt, max_tokens {request.sampling.max_tokens}): {status} {http.one_line(answer)}"
-            )
+            size = f"{len(request.prompt.tokens)} tokens of prompt, max_tokens {request.sampling.max_tokens}"
+            refused = f"{endpoint.url} refused request {request.id} ({size})"
+            raise EngineError(f"{refused}: {status} {http.one_line(answer)}")
         return answer
 
     def _check_versions(self, job: Job, sample: Sample) -> None:
         """Raise BadAnswer if other weights wrote it: the server was restarted, or missed a sync."""
-        if job.version == UNKNOWN_VERSION:
-            return
         for version, _, _ in sample.versions:
-            if not job.version <= version <= self.version:
+            if job.version != UNKNOWN_VERSION and not job.version <= version <= self.version:
                 found = f"generates with weight version {version}, not {job.version}"
                 raise BadAnswer(f"{found}: it missed the last weight sync")
 

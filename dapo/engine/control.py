@@ -18,6 +18,7 @@ T = TypeVar("T")
 KEY_VARIABLE = "DAPO_ENGINE_KEY"
 IN_WORDS = {"/flush_cache"}  # calls answered in words; all others are answered with JSON, or with nothing
 Fields = Mapping[str, type]
+Json = dict[str, Any]
 NOTHING: Fields = {}
 SUCCESS: Fields = {"success": bool}  # of every call that changes weights; false is a refusal
 
@@ -33,20 +34,18 @@ class Server:
         self.url = url.rstrip("/")
         self.key = key or os.environ.get(KEY_VARIABLE)
 
-    def get(self, path: str, timeout: float = 10, fields: Fields = NOTHING) -> dict[str, Any]:
+    def get(self, path: str, timeout: float = 10, fields: Fields = NOTHING) -> Json:
         return self._call("GET", path, None, timeout, fields)
 
     def post(
-        self, path: str, body: dict[str, Any] | None = None, timeout: float = 60, fields: Fields = NOTHING
-    ) -> dict[str, Any]:
+        self, path: str, body: Json | None = None, timeout: float = 60, fields: Fields = NOTHING
+    ) -> Json:
         return self._call("POST", path, json.dumps(body or {}).encode(), timeout, fields)
 
-    def delete(self, path: str, timeout: float = 10) -> dict[str, Any]:
+    def delete(self, path: str, timeout: float = 10) -> Json:
         return self._call("DELETE", path, None, timeout, NOTHING)
 
-    def _call(
-        self, method: str, path: str, body: bytes | None, timeout: float, fields: Fields
-    ) -> dict[str, Any]:
+    def _call(self, method: str, path: str, body: bytes | None, timeout: float, fields: Fields) -> Json:
         where = self.url + path
         try:
             status, text = http.call(method, where, body, timeout=timeout, key=self.key)
@@ -65,7 +64,7 @@ class Server:
         return value
 
 
-def _parse(text: bytes, where: str) -> dict[str, Any]:
+def _parse(text: bytes, where: str) -> Json:
     """Return the JSON object in `text`; {} for no text, or for a value that is not an object."""
     try:
         value = json.loads(text or b"null")

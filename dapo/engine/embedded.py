@@ -28,8 +28,7 @@ class EmbeddedEngine:
 
     def __init__(self, model: Path, dtype: torch.dtype, device: torch.device, max_concurrent: int):
         config = transformers.AutoConfig.from_pretrained(model)
-        auto = transformers.AutoModelForCausalLM
-        built = auto.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        built = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         self.model = built.to(device).eval()
         self.model.generation_config = GenerationConfig()  # without the authors' repetition penalty, top_k, …
         self.device = device
@@ -140,10 +139,7 @@ class EmbeddedStream:
 
 
 def as_stored(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Yield a transformers model's tensors, as views, under the names in its files.
-
-    In memory a layer's experts are fused; in files each has tensors of its own.
-    """
+    """Yield a transformers model's tensors, as views, under the names in its files: with experts apart."""
     for name, tensor in tensors:
         layer, _, fused = name.partition(".experts.")
         if fused == "gate_up_proj":  # [experts, 2 · F, H]

@@ -29,7 +29,6 @@ class Servers(Protocol):
 
     def refresh(self) -> bool:
         """Add servers that were restarted, before a sync. Return True if the workers changed."""
-        ...
 
     def serve(self) -> None:
         """Let every worker take requests, after a sync: all have the weights."""

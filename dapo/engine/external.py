@@ -8,7 +8,7 @@ from pathlib import Path
 from dapo.config import Config, ConfigError
 from dapo.engine.control import KEY_VARIABLE, Server, on_all
 from dapo.engine.versions import describe
-from dapo.model.shape import read_object
+from dapo.model.shape import read_config
 from dapo.types import EngineError
 
 
@@ -69,15 +69,14 @@ class ExternalServers:
 def check_server(server: Server, model: Path) -> str:
     """Return one line about a server: its version and model.
 
-    Raises:
-        ConfigError: it does not answer, or serves another architecture than the policy's.
+    Raise ConfigError if it does not answer, or serves another architecture than the policy's.
     """
     try:
         line, theirs = describe(server)
     except EngineError as error:
         hint = f"is it up, and {KEY_VARIABLE} set if it wants a key?"
         raise ConfigError(f"engine.urls: {error}; {hint}") from error
-    ours = read_object(model / "config.json").get("architectures")
+    ours = read_config(model).get("architectures")
     if theirs not in (ours, None):
         wrong = f"{server.url} serves {theirs}, policy.model={model} is {ours}"
         raise ConfigError(f"engine.urls: {wrong}: start it with that model")

@@ -21,14 +21,7 @@ import torch
 
 from dapo.clock import heartbeat
 from dapo.config import Config, ConfigError
-from dapo.engine.arguments import (
-    check_broadcast,
-    child_environment,
-    gpu_sets,
-    known_arguments,
-    module_command,
-    server_options,
-)
+from dapo.engine import arguments
 from dapo.engine.control import Server
 from dapo.engine.external import ExternalServers
 from dapo.engine.process import RESTARTS, ServerProcess, free_port
@@ -50,8 +43,7 @@ def make_servers(
 class Fleet:
     """Implements Servers with processes of its own, each with a log in <run.dir>/servers.
 
-    Raises:
-        ConfigError: SGLang is missing or does not understand engine.sglang, or there are too few GPUs.
+    Raise ConfigError if SGLang is missing or does not know an argument, or if there are too few GPUs.
     """
 
     def __init__(self, config: Config, say: Callable[[str], None], is_interrupted: Callable[[], bool]):
@@ -86,9 +78,7 @@ class Fleet:
     def wait(self) -> None:
         """Wait until every server and the router are up; if this raises, all are stopped.
 
-        Raises:
-            ConfigError: one died or fell silent; with the last error in its log.
-            Interrupted: `is_interrupted()` is true.
+        Raise ConfigError, with the last error in its log, if one died or fell silent; or Interrupted.
         """
         try:
             self._wait_until_up()
@@ -157,20 +147,19 @@ class Fleet:
         folder.mkdir(parents=True, exist_ok=True)
         python = str(engine.python or sys.executable)
         has_cuda = torch.cuda.is_available()
-        known = known_arguments(python, has_cuda) if engine.sglang else {}
-        options = server_options(config, known, has_cuda)
+        known = arguments.known_arguments(python, has_cuda) if engine.sglang else {}
+        options = arguments.server_options(config, known, has_cuda)
         sets: list[list[str]] = [[]] * engine.servers
         if has_cuda:
-            check_broadcast(config, options, python)
-            sets = gpu_sets(engine.servers, options, sees_main=engine.weight_sync == "tensor")
-        environment = child_environment(has_cuda, self.key)
-        command = module_command(python, "sglang.launch_server", options)
+            arguments.check_broadcast(config, options, python)
+            sets = arguments.gpu_sets(engine.servers, options, sees_main=engine.weight_sync == "tensor")
+        environment = arguments.child_environment(has_cuda, self.key)
+        command = arguments.module_command(python, "sglang.launch_server", options)
         processes = []
         for i, gpus in enumerate(sets):
-            log, visible = folder / f"server-{i}.log", {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
-            processes.append(
-                ServerProcess(f"server {i}", command, log, environment | visible, options["host"])
-            )
+            name, log = f"server {i}", folder / f"server-{i}.log"
+            visible = environment | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+            processes.append(ServerProcess(name, command, log, visible, options["host"]))
         return processes
 
     def _wait_until_up(self) -> None:

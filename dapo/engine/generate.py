@@ -62,9 +62,8 @@ def body(request: Request, rid: str) -> bytes:
 def read(answer: bytes, request: Request) -> Sample:
     """Return the sample in the body of an answer with status 200.
 
-    Raises:
-        BadAnswer: it is not one response, or aborted, or tokens and log-probs do not match or are not finite.
-        EngineError: the server always ends such a response too early: it has another EOS, or too little room.
+    Raise BadAnswer if it is not one response, or aborted, or tokens and log-probs do not match or are not
+    finite; EngineError if the server always ends such a response too early: another EOS, or too little room.
     """
     try:
         with _collector_paused():
@@ -122,15 +121,12 @@ def _end(tokens: np.ndarray, reason: Any, request: Request) -> tuple[int, Finish
     if len(tokens) == sampling.max_tokens:
         return len(tokens), "length"
     if reason == "length":
-        raise EngineError(
-            f"response {request.id} was cut off after {len(tokens)} of {sampling.max_tokens} tokens: the "
-            "server has no room for more; raise its context-length or max-total-tokens, or lower "
-            "rollout.max_response_length"
-        )
-    raise EngineError(
-        f"response {request.id} ended at token id {tokens[-1]}, which is not among the policy's stop ids "
-        f"{sampling.stop_ids}: name it as eos_token_id in the model's generation_config.json"
-    )
+        cut = f"response {request.id} was cut off after {len(tokens)} of {sampling.max_tokens} tokens"
+        remedy = "raise its context-length or max-total-tokens, or lower rollout.max_response_length"
+        raise EngineError(f"{cut}: the server has no room for more; {remedy}")
+    ended = f"response {request.id} ended at token id {tokens[-1]}, which is not among the policy's stop ids"
+    remedy = "name it as eos_token_id in the model's generation_config.json"
+    raise EngineError(f"{ended} {sampling.stop_ids}: {remedy}")
 
 
 def _versions(meta: dict[str, Any], length: int) -> tuple[tuple[int, int, int], ...]:

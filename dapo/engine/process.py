@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -20,24 +21,22 @@ SILENCE = 600.0
 STOP_TIMEOUT = 10.0  # seconds
 HEALTH_TIMEOUT = 2.0  # seconds
 RESTARTS = 3  # in a row, of a server that dies again before it has served
-FIRST_PAUSE, LONGEST_PAUSE = (
-    2.0,
-    30.0,
-)  # seconds before the second restart in a row, doubled for each further one
+FIRST_PAUSE, LONGEST_PAUSE = 2.0, 30.0  # seconds before the second restart in a row, doubled each time
 LOOPBACK = "127.0.0.1"
 
 
+@dataclass(eq=False)
 class ServerProcess:
     """A server or the router, with its guardian: `starting`, `up`, `serving`, or `dead` for good."""
 
-    def __init__(
-        self, name: str, command: Sequence[str], log: Path, environment: dict[str, str], host: str = LOOPBACK
-    ):
-        self.name = name
-        self.command = command
-        self.log = log
-        self.environment = environment
-        self.host = LOOPBACK if host in ("0.0.0.0", "::") else host
+    name: str
+    command: Sequence[str]
+    log: Path
+    environment: dict[str, str]
+    host: str = LOOPBACK
+
+    def __post_init__(self) -> None:
+        self.host = LOOPBACK if self.host in ("0.0.0.0", "::") else self.host
         self.failure = ""  # cause of its last death
         self.num_restarts = 0  # since it last served
         self.restart_at: float | None = None  # time.monotonic() of its next start, if one is planned
@@ -94,9 +93,8 @@ class ServerProcess:
 
     def describe_progress(self) -> str:
         """Return one line: its name, the seconds since its start, its last line in the log."""
-        lines = [
-            line for line in self.lines() if not line[0].isspace()
-        ]  # an indented line quotes code that warns
+        # an indented line quotes code that warns
+        lines = [line for line in self.lines() if not line[0].isspace()]
         last = re.sub(r"^\[[^\]]*\] *", "", lines[-1])[:100] if lines else "nothing in its log yet"
         return f"{self.name}, {time.time() - self.started:.0f} s: {last}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -68,13 +69,10 @@ class SGLangEngine:
         """Abort all requests of every stream, close sync and servers. A second call does nothing."""
         if self.client.is_closed:
             return
-        try:
+        with contextlib.ExitStack() as closing:
+            closing.callback(self.servers.close)  # last, even if what comes before it fails
+            closing.callback(self.sync.close)
             http.wait(self.client.close())
-        finally:
-            try:
-                self.sync.close()
-            finally:
-                self.servers.close()
 
 
 class SGLangStream:

@@ -23,6 +23,7 @@ from dapo.engine.control import SUCCESS, on_all
 from dapo.engine.versions import Peer
 from dapo.types import EngineError
 
+FLATTENED: dict[str, Any] = {"load_format": "flattened_bucket", "flush_cache": False}  # of every bucket
 SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -104,8 +105,7 @@ class Disk(Transport):
             (self.partial / "model.safetensors.index.json").write_text(json.dumps(index))
             shutil.rmtree(whole, ignore_errors=True)
             os.rename(self.partial, whole)
-        call = {"model_path": str(whole), "flush_cache": False}
-        path = "/update_weights_from_disk"
+        path, call = "/update_weights_from_disk", {"model_path": str(whole), "flush_cache": False}
         on_all(self.peers, lambda peer: peer.server.post(path, call, self.timeout, SUCCESS))
         for old in self.directory.iterdir():
             if old != whole:
@@ -138,11 +138,7 @@ class Tensors(Transport):
 
     def _send(self, bucket: Bucket) -> None:
         for peer in self.peers:
-            call = {
-                "serialized_named_tensors": _payloads(bucket, peer.tensor_ranks),
-                "load_format": "flattened_bucket",
-                "flush_cache": False,
-            }
+            call = FLATTENED | {"serialized_named_tensors": _payloads(bucket, peer.tensor_ranks)}
             peer.server.post("/update_weights_from_tensor", call, self.timeout, SUCCESS)
 
 

@@ -27,9 +27,7 @@ class Peer:
     server: Server
     tensor_ranks: int
     device: str
-    has_sessions: (
-        bool  # it takes tensors and broadcasts between begin_weight_update and end_weight_update only
-    )
+    has_sessions: bool  # it takes tensors and broadcasts between begin_ and end_weight_update only
     can_release: bool  # it was started to share its GPUs with the trainer, with --enable-memory-saver
     version: str
 
@@ -37,8 +35,7 @@ class Peer:
 def inspect(servers: Sequence[Server]) -> list[Peer]:
     """Ask every server for its layout and version. Warn once about each version that the tests do not run.
 
-    Raises:
-        EngineError: a server does not answer, or weights cannot be sent to its layout.
+    Raise EngineError if a server does not answer, or weights cannot be sent to its layout.
     """
     peers = on_all(servers, _inspect)
     for version in sorted({peer.version for peer in peers}):

@@ -12,8 +12,9 @@ say which version wrote each token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from dapo.config import ConfigError
 from dapo.engine.broadcast import Broadcast
 from dapo.engine.buckets import buckets
 from dapo.engine.checksums import Checksums
-from dapo.engine.control import NOTHING, SUCCESS, Fields, Server, on_all
+from dapo.engine.control import NOTHING, SUCCESS, Fields, Json, Server, on_all
 from dapo.engine.transports import Disk, Tensors, Transport
 from dapo.engine.versions import Peer, inspect
 from dapo.model.shape import ModelShape, read_shape
@@ -31,20 +32,20 @@ from dapo.types import EngineError
 STATUS = {"status": str}
 
 
+@dataclass(eq=False)
 class WeightSync:
     """Takes all servers through an update. Every method may raise EngineError with a server and its answer.
 
     After an update that broke off servers stay paused, because some of their weights are new.
     """
 
-    def __init__(
-        self, workers: Callable[[], Sequence[Server]], transport: Transport, shape: ModelShape, verify: bool
-    ):
-        self.find_workers = workers
-        self.transport = transport
-        self.timeout = transport.timeout
-        self.shape = shape
-        self.verify = verify
+    find_workers: Callable[[], Sequence[Server]]
+    transport: Transport
+    shape: ModelShape
+    verify: bool
+
+    def __post_init__(self) -> None:
+        self.timeout = self.transport.timeout
         self.workers: Sequence[Server] = []
         self.peers: list[Peer] = []
         self.prepared: int | None = None  # the version that `load` may bring
@@ -67,7 +68,7 @@ class WeightSync:
         self._weightless -= restarted
         self._cacheless -= restarted
         self._resume(["weights"], self._weightless)
-        self._post("/pause_generation", {"mode": "retract"}, STATUS)
+        self._post(self.workers, "/pause_generation", {"mode": "retract"}, STATUS)
         on_all(self._in_session(), self._begin)
         self.transport.open(self.peers)
         self.prepared = version
@@ -88,13 +89,13 @@ class WeightSync:
             finish = started
         finish()
         self.transport.commit(version)
-        self._post("/end_weight_update", fields=SUCCESS, to=self._in_session())
+        self._post(self._in_session(), "/end_weight_update", fields=SUCCESS)
         self._resume(["kv_cache", "cuda_graph"], self._cacheless)
-        self._post("/flush_cache")  # keys and values of the old weights
+        self._post(self.workers, "/flush_cache")  # keys and values of the old weights
         named = {"new_version": str(version), "abort_all_requests": False}
-        self._post("/update_weight_version", named, SUCCESS)
+        self._post(self.workers, "/update_weight_version", named, SUCCESS)
         self._check(version, checksums)
-        self._post("/continue_generation", fields=STATUS)
+        self._post(self.workers, "/continue_generation", fields=STATUS)
 
     def release(self) -> None:
         """Make servers that share the trainer's GPUs free their memory until the next `prepare`."""
@@ -104,8 +105,8 @@ class WeightSync:
         sharing = [peer.server for peer in self.peers if peer.can_release]
         if self._cacheless or not sharing:
             return
-        self._post("/pause_generation", {"mode": "retract"}, STATUS, to=sharing)  # only an idle server can
-        self._post("/release_memory_occupation", {"tags": ["kv_cache", "weights", "cuda_graph"]}, to=sharing)
+        self._post(sharing, "/pause_generation", {"mode": "retract"}, STATUS)  # only an idle server can
+        self._post(sharing, "/release_memory_occupation", {"tags": ["kv_cache", "weights", "cuda_graph"]})
         versions = self._versions()
         self._released = {server.url: versions[server.url] for server in sharing}
         self._weightless = set(self._released)
@@ -167,13 +168,8 @@ class WeightSync:
         return [peer.server for peer in self.peers if peer.has_sessions and self.transport.needs_session]
 
     def _post(
-        self,
-        path: str,
-        body: dict[str, Any] | None = None,
-        fields: Fields = NOTHING,
-        to: Sequence[Server] | None = None,
+        self, servers: Sequence[Server], path: str, body: Json | None = None, fields: Fields = NOTHING
     ) -> None:
-        servers = self.workers if to is None else to
         on_all(servers, lambda server: server.post(path, body, self.timeout, fields))
 
 
@@ -191,9 +187,8 @@ def make_sync(
     shape = read_shape(model)
     if verify and shape.num_experts and device.type == "cuda":
         experts = "a mixture of experts, which a server on GPUs orders by the kernel that it chooses"
-        raise ConfigError(
-            f"engine.verify_weights=true: {model} is {experts}: their checksums are not known; leave it false"
-        )
+        remedy = "their checksums are not known; leave it false"
+        raise ConfigError(f"engine.verify_weights=true: {model} is {experts}: {remedy}")
     transport: Transport
     if kind == "disk":
         transport = Disk(bucket_bytes, timeout, directory, model)

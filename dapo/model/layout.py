@@ -8,17 +8,10 @@ from dapo.model.shape import ModelShape
 
 
 def check_layout(shape: ModelShape, config: Config) -> None:
-    """Check that the config's layout and its policy.megatron can hold and train the model.
-
-    Raises:
-        ConfigError: all that is wrong, in one line.
-    """
+    """Check that the config can hold and train the model. Raise ConfigError with all that is wrong."""
     megatron = Passthrough.of(config.policy.megatron)
-    checks = [
-        *_divisions(shape, config.parallel, megatron),
-        *_recompute(shape, megatron),
-        *_offload(megatron, config.policy.dtype),
-    ]
+    checks = _divisions(shape, config.parallel, megatron) + _recompute(shape, megatron)
+    checks += _offload(megatron, config.policy.dtype)
     if wrong := [message for is_wrong, message in checks if is_wrong]:
         raise ConfigError("; ".join(wrong))
 

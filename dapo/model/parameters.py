@@ -72,10 +72,8 @@ def _in_all_layers(entries: list[Entry], shape: ModelShape) -> int:
 
 @cache
 def layer_matrices(shape: ModelShape) -> tuple[int, int]:
-    """Return the numbers of weights that multiply one token in a layer: (of attention, of the MLP).
-
-    With experts, the MLP is the router and the experts that the token is sent to.
-    """
+    """Return the numbers of weights that multiply one token in a layer: (of attention, of the MLP)."""
+    # with experts, the MLP is the router and the experts that the token is sent to
     counts = {"self_attention": 0, "mlp": 0}
     for entry in _active(shape):
         if entry.stage == "layer" and len(entry.shapes[0]) == 2:

@@ -1,4 +1,4 @@
-"""How config.json stretches the rotary embedding beyond the context that the model was first trained on.
+"""Stretching of the rotary embedding beyond the context that the model was first trained on.
 
 A field that is absent, or null, has Hugging Face's default. dapo/policy/rope.py computes the frequencies.
 """

@@ -71,8 +71,12 @@ class ModelShape:
         return self.model_type in ("qwen3", "qwen3_moe")
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file of one object. Raise ConfigError if it holds something else."""
+def read_config(directory: Path) -> dict[str, Any]:
+    """Read a Hugging Face directory's config.json. Raise ConfigError if there is none or it is broken."""
+    path = directory / "config.json"
+    if not path.is_file():
+        expected = "expected a Hugging Face model directory"
+        raise ConfigError(f"policy.model={directory}: no config.json there; {expected}")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -80,15 +84,6 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: no JSON object; expected a Hugging Face model's fields and their values")
     return raw
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """Read a Hugging Face directory's config.json. Raise ConfigError if there is none or it is broken."""
-    path = directory / "config.json"
-    if not path.is_file():
-        expected = "expected a Hugging Face model directory"
-        raise ConfigError(f"policy.model={directory}: no config.json there; {expected}")
-    return read_object(path)
 
 
 def read_shape(directory: Path) -> ModelShape:

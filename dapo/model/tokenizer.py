@@ -26,13 +26,8 @@ def load_tokenizer(model: Path) -> Any:
 
 
 def stop_ids(model: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Return the ids that end a response, for every engine alike: all that the model's files name.
-
-    A server would stop at them anyway.
-
-    Raises:
-        ConfigError: there are none; no response would ever end.
-    """
+    """Return the ids that end a response, for every engine alike. Raise ConfigError if there are none."""
+    # all that the model's files name: a server would stop at them anyway
     ids = {tokenizer.eos_token_id, *_listed(read_config(model).get("eos_token_id"))}
     if (model / "generation_config.json").is_file():
         ids |= set(_listed(transformers.GenerationConfig.from_pretrained(model).eos_token_id))

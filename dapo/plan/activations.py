@@ -1,6 +1,6 @@
-"""What autograd keeps of a layer, in dapo/policy/layers.py and in Megatron-core's local layers around it.
+"""Tensors that autograd keeps of a layer, in dapo/policy/layers.py and in Megatron-core's layers around it.
 
-It is counted tensor by tensor; tests/distributed/test_memory.py counts the same in a real forward pass. For
+They are counted one by one; tests/distributed/test_memory.py counts the same in a real forward pass. For
 Transformer Engine's layers the list is read from its source.
 """
 
@@ -58,11 +58,9 @@ class Layer:
         return self._norm(self.shape.hidden_size, rows=1) / self.tensor
 
     def _norm(self, width: int, rows: int) -> int:
-        """Return the bytes of the input and the inverse root.
-
-        The plain norm keeps the input in float32, and also what the weight multiplies.
-        """
+        """Return the bytes of the input and the inverse root."""
         b = self.value_bytes
+        # the plain norm keeps the input in float32, and also what the weight multiplies
         return (b if self.backend == "transformer_engine" else 4 + b) * width + 4 * rows
 
     @property

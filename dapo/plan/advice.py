@@ -84,16 +84,13 @@ def remedies(plan: Plan) -> list[tuple[str, Plan]]:
 def _kinds(plan: Plan) -> list[list[Change]]:
     """Return changes by kind, from the cheapest to the dearest; of each kind, the smallest first."""
     policy, parallel, megatron = plan.config.policy, plan.config.parallel, plan.worst.megatron
-    num_tokens = {
-        max(policy.tokens_per_microbatch >> halvings, plan.worst.longest) for halvings in range(1, 6)
-    }
+    num_tokens = {max(policy.tokens_per_microbatch >> n, plan.worst.longest) for n in range(1, 6)}
     num_tokens -= {policy.tokens_per_microbatch}
     module = "moe" if plan.shape.num_experts else "mlp"
     mlp = _passthrough("recompute_granularity=selective", f"recompute_modules=[{module}]")
     full = _passthrough("recompute_granularity=full", "recompute_method=uniform", "recompute_num_layers=1")
-    offload = _passthrough(
-        "optimizer_cpu_offload=true", "optimizer_offload_fraction=1.0", "use_precision_aware_optimizer=true"
-    )
+    precision = "use_precision_aware_optimizer=true"  # without it no checkpoint can be loaded
+    offload = _passthrough("optimizer_cpu_offload=true", "optimizer_offload_fraction=1.0", precision)
     recompute = {None: [mlp, full], "selective": [full]}
     can_offload = plan.backend != "cpu" and policy.dtype == "bfloat16" and not megatron.optimizer_cpu_offload
     return [

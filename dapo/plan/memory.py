@@ -12,6 +12,7 @@ from functools import cached_property
 from math import ceil
 
 from dapo.config import Config, Parallel
+from dapo.learn.batch import BYTES_PER_TOKEN
 from dapo.model.layout import padded_vocab
 from dapo.model.parameters import expert_parameters, largest_parameter, num_parameters, stage_parameters
 from dapo.model.passthrough import Passthrough
@@ -21,8 +22,6 @@ from dapo.plan.activations import Backend, Layer
 GIB = 2**30
 # bytes of a chunk of logits, as in dapo_kernels.linear_policy_loss
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 2400 << 20, "transformer_engine": 2400 << 20}
-# a token of the step's batch: ids, targets, positions of 8 bytes, four numbers of 4, the mask, its staleness
-BATCH_BYTES = 42
 
 CHECKPOINT = "a checkpoint"
 
@@ -135,7 +134,7 @@ class Rank:
     def batch(self) -> int:
         """Bytes of the step's batch."""
         samples = self.config.rollout.prompts_per_step * self.config.rollout.group_size
-        return BATCH_BYTES * ceil(samples / self.data) * ceil(self.longest / self.parallel.context)
+        return BYTES_PER_TOKEN * ceil(samples / self.data) * ceil(self.longest / self.parallel.context)
 
     @property
     def engine(self) -> int:
@@ -158,10 +157,8 @@ class Rank:
 
     @property
     def _kept_by_layers(self) -> float:
-        layer, layers = (
-            self.layer,
-            self.shape.num_layers // (self.parallel.pipeline * self.parallel.virtual_pipeline),
-        )
+        num_chunks = self.parallel.pipeline * self.parallel.virtual_pipeline
+        layer, layers = self.layer, self.shape.num_layers // num_chunks
         kept = layers * layer.everything
         if self.megatron.recomputes("full"):
             unit = min(self.megatron.recomputed_together, layers)
@@ -190,8 +187,8 @@ class Rank:
         layer, b, hidden, T = self.layer, self.value_bytes, self.shape.hidden_size, self.tokens
         recomputed = 0.0
         if self.megatron.recomputes("full"):
-            is_block = self.megatron.recompute_method == "block"
-            recomputed = layer.everything * (1 if is_block else self.megatron.recomputed_together)
+            layers = 1 if self.megatron.recompute_method == "block" else self.megatron.recomputed_together
+            recomputed = layer.everything * layers
         recomputed += layer.mlp if self._recomputes_mlp else 0
         recomputed += layer.core_attention if self.megatron.recomputes("core_attn") else 0
         gathered = b * T * hidden if self.parallel.tensor > 1 else 0  # the stream of all tensor ranks

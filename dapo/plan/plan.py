@@ -1,4 +1,4 @@
-"""What a run takes, before a GPU is allocated: memory by pipeline stage, tokens, seconds and advice.
+"""Forecast of a run, before a GPU is allocated: memory by pipeline stage, tokens, seconds and advice.
 
 python -m dapo plan CONFIG.yaml --gpu h200 --world-size 16
 """
@@ -46,11 +46,9 @@ def make_plan(
 def describe(plan: Plan) -> list[str]:
     """Return the plan as lines of text."""
     time = plan.time
-    seconds = (
-        f"seconds   an update {time.update:.3g}, a step's scores {time.scores:.3g} and updates "
-        f"{plan.config.updates_per_step * time.update:.3g}, at {plan.hardware.mfu:.0%} of the data sheet's "
-        "FLOP/s; and the sampling"
-    )
+    updates = plan.config.updates_per_step * time.update
+    step = f"an update {time.update:.3g}, a step's scores {time.scores:.3g} and updates {updates:.3g}"
+    seconds = f"seconds   {step}, at {plan.hardware.mfu:.0%} of the data sheet's FLOP/s; and the sampling"
     notes = [f"note      {note}" for note in _notes(plan)]
     return [*_summary(plan), "", *_memory(plan), "", seconds, *notes, "", *_verdict(plan)]
 

@@ -1,4 +1,4 @@
-"""What a run's numbers mean: each choice that a reader of its curves has to know, and what its sources chose.
+"""The meaning of a run's numbers: each choice that a reader of its curves has to know, and its sources'.
 
 `paper` is arXiv:2503.14476; `verl` is the released reproduction, recipe/dapo/run_dapo_qwen2.5_32b.sh and the
 code it runs. Choices that are options are declared in dapo/config.py; those that the code has fixed, here.
@@ -137,18 +137,12 @@ def keep(found: dict[str, Any], path: Path) -> list[str]:
     write_text(path, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     now = found["choices"] | {"data": found["data"]} | found["reward functions"]
     then = before["choices"] | {"data": before["data"]} | before["reward functions"]
-    return [
-        f"{name} was {_shown(then[name])} and is {_shown(now[name])} from here on"
-        for name in now
-        if then.get(name, now[name]) != now[name]
-    ]
+    changed = [name for name in now if then.get(name, now[name]) != now[name]]
+    return [f"{name} was {_shown(then[name])} and is {_shown(now[name])} from here on" for name in changed]
 
 
 def fingerprint(function: str) -> str:
-    """Return a hash of a reward function's source: all of dapo/reward, or another function's file.
-
-    A URL has none: "unknown".
-    """
+    """Hash a reward function's source: all of dapo/reward, or another function's file; "unknown" of a URL."""
     module = function.partition(":")[0]
     spec = importlib.util.find_spec(module) if not function.startswith(("http://", "https://")) else None
     if spec is None or spec.origin is None:

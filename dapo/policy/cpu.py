@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.abc
-import importlib.machinery
 import importlib.metadata
 import importlib.util
 import os
@@ -18,6 +17,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import CodeType, ModuleType
 from typing import Any
 
@@ -50,23 +50,14 @@ class AdamW(torch.optim.Optimizer):
             for p in params:
                 if not self.state[p]:
                     self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            adamw(
-                params,
-                [p.grad for p in params],
-                [self.state[p]["exp_avg"] for p in params],
-                [self.state[p]["exp_avg_sq"] for p in params],
-                [],
-                [torch.tensor(float(group.get("step", 0)), device=p.device) for p in params],
-                fused=True,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
-            group["step"] = int(group.get("step", 0)) + 1
+            first, second = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq"))
+            count = int(group.get("step", 0))
+            counts = [torch.tensor(float(count), device=p.device) for p in params]
+            beta1, beta2 = group["betas"]
+            options: Any = {name: group[name] for name in ("lr", "weight_decay", "eps")}
+            options |= dict(beta1=beta1, beta2=beta2, fused=True, amsgrad=False, maximize=False)
+            adamw(params, [p.grad for p in params], first, second, [], counts, **options)
+            group["step"] = count + 1
 
 
 class NoCuda:
@@ -111,7 +102,12 @@ class Rule:
         return re.subn(self.pattern, self.replacement, source)
 
 
+RANDOM = "megatron.core.tensor_parallel.random"
+MOE_UTILS = "megatron.core.transformer.moe.moe_utils"
+OPTIMIZER = "megatron.core.optimizer"
+DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer"
 HYBRID = "megatron.core.optimizer.cpu_offloading.hybrid_optimizer"
+OUR_ADAM = "from dapo.policy.cpu import AdamW as Adam"
 NO_CUDA = [
     Rule(r"\btorch\.cuda\.current_device\(\)", "_cpu.device()"),
     Rule(r"\btorch\.cuda\.synchronize\([^()]*\)", "_cpu.nothing()"),
@@ -131,56 +127,36 @@ NO_CUDA = [
         "\ndef _set_cuda_rng_state(new_state, device=-1, graph_safe=False):\n"
         "    torch.set_rng_state(new_state)\n"
         r"\g<0>",
-        "megatron.core.tensor_parallel.random",
+        RANDOM,
     ),
     # the tracker warns when a fork consumes CPU randomness: here that is the only randomness there is
-    Rule(
-        r"if not torch\.all\(cpu_rng_state == torch\.get_rng_state\(\)\)\.item\(\):",
-        "if False:",
-        "megatron.core.tensor_parallel.random",
-    ),
+    Rule(r"if not torch\.all\(cpu_rng_state == torch\.get_rng_state\(\)\)\.item\(\):", "if False:", RANDOM),
     # optimizer state in main memory: a parameter on the CPU is taken for the device's, its copy for the CPU's
     Rule(r"if param\.is_cuda:", "if not cpu_copy:", HYBRID),
     Rule(r"\bparam\.is_cuda\b", "True", HYBRID),
     Rule(r"\.cpu\(\)\.pin_memory\(\)", "", HYBRID),
     Rule(r"pin_memory=self\.pin_cpu_grads", "pin_memory=False", HYBRID),
     # the alltoall dispatcher needs the sizes of a split as a list, and makes it of a tensor on a GPU only
-    Rule(
-        r"torch\.is_tensor\(tensor\) and tensor\.is_cuda",
-        "torch.is_tensor(tensor)",
-        "megatron.core.transformer.moe.moe_utils",
-    ),
+    Rule(r"torch\.is_tensor\(tensor\) and tensor\.is_cuda", "torch.is_tensor(tensor)", MOE_UTILS),
     # jit_fuser is torch.compile: 10-40 s per function on a CPU
     Rule(r"\nenable_jit_fuser\(\)", "\ndisable_jit_fuser()", "megatron.core.jit"),
 ]
 NO_TRANSFORMER_ENGINE = [
-    Rule(
-        r"from torch\.optim import AdamW as Adam\b",
-        "from dapo.policy.cpu import AdamW as Adam",
-        "megatron.core.optimizer",
-    ),
-    Rule(r"USING_PYTORCH_OPTIMIZER = True", "USING_PYTORCH_OPTIMIZER = False", "megatron.core.optimizer"),
-    Rule(
-        r"from torch\.optim import Adam as Adam\b",
-        "from dapo.policy.cpu import AdamW as Adam",
-        "megatron.core.optimizer.distrib_optimizer",
-    ),
+    Rule(r"from torch\.optim import AdamW as Adam\b", OUR_ADAM, OPTIMIZER),
+    Rule(r"USING_PYTORCH_OPTIMIZER = True", "USING_PYTORCH_OPTIMIZER = False", OPTIMIZER),
+    Rule(r"from torch\.optim import Adam as Adam\b", OUR_ADAM, DISTRIBUTED),
     # an absent Transformer Engine has no version to compare; only state in main memory passes the next check
     Rule(r"if not is_te_min_version\(\"2\.1\.0\"\):", "if True:", "megatron.core.optimizer.optimizer_config"),
     Rule(
         r"(?<=except ImportError:\n)    HAVE_TE = False",
         "    HAVE_TE, te_general_gemm = False, None",
-        "megatron.core.transformer.moe.moe_utils",
+        MOE_UTILS,
     ),
-    Rule(
-        r"HAVE_APEX_OR_TE = False",
-        "USING_TE_OPTIMIZER = True  # in its ways",
-        "megatron.core.optimizer.distrib_optimizer",
-    ),
+    Rule(r"HAVE_APEX_OR_TE = False", "USING_TE_OPTIMIZER = True  # in its ways", DISTRIBUTED),
 ]
 
 
-class _Loader(importlib.machinery.SourceFileLoader):
+class _Loader(SourceFileLoader):
     rules: Sequence[Rule] = ()
 
     def get_code(self, fullname: str) -> CodeType:  # not from the .pyc, whose source is as on disk
@@ -199,13 +175,11 @@ class _Finder(importlib.abc.MetaPathFinder):
     def __init__(self, rules: Sequence[Rule]):
         self.rules = rules
 
-    def find_spec(
-        self, fullname: str, path: Any, target: Any = None
-    ) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         if fullname != "megatron.core" and not fullname.startswith("megatron.core."):
             return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is None or not isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is None or not isinstance(spec.loader, SourceFileLoader):
             return spec
         spec.loader = _Loader(spec.loader.name, spec.loader.path)
         spec.loader.rules = self.rules
@@ -242,10 +216,8 @@ def install() -> None:
         return
     version = importlib.metadata.version("megatron-core")
     if version != MEGATRON_VERSION:
-        raise ImportError(
-            f"megatron-core {version} is installed; without CUDA and Transformer Engine dapo needs "
-            f"{MEGATRON_VERSION}"
-        )
+        needed = f"without CUDA and Transformer Engine dapo needs {MEGATRON_VERSION}"
+        raise ImportError(f"megatron-core {version} is installed; {needed}")
     assert "megatron.core" not in sys.modules, "dapo.policy must be imported before megatron.core"
     if not has_transformer_engine():  # Megatron expects ImportError, TE without a GPU raises RuntimeError
         sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]

@@ -64,15 +64,13 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
                 packed_seq_params: PackedSeqParams, **_: Any) -> Tensor:  # fmt: skip
         """query [T, h, d], key and value [T, g, d] → [T, h·d]."""
-        # torch's flash attention for packed sequences
-        has_kernel = query.is_cuda and query.dtype != torch.float32
         queries = keys = cu = packed_seq_params.cu_seqlens_q
         if self.context.size() > 1:
             # [context·T, 2g, d]
             both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=1), group=self.context)
-            queries, keys, places = key_runs(cu, len(query), self.context.rank(), self.context.size())
-            key, value = (x[places] for x in both.chunk(2, dim=1))
-        if has_kernel:
+            queries, keys, indices = key_runs(cu, len(query), self.context.rank(), self.context.size())
+            key, value = (x[indices] for x in both.chunk(2, dim=1))
+        if query.is_cuda and query.dtype != torch.float32:  # torch's flash attention for packed sequences
             out = self._varlen(query, key, value, queries, keys, packed_seq_params.max_seqlen_q)
         elif self.context.size() > 1:
             out = self._run_by_run(query, key, value, queries, keys)
@@ -106,11 +104,11 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
     def _padded(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Attend in batches of sequences of like length, padded at the end, where causality hides it."""
         parts, batches = [], padded_batches(tuple(cu_seqlens.tolist()), query.device)
-        for places, is_real in batches:
-            q, k, v = (x[places].transpose(1, 2) for x in (query, key, value))  # [S, h or g, longest, d]
+        for indices, is_real in batches:
+            q, k, v = (x[indices].transpose(1, 2) for x in (query, key, value))  # [S, h or g, longest, d]
             parts.append(self._causal(q, k, v).transpose(1, 2)[is_real])
         # position of each computed row in the pack
-        order = torch.cat([places[is_real] for places, is_real in batches])
+        order = torch.cat([indices[is_real] for indices, is_real in batches])
         return torch.cat(parts)[order.argsort()]
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -127,23 +125,19 @@ class Runs(NamedTuple):
 
     queries: Tensor  # int32 [2S + 1]: run i of this rank's tokens is queries[i] : queries[i + 1]
     keys: Tensor  # int32 [2S + 1]: its keys are keys[i] : keys[i + 1]
-    places: Tensor  # int64 [keys[-1]]: each key's index among all context ranks' tokens, rank after rank
+    indices: Tensor  # int64 [keys[-1]]: each key's index among all context ranks' tokens, rank after rank
 
 
 @functools.lru_cache(maxsize=16)
 def key_runs(cu_seqlens: Tensor, num_tokens: int, rank: int, context: int) -> Runs:
-    """Return the runs of context rank `rank`, for the zig-zag of batch.shard. `num_tokens`: T.
-
-    It never waits for the device.
-    """
+    """Return rank `rank`'s runs in batch.shard's zig-zag, without waiting for the device. `num_tokens`: T."""
     sizes = cu_seqlens.diff() // (2 * context)  # [S], of a chunk
     ends = torch.tensor([rank + 1, 2 * context - rank], device=sizes.device, dtype=sizes.dtype)
     lengths = sizes[:, None].expand(-1, 2), sizes[:, None] * ends  # [S, 2]
     queries, keys = (F.pad(x.flatten().cumsum(0, dtype=torch.int32), (1, 0)) for x in lengths)
     num_keys = num_tokens // 2 * (2 * context + 1)
-    run = torch.repeat_interleave(
-        torch.arange(len(keys) - 1, device=keys.device), keys.diff(), output_size=num_keys
-    )
+    runs = torch.arange(len(keys) - 1, device=keys.device)
+    run = runs.repeat_interleave(keys.diff(), output_size=num_keys)
     # of the key's sequence: size of a chunk, start on every rank
     size, start = sizes[run // 2], cu_seqlens[run // 2] // context
     step = torch.arange(num_keys, device=keys.device) - keys[run]
@@ -171,9 +165,9 @@ def padded_batches(cu_seqlens: tuple[int, ...], device: torch.device) -> list[tu
     padded = []
     for batch in batches:
         steps = np.arange(lengths[batch[0]])
-        places = starts[batch, None] + np.minimum(steps, lengths[batch, None] - 1)
+        indices = starts[batch, None] + np.minimum(steps, lengths[batch, None] - 1)
         is_real = steps < lengths[batch, None]
-        padded.append((torch.from_numpy(places).to(device), torch.from_numpy(is_real).to(device)))
+        padded.append((torch.from_numpy(indices).to(device), torch.from_numpy(is_real).to(device)))
     return padded
 
 

@@ -15,11 +15,8 @@ import numpy as np
 import torch
 from dapo_kernels import Head, Objective, Tokens
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -66,9 +63,8 @@ class Policy:
         self.transformer = transformer_config(self.shape, config)
         optimizer = optimizer_config(config, self.transformer)
         initialize_megatron(config.parallel)
-        assert parallel_state.get_data_parallel_rank(with_context_parallel=True) == mesh.shard, (
-            "mesh and Megatron disagree on the ranks"
-        )
+        shard = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        assert shard == mesh.shard, "mesh and Megatron disagree on the ranks"
         model_parallel_cuda_manual_seed(config.run.seed)
         self.tensor_group = parallel_state.get_tensor_model_parallel_group()
         self.is_last_stage = parallel_state.is_pipeline_last_stage()
@@ -97,9 +93,8 @@ class Policy:
     @timed("old_logprobs")
     def place(self, batch: Batch[np.ndarray]) -> PlacedBatch:
         """Copy this rank's microbatches onto its device."""
-        placed = [
-            [schedule.on_device(m, self.mesh.device) for m in minibatch] for minibatch in batch.minibatches
-        ]
+        device = self.mesh.device
+        placed = [[schedule.on_device(m, device) for m in minibatch] for minibatch in batch.minibatches]
         return Batch(placed, batch.metrics)
 
     @timed("old_logprobs")
@@ -130,10 +125,9 @@ class Policy:
                 largest_gap = max(largest_gap, float(gap.max()) if len(gap) else 0.0)
         sums = self.mesh.sum_by_key(metrics.total(rows))
         if sums["broken"]:
-            raise PolicyError(
-                f"{sums['broken']:.0f} of {sums['current'] + sums['stale']:.0f} log-probs of the policy are "
-                "not finite: its weights are damaged; resume from a checkpoint"
-            )
+            count = sums["current"] + sums["stale"]
+            found = f"{sums['broken']:.0f} of {count:.0f} log-probs of the policy are not finite"
+            raise PolicyError(f"{found}: its weights are damaged; resume from a checkpoint")
         return metrics.score_metrics(sums, self.mesh.max(largest_gap))
 
     @timed("update")
@@ -147,26 +141,20 @@ class Policy:
         self.scheduler.step(1)  # before the update: the first one has the first warm-up value, not lr 0
         _, grad_norm, _ = self.optimizer.step()
         if not math.isfinite(grad_norm):
-            raise PolicyError(
-                f"gradient norm is {grad_norm}: the update destroyed the policy; resume from the last "
-                "checkpoint"
-            )
+            found = f"gradient norm is {grad_norm}: the update destroyed the policy"
+            raise PolicyError(f"{found}; resume from the last checkpoint")
         return values | {"policy/grad_norm": float(grad_norm), "policy/lr": self.scheduler.get_lr({})}
 
     def backward(self, minibatch: list[PlacedMicrobatch]) -> dict[str, float]:
-        """Compute the gradients of the minibatch's loss, summed over microbatches and data-parallel ranks.
-
-        Returns the minibatch's metrics, means over its response tokens.
-        """
+        """Compute the gradients of a minibatch's loss over all ranks; return means over response tokens."""
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
         rows = schedule.run(self.models, self.transformer, minibatch, self._loss, forward_only=False)
         sums = self.mesh.sum_by_key(metrics.total([metrics.update_sums(), *(rows if self.reports else [])]))
         if not math.isfinite(sums["loss"]):
-            raise PolicyError(
-                f"the loss is {sums['loss']}: stopped before the update; the last checkpoint is whole"
-            )
+            found = f"the loss is {sums['loss']}: stopped before the update"
+            raise PolicyError(f"{found}; the last checkpoint is whole")
         return metrics.update_metrics(sums)
 
     def take_traces(self) -> list[Trace]:
@@ -178,10 +166,6 @@ class Policy:
         """Yield (Hugging Face name, full tensor) of the whole model on every rank. Every rank drains it."""
         return self._weights.export()
 
-    def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the last `backward`'s gradients as `weights` does, whole only without data parallelism."""
-        return self._weights.export(lambda p: p.main_grad)  # type: ignore[attr-defined]
-
     def free_unused(self) -> None:
         """Give back the GPU memory that torch keeps for later: servers that share the GPU need it."""
         if self.mesh.device.type == "cuda":
@@ -190,32 +174,22 @@ class Policy:
     @timed("export")
     def save_hf(self, target: Path) -> None:
         """Write the model as a Hugging Face directory, which appears whole or not at all."""
+        weights, dtype, source = self.weights(), self.transformer.params_dtype, self.config.policy.model
         if self.mesh.is_main:
-            dtype = self.transformer.params_dtype
-            weight_files.save_hf(
-                [self.weights()], self.shape, dtype, self.config.policy.model, target, may_replace=True
-            )
-        else:
-            for _ in self.weights():
-                pass
+            weight_files.save_hf([weights], self.shape, dtype, source, target, may_replace=True)
+        for _ in weights:  # every rank drains them
+            pass
         self.mesh.barrier()
 
     def save(self, directory: Path) -> torch_dist.Save:
         """Plan a checkpoint of model, optimizer and scheduler in an existing, empty directory: `start` it."""
         copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
         tensors, _ = self._sharded_state()
-        state = tensors | {
-            "optimizer": group_settings(self.optimizer),
-            "num_updates": self.scheduler.num_steps,
-        }
-        return torch_dist.Save(state, directory, copies, self.mesh.barrier)
+        others = {"optimizer": group_settings(self.optimizer), "num_updates": self.scheduler.num_steps}
+        return torch_dist.Save(tensors | others, directory, copies, self.mesh.barrier)
 
     def load(self, directory: Path) -> None:
-        """Restore what `save` planned, in this layout or another.
-
-        Raises:
-            ConfigError: a parameter holds NaN or infinite values.
-        """
+        """Restore what `save` planned, in any layout. Raise ConfigError if a parameter is not finite."""
         now = [{key: group[key] for key in SETTINGS} for group in self.optimizer.param_groups]
         tensors, own = self._sharded_state()
         state = dist_checkpointing.load(tensors, str(directory))
@@ -266,13 +240,9 @@ class Policy:
         """Return the loss, a sum over this microbatch's tokens, and what its metrics are made of."""
         scores, head = microbatch.scores, self._head
         assert scores, "score comes before update"
-        tokens = Tokens(
-            microbatch.targets,
-            microbatch.loss_mask,
-            scores.old_logprobs,
-            microbatch.advantages,
-            weights=microbatch.token_weights * scores.importance,
-        )
+        targets, mask = microbatch.targets, microbatch.loss_mask
+        weights = microbatch.token_weights * scores.importance
+        tokens = Tokens(targets, mask, scores.old_logprobs, microbatch.advantages, weights=weights)
         bounds = self.config.objective
         objective = Objective(bounds.clip_low, bounds.clip_high, bounds.dual_clip)
         # the gradient of the head's weight is added where Megatron keeps it
@@ -282,7 +252,7 @@ class Policy:
             seen = {"old_logprobs": scores.old_logprobs} | vars(out)
             values = torch.stack([seen[name].float() for name in token_fields(Trace)]).cpu().numpy()
             record(self._traces, microbatch.dumped, dict(zip(token_fields(Trace), values, strict=True)))
-        return out.loss, metrics.update_sums(out, microbatch.loss_mask)
+        return out.loss, metrics.update_sums(out, mask)
 
     @property
     def _head(self) -> Head:
@@ -300,7 +270,5 @@ class Policy:
 
 def _refuse_broken(directory: Path, names: list[list[str]]) -> None:
     if broken := [name for of_rank in names for name in of_rank]:
-        raise ConfigError(
-            f"{directory}: {len(broken)} parameters hold NaN or infinite values, first {broken[0]}: use an "
-            "earlier checkpoint"
-        )
+        found = f"{len(broken)} parameters hold NaN or infinite values, first {broken[0]}"
+        raise ConfigError(f"{directory}: {found}: use an earlier checkpoint")

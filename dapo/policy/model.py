@@ -25,10 +25,7 @@ from dapo.policy.rope import inverse_frequencies, softmax_scale
 def split_passthrough(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Split policy.megatron into (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig) fields.
 
-    A name that several have goes to each.
-
-    Raises:
-        ConfigError: none of the three has such a field.
+    A name that several have goes to each. Raise ConfigError if none of them has such a field.
     """
     classes = TransformerConfig, OptimizerConfig, DistributedDataParallelConfig
     owners = [{field.name for field in dataclasses.fields(c)} for c in classes]
@@ -42,14 +39,10 @@ def split_passthrough(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str
 
 
 def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
-    """Make Megatron's description of the model and its layout.
-
-    Raises:
-        ConfigError: the layout cannot hold the model, or Megatron refuses a passed-through field.
-    """
+    """Make Megatron's description of model and layout. Raise ConfigError if either is refused."""
     check_layout(shape, config)
     parallel, passed = config.parallel, split_passthrough(config.policy.megatron)[0]
-    dtype = getattr(torch, config.policy.dtype)
+    dtype, virtual = getattr(torch, config.policy.dtype), parallel.virtual_pipeline
     fields = dict(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -70,9 +63,7 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.tensor > 1,
         pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=(
-            parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
-        ),
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         context_parallel_size=parallel.context,
         pipeline_dtype=dtype,
         params_dtype=dtype,
@@ -113,10 +104,8 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
             expert_tensor_parallel_size=1,
         )
     if has_transformer_engine() and parallel.context > 1 and dtype == torch.float32:
-        raise ConfigError(
-            f"parallel.context={parallel.context} with policy.dtype=float32: Transformer Engine has no such "
-            "attention; use bfloat16"
-        )
+        both = f"parallel.context={parallel.context} with policy.dtype=float32"
+        raise ConfigError(f"{both}: Transformer Engine has no such attention; use bfloat16")
     made: TransformerConfig = _make(TransformerConfig, fields | passed, config)
     made.variable_seq_lengths = True  # packed microbatches differ in length
     return made
@@ -153,10 +142,7 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
 
 
 class HeadlessGPTModel(GPTModel):  # type: ignore[misc]
-    """A GPTModel whose last stage returns hidden states [T, 1, H].
-
-    The loss takes them and the LM head, so that logits [T, V] never exist.
-    """
+    """A GPTModel whose last stage returns hidden states [T, 1, H] for the loss: logits [T, V] never exist."""
 
     def _postprocess(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return hidden_states

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -21,14 +21,15 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
 
+Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
+
 
 class OwnState:
     """The part of an optimizer's state that this rank owns."""
 
     def __init__(self, optimizer: Any, model: dict[str, Any]):
         """`model`: the model's sharded state dict, which locates each parameter in the whole."""
-        sharded = (ShardedTensor, ShardedTensorFactory)
-        locations = {entry.data: entry for entry in nested_values(model) if isinstance(entry, sharded)}
+        locations = {entry.data: entry for entry in nested_values(model) if isinstance(entry, Sharded)}
         self._parts = _parts(optimizer)
         boxes: list[ShardedTensor] = []
         # (optimizer, parameter, its range of the state by name)
@@ -80,16 +81,9 @@ def boxes(start: int, end: int, shape: tuple[int, ...]) -> Iterator[tuple[tuple[
 
 
 def _boxes_of(
-    param: Tensor,
-    whole: ShardedTensor | ShardedTensorFactory,
-    start: int,
-    state: dict[str, Tensor],
-    instance: int,
+    param: Tensor, whole: Sharded, start: int, state: dict[str, Tensor], instance: int
 ) -> Iterator[ShardedTensor]:
-    """Cut the state from offset `start` of the flat parameter into boxes of the checkpoint's tensors.
-
-    `whole` is the parameter's entry in the sharded state dict.
-    """
+    """Cut the state from offset `start` of the flat parameter, of which `whole` is the entry, into boxes."""
     end = start + len(state["param"])
     # the MLP's first matrix is two tensors in a checkpoint, gate and up
     for piece in [whole] if isinstance(whole, ShardedTensor) else nested_values(whole.build()):
@@ -110,10 +104,8 @@ def _boxes_of(
                     local_shape=tuple(data.shape),
                     global_offset=tuple(a + b for a, b in begins),
                     axis_fragmentations=None,  # no regular grid
-                    replica_id=(
-                        *piece.replica_id[:-1],
-                        instance,
-                    ),  # data-parallel ranks own different numbers
+                    # data-parallel ranks own different numbers
+                    replica_id=(*piece.replica_id[:-1], instance),
                     prepend_axis_num=0,
                 )
             first += prod(size)
@@ -150,10 +142,8 @@ def _initialize(part: Any) -> None:
 
 
 def without_classes(state: Any) -> Any:
-    """Return the state without classes, which Megatron's loading refuses.
-
-    The groups of an optimizer in main memory name the classes of the optimizers that it is made of.
-    """
+    """Return the state without classes, which Megatron's loading refuses."""
+    # the groups of an optimizer in main memory name the classes of the optimizers that it is made of
     if isinstance(state, dict):
         return {key: without_classes(value) for key, value in state.items() if not isinstance(value, type)}
     return [without_classes(value) for value in state] if isinstance(state, list) else state

@@ -39,12 +39,9 @@ def hidden_states(
     model: torch.nn.Module, config: TransformerConfig, microbatch: Microbatch[Tensor]
 ) -> Tensor:
     """Run a stage's model over a microbatch: [T, 1, H]."""
+    cu, longest = microbatch.cu_seqlens, microbatch.longest
     packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=microbatch.cu_seqlens,
-        cu_seqlens_kv=microbatch.cu_seqlens,
-        max_seqlen_q=microbatch.longest,
-        max_seqlen_kv=microbatch.longest,
+        qkv_format="thd", cu_seqlens_q=cu, cu_seqlens_kv=cu, max_seqlen_q=longest, max_seqlen_kv=longest
     )
     # Megatron's 16-bit wrapper would widen the hidden states
     keep_dtype = {"fp32_output": False} if config.bf16 else {}
@@ -116,11 +113,7 @@ class InterleavedCommunicator(P2PCommunicator):  # type: ignore[misc]
         self.backward = iter([microbatch for microbatch, chunk in order if not (is_last and chunk == 0)])
 
     def _communicate_shapes(
-        self,
-        tensor_send_next: Tensor | None,
-        tensor_send_prev: Tensor | None,
-        recv_prev: bool,
-        recv_next: bool,
+        self, send_next: Any, send_prev: Any, recv_prev: bool, recv_next: bool
     ) -> tuple[list[int] | None, list[int] | None]:
         return self._next_shape(self.forward, recv_prev), self._next_shape(self.backward, recv_next)
 

@@ -54,6 +54,8 @@ from dapo.config import ConfigError
 from dapo.files import Sum, SummedFile
 from dapo.mesh import FailedElsewhere
 
+Index = tuple[int, ...]
+
 # --- all ranks of a run, each with its own part ---
 
 
@@ -187,11 +189,7 @@ def _on_cpu(tensor: Tensor, copy: bool = False) -> Tensor:
 
 
 class Reader:
-    """Reads the tensors of a checkpoint of any layout.
-
-    Raises:
-        ConfigError: the directory holds no such checkpoint.
-    """
+    """Reads the tensors of a checkpoint of any layout. Raises ConfigError if the directory holds none."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -206,14 +204,14 @@ class Reader:
     def dtype(self, name: str) -> torch.dtype:
         return self._metadata.state_dict_metadata[name].properties.dtype  # type: ignore[union-attr]
 
-    def read(self, name: str, place: tuple[int, ...] = ()) -> Tensor:
-        """Return the whole tensor; `place`: the layer (and expert) of one whose first dimensions count them.
+    def read(self, name: str, index: Index = ()) -> Tensor:
+        """Return the whole tensor; `index`: the layer (and expert) of one whose first dimensions count them.
 
         Raises:
             ConfigError: a file is missing, cut short or damaged.
         """
-        depth = len(place)
-        chunks = self._by_place(name, depth)[place]
+        depth = len(index)
+        chunks = self._by_index(name, depth)[index]
         parts = [self._chunk(name, chunk) for chunk in chunks]
         if len(parts) == 1:
             return parts[0][(0,) * depth]
@@ -225,8 +223,8 @@ class Reader:
         return whole
 
     @functools.cache  # noqa: B019  # as long-lived as the process that converts
-    def _by_place(self, name: str, depth: int) -> dict[tuple[int, ...], list[ChunkStorageMetadata]]:
-        found: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
+    def _by_index(self, name: str, depth: int) -> dict[Index, list[ChunkStorageMetadata]]:
+        found: dict[Index, list[ChunkStorageMetadata]] = {}
         for chunk in self._metadata.state_dict_metadata[name].chunks:  # type: ignore[union-attr]
             found.setdefault(tuple(chunk.offsets[:depth]), []).append(chunk)
         return found
@@ -286,10 +284,7 @@ class _Slice:
 
 
 class Writer:
-    """Writes a checkpoint tensor by tensor, in files of at most `file_bytes` (or one chunk).
-
-    Each thread writes a part of its own.
-    """
+    """Writes a checkpoint, a part in each thread, in files of at most `file_bytes` (or one chunk)."""
 
     def __init__(self, directory: Path, file_bytes: int):
         self.directory, self.file_bytes = directory, file_bytes
@@ -299,27 +294,20 @@ class Writer:
         self._closing = ThreadPoolExecutor(1)  # waits for the disk while the next file is written
         self._closed: list[Future[None]] = []
         self._metadata: dict[str, Any] = {}
-        self._places: dict[MetadataIndex, _StorageInfo] = {}
+        self._storage: dict[MetadataIndex, _StorageInfo] = {}
 
-    def write(
-        self,
-        name: str,
-        tensor: Tensor,
-        place: tuple[int, ...] = (),
-        counts: tuple[int, ...] = (),
-        part: int = 0,
-    ) -> None:
-        """Write a whole tensor; or layer (and expert) `place` of one whose first dimensions are `counts`."""
-        offsets = torch.Size([*place, *[0] * tensor.dim()])
+    def write(self, name: str, tensor: Tensor, index: Index = (), counts: Index = (), part: int = 0) -> None:
+        """Write a whole tensor; or layer (and expert) `index` of one whose first dimensions are `counts`."""
+        offsets = torch.Size([*index, *[0] * tensor.dim()])
         size = torch.Size([*counts, *tensor.shape])
-        tensor = tensor[(None,) * len(place)]
+        tensor = tensor[(None,) * len(index)]
         file_name, file = self._file_of(part, tensor.nbytes)
         start = file.tell()
         torch.save(_on_cpu(tensor), file)  # type: ignore[arg-type]
         new = TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), size, [])
         known = self._metadata.setdefault(name, new)
         known.chunks.append(ChunkStorageMetadata(offsets, tensor.shape))
-        self._places[MetadataIndex(name, offsets)] = _StorageInfo(file_name, start, file.tell() - start)
+        self._storage[MetadataIndex(name, offsets)] = _StorageInfo(file_name, start, file.tell() - start)
 
     def close(self) -> None:
         """Finish the files and write .metadata, without which there is no checkpoint."""
@@ -330,7 +318,7 @@ class Writer:
         for known in self._metadata.values():
             known.chunks.sort(key=lambda chunk: tuple(chunk.offsets))
         torch.save({}, self.directory / "common.pt")
-        metadata = Metadata(self._metadata, storage_data=self._places)
+        metadata = Metadata(self._metadata, storage_data=self._storage)
         (self.directory / ".metadata").write_bytes(pickle.dumps(metadata))
         save_config(CheckpointingConfig("torch_dist", 1), str(self.directory))
 

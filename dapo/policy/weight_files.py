@@ -94,9 +94,8 @@ class MegatronWeights:
             if entry.kind == "rows":  # padded for its layout
                 rows = max(rows, found[0])
             if found != (wanted := (*_counts(entry, shape), rows, *columns)):
-                raise ConfigError(
-                    f"{directory}: tensor {key} has shape {found}, the model's config.json means {wanted}"
-                )
+                both = f"has shape {found}, the model's config.json means {wanted}"
+                raise ConfigError(f"{directory}: tensor {key} {both}")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -118,10 +117,8 @@ def _counts(entry: Entry, shape: ModelShape) -> Dimensions:
 def _checked(directory: Path, entry: Entry, tensors: list[Tensor]) -> list[Tensor]:
     """Return the tensors. Raise ConfigError if a shape is not config.json's, or a value is not finite."""
     for name, tensor, wanted in zip(entry.hf, tensors, entry.shapes, strict=True):
-        if tuple(tensor.shape) != wanted:
-            raise ConfigError(
-                f"{directory}: tensor {name} has shape {tuple(tensor.shape)}, config.json means {wanted}"
-            )
+        if (found := tuple(tensor.shape)) != wanted:
+            raise ConfigError(f"{directory}: tensor {name} has shape {found}, config.json means {wanted}")
         # with a NaN both are NaN; takes an eighth of isfinite's time
         if not torch.stack(torch.aminmax(tensor)).isfinite().all():
             raise ConfigError(f"{directory}: tensor {name} holds NaN or infinite values")
@@ -133,10 +130,8 @@ def _only_dtype(directory: Path, dtypes: dict[str, torch.dtype | str]) -> torch.
     first = min(dtypes)
     dtype = dtypes[first]
     if other := min((name for name in dtypes if dtypes[name] != dtype), default=None):
-        raise ConfigError(
-            f"{directory}: tensor {first} is {_name(dtype)}, {other} is {_name(dtypes[other])}: "
-            "choose one for all of them with --dtype"
-        )
+        both = f"tensor {first} is {_name(dtype)}, {other} is {_name(dtypes[other])}"
+        raise ConfigError(f"{directory}: {both}: choose one for all of them with --dtype")
     if not isinstance(dtype, torch.dtype) or dtype not in SAFETENSORS_DTYPE:
         known = ", ".join(map(_name, SAFETENSORS_DTYPE))
         raise ConfigError(f"{directory}: the tensors are {_name(dtype)}: choose {known} with --dtype")
@@ -146,10 +141,8 @@ def _only_dtype(directory: Path, dtypes: dict[str, torch.dtype | str]) -> torch.
 def _check_names(directory: Path, found: set[str], expected: set[str], allowed: set[str]) -> None:
     missing, extra = sorted(expected - found), sorted(found - expected - allowed)
     if missing:
-        raise ConfigError(
-            f"{directory}: {len(missing)} tensors are missing, first {missing[0]}; "
-            "config.json does not describe these weights"
-        )
+        first = f"{len(missing)} tensors are missing, first {missing[0]}"
+        raise ConfigError(f"{directory}: {first}; config.json does not describe these weights")
     if extra:
         first = f"{len(extra)} tensors have no place in this architecture, first {extra[0]}"
         raise ConfigError(f"{directory}: {first}")
@@ -167,19 +160,14 @@ def check_model(directory: Path, shape: ModelShape) -> None:
         message = f"{directory}: no Megatron checkpoint is there: {files.MANIFEST}: {error}"
         raise ConfigError(message) from error
     here = json.loads(json.dumps(asdict(shape)))
-    differences = [
-        f"{name}={there[name]!r} there, {here[name]!r} here"
-        for name in here
-        if name in there and there[name] != here[name]
-    ]
-    if differences:
-        raise ConfigError(f"{directory} is a checkpoint of another model: {'; '.join(differences)}")
+    differ = [name for name in here if name in there and there[name] != here[name]]
+    if differ:
+        both = "; ".join(f"{name}={there[name]!r} there, {here[name]!r} here" for name in differ)
+        raise ConfigError(f"{directory} is a checkpoint of another model: {both}")
 
 
 def check_checkpoint(directory: Path, shape: ModelShape) -> None:
-    """Check that a run of this model can resume from a checkpoint: weights and optimizer, by their shapes.
-
-    No tensor is read.
+    """Check by shapes that a run of this model can resume from a checkpoint's weights and optimizer.
 
     Raises:
         ConfigError: it is of another model; a tensor is missing, of another shape, or has no place in this
@@ -191,10 +179,8 @@ def check_checkpoint(directory: Path, shape: ModelShape) -> None:
             name = f"optimizer.state.{part}.{key}"
             found = weights.optimizer_sizes.get(name)
             if found is None:
-                raise ConfigError(
-                    f"{directory}: tensor {name} is missing: no run can resume from it; "
-                    f"policy.model={directory} starts one"
-                )
+                remedy = f"no run can resume from it; policy.model={directory} starts one"
+                raise ConfigError(f"{directory}: tensor {name} is missing: {remedy}")
             if found != wanted:
                 message = f"tensor {name} has shape {found}, the parameter has {wanted}"
                 raise ConfigError(f"{directory}: {message}")
@@ -227,9 +213,8 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.dtype != dtype:
         largest, limit = max(torch.aminmax(tensor), key=abs), torch.finfo(dtype).max
         if largest.to(dtype).isinf():
-            raise ConfigError(
-                f"tensor {name} holds {float(largest):.9g}, but {_name(dtype)} ends at {limit:.9g}"
-            )
+            value = float(largest)
+            raise ConfigError(f"tensor {name} holds {value:.9g}, but {_name(dtype)} ends at {limit:.9g}")
     return tensor.to(dtype)
 
 

@@ -115,11 +115,7 @@ class Weights:
         return name.replace(".experts.experts.", f".experts.local_experts.{local}.")
 
     def load(self, weights: StoredWeights) -> None:
-        """Copy this rank's part of stored weights into the model.
-
-        Raises:
-            ConfigError: a tensor is of another shape, or not finite.
-        """
+        """Copy this rank's part into the model. Raise ConfigError if a tensor's shape or value is wrong."""
         seen = set()
         for entry in self.entries:
             name = self.local_name(entry)
@@ -140,10 +136,7 @@ class Weights:
     def export(
         self, read: Callable[[torch.nn.Parameter], Tensor] = lambda p: p.data
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield (Hugging Face name, full tensor) of the whole model, on every rank.
-
-        Collective: every rank must iterate to the end.
-        """
+        """Yield (Hugging Face name, full tensor) of the whole model, on every rank. Every rank drains it."""
         stages = dist.get_process_group_ranks(self.pipeline_group)
         expert_ranks = dist.get_process_group_ranks(self.expert_group)
         like = read(next(iter(self.params.values())))

@@ -47,15 +47,11 @@ def plot(runs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
     FigureCanvasAgg(figure)
     panels = list(figure.subplots(num_rows, 3).flat)
     for axes, metric in zip(panels, monitors, strict=False):
+        marker = "o" if metric.name.startswith("eval") else None
         for i, (name, rows) in enumerate(runs.items()):
             points = [(row["step"], row[metric.name]) for row in rows if metric.name in row]
-            axes.plot(
-                *zip(*points, strict=True) if points else ([], []),
-                marker="o" if metric.name.startswith("eval") else None,
-                linewidth=1.6,
-                color=COLORS[i % len(COLORS)],
-                label=name,
-            )
+            x, y = zip(*points, strict=True) if points else ([], [])
+            axes.plot(x, y, marker=marker, linewidth=1.6, color=COLORS[i % len(COLORS)], label=name)
         axes.set_title(metric.title, fontsize=11, loc="left")
         axes.set_xlabel("step", fontsize=9)
         axes.grid(alpha=0.25)

@@ -1,7 +1,6 @@
-"""Every metric that a run logs: what it means, and how a healthy and a sick run look in it.
+"""Reads metrics.md, the one table of every metric that a run logs: meaning, unit, healthy and sick signs.
 
-The table's order is that of the report page. docs/metrics.md is printed from it:
-python -m dapo.report.glossary > docs/metrics.md
+The console's columns, the curves and the report page are made from it.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -34,13 +34,13 @@ class Metric:
     """One metric, or a family of them: <set> and <phase> in a name stand for any name."""
 
     name: str
-    unit: str  # "" for a plain number, or where the meaning says it
+    unit: str
     meaning: str
     healthy: str
     sick: str
-    column: Column | None = None
-    curve: str = ""  # title of its curve on the report page; "": among everything else that was measured
-    monitor: int = 0  # place in curves.png among the paper's monitors (Figures 2 and 7); 0: not there
+    column: Column | None
+    curve: str  # title of its curve on the report page; "": among everything else that was measured
+    monitor: int  # place in curves.png; 0: not there
 
     def matches(self, name: str) -> bool:
         return re.fullmatch(re.sub("<[a-z]+>", ".+", self.name), name) is not None
@@ -51,157 +51,17 @@ class Metric:
         return (self.curve or self.name) + (f" ({self.unit})" if self.unit else "")
 
 
-# fmt: off
-METRICS = [
-    Metric("step", "",
-           "Iteration of Algorithm 1, from 0. The row of run.steps holds only the final evaluation.", "", "",
-           Column(1, "step", "4.0f")),
-    Metric("rollout/length", "tokens", "Mean response length; surplus groups are left out.",
-           "grows slowly with accuracy, with plateaus",
-           "shrinks while accuracy stalls, or runs into the length limit", Column(4, "length", "7.1f"),
-           "response length", monitor=3),
-    Metric("rollout/reward", "", "Mean reward, with the length penalty; surplus groups are left out.",
-           "rises steadily", "rises while eval/accuracy does not, or drops suddenly",
-           Column(3, "reward", "7.3f"), "reward", monitor=4),
-    Metric("eval/accuracy", "",
-           "Fraction of correct samples on held-out problems: the mean over the sets of eval.data.",
-           "rises with rollout/accuracy, then levels off",
-           "stays or falls while rollout/reward rises: the reward is exploited, or prompts are memorized",
-           curve="accuracy on held-out problems", monitor=1),
-    Metric("rollout/accuracy", "",
-           "Fraction of correct samples in the step's groups; surplus groups are left out.",
-           "rises, and fluctuates with the difficulty of the prompts drawn", "falls for many steps",
-           Column(2, "accuracy", "8.3f"), "accuracy while sampling", monitor=2),
-    Metric("policy/entropy", "nats",
-           "Mean entropy of the policy's next-token distribution over response tokens.",
-           "falls at first, then stays level or rises slowly",
-           "goes to 0: nothing is explored, raise objective.clip_high; or explodes: responses turn to noise",
-           Column(7, "entropy", "7.4f"), "entropy", monitor=5),
-    Metric("policy/probability", "", "Mean probability that the policy gives to the response tokens.",
-           "rises slowly and stays below 1", "goes to 1 together with entropy to 0, or falls steadily",
-           Column(8, "prob", "6.3f"), "mean probability", monitor=6),
-    Metric("policy/clip_high", "fraction of tokens",
-           "Tokens whose gradient is clipped at 1 + clip_high (A > 0).",
-           "below about 1 %, and 0 with one update a step",
-           "several percent: lr is too high, or too many updates a step", Column(9, "clip↑", "6.4f"),
-           "clipped high"),
-    Metric("policy/clip_low", "fraction of tokens",
-           "Tokens whose gradient is clipped at 1 − clip_low (A < 0).",
-           "below about 1 %, and 0 with one update a step",
-           "several percent: lr is too high, or too many updates a step", Column(10, "clip↓", "6.4f"),
-           "clipped low"),
-    Metric("policy/mismatch", "|Δ log p|",
-           "Mean distance of the engine's log-probs from the trainer's, both of the current weights.",
-           "small and constant: rounding only",
-           "jumps or grows: the weight sync is broken, or the two use other numerics",
-           Column(12, "mismatch", "8.1e"), "mismatch of sampler and trainer"),
-    Metric("rollout/truncated", "fraction of samples", "Responses cut off at rollout.max_response_length.",
-           "a few percent, and not growing",
-           "grows: answers no longer end; see reward.soft_overlong_punishment", curve="truncated"),
-    Metric("policy/grad_norm", "",
-           "Norm of the whole gradient before clipping, mean over the step's updates.",
-           "of one magnitude all the time",
-           "spikes, or grows steadily: the policy is about to collapse; lower optim.lr",
-           Column(11, "|grad|", "7.3f"), "gradient norm"),
-    Metric("time/step", "s", "Wall time of the step, everything included.", "follows rollout/length",
-           "grows while the lengths do not: a slow disk, server or rank", Column(13, "sec", "6.2f"),
-           "time of a step"),
-    Metric("rollout/length_max", "tokens", "Longest response of the step; surplus groups are left out.",
-           "often the length limit", "far below the limit while rollout/truncated is above 0: a bug"),
-    Metric("rollout/length_kept", "tokens",
-           "Mean response length of the kept groups, those that are learnt from.", "near rollout/length",
-           "far above or below it: the filter prefers one kind of prompt"),
-    Metric("rollout/length_turned_away", "tokens",
-           "Mean response length of the rejected groups, all correct or all wrong.", "near rollout/length",
-           "far from it, as above"),
-    Metric("rollout/tokens", "tokens", "Response tokens sampled in the step, surplus groups included.",
-           "follows groups/asked and rollout/length",
-           "grows while groups/kept does not: more is sampled for the same batch"),
-    Metric("rollout/staleness", "steps",
-           "Mean age of the kept groups when they are learnt from; with rollout.max_staleness.", "below 1",
-           "near rollout.max_staleness: most of what is learnt from is old"),
-    Metric("rollout/staleness_max", "steps", "Age of the oldest kept group when it is learnt from.",
-           "at most rollout.max_staleness", "always at that limit"),
-    Metric("groups/asked", "groups", "Groups sampled in the step: kept + all correct + all wrong + surplus.",
-           "rises as more prompts are solved",
-           "several times groups/kept: the prompts are too easy or too hard", Column(6, "asked", "6.0f")),
-    Metric("groups/kept", "groups", "Groups that the step learns from: the mixed ones (Eq. 11).",
-           "always rollout.prompts_per_step", "fewer: max_rounds was reached; 0: there is no update",
-           Column(5, "kept", "5.0f")),
-    Metric("groups/all_correct", "groups", "Groups with only correct samples: no advantage, rejected.",
-           "rises as the policy learns", "nearly all groups: the prompts are too easy"),
-    Metric("groups/all_wrong", "groups", "Groups with no correct sample: no advantage, rejected.",
-           "falls as the policy learns",
-           "nearly all groups: the prompts are too hard, or the reward is broken"),
-    Metric("groups/surplus", "groups", "Finished groups for which the batch had no room.",
-           "small against groups/kept",
-           "large: lower rollout.prompts_per_round, or keep them with rollout.max_staleness"),
-    Metric("policy/loss", "", "Loss of Eq. 8, mean over the step's updates.",
-           "near 0, of both signs: it measures no progress", "large: advantages or token weights are wrong"),
-    Metric("policy/clip_high_probability", "", "Mean probability of the tokens that are clipped high.",
-           "low: unlikely tokens are the ones that want to grow",
-           "near 1: likely tokens are clipped, exploration is not what is held back"),
-    Metric("policy/lr", "", "Learning rate of the step's updates, their mean.",
-           "rises over optim.warmup_steps, then constant", "absent: the step made no update"),
-    Metric("policy/mismatch_max", "|Δ log p|",
-           "Largest distance of a single token's log-probs, engine's and trainer's.",
-           "of one magnitude all the time", "grows with policy/mismatch"),
-    Metric("policy/importance", "",
-           "Mean importance weight of tokens written by older weights, exp(old − behavior).", "near 1",
-           "far from 1: samples are too old; lower rollout.max_staleness"),
-    Metric("policy/importance_cut", "fraction of tokens",
-           "Of the tokens written by older weights those cut at objective.importance_cap.", "near 0",
-           "several percent: samples are too old"),
-    Metric("eval/<set>/mean", "", "mean@k: fraction of correct samples, k = eval.samples of each problem.",
-           "rises", "falls while rollout/accuracy rises"),
-    Metric("eval/<set>/mean_half_width", "",
-           "Half width of the 95 % confidence interval of mean@k, clustered by problem.",
-           "small against the differences that you look for",
-           "larger than them: the set is too small"),
-    Metric("eval/<set>/majority", "", "maj@k: fraction of problems whose most frequent answer is correct.",
-           "above mean@k", "falls below mean@k: the policy agrees with itself on wrong answers"),
-    Metric("eval/<set>/pass", "", "pass@k: fraction of problems with at least one correct sample.",
-           "stays level or rises", "falls while mean@k rises: diversity is lost"),
-    Metric("eval/<set>/length", "tokens", "Mean response length.", "follows rollout/length",
-           "runs into the length limit"),
-    Metric("eval/<set>/truncated", "fraction of samples", "Responses cut off at the length limit.",
-           "a few percent", "grows"),
-    Metric("reward/timeouts", "calls",
-           "Calls of a reward function that ran past reward.time_limit and count as wrong.", "0, or a few",
-           "many: the function is slow, or responses exploit it"),
-    Metric("reward/crashes", "calls",
-           "Calls of a reward function that ended their process and count as wrong.", "0",
-           "any: the function has a bug"),
-    Metric("reward/disagreement", "fraction of samples",
-           "Samples on which a function of reward.shadow contradicts the first one.", "small and constant",
-           "grows: one of them is exploited; look at disputes.jsonl"),
-    Metric("time/rollout", "s", "Sampling and scoring the step's groups.", "follows rollout/tokens",
-           "grows without them: servers are slow"),
-    Metric("time/old_logprobs", "s", "Recomputing log π_θold of the batch in the trainer.",
-           "about a third of time/update", "more than time/update"),
-    Metric("time/update", "s", "Forward, backward and optimizer of the step's updates.",
-           "follows the tokens kept", "grows without them: one rank is slow"),
-    Metric("time/sync", "s", "Sending the policy's weights to the engine.", "constant",
-           "grows: network or disk"),
-    Metric("time/eval", "s", "Evaluation on held-out problems.", "0 except every eval.every steps",
-           "more than the training between two evaluations"),
-    Metric("time/checkpoint", "s", "Saving a checkpoint, as far as training waits for it.",
-           "small with run.async_save", "grows: the disk is slow or nearly full"),
-    Metric("time/<phase>", "s", "Another phase that is timed on the main rank.", "constant", "grows"),
-    Metric("perf/tokens_per_second", "tokens/s", "rollout/tokens divided by time/step.",
-           "constant, or rises with length", "falls", Column(14, "tok/s", "7.0f")),
-    Metric("perf/peak_memory_gib", "GiB",
-           "Most memory that the main rank has allocated so far: of the GPU, or resident on a CPU.",
-           "constant after a few steps", "grows all the time: a leak"),
-    Metric("perf/groups_aborted", "groups", "Groups that were dropped unfinished when the batch was full.",
-           "small against groups/asked", "large: too many are requested at once"),
-    Metric("perf/bytes_received", "bytes", "Size of the batch as sent from the main rank to all others.",
-           "follows rollout/tokens", ""),
-    Metric("perf/bytes_received_max", "bytes",
-           "Size of the largest shard of the batch that one rank received.",
-           "about an equal fraction of perf/bytes_received", "most of it: the batch is unbalanced"),
-]
-# fmt: on
+def parse(line: str) -> Metric:
+    """Read one line of the table."""
+    cells = [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
+    name, unit, meaning, healthy, sick, console, curve, monitor = cells
+    place, header, form = console.replace("`", "").split() if console else (0, "", "")
+    column = Column(int(place), header, form) if console else None
+    return Metric(name.strip("`"), unit, meaning, healthy, sick, column, curve, int(monitor or 0))
+
+
+TABLE = Path(__file__).with_name("metrics.md")
+METRICS = [parse(line) for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
 
 
 def find(name: str) -> Metric | None:
@@ -211,7 +71,7 @@ def find(name: str) -> Metric | None:
 
 
 def columns() -> dict[str, Column]:
-    """Columns of the console by metric, from left to right."""
+    """Return the columns of the console by metric, from left to right."""
     found = {metric.name: metric.column for metric in METRICS if metric.column}
     return dict(sorted(found.items(), key=lambda item: item[1].place))
 
@@ -222,39 +82,10 @@ def monitors() -> list[Metric]:
 
 
 def described(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Texts of the report page for each metric of the table, and for the `names` that match a pattern."""
+    """Return the page's texts for each metric of the table, and for the `names` that match a pattern."""
     entries = {name: find(name) for name in [*(metric.name for metric in METRICS), *names]}
     return {
         name: {"curve": m.curve, "unit": m.unit, "meaning": m.meaning, "healthy": m.healthy, "sick": m.sick}
         for name, m in entries.items()
         if m and "<" not in name
     }
-
-
-def as_markdown() -> str:
-    """Render the table as docs/metrics.md, one section for each part of a run."""
-    sections: dict[str, list[str]] = {}
-    for metric in METRICS:
-        places = [f"console `{metric.column.header}`"] if metric.column else []
-        places += ["page"] if metric.curve else []
-        places += ["curves.png"] if metric.monitor else []
-        texts = [metric.unit, metric.meaning, metric.healthy, metric.sick, ", ".join(places)]
-        line = " | ".join(text.replace("|", "\\|") for text in (f"`{metric.name}`", *texts))
-        sections.setdefault(metric.name.split("/")[0], []).append(f"| {line} |\n")
-    header = "| metric | unit | meaning | healthy | sick | shown first |\n" + "|---" * 6 + "|\n"
-    tables = [f"\n## {name}\n\n{header}{''.join(lines)}" for name, lines in sections.items()]
-    return INTRODUCTION + "".join(tables)
-
-
-INTRODUCTION = """# Metrics
-
-Made by `python -m dapo.report.glossary > docs/metrics.md`; edit dapo/report/glossary.py instead.
-
-A run writes each metric to `metrics.jsonl`, one line a step, and to TensorBoard. `python -m dapo report RUN`
-shows all of them on one page. The last column names the other places, and the page where it shows the
-metric among its first curves. A cell of the unit column is empty for a plain number.
-"""
-
-
-if __name__ == "__main__":
-    print(as_markdown(), end="")

@@ -89,9 +89,8 @@ def read(directory: Path, label: str) -> Run:
         num_lines = len(path.read_text(encoding="utf-8").splitlines())
         rows = curves.read(path)
     except FileNotFoundError:
-        raise ConfigError(
-            f"{directory} has no metrics.jsonl: not a run's directory, or its first step is still being made"
-        ) from None
+        missing = "has no metrics.jsonl: not a run's directory, or its first step is still being made"
+        raise ConfigError(f"{directory} {missing}") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -100,9 +99,8 @@ def read(directory: Path, label: str) -> Run:
         raise ConfigError(f"{path} has no whole row: the run has not finished a step yet")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise ConfigError(
-                f"{path}:{number} is not a row of metrics: expected an object with a whole number `step`"
-            )
+            expected = "expected an object with a whole number `step`"
+            raise ConfigError(f"{path}:{number} is not a row of metrics: {expected}")
     if len(rows) < num_lines:
         more = num_lines - len(rows) - 1
         warnings.append(f"{path}:{len(rows) + 1} is cut short: left out, with {more} lines after it")
@@ -133,10 +131,8 @@ def labels(directories: Sequence[Path]) -> list[str]:
         names = ["/".join(path[-depth:]) for path in paths]
         if len(set(names)) == len(set(paths)):
             break
-    return [
-        name if name not in names[:i] else f"{name} ({names[:i].count(name) + 1})"
-        for i, name in enumerate(names)
-    ]
+    counts = [names[:i].count(name) for i, name in enumerate(names)]
+    return [f"{name} ({count + 1})" if count else name for name, count in zip(names, counts, strict=True)]
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:

@@ -132,9 +132,8 @@ def describe(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a group's entry in the list of groups, and its content: prompt, answer and samples."""
     first = rows[0]
-    prompt = f"({len(first['prompt_tokens'])} tokens)"
-    if tokenizer:
-        prompt = tokenizer.text(first["prompt_tokens"])
+    tokens = first["prompt_tokens"]
+    prompt = tokenizer.text(tokens) if tokenizer else f"({len(tokens)} tokens)"
     entry = {
         "step": step,
         "group": first["group"],

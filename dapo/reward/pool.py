@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dapo.reward.workers import Workers
 from dapo.types import Interrupted, Prompt, Sample
 
 
+@dataclass(eq=False)
 class Reward:
     """Marks samples: `is_correct` by the first function (Eq. 7), `reward` by all of them and the length.
 
@@ -27,23 +29,19 @@ class Reward:
         ConfigError: a function cannot be imported.
     """
 
-    def __init__(
-        self,
-        reward: config.Reward,
-        max_response_length: int,
-        disputes: Path | None = None,
-        is_interrupted: Callable[[], bool] = lambda: False,
-    ):
-        self.reward = reward
-        self.max_length = max_response_length
-        self.disputes = disputes
-        self.is_interrupted = is_interrupted
+    reward: config.Reward
+    max_response_length: int
+    disputes: Path | None = None
+    is_interrupted: Callable[[], bool] = lambda: False
+
+    def __post_init__(self) -> None:
+        reward = self.reward
         self.weights = {reward.function: 1.0} if isinstance(reward.function, str) else reward.function
         self.functions = [*self.weights, *reward.shadow]
         self.local = {name: self._import(name) for name in self.functions if not remote.is_remote(name)}
         self.workers: Workers | None = None
         if self.local and reward.workers:
-            self.workers = Workers(list(self.local), reward.workers, reward.time_limit, is_interrupted)
+            self.workers = Workers(list(self.local), reward.workers, reward.time_limit, self.is_interrupted)
         self.num_compared = 0
         self.num_disputed = 0
 
@@ -120,8 +118,8 @@ class Reward:
         values = [(1.0 if v else -1.0) if isinstance(v, bool) else v for v in verdicts]
         sample.reward = sum(w * value for w, value in zip(self.weights.values(), values, strict=True))
         if self.reward.soft_overlong_punishment:
-            cache = self.reward.overlong_cache
-            sample.reward += soft_overlong_penalty(sample.length, self.max_length, cache)
+            limits = self.max_response_length, self.reward.overlong_cache
+            sample.reward += soft_overlong_penalty(sample.length, *limits)
 
     def _compare(self, prompt: Prompt, sample: Sample, verdicts: list[Verdict]) -> None:
         """Count the sample; write it to `disputes` if a shadow verifier contradicts the first function."""

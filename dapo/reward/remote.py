@@ -69,6 +69,5 @@ def _parse(url: str, body: bytes, num_jobs: int) -> list[Any]:
     if isinstance(verdicts, list) and len(verdicts) == num_jobs:
         return verdicts
     found = f"{len(verdicts)} of them" if isinstance(verdicts, list) else type(verdicts).__name__
-    raise ConfigError(
-        f"reward.function={url}: sent {num_jobs} responses, expected a list of as many verdicts, got {found}"
-    )
+    expected = f"sent {num_jobs} responses, expected a list of as many verdicts"
+    raise ConfigError(f"reward.function={url}: {expected}, got {found}")

@@ -29,10 +29,7 @@ class Job(NamedTuple):
 
 
 def serve(connection: Connection, paths: Sequence[str], timeout: float) -> None:
-    """Import the functions and send None, then answer each list of jobs, verdict by verdict.
-
-    It returns when the other side closes the connection.
-    """
+    """Import the functions, send None, then answer each list of jobs until the other side closes."""
     # Ctrl-C is for the main process; and processes that a function starts end with this group
     os.setpgid(0, 0)
     try:
@@ -64,10 +61,7 @@ def judge(function: Callable[[str, str], Any], response: str, answer: str) -> Ve
 
 
 def checked(verdict: Any) -> Verdict | Failure:
-    """Return a verdict as a bool or a finite float: `checked(np.float32(0.5))` → 0.5.
-
-    Anything else is a failure: `checked(None)` → Failure("returned None").
-    """
+    """Return a verdict as a bool or a finite float; anything else as a failure: None → "returned None"."""
     if getattr(verdict, "shape", None) == ():  # a scalar of NumPy or torch
         verdict = verdict.item()
     if isinstance(verdict, bool):
@@ -79,18 +73,13 @@ def checked(verdict: Any) -> Verdict | Failure:
 
 
 def import_function(path: str) -> Callable[[str, str], Any]:
-    """Import a function by its path: `import_function("dapo.reward:is_correct")`.
-
-    Raises:
-        ValueError: there is no such function.
-    """
+    """Import a function by its path, "dapo.reward:is_correct". Raise ValueError if there is none."""
     module, _, name = path.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, TypeError, ValueError, SyntaxError) as error:
-        raise ValueError(
-            f"{path}: {error}; expected module:name of f(response, answer), or http://host:port/path"
-        ) from error
+        expected = "module:name of f(response, answer), or http://host:port/path"
+        raise ValueError(f"{path}: {error}; expected {expected}") from error
     if not callable(function):
         raise ValueError(f"{path} is {type(function).__name__}, not a function")
     return function  # type: ignore[no-any-return]

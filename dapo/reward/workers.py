@@ -53,9 +53,9 @@ class _Worker:
 
 
 class Workers:
-    """At most `count` processes. One that exceeds `timeout` seconds in a call, or dies in it, is replaced.
+    """Calls reward functions in up to `count` processes, which start when there is work for them.
 
-    They start when there is work for them, from a fork server that starts here.
+    A process that exceeds `timeout` seconds in a call, or dies in it, is replaced.
     """
 
     def __init__(self, functions: list[str], count: int, timeout: float, is_interrupted: Callable[[], bool]):

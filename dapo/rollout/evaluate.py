@@ -44,9 +44,8 @@ class Scores:
         passes = ", ".join(f"pass@{k} {value:.3f}" for k, value in self.pass_at.items() if k > 1)
         return (
             f"mean@{self.samples} {self.mean:.3f} ± {self.mean_half_width:.3f}, maj@{self.samples} "
-            f"{self.majority:.3f}"
-            f"{', ' + passes if passes else ''}; {self.problems} problems, {self.length:.0f} tokens, "
-            f"{self.truncated:.1%} truncated"
+            f"{self.majority:.3f}{', ' + passes if passes else ''}; {self.problems} problems, "
+            f"{self.length:.0f} tokens, {self.truncated:.1%} truncated"
         )
 
 

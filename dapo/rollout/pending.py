@@ -11,6 +11,7 @@ import math
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -105,37 +106,26 @@ class Pending:
         if not waiting:
             return "no group"
         first, *rest = waiting
-        return f"group {first.id} ({len(first.samples)} of {self.group_size} samples) and {len(rest)} groups after it"
+        arrived = f"{len(first.samples)} of {self.group_size} samples"
+        return f"group {first.id} ({arrived}) and {len(rest)} groups after it"
 
 
+@dataclass(eq=False)
 class GroupSampler:
-    """Samples groups: request them, `wait` until some are scored, take those that are `ready`; `cancel` in
-    the end.
+    """Samples groups: request them, `wait` until some are scored, take those that are `ready`, `cancel`."""
 
-    Args:
-        stream: where samples are requested; no one else uses it.
-        decode: token ids [n] → text.
-        is_streaming: score groups as they become complete; otherwise all together, when no sample is
-            outstanding.
-        on_sample: called after each sample with the number of samples outstanding. It may raise.
-    """
+    stream: Stream  # where samples are requested; no one else uses it
+    reward: Reward
+    decode: Callable[[np.ndarray], str]  # token ids [n] → text
+    run_seed: int
+    group_size: int
+    sampling: Sampling
+    # score groups as they become complete; otherwise all together, when no sample is outstanding
+    is_streaming: bool
+    on_sample: Callable[[int], None]  # called after each sample with the number outstanding; it may raise
 
-    def __init__(
-        self,
-        stream: Stream,
-        reward: Reward,
-        decode: Callable[[np.ndarray], str],
-        *,
-        run_seed: int,
-        group_size: int,
-        sampling: Sampling,
-        is_streaming: bool,
-        on_sample: Callable[[int], None],
-    ):
-        self.stream, self.reward, self.decode = stream, reward, decode
-        self.run_seed, self.sampling = run_seed, sampling
-        self.is_streaming, self.on_sample = is_streaming, on_sample
-        self.pending = Pending(group_size)
+    def __post_init__(self) -> None:
+        self.pending = Pending(self.group_size)
         self._score_from = 0.0  # time.monotonic()
 
     def request(self, groups: Sequence[Group]) -> None:

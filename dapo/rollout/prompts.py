@@ -168,8 +168,7 @@ def _tokenized(
             if data.too_long == "error":
                 raise ConfigError(
                     f"{row.place}: prompt of {len(tokens)} tokens, "
-                    f"data.max_prompt_length={data.max_prompt_length}: "
-                    "raise it, or set data.too_long=drop"
+                    f"data.max_prompt_length={data.max_prompt_length}: raise it, or set data.too_long=drop"
                 )
             if data.too_long == "drop":
                 summary.dropped += 1

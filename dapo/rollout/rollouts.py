@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,35 +32,23 @@ GROUPS_PER_STEP = 1 << 20  # group id = step × this + the place in request orde
 PRIOR = 16  # groups: how much the estimate of the mixed fraction remembers of earlier steps
 
 
+@dataclass(eq=False)
 class Rollouts:
-    """The main rank's side of sampling: engine, prompts, reward, and the groups carried from step to step.
+    """The main rank's side of sampling: engine, prompts, reward, and the groups carried from step to step."""
 
-    Args:
-        num_data_ranks: data-parallel ranks that a step's batch is planned for.
-        decode: token ids [n] → text.
-        is_interrupted: asked after every sample; True raises Interrupted.
-        on_progress: called with a line that says where the current step is.
-    """
+    config: Config
+    num_data_ranks: int  # data-parallel ranks that a step's batch is planned for
+    engine: Engine
+    prompts: PromptStream
+    reward: Reward
+    decode: Callable[[np.ndarray], str]  # token ids [n] → text
+    stop_ids: tuple[int, ...]
+    is_interrupted: Callable[[], bool] = lambda: False  # asked after every sample; True raises Interrupted
+    on_progress: Callable[[str], None] = lambda text: None  # called with a line: where the current step is
 
-    def __init__(
-        self,
-        config: Config,
-        num_data_ranks: int,
-        engine: Engine,
-        prompts: PromptStream,
-        reward: Reward,
-        decode: Callable[[np.ndarray], str],
-        stop_ids: tuple[int, ...],
-        *,
-        is_interrupted: Callable[[], bool] = lambda: False,
-        on_progress: Callable[[str], None] = lambda text: None,
-    ):
-        rollout = config.rollout
-        self.config, self.num_data_ranks = config, num_data_ranks
-        self.engine, self.prompts, self.reward = engine, prompts, reward
-        self.decode, self.stop_ids = decode, stop_ids
-        self.is_interrupted, self.on_progress = is_interrupted, on_progress
-        self.sampling = Sampling(rollout.temperature, rollout.max_response_length, stop_ids)
+    def __post_init__(self) -> None:
+        rollout = self.config.rollout
+        self.sampling = Sampling(rollout.temperature, rollout.max_response_length, self.stop_ids)
         self.num_empty_steps = 0
         # groups left over by earlier steps, in request order; without samples if they were unfinished
         self.carried: list[Group] = []
@@ -84,10 +73,8 @@ class Rollouts:
         The batch has N mixed groups, or fewer at the cap (`rollout.at_cap`), scored and packed.
 
         Raises:
-            RolloutError: the cap was reached and at_cap is "stop", or max_empty_steps steps in a row found no
-                mixed group.
-            Stopped: the run is interrupted, or the engine failed. The prompts are back in the stream: the
-                step can be made again.
+            RolloutError: at_cap is "stop" and the cap was reached, or too many steps had no mixed group.
+            Stopped: the run is to stop; the prompts are back in the stream, the step can be made again.
         """
         rollout = self.config.rollout
         replayed = rollout.replay and dump.read(dump.path_of(rollout.replay, step), rollout.prompts_per_step)
@@ -250,16 +237,12 @@ class Rollouts:
         return min(count, rollout.prompts_per_round * rollout.max_rounds - pending.num_added)
 
     def _renewed(self, group: Group, step: int) -> Group:
-        """The carried group as it is if it is whole and young enough; else without samples, to be requested
-        again.
-
-        It keeps its id and so its seeds.
-        """
+        """Return the carried group, without samples if it is unfinished or too old. It keeps its seeds."""
         is_usable = group.samples and _age(group, step) <= self.config.rollout.max_staleness
         return group if is_usable else Group(group.id, group.prompt)
 
     def _staleness(self, buffer: Buffer, step: int) -> dict[str, float]:
-        """Metrics of how old the kept groups are, in steps; none if none may be."""
+        """Return metrics of the kept groups' ages in steps, if groups may be carried at all."""
         if not self.config.rollout.max_staleness:
             return {}
         ages = [_age(group, step) for group in buffer.kept]
@@ -283,8 +266,7 @@ class Rollouts:
         correct, wrong = len(buffer.all_correct) / asked, len(buffer.all_wrong) / asked
         found = (
             f"{len(buffer.kept)} of {buffer.capacity} mixed groups among {asked} sampled ({correct:.0%} all "
-            "correct, "
-            f"{wrong:.0%} all wrong): use harder or easier data, or check "
+            f"correct, {wrong:.0%} all wrong): use harder or easier data, or check "
             f"reward.function={self.config.reward.function}"
         )
         if not buffer.is_full and rollout.at_cap == "stop":

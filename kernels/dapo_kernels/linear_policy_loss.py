@@ -242,6 +242,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
 
 
 def _require_one(grad_loss: Tensor) -> None:
+    """Raise RuntimeError unless the factor is 1; on a GPU the device asserts it, so that nothing waits."""
     if grad_loss.is_cuda:
         torch._assert_async(
             grad_loss == 1,

@@ -205,3 +205,12 @@ def test_why_a_hair_of_length_penalty_becomes_a_full_size_advantage_in_an_all_co
         "as large as that of the one wrong answer among four"
     )
     assert group_advantages([1.0, 1.0, 1.0, -1.0])[3] == pytest.approx(-1.5, abs=1e-3)
+
+
+def test_an_override_that_is_not_valid_is_refused_by_changed_as_by_load(tmp_path):
+    made = make_config(tmp_path)
+    assert made.changed(["optim.lr=1e-3"]).optim.lr == 1e-3
+    with pytest.raises(ConfigError, match=r"config: unknown key optim\.lrr: did you mean lr\?"):
+        made.changed(["optim.lrr=1"])
+    with pytest.raises(ConfigError, match=r"config: optim\.lr='fast'"):
+        made.changed(["optim.lr=fast"])

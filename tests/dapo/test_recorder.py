@@ -24,7 +24,7 @@ def watch(tmp_path):
     made = []
 
     def start(rank=0, world=1, waiting=lambda: "group 3"):
-        made.append(Recorder(tmp_path / "stalls", 0.3, rank, world, store, waiting))
+        made.append(Recorder(tmp_path / "stalls", Limits(0.3), rank, world, store, waiting))
 
     def close():
         while made:

@@ -1,5 +1,4 @@
-"""What autograd keeps of one microbatch, tensor by tensor, beside dapo.memory's count, case after case in one
-launch.
+"""Tensors that autograd keeps of one microbatch, beside dapo.plan.memory's count; all cases in one launch.
 
 torchrun --nproc-per-node WORLD -m tests.distributed.activations OUT.json: every case of that world size; the
 main rank writes.
@@ -89,9 +88,11 @@ CASES = [
     Case("context 2, attention recomputed", context=2, megatron={"recompute_granularity": "selective"}),
     Case("experts", model="qwen3_moe"),
     Case("experts in bfloat16", model="qwen3_moe-unnormalised", dtype="bfloat16"),
-    Case("experts recomputed", model="qwen3_moe", megatron={"recompute_granularity": "selective", "recompute_modules": ["moe"]}),
+    Case("experts recomputed", model="qwen3_moe",
+         megatron={"recompute_granularity": "selective", "recompute_modules": ["moe"]}),
     Case("experts on tensor ranks", tensor=2, expert=2, model="qwen3_moe", dtype="bfloat16"),
-    Case("experts gathered for", tensor=2, expert=2, model="qwen3_moe-unnormalised", megatron={"moe_token_dispatcher_type": "allgather"}),
+    Case("experts gathered for", tensor=2, expert=2, model="qwen3_moe-unnormalised",
+         megatron={"moe_token_dispatcher_type": "allgather"}),
 ]  # fmt: skip
 
 

@@ -257,9 +257,8 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     hf.backward(groups[:GROUPS_PER_UPDATE], old)
     params = dict(as_stored(hf.model.named_parameters()))
     grads = dict(as_stored((n, p.grad) for n, p in hf.model.named_parameters()))
-    gaps, norms = zip(
-        *((float((g - grads[n]).norm()), float(grads[n].norm())) for n, g in policy.gradients()), strict=True
-    )
+    ours = policy._weights.export(lambda p: p.main_grad)
+    gaps, norms = zip(*((float((g - grads[n]).norm()), float(grads[n].norm())) for n, g in ours), strict=True)
     result["gradients"] = float(np.linalg.norm(gaps) / np.linalg.norm(norms))
     result["toy"] = toy_metric(policy, batch)
 

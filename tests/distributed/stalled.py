@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from dapo.clock import heartbeat, timed
-from dapo.config import Parallel
+from dapo.config import Limits, Parallel
 from dapo.mesh import Mesh
 from dapo.recorder import Recorder
 
@@ -40,7 +40,9 @@ def never_return() -> None:
 
 def main(directory: str) -> None:
     mesh = Mesh(Parallel(tensor=1))
-    Recorder(Path(directory), STALL, mesh.rank, mesh.world, mesh.store("stalls"), waiting=lambda: "nobody")
+    Recorder(
+        Path(directory), Limits(STALL), mesh.rank, mesh.world, mesh.store("stalls"), waiting=lambda: "nobody"
+    )
     mesh.barrier()
     work(mesh)
     print("worked", flush=True)

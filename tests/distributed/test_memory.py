@@ -1,6 +1,4 @@
-"""What `dapo plan` counts, against what autograd keeps in a real forward pass; the largest part of a run's
-memory.
-"""
+"""Activations that `dapo plan` counts, against those that autograd keeps in a real forward pass."""
 
 import pytest
 
@@ -10,8 +8,10 @@ from tests.distributed.launch import measured
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_plan_counts_what_autograd_keeps(case):
-    """To 3 %: the plan takes a typical share of padding in attention, the sequences here have their own; and
-    experts' shares of tokens are planned as equal, so ranks that share experts are right together."""
+    """To 3 %: the plan takes typical padding in attention, the sequences here have their own.
+
+    Experts are planned to get equally many tokens, so ranks that split them are right only together.
+    """
     ranks = measured("tests.distributed.activations", case.tensor * case.pipeline * case.context)[case.name][
         "ranks"
     ]

@@ -17,7 +17,8 @@ def test_two_agents_of_one_process_train_to_the_numbers_of_one_agent_of_two(tmp_
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     env = os.environ | {
-        "NODES": "2", "GPUS": "1", "HEAD": "127.0.0.1", "PORT": str(port), "CONFIG": "examples/arithmetic/config.yaml",
+        "NODES": "2", "GPUS": "1", "HEAD": "127.0.0.1", "PORT": str(port),
+        "CONFIG": "examples/arithmetic/config.yaml",
         "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip
     command = [

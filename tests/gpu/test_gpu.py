@@ -1,4 +1,4 @@
-"""A GPU alone shows these: races, 16-bit products, more than 2³¹ elements, the packed attention kernel, a whole
+"""Only a GPU shows races, 16-bit products, more than 2³¹ elements, the packed attention kernel and a whole
 training step. make gpu-check
 """
 
@@ -196,7 +196,7 @@ def test_packed_attention_kernel_gives_each_context_rank_its_own_tokens_past(con
     ]
     for rank, mine in enumerate(shards):
         runs = key_runs(cu_seqlens, len(mine), rank, context)
-        seen = torch.cat(shards)[runs.places]
+        seen = torch.cat(shards)[runs.indices]
         out = attention._varlen(query[mine], key[seen], value[seen], runs.queries, runs.keys, max(lengths))
         assert relative(out.flatten(1).cpu(), expected[mine.cpu()]) < 1e-2
 

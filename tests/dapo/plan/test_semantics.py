@@ -46,11 +46,11 @@ def test_the_defaults_depart_from_verl_in_what_is_documented(tmp_path):
     ]
 
 
-def test_every_option_that_changes_the_algorithm_is_told(tmp_path):
+def test_every_option_that_changes_the_algorithm_is_a_choice(tmp_path):
     """Each option of these sections is a choice by its name, or stands in the name of one, or is named here
     as changing no result.
     """
-    told = " ".join(choice.name for choice in semantics.choices(defaults(tmp_path)))
+    named = " ".join(choice.name for choice in semantics.choices(defaults(tmp_path)))
     silent = {
         "rollout.max_empty_steps",
         "rollout.dump_share",
@@ -68,7 +68,51 @@ def test_every_option_that_changes_the_algorithm_is_told(tmp_path):
     }
     for section in ("rollout", "reward", "objective", "optim", "eval"):
         for option in type(getattr(defaults(tmp_path), section)).model_fields:
-            assert f"{section}.{option}" in told or f"{section}.{option}" in silent, f"{section}.{option}"
+            assert f"{section}.{option}" in named or f"{section}.{option}" in silent, f"{section}.{option}"
+
+
+PUBLISHED = {  # the options' values in the paper and in the released code
+    "objective.normaliser": ("group_token_mean", "token_mean"),
+    "objective.clip_low": (0.2, 0.2),
+    "objective.clip_high": (0.28, 0.28),
+    "objective.dual_clip": (None, 10.0),
+    "objective.overlong_filtering": (True, False),
+    "rollout.dynamic_sampling": (True, True),
+    "rollout.max_staleness": ("unsaid", 0),
+    "rollout.at_cap": ("unsaid", "stop"),
+    "rollout.prompts_per_step": (512, 512),
+    "rollout.prompts_per_round": ("unsaid", 1536),
+    "rollout.max_rounds": ("unsaid", 10),
+    "rollout.group_size": (16, 16),
+    "rollout.temperature": (1.0, 1.0),
+    "rollout.max_response_length": (20480, 20480),
+    "data.max_prompt_length": ("unsaid", 2048),
+    "data.too_long": ("unsaid", "truncate"),
+    "reward.truncated_is_wrong": ("unsaid", False),
+    "optim.lr": (1e-6, 1e-6),
+    "optim.warmup_steps": (20, 10),
+    "optim.prompts_per_minibatch": (32, 32),
+    "optim.weight_decay": ("unsaid", 0.1),
+    "optim.clip_grad": ("unsaid", 1.0),
+    "optim.betas": ("unsaid", [0.9, 0.999]),
+    "eval.samples": (32, 32),
+    "eval.temperature": (1.0, 1.0),
+    "eval.top_p": (0.7, 0.7),
+}
+
+
+def test_the_published_values_of_options_are_pinned_and_their_order_too(tmp_path):
+    """An option's default may change; what the paper and the released code have does not."""
+    found = semantics.choices(defaults(tmp_path))
+    assert [(c.name, (c.paper, c.verl)) for c in found if c.name in PUBLISHED] == list(PUBLISHED.items())
+    declared = {
+        f"{section}.{name}"
+        for section, field in config.Config.model_fields.items()
+        for name, option in field.annotation.model_fields.items()
+        if option.json_schema_extra
+    }
+    assert declared == set(PUBLISHED) and all(c.reason for c in found)
+    assert len(found) == len({c.name for c in found}) == 41
 
 
 def test_a_departure_says_both_values_and_why(tmp_path):
@@ -81,7 +125,7 @@ def test_a_departure_says_both_values_and_why(tmp_path):
     assert line == f"objective.clip_high: 0.2; paper: 0.28. Why one would: {why}"
 
 
-def test_the_manifest_holds_choices_data_checker_and_versions_and_tells_what_changed(tmp_path):
+def test_the_manifest_holds_choices_data_checker_and_versions_and_reports_what_changed(tmp_path):
     first = semantics.manifest(make_config(tmp_path), data="d1")
     assert first["choices"]["groups are filtered on"] == "correctness"
     assert first["choices"]["advantage: ddof of the std"] == 1

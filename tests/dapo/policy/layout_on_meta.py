@@ -1,5 +1,8 @@
-"""python -m tests.dapo.policy.layout_on_meta CONFIG MODEL WORLD LAYOUT…: print the numbers of parameters of the
-first and the last rank as JSON: in the config's own layout, and then with the overrides LAYOUT.
+"""Print the numbers of parameters of the first and the last rank as JSON.
+
+    python -m tests.dapo.policy.layout_on_meta CONFIG MODEL WORLD LAYOUT…
+
+They are those of the config's own layout, and then of the overrides LAYOUT.
 
 The model is built without memory, in one process that acts as one rank after the other: torch's fake process
 group answers every collective at once.

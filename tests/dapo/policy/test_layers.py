@@ -59,7 +59,7 @@ def test_context_ranks_together_attend_as_one(context: int, chunks: list[int]) -
     gathered = torch.cat(shards)
     for rank, mine in enumerate(shards):
         runs = key_runs(torch.from_numpy(cu_seqlens), len(mine), rank, context)
-        seen = gathered[runs.places]
+        seen = gathered[runs.indices]
         ours = attention._run_by_run(query[mine], key[seen], value[seen], runs.queries, runs.keys)
         torch.testing.assert_close(ours.flatten(1), expected[mine])
 
@@ -71,8 +71,8 @@ def microbatch_of(tokens: np.ndarray, cu_seqlens: np.ndarray) -> Microbatch:
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=40))
 def test_padded_batches_hold_every_place_once_with_little_padding(lengths: list[int]) -> None:
     batches = padded_batches(tuple(np.cumsum([0, *lengths]).tolist()), CPU)
-    places = torch.cat([places[is_real] for places, is_real in batches])
-    assert sorted(places.tolist()) == list(range(sum(lengths)))
+    found = torch.cat([indices[is_real] for indices, is_real in batches])
+    assert sorted(found.tolist()) == list(range(sum(lengths)))
     assert all(1 - is_real.float().mean() <= MAX_PADDING for _, is_real in batches)
 
 

@@ -288,8 +288,10 @@ def test_at_the_cap_a_step_trains_on_fewer_groups(tmp_path):
 
 def test_at_the_cap_a_run_stops_with_the_shares_if_asked_to(tmp_path):
     rollouts = make_rollouts(tmp_path, ScriptedEngine(by_place(*TWO_OF_TWELVE)), "rollout.at_cap=stop")
-    shares = "2 of 4 mixed groups among 12 sampled.*25% all correct.*58% all wrong.*reward.function=dapo.reward:is_correct"
-    with pytest.raises(RolloutError, match="max_rounds=3 .*" + shares):
+    counts = "2 of 4 mixed groups among 12 sampled.*25% all correct.*58% all wrong"
+    with pytest.raises(
+        RolloutError, match=f"max_rounds=3 .*{counts}.*reward.function=dapo.reward:is_correct"
+    ):
         rollouts.next_batch(0)
 
 

@@ -1,6 +1,6 @@
 """Compile the kernels ahead of time for sm_80, sm_90 and sm_100 and report on the code; no GPU is needed.
 
-    python -m dapo_kernels.report [OUT.json]
+    python benchmarks/kernel_report.py [OUT.json]
 
 Ends with an error if a kernel keeps anything on the stack or lost its 128-bit loads: either would cost a
 multiple of its time. (The compiler's own LOCAL counter is 0 even where registers are spilled; instructions
@@ -25,11 +25,10 @@ os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
-from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped,import-not-found,unused-ignore]
-from triton.compiler import ASTSource  # type: ignore[import-untyped,import-not-found,unused-ignore]
-
 from dapo_kernels import logits_triton
 from dapo_kernels.launch import TABLE, Launch
+from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped,import-not-found,unused-ignore]
+from triton.compiler import ASTSource  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
 ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
