@@ -40,16 +40,14 @@ class ExternalServers:
 
     def refresh(self) -> bool:
         """Check every server. Return True if others answer than before; raise EngineError if none does."""
-        found = on_all(self.servers, self._failure_of)
-        has_changed = False
-        for server, failure in zip(self.servers, found, strict=True):
-            if bool(failure) != bool(self.failures[server.url]):
-                has_changed = True
-                news = f"{failure}; left out until it answers at a sync of weights"
-                self.say(news if failure else f"{server.url} answers again")
-        self.failures = dict(zip(self.failures, found, strict=True))
+        found = dict(on_all(self.servers, self._failure_of))
+        changed = [url for url, failure in found.items() if bool(failure) != bool(self.failures[url])]
+        for url in changed:
+            left_out = f"{found[url]}; left out until it answers at a sync of weights"
+            self.say(left_out if found[url] else f"{url} answers again")
+        self.failures = found
         self.check()
-        return has_changed
+        return bool(changed)
 
     def serve(self) -> None: ...
 
@@ -61,12 +59,12 @@ class ExternalServers:
 
     def close(self) -> None: ...
 
-    def _failure_of(self, server: Server) -> str:
+    def _failure_of(self, server: Server) -> tuple[str, str]:
         try:
             check_server(server, self.model)
         except ConfigError as error:
-            return str(error)
-        return ""
+            return server.url, str(error)
+        return server.url, ""
 
 
 def check_server(server: Server, model: Path) -> str:
