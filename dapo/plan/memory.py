@@ -12,7 +12,6 @@ from functools import cached_property
 from math import ceil
 
 from dapo.config import Config, Parallel
-from dapo.learn.batch import BYTES_PER_TOKEN
 from dapo.model.layout import padded_vocab
 from dapo.model.parameters import expert_parameters, largest_parameter, num_parameters, stage_parameters
 from dapo.model.passthrough import Passthrough
@@ -22,6 +21,9 @@ from dapo.plan.activations import Backend, Layer
 GIB = 2**30
 # bytes of a chunk of logits, as in dapo_kernels.linear_policy_loss
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 2400 << 20, "transformer_engine": 2400 << 20}
+
+# a token of the step's batch: learn.batch.BYTES_PER_TOKEN, which would import numpy
+BATCH_BYTES = 46
 
 CHECKPOINT = "a checkpoint"
 
@@ -134,7 +136,7 @@ class Rank:
     def batch(self) -> int:
         """Bytes of the step's batch."""
         samples = self.config.rollout.prompts_per_step * self.config.rollout.group_size
-        return BYTES_PER_TOKEN * ceil(samples / self.data) * ceil(self.longest / self.parallel.context)
+        return BATCH_BYTES * ceil(samples / self.data) * ceil(self.longest / self.parallel.context)
 
     @property
     def engine(self) -> int:

@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 from dapo import config
+from dapo.learn.batch import BYTES_PER_TOKEN
 from dapo.model.parameters import active_parameters, expert_parameters, stage_parameters
 from dapo.model.shape import read_shape
 from dapo.plan.advice import Plan, remedies
-from dapo.plan.memory import CHUNK_BYTES, GIB, Rank
+from dapo.plan.memory import BATCH_BYTES, CHUNK_BYTES, GIB, Rank
 from dapo.plan.plan import describe, make_plan
 from dapo.plan.time import HARDWARE
 from tests.dapo.model.models import plan_of, write_model
@@ -24,12 +25,13 @@ PAPER = ROOT / "examples/qwen2.5_32b_paper/config.yaml"
 EXPERTS = ROOT / "examples/qwen3_30b_a3b/config.yaml"
 
 
-def test_the_sizes_of_chunks_are_the_kernels() -> None:
+def test_the_constants_are_those_of_the_kernels_and_of_the_batch() -> None:
     from dapo_kernels import linear_policy_loss  # noqa: F401  # the module hides behind the function of its name
 
     kernels = sys.modules["dapo_kernels.linear_policy_loss"]
     assert CHUNK_BYTES["cpu"] == kernels.CPU_CHUNK_BYTES
     assert CHUNK_BYTES["cuda"] == CHUNK_BYTES["transformer_engine"] == kernels.GPU_CHUNK_BYTES
+    assert BATCH_BYTES == BYTES_PER_TOKEN
 
 
 def test_memory_follows_the_layout(tmp_path: Path) -> None:
