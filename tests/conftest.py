@@ -12,7 +12,12 @@ import torch
 from dapo import config
 from dapo.types import Group, Prompt, Sample
 
-SLOW = (  # start torchrun, a server or Triton's interpreter: not part of `make test-fast`
+SLOW = (  # start torchrun, a server, a browser or Triton's interpreter: not part of `make test-fast`
+    "tests/dapo/plan/test_plan.py::test_the_paper_s_layout_is_built",
+    "tests/dapo/plan/test_plan.py::test_the_mixture_of_experts_layout_is_built",
+    "tests/dapo/report/test_page.py",
+    "tests/dapo/reward/test_pool.py",
+    "tests/dapo/rollout/test_evaluate.py::test_the_eval_command",
     "tests/distributed/",
     "tests/sglang/",
     "tests/kernels/test_linear_policy_loss.py",
