@@ -42,6 +42,9 @@ PlacedBatch = Batch[Tensor]
 PlacedMicrobatch = Microbatch[Tensor]
 # of the optimizer's groups, set by the config at a restart too; the scheduler sets lr and weight_decay
 SETTINGS = ("max_lr", "min_lr", "betas", "eps")
+UNTOUCHED = (
+    "the policy is as it was; resume from the last checkpoint, if it comes again with a lower optim.lr"
+)
 
 
 class PolicyError(RuntimeError):
@@ -127,7 +130,9 @@ class Policy:
         if sums["broken"]:
             count = sums["current"] + sums["stale"]
             found = f"{sums['broken']:.0f} of {count:.0f} log-probs of the policy are not finite"
-            raise PolicyError(f"{found}: its weights are damaged; resume from a checkpoint")
+            broken = self._broken_parameters()
+            cause = _named(broken) if broken else "its parameters are finite, so its activations overflow"
+            raise PolicyError(f"{found}: {cause}; resume from an earlier checkpoint with a lower optim.lr")
         return metrics.score_metrics(sums, self.mesh.max(largest_gap))
 
     @timed("update")
@@ -135,14 +140,14 @@ class Policy:
         """Take one optimizer step on one minibatch (Eq. 8), which `score` has scored.
 
         Raises:
-            PolicyError: the loss is not finite: the parameters are as they were; or the gradient norm is not.
+            PolicyError: the loss or the gradient's norm is not finite; the parameters are as they were.
         """
         values = self.backward(minibatch)
+        self.optimizer.prepare_grads()
+        if not math.isfinite(norm := self.optimizer.get_grad_norm()):  # Megatron would take the step
+            raise PolicyError(f"the gradient's norm is {norm}: stopped before the update, {UNTOUCHED}")
         self.scheduler.step(1)  # before the update: the first one has the first warm-up value, not lr 0
         _, grad_norm, _ = self.optimizer.step()
-        if not math.isfinite(grad_norm):
-            found = f"gradient norm is {grad_norm}: the update destroyed the policy"
-            raise PolicyError(f"{found}; resume from the last checkpoint")
         return values | {"policy/grad_norm": float(grad_norm), "policy/lr": self.scheduler.get_lr({})}
 
     def backward(self, minibatch: list[PlacedMicrobatch]) -> dict[str, float]:
@@ -153,8 +158,7 @@ class Policy:
         rows = schedule.run(self.models, self.transformer, minibatch, self._loss, forward_only=False)
         sums = self.mesh.sum_by_key(metrics.total([metrics.update_sums(), *(rows if self.reports else [])]))
         if not math.isfinite(sums["loss"]):
-            found = f"the loss is {sums['loss']}: stopped before the update"
-            raise PolicyError(f"{found}; the last checkpoint is whole")
+            raise PolicyError(f"the loss is {sums['loss']}: stopped before the update, {UNTOUCHED}")
         return metrics.update_metrics(sums)
 
     def take_traces(self) -> list[Trace]:
@@ -181,6 +185,16 @@ class Policy:
             pass
         self.mesh.barrier()
 
+    def check_finite(self) -> None:
+        """Raise PolicyError on every rank if a parameter is not finite: it must not reach a checkpoint."""
+        if broken := self._broken_parameters():
+            raise PolicyError(f"{_named(broken)}: nothing is saved; resume from the checkpoint before")
+
+    def _broken_parameters(self) -> list[str]:
+        """Return the names of all ranks' parameters that are not finite, on every rank. Collective."""
+        found = self.mesh.gather(self._weights.broken())
+        return self.mesh.on_main(lambda: sorted({name for names in found for name in names}))
+
     def save(self, directory: Path) -> torch_dist.Save:
         """Plan a checkpoint of model, optimizer and scheduler in an existing, empty directory: `start` it."""
         copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -202,9 +216,8 @@ class Policy:
             group.update(settings)  # as the config says now
         self.scheduler.num_steps = 0
         self.scheduler.step(state["num_updates"])
-        params = [item for chunk in self.chunks for item in chunk.named_parameters()]
-        broken = [name for name, param in params if not param.isfinite().all()]
-        self.mesh.on_main(_refuse_broken, directory, self.mesh.gather(broken))
+        if broken := self._broken_parameters():
+            raise ConfigError(f"{directory}: {_named(broken)}: use an earlier checkpoint")
 
     def _make_scheduler(self) -> OptimizerParamScheduler:
         optim = self.config.optim
@@ -268,7 +281,5 @@ class Policy:
         )
 
 
-def _refuse_broken(directory: Path, names: list[list[str]]) -> None:
-    if broken := [name for of_rank in names for name in of_rank]:
-        found = f"{len(broken)} parameters hold NaN or infinite values, first {broken[0]}"
-        raise ConfigError(f"{directory}: {found}: use an earlier checkpoint")
+def _named(broken: list[str]) -> str:
+    return f"{len(broken)} parameters hold NaN or infinite values, first {broken[0]}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ import transformers
 
 from dapo import config as configs
 from dapo import verify
-from dapo.mesh import FailedElsewhere, Mesh
+from dapo.mesh import Mesh
 from dapo.model.shape import read_shape
-from dapo.policy.megatron import Policy
+from dapo.policy.megatron import Policy, PolicyError
 from dapo.policy.optimizer_state import without_classes
 from dapo.policy.torch_dist import Reader
 from tests.distributed import resume
@@ -62,31 +63,36 @@ def restored(source: Path, target: Path, options: list[str], is_poisoned: bool =
     """Load the checkpoint `source` in the layout of `options`, and save it without any arithmetic.
 
     In between Megatron writes its own form and we read it, which proves all offsets. Poisoned, the checkpoint
-    is saved with a NaN on one rank instead, and loaded again. Returns the error.
+    is saved with a NaN on one rank instead, and loaded again. Returns what was said before and after.
     """
     config = configs.load(ROOT / "examples/arithmetic/config.yaml", [*resume.OPTIONS, *options])
     mesh = Mesh(config.parallel)
-    policy = Policy(config, mesh)
+    policy, said = Policy(config, mesh), ""
     policy.load(source / "policy")
     if not is_poisoned:
         written = write_as_megatron(policy, mesh, target.with_name(f"{target.name}-megatron"))
         policy.load(written)
-    if is_poisoned and mesh.rank == mesh.world - 1:
-        dict(policy.chunks[0].named_parameters())["decoder.layers.0.mlp.linear_fc2.weight"].data[3, 5] = (
-            torch.nan
-        )
+    if is_poisoned:
+        if mesh.rank == mesh.world - 1:
+            params = dict(policy.chunks[0].named_parameters())
+            params["decoder.layers.0.mlp.linear_fc2.weight"].data[3, 5] = torch.nan
+        said = refusal(policy.check_finite)
     mesh.on_main((target / "policy").mkdir, 0o777, True)
     saving = policy.save(target / "policy")
     saving.start(in_background=False)
     saving.finish()
-    said = ""
     if is_poisoned:
-        try:
-            policy.load(target / "policy")
-        except (configs.ConfigError, FailedElsewhere) as error:
-            said = str(error)
+        said += "; loaded: " + refusal(policy.load, target / "policy")
     resume.leave(mesh)
     return said
+
+
+def refusal(function: Callable[..., Any], *arguments: Any) -> str:
+    try:
+        function(*arguments)
+    except (configs.ConfigError, PolicyError) as error:
+        return str(error)
+    return "accepted"
 
 
 def write_as_megatron(policy: Policy, mesh: Mesh, directory: Path) -> Path:

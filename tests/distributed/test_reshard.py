@@ -44,12 +44,11 @@ def test_what_follows_is_the_run_that_did_not_move(result: dict[str, Any]) -> No
     assert result["moved"] > 1e-4, "nothing was learnt, so nothing was tested"
 
 
-def test_a_checkpoint_that_holds_nan_is_refused() -> None:
-    said = measured("tests.distributed.reshard", 4)["poisoned"]["said"]
-    assert (
-        "poisoned/policy: 1 parameters hold NaN or infinite values, first "
-        "decoder.layers.0.mlp.linear_fc2.weight" in said
-    )
+def test_nan_on_one_rank_is_refused_before_a_save_and_when_a_checkpoint_holds_it() -> None:
+    before, after = measured("tests.distributed.reshard", 4)["poisoned"]["said"].split("; loaded: ")
+    found = "1 parameters hold NaN or infinite values, first model.layers.0.mlp.down_proj.weight"
+    assert before.startswith(found)
+    assert f"poisoned/policy: {found}" in after
 
 
 def test_the_optimizer_goes_on_with_what_the_config_says_now() -> None:

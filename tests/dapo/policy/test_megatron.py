@@ -1,0 +1,124 @@
+"""The policy of one rank: what it refuses, what an update leaves alone, and the metrics of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from dapo import config as configs
+from dapo import mesh as meshes
+from dapo.learn import batch as batches
+from dapo.learn.advantages import set_advantages
+from dapo.policy.megatron import PlacedBatch, Policy, PolicyError
+from dapo.types import Group, Prompt, Sample
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def config() -> configs.Config:
+    overrides = ["rollout.prompts_per_step=4", "optim.prompts_per_minibatch=2", "optim.weight_decay=0.1"]
+    return configs.load(ROOT / "examples/arithmetic/config.yaml", overrides)
+
+
+@pytest.fixture(scope="module")
+def shared(config: configs.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Policy]:
+    from megatron.core import parallel_state  # after dapo.policy, which adapts it
+
+    environment = pytest.MonkeyPatch()
+    environment.chdir(ROOT)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        environment.setenv(name, value)
+    yield Policy(config, meshes.Mesh(config.parallel))
+    environment.undo()
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+    meshes._connect.cache_clear()
+
+
+@pytest.fixture
+def policy(shared: Policy) -> Iterator[Policy]:
+    """The policy; its parameters and moments are put back after each test."""
+    before = {name: param.detach().clone() for name, param in params(shared).items()}
+    yield shared
+    for name, param in params(shared).items():
+        param.data.copy_(before[name])
+    for state in shared.optimizer.chained_optimizers[0].optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+    shared.optimizer.reload_model_params()
+
+
+def params(policy: Policy) -> dict[str, torch.Tensor]:
+    return dict(policy.chunks[0].named_parameters())
+
+
+def state_of(policy: Policy) -> list[torch.Tensor]:
+    """Return copies of all that an update changes: parameters and moments."""
+    states = policy.optimizer.chained_optimizers[0].optimizer.state.values()
+    moments = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+    return [tensor.detach().clone() for tensor in [*params(policy).values(), *moments]]
+
+
+def make_groups(rewards: list[list[float]], seed: int = 0) -> list[Group]:
+    """Groups of random responses with these rewards."""
+    rng = np.random.default_rng(seed)
+    groups = []
+    for id, group_rewards in enumerate(rewards):
+        group = Group(id, Prompt(id, rng.integers(0, 20, 5).astype(np.int32), "1"))
+        for index, reward in enumerate(group_rewards):
+            n = int(rng.integers(3, 9))
+            group.samples.append(
+                Sample(
+                    id, index, rng.integers(0, 20, n).astype(np.int32), -rng.random(n, dtype=np.float32),
+                    np.ones(n, bool), ((0, 0, n),), "stop", reward=reward,
+                )
+            )  # fmt: skip
+        groups.append(group)
+    set_advantages(groups)
+    return groups
+
+
+def placed(policy: Policy, groups: list[Group]) -> PlacedBatch:
+    return policy.place(batches.plan(groups, policy.config, 1, {})[0])
+
+
+MIXED = [[1.0, -1.0, 1.0], [-1.0, -1.0, 1.0]]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_parameter_that_is_not_finite_is_named_before_a_save(policy: Policy, value: float) -> None:
+    policy.check_finite()
+    params(policy)["decoder.layers.1.mlp.linear_fc2.weight"].data[3, 5] = value
+    with pytest.raises(PolicyError, match=r"^1 parameters .* first model.layers.1.mlp.down_proj.weight: "):
+        policy.check_finite()
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_policy_as_it_was(policy: Policy) -> None:
+    batch = placed(policy, make_groups(MIXED))
+    policy.score(batch)
+    before, finalize = state_of(policy), policy.transformer.finalize_model_grads_func
+
+    def with_nan(*arguments: object, **options: object) -> None:
+        finalize(*arguments, **options)
+        params(policy)["embedding.word_embeddings.weight"].main_grad[2, 3] = torch.nan
+
+    policy.transformer.finalize_model_grads_func = with_nan
+    with pytest.raises(PolicyError, match="gradient's norm is nan: stopped before the update, the policy"):
+        policy.update(batch.minibatches[0])
+    policy.transformer.finalize_model_grads_func = finalize
+    assert all(map(torch.equal, before, state_of(policy)))
+    policy.update(batch.minibatches[0])
+    assert not all(map(torch.equal, before, state_of(policy))), "an update moves what is compared"
+
+
+def test_log_probs_that_are_not_finite_are_told_with_the_parameter_that_is_not(policy: Policy) -> None:
+    params(policy)["decoder.layers.0.mlp.linear_fc2.weight"].data[3, 5] = torch.nan
+    with pytest.raises(PolicyError, match=r"log-probs .* first model.layers.0.mlp.down_proj.weight"):
+        policy.score(placed(policy, make_groups(MIXED)))
