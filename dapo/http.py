@@ -1,7 +1,8 @@
 """The one HTTP client: for requests to inference servers, their health, and rewards at a URL.
 
-One thread runs an event loop for all of them. Every status is an answer; a body that is cut short is none.
-No proxy is used, whatever the environment says, and no redirect is followed.
+One thread runs an event loop for all of them. Every status is an answer; a body that is cut short, too large
+or compressed is none: what a stranger sends costs at most the limits given with the request. No proxy is used,
+whatever the environment says, and no redirect is followed.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
+import contextlib
+import errno
 import functools
 import io
+import resource
 import socket
 import sys
 import threading
@@ -19,17 +23,23 @@ from typing import Any, NamedTuple, TypeVar
 
 import aiohttp
 
-from dapo.types import Interrupted
+from dapo.types import Interrupted, Stopped
 
 T = TypeVar("T")
 CHECK_EVERY = 0.25  # seconds between two checks for an interruption
 CONNECT_TIMEOUT = 60.0  # seconds, for requests whose answer has no timeout
+MAX_BYTES = 64 * 2**20  # of an answer, unless the request says otherwise
+MAX_REFUSAL = 64 * 2**10  # bytes that are read of an answer with status 300 or more, to be quoted
+OTHER_FILES = 256  # open files of this process that are no connections
 KEEP_ALIVE = 2.0  # seconds that an idle connection stays open; SGLang closes one after 5
 _starting = threading.Lock()
 
 
 class NoAnswer(Exception):
-    """The server cannot be reached, or its answer did not arrive whole. The message is one line."""
+    """The server cannot be reached, or its answer did not arrive whole or is too large.
+
+    The message is one line.
+    """
 
 
 class TimedOut(NoAnswer):
@@ -43,13 +53,18 @@ class Answer(NamedTuple):
 
 async def exchange(
     method: str, url: str, body: bytes | None = None, timeout: float | None = None, key: str | None = None,
-    keep_alive: bool = True,
+    keep_alive: bool = True, max_bytes: int = MAX_BYTES,
 ) -> Answer:  # fmt: skip
     """Send a request, in the event loop, and return the answer. Any number are sent at a time.
 
     `body` is JSON; `key` is sent as a bearer token. `timeout`, in seconds, is for the whole answer: a server
-    that sends a byte now and then is late, too. With None only connecting has a timeout. Raise NoAnswer if
-    the server cannot be reached or its answer is cut short, TimedOut if the answer is late.
+    that sends a byte now and then is late, too. With None only connecting has a timeout. `max_bytes` limits
+    the body of the answer.
+
+    Raises:
+        NoAnswer: the server cannot be reached, or its answer is cut short, too large or compressed.
+        TimedOut: the answer is late.
+        Stopped: this process has no file descriptor left for a connection.
     """
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     if body is not None:
@@ -61,19 +76,22 @@ async def exchange(
     request: dict[str, Any] = dict(data=data, headers=headers, timeout=timeouts, allow_redirects=False)
     try:
         async with _session().request(method, url, **request) as response:
-            return Answer(response.status, await _read(response))
+            return Answer(response.status, await _read(response, max_bytes))
     except TimeoutError:
         raise TimedOut("timed out") from None
     except (aiohttp.ClientError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise Stopped(f"no connection to {url} could be opened: {_file_limit()}") from None
         raise NoAnswer(_describe(error)) from None
 
 
 def call(
     method: str, url: str, body: bytes | None = None, *, timeout: float, key: str | None = None,
-    is_interrupted: Callable[[], bool] = lambda: False,
+    max_bytes: int = MAX_BYTES, is_interrupted: Callable[[], bool] = lambda: False,
 ) -> Answer:  # fmt: skip
     """Send a request as `exchange` does and wait for the answer as `wait` does."""
-    return wait(exchange(method, url, body, timeout, key, keep_alive=False), is_interrupted)
+    work = exchange(method, url, body, timeout, key, keep_alive=False, max_bytes=max_bytes)
+    return wait(work, is_interrupted)
 
 
 def wait(work: Coroutine[Any, Any, T], is_interrupted: Callable[[], bool] = lambda: False) -> T:
@@ -89,6 +107,33 @@ def wait(work: Coroutine[Any, Any, T], is_interrupted: Callable[[], bool] = lamb
         return future.result()
     finally:
         future.cancel()  # one that has ended stays as it is
+
+
+def require_connections(count: int) -> None:
+    """Raise the limit on open files as far as the system allows. Warn if it is too low for `count` connections.
+
+    A connection is one open file.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):  # macOS has a lower limit than the hard one
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+    wanted = count + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        print(
+            f"warning: {count} connections may be open at a time: {_file_limit()}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _file_limit() -> str:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (
+        f"this process may open {soft} files; raise that with `ulimit -n` (hard limit {hard}), or send fewer "
+        "requests at a time"
+    )
 
 
 def loop() -> asyncio.AbstractEventLoop:
@@ -109,19 +154,35 @@ def _start_loop() -> asyncio.AbstractEventLoop:
 def _session() -> aiohttp.ClientSession:
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE, socket_factory=_make_socket)
     cookies = aiohttp.DummyCookieJar()
-    return aiohttp.ClientSession(connector=connector, cookie_jar=cookies, trust_env=False)  # no proxies
+    plain: dict[str, Any] = dict(auto_decompress=False, headers={"Accept-Encoding": "identity"})
+    return aiohttp.ClientSession(
+        connector=connector, cookie_jar=cookies, trust_env=False, **plain
+    )  # no proxies
 
 
-async def _read(response: aiohttp.ClientResponse) -> bytes:
-    if response.status < 300:
-        return await response.read()
+async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
+    """Return the body, or of a refusal the beginning that came. Leaving early closes the connection."""
+    is_refusal = response.status >= 300
+    encoding = response.headers.get("Content-Encoding", "identity")
+    if encoding.lower() != "identity":
+        if is_refusal:
+            return b""
+        raise NoAnswer(f"the answer is compressed ({encoding[:20]}), which the request excludes")
+    limit = min(max_bytes, MAX_REFUSAL) if is_refusal else max_bytes
     parts: list[bytes] = []
+    size = 0
     try:
         async for part in response.content.iter_any():
             parts.append(part)
+            size += len(part)
+            if size > limit:
+                if is_refusal:
+                    break
+                raise NoAnswer(f"the answer is larger than {max_bytes:,} bytes")
     except aiohttp.ClientPayloadError:
-        pass  # cut short: the part of a refusal that came says more
-    return b"".join(parts)
+        if not is_refusal:  # the part of a refusal that came says more
+            raise
+    return b"".join(parts)[:limit]
 
 
 def _describe(error: Exception) -> str:

@@ -5,7 +5,10 @@ interrupted.
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
+import os
+import resource
 import socket
 import threading
 import time
@@ -18,7 +21,7 @@ import pytest
 from dapo import http
 from dapo.reward import remote
 from dapo.reward.worker import Job
-from dapo.types import Interrupted
+from dapo.types import Interrupted, Stopped
 
 Reply = Callable[[BaseHTTPRequestHandler], None]
 
@@ -100,12 +103,73 @@ def test_a_body_of_many_megabytes_arrives_whole(server) -> None:
     assert http.call("POST", server(count), b"x" * 30_000_001, timeout=30).body == b"30000001"
 
 
-@pytest.mark.parametrize("status", [200, 204, 302, 404, 429, 500])
-def test_any_status_is_an_answer_and_no_redirect_is_followed(server, status: int) -> None:
-    elsewhere = server(lambda handler: pytest.fail("the redirect was followed"))
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("status", [200, 204, 301, 302, 303, 307, 308, 404, 429, 500])
+def test_any_status_is_an_answer_and_no_redirect_is_followed(server, status: int, method: str) -> None:
+    visits: list[str] = []
+    elsewhere = server(lambda handler: visits.append(handler.path) or send(handler, 200, b"elsewhere"))
     body = b"" if status == 204 else b"said"
     url = server(lambda handler: send(handler, status, body, Location=elsewhere))
-    assert http.call("GET", url, timeout=5) == (status, body)
+    assert http.call(method, url, b"{}", timeout=5, key="secret") == (status, body)
+    assert visits == []
+
+
+def chunks(count: int) -> Reply:
+    """A reply of `count` chunks of 64 KiB whose length is not announced; it ends when nobody reads."""
+
+    def reply(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        try:
+            for _ in range(count):
+                handler.wfile.write(b"10000\r\n" + bytes(2**16) + b"\r\n")
+            handler.wfile.write(b"0\r\n\r\n")
+        except OSError:
+            handler.close_connection = True
+
+    return reply
+
+
+@pytest.mark.parametrize("is_announced", [True, False])
+def test_an_answer_has_at_most_max_bytes(server, is_announced: bool) -> None:
+    whole = chunks(2) if not is_announced else lambda handler: send(handler, 200, bytes(2**17))
+    url = server(whole)
+    assert http.call("GET", url, timeout=5, max_bytes=2**17).body == bytes(2**17)
+    with pytest.raises(http.NoAnswer, match=r"^the answer is larger than 131,071 bytes$"):
+        http.call("GET", url, timeout=5, max_bytes=2**17 - 1)
+
+
+def test_an_answer_without_end_is_left_at_the_limit(server) -> None:
+    with pytest.raises(http.NoAnswer, match=r"^the answer is larger than 1,000,000 bytes$"):
+        http.call("GET", server(chunks(2**40)), timeout=60, max_bytes=1_000_000)
+
+
+def test_the_default_limit_holds_where_none_is_given(server, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(http.NoAnswer, match=f"larger than {http.MAX_BYTES:,} bytes"):
+        http.wait(http.exchange("GET", server(chunks(2**40)), timeout=60))
+
+
+def test_of_a_refusal_only_the_beginning_is_read(server) -> None:
+    url = server(lambda handler: send(handler, 400, b"why " * 2**20))
+    assert http.call("GET", url, timeout=5) == (400, b"why " * (http.MAX_REFUSAL // 4))
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "GZIP", "identity, gzip"])
+def test_a_compressed_answer_is_neither_asked_for_nor_unpacked(server, encoding: str) -> None:
+    seen: list[str | None] = []
+    bomb = gzip.compress(bytes(2**26))  # 64 MiB in 64 KiB
+
+    def reply(handler: BaseHTTPRequestHandler) -> None:
+        seen.append(handler.headers["Accept-Encoding"])
+        status = 400 if handler.path == "/refused" else 200
+        send(handler, status, bomb, **{"Content-Encoding": encoding})
+
+    url = server(reply)
+    with pytest.raises(http.NoAnswer, match=r"the answer is compressed \(.*\), which the request excludes"):
+        http.call("GET", url, timeout=5)
+    assert http.call("GET", url + "/refused", timeout=5) == (400, b"")
+    assert seen == ["identity"] * 2
 
 
 def cut(status: int) -> Reply:
@@ -230,6 +294,53 @@ def test_connections_are_kept_for_the_next_request_and_shared_by_threads(server)
         assert {
             answer.status for answer in threads.map(lambda _: http.call("GET", url, timeout=5), range(40))
         } == {200}
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="Linux shows a connection's timer")
+def test_a_connection_that_waits_notices_a_host_that_vanished(server) -> None:
+    timers: list[tuple[str, float]] = []
+
+    def look(handler: BaseHTTPRequestHandler) -> None:
+        port = f":{handler.client_address[1]:04X}"
+        with open("/proc/net/tcp") as table:
+            [row] = [row for line in table if (row := line.split())[1].endswith(port)]
+        kind, ticks = row[5].split(":")
+        timers.append((kind, int(ticks, 16) / os.sysconf("SC_CLK_TCK")))
+        send(handler, 200, b"")
+
+    http.wait(http.exchange("GET", server(look)))
+    [(kind, seconds)] = timers
+    assert kind == "02" and seconds <= 30  # 2: keep-alive; the system's own begins after two hours
+
+
+@pytest.fixture
+def file_limits() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_many_connections_raise_the_limit_on_open_files(file_limits, capsys) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
+    http.require_connections(10)
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    assert capsys.readouterr().err == ""
+    http.require_connections(10**7)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: 10000000 connections may be open at a time: this process may open ")
+    assert f"{hard} files; raise that with `ulimit -n`" in line
+
+
+def test_too_few_open_files_stop_the_run_and_are_no_fault_of_the_server(server, file_limits) -> None:
+    url = server(echo)
+    assert http.call("GET", url, timeout=5).status == 200  # everything is open that is needed besides
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    with pytest.raises(Stopped, match=f"no connection to {url} could be opened: .*ulimit -n"):
+        http.call("GET", url, timeout=5)
 
 
 def test_an_error_text_is_cut_to_one_line() -> None:
