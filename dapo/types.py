@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
+from signal import SIGINT
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -25,7 +26,13 @@ class Stopped(Exception):
 
 
 class Interrupted(Stopped):
-    """The user or the scheduler asked the run to stop, with Ctrl-C or SIGTERM."""
+    """The user or the scheduler asked the run to stop, with Ctrl-C or another signal."""
+
+    signal: int = SIGINT  # the exit status is 128 + this
+
+
+class StorageError(Stopped):
+    """A file that the run has to keep cannot be written. The message is one line."""
 
 
 class EngineError(Stopped):
