@@ -79,6 +79,8 @@ _PLAIN_TEXT = (
     (re.compile(r"∞|(?<![\\a-zA-Z])(?:infinity|oo)(?![a-zA-Z])"), r"\\infty "),
     (re.compile(r"(?<![\\a-zA-Z])sqrt\(([^()]*)\)|√\(([^()]*)\)|√([0-9]+|[a-z])"), r"\\sqrt{\1\2\3}"),
 )
+_NO_VALUES = frozenset(("nan", "null", "n/a", "<na>"))
+_FILE = re.compile(r"\.(?:png|jpe?g|gif|bmp|webp|svg|tiff?|pdf|txt|json|jsonl|csv)$", re.IGNORECASE)
 _MAX_LENGTH = 1000  # characters of an answer that is parsed as mathematics
 _MAX_DEPTH = 40  # of its nested brackets
 
@@ -93,20 +95,52 @@ def is_correct(response: str, answer: str) -> bool:
     Raises:
         ConfigError: `answer` is neither an integer nor a word, and math-verify is not installed.
     """
-    given = last_answer(response)
-    if not given:
-        return False
-    gold = _integer(unwrap(answer))
-    return _stated_integer(given) == gold if gold is not None else _is_equivalent(given, unwrap(answer))
+    given = answer_of(response)
+    return given is not None and is_same(given, answer)
 
 
-def last_answer(response: str) -> str | None:
+def answer_of(response: str) -> str | None:
     """Return the text behind the last "Answer:" to the end of its line, unwrapped; None if there is none."""
     for line in reversed(response.splitlines()):
         match = _ANSWER.search(line)
         if match:
-            return unwrap(match.group(1))
+            return unwrap(match.group(1)) or None
     return None
+
+
+last_answer = answer_of
+
+
+def refusal_of(answer: str) -> str | None:
+    """Say why a ground truth cannot be used: `refusal_of("nan")` → "is not a value"; None: it can.
+
+    It may begin with a solution, as GSM8K's do: "… #### 24".
+    """
+    if _INTEGER.fullmatch(answer):
+        return None
+    text = unwrap(_ground_truth(answer))
+    if not text:
+        return "is blank"
+    if text.casefold() in _NO_VALUES or text in ("None", "NA", "NaT"):
+        return "is not a value"
+    if _FILE.search(text):
+        return "is the name of a file"
+    if len(text) > _MAX_LENGTH or _depth(text) > _MAX_DEPTH or _COSTLY.search(text):
+        return "is too long, too deep or too large a number to be compared"
+    if _integer(text) is None and not _WORDS.fullmatch(text) and not _parse(text):
+        return "is neither a number nor words nor mathematics that can be read"
+    return None
+
+
+def is_same(given: str, answer: str) -> bool:
+    """True if the answer `given`, as `answer_of` returns it, equals the ground truth `answer`."""
+    gold = unwrap(_ground_truth(answer))
+    integer = _integer(gold)
+    return _stated_integer(given) == integer if integer is not None else _is_equivalent(given, gold)
+
+
+def _ground_truth(answer: str) -> str:
+    return answer.rpartition("####")[2]
 
 
 def unwrap(text: str) -> str:

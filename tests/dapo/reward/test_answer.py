@@ -6,7 +6,7 @@ import time
 import pytest
 
 from dapo.config import ConfigError
-from dapo.reward import answer, is_correct
+from dapo.reward import answer, is_correct, refusal_of
 from tests.dapo.reward.answer_cases import CASES
 
 
@@ -83,3 +83,22 @@ def test_without_math_verify_integers_are_checked_and_other_mathematics_names_th
     with pytest.raises(ConfigError, match="pip install math-verify"):
         is_correct("Answer: 2x", "x+x")
     answer._math_verify.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("answer", "refusal"),
+    [
+        ("34", None),
+        ("1/2", None),
+        ("She has 10 + 14 of them.\n#### 24", None),
+        ("nan", "is not a value"),
+        ("", "is blank"),
+        (" \n", "is blank"),
+        ("figure_12.png", "is the name of a file"),
+        ("9^{9^{9}}", "is too long, too deep or too large a number to be compared"),
+        ("(" * 100_000, "is too long, too deep or too large a number to be compared"),
+        (r"\frac{1}{", "is neither a number nor words nor mathematics that can be read"),
+    ],
+)
+def test_a_ground_truth_that_nothing_could_equal_is_refused(answer, refusal):
+    assert refusal_of(answer) == refusal
