@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import reprlib
+from collections import Counter
 from math import lcm
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+from dapo import plain_yaml
+
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(gt=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 AboveZero = Annotated[float, Field(gt=0)]
-AtLeastTwo = Annotated[int, Field(ge=2)]
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 1e-6 for a string: here it is the number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+AtLeastTwo = Annotated[int, Field(ge=2, lt=2**31)]
 
 
 class ConfigError(ValueError):
@@ -45,14 +41,29 @@ def option(default: Any, why: str, paper: Any = UNSAID, verl: Any = UNSAID, both
     return Field(default, json_schema_extra=sources | {"reason": why})
 
 
+def _expanded(path: Any) -> Path:
+    """Return the path with its ~ and $NAMEs replaced."""
+    if not isinstance(path, str | Path) or not str(path).strip() or "\0" in str(path):
+        raise ValueError("expected a path, in quotes if it looks like a number")
+    expanded = os.path.expandvars(os.path.expanduser(path))
+    if re.match(r"~|.*\$[\w{]", expanded):
+        raise ValueError("no such user or environment variable")
+    return Path(expanded)
+
+
+Location = Annotated[Path, BeforeValidator(_expanded)]
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    """Types are taken strictly: true is no number, 1 is not true, and 10.0 is no whole number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
 class Run(Section):
-    dir: Path  # everything the run writes goes below it
+    dir: Location  # everything the run writes goes below it
     steps: Count = 400  # rollout steps, each of prompts_per_step / prompts_per_minibatch updates
-    seed: int = 0
+    seed: Seed = 0
     resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest whole checkpoint below `dir`
     save_every: Positive = 10  # steps between checkpoints; the last step is always saved
     keep_checkpoints: Positive = 2  # the newest ones
@@ -65,13 +76,25 @@ class Run(Section):
 class Data(Section):
     # .jsonl of {prompt, answer}, or .parquet in the DAPO-Math-17k schema: one file, several as one, or {file:
     # weight} to mix
-    train: Path | list[Path] | dict[Path, AboveZero]
+    train: Location | list[Location] | dict[Location, AboveZero]
     max_prompt_length: Positive = option(2048, "other tasks, other lengths", verl=2048)  # tokens
     # truncate cuts on the left, as the released recipe does
     too_long: Literal["error", "drop", "truncate"] = option(
         "truncate", "a prompt that is cut may have lost its question", verl="truncate"
     )
-    on_error: Literal["stop", "skip"] = "stop"  # a malformed row: stop, or count it and go on
+    # a malformed row, or a ground truth that reward.function cannot use: stop, or count it and go on
+    on_error: Literal["stop", "skip"] = "stop"
+    # variables of the model's chat template: {enable_thinking: false}
+    template_arguments: dict[str, Any] = option({}, "the template writes the prompts otherwise")
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _each_once(cls, train: Any) -> Any:
+        """Refuse a file that is weighted under two names: one of the weights would be lost."""
+        for path, count in Counter(map(_expanded, train if isinstance(train, dict) else ())).items():
+            if count > 1:
+                raise ValueError(f"{path} is given twice")
+        return train
 
 
 class Rollout(Section):
@@ -98,7 +121,7 @@ class Rollout(Section):
     # of each step's groups, kept in run.dir/rollouts as parquet
     dump_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     only: bool = False  # write every step's batch and learn nothing
-    replay: Path | None = None  # learn from a directory of dumped batches instead of sampling
+    replay: Location | None = None  # learn from a directory of dumped batches instead of sampling
 
 
 class Reward(Section):
@@ -147,7 +170,7 @@ class Optim(Section):
     # × group_size = samples per update
     prompts_per_minibatch: Positive = option(32, "other numbers of updates a step", both=32)
     weight_decay: NonNegative = option(0.1, "none for very small models", verl=0.1)
-    betas: tuple[Share, Share] = option(
+    betas: Annotated[tuple[Share, Share], Field(strict=False)] = option(
         (0.9, 0.999), "a shorter memory bears larger steps", verl=[0.9, 0.999]
     )
     clip_grad: AboveZero = option(1.0, "another bound for the gradient's norm", verl=1.0)
@@ -204,7 +227,7 @@ class Parallel(Section):
 
 
 class Policy(Section):
-    model: Path  # Hugging Face directory: config.json, *.safetensors, tokenizer
+    model: Location  # Hugging Face directory: config.json, *.safetensors, tokenizer
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     # budget of one packed forward-backward per data-parallel rank; context ranks share it
     tokens_per_microbatch: Positive = 32768
@@ -235,7 +258,7 @@ class Engine(Section):
     # for sglang. A server's API key, if it wants one, is in the environment: DAPO_ENGINE_KEY
     urls: list[str] = []  # servers that someone else has started; none: the run starts its own and stops them
     servers: Positive = 1  # how many it starts
-    python: Path | None = None  # of the environment that has SGLang; null: this one
+    python: Location | None = None  # of the environment that has SGLang; null: this one
     # server arguments, as on SGLang's command line: {tp-size: 2, mem-fraction-static: 0.8}
     sglang: dict[str, Any] = {}
     # files · NCCL, or gloo on a CPU · same host only
@@ -260,7 +283,7 @@ class Engine(Section):
 
 class Eval(Section):
     # same formats as data.train; {name: file} for several sets; null: no evaluation
-    data: Path | dict[str, Path] | None = None
+    data: Location | dict[str, Location] | None = None
     every: Positive = 5  # steps; also before the first and after the last
     # k per problem: mean@k
     samples: Positive = option(32, "fewer samples, wider intervals", both=32)
@@ -305,14 +328,11 @@ class Config(Section):
                 f"rollout.max_rounds={rollout.max_rounds} "
                 f"can never fill rollout.prompts_per_step={rollout.prompts_per_step}: raise one of them"
             )
-        longest, multiple = (
-            self.data.max_prompt_length + rollout.max_response_length,
-            parallel.sequence_multiple,
-        )
+        longest = self.data.max_prompt_length + rollout.max_response_length
+        multiple = parallel.sequence_multiple
         if -(-longest // multiple) * multiple > budget:
-            padded = (
-                f", padded to a multiple of 2 × parallel.context={parallel.context}" if multiple > 1 else ""
-            )
+            padded = f", padded to a multiple of 2 × parallel.context={parallel.context}"
+            padded = padded if multiple > 1 else ""
             raise ConfigError(
                 f"policy.tokens_per_microbatch={budget} cannot hold one sample of data.max_prompt_length="
                 f"{self.data.max_prompt_length} + rollout.max_response_length={rollout.max_response_length} "
@@ -350,7 +370,7 @@ class Config(Section):
 
     def dump(self) -> str:
         """Return the resolved config as YAML, which `load` reads back to an equal Config."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return plain_yaml.dump(self.model_dump(mode="json"))
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -361,13 +381,13 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
             nearest key.
     """
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader) or {}
+        values = plain_yaml.load(Path(path).read_text(encoding="utf-8")) or {}
     except UnicodeDecodeError as error:
         raise ConfigError(f"config {path}: not UTF-8 text: {error}") from error
     except OSError as error:
         raise ConfigError(f"config {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config {path}: not YAML: {' '.join(str(error).split())}") from error
+    except plain_yaml.NotYAML as error:
+        raise ConfigError(f"config {path}: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"config {path}: expected sections (run:, data:, …), got {type(values).__name__}")
     return _validated(values, overrides or [], f"config {path}")
@@ -379,7 +399,7 @@ def _validated(values: dict[str, Any], overrides: list[str], what: str) -> Confi
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        explained = "; ".join(_explain(e, values) for e in error.errors())
+        explained = "; ".join(dict.fromkeys(_explain(e, values) for e in error.errors()))
         raise ConfigError(f"{what}: {explained}") from None
     config.check()
     return config
@@ -401,19 +421,28 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise ConfigError(f"override {override!r}: {section} is not a section")
     try:
-        values[name] = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: not YAML: {' '.join(str(error).split())}") from error
+        values[name] = plain_yaml.load(text)
+    except plain_yaml.NotYAML as error:
+        raise ConfigError(f"override {override!r}: {error}") from error
 
 
-def _explain(error: Any, values: dict[str, Any]) -> str:
-    path = [str(part) for part in error["loc"]]
-    name = ".".join(path)
+def _explain(error: Any, values: Any) -> str:
+    *parents, last = error["loc"]
+    model: Any = Config
     if error["type"] == "extra_forbidden":
-        model: Any = Config
-        for part in path[:-1]:
+        for part in parents:
             model = model.model_fields[part].annotation
-        return f"unknown key {name}: {nearest(path[-1], list(model.model_fields))}"
+        return f"unknown key {'.'.join(error['loc'])}: {nearest(last, list(model.model_fields))}"
     if error["type"] == "missing":
-        return f"missing key {name}"
-    return f"{name}={error['input']!r}: {error['msg'].lower()}"
+        return f"missing key {'.'.join(error['loc'])}"
+    path = []
+    for part in error["loc"]:  # pydantic names a union's kinds in it, which are no keys
+        if isinstance(values, dict) and str(part) in map(str, values):
+            values = next(value for key, value in values.items() if str(key) == str(part))
+        elif isinstance(values, list) and isinstance(part, int):
+            values = values[part]
+        else:
+            continue
+        path.append(str(part))
+    wrong = error["msg"].lower().removeprefix("value error, ")
+    return f"{'.'.join(path)}={reprlib.repr(error['input'])}: {wrong}"

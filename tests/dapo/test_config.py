@@ -4,7 +4,9 @@ import yaml
 from dapo.config import ConfigError, load
 from dapo.reward import soft_overlong_penalty
 from dapo.rollout import group_advantages
-from tests.conftest import make_config
+from dapo.rollout.pending import sample_seed
+from dapo.rollout.prompts import PromptStream
+from tests.conftest import make_config, make_prompt
 
 REQUIRED = "run: {dir: runs/x}\ndata: {train: t.jsonl}\npolicy: {model: m}\n"
 
@@ -83,6 +85,144 @@ def test_exponents_are_numbers_in_files_and_overrides(tmp_path, text):
         ]
         == 1e-6
     )
+
+
+@pytest.mark.parametrize(
+    "text", ["0123", "1:30", "1_000", "0x1F", "0b1", "0o17", "12e", "1" * 200, "1" * 5000]
+)
+def test_what_yaml_alone_takes_for_a_number_is_none(tmp_path, text):
+    for load_seed in (
+        lambda: load_text(tmp_path, REQUIRED, f"run.seed={text}"),
+        lambda: load_text(tmp_path, REQUIRED.replace("dir:", f"seed: {text}, dir:")),
+    ):
+        with pytest.raises(ConfigError, match=f"run.seed='{text[:6]}.*valid integer") as error:
+            load_seed()
+        assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "text", ["yes", "no", "on", "Off", "y", "0123", "1:30", "2026-11-29", "1_000", "0x1F", "="]
+)
+def test_text_stays_text_where_text_is_meant(tmp_path, text):
+    config = load_text(tmp_path, REQUIRED, f"run.wandb_project={text}", f"run.dir={text}")
+    assert (config.run.wandb_project, str(config.run.dir)) == (text, text)
+    assert load_text(tmp_path, config.dump()) == config
+
+
+@pytest.mark.parametrize("text", ["1e-6", "true", "null", "~", "12", "1.5", ".inf", ""])
+def test_text_that_reads_as_something_else_is_quoted_in_a_dump(tmp_path, text):
+    config = load_text(tmp_path, REQUIRED, f"run.wandb_project='{text}'")
+    assert config.run.wandb_project == text
+    assert load_text(tmp_path, config.dump()) == config
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optim.lr=true",
+        "run.steps=true",
+        "run.steps=10.0",
+        "run.steps='10'",
+        "optim.lr='1e-6'",
+        "optim.betas=[0.9, true]",
+        "rollout.only=1",
+        "rollout.only=yes",
+        "rollout.only='true'",
+        "run.wandb_project=7",
+        "run.keep_every=false",
+        "reward.function={'a:b': true}",
+        "run.seed=-1",
+        f"run.seed={2**70}",
+        f"run.seed={2**63}",
+        f"run.steps={2**70}",
+        f"rollout.max_response_length={2**70}",
+        "engine.urls=http://a:1",
+        "data.train=5",
+        "data.train={a.jsonl: true}",
+        "run.dir=''",
+        'run.dir="a\\0b"',
+        "run.dir=true",
+        "policy.model=12",
+    ],
+)
+def test_a_value_of_another_type_or_size_is_refused_in_one_line_by_its_key(tmp_path, override):
+    key = override.partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"c\.yaml: {key}[.=]") as error:
+        load_text(tmp_path, REQUIRED, override)
+    assert (
+        "\n" not in str(error.value) and "lambda" not in str(error.value) and "union" not in str(error.value)
+    )
+
+
+def test_the_largest_seed_draws(tmp_path):
+    seed = load_text(tmp_path, REQUIRED, f"run.seed={2**63 - 1}").run.seed
+    assert PromptStream([make_prompt(i) for i in range(3)], seed).take(3)
+    assert sample_seed(seed, 1 << 62, 3) >= 0
+
+
+def test_whole_numbers_are_numbers(tmp_path):
+    config = load_text(
+        tmp_path, REQUIRED, "rollout.temperature=1", "optim.betas=[0, 1]".replace("0,", "0.5,")
+    )
+    assert config.rollout.temperature == 1.0 and config.optim.betas == (0.5, 1.0)
+
+
+def test_home_and_variables_in_paths_are_replaced(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    config = load_text(
+        tmp_path,
+        REQUIRED,
+        "run.dir=~/runs",
+        "data.train={~/a.jsonl: 1, $SCRATCH/b.jsonl: 2}",
+        "policy.model=${SCRATCH}/m",
+        "eval.data={aime: ~/aime.parquet}",
+        "engine.python=~",  # null, not a home
+    )
+    assert (str(config.run.dir), str(config.policy.model)) == ("/home/me/runs", "/scratch/m")
+    assert list(map(str, config.data.train)) == ["/home/me/a.jsonl", "/scratch/b.jsonl"]
+    assert str(config.eval.data["aime"]) == "/home/me/aime.parquet"
+    assert config.engine.python is None
+
+
+@pytest.mark.parametrize("path", ["$NOWHERE/x", "a/${NOWHERE}", "~nobody-of-that-name/x"])
+def test_a_home_or_variable_that_does_not_exist_is_refused(tmp_path, path):
+    with pytest.raises(ConfigError, match=r"run\.dir=.*no such user or environment variable"):
+        load_text(tmp_path, REQUIRED, f"run.dir={path}")
+
+
+def test_a_file_weighted_twice_under_two_names_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.train.*a\.jsonl is given twice"):
+        load_text(tmp_path, REQUIRED, "data.train={a.jsonl: 1, ./a.jsonl: 2}")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (REQUIRED + "optim: {lr: 1}\nrun: {dir: y}\n", ["'run'", "first in line 1", "line 5"]),
+        (REQUIRED + "optim:\n  lr: 1\n  weight_decay: 0\n  lr: 2\n", ["'lr'", "first in line 5", "line 7"]),
+        (REQUIRED + "optim: {lr: 1, 'lr': 2}\n", ["'lr'", "first in line 4"]),
+        (REQUIRED + "engine: {sglang: {tp-size: 1, tp-size: 2}}\n", ["'tp-size'", "line 4"]),
+        (REQUIRED + "optim: {lr: !!float 1}\n", ["tag", "line 4"]),
+        (REQUIRED + "optim: {lr: !!int x}\n", ["tag", "line 4"]),
+        (REQUIRED + f"engine: {{sglang: {'[' * 5000}}}\n", ["nested too deeply"]),
+    ],
+)
+def test_a_file_that_says_two_things_is_refused_with_its_lines(tmp_path, text, words):
+    with pytest.raises(ConfigError) as error:
+        load_text(tmp_path, text)
+    assert all(word in str(error.value) for word in ["c.yaml", *words]), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_a_key_given_twice_in_an_override_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"override 'engine\.sglang=.*'a' is given twice"):
+        load_text(tmp_path, REQUIRED, "engine.sglang={a: 1, a: 2}")
+
+
+def test_merged_keys_may_be_set_again(tmp_path):
+    text = REQUIRED + "engine: {sglang: {<<: &a {x: 1, y: 2}, x: 3}}\n"
+    assert load_text(tmp_path, text).engine.sglang == {"x": 3, "y": 2}
 
 
 def test_only_our_own_loader_reads_exponents_as_numbers():
