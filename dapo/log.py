@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from dapo import clock, files
@@ -107,12 +106,6 @@ class Console:
     def close(self) -> None:
         if self.status:
             self.status.stop()
-
-
-def mean(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Average key by key: `mean([{"loss": 1}, {"loss": 3}])` → {"loss": 2}; {} of no updates."""
-    keys = updates[0] if updates else {}
-    return {key: sum(update[key] for update in updates) / len(updates) for key in keys}
 
 
 def peak_memory_gib() -> float:

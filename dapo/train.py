@@ -14,11 +14,12 @@ from dapo.assemble import make_sampler
 from dapo.checkpoint import Checkpoints
 from dapo.config import Config, ConfigError
 from dapo.files import write_text
-from dapo.log import Console, Log, SilentLog, mean
+from dapo.log import Console, Log, SilentLog
 from dapo.mesh import Mesh
 from dapo.model.layout import check_layout
 from dapo.model.shape import ModelShape, read_shape
 from dapo.policy.megatron import Policy
+from dapo.policy.metrics import step_metrics
 from dapo.recorder import Recorder
 from dapo.sampler import Sampler
 from dapo.types import Stopped
@@ -49,7 +50,7 @@ def train(config: Config, mesh: Mesh) -> None:
             mismatch = policy.score(batch)
             updates = [policy.update(minibatch) for minibatch in batch.minibatches]  # 10–11: Eq. 8
             sampler.write_traces(step, policy.take_traces())
-            log(step, scores | batch.metrics | mismatch | mean(updates))
+            log(step, scores | batch.metrics | mismatch | step_metrics(updates))
             checkpoints.maybe_save(step + 1, policy, sampler)
         step = config.run.steps
         sampler.load_weights(policy, version=step)

@@ -155,11 +155,14 @@ def test_every_step_has_every_metric(quickstart: Path) -> None:
     names = """groups/asked groups/kept groups/all_correct groups/all_wrong rollout/accuracy rollout/reward
         rollout/truncated rollout/length rollout/length_max rollout/length_kept rollout/length_turned_away
         policy/loss policy/entropy policy/probability policy/clip_low policy/clip_high policy/grad_norm
-        policy/clip_high_probability policy/lr policy/mismatch time/rollout time/update time/sync
+        policy/updates_skipped policy/lr policy/mismatch rollout/no_gradient
+        time/rollout time/update time/sync
         time/old_logprobs time/step perf/tokens_per_second perf/peak_memory_gib
         perf/bytes_received perf/bytes_received_max"""
     for row in rows_of(quickstart)[:-1]:
         assert set(names.split()) <= set(row)
+        assert ("policy/clip_high_probability" in row) == (row["policy/clip_high"] > 0)
+        assert row["policy/updates_skipped"] == 0
         assert row["policy/mismatch_max"] < 1e-4, (
             "the sampler and the trainer disagree: a weight sync went wrong"
         )

@@ -16,6 +16,8 @@ def group_advantages(rewards: Sequence[float]) -> np.ndarray:
     `group_advantages([1, 1, 1, -1])` → [0.5, 0.5, 0.5, -1.5]; equal rewards → zeros.
     """
     values = np.asarray(rewards, dtype=np.float64)
+    if (values == values[0]).all():
+        return np.zeros(len(values), np.float32)  # their mean may be rounded, and so no advantage would be 0
     advantages: np.ndarray = (values - values.mean()) / (values.std(ddof=1) + 1e-6)
     return advantages.astype(np.float32)
 

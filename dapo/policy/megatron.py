@@ -136,30 +136,37 @@ class Policy:
         return metrics.score_metrics(sums, self.mesh.max(largest_gap))
 
     @timed("update")
-    def update(self, minibatch: list[PlacedMicrobatch]) -> dict[str, float]:
+    def update(self, minibatch: list[PlacedMicrobatch]) -> Sums:
         """Take one optimizer step on one minibatch (Eq. 8), which `score` has scored.
+
+        Without a token that has a weight and an advantage the gradient is 0, and Adam would only repeat
+        earlier updates: then there is no step, no decay and no tick of the learning rate. Returns sums for
+        metrics.step_metrics.
 
         Raises:
             PolicyError: the loss or the gradient's norm is not finite; the parameters are as they were.
         """
-        values = self.backward(minibatch)
+        sums = self.backward(minibatch)
+        if not sums["learnt"]:
+            return sums | {"taken": 0.0, "grad_norm": 0.0, "lr": 0.0}
         self.optimizer.prepare_grads()
         if not math.isfinite(norm := self.optimizer.get_grad_norm()):  # Megatron would take the step
             raise PolicyError(f"the gradient's norm is {norm}: stopped before the update, {UNTOUCHED}")
         self.scheduler.step(1)  # before the update: the first one has the first warm-up value, not lr 0
         _, grad_norm, _ = self.optimizer.step()
-        return values | {"policy/grad_norm": float(grad_norm), "policy/lr": self.scheduler.get_lr({})}
+        return sums | {"taken": 1.0, "grad_norm": float(grad_norm), "lr": self.scheduler.get_lr({})}
 
-    def backward(self, minibatch: list[PlacedMicrobatch]) -> dict[str, float]:
-        """Compute the gradients of a minibatch's loss over all ranks; return means over response tokens."""
+    def backward(self, minibatch: list[PlacedMicrobatch]) -> Sums:
+        """Compute the gradients of a minibatch's loss over all ranks; return sums over response tokens."""
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
         rows = schedule.run(self.models, self.transformer, minibatch, self._loss, forward_only=False)
-        sums = self.mesh.sum_by_key(metrics.total([metrics.update_sums(), *(rows if self.reports else [])]))
+        blank = metrics.update_sums(dual_clip=self.config.objective.dual_clip)
+        sums = self.mesh.sum_by_key(metrics.total([blank, *(rows if self.reports else [])]))
         if not math.isfinite(sums["loss"]):
             raise PolicyError(f"the loss is {sums['loss']}: stopped before the update, {UNTOUCHED}")
-        return metrics.update_metrics(sums)
+        return sums
 
     def take_traces(self) -> list[Trace]:
         """Return what updates since the last call saw of dumped samples, where this rank reports it."""
@@ -265,7 +272,7 @@ class Policy:
             seen = {"old_logprobs": scores.old_logprobs} | vars(out)
             values = torch.stack([seen[name].float() for name in token_fields(Trace)]).cpu().numpy()
             record(self._traces, microbatch.dumped, dict(zip(token_fields(Trace), values, strict=True)))
-        return out.loss, metrics.update_sums(out, mask)
+        return out.loss, metrics.update_sums(out, tokens, bounds.dual_clip)
 
     @property
     def _head(self) -> Head:

@@ -1,24 +1,26 @@
 """Metrics of the tokens that the policy scores and learns from.
 
-One function returns a microbatch's sums by name; they are added up over microbatches and ranks, and another
-function makes metrics of them. Without arguments the first returns zeros under the same names, for ranks that
-report nothing.
+One function returns a microbatch's sums by name; they are added up over microbatches, ranks and the step's
+updates, and another function makes metrics of them. Without arguments the first returns zeros under the same
+names, for ranks that report nothing.
 
 To add a metric of an update: a sum in `update_sums`, a value in `update_metrics`, a row in the glossary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from dapo_kernels import PolicyLoss
+from dapo_kernels import PolicyLoss, Tokens
 from torch import Tensor
 
 Sums = dict[str, float]
 EMPTY = torch.zeros(0)
 NO_TOKENS = torch.zeros(0, dtype=torch.bool)
+NOTHING = Tokens(EMPTY.long(), NO_TOKENS, EMPTY, EMPTY, EMPTY)
 NO_LOSS = PolicyLoss(
     torch.zeros(()), logprobs=EMPTY, entropy=EMPTY, clipped_low=NO_TOKENS, clipped_high=NO_TOKENS
 )
@@ -60,30 +62,60 @@ def score_metrics(sums: Sums, largest_gap: float) -> dict[str, float]:
     return metrics
 
 
-def update_sums(out: PolicyLoss = NO_LOSS, mask: Tensor = NO_TOKENS) -> Sums:
-    """Return the sums of a microbatch's loss over its response tokens."""
-    probability = out.logprobs[mask].exp()
-    high = out.clipped_high[mask]
+def update_sums(out: PolicyLoss = NO_LOSS, tokens: Tokens = NOTHING, dual_clip: float | None = None) -> Sums:
+    """Return the sums of a microbatch's loss over its response tokens.
+
+    Clipping is counted over those that weigh something: of a filtered sample no token is learnt from.
+    """
+    assert tokens.mask is not None and tokens.weights is not None and tokens.advantages is not None
+    assert tokens.old_logprobs is not None
+    weighed = tokens.mask & (tokens.weights > 0)
+    probability = out.logprobs[tokens.mask].exp()
+    high = out.clipped_high & weighed
     sums = {
-        "tokens": mask.sum(),
+        "tokens": tokens.mask.sum(),
+        "weighed": weighed.sum(),
+        # a token without an advantage has no gradient
+        "learnt": (weighed & (tokens.advantages != 0)).sum(),
         "loss": out.loss.detach(),
         "entropy": out.entropy.sum(),
         "probability": probability.sum(),
-        "clipped_low": out.clipped_low.sum(),
+        "clipped_low": (out.clipped_low & weighed).sum(),
         "clipped_high": high.sum(),
-        "clipped_high_probability": probability[high].sum(),
+        "clipped_high_probability": out.logprobs[high].exp().sum(),
     }
+    if dual_clip is not None:
+        is_beyond = out.logprobs - tokens.old_logprobs > math.log(dual_clip)
+        sums["dual_clipped"] = (is_beyond & weighed & (tokens.advantages < 0)).sum()
     return {name: float(value) for name, value in sums.items()}
 
 
 def update_metrics(sums: Sums) -> dict[str, float]:
-    """Return a minibatch's metrics: means over its response tokens."""
-    tokens = max(sums["tokens"], 1)
-    return {
-        "policy/loss": sums["loss"],  # the weights hold the normaliser: the sum is the loss
-        "policy/entropy": sums["entropy"] / tokens,
-        "policy/probability": sums["probability"] / tokens,
-        "policy/clip_low": sums["clipped_low"] / tokens,
-        "policy/clip_high": sums["clipped_high"] / tokens,
-        "policy/clip_high_probability": sums["clipped_high_probability"] / max(sums["clipped_high"], 1),
-    }
+    """Return means over the tokens of one update, or of several: a mean over no tokens is left out."""
+    metrics: dict[str, float] = {}
+    if tokens := sums["tokens"]:
+        metrics["policy/entropy"] = sums["entropy"] / tokens
+        metrics["policy/probability"] = sums["probability"] / tokens
+    if weighed := sums["weighed"]:
+        metrics["policy/clip_low"] = sums["clipped_low"] / weighed
+        metrics["policy/clip_high"] = sums["clipped_high"] / weighed
+        if "dual_clipped" in sums:
+            metrics["policy/dual_clip"] = sums["dual_clipped"] / weighed
+    if clipped := sums["clipped_high"]:
+        metrics["policy/clip_high_probability"] = sums["clipped_high_probability"] / clipped
+    return metrics
+
+
+def step_metrics(updates: Sequence[Sums]) -> dict[str, float]:
+    """Return a step's metrics from its updates' sums: tokens count alike, whichever update had them.
+
+    Loss, norm and learning rate are means over the updates that were taken.
+    """
+    if not updates:
+        return {}
+    sums = total(updates)
+    metrics = {"policy/updates_skipped": len(updates) - sums["taken"]} | update_metrics(sums)
+    if taken := sums["taken"]:
+        # the token weights hold the normaliser: an update's sum is its loss
+        metrics |= {f"policy/{name}": sums[name] / taken for name in ("loss", "grad_norm", "lr")}
+    return metrics

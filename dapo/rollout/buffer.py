@@ -50,7 +50,27 @@ class Buffer:
     @property
     def asked(self) -> list[Group]:
         """Every finished group."""
-        return self.kept + self.all_correct + self.all_wrong + self.surplus
+        return self.decided + self.surplus
+
+    @property
+    def decided(self) -> list[Group]:
+        """The finished groups that had their turn."""
+        return self.kept + self.all_correct + self.all_wrong
+
+    @property
+    def num_all_correct(self) -> int:
+        """Number of decided groups with correct samples only, kept or rejected."""
+        return sum(group.num_correct == len(group.samples) for group in self.decided)
+
+    @property
+    def num_all_wrong(self) -> int:
+        """Number of decided groups without a correct sample, kept or rejected."""
+        return sum(not group.num_correct for group in self.decided)
+
+    @property
+    def num_learnt(self) -> int:
+        """Number of kept groups with a gradient: equal rewards give no advantage (Eq. 9)."""
+        return sum(len({sample.reward for sample in group.samples}) > 1 for group in self.kept)
 
     def ledger(self) -> dict[str, float]:
         """Return the step's metrics: groups by kind; accuracy, reward and lengths (tokens) of their samples.
@@ -58,15 +78,16 @@ class Buffer:
         The surplus counts in asked and tokens only: when streaming it is what finished first, and short
         answers do.
         """
-        rejected = self.all_correct + self.all_wrong
-        samples = _samples(self.kept + rejected)
+        rejected, decided = self.all_correct + self.all_wrong, self.decided
+        samples = _samples(decided)
         lengths = [sample.length for sample in samples]
         return {
             "groups/asked": len(self.asked),
             "groups/kept": len(self.kept),
-            "groups/all_correct": len(self.all_correct),
-            "groups/all_wrong": len(self.all_wrong),
+            "groups/all_correct": self.num_all_correct,
+            "groups/all_wrong": self.num_all_wrong,
             "groups/surplus": len(self.surplus),
+            "rollout/no_gradient": 1 - self.num_learnt / len(decided) if decided else 0.0,
             "rollout/accuracy": _mean([sample.is_correct for sample in samples]),
             "rollout/reward": _mean([sample.reward for sample in samples]),
             "rollout/truncated": _mean([sample.is_truncated for sample in samples]),

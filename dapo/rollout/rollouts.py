@@ -80,11 +80,12 @@ class Rollouts:
         replayed = rollout.replay and dump.read(dump.path_of(rollout.replay, step), rollout.prompts_per_step)
         buffer = replayed or self.collect(step)
         self.engine.release_memory()
-        self._stop_if_nothing_is_learned(buffer)
+        rewarded = self.reward.take_metrics()
+        self._stop_if_nothing_is_learned(buffer, rewarded)
         set_advantages(buffer.kept)
         fraction = 1.0 if rollout.only else rollout.dump_share
         dump.write(dump.path_of(self.config.run.dir / "rollouts", step), buffer, fraction)
-        metrics = buffer.ledger() | self.reward.take_metrics() | self._staleness(buffer, step)
+        metrics = buffer.ledger() | rewarded | self._staleness(buffer, step)
         kept = [] if rollout.only else buffer.kept
         return batch.plan(kept, self.config, self.num_data_ranks, metrics, version=step)
 
@@ -253,21 +254,26 @@ class Rollouts:
 
     def _estimate_mixed(self, buffer: Buffer) -> float:
         """Fraction of groups that are mixed: this step's, averaged with PRIOR groups of the steps before."""
-        num_decided = len(buffer.kept) + len(buffer.all_correct) + len(buffer.all_wrong)
-        return (len(buffer.kept) + PRIOR * self.mixed_fraction) / (num_decided + PRIOR)
+        return (len(buffer.kept) + PRIOR * self.mixed_fraction) / (len(buffer.decided) + PRIOR)
 
-    def _stop_if_nothing_is_learned(self, buffer: Buffer) -> None:
-        """Raise RolloutError at the cap if `at_cap` says so, and after too many steps without a mixed
-        group.
+    def _stop_if_nothing_is_learned(self, buffer: Buffer, rewarded: dict[str, float]) -> None:
+        """Raise RolloutError without a group to learn from if the reward decided nothing, or after too many
+        such steps; and at the cap if `at_cap` says so. `rewarded`: the reward's metrics of the step.
         """
-        rollout = self.config.rollout
-        self.num_empty_steps = 0 if buffer.kept else self.num_empty_steps + 1
+        rollout, function = self.config.rollout, f"reward.function={self.config.reward.function}"
+        self.num_empty_steps = 0 if buffer.num_learnt else self.num_empty_steps + 1
         asked = len(buffer.asked)
-        correct, wrong = len(buffer.all_correct) / asked, len(buffer.all_wrong) / asked
+        correct, wrong = buffer.num_all_correct / asked, buffer.num_all_wrong / asked
+        if not buffer.num_learnt and rewarded.get("reward/undecided") == 1.0:
+            timeouts, crashes = rewarded["reward/timeouts"], rewarded["reward/crashes"]
+            raise RolloutError(
+                f"{function} decided about none of the step's {asked} groups: {timeouts:.0f} calls ran past "
+                f"reward.time_limit={self.config.reward.time_limit}, {crashes:.0f} ended their process: call "
+                "it by hand on one response"
+            )
         found = (
-            f"{len(buffer.kept)} of {buffer.capacity} mixed groups among {asked} sampled ({correct:.0%} all "
-            f"correct, {wrong:.0%} all wrong): use harder or easier data, or check "
-            f"reward.function={self.config.reward.function}"
+            f"{buffer.num_learnt} of {buffer.capacity} mixed groups among {asked} sampled ({correct:.0%} all "
+            f"correct, {wrong:.0%} all wrong): use harder or easier data, or check {function}"
         )
         if not buffer.is_full and rollout.at_cap == "stop":
             raise RolloutError(f"rollout.max_rounds={rollout.max_rounds} reached with {found}")

@@ -3,19 +3,10 @@ import json
 import pytest
 
 from dapo import clock
-from dapo.log import Console, Log, mean
+from dapo.log import Console, Log
 from dapo.report import glossary
 from dapo.report.curves import plot, read
 from tests.conftest import make_config
-
-
-def test_mean_is_taken_key_by_key():
-    updates = [{"loss": 1.0, "norm": 4.0}, {"loss": 3.0, "norm": 4.0}, {"loss": 8.0, "norm": 1.0}]
-    assert mean(updates) == {"loss": 4.0, "norm": 3.0}
-
-
-def test_mean_of_no_updates_is_empty():
-    assert mean([]) == {}
 
 
 def test_reading_leaves_out_a_last_line_that_a_crash_cut_short(tmp_path):

@@ -266,7 +266,7 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     our_start = {name: weight.clone().float() for name, weight in policy.weights()}
     result["grad_norms"] = []
     for i, minibatch in enumerate(batch.minibatches):
-        norm = policy.update(minibatch)["policy/grad_norm"]
+        norm = policy.update(minibatch)["grad_norm"]
         hf.backward(groups[i * GROUPS_PER_UPDATE : (i + 1) * GROUPS_PER_UPDATE], old)
         result["grad_norms"].append([norm, hf.step()])
     our_end = {name: weight.clone().float() for name, weight in policy.weights()}
@@ -335,9 +335,9 @@ def inject(fault: str, policy: Policy) -> None:
 def toy_metric(policy: Policy, batch: PlacedBatch) -> float:
     """Add a metric where the guide says: a sum and a value. Returns it, of all ranks' response tokens."""
     sums, values = metrics.update_sums, metrics.update_metrics
-    metrics.update_sums = lambda *x: sums(*x) | {"toy": 2 * sums(*x)["tokens"]}
+    metrics.update_sums = lambda *x, **y: sums(*x, **y) | {"toy": 2 * sums(*x)["tokens"]}
     metrics.update_metrics = lambda x: values(x) | {"policy/toy": x["toy"] / x["tokens"]}
-    found = policy.backward(batch.minibatches[0])["policy/toy"]
+    found = metrics.update_metrics(policy.backward(batch.minibatches[0]))["policy/toy"]
     metrics.update_sums, metrics.update_metrics = sums, values
     return found
 

@@ -71,21 +71,17 @@ def read(config: configs.Config) -> dict[str, Any]:
     samples = {(sample.group, sample.index): sample for group in groups for sample in group.samples}
     result: dict[str, Any] = {"same_samples": list(traces) == list(samples), "groups": len(groups)}
     mismatch, wrong = 0.0, 0
-    fractions = []
-    for minibatch in np.array_split(np.array([group.id for group in groups]), 2):
-        counts = np.zeros(3)  # tokens, clipped low, clipped high
-        for key, sample in samples.items():
-            if key[0] in minibatch:
-                trace = {name: np.array(value) for name, value in traces[key].items()}
-                new, old = (trace[name].astype(np.float32) for name in ("logprobs", "old_logprobs"))
-                ratio = np.exp(new - old)
-                low = (ratio < 1 - config.objective.clip_low) & (sample.advantage < 0)
-                high = (ratio > 1 + config.objective.clip_high) & (sample.advantage > 0)
-                wrong += int((low != trace["clipped_low"]).sum() + (high != trace["clipped_high"]).sum())
-                gap = np.abs(trace["old_logprobs"] - sample.behavior_logprobs).max()
-                mismatch = max(mismatch, float(gap))
-                counts += [sample.length, low.sum(), high.sum()]
-        fractions.append((counts[1:] / counts[0]).tolist())
+    counts = np.zeros(3)  # tokens, clipped low, clipped high
+    for key, sample in samples.items():
+        trace = {name: np.array(value) for name, value in traces[key].items()}
+        new, old = (trace[name].astype(np.float32) for name in ("logprobs", "old_logprobs"))
+        ratio = np.exp(new - old)
+        low = (ratio < 1 - config.objective.clip_low) & (sample.advantage < 0)
+        high = (ratio > 1 + config.objective.clip_high) & (sample.advantage > 0)
+        wrong += int((low != trace["clipped_low"]).sum() + (high != trace["clipped_high"]).sum())
+        gap = np.abs(trace["old_logprobs"] - sample.behavior_logprobs).max()
+        mismatch = max(mismatch, float(gap))
+        counts += [sample.length, low.sum(), high.sum()]
     metrics = json.loads((config.run.dir / "metrics.jsonl").read_text().splitlines()[0])
     logged = [metrics["policy/clip_low"], metrics["policy/clip_high"]]
     result["received"] = [metrics["perf/bytes_received_max"], metrics["perf/bytes_received"]]
@@ -93,7 +89,7 @@ def read(config: configs.Config) -> dict[str, Any]:
     return result | {
         "mismatch": mismatch,
         "wrong_flags": wrong,
-        "fractions": np.mean(fractions, axis=0).tolist(),
+        "fractions": (counts[1:] / counts[0]).tolist(),
         "logged": logged,
     }
 

@@ -15,6 +15,7 @@ from dapo import mesh as meshes
 from dapo.learn import batch as batches
 from dapo.learn.advantages import set_advantages
 from dapo.policy.megatron import PlacedBatch, Policy, PolicyError
+from dapo.policy.metrics import step_metrics
 from dapo.types import Group, Prompt, Sample
 
 ROOT = Path(__file__).parents[3]
@@ -122,3 +123,35 @@ def test_log_probs_that_are_not_finite_are_told_with_the_parameter_that_is_not(p
     params(policy)["decoder.layers.0.mlp.linear_fc2.weight"].data[3, 5] = torch.nan
     with pytest.raises(PolicyError, match=r"log-probs .* first model.layers.0.mlp.down_proj.weight"):
         policy.score(placed(policy, make_groups(MIXED)))
+
+
+@pytest.mark.parametrize("how", ["equal rewards", "filtered"])
+def test_an_update_from_which_nothing_can_be_learnt_moves_nothing(policy: Policy, how: str) -> None:
+    """Adam's momentum and the decay would repeat the update before it."""
+    batch = placed(
+        policy, make_groups([*MIXED, *([[1.0, 1.0, 1.0]] * 2 if how == "equal rewards" else MIXED)])
+    )
+    if how == "filtered":
+        for microbatch in batch.minibatches[1]:
+            microbatch.token_weights.zero_()
+    policy.score(batch)
+    first = policy.update(batch.minibatches[0])
+    before, ticks = state_of(policy), policy.scheduler.num_steps
+    assert any(float(tensor.abs().max()) > 0 for tensor in before[len(params(policy)) :]), "there is momentum"
+    second = policy.update(batch.minibatches[1])
+    assert all(map(torch.equal, before, state_of(policy))) and policy.scheduler.num_steps == ticks
+    assert (first["taken"], second["taken"]) == (1.0, 0.0)
+    values = step_metrics([first, second])
+    assert (values["policy/updates_skipped"], values["policy/grad_norm"]) == (1, first["grad_norm"])
+
+
+def test_one_token_that_weighs_something_makes_an_update(policy: Policy) -> None:
+    batch = placed(policy, make_groups(MIXED + MIXED))
+    for microbatch in batch.minibatches[1]:
+        keep = microbatch.loss_mask.nonzero()[-1]
+        kept = microbatch.token_weights[keep].clone()
+        microbatch.token_weights.zero_()[keep] = kept
+    policy.score(batch)
+    before = state_of(policy)
+    assert policy.update(batch.minibatches[1])["taken"] == 1.0
+    assert not all(map(torch.equal, before, state_of(policy)))

@@ -132,6 +132,7 @@ def by_place(*scripts: str) -> Callable[[int], str]:
         ([1, 0.5, -1, -2], [0.9986, 0.6355, -0.4539, -1.1802]),  # shaped: mean −0.375, std √(5.6875 / 3)
         ([1, 1, 1], [0, 0, 0]),
         ([-1.7] * 16, [0] * 16),
+        ([0.1] * 3, [0] * 3),
         ([0.1 + 0.2, 0.3], [0, 0]),  # equal up to rounding: the 1e-6 below holds it down
     ],
 )
@@ -139,6 +140,12 @@ def test_group_advantages_by_hand(rewards, expected):
     advantages = group_advantages(rewards)
     assert advantages.dtype == np.float32
     assert advantages == pytest.approx(expected, abs=2e-4)
+
+
+def test_equal_rewards_give_advantages_of_exactly_zero():
+    """Their mean is rounded: 0.1 three times has another. Adam would make whole steps of such a gradient."""
+    for rewards in ([0.1] * 3, [-1.7] * 16, [0.7] * 6):
+        assert not group_advantages(rewards).any()
 
 
 def test_group_advantages_have_mean_zero_and_sample_std_one():
@@ -334,11 +341,47 @@ def test_without_dynamic_sampling_one_round_of_n_groups_is_kept_whole(tmp_path):
 
 
 def test_without_dynamic_sampling_a_group_of_equal_rewards_has_no_gradient(tmp_path):
+    engine = ScriptedEngine(by_place("00", "11", "10", "00"))
     [batch] = make_rollouts(
-        tmp_path, ScriptedEngine(lambda prompt: "00"), "rollout.dynamic_sampling=false", "rollout.at_cap=stop"
+        tmp_path, engine, "rollout.dynamic_sampling=false", "rollout.at_cap=stop"
     ).next_batch(0)
-    assert batch.metrics["groups/kept"] == 4 and len(batch.minibatches) == 2
-    assert all((m.advantages == 0).all() for microbatches in batch.minibatches for m in microbatches)
+    counts = {name: batch.metrics[f"groups/{name}"] for name in ("asked", "kept", "all_correct", "all_wrong")}
+    assert counts == {"asked": 4, "kept": 4, "all_correct": 1, "all_wrong": 2}
+    assert batch.metrics["rollout/no_gradient"] == 3 / 4
+    advantages = np.concatenate([m.advantages[m.loss_mask] for part in batch.minibatches for m in part])
+    assert (advantages == 0).mean() == 3 / 4
+
+
+def test_without_dynamic_sampling_steps_without_a_gradient_stop_the_run_too(tmp_path):
+    rollouts = make_rollouts(tmp_path, ScriptedEngine(lambda prompt: "00"), "rollout.dynamic_sampling=false")
+    for step in range(2):
+        assert len(rollouts.next_batch(step)[0].minibatches) == 2
+    with pytest.raises(RolloutError, match=r"max_empty_steps=3 .*0 of 4 mixed .* 100% all wrong"):
+        rollouts.next_batch(2)
+
+
+def test_lengths_that_are_punished_are_a_gradient_of_groups_all_correct(tmp_path):
+    engine = ScriptedEngine(lambda prompt: "11", length=lambda request: 24 + 4 * request.index)
+    rollouts = make_rollouts(tmp_path, engine, "rollout.dynamic_sampling=false")
+    [batch] = rollouts.next_batch(0)
+    assert batch.metrics["rollout/no_gradient"] == 0 and batch.metrics["groups/all_correct"] == 4
+    assert rollouts.num_empty_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "undecided", "stops"), [("00", 1.0, True), ("00", 0.9, False), ("10", 1.0, False)]
+)
+def test_a_reward_that_decides_nothing_is_named_at_once(tmp_path, monkeypatch, kind, undecided, stops):
+    rollouts = make_rollouts(tmp_path, ScriptedEngine(lambda prompt: kind), "reward.time_limit=3")
+    counts = {"reward/timeouts": 20, "reward/crashes": 4, "reward/undecided": undecided}
+    monkeypatch.setattr(rollouts.reward, "take_metrics", lambda: counts)
+    if not stops:
+        assert rollouts.next_batch(0)[0].metrics["reward/undecided"] == undecided
+        return
+    with pytest.raises(RolloutError) as error:
+        rollouts.next_batch(0)
+    assert str(error.value).startswith("reward.function=dapo.reward:is_correct decided about none")
+    assert "20 calls ran past reward.time_limit=3.0, 4 ended their process" in str(error.value)
 
 
 def seeds_by_id(engine):
@@ -423,6 +466,7 @@ def test_the_ledger_accounts_for_every_group_and_token():
         "groups/all_correct": 2,
         "groups/all_wrong": 1,
         "groups/surplus": 1,
+        "rollout/no_gradient": pytest.approx(3 / 5),
         "rollout/accuracy": 6 / 10,
         "rollout/reward": 2 / 10,
         "rollout/truncated": 1 / 10,
