@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,11 +14,19 @@ from dapo.config import ConfigError
 from dapo.model.shape import read_config
 
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# config.json says the same, and every model computes it from there
+INERT = re.compile(r"(?:^|\.)rotary_emb\.inv_freq$")
+
+
 def open_safetensors(directory: Path) -> dict[str, Path]:
     """Return the file of each tensor by name: from the index if there is one, else of all safetensors files.
 
+    Inert tensors are left out.
+
     Raises:
-        ConfigError: there are none, one is damaged, or a file or a tensor of the index is missing.
+        ConfigError: there are none, one is damaged, a file or a tensor of the index is missing, or two files
+            have a tensor.
     """
     index = directory / "model.safetensors.index.json"
     where = _indexed(index) if index.is_file() else {}
@@ -36,8 +45,11 @@ def open_safetensors(directory: Path) -> dict[str, Path]:
             raise ConfigError(f"{path}: damaged or cut short: {error}") from error
         if lacking := sorted({name for name, file_name in where.items() if file_name == path.name} - names):
             raise ConfigError(f"{path}: tensor {lacking[0]} is not in it, though {index.name} says so")
-        found.update(dict.fromkeys(names, path))
-    return found
+        if twice := sorted(names & found.keys()):
+            both = f"tensor {twice[0]} is in {found[twice[0]].name} and in {path.name}"
+            raise ConfigError(f"{directory}: {both}: remove one of them, or add an index that names one")
+        found.update(dict.fromkeys(sorted(names), path))
+    return {name: path for name, path in found.items() if not INERT.search(name)}
 
 
 def _indexed(index: Path) -> dict[str, str]:
@@ -65,12 +77,33 @@ def read_dtypes(files: dict[str, Path]) -> dict[str, str]:
 
 
 def stored_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor, without the copy of the embedding that some store as the head of a tied model.
+    """Yield every tensor of any model, but for inert ones, and for a tied model's copy of its embedding.
 
     Raises:
-        ConfigError: no config.json there, or it is broken, or as `open_safetensors`.
+        ConfigError: no config.json there, or it is broken; a tied model's head is no copy; or as
+            `open_safetensors`.
     """
     is_tied = read_config(directory).get("tie_word_embeddings", False)
-    for name, path in open_safetensors(directory).items():
-        if not (is_tied and name == "lm_head.weight"):
+    files = open_safetensors(directory)
+    for name, path in files.items():
+        if name == EMBEDDING and is_tied:
+            yield name, read_tied(directory, files)
+        elif not (name == HEAD and is_tied):
             yield name, read_tensor(path, name)
+
+
+def read_tied(directory: Path, files: dict[str, Path]) -> Tensor:
+    """Return the embedding of a model whose head it is too.
+
+    Raises:
+        ConfigError: the files hold another head, which would be lost.
+    """
+    embedding = read_tensor(files[EMBEDDING], EMBEDDING)
+    if HEAD in files:
+        head = read_tensor(files[HEAD], HEAD)
+        if head.shape != embedding.shape or not (head == embedding).all():
+            raise ConfigError(
+                f"{directory}: {HEAD} is not {EMBEDDING}, though config.json says tie_word_embeddings=true: set "
+                "it false there if this is the model's head, or remove the tensor"
+            )
+    return embedding

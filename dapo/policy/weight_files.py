@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dapo import files
 from dapo.config import ConfigError
-from dapo.model.files import open_safetensors, read_dtypes, read_tensor
+from dapo.model.files import EMBEDDING, HEAD, open_safetensors, read_dtypes, read_tensor, read_tied
 from dapo.model.names import Dimensions, Entry, table
 from dapo.model.shape import ModelShape, read_config
 from dapo.policy import torch_dist
@@ -35,6 +35,7 @@ Named = Iterator[tuple[str, Tensor]]  # with Hugging Face names
 SHARD_BYTES = 4 * 2**30  # size of a written file
 THREADS = 2  # with two, reading, checking, rearranging and writing take about as long as the disk
 SAFETENSORS_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES = (*SAFETENSORS_DTYPE, torch.float64)  # that are read; others are quantized
 
 
 def open_weights(directory: Path, shape: ModelShape) -> HFWeights | MegatronWeights:
@@ -53,19 +54,22 @@ class HFWeights:
     def __init__(self, directory: Path, shape: ModelShape):
         self.directory = directory
         found = open_safetensors(directory)
-        expected = {name for entry in table(shape, is_fused=True) for name in entry.hf}
-        _check_names(directory, set(found), expected, {"lm_head.weight"} if shape.is_tied else set())
-        self._files = {name: found[name] for name in expected}
+        self._names = {name for entry in table(shape, is_fused=True) for name in entry.hf}
+        _check_names(directory, set(found), self._names, {HEAD} if shape.is_tied else set())
+        self._files, self._is_tied = found, shape.is_tied
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of all tensors. Raise ConfigError if they are of several."""
         known = {code: dtype for dtype, code in SAFETENSORS_DTYPE.items()}
-        dtypes = {name: known.get(code, code) for name, code in read_dtypes(self._files).items()}
+        files = {name: self._files[name] for name in self._names}
+        dtypes = {name: known.get(code, code) for name, code in read_dtypes(files).items()}
         return _only_dtype(self.directory, dtypes)
 
     def read(self, entry: Entry) -> list[Tensor]:
         """See StoredWeights."""
+        if self._is_tied and entry.hf == (EMBEDDING,):
+            return _checked(self.directory, entry, [read_tied(self.directory, self._files)])
         tensors = [read_tensor(self._files[name], name) for name in entry.hf]
         return _checked(self.directory, entry, tensors)
 
@@ -115,8 +119,13 @@ def _counts(entry: Entry, shape: ModelShape) -> Dimensions:
 
 
 def _checked(directory: Path, entry: Entry, tensors: list[Tensor]) -> list[Tensor]:
-    """Return the tensors. Raise ConfigError if a shape is not config.json's, or a value is not finite."""
+    """Return the tensors. Raise ConfigError if a shape is not config.json's, a dtype is none of a model's
+    weights, or a value is not finite.
+    """
     for name, tensor, wanted in zip(entry.hf, tensors, entry.shapes, strict=True):
+        if tensor.dtype not in DTYPES:
+            expected = ", ".join(map(_name, DTYPES))
+            raise ConfigError(f"{directory}: tensor {name} is {_name(tensor.dtype)}; expected {expected}")
         if (found := tuple(tensor.shape)) != wanted:
             raise ConfigError(f"{directory}: tensor {name} has shape {found}, config.json means {wanted}")
         # with a NaN both are NaN; takes an eighth of isfinite's time
@@ -200,12 +209,17 @@ def parts(shape: ModelShape) -> list[list[Entry]]:
 
 
 def hf_tensors(
-    weights: StoredWeights, shape: ModelShape, dtype: torch.dtype, entries: list[Entry] | None = None
+    weights: StoredWeights,
+    shape: ModelShape,
+    dtype: torch.dtype | None,
+    entries: list[Entry] | None = None,
 ) -> Named:
-    """Yield (Hugging Face name, tensor) of these entries; None: of all, in the table's order."""
+    """Yield (Hugging Face name, tensor) of these entries; None: of all, in the table's order. `dtype` None:
+    as stored.
+    """
     for entry in table(shape, is_fused=True) if entries is None else entries:
         for name, tensor in zip(entry.hf, weights.read(entry), strict=True):
-            yield name, _cast(name, tensor, dtype)
+            yield name, _cast(name, tensor, dtype) if dtype else tensor
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

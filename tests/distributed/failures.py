@@ -155,6 +155,14 @@ def extra_tensor(directory: Path) -> list[str]:
 
 
 @case
+def head_of_its_own(directory: Path) -> list[str]:
+    """Of a model that config.json says has none."""
+    return broken_model(
+        directory, lambda config, weights: weights.update({"lm_head.weight": torch.ones(25, 64)})
+    )
+
+
+@case
 def wrong_shape(directory: Path) -> list[str]:
     return broken_model(
         directory, lambda config, weights: weights.update({"model.norm.weight": torch.ones(65)})

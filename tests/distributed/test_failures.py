@@ -33,6 +33,7 @@ SAYS = {  # what went wrong → words that must be in the line
     "weights_cut_short": ["model.safetensors", "cut short"],
     "missing_tensor": ["missing", "model.norm.weight"],
     "extra_tensor": ["no place", "model.surprise.weight"],
+    "head_of_its_own": ["lm_head.weight is not model.embed_tokens.weight", "tie_word_embeddings=true"],
     "wrong_shape": ["model.norm.weight", "(65,)", "(64,)"],
     "nan_weights": ["model.norm.weight", "NaN"],
     "unsupported_architecture": ["'mamba'", "qwen2"],

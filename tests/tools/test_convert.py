@@ -172,6 +172,13 @@ def test_a_damaged_table_of_contents_is_not_even_opened(
     )
 
 
+def own_head(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The embedding but for one value."""
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[7, 3] += 1e-3
+    return head
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -185,6 +192,18 @@ def test_a_damaged_table_of_contents_is_not_even_opened(
             "model.norm.weight has shape (65,)",
         ),
         (lambda tensors: tensors.pop("model.norm.weight"), "1 tensors are missing, first model.norm.weight"),
+        (
+            lambda tensors: tensors.update({"model.surprise": torch.ones(2)}),
+            "1 tensors have no place in this architecture, first model.surprise",
+        ),
+        (
+            lambda tensors: tensors.update({"lm_head.weight": own_head(tensors)}),
+            "lm_head.weight is not model.embed_tokens.weight, though config.json says tie_word_embeddings=true",
+        ),
+        (
+            lambda tensors: tensors.update({"lm_head.weight": own_head(tensors)[:24]}),
+            "lm_head.weight is not model.embed_tokens.weight",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_neither_converted_nor_compared(
@@ -195,6 +214,37 @@ def test_weights_that_do_not_fit_are_neither_converted_nor_compared(
     assert not list(tmp_path.glob("*out*")), "a part of it was left"
     for models in ((source, BASE), (BASE, source)):
         assert said in refusal(check_checkpoint, *models, capsys=capsys)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_tensors_are_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: torch.dtype
+) -> None:
+    quantized = {"model.norm.weight": torch.ones(64).to(dtype)}
+    source = changed_base(tmp_path / "source", lambda tensors: tensors.update(quantized))
+    said = f"tensor model.norm.weight is {str(dtype)[6:]}; expected float32, bfloat16, float16, float64"
+    line = refusal(hf_to_megatron, source, tmp_path / "out", "--dtype", "float32", capsys=capsys)
+    assert said in line
+    assert said in refusal(check_checkpoint, source, BASE, capsys=capsys)
+
+
+def test_a_copy_of_the_tied_embedding_and_tensors_that_config_json_implies_are_left_out(
+    tmp_path: Path,
+) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    source = changed_base(
+        tmp_path / "source",
+        lambda tensors: tensors.update(
+            {"lm_head.weight": tensors["model.embed_tokens.weight"].clone(), name: torch.ones(8)}
+        ),
+    )
+    assert hf_to_megatron.main([str(source), str(tmp_path / "megatron")]) == 0
+    assert check_checkpoint.main([str(source), str(tmp_path / "megatron")]) == 0
+    assert megatron_to_hf.main([str(tmp_path / "megatron"), str(tmp_path / "hf")]) == 0
+    assert (
+        load_file(tmp_path / "hf" / "model.safetensors").keys()
+        == load_file(BASE / "model.safetensors").keys()
+    )
 
 
 def changed_megatron(directory: Path, change: Callable[[str, torch.Tensor], torch.Tensor | None]) -> Path:

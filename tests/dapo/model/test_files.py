@@ -63,7 +63,31 @@ def test_a_file_cut_short_is_named(tmp_path):
         open_safetensors(tmp_path)
 
 
+def test_a_tensor_in_two_files_is_refused_without_an_index(tmp_path):
+    write(tmp_path, a={"x": 1.0, "y": 1.0}, b={"y": 2.0})
+    with pytest.raises(ConfigError, match=r"tensor y is in a\.safetensors and in b\.safetensors: remove one"):
+        open_safetensors(tmp_path)
+
+
 def test_the_copied_head_of_a_tied_model_is_left_out(tmp_path):
-    write(tmp_path, model={"model.embed_tokens.weight": 1.0, "lm_head.weight": 1.0})
+    write(tmp_path, model={"model.embed_tokens.weight": 1.0, "lm_head.weight": 1.0, "inv_freq": 2.0})
     (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
-    assert [name for name, _ in stored_weights(tmp_path)] == ["model.embed_tokens.weight"]
+    assert [name for name, _ in stored_weights(tmp_path)] == ["inv_freq", "model.embed_tokens.weight"]
+
+
+def test_another_head_of_a_tied_model_is_refused_and_of_an_untied_one_read(tmp_path):
+    write(tmp_path, model={"model.embed_tokens.weight": 1.0, "lm_head.weight": 1.5})
+    (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
+    with pytest.raises(ConfigError, match=r"lm_head\.weight is not model\.embed_tokens\.weight, though"):
+        list(stored_weights(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    read = {name: float(tensor) for name, tensor in stored_weights(tmp_path)}
+    assert read == {"model.embed_tokens.weight": 1.0, "lm_head.weight": 1.5}
+
+
+@pytest.mark.parametrize(
+    "name", ["model.rotary_emb.inv_freq", "model.layers.3.self_attn.rotary_emb.inv_freq"]
+)
+def test_frequencies_that_config_json_implies_are_left_out(tmp_path, name):
+    write(tmp_path, model={"x": 1.0, name: 1.0})
+    assert list(open_safetensors(tmp_path)) == ["x"]
