@@ -13,7 +13,6 @@ from torch import Tensor
 from dapo.config import ConfigError
 from dapo.model.shape import read_config
 
-
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # config.json says the same, and every model computes it from there
 INERT = re.compile(r"(?:^|\.)rotary_emb\.inv_freq$")
@@ -33,7 +32,7 @@ def open_safetensors(directory: Path) -> dict[str, Path]:
     paths = sorted({directory / name for name in where.values()} or directory.glob("*.safetensors"))
     if not paths:
         raise ConfigError(f"{directory}: no *.safetensors there; the model has no weights")
-    found = {}
+    found: dict[str, Path] = {}
     for path in paths:
         if not path.is_file():
             missing = f"{path.name} is missing, one of {len(paths)} files that {index.name} names"
@@ -103,7 +102,7 @@ def read_tied(directory: Path, files: dict[str, Path]) -> Tensor:
         head = read_tensor(files[HEAD], HEAD)
         if head.shape != embedding.shape or not (head == embedding).all():
             raise ConfigError(
-                f"{directory}: {HEAD} is not {EMBEDDING}, though config.json says tie_word_embeddings=true: set "
-                "it false there if this is the model's head, or remove the tensor"
+                f"{directory}: {HEAD} is not {EMBEDDING}, though config.json says tie_word_embeddings=true: "
+                "set it false there if this is the model's head, or remove the tensor"
             )
     return embedding
