@@ -136,6 +136,8 @@ class Reward(Section):
     workers: Count = 4
     # seconds for one answer; after them the worker is replaced, the answer is wrong and counted
     time_limit: AboveZero = 5.0
+    # GiB of main memory for a worker and what it started; above them it is replaced, as after a crash
+    memory_limit: AboveZero = 4.0
     truncated_is_wrong: bool = option(False, "where the task asks for an end", verl=False)
     soft_overlong_punishment: bool = True  # Eq. 13
     overlong_cache: Positive = 4096  # L_cache of Eq. 13, tokens

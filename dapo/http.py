@@ -1,8 +1,8 @@
 """The one HTTP client: for requests to inference servers, their health, and rewards at a URL.
 
 One thread runs an event loop for all of them. Every status is an answer; a body that is cut short, too large
-or compressed is none: what a stranger sends costs at most the limits given with the request. No proxy is used,
-whatever the environment says, and no redirect is followed.
+or compressed is none: an answer costs at most the bytes and the time that its request allows. No proxy is
+used, whatever the environment says, and no redirect is followed.
 """
 
 from __future__ import annotations
@@ -76,7 +76,10 @@ async def exchange(
     request: dict[str, Any] = dict(data=data, headers=headers, timeout=timeouts, allow_redirects=False)
     try:
         async with _session().request(method, url, **request) as response:
-            return Answer(response.status, await _read(response, max_bytes))
+            said = await _read(response, max_bytes)
+            if key and response.status >= 300:  # a refusal is quoted, and may quote the key
+                said = said.replace(key.encode(), b"***")
+            return Answer(response.status, said)
     except TimeoutError:
         raise TimedOut("timed out") from None
     except (aiohttp.ClientError, OSError) as error:
@@ -110,9 +113,9 @@ def wait(work: Coroutine[Any, Any, T], is_interrupted: Callable[[], bool] = lamb
 
 
 def require_connections(count: int) -> None:
-    """Raise the limit on open files as far as the system allows. Warn if it is too low for `count` connections.
+    """Raise the limit on open files as far as the system allows: a connection is an open file.
 
-    A connection is one open file.
+    Warn if it is too low for `count` connections.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:

@@ -35,6 +35,10 @@ class StorageError(Stopped):
     """A file that the run has to keep cannot be written. The message is one line."""
 
 
+class RewardError(Stopped):
+    """A reward function returned no verdict. The message is one line: which function, and what happened."""
+
+
 class EngineError(Stopped):
     """The engine cannot go on. The message is one line: which server, and what happened."""
 

@@ -6,15 +6,14 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from dapo import config
+from dapo import config, http
 from dapo.config import ConfigError
 from dapo.reward import remote
 from dapo.reward.overlong import soft_overlong_penalty
-from dapo.reward.worker import Failure, Job, Verdict, import_function, judge
+from dapo.reward.worker import Failure, Function, Job, Reply, Verdict
 from dapo.reward.workers import Workers
-from dapo.types import Interrupted, Prompt, Sample
+from dapo.types import Interrupted, Prompt, RewardError, Sample, StorageError
 
 
 @dataclass(eq=False)
@@ -24,6 +23,8 @@ class Reward:
     A call that does not return within `reward.time_limit`, or that ends its process, counts as wrong. Shadow
     verifiers mark nothing: a sample on which one of them contradicts `is_correct` is written to `disputes`,
     a JSONL file.
+
+    Counts begin anew with each `take_metrics`: evaluation takes its own, so that training's hold no others.
 
     Raises:
         ConfigError: a function cannot be imported.
@@ -39,10 +40,20 @@ class Reward:
         self.weights = {reward.function: 1.0} if isinstance(reward.function, str) else reward.function
         self.functions = [*self.weights, *reward.shadow]
         self.local = {name: self._import(name) for name in self.functions if not remote.is_remote(name)}
+        first = self.local.get(self.functions[0])
+        self.finds_answers = first is not None and first.answer_of is not None
         self.workers: Workers | None = None
         if self.local and reward.workers:
-            self.workers = Workers(list(self.local), reward.workers, reward.time_limit, self.is_interrupted)
-        self.num_compared = 0
+            limits = reward.time_limit, reward.memory_limit
+            self.workers = Workers(list(self.local), reward.workers, *limits, self.is_interrupted)
+        if len(self.local) < len(self.functions):
+            http.require_connections(reward.workers)
+        self._reset_counts()
+
+    def _reset_counts(self) -> None:
+        self.num_scored = 0
+        self.num_undecided = 0
+        self.num_without_answer = 0
         self.num_disputed = 0
 
     def score(self, pairs: Sequence[tuple[Prompt, Sample]]) -> None:
@@ -51,64 +62,79 @@ class Reward:
         True is worth +1, False −1; a number is worth itself, and means correct above 0.
 
         Raises:
-            ConfigError: a function raised, or returned neither bool nor finite float; a remote one cannot be
+            RewardError: a function raised, or returned neither bool nor finite float; a remote one cannot be
                 reached.
             Interrupted: the run is to stop. No sample has been marked.
         """
-        verdicts = self._judge(pairs)
+        replies = self._judge(pairs)
+        verdicts = [self._checked(name, pairs, replies[name]) for name in self.functions]
+        first = replies[self.functions[0]]
+        self.num_scored += len(first)
+        self.num_undecided += first.count(None)
+        self.num_without_answer += sum(reply is not None and reply.has_answer is False for reply in first)
         for i, (_, sample) in enumerate(pairs):
             self._mark(sample, [each[i] for each in verdicts[: len(self.weights)]])
         for i, (prompt, sample) in enumerate(pairs if self.reward.shadow else []):
             self._compare(prompt, sample, [each[i] for each in verdicts])
 
     def take_metrics(self) -> dict[str, float]:
-        """Count, since the last call, calls without a verdict and disagreements of shadow verifiers."""
-        metrics: dict[str, float] = {"reward/timeouts": 0, "reward/crashes": 0}
-        if self.workers:
-            metrics["reward/timeouts"] = self.workers.num_timeouts
-            metrics["reward/crashes"] = self.workers.num_crashes
-            self.workers.num_timeouts = self.workers.num_crashes = 0
+        """Count, since the last call, the calls without a verdict; and return fractions of scored responses:
+        without a verdict, without an answer in them, and with a shadow verifier that disagrees.
+        """
+        num_scored = max(self.num_scored, 1)
+        metrics: dict[str, float] = {
+            "reward/timeouts": self.workers.num_timeouts if self.workers else 0,
+            "reward/crashes": self.workers.num_crashes if self.workers else 0,
+            "reward/undecided": self.num_undecided / num_scored,
+        }
+        if self.finds_answers:
+            metrics["reward/no_answer"] = self.num_without_answer / num_scored
         if self.reward.shadow:
-            metrics["reward/disagreement"] = self.num_disputed / max(self.num_compared, 1)
-            self.num_compared = self.num_disputed = 0
+            metrics["reward/disagreement"] = self.num_disputed / num_scored
+        if self.workers:
+            self.workers.num_timeouts = self.workers.num_crashes = 0
+        self._reset_counts()
         return metrics
 
     def close(self) -> None:
         if self.workers:
             self.workers.close()
 
-    def _judge(self, pairs: Sequence[tuple[Prompt, Sample]]) -> list[list[Verdict]]:
-        """Return the verdict of each function on each pair, [functions][pairs]."""
+    def _judge(self, pairs: Sequence[tuple[Prompt, Sample]]) -> dict[str, list[Reply | None]]:
+        """Return the reply of each function on each pair, by the function's name."""
         jobs = [Job(0, sample.text, prompt.answer) for prompt, sample in pairs]
-        found: dict[str, list[Verdict | Failure | None]] = {}
+        found: dict[str, list[Reply | None]] = {}
         if self.workers:
             calls = [job._replace(function=i) for i in range(len(self.local)) for job in jobs]
-            verdicts = self.workers.judge(calls)
+            replies = self.workers.judge(calls)
             for i, name in enumerate(self.local):
-                found[name] = verdicts[i * len(jobs) : (i + 1) * len(jobs)]
+                found[name] = replies[i * len(jobs) : (i + 1) * len(jobs)]
         else:
             for name, function in self.local.items():
                 found[name] = [self._call(function, job) for job in jobs]
         limits = self.reward.workers, self.reward.time_limit
-        for name in filter(remote.is_remote, self.functions):
-            found[name] = remote.judge(name, jobs, *limits, is_interrupted=self.is_interrupted)
-        return [self._checked(name, pairs, found[name]) for name in self.functions]
+        for url in filter(remote.is_remote, self.functions):
+            name = f"{self._option(url)}={url}"
+            verdicts = remote.judge(name, url, jobs, *limits, is_interrupted=self.is_interrupted)
+            found[url] = [Reply(verdict) for verdict in verdicts]
+        return found
 
-    def _call(self, function: Callable[[str, str], Any], job: Job) -> Verdict | Failure:
+    def _call(self, function: Function, job: Job) -> Reply:
         if self.is_interrupted():
             raise Interrupted
-        return judge(function, job.response, job.answer)
+        return function.judge(job.response, job.answer)
 
     def _checked(
-        self, name: str, pairs: Sequence[tuple[Prompt, Sample]], found: list[Verdict | Failure | None]
+        self, name: str, pairs: Sequence[tuple[Prompt, Sample]], replies: list[Reply | None]
     ) -> list[Verdict]:
-        """Return the verdicts, False where a call had none. Raise ConfigError if a call failed."""
+        """Return the verdicts, False where a call had none. Raise RewardError if a call failed."""
         verdicts: list[Verdict] = []
-        for (prompt, _), verdict in zip(pairs, found, strict=True):
+        for (prompt, _), reply in zip(pairs, replies, strict=True):
+            verdict = False if reply is None else reply.verdict
             if isinstance(verdict, Failure):
                 failed = f"{self._option(name)}={name} {verdict.what} for prompt {prompt.index}"
-                raise ConfigError(f"{failed}; expected bool or finite float")
-            verdicts.append(False if verdict is None else verdict)
+                raise RewardError(f"{failed}; expected bool or finite float")
+            verdicts.append(verdict)
         return verdicts
 
     def _mark(self, sample: Sample, verdicts: list[Verdict]) -> None:
@@ -122,20 +148,23 @@ class Reward:
             sample.reward += soft_overlong_penalty(sample.length, *limits)
 
     def _compare(self, prompt: Prompt, sample: Sample, verdicts: list[Verdict]) -> None:
-        """Count the sample; write it to `disputes` if a shadow verifier contradicts the first function."""
-        self.num_compared += 1
+        """Count the sample, and write it to `disputes`, if a shadow verifier contradicts the first one."""
         if all((verdict > 0) == (verdicts[0] > 0) for verdict in verdicts[len(self.weights) :]):
             return
         self.num_disputed += 1
         if self.disputes:
             row = {"prompt": prompt.index, "group": sample.group, "sample": sample.index}
             given = {"answer": prompt.answer, "verdicts": dict(zip(self.functions, verdicts, strict=True))}
-            with self.disputes.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row | given | {"response": sample.text}) + "\n")
+            line = json.dumps(row | given | {"response": sample.text}) + "\n"
+            try:
+                with self.disputes.open("a", encoding="utf-8") as file:
+                    file.write(line)
+            except OSError as error:
+                raise StorageError(f"{self.disputes} cannot be written: {error.strerror}") from error
 
-    def _import(self, name: str) -> Callable[[str, str], Any]:
+    def _import(self, name: str) -> Function:
         try:
-            return import_function(name)
+            return Function(name)
         except ValueError as error:
             raise ConfigError(f"{self._option(name)}={error}") from error
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import reprlib
-import signal
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -21,43 +22,60 @@ class Failure(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A call to make: `functions[function](response, answer)`."""
+    """A call to make, of the function with that number."""
 
     function: int
     response: str
     answer: str
 
 
-def serve(connection: Connection, paths: Sequence[str], timeout: float) -> None:
-    """Import the functions, send None, then answer each list of jobs until the other side closes."""
-    # Ctrl-C is for the main process; and processes that a function starts end with this group
-    os.setpgid(0, 0)
-    try:
+class Reply(NamedTuple):
+    """The answer to a job: `has_answer` is None where the function's module defines no `answer_of`."""
+
+    verdict: Verdict | Failure
+    has_answer: bool | None = None
+
+
+class Function:
+    """A reward function and, if its module defines one, `answer_of`: the answer found in a response, or None.
+
+    Raises:
+        ValueError: there is no such function.
+    """
+
+    def __init__(self, path: str):
+        self.call = import_function(path)
+        answer_of = getattr(sys.modules[path.partition(":")[0]], "answer_of", None)
+        self.answer_of: Callable[[str], str | None] | None = answer_of if callable(answer_of) else None
+
+    def judge(self, response: str, answer: str) -> Reply:
+        """Return the function's verdict as a bool or a finite float, or how it failed."""
+        process = os.getpid()
         try:
-            functions = [import_function(path) for path in paths]
+            verdict = checked(self.call(response, answer))
+            has_answer = None if self.answer_of is None else self.answer_of(response) is not None
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # the user's function may raise anything
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            text = " ".join(str(error).split())[:300]
+            verdict = Failure(f"raised {type(error).__name__}: {text} ({place.filename}:{place.lineno})")
+            has_answer = None
+        if os.getpid() != process:  # a child that the function left behind: its parent has the verdict
+            os._exit(0)
+        return Reply(verdict, has_answer)
+
+
+def serve(connection: Connection, paths: Sequence[str]) -> None:
+    """Import the functions, send None, then reply to each list of jobs until the other side closes."""
+    with contextlib.suppress(EOFError, OSError):
+        try:
+            functions = [Function(path) for path in paths]
         except (Exception, SystemExit) as error:  # noqa: BLE001  # the user's module may raise anything
             connection.send(Failure(str(error)))
             return
         connection.send(None)
         while True:
             for job in connection.recv():
-                # its default action ends this process if the main process died and cannot
-                signal.setitimer(signal.ITIMER_REAL, 2 * timeout + 1)
-                verdict = judge(functions[job.function], job.response, job.answer)
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                connection.send(verdict)
-    except (EOFError, OSError):
-        return
-
-
-def judge(function: Callable[[str, str], Any], response: str, answer: str) -> Verdict | Failure:
-    """Return the function's verdict as a bool or a finite float, or how it failed."""
-    try:
-        return checked(function(response, answer))
-    except (Exception, SystemExit) as error:  # noqa: BLE001  # the user's function may raise anything
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        text = " ".join(str(error).split())[:300]
-        return Failure(f"raised {type(error).__name__}: {text} ({place.filename}:{place.lineno})")
+                connection.send(functions[job.function].judge(job.response, job.answer))
 
 
 def checked(verdict: Any) -> Verdict | Failure:

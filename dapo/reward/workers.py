@@ -2,80 +2,124 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing
 import os
-import signal
+import sys
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 
 from dapo.config import ConfigError
-from dapo.reward.worker import Failure, Job, Verdict, serve
+from dapo.reward.guardian import MEMORY_EXCEEDED, guard
+from dapo.reward.worker import Failure, Job, Reply
 from dapo.types import Interrupted
 
 JOBS_PER_MESSAGE = 16
 IMPORT_TIMEOUT = 300.0  # seconds for a worker to import the functions
 CHECK_EVERY = 0.25  # seconds between two checks for an interruption
+END_TIMEOUT = 5.0  # seconds for a guardian to end its worker
+SUSPENDED = (
+    1.0  # seconds more than a wait was to take: this process was stopped, and its workers may have been
+)
 
 # workers are forks of a process that has neither threads, nor CUDA, nor torch
 _context = multiprocessing.get_context("forkserver")
 # imported before the fork, so that the import takes no part of a call's timeout
-_context.set_forkserver_preload(["dapo.reward.worker", "dapo.reward", "math_verify"])
+_context.set_forkserver_preload(["dapo.reward.guardian", "dapo.reward", "math_verify"])
 
 
 class _Worker:
-    def __init__(self, functions: list[str], timeout: float):
+    """A worker under its guardian, which alone is a child of multiprocessing here.
+
+    It is no daemon, because those may have no children, and a function may use multiprocessing itself.
+    """
+
+    def __init__(self, functions: list[str], max_bytes: int):
         self.connection, theirs = _context.Pipe()
-        arguments = (theirs, functions, timeout)
-        self.process = _context.Process(target=serve, args=arguments, name="reward", daemon=True)
-        self.process.start()
-        assert self.process.pid  # never 0, which would be our own process group
-        self.pid = self.process.pid
+        arguments = (theirs, functions, os.getpid(), max_bytes)
+        self.guardian = _context.Process(target=guard, args=arguments, name="reward")
+        self.guardian.start()
         theirs.close()
         self.is_ready = False
         self.todo: deque[int] = deque()  # numbers of the jobs it was sent; it is doing the first
         self.deadline = time.monotonic() + IMPORT_TIMEOUT
+        _running.add(self)
 
     @property
     def is_busy(self) -> bool:
         """True if it has until its deadline to send something."""
         return bool(self.todo) or not self.is_ready
 
-    def end(self) -> None:
+    @property
+    def has_ended(self) -> bool:
+        """True if it ended while it had nothing to do."""
+        is_idle = self.is_ready and not self.todo
+        return is_idle and (self.connection.poll() or not self.guardian.is_alive())
+
+    def end(self) -> bool:
+        """End it and all that it started. Return True if it was being ended for its memory."""
         self.connection.close()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)  # and the processes that the function started
-        self.process.kill()
-        self.process.join()
+        self.guardian.terminate()
+        self.guardian.join(END_TIMEOUT)
+        if self.guardian.exitcode is None:
+            self.guardian.kill()  # its worker dies with it
+            self.guardian.join()
+        _running.discard(self)
+        return self.guardian.exitcode == MEMORY_EXCEEDED
+
+
+_running: weakref.WeakSet[_Worker] = weakref.WeakSet()
+
+
+def _end_running(process: int = os.getpid()) -> None:
+    """End all workers of this process, which multiprocessing would otherwise wait for when it exits."""
+    if os.getpid() == process:  # not those of the process that this one is a fork of
+        for worker in list(_running):
+            worker.end()
+
+
+atexit.register(_end_running)  # before multiprocessing's own function, which was registered earlier
 
 
 class Workers:
     """Calls reward functions in up to `count` processes, which start when there is work for them.
 
-    A process that exceeds `timeout` seconds in a call, or dies in it, is replaced.
+    A process that exceeds `timeout` seconds in a call, or dies in it, or needs more than `memory` GiB with
+    what it started, is replaced.
     """
 
-    def __init__(self, functions: list[str], count: int, timeout: float, is_interrupted: Callable[[], bool]):
+    def __init__(
+        self,
+        functions: list[str],
+        count: int,
+        timeout: float,
+        memory: float,
+        is_interrupted: Callable[[], bool],
+    ):
         self.functions = functions
         self.count = count
         self.timeout = timeout
+        self.memory = memory
         self.is_interrupted = is_interrupted
+        self.has_warned = False
         self.workers: list[_Worker] = []
         self.num_timeouts = 0
         self.num_crashes = 0
         forkserver.ensure_running()
 
-    def judge(self, jobs: Sequence[Job]) -> list[Verdict | Failure | None]:
-        """Return one verdict a job, in order; None if the call exceeded its timeout or ended its process.
+    def judge(self, jobs: Sequence[Job]) -> list[Reply | None]:
+        """Return one reply a job, in order; None if the call exceeded its timeout or ended its process.
 
         Raises:
             ConfigError: the functions cannot be imported in a worker.
             Interrupted: the run is to stop.
         """
-        verdicts: list[Verdict | Failure | None] = [None] * len(jobs)
+        replies: list[Reply | None] = [None] * len(jobs)
         size = min(JOBS_PER_MESSAGE, -(-len(jobs) // self.count)) or 1
         numbers = range(len(jobs))
         waiting = deque(deque(numbers[first : first + size]) for first in numbers[::size])
@@ -84,17 +128,17 @@ class Workers:
                 if self.is_interrupted():
                     raise Interrupted
                 self._assign(waiting, jobs)
-                ready = set(wait([worker.connection for worker in self.workers], self._seconds_to_wait()))
+                ready = self._wait()
                 for worker in list(self.workers):
                     if worker.connection in ready:
-                        self._receive(worker, verdicts, waiting)
+                        self._receive(worker, replies, waiting)
                     elif worker.is_busy and time.monotonic() > worker.deadline:
                         self._replace(worker, waiting, is_late=True)
         finally:
             # after an error: verdicts of these jobs must not be taken for those of later ones
             if any(worker.todo for worker in self.workers):
                 self.close()
-        return verdicts
+        return replies
 
     def close(self) -> None:
         for worker in self.workers:
@@ -104,11 +148,11 @@ class Workers:
     def _assign(self, waiting: deque[deque[int]], jobs: Sequence[Job]) -> None:
         """Start as many workers as there is work for, and send each idle one a message of jobs."""
         for worker in list(self.workers):
-            if not worker.todo and not worker.process.is_alive():
+            if worker.has_ended:
                 self._replace(worker, waiting, is_late=False)
         wanted = min(self.count, sum(bool(worker.todo) for worker in self.workers) + len(waiting))
         while len(self.workers) < wanted:
-            self.workers.append(_Worker(self.functions, self.timeout))
+            self.workers.append(_Worker(self.functions, int(self.memory * 2**30)))
         for worker in self.workers:
             if not worker.is_busy and waiting:
                 worker.todo = waiting.popleft()
@@ -116,14 +160,12 @@ class Workers:
                     worker.connection.send([jobs[number] for number in worker.todo])
                 worker.deadline = time.monotonic() + self.timeout
 
-    def _receive(
-        self, worker: _Worker, verdicts: list[Verdict | Failure | None], waiting: deque[deque[int]]
-    ) -> None:
+    def _receive(self, worker: _Worker, replies: list[Reply | None], waiting: deque[deque[int]]) -> None:
         try:
             while worker.connection.poll():
-                message = worker.connection.recv()
-                if worker.is_ready:
-                    verdicts[worker.todo.popleft()] = message
+                message: Reply | Failure | None = worker.connection.recv()
+                if isinstance(message, Reply):
+                    replies[worker.todo.popleft()] = message
                 elif message is not None:
                     raise ConfigError(f"reward.function={message.what}")
                 worker.is_ready = True
@@ -132,12 +174,15 @@ class Workers:
             self._replace(worker, waiting, is_late=False)
 
     def _replace(self, worker: _Worker, waiting: deque[deque[int]], is_late: bool) -> None:
-        worker.end()
+        is_too_large = worker.end()
         self.workers.remove(worker)
+        limit = f"reward.memory_limit={self.memory:g} GiB"
         if not worker.is_ready:
             failure = "end the process that imports them"
             if is_late:
                 failure = f"were not imported within {IMPORT_TIMEOUT:.0f} s"
+            if is_too_large:
+                failure = f"need more than {limit} while they are imported"
             raise ConfigError(f"reward.function: {', '.join(self.functions)} {failure}")
         if worker.todo:
             worker.todo.popleft()  # the call that did not end
@@ -145,8 +190,19 @@ class Workers:
             self.num_crashes += not is_late
             # one by one, because calls next to one that hangs often hang too
             waiting.extendleft(deque([number]) for number in worker.todo)
+        if is_too_large and not self.has_warned:
+            self.has_warned = True
+            ended = f"a call of {', '.join(self.functions)} needed more than {limit} and was ended"
+            print(f"warning: {ended}; such calls count as wrong and as crashes", file=sys.stderr, flush=True)
 
-    def _seconds_to_wait(self) -> float:
-        """Seconds until the first deadline or the next check for an interruption."""
+    def _wait(self) -> set[object]:
+        """Wait for a message, the first deadline or the next check. Return the connections with a message."""
         deadlines = [worker.deadline for worker in self.workers if worker.is_busy]
-        return min(max(0.0, min(deadlines) - time.monotonic()) + 0.001, CHECK_EVERY)
+        start = time.monotonic()
+        seconds = min(max(0.0, min(deadlines) - start) + 0.001, CHECK_EVERY)
+        ready = wait([worker.connection for worker in self.workers], seconds)
+        excess = time.monotonic() - start - seconds
+        if excess > SUSPENDED:  # a job that was stopped as a whole goes on: no call has used that time
+            for worker in self.workers:
+                worker.deadline += excess
+        return set(ready)

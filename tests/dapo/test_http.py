@@ -275,7 +275,7 @@ def test_a_reward_over_http_is_interrupted_in_its_retries_too(server, where: str
     interrupted, started = threading.Event(), time.monotonic()
     threading.Timer(0.3, interrupted.set).start()
     with pytest.raises(Interrupted):
-        remote.judge(url, [Job(0, "1", "1")] * 100, 2, 20.0, interrupted.is_set)
+        remote.judge("reward.function", url, [Job(0, "1", "1")] * 100_000, 2, 20.0, interrupted.is_set)
     assert time.monotonic() - started < 3
 
 

@@ -1,5 +1,7 @@
 """Reward functions for the tests. Workers import this file: nothing here may import torch."""
 
+import mmap
+import multiprocessing
 import os
 import re
 import signal
@@ -71,6 +73,53 @@ def obedient(response, answer):
             file.write(str(child.pid))
         time.sleep(600)
     return response == answer
+
+
+def forked(response, answer):
+    """Returns twice: in this process and in a child, which the first does not wait for."""
+    os.fork()
+    return response == answer
+
+
+def parallel(response, answer):
+    with multiprocessing.Pool(2) as pool:
+        return sum(pool.map(int, response.split("+"))) == int(answer)
+
+
+def forgetful(response, answer):
+    """Leaves a process behind that nobody waits for, and writes its id to the file that the answer names."""
+    process = multiprocessing.Process(target=time.sleep, args=(600,))
+    process.start()
+    with open(answer, "a") as file:
+        file.write(f"{os.getpid()} {process.pid}\n")
+    return True
+
+
+def escaping(response, answer):
+    """Starts a process in a session of its own, whose parent has ended, writes its id and hangs."""
+    escape = "sleep 600 & echo $! >> " + answer
+    subprocess.run(["setsid", "sh", "-c", escape], check=True)
+    with open(answer, "a") as file:
+        file.write(f"{os.getpid()}\n")
+    if response == "die":
+        os._exit(9)
+    time.sleep(600)
+
+
+def hoarding(response, answer):
+    """Holds as many MiB as the response says, here or in a process that it starts; or reserves them only."""
+    where, size = response.split()
+    num_bytes = int(size) << 20
+    if where == "reserved":
+        with mmap.mmap(-1, num_bytes):
+            time.sleep(0.5)
+        return True
+    code = f"import time; block = bytearray(b'x') * {num_bytes}; time.sleep({600 if num_bytes >> 27 else 0})"
+    if where == "below":
+        subprocess.run([sys.executable, "-c", code], check=True)
+    else:
+        exec(code)
+    return True
 
 
 def catastrophic(response, answer):

@@ -5,15 +5,18 @@ import json
 import os
 import threading
 import time
+from multiprocessing.connection import wait
+from types import SimpleNamespace
 
 import pytest
 
 from dapo.config import ConfigError
-from dapo.reward import remote
+from dapo.reward import remote, workers
+from dapo.reward.guardian import descendants
 from dapo.reward.pool import Reward
 from dapo.reward.worker import Job
 from dapo.reward.workers import Workers
-from dapo.types import Interrupted
+from dapo.types import Interrupted, RewardError
 from tests.conftest import make_config, make_prompt, make_sample
 from tests.dapo.reward.test_answer import HOSTILE
 from tests.dapo.reward.test_reward import FUNCTIONS
@@ -48,6 +51,10 @@ def score(reward, texts, answer="1"):
 RIGHT, WRONG = (True, 1.0), (False, -1.0)
 
 
+def counts(timeouts, crashes, undecided):
+    return {"reward/timeouts": timeouts, "reward/crashes": crashes, "reward/undecided": undecided}
+
+
 # order
 
 
@@ -65,8 +72,8 @@ def test_verdicts_stay_with_their_samples_when_workers_are_lost_in_between(rewar
         texts[i] = "sleep" if i % 2 else "die"
     pool = reward("workers=2", f"function={FUNCTIONS}:obedient", "time_limit=1.0")
     assert score(pool, texts) == [RIGHT if text == "1" else WRONG for text in texts]
-    assert pool.take_metrics() == {"reward/timeouts": 3, "reward/crashes": 2}
-    assert pool.take_metrics() == {"reward/timeouts": 0, "reward/crashes": 0}
+    assert pool.take_metrics() == counts(3, 2, 5 / 120)
+    assert pool.take_metrics() == counts(0, 0, 0.0)
     assert score(pool, texts[1:17]) == [RIGHT if text == "1" else WRONG for text in texts[1:17]]
 
 
@@ -102,8 +109,8 @@ def test_a_call_that_never_returns_is_wrong_within_the_limit_and_the_others_keep
 def test_a_worker_that_was_killed_from_outside_between_two_steps_is_replaced(reward):
     pool = reward("workers=1", f"function={FUNCTIONS}:obedient")
     score(pool, ["1"])
-    pool.workers.workers[0].process.kill()
-    pool.workers.workers[0].process.join()
+    pool.workers.workers[0].guardian.kill()
+    pool.workers.workers[0].guardian.join()
     assert score(pool, ["1"] * 40) == [RIGHT] * 40
     assert pool.take_metrics()["reward/crashes"] == 0
 
@@ -112,6 +119,22 @@ def test_a_catastrophic_pattern_is_cut_off(reward):
     pool = reward("workers=2", f"function={FUNCTIONS}:catastrophic", "time_limit=1.0")
     assert score(pool, ["aab", "a" * 60 + "!", "b"]) == [RIGHT, WRONG, WRONG]
     assert pool.take_metrics()["reward/timeouts"] == 1
+
+
+def test_time_in_which_the_whole_job_was_stopped_counts_for_no_call(reward, monkeypatch):
+    pool = reward("workers=1", f"function={FUNCTIONS}:slow", "time_limit=5.0")
+    clock, missing = SimpleNamespace(ahead=0.0), [600.0]
+    monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + clock.ahead))
+
+    def stopped_once(connections, seconds):
+        if any(worker.todo for worker in pool.workers.workers) and missing:
+            clock.ahead += missing.pop()
+            return []
+        return wait(connections, seconds)
+
+    monkeypatch.setattr(workers, "wait", stopped_once)
+    assert score(pool, ["Answer: 1"] * 3) == [RIGHT] * 3
+    assert missing == [] and pool.take_metrics()["reward/timeouts"] == 0
 
 
 def test_what_a_function_started_ends_with_it(reward, tmp_path):
@@ -175,7 +198,8 @@ def test_an_interruption_ends_the_wait_for_workers_and_leaves_none_in_the_middle
     pool = reward("workers=2", f"function={FUNCTIONS}:obedient", "time_limit=60.0", is_interrupted=clock)
     texts = ["1"] * 40 + ["2"] * 40
     score(pool, texts)
-    pids = [worker.pid for worker in pool.workers.workers]
+    pids = [pid for worker in pool.workers.workers for pid in descendants(worker.guardian.pid)]
+    assert pids
     clock.start()
     start = time.monotonic()
     pairs = [(make_prompt(i, answer="1"), make_sample(i, text=text)) for i, text in enumerate(["sleep"] * 40)]
@@ -201,7 +225,9 @@ def test_an_interruption_is_noticed_between_two_calls_without_workers(reward):
 
 def test_a_remote_function_is_given_the_check_for_interruptions(reward, monkeypatch):
     given = {}
-    monkeypatch.setattr(remote, "judge", lambda url, jobs, *limits, **named: given.update(named) or [True])
+    monkeypatch.setattr(
+        remote, "judge", lambda name, url, jobs, *limits, **named: given.update(named) or [True]
+    )
     pool = reward("function=http://127.0.0.1:9/score", is_interrupted=lambda: True)
     assert score(pool, ["1"]) == [RIGHT] and given["is_interrupted"] is pool.is_interrupted
 
@@ -222,7 +248,7 @@ def test_a_remote_function_is_given_the_check_for_interruptions(reward, monkeypa
 )  # fmt: skip
 def test_a_function_that_gives_no_verdict_is_named_with_the_prompt_in_one_line(reward, workers, name, what):
     with pytest.raises(
-        ConfigError,
+        RewardError,
         match=rf"reward\.function={FUNCTIONS}:{name} {what}.* for prompt 0; expected bool or finite float$",
     ) as caught:
         score(reward(f"workers={workers}", f"function={FUNCTIONS}:{name}"), ["x"])
@@ -230,7 +256,7 @@ def test_a_function_that_gives_no_verdict_is_named_with_the_prompt_in_one_line(r
 
 
 def test_the_prompt_that_is_named_is_the_one_whose_verdict_it_was(reward):
-    with pytest.raises(ConfigError, match="returned nan for prompt 33;"):
+    with pytest.raises(RewardError, match="returned nan for prompt 33;"):
         score(reward("workers=2", f"function={FUNCTIONS}:graded"), [*["1"] * 33, "nan", *["1"] * 10])
 
 
@@ -246,10 +272,10 @@ def test_a_function_that_workers_cannot_import_is_an_error_and_no_hang():
         ("nowhere:f", "No module named 'nowhere'"),
         (f"{FUNCTIONS}:nothing", "no attribute 'nothing'"),
     ):
-        workers = Workers([path], 2, 1.0, is_interrupted=lambda: False)
+        pool = Workers([path], 2, 1.0, 4.0, is_interrupted=lambda: False)
         with pytest.raises(ConfigError, match=f"reward.function={path}.*{what}"):
-            workers.judge([Job(0, "", "")] * 3)
-        assert not workers.workers or workers.close() is None
+            pool.judge([Job(0, "", "")] * 3)
+        pool.close()
 
 
 def test_a_shadow_that_cannot_be_imported_is_named_as_such(reward):
@@ -292,7 +318,7 @@ def test_shadows_change_no_reward_and_their_disagreement_is_counted_and_kept(rew
 
 
 def test_without_shadows_there_is_no_disagreement_to_log(reward):
-    assert set(reward("workers=1").take_metrics()) == {"reward/timeouts", "reward/crashes"}
+    assert "reward/disagreement" not in reward("workers=1").take_metrics()
 
 
 @pytest.mark.parametrize(
@@ -371,14 +397,14 @@ def test_a_remote_function_that_fails_for_a_while_is_asked_again(reward, server)
 )  # fmt: skip
 def test_a_remote_function_that_goes_on_failing_is_an_error_that_names_it(reward, server, reply, what):
     url = server(reply)
-    with pytest.raises(ConfigError, match=f"reward.function={url}.*{what}"):
+    with pytest.raises(RewardError, match=f"reward.function={url}.*{what}"):
         score(reward(f"function={url}"), ["1", "2"])
 
 
 def test_a_server_that_is_not_there_is_an_error_that_names_it(reward, monkeypatch):
     monkeypatch.setattr(remote, "BACK_OFF", 0.01)
     with pytest.raises(
-        ConfigError, match=r"http://127.0.0.1:9/score: no answer in 6 attempts, the last: .*refused"
+        RewardError, match=r"http://127.0.0.1:9/score: no answer in 6 attempts, the last: .*refused"
     ):
         score(reward("function=http://127.0.0.1:9/score"), ["1"])
 
@@ -386,7 +412,7 @@ def test_a_server_that_is_not_there_is_an_error_that_names_it(reward, monkeypatc
 def test_a_server_that_never_answers_is_an_error(reward, server, monkeypatch):
     monkeypatch.setattr(remote, "ATTEMPTS", 2)
     url = server(lambda sent: time.sleep(1.5) or [True])
-    with pytest.raises(ConfigError, match=r"no answer in 2 attempts, the last: .*timed out"):
+    with pytest.raises(RewardError, match=r"no answer in 2 attempts, the last: .*timed out"):
         score(reward(f"function={url}", "time_limit=0.2"), ["1"])
 
 

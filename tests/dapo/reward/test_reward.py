@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from dapo.config import ConfigError
 from dapo.reward import is_correct, soft_overlong_penalty
 from dapo.reward.pool import Reward
+from dapo.types import RewardError
 from tests.conftest import make_config, make_prompt, make_sample
 
 FUNCTIONS = "tests.dapo.reward.reward_functions"
@@ -227,7 +228,7 @@ def test_a_finished_response_of_full_length_is_not_truncated(tmp_path):
 def test_a_function_that_returns_no_finite_number_is_named_with_what_it_returned(tmp_path, name, text):
     returned = {"silent": "None", "wordy": "'yes'"}.get(name, text)
     with pytest.raises(
-        ConfigError, match=rf"reward\.function={FUNCTIONS}:{name} returned {returned} for prompt 0"
+        RewardError, match=rf"reward\.function={FUNCTIONS}:{name} returned {returned} for prompt 0"
     ):
         score(tmp_path, f"function={FUNCTIONS}:{name}", text=text)
 
