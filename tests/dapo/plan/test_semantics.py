@@ -62,6 +62,7 @@ def test_every_option_that_changes_the_algorithm_is_a_choice(tmp_path):
     silent |= {
         "reward.shadow",
         "reward.workers",
+        "reward.memory_limit",
         "reward.time_limit",
         "reward.soft_overlong_punishment",
         "reward.overlong_cache",
