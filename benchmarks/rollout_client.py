@@ -33,11 +33,12 @@ from dapo.config import Limits
 from dapo.engine import generate
 from dapo.engine.control import Server
 from dapo.engine.sglang import SGLangEngine
-from dapo.types import Prompt, Request, Sampling
+from dapo.types import Prompt, Request, Sample, Sampling
 
 TOKENS, CONCURRENT, SERVERS, RUNS = 4096, 1000, 2, 3
 VOCABULARY, STOP = 151_936, 151_643
 PROMPT = Prompt(0, np.arange(200, dtype=np.int32), "")
+RID = b"0123abcd-0.0-0;"  # a server puts the request's in its place
 REQUEST = Request(0, 0, PROMPT, 0, Sampling(1.0, TOKENS, (STOP,)))
 
 
@@ -49,7 +50,7 @@ def make_answer(seed: int) -> bytes:
     ids = rng.integers(0, STOP, TOKENS).tolist()
     logprobs = (-rng.exponential(0.5, TOKENS)).astype(np.float32).tolist()
     meta = {
-        "id": f"{seed:032x}",
+        "id": RID.decode(),
         "finish_reason": {"type": "length", "length": TOKENS},
         "prompt_tokens": 200,
         "weight_version": "1",
@@ -62,6 +63,9 @@ def make_answer(seed: int) -> bytes:
         "e2e_latency": 60.5,
     }
     return orjson.dumps({"text": "word " * TOKENS, "output_ids": ids, "meta_info": meta})
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 
 
 class Answering(asyncio.Protocol):
@@ -79,11 +83,14 @@ class Answering(asyncio.Protocol):
         head, separator, rest = self.received.partition(b"\r\n\r\n")
         if separator and len(rest) >= _content_length(head):
             self.received = b""
-            asyncio.get_running_loop().call_later(random.uniform(0.5, 1.5), self._answer)
+            rid = orjson.loads(rest)["rid"].encode()
+            asyncio.get_running_loop().call_later(random.uniform(0.5, 1.5), self._answer, rid)
 
-    def _answer(self) -> None:
+    def _answer(self, rid: bytes) -> None:
         if not self.transport.is_closing():
-            self.transport.write(random.choice(self.answers))  # type: ignore[attr-defined]
+            body = random.choice(self.answers).replace(RID, rid, 1)
+            self.transport.write(HEAD % len(body))  # type: ignore[attr-defined]
+            self.transport.write(body)  # type: ignore[attr-defined]
 
 
 def _content_length(head: bytes) -> int:
@@ -95,8 +102,7 @@ def _content_length(head: bytes) -> int:
 
 def serve(pipe: Connection) -> None:
     """A process: sends its port, ends when the pipe is closed."""
-    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-    Answering.answers = [head % len(body) + body for body in map(make_answer, range(16))]
+    Answering.answers = [make_answer(seed) for seed in range(16)]
 
     async def run() -> None:
         server = await asyncio.get_running_loop().create_server(Answering, "127.0.0.1", 0, backlog=2048)
@@ -115,6 +121,10 @@ def _until_closed(pipe: Connection) -> None:
         return
 
 
+def read_answer(answer: bytes) -> Sample:
+    return generate.read(answer, REQUEST, RID.decode(), VOCABULARY)
+
+
 class Bare:
     """Servers and weight sync of servers that never fail and take no weights."""
 
@@ -126,6 +136,11 @@ class Bare:
     def refresh(self) -> None: ...
 
     def restart(self, url: str, fault: str) -> None: ...
+
+    def key_of(self, url: str) -> None: ...
+
+    def lost(self) -> list[str]:
+        return []
 
     def prepare(self, version: int) -> None: ...
 
@@ -141,7 +156,7 @@ class Bare:
 def through_engine(ports: list[int], num_responses: int) -> tuple[float, float]:
     """Return CPU and wall seconds of the engine, from `submit` to the last sample."""
     servers = Bare(ports)
-    engine = SGLangEngine(servers, servers, CONCURRENT // len(ports), Limits(300.0))
+    engine = SGLangEngine(servers, servers, CONCURRENT // len(ports), Limits(300.0), VOCABULARY)
     engine.load_weights([], 1)
     stream = engine.stream()
     wanted = [replace(REQUEST, group=i // 16, index=i % 16, seed=i) for i in range(num_responses)]
@@ -192,7 +207,7 @@ def main(num_responses: int, profiled: bool) -> None:
             unpaused.append(through_engine(ports, num_responses))
         with patch.object(http, "_read", read_in_chunks):
             chunks.append(through_engine(ports, num_responses))
-        reading.append(parsing_alone(num_responses, lambda answer: generate.read(answer, REQUEST)))
+        reading.append(parsing_alone(num_responses, read_answer))
         least.append(parsing_alone(num_responses, orjson_and_numpy))
     rows = [
         ["the engine: HTTP, checks, samples", engine],

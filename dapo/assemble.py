@@ -21,6 +21,7 @@ from dapo.engine.weight_sync import make_sync
 from dapo.files import write_text
 from dapo.mesh import Mesh
 from dapo.model.files import stored_weights
+from dapo.model.shape import read_config
 from dapo.model.tokenizer import load_tokenizer, stop_ids
 from dapo.plan import semantics
 from dapo.reward.pool import Reward
@@ -123,7 +124,8 @@ def make_engine(config: Config, mesh: Mesh, is_interrupted: Callable[[], bool]) 
         timeout=options.limits.stop,
         verify=options.verify_weights,
     )
-    engine = SGLangEngine(servers, sync, options.max_concurrent, options.limits, is_interrupted)
+    vocab_size = read_config(config.policy.model)["vocab_size"]
+    engine = SGLangEngine(servers, sync, options.max_concurrent, options.limits, vocab_size, is_interrupted)
     engine.release_memory()  # the policy needs it, from when it is built
     return engine
 

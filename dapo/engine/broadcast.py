@@ -8,6 +8,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass, field
@@ -98,7 +99,7 @@ class Broadcast(Transport):
     def _connect(self) -> _Group:
         """Join a new group with the servers: each one's call returns when all, this rank too, have joined."""
         # a name is never used twice: a server may still have the old group
-        name = f"dapo-{os.getpid()}-{time.time_ns()}"
+        name = f"dapo-{uuid.uuid4().hex}"
         addresses = [_address_towards(peer.server) for peer in self.peers]
         address = next((a for a in addresses if a not in ("127.0.0.1", "::1")), addresses[0])
         store = dist.TCPStore(  # type: ignore[attr-defined]

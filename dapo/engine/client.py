@@ -52,13 +52,13 @@ class Client:
     servers: Servers
     max_concurrent: int
     limits: Limits
+    vocab_size: int
 
     def __post_init__(self) -> None:
         self.version = UNKNOWN_VERSION  # of the weights that were last sent
         self.is_loading = False
         self.is_closed = False
         self.failure: BaseException | None = None  # the first one: every stream raises it
-        self.key = self.servers.workers[0].key
         self.name = uuid.uuid4().hex[:8]  # servers may still work for a trainer that died
         self.numbers = itertools.count()  # of the attempts
         self.endpoints: list[Endpoint] = []
@@ -104,7 +104,7 @@ class Client:
         """Use workers that joined or were left alone, drop those that have left: called after a sync."""
         known = {endpoint.url: endpoint for endpoint in self.endpoints}
         urls = [url.rstrip("/") for url in self.servers.generate_urls]
-        self.endpoints = [known.get(url) or Endpoint(url, self.servers, self.key) for url in urls]
+        self.endpoints = [known.get(url) or Endpoint(url, self.servers) for url in urls]
         self._send()
 
     async def finish_aborts(self) -> None:
@@ -170,7 +170,8 @@ class Client:
 
     async def _attempt(self, job: Job, endpoint: Endpoint, rid: str) -> None:
         try:
-            sample = generate.read(await self._post(endpoint, job.request, rid), job.request)
+            answer = await self._post(endpoint, job.request, rid)
+            sample = generate.read(answer, job.request, rid, self.vocab_size)
             self._check_versions(job, sample)
         except (http.NoAnswer, BadAnswer) as error:
             self._note_fault(endpoint, str(error), job.sent_at)
@@ -186,7 +187,9 @@ class Client:
 
     async def _post(self, endpoint: Endpoint, request: Request, rid: str) -> bytes:
         body = generate.body(request, rid)
-        status, answer = await http.exchange("POST", endpoint.url + "/generate", body, key=self.key)
+        key, limit = self.servers.key_of(endpoint.url), generate.max_bytes(request)
+        url = endpoint.url + "/generate"
+        status, answer = await http.exchange("POST", url, body, key=key, max_bytes=limit)
         if status in RETRIED:
             raise BadAnswer(f"{status} {http.one_line(answer)}")
         if status != 200:
@@ -213,7 +216,7 @@ class Client:
 
     def _note_fault(self, endpoint: Endpoint, fault: str, sent_at: float) -> None:
         """Leave the server alone for a while. Requests from before it was last well are of the same fault."""
-        endpoint.fault = fault
+        endpoint.fault = http.one_line(fault.encode())
         if endpoint.is_usable and sent_at >= endpoint.usable_since:
             endpoint.is_usable = False
             endpoint.num_faults += 1
@@ -269,7 +272,8 @@ class Client:
                 if url in silent:
                     continue
                 try:
-                    await http.exchange("POST", url + "/abort_request", body, ABORT_TIMEOUT, self.key)
+                    key = self.servers.key_of(url)
+                    await http.exchange("POST", url + "/abort_request", body, ABORT_TIMEOUT, key)
                 except http.TimedOut:
                     silent.add(url)
                 except http.NoAnswer:

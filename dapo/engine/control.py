@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import orjson
+
 from dapo import http
 from dapo.clock import heartbeat
 from dapo.types import EngineError
@@ -27,12 +29,14 @@ class Server:
     """The server at `url`, http://host:port. Every call may raise EngineError with the call and its answer.
 
     `fields` are those that the answer must have, by type: `get("/server_info", fields={"tp_size": int})`.
-    Without any, the answer may be empty. `timeout` is in seconds.
+    Without any, the answer may be empty. `timeout` is in seconds. `require` is called before anything is
+    sent; it raises NoAnswer if another process may have taken the server's place.
     """
 
-    def __init__(self, url: str, key: str | None = None):
+    def __init__(self, url: str, key: str | None = None, require: Callable[[], None] = lambda: None):
         self.url = url.rstrip("/")
         self.key = key or os.environ.get(KEY_VARIABLE)
+        self.require = require
 
     def get(self, path: str, timeout: float = 10, fields: Fields = NOTHING) -> Json:
         return self._call("GET", path, None, timeout, fields)
@@ -48,6 +52,7 @@ class Server:
     def _call(self, method: str, path: str, body: bytes | None, timeout: float, fields: Fields) -> Json:
         where = self.url + path
         try:
+            self.require()
             status, text = http.call(method, where, body, timeout=timeout, key=self.key)
         except http.NoAnswer as error:
             raise EngineError(f"{where}: {error}") from None
@@ -57,9 +62,9 @@ class Server:
             raise EngineError(f"{where} answered {status}: {http.one_line(text)}")
         value = {} if path in IN_WORDS else _parse(text, where)
         if value.get("success") is False:
-            raise EngineError(f"{where} refused: {value.get('message', value)}")
+            raise EngineError(f"{where} refused: {http.one_line(str(value.get('message', value)).encode())}")
         for name, kind in fields.items():
-            if not isinstance(value.get(name), kind):
+            if type(value.get(name)) is not kind:  # true is an int in Python, and no number here
                 raise EngineError(f"{where} answered without {name}: {http.one_line(text) or 'nothing'}")
         return value
 
@@ -67,8 +72,10 @@ class Server:
 def _parse(text: bytes, where: str) -> Json:
     """Return the JSON object in `text`; {} for no text, or for a value that is not an object."""
     try:
-        value = json.loads(text or b"null")
-    except ValueError:
+        value = orjson.loads(
+            text or b"null"
+        )  # json would take lone surrogates, and overflow at deep brackets
+    except orjson.JSONDecodeError:
         raise EngineError(f"{where} answered what is not JSON: {http.one_line(text)}") from None
     return value if isinstance(value, dict) else {}
 

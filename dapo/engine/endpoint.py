@@ -27,8 +27,14 @@ class Servers(Protocol):
     @property
     def generate_urls(self) -> Sequence[str]: ...
 
+    def key_of(self, url: str) -> str | None:
+        """Return the key for `url`, or None. Raise NoAnswer if another process may have taken its place."""
+
     def refresh(self) -> bool:
         """Add servers that were restarted, before a sync. Return True if the workers changed."""
+
+    def lost(self) -> list[str]:
+        """Return the workers that have died since the last `refresh`."""
 
     def serve(self) -> None:
         """Let every worker take requests, after a sync: all have the weights."""
@@ -60,10 +66,9 @@ class Job:
 class Endpoint:
     """A worker, or the router in front of several. Used in the event loop, but for `describe`."""
 
-    def __init__(self, url: str, servers: Servers, key: str | None):
+    def __init__(self, url: str, servers: Servers):
         self.url = url
         self.servers = servers
-        self.key = key
         self.is_router = url not in [worker.url for worker in servers.workers]
         self.outstanding: dict[str, Job] = {}  # by rid
         self.is_usable = True
@@ -91,14 +96,14 @@ class Endpoint:
 
     async def is_well(self, version: int | None) -> bool:
         """Return True if it answers and, unless it is a router, has weights `version`, if given."""
-        if await self._get(self.url + "/health") is None:
+        if await self._get(self.url, "/health") is None:
             return False
         if self.is_router or version is None:
             return True
-        found = (await self._get(self.url + "/model_info") or {}).get("weight_version")
+        found = (await self._get(self.url, "/model_info") or {}).get("weight_version")
         if found == str(version):
             return True
-        self.fault = f"has weight version {found}, not {version}: it missed the last weight sync"
+        self.fault = f"has weight version {str(found)[:20]}, not {version}: it missed the last weight sync"
         return False
 
     async def has_progressed(self) -> bool:
@@ -106,7 +111,7 @@ class Endpoint:
         busy = await self._busy_workers() if self.is_router else set()
         has_progressed = False
         for url in self.worker_urls:
-            loads = (await self._get(url + "/v1/loads") or {}).get("loads", [])
+            loads = await self._list(url, "/v1/loads", "loads")
             load = [(load.get("num_running_reqs"), load.get("num_used_tokens")) for load in loads]
             has_moved = load != self.loads.get(url) and any(running for running, _ in load)
             self.loads[url] = load
@@ -117,13 +122,19 @@ class Endpoint:
 
     async def _busy_workers(self) -> set[str]:
         """Return the workers from which the router expects answers: one that hangs does not report them."""
-        workers = (await self._get(self.url + "/workers") or {}).get("workers", [])
-        return {worker["url"].rstrip("/") for worker in workers if worker["load"]}
+        workers = await self._list(self.url, "/workers", "workers")
+        return {str(worker.get("url")).rstrip("/") for worker in workers if worker.get("load")}
 
-    async def _get(self, url: str) -> dict[str, Any] | None:
-        """Return the JSON object at `url`, {} for any other text, None for any other status than 200."""
+    async def _list(self, url: str, path: str, name: str) -> list[dict[str, Any]]:
+        """Return the objects in the list `name` of the answer; [] if there is none."""
+        found = (await self._get(url, path) or {}).get(name)
+        return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+
+    async def _get(self, url: str, path: str) -> dict[str, Any] | None:
+        """Return the JSON object at url + path, {} for any other text, None for any other status than 200."""
         try:
-            answer = await http.exchange("GET", url, timeout=PROBE_TIMEOUT, key=self.key)
+            key = self.servers.key_of(url)
+            answer = await http.exchange("GET", url + path, timeout=PROBE_TIMEOUT, key=key)
             value = orjson.loads(answer.body) if answer.body.startswith(b"{") else {}
         except (http.NoAnswer, orjson.JSONDecodeError):
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +34,9 @@ class ExternalServers:
     def generate_urls(self) -> list[str]:
         return [worker.url for worker in self.workers]
 
+    def key_of(self, url: str) -> str | None:
+        return os.environ.get(KEY_VARIABLE)
+
     def wait(self) -> None:
         """Check every server, and report its version and model. Raise ConfigError if one cannot be used."""
         for server in self.servers:
@@ -48,6 +52,9 @@ class ExternalServers:
         self.failures = found
         self.check()
         return bool(changed)
+
+    def lost(self) -> list[str]:
+        return [url for url, failure in on_all(self.workers, self._failure_of) if failure]
 
     def serve(self) -> None: ...
 

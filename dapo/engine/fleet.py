@@ -1,7 +1,8 @@
 """A run's SGLang servers: started, watched and stopped here, with a router in front of several.
 
 None survives the trainer, however it ends: each has a guardian (guardian.py). They listen on loopback and
-need an API key drawn for the run, which appears neither in `ps` nor in a log.
+need an API key drawn for the run, which appears neither in `ps` nor in a log. It is sent to a port only while
+a process under the guardian listens there (listener.py).
 
 A server that dies is restarted on another port, so that it gets no requests before the policy's weights: once
 it is up `refresh` adds it to the workers, the weights are synced, and `serve` opens it to requests.
@@ -19,11 +20,13 @@ from collections.abc import Callable
 
 import torch
 
+from dapo import http
 from dapo.clock import heartbeat
 from dapo.config import Config, ConfigError
 from dapo.engine import arguments
 from dapo.engine.control import Server
 from dapo.engine.external import ExternalServers
+from dapo.engine.listener import Taken
 from dapo.engine.process import RESTARTS, ServerProcess, free_port
 from dapo.engine.router import Router
 from dapo.types import EngineError, Interrupted, WeightsLost
@@ -52,11 +55,11 @@ class Fleet:
         self.is_interrupted = is_interrupted
         self.key = secrets.token_hex(24)
         self.local = self._start()
-        self.router: Router | None = None
-        if len(self.local) > 1:
-            self.router = Router(config, self.key, [server.url for server in self.local])
+        self.router: Router | None = None  # starts once it can find the servers
         self._lock = threading.Lock()  # for the workers and the processes' states
-        self._workers = [Server(server.url, self.key) for server in self.local]
+        self._workers: list[Server] = []
+        self._refreshed: list[str] = []  # urls of the workers at the last `refresh`
+        self._router_url = ""  # then
         self._has_changed = False
         self._is_closing = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="servers", daemon=True)
@@ -75,6 +78,14 @@ class Fleet:
     def processes(self) -> list[ServerProcess]:
         return [*self.local, self.router] if self.router else list(self.local)
 
+    def key_of(self, url: str) -> str:
+        """Return the key for a server or the router; raise NoAnswer if another process may be at its port."""
+        for listener in [process.listener for process in self.processes]:
+            if listener.url == url:
+                listener.require()
+                return self.key
+        raise http.NoAnswer("it has been stopped")
+
     def wait(self) -> None:
         """Wait until every server and the router are up; if this raises, all are stopped.
 
@@ -82,8 +93,13 @@ class Fleet:
         """
         try:
             self._wait_until_up()
+            if len(self.local) > 1:
+                self.router = Router(self.config, self.key, [server.url for server in self.local])
+                self._wait_until_up()
             for server in self.local:
                 server.state = "serving"
+            self._workers = [self._worker(server) for server in self.local]
+            self._note_urls()
             self._watcher.start()
             self.serve()
         except (ConfigError, EngineError, Interrupted):
@@ -103,8 +119,13 @@ class Fleet:
             time.sleep(CHECK_EVERY)
         with self._lock:
             has_changed, self._has_changed = self._has_changed, False
+            self._note_urls()
         self.check()
         return has_changed
+
+    def lost(self) -> list[str]:
+        """Return the workers that have died since the last `refresh`."""
+        return [url for url in self._refreshed if url not in [worker.url for worker in self.workers]]
 
     def serve(self) -> None:
         """Open every worker to requests. Raise EngineError if the router does not take one in."""
@@ -117,7 +138,9 @@ class Fleet:
             time.sleep(CHECK_EVERY)
 
     def check(self) -> None:
-        """Raise WeightsLost if there is no worker until the next sync, EngineError if all are dead."""
+        """Raise WeightsLost if nothing is generated until the next sync, EngineError if all are dead."""
+        if self.router and self.router.url != self._router_url:
+            raise WeightsLost(f"the router had to move to {self.router.url}, where it is found after a sync")
         if self.workers:
             return
         if any(server.state != "dead" for server in self.local):
@@ -164,10 +187,7 @@ class Fleet:
 
     def _wait_until_up(self) -> None:
         reported_at = time.monotonic()
-        while waiting := [process for process in self.processes if not process.is_up()]:
-            for process in waiting:
-                if process.has_ended() or process.is_silent():
-                    raise ConfigError(process.describe_failure())
+        while waiting := [process for process in self.processes if not self._is_up(process)]:
             if time.monotonic() - reported_at > REPORT_EVERY:
                 reported_at = time.monotonic()
                 first = waiting[0].describe_progress()
@@ -176,13 +196,38 @@ class Fleet:
                 raise Interrupted
             time.sleep(CHECK_EVERY)
 
+    def _is_up(self, process: ServerProcess) -> bool:
+        """Return True if a process that starts with the run is up. Start it anew if its port was taken."""
+        try:
+            if process.is_up():
+                return True
+        except Taken as taken:
+            process.num_restarts += 1
+            if process.num_restarts > RESTARTS:
+                raise ConfigError(
+                    f"{process.name}: {taken}, like those of {RESTARTS} starts before"
+                ) from None
+            self._report(f"{process.name}: {taken}; starting it on another one")
+            process.stop()
+            process.start(free_port(process.port))
+        if process.has_ended() or process.is_silent():
+            raise ConfigError(process.describe_failure())
+        return False
+
+    def _note_urls(self) -> None:
+        self._refreshed = [worker.url for worker in self._workers]
+        self._router_url = self.router.url if self.router else ""
+
+    def _worker(self, server: ServerProcess) -> Server:
+        return Server(server.url, self.key, server.listener.require)
+
     def _add_restarted(self) -> bool:
         """Add servers that are up to the workers. Return False if there is none and one is starting."""
         with self._lock:
             for server in self.local:
                 if server.state == "up":
                     server.state = "serving"
-                    self._workers.append(Server(server.url, self.key))
+                    self._workers.append(self._worker(server))
                     self._has_changed = True
             return bool(self._workers) or not any(server.state == "starting" for server in self.local)
 
@@ -195,6 +240,8 @@ class Fleet:
                         self._check_router(process)
                     else:
                         self._check_server(process)
+                except Taken as taken:  # before it could open its port
+                    process.fault = f"could not start: {taken}"
                 except (OSError, subprocess.SubprocessError) as error:
                     # no process can be made, for example: the next check finds it dead
                     self._report(f"{process.name} cannot be started: {error}")
@@ -206,22 +253,23 @@ class Fleet:
             if time.monotonic() >= process.restart_at:
                 process.restart_at = None
                 process.start(free_port(process.port))
+        elif process.fault or process.has_ended() or (process.state == "starting" and process.is_silent()):
+            self._note_death(process)
         elif process.state == "starting" and process.is_up():
             process.state = "up"
             self._report(f"{process.name} is up again; it takes requests after the next sync of weights")
-        elif process.fault or process.has_ended() or (process.state == "starting" and process.is_silent()):
-            self._note_death(process)
 
     def _check_router(self, router: Router) -> None:
         """Restart it as often as it dies: nothing is generated without it."""
-        if router.state != "serving" and router.is_up():
-            router.state = "serving"
-        if router.has_ended() and router.restart_at is None:
+        if (router.has_ended() or router.fault) and router.restart_at is None:
+            router.stop()
             self._report(f"{router.describe_failure()}; starting it again")
             router.plan_restart()
         if router.restart_at is not None and time.monotonic() >= router.restart_at:
             router.restart_at = None
             router.start_again(worker.url for worker in self.workers)
+        elif router.state != "serving" and router.is_up():
+            router.state = "serving"
 
     def _note_death(self, process: ServerProcess) -> None:
         process.failure = process.describe_failure()
@@ -232,6 +280,8 @@ class Fleet:
             self._has_changed = True
             process.state = "starting" if is_restarted else "dead"
         process.stop()
+        if self.router:
+            self.router.update(worker.url for worker in self.workers)  # another process may take the port
         stays_dead = f"it has not served in {RESTARTS} restarts, so it stays dead"
         self._report(f"{process.failure}; {'starting it again' if is_restarted else stays_dead}")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,10 @@ from dapo.engine.versions import weight_spans
 from dapo.types import EngineError, FinishReason, Request, Sample
 
 UNKNOWN_VERSION = -1  # of weights from before the first sync, which SGLang calls "default"
+BYTES_PER_TOKEN = 1024  # of an answer, at most: its id twice, its log-prob, its text; honest ones need 60
+OTHER_BYTES = 2**20  # of an answer
+# natural logarithms: rounding makes a probability a little larger than 1, and none that is drawn is smaller
+LEAST, LARGEST = -1e4, 0.01
 
 
 class BadAnswer(Exception):
@@ -59,11 +64,17 @@ def body(request: Request, rid: str) -> bytes:
     )
 
 
-def read(answer: bytes, request: Request) -> Sample:
-    """Return the sample in the body of an answer with status 200.
+def max_bytes(request: Request) -> int:
+    """Return the most bytes that an answer to the request may have."""
+    return OTHER_BYTES + BYTES_PER_TOKEN * request.sampling.max_tokens
 
-    Raise BadAnswer if it is not one response, or aborted, or tokens and log-probs do not match or are not
-    finite; EngineError if the server always ends such a response too early: another EOS, or too little room.
+
+def read(answer: bytes, request: Request, rid: str, vocab_size: int) -> Sample:
+    """Return the sample in the body of an answer with status 200 to what was sent as `rid`.
+
+    Raise BadAnswer if it is not one response to this request, or aborted, or tokens and log-probs do not
+    match or cannot be; EngineError if the server always ends such a response too early: another EOS, or too
+    little room.
     """
     try:
         with _collector_paused():
@@ -78,36 +89,57 @@ def read(answer: bytes, request: Request) -> Sample:
                 raise BadAnswer(f"aborted by the server: {why}")
             # [(log-prob, id, None)], of log_softmax(logits / temperature), before top_p
             entries = meta.pop("output_token_logprobs")
-            logprobs = np.array([entry[0] for entry in entries], np.float32)
-            tokens = np.array([entry[1] for entry in entries], np.int32)
+            logprobs = np.array(_of_types([entry[0] for entry in entries], float, int, NoneType), np.float64)
+            tokens = np.array(_of_types([entry[1] for entry in entries], int), np.int64)
             del entries
-        output_ids = np.array(parsed["output_ids"], np.int32)
+        output_ids = np.array(_of_types(parsed["output_ids"], int), np.int64)
         versions = _versions(meta, len(tokens))
         matched = meta["finish_reason"].get("matched")
+        answered, num_prompt_tokens = meta["id"], meta["prompt_tokens"]
     except (ValueError, TypeError, KeyError, IndexError, OverflowError, AttributeError) as error:
         raise BadAnswer(f"no answer of SGLang: {type(error).__name__}: {error}") from None
+    if answered != rid:
+        raise BadAnswer(f"the answer to another request, {str(answered)[:80]!r}")
+    if num_prompt_tokens != len(request.prompt.tokens):
+        expected = f"not of the {len(request.prompt.tokens)} that were sent"
+        raise BadAnswer(f"the answer to a prompt of {str(num_prompt_tokens)[:20]} tokens, {expected}")
     if not 0 < len(output_ids) <= request.sampling.max_tokens:
         raise BadAnswer(f"{len(output_ids)} tokens, expected 1 to {request.sampling.max_tokens}")
     if len(tokens) != len(output_ids):
         raise BadAnswer(f"{len(tokens)} log-probs for {len(output_ids)} tokens")
-    if (tokens != output_ids).any() or tokens.min() < 0:
+    if (tokens != output_ids).any():
         raise BadAnswer("log-probs of other tokens than output_ids")
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        wrong = tokens[(tokens < 0) | (tokens >= vocab_size)][0]
+        raise BadAnswer(f"token id {wrong}, where the policy's vocabulary has {vocab_size}: another model?")
     # requests have no stop strings: a server whose logits are NaN reports it here, and appends EOS
     if isinstance(matched, str):
         raise BadAnswer(f"stopped by {matched!r}")
     if not np.isfinite(logprobs).all():
         remedy = "if all servers send such, the policy is damaged: resume from an earlier step"
         raise BadAnswer(f"log-probs that are not finite: {remedy}")
+    if logprobs.min() < LEAST or logprobs.max() > LARGEST:
+        wrong = logprobs[(logprobs < LEAST) | (logprobs > LARGEST)][0]
+        raise BadAnswer(f"a log-prob of {wrong:g}, which no drawn token has")
     length, finish_reason = _end(tokens, reason, request)
     return Sample(
         group=request.group,
         index=request.index,
-        tokens=tokens[:length],
-        behavior_logprobs=logprobs[:length],
+        tokens=tokens[:length].astype(np.int32),
+        behavior_logprobs=logprobs[:length].astype(np.float32),
         loss_mask=np.ones(length, bool),
         versions=tuple((v, start, min(end, length)) for v, start, end in versions if start < length),
         finish_reason=finish_reason,
     )
+
+
+def _of_types(values: Any, *types: type) -> list[Any]:
+    """Return `values`. Raise TypeError unless it is a list of these types: NumPy would make 1 of true."""
+    if not isinstance(values, list):
+        raise TypeError(f"a list is expected, not {type(values).__name__}")
+    if wrong := {*map(type, values)} - {*types}:
+        raise TypeError(f"{wrong.pop().__name__} among {' and '.join(t.__name__ for t in types)}")
+    return values
 
 
 def _end(tokens: np.ndarray, reason: Any, request: Request) -> tuple[int, FinishReason]:
@@ -132,7 +164,8 @@ def _end(tokens: np.ndarray, reason: Any, request: Request) -> tuple[int, Finish
 def _versions(meta: dict[str, Any], length: int) -> tuple[tuple[int, int, int], ...]:
     """Return (weight version, start, end) of consecutive token ranges without gaps."""
     spans = weight_spans(meta, length)
-    versions = tuple((version_of(span["version"]), int(span["start"]), int(span["end"])) for span in spans)
+    versions = tuple((version_of(span["version"]), span["start"], span["end"]) for span in spans)
+    _of_types([end for _, *ends in versions for end in ends], int)
     if [start for _, start, _ in versions] + [length] != [0] + [end for _, _, end in versions]:
         raise ValueError(f"weight versions {spans} of {length} tokens")
     return versions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -15,6 +16,7 @@ from typing import Literal
 
 from dapo import http
 from dapo.engine import guardian
+from dapo.engine.listener import Listener
 
 # seconds without a new line in its log after which a start has failed: large weights take long, and say so
 SILENCE = 600.0
@@ -45,18 +47,19 @@ class ServerProcess:
     def start(self, port: int) -> None:
         self.state: Literal["starting", "up", "serving", "dead"] = "starting"
         self.port = port
-        self.started = time.time()
+        self.started_at = self.wrote_at = time.monotonic()
         self.fault = ""  # why it must be restarted although it is alive
         self.url = f"http://{self.host}:{port}"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as log:
-            self.begin = log.seek(0, os.SEEK_END)  # of this start's lines
+            self.begin = self.log_size = log.seek(0, os.SEEK_END)  # of this start's lines
         command = [sys.executable, "-I", guardian.__file__, str(os.getpid()), str(self.log)]
         command += [*self.command, "--port", str(port)]
         # in a session of its own it does not receive Ctrl-C
         self.process = subprocess.Popen(
             command, env=self.environment, stdin=subprocess.DEVNULL, start_new_session=True
         )
+        self.listener = Listener(self.url, self.process)
 
     def plan_restart(self) -> None:
         """Restart at once if it had served, after a pause if it died before that."""
@@ -68,6 +71,9 @@ class ServerProcess:
         return self.process.poll() is not None
 
     def is_up(self) -> bool:
+        """Return True if it answers; raise Taken if another process listens at its port."""
+        if not self.listener.is_held():
+            return False
         try:
             status, _ = http.call("GET", f"{self.url}/health", timeout=HEALTH_TIMEOUT)
         except http.NoAnswer:
@@ -75,11 +81,12 @@ class ServerProcess:
         return 200 <= status < 300 and not self.has_ended()
 
     def is_silent(self) -> bool:
-        try:
-            written_at = self.log.stat().st_mtime
-        except OSError:  # the log was removed
-            written_at = 0.0
-        return time.time() - max(self.started, written_at) > SILENCE
+        """Return True if its log has not changed for SILENCE seconds; asked at least that often."""
+        with contextlib.suppress(OSError):  # the log was removed
+            size = self.log.stat().st_size
+            if size != self.log_size:
+                self.log_size, self.wrote_at = size, time.monotonic()
+        return time.monotonic() - self.wrote_at > SILENCE
 
     def lines(self) -> list[str]:
         """Return the lines that this start has written to the log."""
@@ -96,7 +103,7 @@ class ServerProcess:
         # an indented line quotes code that warns
         lines = [line for line in self.lines() if not line[0].isspace()]
         last = re.sub(r"^\[[^\]]*\] *", "", lines[-1])[:100] if lines else "nothing in its log yet"
-        return f"{self.name}, {time.time() - self.started:.0f} s: {last}"
+        return f"{self.name}, {time.monotonic() - self.started_at:.0f} s: {last}"
 
     def describe_failure(self) -> str:
         """Return one line: how it ended, and the last error in its log."""

@@ -37,13 +37,13 @@ class Router(ServerProcess):
         super().__init__("router", self._command_for(worker_urls), log, environment)
 
     def start_again(self, worker_urls: Iterable[str]) -> None:
-        """Start it with these workers, at the same port."""
+        """Start it with these workers, at the same port if it could open that one."""
         self.command = self._command_for(worker_urls)
-        self.start(self.port)
+        self.start(free_port(self.port) if self.fault else self.port)
 
     def update(self, worker_urls: Iterable[str]) -> str:
         """Add and remove workers until it serves exactly these. Return "" if it does, else what is wrong."""
-        router, wanted = Server(self.url, self.key), set(worker_urls)
+        router, wanted = Server(self.url, self.key, self.listener.require), set(worker_urls)
         try:
             listed = router.get("/workers", fields={"workers": list})["workers"]
             known = {str(worker.get("url")): worker for worker in listed if isinstance(worker, dict)}

@@ -21,14 +21,17 @@ CHECK_EVERY = 0.5  # seconds of waiting between two checks for an interruption, 
 
 
 class SGLangEngine:
-    """The Engine protocol over servers that generate. Its methods may be called from any thread."""
+    """The Engine protocol over servers that generate. Its methods may be called from any thread.
+
+    No token id is `vocab_size` or larger.
+    """
 
     def __init__(self, servers: Servers, sync: WeightSync, max_concurrent: int, limits: Limits,
-                 is_interrupted: Callable[[], bool] = lambda: False):  # fmt: skip
+                 vocab_size: int, is_interrupted: Callable[[], bool] = lambda: False):  # fmt: skip
         self.servers = servers
         self.sync = sync
         self.is_interrupted = is_interrupted
-        self.client = Client(servers, max_concurrent, limits)
+        self.client = Client(servers, max_concurrent, limits, vocab_size)
         http.wait(self.client.open())
 
     def stream(self) -> SGLangStream:

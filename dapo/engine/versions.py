@@ -45,8 +45,8 @@ def inspect(servers: Sequence[Server]) -> list[Peer]:
 
 def _inspect(server: Server) -> Peer:
     info = server.get("/server_info", fields=SERVER_INFO)
-    if info["dp_size"] * info["pp_size"] > 1:
-        layout = f"dp-size {info['dp_size']}, pp-size {info['pp_size']}"
+    if (info["dp_size"], info["pp_size"]) != (1, 1) or info["tp_size"] < 1:
+        layout = ", ".join(f"{name}-size {info[f'{name}_size']}" for name in ("tp", "dp", "pp"))
         raise EngineError(f"{server.url} has {layout}: start more servers, with tp-size alone")
     paths = server.get("/openapi.json", fields={"paths": dict})["paths"]
     return Peer(

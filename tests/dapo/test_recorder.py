@@ -138,7 +138,7 @@ def test_a_stall_is_reported_once_with_phases_and_what_is_waited_for(watch, tmp_
 def test_an_engine_that_waits_for_nothing_is_no_progress(watch, capsys):
     server = FakeServer()
     fakes = SimpleNamespace(workers=[Server(server.url)], generate_urls=[server.url], close=server.stop)
-    engine = SGLangEngine(fakes, fakes, 4, Limits(0.3))
+    engine = SGLangEngine(fakes, fakes, 4, Limits(0.3), 1000)
 
     @timed("checkpoint")
     def hang():

@@ -4,9 +4,11 @@ or two to start.
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,14 @@ import torch
 import transformers
 
 from dapo.config import Config
-from dapo.engine.control import Server
-from dapo.engine.fleet import make_servers
+from dapo.engine.arguments import known_arguments
+from dapo.engine.control import KEY_VARIABLE, Server
+from dapo.engine.fleet import Fleet, make_servers
 from tests.sglang.environment.build import build
 
-BASE = Path(__file__).parents[2] / "examples/arithmetic/base"
+ROOT = Path(__file__).parents[2]
+FAKE = Path(__file__).parent / "fake"
+BASE = ROOT / "examples/arithmetic/base"
 VOCAB = 64  # the tokenizer knows 25 of them
 # config.json of a model that is only read, never built
 QWEN2 = {
@@ -72,6 +77,36 @@ def sglang_server(
         yield RunningServer(server.url, random_model, server, config)
     finally:
         servers.close()
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder for a run, whose servers are the stand-in's; it serves as their model, too."""
+    monkeypatch.setenv(
+        "PYTHONPATH",
+        os.pathsep.join([str(FAKE), str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]),
+    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    known_arguments.cache_clear()
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2))
+    return tmp_path
+
+
+@pytest.fixture
+def start(fake: Path) -> Iterator[Callable[..., Fleet]]:
+    """Servers by options of the section engine, stopped in the end."""
+    started = []
+
+    def start(said: list[str] | None = None, **engine: Any) -> Fleet:
+        started.append(
+            make_servers(server_config(fake, fake, **engine), say=(said if said is not None else []).append)
+        )
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.close()
 
 
 def make_model(folder: Path, num_experts: int = 0) -> Path:

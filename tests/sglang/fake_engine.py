@@ -15,6 +15,7 @@ from dapo.engine.sglang import SGLangEngine, SGLangStream
 from dapo.types import EngineError, Request, Sample
 from tests.sglang.fake_server import FakeServer, tokens_of
 
+VOCAB = 1000  # no token of an honest answer is this or larger
 LIMIT = 30.0  # seconds for anything here: nothing takes so long, but nothing may hang either
 
 
@@ -31,6 +32,12 @@ class Fakes:
     @property
     def generate_urls(self) -> list[str]:
         return [self.router.url] if self.router else [worker.url for worker in self.workers]
+
+    def key_of(self, url: str) -> None:
+        return None
+
+    def lost(self) -> list[str]:
+        return []
 
     def refresh(self) -> None:
         self.calls.append("refresh")
@@ -70,7 +77,7 @@ def stream_of(
 ) -> Iterator[SGLangStream]:
     """A stream of an engine over these servers; engine and servers are closed at the end."""
     both = Fakes(*fakes, router=router)
-    engine = SGLangEngine(both, both, max_concurrent, Limits(stall_seconds), is_interrupted)
+    engine = SGLangEngine(both, both, max_concurrent, Limits(stall_seconds), VOCAB, is_interrupted)
     try:
         yield engine.stream()
     finally:

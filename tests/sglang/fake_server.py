@@ -43,8 +43,8 @@ class FakeServer:
         self.is_hung = False
         self.bodies: list[dict] = []  # of the generation requests, in order of arrival
         self.aborted: list[str] = []  # rids
-        self.loads: list[dict] | None = None  # what /v1/loads says
-        self.workers: list[dict] = []  # what a router's /workers says
+        self.loads: Any = None  # what /v1/loads says
+        self.workers: Any = []  # what a router's /workers says
         self.num_asked = self.most_asked = 0
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
@@ -136,7 +136,8 @@ def tokens_of(request: Request) -> np.ndarray:
 
 def _tokens(seed: int, limit: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(10, 1000, int(rng.integers(1, limit + 1)), dtype=np.int32)
+    tokens = rng.integers(0, 1000, int(rng.integers(1, limit + 1)), dtype=np.int32)
+    tokens[tokens < 50] = 0  # a token like any other; the stop ids are none of these
     if len(tokens) < limit:
         tokens[-1] = STOP
     return tokens
@@ -248,6 +249,22 @@ async def null_logprobs(server: FakeServer, request: web.Request, body: dict) ->
     full = answer(body)
     full["meta_info"]["output_token_logprobs"][-1][0] = None
     return web.json_response(full)
+
+
+async def unknown_token(server: FakeServer, request: web.Request, body: dict) -> web.StreamResponse:
+    full = answer(body)
+    full["output_ids"][0] = full["meta_info"]["output_token_logprobs"][0][1] = 1000
+    return web.json_response(full)
+
+
+async def too_large(server: FakeServer, request: web.Request, body: dict) -> web.StreamResponse:
+    """More bytes than a response of so few tokens can have, without end."""
+    response = web.StreamResponse()
+    await response.prepare(request)
+    while request.transport and not request.transport.is_closing():
+        await response.write(b" " * 2**16)
+        await asyncio.sleep(0)
+    return response
 
 
 async def logprobs_of_others(server: FakeServer, request: web.Request, body: dict) -> web.StreamResponse:

@@ -58,10 +58,15 @@ FAULTS = {
     "too few log-probs": fake.too_few_logprobs,
     "log-probs of other tokens": fake.logprobs_of_others,
     "null log-probs": fake.null_logprobs,
+    "a token that the policy does not have": fake.unknown_token,
+    "more than a response can be": fake.too_large,
+    "the answer to another request": fake.changed(id="0.0"),
+    "the answer to another prompt": fake.changed(prompt_tokens=4),
     "no finish reason": fake.changed(finish_reason=None),
     "unknown finish reason": fake.changed(finish_reason={"type": "tired"}),
     "NaN in the logits": fake.changed(finish_reason={"type": "stop", "matched": "NaN happened"}),
     "abort": fake.changed(finish_reason={"type": "abort", "message": "by a third party"}),
+    "an abort in many lines": fake.changed(finish_reason={"type": "abort", "message": "a\n\n" * 9999}),
 }
 
 
@@ -84,7 +89,7 @@ def test_a_fault_without_end_is_one_error_that_names_request_server_and_fault(fa
             EngineError, match=rf"request [01]\.[01] failed {client.MAX_ATTEMPTS} times.* at {server.url}: .+"
         ) as error:
             collect(stream)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 700
     assert len(server.bodies) <= 3 * client.MAX_ATTEMPTS
 
 
@@ -218,6 +223,17 @@ def test_long_work_that_moves_is_no_stall() -> None:
         assert_answered(collect(stream), wanted)
         done.set()
     assert len(server.bodies) == 1
+
+
+@pytest.mark.parametrize("odd", [5, [5], [[]], [{}], {"url": 1}, [{"url": None, "load": "x"}], None])
+def test_what_a_server_says_of_its_work_may_be_anything(odd: object) -> None:
+    router, worker = FakeServer(seconds=0.5), FakeServer()
+    router.workers = worker.loads = odd
+    wanted = requests(2)
+    with stream_of(worker, router=router, stall_seconds=1.0) as stream:
+        stream.submit(wanted)
+        assert_answered(collect(stream), wanted)
+    worker.stop()
 
 
 def test_of_two_servers_one_dies_midway_and_comes_back() -> None:
@@ -532,8 +548,9 @@ from dapo.config import Limits
 from dapo.engine.control import Server
 from dapo.engine.sglang import SGLangEngine
 from tests.sglang.fake_server import requests
-servers = SimpleNamespace(workers=[Server("{server.url}")], generate_urls=["{server.url}"])
-engine = SGLangEngine(servers, None, 4, Limits(60.0))
+urls = ["{server.url}"]
+servers = SimpleNamespace(workers=[Server(urls[0])], generate_urls=urls, key_of=lambda url: None)
+engine = SGLangEngine(servers, None, 4, Limits(60.0), 1000)
 engine.stream().submit(requests(3))
 import time; time.sleep(0.5)
 """
@@ -550,7 +567,7 @@ import time; time.sleep(0.5)
 
 
 def test_an_error_of_our_own_in_the_loop_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(answer: bytes, request: Request) -> Sample:
+    def broken(answer: bytes, request: Request, rid: str, vocab_size: int) -> Sample:
         raise ZeroDivisionError("a fault of the client")
 
     monkeypatch.setattr(generate, "read", broken)

@@ -20,6 +20,7 @@ from dapo.engine.control import Server
 from dapo.engine.generate import BadAnswer
 from dapo.engine.sglang import SGLangEngine, SGLangStream
 from dapo.types import EngineError, Prompt, Request, Sample, Sampling
+from tests.sglang.conftest import VOCAB
 
 LIMIT = 120.0  # seconds, on a busy machine
 
@@ -29,6 +30,9 @@ class Alone:
 
     def __init__(self, server: Server):
         self.workers, self.generate_urls = [server], [server.url]
+
+    def key_of(self, url: str) -> str | None:
+        return self.workers[0].key
 
     def check(self) -> None: ...
 
@@ -40,7 +44,7 @@ class Alone:
 @pytest.fixture
 def engine(sglang_server: Any) -> Iterator[SGLangEngine]:
     alone = Alone(sglang_server.server)
-    engine = SGLangEngine(alone, alone, 64, Limits(LIMIT))  # type: ignore[arg-type]  # no sync takes place
+    engine = SGLangEngine(alone, alone, 64, Limits(LIMIT), VOCAB)  # type: ignore[arg-type]  # no sync takes place
     yield engine
     engine.close()
     wait_until_idle(sglang_server.server)
@@ -222,7 +226,7 @@ def test_a_long_response_is_no_stall(
 
     stall = max(0.5, seconds_to_first(engine) / 8)  # the machine may be that much faster the second time
     alone = Alone(sglang_server.server)
-    impatient = SGLangEngine(alone, alone, 64, Limits(stall))  # type: ignore[arg-type]
+    impatient = SGLangEngine(alone, alone, 64, Limits(stall), VOCAB)  # type: ignore[arg-type]
     assert seconds_to_first(impatient) > stall
     impatient.close()
     assert "no progress" not in capfd.readouterr().err
@@ -230,7 +234,7 @@ def test_a_long_response_is_no_stall(
 
 def test_close_leaves_the_server_idle(shape, sglang_server, long_responses) -> None:
     alone = Alone(sglang_server.server)
-    engine = SGLangEngine(alone, alone, 64, Limits(LIMIT))  # type: ignore[arg-type]
+    engine = SGLangEngine(alone, alone, 64, Limits(LIMIT), VOCAB)  # type: ignore[arg-type]
     engine.stream().submit(requests(32, shape, Sampling(1.0, shape.context // 2, shape.stop_ids)))
     wait_for(lambda: num_running(sglang_server.server) > 8)
     start = time.monotonic()

@@ -36,6 +36,9 @@ class Routed(Fakes):
     def generate_urls(self) -> list[str]:
         return [self.process.url]
 
+    def key_of(self, url: str) -> str:  # type: ignore[override]
+        return "key"
+
     def num_healthy(self) -> int:
         listed = Server(self.process.url, "key").get("/workers", fields={"workers": list})["workers"]
         return sum(worker["is_healthy"] for worker in listed)
@@ -53,7 +56,7 @@ def test_what_fails_behind_the_router_is_asked_again_and_never_under_the_same_id
     try:
         until(routed.process.is_up, limit=120)
         until(lambda: routed.num_healthy() == 2, limit=120)
-        engine = SGLangEngine(routed, routed, 8, Limits(60.0))  # type: ignore[arg-type]
+        engine = SGLangEngine(routed, routed, 8, Limits(60.0), 1000)  # type: ignore[arg-type]
         try:
             wanted = requests(40)
             stream = engine.stream()

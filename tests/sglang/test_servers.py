@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,12 +41,11 @@ from dapo.engine.fleet import Fleet, make_servers
 from dapo.engine.sglang import SGLangEngine
 from dapo.engine.weight_sync import make_sync
 from dapo.types import EngineError, WeightsLost
-from tests.sglang.conftest import QWEN2, server_config
+from tests.sglang.conftest import server_config
 from tests.sglang.fake_server import FakeServer, requests, tokens_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="SGLang runs on Linux")
 ROOT = Path(__file__).parents[2]
-FAKE = Path(__file__).parent / "fake"
 TRAINER = """import pathlib, sys, time
 from dapo.engine.fleet import make_servers
 from tests.sglang.conftest import server_config
@@ -54,36 +53,6 @@ folder = pathlib.Path(sys.argv[1])
 make_servers(server_config(folder, folder)).wait()
 print("up", flush=True)
 time.sleep(600)"""
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A folder for a run, whose servers are the stand-in's; it serves as their model, too."""
-    monkeypatch.setenv(
-        "PYTHONPATH",
-        os.pathsep.join([str(FAKE), str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]),
-    )
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv(KEY_VARIABLE, raising=False)
-    known_arguments.cache_clear()
-    (tmp_path / "config.json").write_text(json.dumps(QWEN2))
-    return tmp_path
-
-
-@pytest.fixture
-def start(fake: Path) -> Iterator[Callable[..., Fleet]]:
-    """Servers by options of the section engine, stopped in the end."""
-    started = []
-
-    def start(said: list[str] | None = None, **engine: Any) -> Fleet:
-        started.append(
-            make_servers(server_config(fake, fake, **engine), say=(said if said is not None else []).append)
-        )
-        return started[-1]
-
-    yield start
-    for each in started:
-        each.close()
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
@@ -158,6 +127,35 @@ def test_a_server_lives_on_though_its_log_cannot_be_written() -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (7, "")
+
+
+def test_a_start_is_silent_by_its_log_and_not_by_the_clock_on_the_wall(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "server.log"
+    log.write_text("of an earlier start\n")
+    started = process.ServerProcess("server 0", ["sleep", "60"], log, dict(os.environ))
+    try:
+        passed, begin = 0.0, time.monotonic()
+        monkeypatch.setattr(process.time, "monotonic", lambda: begin + passed)
+        for wall in (0.0, 1e12):
+            monkeypatch.setattr(process.time, "time", lambda wall=wall: wall)
+            os.utime(log, (wall, wall))
+            assert not started.is_silent()
+        passed = 0.9 * process.SILENCE
+        with log.open("a") as file:
+            file.write("it loads\n")
+        assert not started.is_silent()
+        passed = 1.8 * process.SILENCE
+        assert not started.is_silent()
+        passed = 2.0 * process.SILENCE
+        assert started.is_silent()
+        log.unlink()
+        assert started.is_silent()
+        assert started.describe_progress().startswith(f"server 0, {2 * process.SILENCE:.0f} s: ")
+    finally:
+        monkeypatch.undo()
+        started.stop()
 
 
 def test_a_server_that_died_takes_part_from_the_next_sync_on(start: Callable[..., Fleet], fake: Path) -> None:
@@ -244,7 +242,7 @@ def test_a_server_that_dies_just_before_a_sync_is_left_out_of_it(
     started.wait()
     where: dict[str, Any] = {"directory": fake / "weights", "model": fake, "device": torch.device("cpu")}
     sync = make_sync("disk", lambda: started.workers, bucket_bytes=64, timeout=20, **where)
-    engine = SGLangEngine(started, sync, 4, Limits(60.0))
+    engine = SGLangEngine(started, sync, 4, Limits(60.0), 1000)
     try:
         dead, alive = started.workers
         for version in (1, 2):
@@ -301,7 +299,7 @@ def test_what_the_only_server_was_asked_when_it_was_lost_is_asked_of_it_after_th
     sync.load = lambda weights, version: [
         worker.post("/update_weight_version", {"new_version": str(version)}) for worker in started.workers
     ]
-    engine = SGLangEngine(started, sync, 4, Limits(60.0 if how == "killed" else 3.0))  # type: ignore[arg-type]
+    engine = SGLangEngine(started, sync, 4, Limits(60.0 if how == "killed" else 3.0), 1000)  # type: ignore[arg-type]
     stream = engine.stream()
     engine.load_weights([], 3)
     (fake / "hung").touch()
@@ -370,23 +368,17 @@ def test_servers_are_watched_though_no_news_can_be_printed(start: Callable[..., 
     ("what", "words"),
     [
         ("model", ["server 0 ended with status 1", "OSError", "holds no model", "server-0.log"]),
-        ("port", ["server 0 ended with status 1", "Address already in use"]),
         ("argument", ["server 0 ended with status 2", "--tensor-parallel-size: invalid int value: 'two'"]),
     ],
 )
 def test_a_server_that_does_not_start_is_one_clear_line(
-    start: Callable[..., Fleet], fake: Path, monkeypatch: pytest.MonkeyPatch, what: str, words: list[str]
+    start: Callable[..., Fleet], fake: Path, what: str, words: list[str]
 ) -> None:
-    with socket.socket() as occupied:
-        occupied.bind(("127.0.0.1", 0))
-        occupied.listen()
-        if what == "model":
-            (fake / "broken").touch()
-        if what == "port":
-            monkeypatch.setattr(process, "free_port", lambda avoid=0: occupied.getsockname()[1])
-        started = start(sglang={"tp-size": "two"} if what == "argument" else {})
-        with pytest.raises(ConfigError) as error:
-            started.wait()
+    if what == "model":
+        (fake / "broken").touch()
+    started = start(sglang={"tp-size": "two"} if what == "argument" else {})
+    with pytest.raises(ConfigError) as error:
+        started.wait()
     assert all(word in str(error.value) for word in words), error.value
     assert "\n" not in str(error.value)
     assert processes_of(fake) == []

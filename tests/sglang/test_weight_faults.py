@@ -171,7 +171,7 @@ CALLS = [
     UPDATE["tensor"], "/end_weight_update", "/flush_cache", "/update_weight_version", "/weights_checker",
     "/continue_generation",
 ]  # fmt: skip
-WORDS = ("garbage", "half a JSON", "empty")  # what /flush_cache may say
+WORDS = ("garbage", "half a JSON", "empty", "deep JSON", "half a character")  # what /flush_cache may say
 
 
 @pytest.mark.parametrize("fault", MALFORMED)
@@ -291,11 +291,26 @@ def test_a_version_that_was_not_run_is_said_once(
 
 
 def test_a_layout_that_cannot_be_served_is_refused(servers: list[WeightServer], start: Any) -> None:
-    about = servers[0].get("/server_info") | {"dp_size": 2}
-    plain = servers[0].get
+    about, plain = servers[0].get("/server_info"), servers[0].get
     servers[0].get = lambda path: about if path == "/server_info" else plain(path)  # type: ignore[method-assign]
-    with pytest.raises(EngineError, match=f"{servers[0].url} has dp-size 2"):
+    for name, value, says in (
+        ("dp_size", 2, "has tp-size 1, dp-size 2, pp-size 1"),
+        ("tp_size", 0, "has tp-size 0"),
+        ("pp_size", -1, "has tp-size 1, dp-size 1, pp-size -1"),
+        ("tp_size", True, "answered without tp_size"),
+    ):
+        about = plain("/server_info") | {name: value}
+        with pytest.raises(EngineError, match=f"{servers[0].url}.* {says}"):
+            start("tensor").prepare(0)
+
+
+def test_a_refusal_of_many_lines_is_quoted_as_one(servers: list[WeightServer], start: Any) -> None:
+    servers[0].faults["/pause_generation"] = ["many lines"]
+    with pytest.raises(
+        EngineError, match=f"{servers[0].url}/pause_generation refused: out of memory"
+    ) as error:
         start("tensor").prepare(0)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
 COLOCATED = [

@@ -32,7 +32,12 @@ MALFORMED = {  # status, bytes that are announced, what comes of them
     "half a JSON": (200, 0, b'{"success": true, "mess'),
     "half a body": (200, 1000, b'{"success": true, "mess'),
     "empty": (200, 0, b""),
+    "deep JSON": (200, 0, b"[" * 100_000),
+    "half a character": (200, 0, rb'{"success": true, "message": "\ud800"}'),
 }
+
+
+REFUSED = b'{"success": false, "message": "out\\nof\\nmemory' + 9999 * b" again" + b'"}'
 
 
 class Refusal(Exception):
@@ -204,7 +209,7 @@ def _handler(server: WeightServer) -> type[BaseHTTPRequestHandler]:
                     while not server.is_dead.wait(0.1):
                         self.wfile.write(b" ")
             elif fault:
-                status, announced, data = MALFORMED[fault]
+                status, announced, data = MALFORMED.get(fault, (200, 0, REFUSED))
                 self._send(status, data, announced)
                 self.close_connection = True
             return fault is not None
