@@ -27,7 +27,7 @@ from dapo.plan import semantics
 from dapo.reward.pool import Reward
 from dapo.rollout import evaluate
 from dapo.rollout.data_files import Summary
-from dapo.rollout.prompts import PromptStream, digest, load_prompts, load_stream
+from dapo.rollout.prompts import PromptStream, load_prompts, load_stream
 from dapo.rollout.rollouts import Rollouts
 from dapo.sampler import Sampler
 from dapo.types import Engine, Prompt
@@ -48,9 +48,9 @@ def make_sampler(
 
     def make() -> tuple[Rollouts, dict[str, list[Prompt]]]:
         tokenizer = load_tokenizer(config.policy.model)
-        prompts, summaries = load_stream(config.data, tokenizer, config.run.seed)
+        prompts, summaries = load_stream(config.data, tokenizer, config.run.seed, config.reward)
         sets, set_summaries = load_sets(config, tokenizer)
-        _write_record(config, digest(prompts.prompts), summaries + set_summaries)
+        _write_record(config, prompts.data, summaries + set_summaries)
         return make_rollouts(config, mesh, tokenizer, prompts, is_interrupted, on_progress), sets
 
     rollouts, sets = mesh.on_main_only(make) or (None, {})
@@ -138,7 +138,7 @@ def load_sets(config: Config, tokenizer: Any) -> tuple[dict[str, list[Prompt]], 
     data = config.eval.data
     paths = data if isinstance(data, dict) else {data.stem: data} if data else {}
     strict = config.data.model_copy(update={"too_long": "error"})
-    loaded = {name: load_prompts(path, tokenizer, strict) for name, path in paths.items()}
+    loaded = {name: load_prompts(path, tokenizer, strict, config.reward) for name, path in paths.items()}
     sets = {name: prompts for name, (prompts, _) in loaded.items()}
     return sets, [summary for _, summary in loaded.values()]
 

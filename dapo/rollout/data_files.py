@@ -8,18 +8,16 @@ answers.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dapo.config import ConfigError
-
-ROLES = {"system", "developer", "user", "assistant", "tool"}
-ARROW_ROWS = 65_536  # parquet rows held at a time
+from dapo.rollout.ground_truth import GroundTruths
+from dapo.rollout.parquet import RawRow, read_parquet, read_parquet_row
+from dapo.rollout.rows import BadRow, Messages, key_of, parse_json, prompt_and_answer
 
 
 @dataclass
@@ -31,12 +29,18 @@ class Summary:
     path: Path
     rows: int = 0
     prompts: int = 0
-    copies: int = 0  # repeated rows, beyond the first of each
+    copies: int = 0  # repeated rows, beyond the first of each, which may be in an earlier file
     skipped: int = 0  # malformed, with data.on_error=skip
     conflicting: int = 0  # rows of prompts whose copies disagree on the answer
     dropped: int = 0  # too long
     truncated: int = 0  # too long, and kept
     conflicts: list[dict[str, Any]] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)  # of the first rows that were skipped
+
+    def skip(self, error: BadRow, count: int) -> None:
+        """Count rows that cannot be used."""
+        self.skipped += count
+        self.errors += [str(error)] if len(self.errors) < 10 else []
 
     def __str__(self) -> str:
         counts = {
@@ -48,7 +52,8 @@ class Summary:
         left_out = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
         text = f"{self.path}: {self.rows:,} rows, {self.prompts:,} prompts"
         text += f"; left out: {left_out}" if left_out else ""
-        return text + (f"; {self.truncated:,} cut on the left" if self.truncated else "")
+        text += f"; {self.truncated:,} cut on the left" if self.truncated else ""
+        return text + (f"; the first malformed: {self.errors[0]}" if self.errors else "")
 
 
 @dataclass
@@ -56,216 +61,110 @@ class Row:
     """One row, or several equal ones."""
 
     place: str  # file and line of the first, for error messages
-    position: int  # of the first: byte offset of its line in .jsonl, row number in .parquet, from 0
-    prompt: str | list[dict[str, str]]
+    position: int  # as RawRow.position
+    prompt: str | Messages
     answer: str
     count: int = 1
 
 
 @dataclass
-class _Raw:
-    """A row before it is checked. `parse` returns its columns and may raise ConfigError."""
+class _Copies:
+    """All rows of one prompt."""
 
-    place: str
-    position: int
-    count: int
-    parse: Callable[[], Any]
+    file: int
+    row: Row  # the first
+    counts: dict[tuple[int, str], int] = field(default_factory=dict)  # rows, by file and answer
+
+    def answers(self) -> dict[str, int]:
+        """Return the number of rows of each answer."""
+        found: dict[str, int] = {}
+        for (_, answer), count in self.counts.items():
+            found[answer] = found.get(answer, 0) + count
+        return found
 
 
-def distinct_rows(path: Path, summary: Summary, skip_malformed: bool) -> list[Row]:
-    """Return the first row of each prompt of a file, in file order; the summary counts all rows.
+def distinct_rows(
+    paths: Sequence[Path], truths: GroundTruths, skip_malformed: bool
+) -> list[tuple[Summary, list[Row]]]:
+    """Return the first row of each prompt of several files, which count as one; by file, in file order.
 
-    Prompts whose copies disagree on the answer are left out.
+    The summaries count all rows. Prompts whose copies disagree on the answer are left out.
 
     Raises:
-        ConfigError: no such file, an unknown format, or a malformed row, unless `skip_malformed`.
+        ConfigError: no such file, an unknown format, or a row that cannot be used, unless `skip_malformed`.
     """
-    first: dict[str, Row] = {}
-    answers: dict[str, dict[str, int]] = {}
-    for row in _rows(path, summary, skip_malformed):
-        summary.rows += row.count
-        key = row.prompt if isinstance(row.prompt, str) else json.dumps(row.prompt, sort_keys=True)
-        first.setdefault(key, row)
-        counts = answers.setdefault(key, {})
-        counts[row.answer] = counts.get(row.answer, 0) + row.count
-    for key, counts in answers.items():
-        if len(counts) > 1:
-            row = first.pop(key)
-            summary.conflicting += sum(counts.values())
-            summary.conflicts.append({"place": row.place, "prompt": row.prompt, "answers": counts})
+    found: dict[str, _Copies] = {}
+    files = [(Summary(path), list[Row]()) for path in paths]
+    for number, (summary, _) in enumerate(files):
+        for row in _rows(summary, truths, skip_malformed):
+            copies = found.setdefault(key_of(row.prompt), _Copies(number, row))
+            key = number, row.answer
+            copies.counts[key] = copies.counts.get(key, 0) + row.count
+    for copies in found.values():
+        answers = copies.answers()
+        is_one = truths.agree(answers)
+        for (number, _), count in copies.counts.items():
+            if is_one:
+                files[number][0].copies += count
+            else:
+                files[number][0].conflicting += count
+        summary, rows = files[copies.file]
+        if is_one:
+            summary.copies -= 1
+            rows.append(copies.row)
         else:
-            summary.copies += sum(counts.values()) - 1
-    return list(first.values())
+            conflict = {"place": copies.row.place, "prompt": copies.row.prompt, "answers": answers}
+            summary.conflicts.append(conflict)
+    return files
 
 
 def read_row(path: Path, position: int) -> dict[str, Any]:
     """Read one row again, with all its columns, as it stands in the file. `position` is Row.position."""
-    if path.suffix == ".jsonl":
-        with path.open("rb") as lines:
-            lines.seek(position)
-            return dict(json.loads(lines.readline()))
-    import pyarrow.parquet as pq
-
-    file = pq.ParquetFile(path)
-    for number in range(file.num_row_groups):
-        size = file.metadata.row_group(number).num_rows
-        if position < size:
-            return dict(file.read_row_group(number).slice(position, 1).to_pylist()[0])
-        position -= size
-    raise IndexError(f"{path} has no row {position} beyond its last")
+    if path.suffix == ".parquet":
+        return read_parquet_row(path, position)
+    with path.open("rb") as lines:
+        lines.seek(position)
+        return dict(json.loads(lines.readline()))
 
 
-def _rows(path: Path, summary: Summary, skip_malformed: bool) -> Iterator[Row]:
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+def _rows(summary: Summary, truths: GroundTruths, skip_malformed: bool) -> Iterator[Row]:
+    """Yield a file's rows that can be used; count all of them."""
+    path = summary.path
+    readers = {".jsonl": _read_jsonl, ".parquet": read_parquet}
     if not path.is_file():
         raise ConfigError(f"data file {path} does not exist")
     if path.suffix not in readers:
         raise ConfigError(f"data file {path}: expected .jsonl or .parquet")
     for raw in readers[path.suffix](path):
+        summary.rows += raw.count
         try:
-            prompt, answer = _prompt_and_answer(raw.parse(), raw.place)
-        except ConfigError:
+            prompt, answer = prompt_and_answer(raw.parse(), raw.place)
+            if refusal := truths.refusal(answer):
+                shown = answer if len(answer) <= 80 else answer[:80] + "…"
+                raise BadRow(f"{raw.place}: the ground truth {shown!r} {refusal}")
+        except BadRow as error:
             if not skip_malformed:
                 raise
-            summary.rows += raw.count
-            summary.skipped += raw.count
+            summary.skip(error, raw.count)
             continue
         yield Row(raw.place, raw.position, prompt, answer, raw.count)
 
 
-def _read_jsonl(path: Path) -> Iterator[_Raw]:
+def _read_jsonl(path: Path) -> Iterator[RawRow]:
     position = 0
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            place = f"{path}, line {number}"
-            if line.strip():
-                yield _Raw(place, position, 1, partial(_parse_line, line, place))
-            position += len(line)
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                place = f"{path}, line {number}"
+                if line.strip():
+                    yield RawRow(place, position, 1, partial(_parse_line, line, place))
+                position += len(line)
+    except OSError as error:
+        raise ConfigError(f"data file {path} cannot be read: {error.strerror}") from error
 
 
 def _parse_line(line: bytes, place: str) -> Any:
     try:
-        return json.loads(line)
+        return parse_json(line)
     except ValueError as error:  # not JSON, or not UTF-8
-        raise ConfigError(f"{place}: not JSON: {error}") from None
-
-
-def _read_parquet(path: Path) -> Iterator[_Raw]:
-    """Yield a parquet file's rows. Equal rows of a batch become one in Arrow, before they become Python
-    objects.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise ConfigError(f"data file {path}: not parquet: {error}") from None
-    names = file.schema_arrow.names
-    columns = ["prompt", "reward_model" if "reward_model" in names else "answer"]
-    for column in columns:
-        if column not in names:
-            raise ConfigError(
-                f"{path}: no column {column!r}; expected prompt and reward_model.ground_truth (or answer), "
-                f"found {names}"
-            )
-    before = 0
-    for batch in file.iter_batches(batch_size=ARROW_ROWS, columns=columns):
-        for first, count, row in _group_equal(pa.Table.from_batches([batch])):
-            position = before + first
-            yield _Raw(f"{path}, row {position + 1}", position, count, partial(dict, row))
-        before += batch.num_rows
-
-
-def _group_equal(table: Any) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """Yield (index of the first, number of equal rows, row) of a table of prompts and truths.
-
-    Arrow finds equal rows if every prompt is text or a single message, and every truth is text; otherwise
-    each row stands for itself.
-    """
-    import pyarrow as pa
-
-    keys = _prompt_columns(table.column("prompt").combine_chunks())
-    truths = _truth_column(table)
-    if not keys or not _is_text(truths.type):
-        yield from ((i, 1, row) for i, row in enumerate(table.to_pylist()))
-        return
-    rows = pa.table({**keys, "answer": truths, "row": np.arange(len(truths))})
-    groups = rows.group_by([*keys, "answer"], use_threads=False).aggregate([("row", "min"), ("row", "count")])
-    for row in groups.sort_by("row_min").to_pylist():
-        prompt = [{"role": row["role"], "content": row["content"]}] if "role" in keys else row["content"]
-        yield row["row_min"], row["row_count"], {"prompt": prompt, "answer": row["answer"]}
-
-
-def _prompt_columns(prompts: Any) -> dict[str, Any]:
-    """Return flat columns that say when two prompts are equal: content, or role and content of single
-    messages.
-
-    Empty if the prompts are neither.
-    """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    if _is_text(prompts.type):
-        return {"content": prompts}
-    if not pa.types.is_list(prompts.type) or not pa.types.is_struct(prompts.type.value_type):
-        return {}
-    names = {f.name for f in prompts.type.value_type}
-    if not {"role", "content"} <= names or prompts.null_count:
-        return {}
-    if not pc.all(pc.equal(pc.list_value_length(prompts), 1)).as_py():
-        return {}
-    return {name: pc.struct_field(prompts.flatten(), name) for name in ("role", "content")}
-
-
-def _truth_column(table: Any) -> Any:
-    """Return the column `answer`, or reward_model.ground_truth, all null if there is no such field."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    truths = table.column(1).combine_chunks()
-    if table.column_names[1] != "reward_model":
-        return truths
-    if pa.types.is_struct(truths.type) and "ground_truth" in {f.name for f in truths.type}:
-        return pc.struct_field(truths, "ground_truth")
-    return pa.nulls(len(truths))
-
-
-def _is_text(kind: Any) -> bool:
-    import pyarrow as pa
-
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
-def _prompt_and_answer(row: Any, place: str) -> tuple[Any, str]:
-    """Return the prompt and the answer of a row. Raise ConfigError that names the column if there is none."""
-    if not isinstance(row, dict):
-        raise ConfigError(f"{place}: {type(row).__name__}; expected {{prompt, answer}}")
-    prompt, answer, truths = row.get("prompt"), row.get("answer"), row.get("reward_model")
-    if answer is None and isinstance(truths, dict):
-        answer = truths.get("ground_truth")
-    if prompt is None:
-        raise ConfigError(f"{place}: no column 'prompt'; expected {{prompt, answer}}")
-    if answer is None:
-        column = "reward_model.ground_truth" if "reward_model" in row else "answer"
-        raise ConfigError(f"{place}: no column {column!r}")
-    if not isinstance(answer, str | int | float) or isinstance(answer, bool):
-        raise ConfigError(f"{place}: column 'answer' is {type(answer).__name__}; expected text or a number")
-    if not isinstance(prompt, str):
-        _check_chat(prompt, place)
-    return prompt, str(answer)
-
-
-def _check_chat(prompt: Any, place: str) -> None:
-    is_chat = isinstance(prompt, list) and all(
-        isinstance(message, dict) and {"role", "content"} <= set(message) for message in prompt
-    )
-    if not is_chat or not prompt:
-        found = type(prompt).__name__
-        raise ConfigError(
-            f"{place}: column 'prompt' is {found}; expected text or a list of {{role, content}}"
-        )
-    for message in prompt:
-        if message["role"] not in ROLES:
-            known = ", ".join(sorted(ROLES))
-            raise ConfigError(f"{place}: chat role {message['role']!r} is not known; known: {known}")
+        raise BadRow(f"{place}: not JSON: {error}") from None

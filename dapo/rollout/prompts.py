@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,12 @@ import numpy as np
 from dapo import config
 from dapo.config import ConfigError
 from dapo.rollout.data_files import Row, Summary, distinct_rows, read_row
+from dapo.rollout.ground_truth import GroundTruths
+from dapo.rollout.render import Renderer
+from dapo.rollout.rows import BadRow, key_of
 from dapo.types import Prompt
+
+DEFAULT_REWARD = config.Reward()
 
 
 class RowTable:
@@ -43,6 +49,7 @@ class PromptStream:
         sources: (number of prompts, weight) of consecutive parts of `prompts`, mixed in proportion to their
             weights, each in its own epochs. None: one part.
         rows: `rows[i]` is the row that prompts[i] was made of.
+        data: a hash of what the prompts were made of; by default, of the prompts.
     """
 
     def __init__(
@@ -51,8 +58,10 @@ class PromptStream:
         seed: int,
         sources: Sequence[tuple[int, float]] | None = None,
         rows: RowTable | None = None,
+        data: str = "",
     ):
         self.prompts, self.rows = prompts, rows or RowTable()
+        self.data = data or digest(prompts)
         self.returned: list[int] = []
         self.sources: list[_Source] = []
         start = 0
@@ -71,7 +80,7 @@ class PromptStream:
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the stream, and a hash of the data that it is a position in."""
         drawn = [source.drawn for source in self.sources]
-        return {"drawn": drawn, "returned": list(self.returned), "data": digest(self.prompts)}
+        return {"drawn": drawn, "returned": list(self.returned), "data": self.data}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the position.
@@ -79,7 +88,9 @@ class PromptStream:
         Raises:
             ConfigError: the data has changed under the run, so positions would mean other prompts.
         """
-        if state["data"] != digest(self.prompts) or len(state["drawn"]) != len(self.sources):
+        # version 0.1.0 kept the hash of the prompts
+        is_same = state["data"] == self.data or state["data"] == digest(self.prompts)
+        if not is_same or len(state["drawn"]) != len(self.sources):
             raise ConfigError(
                 "data.train is not what the checkpoint was made with: use the same files and tokenizer, or a "
                 "new run.dir"
@@ -116,24 +127,50 @@ class _Source:
         return self.start + int(self._order[position])
 
 
-def load_stream(data: config.Data, tokenizer: Any, seed: int) -> tuple[PromptStream, list[Summary]]:
-    """Load the training prompts: of one file, of several as if they were one, or mixed by weights."""
-    paths = [data.train] if isinstance(data.train, Path) else list(data.train)
-    prompts, files, summaries = list[Prompt](), list[tuple[Path, np.ndarray]](), list[Summary]()
-    for path in paths:
-        summary = Summary(path)
-        rows = _tokenized(path, tokenizer, data, summary)
-        prompts += (Prompt(i, tokens, row.answer) for i, (row, tokens) in enumerate(rows, start=len(prompts)))
-        files.append((path, np.array([row.position for row, _ in rows], np.int64)))
-        summaries.append(summary)
+def load_stream(
+    data: config.Data,
+    tokenizer: Any,
+    seed: int,
+    reward: config.Reward = DEFAULT_REWARD,
+    now: datetime | None = None,
+) -> tuple[PromptStream, list[Summary]]:
+    """Load the training prompts: of one file, of several as if they were one, or mixed by weights.
+
+    Args:
+        reward: its first function has to understand the ground truths.
+        now: the time that a chat template may write into a prompt; the present by default.
+    """
+    truths, renderer = GroundTruths.of(reward), Renderer(tokenizer, data.template_arguments, now)
+    skip_malformed = data.on_error == "skip"
+    if isinstance(data.train, dict):  # each in its own epochs
+        files = [file for path in data.train for file in distinct_rows([path], truths, skip_malformed)]
+    else:
+        paths = [data.train] if isinstance(data.train, Path) else data.train
+        files = distinct_rows(paths, truths, skip_malformed)
+    kept = [_tokenized(rows, renderer, data, summary) for summary, rows in files]
+    for size, (summary, _) in zip(map(len, kept), files, strict=True):
+        if not size and (isinstance(data.train, dict) or not any(kept)):
+            raise _no_prompts(summary, data)
     sources = None
     if isinstance(data.train, dict):
-        sources = [(len(positions), data.train[path]) for path, positions in files]
-    return PromptStream(prompts, seed, sources, RowTable(files)), summaries
+        sources = [(len(rows), weight) for rows, weight in zip(kept, data.train.values(), strict=True)]
+    positions = [np.array([row.position for row, _ in rows], np.int64) for rows in kept]
+    table = RowTable([(summary.path, at) for (summary, _), at in zip(files, positions, strict=True)])
+    every = [row for rows in kept for row in rows]
+    prompts = [Prompt(i, tokens, row.answer) for i, (row, tokens) in enumerate(every)]
+    data_digest = _digest_of_rows([row for row, _ in every], renderer, data)
+    return PromptStream(prompts, seed, sources, table, data_digest), [summary for summary, _ in files]
 
 
-def load_prompts(path: Path, tokenizer: Any, data: config.Data) -> tuple[list[Prompt], Summary]:
-    """Load the distinct prompts of a file, in the order of their first rows.
+def load_prompts(
+    path: Path,
+    tokenizer: Any,
+    data: config.Data,
+    reward: config.Reward = DEFAULT_REWARD,
+    now: datetime | None = None,
+) -> tuple[list[Prompt], Summary]:
+    """Load the distinct prompts of a file, in the order of their first rows. `reward` and `now`: see
+    `load_stream`.
 
     Args:
         path: .jsonl of {prompt, answer} or of the parquet's columns; .parquet with `prompt` and
@@ -141,12 +178,14 @@ def load_prompts(path: Path, tokenizer: Any, data: config.Data) -> tuple[list[Pr
             messages, which the tokenizer's chat template turns into text.
 
     Raises:
-        ConfigError: no such file, a malformed row (with its line, unless data.on_error=skip), an unknown
-            format, or no prompts.
+        ConfigError: no such file, a row that cannot be used (with its line, unless data.on_error=skip), an
+            unknown format, or no prompts.
     """
-    summary = Summary(path)
-    rows = _tokenized(path, tokenizer, data, summary)
-    return [Prompt(i, tokens, row.answer) for i, (row, tokens) in enumerate(rows)], summary
+    [(summary, rows)] = distinct_rows([path], GroundTruths.of(reward), data.on_error == "skip")
+    kept = _tokenized(rows, Renderer(tokenizer, data.template_arguments, now), data, summary)
+    if not kept:
+        raise _no_prompts(summary, data)
+    return [Prompt(i, tokens, row.answer) for i, (row, tokens) in enumerate(kept)], summary
 
 
 def digest(prompts: list[Prompt]) -> str:
@@ -157,13 +196,39 @@ def digest(prompts: list[Prompt]) -> str:
     return state.hexdigest()
 
 
+def _digest_of_rows(rows: list[Row], renderer: Renderer, data: config.Data) -> str:
+    """Return a hash of what decides the prompts: rows in order, the template's text, the tokenizer.
+
+    The tokens are left out: a template may write the date into them.
+    """
+    state = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        state.update(key_of(row.prompt).encode() + b"\0" + row.answer.encode() + b"\1")
+    limits = f"{data.max_prompt_length} {data.too_long}"
+    state.update(
+        (limits if data.too_long == "truncate" else "").encode() + b"\0" + renderer.fingerprint(rows)
+    )
+    return state.hexdigest()
+
+
+def _no_prompts(summary: Summary, data: config.Data) -> ConfigError:
+    lengths = f"data.max_prompt_length={data.max_prompt_length}, data.too_long={data.too_long}"
+    return ConfigError(f"{summary.path}: no prompts in it ({lengths})")
+
+
 def _tokenized(
-    path: Path, tokenizer: Any, data: config.Data, summary: Summary
+    rows: list[Row], renderer: Renderer, data: config.Data, summary: Summary
 ) -> list[tuple[Row, np.ndarray]]:
-    """Return a file's distinct rows with their prompts' tokens, int32 [p]; fill the summary."""
+    """Return the rows that can be used with their prompts' tokens, int32 [p]; fill the summary."""
     kept = []
-    for row in distinct_rows(path, summary, data.on_error == "skip"):
-        tokens = np.asarray(_encode(row, tokenizer), dtype=np.int32)
+    for row in rows:
+        try:
+            tokens = np.asarray(renderer.tokens(row.prompt, row.place), dtype=np.int32)
+        except BadRow as error:
+            if data.on_error == "stop":
+                raise
+            summary.skip(error, 1)
+            continue
         if len(tokens) > data.max_prompt_length:
             if data.too_long == "error":
                 raise ConfigError(
@@ -175,23 +240,6 @@ def _tokenized(
                 continue
             tokens = tokens[-data.max_prompt_length :]
             summary.truncated += 1
-        if len(tokens) == 0:
-            raise ConfigError(f"{row.place}: the prompt is empty")
         kept.append((row, tokens))
     summary.prompts = len(kept)
-    if not kept:
-        lengths = f"data.max_prompt_length={data.max_prompt_length}, data.too_long={data.too_long}"
-        raise ConfigError(f"{path}: no prompts in it ({lengths})")
     return kept
-
-
-def _encode(row: Row, tokenizer: Any) -> list[int]:
-    if isinstance(row.prompt, str):
-        return list(tokenizer(row.prompt)["input_ids"])
-    if tokenizer.chat_template is None:
-        raise ConfigError(
-            f"{row.place}: the prompt is a chat and the model's tokenizer has no chat template: give the "
-            "prompt as text"
-        )
-    text = tokenizer.apply_chat_template(row.prompt, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
