@@ -18,6 +18,7 @@ R = TypeVar("R")
 _lock = threading.Lock()
 _seconds: defaultdict[str, float] = defaultdict(float)
 _heartbeats = 0
+_waits = 0
 _phases: dict[int, list[str]] = {}  # thread id → the phases it is in, innermost last
 _listeners: list[Callable[[str], None]] = []
 
@@ -29,14 +30,24 @@ def heartbeat() -> None:
         _heartbeats += 1
 
 
-def progress() -> tuple[int, str]:
-    """Return the number of heartbeats so far, and the phases this process is in, "" between phases.
+def waiting() -> None:
+    """Report that a phase's own thread waits, in a loop that ends the wait by a timeout of its own.
+
+    It is no progress, and no hang either. Ignored from a thread that is in no phase.
+    """
+    global _waits
+    with _lock:
+        _waits += threading.get_ident() in _phases
+
+
+def progress() -> tuple[int, int, str]:
+    """Return the number of heartbeats so far, that of `waiting` calls, and the phases, "" between phases.
 
     Phases of one thread are nested, those of several threads stand side by side: "update | rollout > sync".
     Each phase counts a heartbeat at its beginning and one at its end.
     """
     with _lock:
-        return _heartbeats, " | ".join(" > ".join(phases) for phases in _phases.values())
+        return _heartbeats, _waits, " | ".join(" > ".join(phases) for phases in _phases.values())
 
 
 def listen(listener: Callable[[str], None]) -> None:

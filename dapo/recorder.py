@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import json
 import os
 import re
+import signal
+import socket
 import sys
 import threading
 import time
@@ -18,6 +21,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 from torch._C._distributed_c10d import Store
 
@@ -25,10 +29,19 @@ from dapo import clock
 from dapo.config import Limits
 
 CHECK_SECONDS = 5.0  # between two checks, at most
-# phases that may be silent for long: engines and disks have time limits of their own
-SILENT_PHASES = {"rollout", "eval", "checkpoint", "export"}
+# phases that may be silent for long: a disk has no timeout
+SILENT_PHASES = {"checkpoint", "export"}
 
 PLACES = {"": "between phases", "?": "not begun"}
+
+
+class State(NamedTuple):
+    """What a rank's recorder says of its rank at each check."""
+
+    number: int  # of the check
+    phases: str  # as clock.progress() has them; "?" of a rank that has not checked yet
+    host: str = ""
+    process: int = 0
 
 
 @dataclass(eq=False)
@@ -36,9 +49,12 @@ class Recorder:
     """A thread on every rank that watches heartbeats: its own, and those of all ranks in the shared store.
 
     After `limits.stall` seconds without a heartbeat on any rank, each rank adds its threads' Python stacks to
-    <directory>/rank-N.txt, and rank 0 reports on stderr which ranks are in which phases, and what
-    `waiting()` returns. After `limits.exit` seconds every rank exits with status 1, unless a rank is in one
-    of the SILENT_PHASES: ranks stuck in a collective cannot save.
+    <directory>/rank-N.txt, and one rank reports on stderr which ranks are in which phases, which are frozen
+    (their recorders no longer check), and what `waiting()` returns. After `limits.exit` seconds in which no
+    rank has waited by a timeout of its own either, the ranks exit with status 1, and end frozen ones on their
+    machine, unless a rank that is not frozen is in one of the SILENT_PHASES: ranks stuck in a collective
+    cannot save. Seconds in which this process is suspended do not count: a job that is suspended as a whole
+    goes on.
     """
 
     directory: Path
@@ -49,10 +65,15 @@ class Recorder:
     waiting: Callable[[], str]
 
     def __post_init__(self) -> None:
-        self.heartbeats = -1  # this rank's at the last check
-        self.total = -1  # checks of any rank that found new heartbeats
-        self.since = time.monotonic()  # when `total` last changed
-        self.is_reported = False
+        self.interval = min(self.limits.stall / 5, CHECK_SECONDS)
+        self.number = 0  # of checks so far
+        self.checked_at = time.monotonic()
+        self.seconds = 0.0  # in which this recorder has watched
+        self.own = (-1, -1)  # this rank's heartbeats and waits at the last check
+        self.progress = Counter(self.store, "progress")  # checks of any rank that found new heartbeats
+        self.life = Counter(self.store, "life")  # or new waits
+        self.seen: dict[int, tuple[int, float]] = {}  # rank → number of its last check, `seconds` when it was new
+        self.kept_for = self.reported_for = -1  # value of `progress` at the last stall
         self.directory.mkdir(parents=True, exist_ok=True)
         self.stacks = (self.directory / f"rank-{self.rank}.txt").open("a")
         self._closed = threading.Event()
@@ -73,34 +94,69 @@ class Recorder:
 
     def _watch(self) -> None:
         try:
-            while not self._closed.wait(min(self.limits.stall / 5, CHECK_SECONDS)):
+            while not self._closed.wait(self.interval):
                 self._check()
-        except RuntimeError:  # the store ended with rank 0, and the other ranks are about to
+        except RuntimeError:  # the store has ended with the launcher, and the ranks are about to
             faulthandler.cancel_dump_traceback_later()
 
     def _check(self) -> None:
         # in case a C call holds the interpreter, and with it this thread
         faulthandler.dump_traceback_later(self.limits.stall + CHECK_SECONDS, file=self.stacks)
-        heartbeats, phases = clock.progress()
-        self.store.set(f"phases/{self.rank}", phases)
-        total = self.store.add("progress", int(heartbeats != self.heartbeats))
-        self.heartbeats = heartbeats
-        if total != self.total:
-            self.total = total
-            self.since = time.monotonic()
-            self.is_reported = False
-        idle = time.monotonic() - self.since
-        if idle >= self.limits.stall and not self.is_reported:
-            self.is_reported = True
-            self._keep_stacks(idle, phases)
-            if self.rank == 0:
-                report = f"stalled: {self._report(idle)}; Python stacks in {self.directory}"
-                print(report, file=sys.stderr, flush=True)
-        if idle >= self.limits.exit and not any(map(may_be_silent, self._all_phases())):
-            report = f"error: {self._report(idle)}; stopped, and the steps since the last checkpoint are lost"
-            if self.store.add("exited", 1) == 1:
-                print(f"{report}: the same command goes on from it", file=sys.stderr, flush=True)
-            os._exit(1)
+        now = time.monotonic()
+        self.seconds += min(now - self.checked_at, 2 * self.interval)  # it was suspended for the rest
+        self.checked_at = now
+        self.number += 1
+        heartbeats, waits, phases = clock.progress()
+        mine = State(self.number, phases, socket.gethostname(), os.getpid())
+        self.store.set(f"states/{self.rank}", json.dumps(mine))
+        idle = self.seconds - self.progress.advance(heartbeats != self.own[0], self.seconds)
+        dead = self.seconds - self.life.advance((heartbeats, waits) != self.own, self.seconds)
+        self.own = heartbeats, waits
+        if idle < self.limits.stall / 2:
+            self.seen.clear()
+            return
+        states = self._all_states()
+        frozen = self._frozen(states)
+        awake = [rank for rank in range(self.world) if rank not in frozen]
+        if idle >= self.limits.stall:
+            self._tell(idle, states, frozen, is_first=self.rank == min(awake))
+        if dead >= self.limits.exit and not any(may_be_silent(states[rank].phases) for rank in awake):
+            self._exit(dead, states, frozen)
+
+    def _all_states(self) -> list[State]:
+        keys = [f"states/{rank}" for rank in range(self.world)]
+        return [State(*json.loads(self.store.get(key))) if self.store.check([key]) else State(0, "?") for key in keys]
+
+    def _frozen(self, states: list[State]) -> set[int]:
+        """Return the ranks whose recorders have not checked for a third of a stall."""
+        for rank, state in enumerate(states):
+            if rank not in self.seen or self.seen[rank][0] != state.number:
+                self.seen[rank] = state.number, self.seconds
+        limit = self.seconds - self.limits.stall / 3
+        return {rank for rank, (number, at) in self.seen.items() if at < limit and number and rank != self.rank}
+
+    def _tell(self, idle: float, states: list[State], frozen: set[int], is_first: bool) -> None:
+        """Once a stall, keep this rank's stacks and, on the first rank that is awake, report."""
+        stall = self.progress.value
+        if self.kept_for != stall:
+            self.kept_for = stall
+            self._keep_stacks(idle, states[self.rank].phases)
+        if is_first and self.reported_for != stall:
+            self.reported_for = stall
+            if self.store.add(f"reported/{stall}", 1) == 1:
+                report = self._report(idle, states, frozen)
+                say(f"stalled: {report}; Python stacks in {self.directory}")
+
+    def _exit(self, dead: float, states: list[State], frozen: set[int]) -> None:
+        if self.store.add("exited", 1) == 1:
+            report = self._report(dead, states, frozen)
+            lost = "stopped, and the steps since the last checkpoint are lost: the same command goes on from it"
+            say(f"error: {report}; {lost}")
+        for state in (states[rank] for rank in frozen):
+            if state.host == socket.gethostname():  # a process that is stopped ends by SIGKILL only
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(state.process, signal.SIGKILL)
+        os._exit(1)
 
     def _keep_stacks(self, idle: float, phases: str) -> None:
         now = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
@@ -111,21 +167,34 @@ class Recorder:
         self.stacks.write("\n")
         self.stacks.flush()
 
-    def _report(self, idle: float) -> str:
+    def _report(self, idle: float, states: list[State], frozen: set[int]) -> str:
         ranks: dict[str, list[int]] = defaultdict(list)
-        for rank, phases in enumerate(self._all_phases()):
-            ranks[phases].append(rank)
-        where = ", ".join(f"{ranges(r)} {PLACES.get(phases, f'in {phases}')}" for phases, r in ranks.items())
+        for rank, state in enumerate(states):
+            place = PLACES.get(state.phases, f"in {state.phases}")
+            ranks[f"frozen, last seen {place}" if rank in frozen else place].append(rank)
+        where = ", ".join(f"{ranges(some)} {place}" for place, some in ranks.items())
         return f"nothing has progressed for {idle:.0f} s: {where}; waiting for {self.waiting()}"
 
-    def _all_phases(self) -> list[str]:
-        """Phases of every rank, as clock.progress() has them; "?" of a rank that has not checked yet."""
-        keys = [f"phases/{rank}" for rank in range(self.world)]
-        return [self.store.get(key).decode() if self.store.check([key]) else "?" for key in keys]
+
+@dataclass(eq=False)
+class Counter:
+    """A counter that all ranks advance, and when this rank saw it change."""
+
+    store: Store
+    name: str
+    value: int = -1
+    changed_at: float = 0.0
+
+    def advance(self, has_changed: bool, now: float) -> float:
+        """Add 1 if `has_changed`. Return when the counter last changed, in the clock of `now`."""
+        value = self.store.add(self.name, int(has_changed))
+        if value != self.value:
+            self.value, self.changed_at = value, now
+        return self.changed_at
 
 
 def may_be_silent(phases: str) -> bool:
-    """True if a thread is in one of the SILENT_PHASES: `may_be_silent("update | rollout > sync")`."""
+    """True if a thread is in one of the SILENT_PHASES: `may_be_silent("update | checkpoint > sync")`."""
     return not SILENT_PHASES.isdisjoint(re.split(r" > | \| ", phases))
 
 
@@ -135,3 +204,8 @@ def ranges(ranks: list[int]) -> str:
     runs = [[rank for _, rank in run] for _, run in groupby(pairs, key=lambda pair: pair[1] - pair[0])]
     names = ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
     return f"rank {names}" if len(ranks) == 1 else f"ranks {names}"
+
+
+def say(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # nobody reads stderr any more
+        print(text, file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from signal import SIGINT
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -26,9 +26,16 @@ class Stopped(Exception):
 
 
 class Interrupted(Stopped):
-    """The user or the scheduler asked the run to stop, with Ctrl-C or another signal."""
+    """The user or the scheduler asked the run to stop, with Ctrl-C or another signal.
 
-    signal: int = SIGINT  # the exit status is 128 + this
+    `signal` is its number, on every rank: the exit status is 128 + this.
+    """
+
+    number: ClassVar[int] = SIGINT  # of the signal that reached this process
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.signal = Interrupted.number  # an attribute travels with the exception to the other ranks
 
 
 class StorageError(Stopped):

@@ -1,0 +1,94 @@
+"""The guardian of a rank: `python rank.py RANK LAUNCHER MARK SECONDS`, four arguments that `guard` gives.
+
+Once process RANK has ended, however it ended, it ends every process that bears the mark: what the rank has
+started, and what those have started, in process groups and sessions of their own too. If process LAUNCHER
+(torchrun; 0: none) ends first, it asks the rank to save and stop, and ends it if it has not after SECONDS. A
+script of the standard library, for Linux.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+MARK = "DAPO_STARTED_BY"  # environment variable of all that a rank starts
+GRACE = 5.0  # seconds for marked processes to end by themselves, as servers' guardians do
+
+
+def guard(seconds: float) -> None:
+    """Start the guardian of this process, before the process starts any other."""
+    if sys.platform != "linux":
+        return
+    launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
+    mark = f"{os.getpid()}.{time.time_ns()}"
+    command = [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(launcher), mark, str(seconds)]
+    devices = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+    subprocess.Popen(command, start_new_session=True, **devices)  # a Ctrl-C is not for it
+    os.environ[MARK] = mark
+
+
+def main(rank: int, launcher: int, mark: str, seconds: float) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(ProcessLookupError):  # the rank has ended
+        watched = os.pidfd_open(rank)
+        if os.getppid() == rank and _is_orphaned(watched, launcher):
+            os.kill(rank, signal.SIGTERM)
+            if not _ended([watched], seconds):
+                say(f"process {rank} has not ended {seconds:.0f} s after its launcher: it is killed")
+                os.kill(rank, signal.SIGKILL)
+    _end_marked(f"{MARK}={mark}".encode())
+
+
+def _is_orphaned(rank: int, launcher: int) -> bool:
+    """Wait until the rank or its launcher has ended. Return True if the launcher ended first."""
+    try:
+        watched = [rank, os.pidfd_open(launcher)] if launcher else [rank]
+    except ProcessLookupError:
+        return True
+    if rank in _ended(watched):
+        return False
+    if os.environ.get("LOCAL_RANK") == "0":
+        say(f"the launcher, process {launcher}, has ended without its ranks: they save and stop")
+    return True
+
+
+def _ended(pidfds: list[int], seconds: float | None = None) -> set[int]:
+    """Return those of the processes that have ended, once one has; none if none has within `seconds`."""
+    poll = select.poll()
+    for pidfd in pidfds:
+        poll.register(pidfd, select.POLLIN)
+    return {pidfd for pidfd, _ in poll.poll(None if seconds is None else 1000 * seconds)}
+
+
+def _end_marked(mark: bytes) -> None:
+    begin = time.monotonic()
+    while marked := list(_marked(mark)):
+        if time.monotonic() - begin > GRACE:
+            for process in marked:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+        time.sleep(0.1)
+
+
+def _marked(mark: bytes) -> Iterator[int]:
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        # another user's process, one that has ended, or the kernel's
+        with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as environment:
+            if mark in environment.read().split(b"\0"):
+                yield int(name)
+
+
+def say(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        print(f"dapo: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], float(sys.argv[4]))
