@@ -31,8 +31,8 @@ from typing import Any, Protocol
 import psutil
 
 from dapo import files
-from dapo.engine.guardian import PR_SET_PDEATHSIG
 from dapo.report import curves
+from dapo.watch.server import PR_SET_PDEATHSIG
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = [  # small steps, each of them saved

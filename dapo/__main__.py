@@ -18,6 +18,7 @@ from dapo.config import Config, ConfigError, Parallel, load
 from dapo.plan import semantics
 from dapo.plan.plan import describe, make_plan
 from dapo.plan.time import HARDWARE
+from dapo.watch.rank import guard
 
 
 def main(argv: list[str]) -> int:
@@ -136,6 +137,7 @@ def _run(config: Config, models: list[Path] | None) -> int:
     from dapo.train import train
     from dapo.types import Interrupted, Stopped
 
+    guard(config.engine.limits.exit)
     mesh = None
     try:
         if models is None:

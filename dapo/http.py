@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import aiohttp
 
+from dapo.clock import waiting
 from dapo.types import Interrupted, Stopped
 
 T = TypeVar("T")
@@ -105,6 +106,7 @@ def wait(work: Coroutine[Any, Any, T], is_interrupted: Callable[[], bool] = lamb
     future = asyncio.run_coroutine_threadsafe(work, loop())
     try:
         while not concurrent.futures.wait([future], CHECK_EVERY).done:
+            waiting()  # an exchange has a timeout
             if is_interrupted():
                 raise Interrupted
         return future.result()

@@ -72,7 +72,9 @@ class Recorder:
         self.own = (-1, -1)  # this rank's heartbeats and waits at the last check
         self.progress = Counter(self.store, "progress")  # checks of any rank that found new heartbeats
         self.life = Counter(self.store, "life")  # or new waits
-        self.seen: dict[int, tuple[int, float]] = {}  # rank → number of its last check, `seconds` when it was new
+        self.seen: dict[
+            int, tuple[int, float]
+        ] = {}  # rank → number of its last check, `seconds` when it was new
         self.kept_for = self.reported_for = -1  # value of `progress` at the last stall
         self.directory.mkdir(parents=True, exist_ok=True)
         self.stacks = (self.directory / f"rank-{self.rank}.txt").open("a")
@@ -117,7 +119,7 @@ class Recorder:
             return
         states = self._all_states()
         frozen = self._frozen(states)
-        awake = [rank for rank in range(self.world) if rank not in frozen]
+        awake = [rank for rank, state in enumerate(states) if state.number and rank not in frozen]
         if idle >= self.limits.stall:
             self._tell(idle, states, frozen, is_first=self.rank == min(awake))
         if dead >= self.limits.exit and not any(may_be_silent(states[rank].phases) for rank in awake):
@@ -125,7 +127,10 @@ class Recorder:
 
     def _all_states(self) -> list[State]:
         keys = [f"states/{rank}" for rank in range(self.world)]
-        return [State(*json.loads(self.store.get(key))) if self.store.check([key]) else State(0, "?") for key in keys]
+        return [
+            State(*json.loads(self.store.get(key))) if self.store.check([key]) else State(0, "?")
+            for key in keys
+        ]
 
     def _frozen(self, states: list[State]) -> set[int]:
         """Return the ranks whose recorders have not checked for a third of a stall."""
@@ -133,7 +138,9 @@ class Recorder:
             if rank not in self.seen or self.seen[rank][0] != state.number:
                 self.seen[rank] = state.number, self.seconds
         limit = self.seconds - self.limits.stall / 3
-        return {rank for rank, (number, at) in self.seen.items() if at < limit and number and rank != self.rank}
+        return {
+            rank for rank, (number, at) in self.seen.items() if at < limit and number and rank != self.rank
+        }
 
     def _tell(self, idle: float, states: list[State], frozen: set[int], is_first: bool) -> None:
         """Once a stall, keep this rank's stacks and, on the first rank that is awake, report."""
@@ -150,7 +157,9 @@ class Recorder:
     def _exit(self, dead: float, states: list[State], frozen: set[int]) -> None:
         if self.store.add("exited", 1) == 1:
             report = self._report(dead, states, frozen)
-            lost = "stopped, and the steps since the last checkpoint are lost: the same command goes on from it"
+            lost = (
+                "stopped, and the steps since the last checkpoint are lost: the same command goes on from it"
+            )
             say(f"error: {report}; {lost}")
         for state in (states[rank] for rank in frozen):
             if state.host == socket.gethostname():  # a process that is stopped ends by SIGKILL only

@@ -5,10 +5,7 @@ torchrun --nproc-per-node 2 -m dapo train examples/arithmetic/config.yaml
 
 from __future__ import annotations
 
-import signal
 import sys
-import time
-from typing import Any
 
 from dapo.assemble import make_sampler
 from dapo.checkpoint import Checkpoints
@@ -23,6 +20,7 @@ from dapo.policy.metrics import step_metrics
 from dapo.recorder import Recorder
 from dapo.sampler import Sampler
 from dapo.types import Stopped
+from dapo.watch.interruption import Interruption
 
 
 def train(config: Config, mesh: Mesh) -> None:
@@ -31,7 +29,7 @@ def train(config: Config, mesh: Mesh) -> None:
     Raises:
         Stopped: the run was interrupted or the engine failed; a checkpoint is saved.
     """
-    is_interrupted = Interruption()
+    is_interrupted = Interruption(mesh.store("signal"), mesh.is_main)
     console = Console()
     checkpoints = Checkpoints(config.run, mesh)
     checkpoints.find(mesh.on_main(_read_shape, config))  # reject what cannot work before anything is written
@@ -64,32 +62,13 @@ def train(config: Config, mesh: Mesh) -> None:
         recorder.close()
         log.close()
         sampler.close()
+        is_interrupted.close()
 
 
 def make_recorder(config: Config, mesh: Mesh, sampler: Sampler) -> Recorder:
     """Start the watch for stalls: stacks go to <run.dir>/stalls."""
     stalls, store = config.run.dir / "stalls", mesh.store("stalls")
     return Recorder(stalls, config.engine.limits, mesh.rank, mesh.world, store, sampler.waiting)
-
-
-class Interruption:
-    """Catches Ctrl-C and SIGTERM: a call returns True once one has come.
-
-    A second Ctrl-C, more than 2 seconds later, ends the process.
-    """
-
-    def __init__(self) -> None:
-        self.since: float | None = None
-        signal.signal(signal.SIGINT, self._note)
-        signal.signal(signal.SIGTERM, self._note)
-
-    def __call__(self) -> bool:
-        return self.since is not None
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.since is not None and number == signal.SIGINT and time.monotonic() - self.since > 2:
-            raise KeyboardInterrupt
-        self.since = self.since or time.monotonic()
 
 
 def _read_shape(config: Config) -> ModelShape:

@@ -19,6 +19,7 @@ FLOORS = [
     {"plain_yaml"},
     {"types", "config", "clock"},
     {"files", "http", "mesh"},
+    {"watch"},
     {"model"},
     {"learn"},
     {"reward", "plan"},

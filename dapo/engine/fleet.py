@@ -1,6 +1,6 @@
 """A run's SGLang servers: started, watched and stopped here, with a router in front of several.
 
-None survives the trainer, however it ends: each has a guardian (guardian.py). They listen on loopback and
+None survives the trainer, however it ends: each has a guardian (watch/server.py). They listen on loopback and
 need an API key drawn for the run, which appears neither in `ps` nor in a log. It is sent to a port only while
 a process under the guardian listens there (listener.py).
 

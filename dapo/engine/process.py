@@ -1,4 +1,4 @@
-"""A server or the router as a child process, under a guardian (guardian.py)."""
+"""A server or the router as a child process, under a guardian (watch/server.py)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 from dapo import http
-from dapo.engine import guardian
 from dapo.engine.listener import Listener
+from dapo.watch import server as guardian
 
 # seconds without a new line in its log after which a start has failed: large weights take long, and say so
 SILENCE = 600.0

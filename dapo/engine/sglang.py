@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from dapo import http
+from dapo.clock import waiting
 from dapo.config import Limits
 from dapo.engine.client import Client
 from dapo.engine.endpoint import Job, Servers
@@ -104,6 +105,7 @@ class SGLangStream:
         while self.jobs and not self.client.is_closed:
             if self.client.failure:
                 raise self.client.failure
+            waiting()  # the client gives up a server that stands still
             if self.engine.is_interrupted():
                 self.abort()
                 raise Interrupted

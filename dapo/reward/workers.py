@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 
+from dapo import clock
 from dapo.config import ConfigError
 from dapo.reward.guardian import MEMORY_EXCEEDED, guard
 from dapo.reward.worker import Failure, Job, Reply
@@ -125,6 +126,7 @@ class Workers:
         waiting = deque(deque(numbers[first : first + size]) for first in numbers[::size])
         try:
             while waiting or any(worker.todo for worker in self.workers):
+                clock.waiting()  # each call has a timeout
                 if self.is_interrupted():
                     raise Interrupted
                 self._assign(waiting, jobs)

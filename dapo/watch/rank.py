@@ -9,6 +9,7 @@ script of the standard library, for Linux.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import select
 import signal
@@ -21,15 +22,16 @@ MARK = "DAPO_STARTED_BY"  # environment variable of all that a rank starts
 GRACE = 5.0  # seconds for marked processes to end by themselves, as servers' guardians do
 
 
+@functools.cache
 def guard(seconds: float) -> None:
-    """Start the guardian of this process, before the process starts any other."""
+    """Start the guardian of this process, once, before the process starts any other."""
     if sys.platform != "linux":
         return
     launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
     mark = f"{os.getpid()}.{time.time_ns()}"
     command = [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(launcher), mark, str(seconds)]
-    devices = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
-    subprocess.Popen(command, start_new_session=True, **devices)  # a Ctrl-C is not for it
+    null = subprocess.DEVNULL
+    subprocess.Popen(command, stdin=null, stdout=null, start_new_session=True)  # a Ctrl-C is not for it
     os.environ[MARK] = mark
 
 

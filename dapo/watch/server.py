@@ -1,4 +1,4 @@
-"""The guardian of one server: `python guardian.py TRAINER LOG COMMAND…` runs COMMAND until it ends, SIGTERM
+"""The guardian of one server: `python server.py TRAINER LOG COMMAND…` runs COMMAND until it ends, SIGTERM
 arrives, or process TRAINER has ended.
 
 Then it kills all that the command started: one process group, which SGLang's own children do not leave. The

@@ -1,5 +1,6 @@
 """The flight recorder is silent while any rank makes progress, then exact about the ones that do not."""
 
+import json
 import threading
 import time
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ def watch(tmp_path):
             made.pop().close()
 
     start.close = close
+    start.store = store
     yield start
     close()
 
@@ -39,6 +41,7 @@ def wait_until(condition, seconds=20):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "the condition did not become true"
+        clock.waiting()  # else the recorder would end this process after three stalls
         time.sleep(0.02)
 
 
@@ -51,10 +54,23 @@ def test_phases_and_heartbeats_are_the_clocks_progress():
     def inner():
         return clock.progress()
 
-    before, _ = clock.progress()
-    heartbeats, phases = outer()
-    assert phases == "outer > inner" and heartbeats == before + 2
-    assert clock.progress() == (before + 4, "")
+    before, waits, _ = clock.progress()
+    assert outer() == (before + 2, waits, "outer > inner")
+    assert clock.progress() == (before + 4, waits, "")
+
+
+def test_only_a_thread_in_a_phase_waits():
+    @timed("rollout")
+    def rollout():
+        clock.waiting()
+        thread = threading.Thread(target=clock.waiting)
+        thread.start()
+        thread.join()
+
+    clock.waiting()
+    _, before, _ = clock.progress()
+    rollout()
+    assert clock.progress()[1] == before + 1
 
 
 def test_the_phases_of_two_threads_stand_side_by_side_and_both_are_timed():
@@ -67,11 +83,11 @@ def test_the_phases_of_two_threads_stand_side_by_side_and_both_are_timed():
 
     @timed("front")
     def front():
-        with_background = clock.progress()[1]
+        with_background = clock.progress()[2]
         time.sleep(0.1)
         may_end.set()
         thread.join(10)
-        return with_background, clock.progress()[1]
+        return with_background, clock.progress()[2]
 
     clock.take()
     thread = threading.Thread(target=background)
@@ -85,8 +101,8 @@ def test_the_phases_of_two_threads_stand_side_by_side_and_both_are_timed():
 @pytest.mark.parametrize(
     ("phases", "expected"),
     [
-        ("", False), ("?", False), ("update", False), ("rollout", True), ("outer > rollout > sync", True),
-        ("update | rollout > sync", True), ("checkpoint | update", True), ("update | old_rollout", False),
+        ("", False), ("?", False), ("rollout", False), ("export", True), ("outer > checkpoint > sync", True),
+        ("update | checkpoint > sync", True), ("checkpoint | update", True), ("old_checkpoint", False),
     ],
 )  # fmt: skip
 def test_a_rank_may_be_silent_if_one_of_its_threads_may(phases, expected):
@@ -100,7 +116,7 @@ def test_a_phase_that_raises_is_over():
 
     with pytest.raises(KeyError):
         broken()
-    assert clock.progress()[1] == ""
+    assert clock.progress()[2] == ""
 
 
 def test_a_stall_is_reported_once_with_phases_and_what_is_waited_for(watch, tmp_path, capsys):
@@ -117,14 +133,16 @@ def test_a_stall_is_reported_once_with_phases_and_what_is_waited_for(watch, tmp_
         watch()
         stacks = tmp_path / "stalls/rank-0.txt"
         wait_until(lambda: stacks.read_text().endswith("\n\n"))
-        time.sleep(1.2)  # four stalls: it neither reports again nor, in this phase, ends the run
+        end = time.monotonic() + 1.2
+        # four stalls: it neither reports again nor, since this thread waits, ends the run
+        wait_until(lambda: time.monotonic() > end)
         printed = capsys.readouterr().err
         heartbeat()
         wait_until(lambda: "stalled" in capsys.readouterr().err)  # a second stall is reported too
 
     thread = threading.Thread(target=background)
     thread.start()
-    wait_until(lambda: clock.progress()[1] == "sync")
+    wait_until(lambda: clock.progress()[2] == "sync")
     rollout()
     is_over.set()
     thread.join()
@@ -165,17 +183,30 @@ def test_while_something_progresses_nothing_is_reported_and_no_file_stays(watch,
     assert not (tmp_path / "stalls").exists()
 
 
-def test_a_rank_that_has_not_begun_is_named_and_only_the_main_rank_reports(watch, tmp_path, capsys):
+def printed_until(text, capsys):
+    seen = []
+    wait_until(lambda: seen.append(capsys.readouterr().err) or text in "".join(seen))
+    return "".join(seen)
+
+
+def test_the_lowest_rank_that_is_awake_reports_and_names_the_frozen_and_those_that_have_not_begun(
+    watch, tmp_path, capsys
+):
     @timed("rollout")
     def rollout():
-        watch(rank=1, world=4)
-        wait_until(lambda: (tmp_path / "stalls/rank-1.txt").read_text())
-        assert capsys.readouterr().err == ""
+        watch.store.set(
+            "states/0", json.dumps([7, "update", "elsewhere", 0])
+        )  # it has checked, and checks no more
+        watch(rank=1, world=5)
+        watch(rank=2, world=5)
+        printed = printed_until("stalled", capsys)
+        where = "rank 0 frozen, last seen in update, ranks 1–2 in rollout, ranks 3–4 not begun; waiting for"
+        assert where in printed
+        wait_until(lambda: (tmp_path / "stalls/rank-2.txt").read_text())
+        assert (printed + capsys.readouterr().err).count("stalled") == 1
         heartbeat()
-        watch(rank=0, world=4)
-        seen = []
-        wait_until(lambda: seen.append(capsys.readouterr().err) or "stalled" in "".join(seen))
-        assert "ranks 0–1 in rollout, ranks 2–3 not begun" in "".join(seen)
+        watch(rank=0, world=5)
+        assert "ranks 0–2 in rollout, ranks 3–4 not begun" in printed_until("stalled", capsys)
 
     rollout()
 

@@ -26,7 +26,7 @@ import torch
 
 from dapo import clock
 from dapo.config import ConfigError, Limits
-from dapo.engine import arguments, fleet, guardian, process
+from dapo.engine import arguments, fleet, process
 from dapo.engine.arguments import (
     check_broadcast,
     child_environment,
@@ -41,6 +41,7 @@ from dapo.engine.fleet import Fleet, make_servers
 from dapo.engine.sglang import SGLangEngine
 from dapo.engine.weight_sync import make_sync
 from dapo.types import EngineError, WeightsLost
+from dapo.watch import server as guardian
 from tests.sglang.conftest import server_config
 from tests.sglang.fake_server import FakeServer, requests, tokens_of
 
@@ -60,7 +61,7 @@ def processes_of(folder: Path) -> list[psutil.Process]:
     guardians = [
         p
         for p in psutil.process_iter()
-        if any(str(folder) in word for word in command_of(p)) and "guardian.py" in str(command_of(p))
+        if any(str(folder) in word for word in command_of(p)) and "watch/server.py" in str(command_of(p))
     ]
     return [*guardians, *(child for guardian in guardians for child in guardian.children(recursive=True))]
 
