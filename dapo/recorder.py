@@ -27,6 +27,7 @@ from torch._C._distributed_c10d import Store
 
 from dapo import clock
 from dapo.config import Limits
+from dapo.watch.rank import renew
 
 CHECK_SECONDS = 5.0  # between two checks, at most
 # phases that may be silent for long: a disk has no timeout
@@ -72,9 +73,8 @@ class Recorder:
         self.own = (-1, -1)  # this rank's heartbeats and waits at the last check
         self.progress = Counter(self.store, "progress")  # checks of any rank that found new heartbeats
         self.life = Counter(self.store, "life")  # or new waits
-        self.seen: dict[
-            int, tuple[int, float]
-        ] = {}  # rank → number of its last check, `seconds` when it was new
+        # rank → number of its last check, and `seconds` when it was new
+        self.seen: dict[int, tuple[int, float]] = {}
         self.kept_for = self.reported_for = -1  # value of `progress` at the last stall
         self.directory.mkdir(parents=True, exist_ok=True)
         self.stacks = (self.directory / f"rank-{self.rank}.txt").open("a")
@@ -96,6 +96,7 @@ class Recorder:
 
     def _watch(self) -> None:
         try:
+            self._check()
             while not self._closed.wait(self.interval):
                 self._check()
         except RuntimeError:  # the store has ended with the launcher, and the ranks are about to
@@ -104,6 +105,7 @@ class Recorder:
     def _check(self) -> None:
         # in case a C call holds the interpreter, and with it this thread
         faulthandler.dump_traceback_later(self.limits.stall + CHECK_SECONDS, file=self.stacks)
+        renew()  # this rank's guardian
         now = time.monotonic()
         self.seconds += min(now - self.checked_at, 2 * self.interval)  # it was suspended for the rest
         self.checked_at = now

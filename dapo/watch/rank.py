@@ -9,7 +9,7 @@ script of the standard library, for Linux.
 from __future__ import annotations
 
 import contextlib
-import functools
+import ctypes
 import os
 import select
 import signal
@@ -19,25 +19,41 @@ import time
 from collections.abc import Iterator
 
 MARK = "DAPO_STARTED_BY"  # environment variable of all that a rank starts
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 GRACE = 5.0  # seconds for marked processes to end by themselves, as servers' guardians do
 
 
-@functools.cache
+_command: list[str] = []  # of this process's guardian, once it has one
+_guardian: subprocess.Popen[bytes] | None = None
+
+
 def guard(seconds: float) -> None:
-    """Start the guardian of this process, once, before the process starts any other."""
-    if sys.platform != "linux":
-        return
-    launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
-    mark = f"{os.getpid()}.{time.time_ns()}"
-    command = [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(launcher), mark, str(seconds)]
-    null = subprocess.DEVNULL
-    subprocess.Popen(command, stdin=null, stdout=null, start_new_session=True)  # a Ctrl-C is not for it
-    os.environ[MARK] = mark
+    """Start the guardian of this process, before the process starts any other. A second call does nothing."""
+    if sys.platform == "linux" and not _command:
+        launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
+        mark = f"{os.getpid()}.{time.time_ns()}"
+        script = [sys.executable, "-I", "-S", __file__]
+        _command.extend([*script, str(os.getpid()), str(launcher), mark, str(seconds)])
+        renew()
+        os.environ[MARK] = mark
+
+
+def renew() -> None:
+    """Start the guardian again if it has ended."""
+    global _guardian
+    if _command and (_guardian is None or _guardian.poll() is not None):
+        null = subprocess.DEVNULL
+        environment = {name: value for name, value in os.environ.items() if name != MARK}
+        # in a session of its own it does not receive Ctrl-C
+        _guardian = subprocess.Popen(
+            _command, env=environment, stdin=null, stdout=null, start_new_session=True
+        )
 
 
 def main(rank: int, launcher: int, mark: str, seconds: float) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGCONT)  # if it is stopped, the rank's end wakes it
     with contextlib.suppress(ProcessLookupError):  # the rank has ended
         watched = os.pidfd_open(rank)
         if os.getppid() == rank and _is_orphaned(watched, launcher):

@@ -43,6 +43,7 @@ def main(trainer: int, log: Log, command: list[str]) -> int:
     """Run the command. Return its exit status, or 128 + the signal that ended it."""
     signal.signal(signal.SIGTERM, _exit)
     prctl = ctypes.CDLL(None).prctl
+    prctl(PR_SET_PDEATHSIG, signal.SIGCONT)  # if this process is stopped, the trainer's end wakes it
 
     def die_with_guardian() -> None:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # SGLang's children watch their parent in the same way

@@ -57,7 +57,16 @@ class Handler(BaseHTTPRequestHandler):
 
         while Path(ARGUMENTS.model_path, "hung").exists():
             time.sleep(0.1)
-        self.answer(fake_server.answer(body, str(ABOUT["weight_version"])))
+        answer = fake_server.answer(body, str(ABOUT["weight_version"]))
+        [stop, *_] = body["sampling_params"]["stop_token_ids"]
+        if stop != fake_server.STOP:  # a model of few tokens
+            few = {fake_server.STOP: stop}
+            tokens = [few.get(token, 10 + token % 10) for token in answer["output_ids"]]
+            meta = answer["meta_info"]
+            meta["output_token_logprobs"] = [[-1.0, token, None] for token in tokens]
+            meta["finish_reason"] |= {"matched": stop} if tokens[-1] == stop else {}
+            answer["output_ids"] = tokens
+        self.answer(answer)
 
     def answer(self, value: dict[str, object]) -> None:
         body = json.dumps(value).encode()

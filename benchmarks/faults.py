@@ -1,0 +1,303 @@
+"""Stop, kill or signal every process of a run in every phase: does it go on, or end, and say so?
+
+python benchmarks/faults.py [target …]: all of TARGETS, or those named. Two ranks on the CPU; servers are the
+tests' stand-in for SGLang. A fault that a run survives is followed by the next one in the same run.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parents[1]
+SIGNALS = ("SIGSTOP", "SIGKILL", "SIGTERM", "SIGHUP")
+ENDING = ("main rank", "other rank", "launcher")  # a fault of one of these ends most runs
+SURVIVED = ("server", "server's guardian", "rank's guardian", "reward worker")
+TARGETS = ENDING + SURVIVED
+PHASES = ("rollout", "scoring", "update", "sync", "checkpoint", "eval")
+STALL = 4.0  # engine.stall_seconds
+LONGEST = 90.0  # seconds for a run to end after a fault
+EVAL_ROWS = 8
+MARK = "DAPO_FAULTS_RUN"  # environment variable of every process of one launch
+OPTIONS = [
+    "run.save_every=1", "rollout.prompts_per_step=4", "rollout.prompts_per_round=4",
+    "rollout.max_response_length=24", "reward.overlong_cache=8", "reward.workers=1", "reward.time_limit=1",
+    "optim.prompts_per_minibatch=4", "parallel.tensor=2", "eval.every=1", "eval.samples=1",
+    f"engine.stall_seconds={STALL}",
+]  # fmt: skip
+WITH_SERVERS = ["engine.kind=sglang", "engine.weight_sync=disk", "reward.function=faults:is_even"]
+SAYS = ("error: ", "interrupted", "stalled: ", "dapo: ")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One signal to one process, at the beginning of a phase."""
+
+    signal: str
+    target: str
+    phase: str
+
+    def __str__(self) -> str:
+        return ":".join((self.signal, self.target, self.phase))
+
+
+@dataclass
+class Outcome:
+    """What became of a launch."""
+
+    fired: list[str]
+    statuses: dict[int, int]  # exit status of each rank that returned one
+    status: int | None  # the launcher's; None if it did not end
+    is_finished: bool  # all steps were made
+    is_saved: bool  # a checkpoint was completed after the last fault
+    seconds: float  # from the last fault to the end of the last process of the run
+    lines: list[str]  # what the program said about it
+    survivors: list[str] = field(default_factory=list)
+    printed: str = ""
+
+    def verdict(self) -> str:
+        if self.survivors:
+            return "SURVIVORS"
+        if self.status is None:
+            return "HANGS"
+        if self.is_finished:
+            return "goes on"
+        if not self.lines:
+            return "SILENT"
+        return "saved" if self.is_saved else "stopped"
+
+
+def launch(faults: Sequence[Fault], *options: str, with_servers: bool = False) -> Outcome:
+    """Train on two ranks and let the faults happen, one after another in steps of their own."""
+    mark = uuid.uuid4().hex
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        heldout = (ROOT / "examples/arithmetic/data/heldout.jsonl").read_text().splitlines()[:EVAL_ROWS]
+        (folder / "heldout.jsonl").write_text("\n".join(heldout) + "\n")
+        path = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            MARK: mark,
+            "XDG_CACHE_HOME": str(folder / "cache"),
+        }
+        if with_servers:
+            path.insert(0, str(ROOT / "tests/sglang/fake"))
+            options = (*WITH_SERVERS, *options)
+        environment["PYTHONPATH"] = os.pathsep.join(path)
+        steps = 2 * len(faults) + 4
+        values = [*OPTIONS, f"run.steps={steps}", f"run.dir={folder / 'run'}",
+                  f"eval.data={folder / 'heldout.jsonl'}", *options]  # fmt: skip
+        torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2"
+        command = [
+            sys.executable,
+            *torchrun.split(),
+            __file__,
+            "rank",
+            str(folder),
+            json.dumps(list(map(str, faults))),
+        ]
+        with (folder / "printed").open("w") as out:
+            launcher = subprocess.Popen(
+                [*command, *values], cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT
+            )
+        is_ended = _wait(folder, launcher, mark, len(faults))
+        fired = (folder / "fired").read_text().splitlines() if (folder / "fired").exists() else []
+        last = float(fired[-1].split()[0]) if fired else time.time()
+        seconds = time.time() - last
+        survivors = _end_all(mark)
+        printed = (folder / "printed").read_text(errors="replace")
+        manifests = (folder / "run/checkpoints").glob("step-*/manifest.json")
+        return Outcome(
+            fired=[line.split(maxsplit=1)[1] for line in fired],
+            statuses={rank: int((folder / f"status-{rank}").read_text())
+                      for rank in (0, 1) if (folder / f"status-{rank}").exists()},
+            status=launcher.returncode if is_ended else None,
+            is_finished=(folder / "run/hf").exists(),
+            is_saved=any(manifest.stat().st_mtime >= last for manifest in manifests),
+            seconds=seconds,
+            lines=[line for line in printed.splitlines() if line.startswith(SAYS)],
+            survivors=survivors,
+            printed=printed,
+        )  # fmt: skip
+
+
+def _wait(folder: Path, launcher: subprocess.Popen[bytes], mark: str, num_faults: int) -> bool:
+    """Wait until the launch has ended. Return False if it has not, LONGEST seconds after the last fault."""
+    fired, since = 0, time.monotonic()
+    while True:
+        number = len((folder / "fired").read_text().splitlines()) if (folder / "fired").exists() else 0
+        if number != fired:
+            fired, since = number, time.monotonic()
+        if launcher.poll() is not None and not _marked(mark):
+            return True
+        ranks = [process for process in _marked(mark) if "rank" in process.cmdline()[2:5]]
+        if fired and not ranks and launcher.poll() is None:
+            launcher.send_signal(signal.SIGCONT)  # it may be the one that was stopped
+        if time.monotonic() - since > (LONGEST if fired else 2 * LONGEST):
+            return False
+        time.sleep(0.2)
+
+
+def _marked(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if (
+                process.environ().get(MARK) == mark
+                and process.status() != psutil.STATUS_ZOMBIE
+                and process.cmdline()
+            ):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def _end_all(mark: str) -> list[str]:
+    """Kill what is left of a launch. Return the commands."""
+    left = _marked(mark)
+    commands = [" ".join(process.cmdline())[-100:] for process in left]
+    for process in left:
+        process.kill()
+    return commands
+
+
+def is_even(response: str, answer: str) -> bool:
+    """The reward where the stand-in's servers answer."""
+    return len(response) % 2 == 0
+
+
+# in a rank
+
+
+def rank(folder: Path, faults: list[str], options: list[str]) -> None:
+    """Train; the main rank brings the faults about."""
+    from dapo import clock
+    from dapo.__main__ import end, main
+    from dapo.reward.pool import Reward
+
+    number = int(os.environ["RANK"])
+    (folder / f"pid-{number}").write_text(str(os.getpid()))
+    if number == 0:
+        trigger = Trigger(folder, faults)
+        enter, score = clock._enter, Reward.score
+
+        def enter_and_fire(phase: str) -> None:
+            enter(phase)
+            trigger(phase)
+
+        def fire_and_score(self: Reward, pairs: Any) -> None:
+            trigger("scoring")
+            score(self, pairs)
+
+        clock._enter = enter_and_fire
+        Reward.score = fire_and_score  # type: ignore[method-assign]
+    status = main(["train", "examples/arithmetic/config.yaml", *options])
+    (folder / f"status-{number}").write_text(str(status))
+    end(status)
+
+
+class Trigger:
+    """Sends the signals: each at the beginning of its phase, in the second step after the last one."""
+
+    def __init__(self, folder: Path, faults: list[str]):
+        self.folder = folder
+        self.faults = [Fault(*text.split(":")) for text in faults]
+        self.num_syncs = 0  # since the last fault
+
+    def __call__(self, phase: str) -> None:
+        self.num_syncs += phase == "sync"
+        if not self.faults or phase != self.faults[0].phase or self.num_syncs < 4:  # two phases a sync
+            return
+        fault = self.faults.pop(0)
+        self.num_syncs = 0
+        target = self._find(fault.target)
+        with (self.folder / "fired").open("a") as fired:
+            fired.write(f"{time.time()} {fault}\n")
+        os.kill(target, getattr(signal, fault.signal))
+
+    def _find(self, target: str) -> int:
+        if target == "main rank":
+            return os.getpid()
+        if target == "other rank":
+            return int((self.folder / "pid-1").read_text())
+        if target == "launcher":
+            return os.getppid()
+        if target == "reward worker":
+            [worker] = [child for child in multiprocessing.active_children() if child.name == "reward"]
+            return int(worker.pid or 0)
+        script = "watch/rank.py" if target == "rank's guardian" else "watch/server.py"
+        alive = [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
+        guardian = next(p for p in alive if script in " ".join(p.cmdline()))
+        time.sleep(max(0.0, guardian.create_time() + 1 - time.time()))  # it may just have been started again
+        return guardian.children()[0].pid if target == "server" else guardian.pid
+
+
+# the measurement
+
+
+def measure(targets: Sequence[str]) -> list[tuple[Fault, Outcome, bool]]:
+    """Return each fault, the outcome of its launch, and whether a later fault of that launch followed."""
+    results = []
+    for target in targets:
+        faults = [Fault(*each) for each in product(SIGNALS, [target], PHASES)]
+        while faults:
+            outcome = launch(
+                faults[:1] if target in ENDING else faults, with_servers=target.startswith("server")
+            )
+            num_fired = max(len(outcome.fired), 1)
+            done, faults = faults[:num_fired], faults[num_fired:]
+            verdict = f"{outcome.verdict()} after {outcome.seconds:.0f} s"
+            print(f"{done[-1]}: {verdict}, ranks {outcome.statuses}, {outcome.lines[-1:]}", flush=True)
+            if outcome.verdict().isupper() or not outcome.fired:
+                print(outcome.printed[-3000:], outcome.survivors, flush=True)
+            results += [(fault, outcome, fault != done[-1]) for fault in done]
+    return results
+
+
+def report(results: list[tuple[Fault, Outcome, bool]]) -> str:
+    """Write a table of verdicts, a row for each process and signal."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    said = []
+    for fault, outcome, is_followed in results:
+        row = cells.setdefault((fault.target, fault.signal), {})
+        row[fault.phase] = "goes on" if is_followed else f"{outcome.verdict()}, {outcome.seconds:.0f} s"
+        if outcome.lines and not is_followed:
+            said.append(f"- {fault}: {outcome.lines[-1]}")
+    count = Counter(cell.split(",")[0] for row in cells.values() for cell in row.values())
+    summary = ", ".join(f"{number} {verdict}" for verdict, number in count.most_common())
+    rows = [[*names, *(row.get(phase, "") for phase in PHASES)] for names, row in cells.items()]
+    about = (
+        f"{sum(count.values())} faults, engine.stall_seconds={STALL:g}: {summary}. “saved”: a checkpoint "
+        "was written after the fault, and the ranks ended; “stopped”: they ended with an error line, and the steps "
+        "since the last checkpoint are lost. Seconds are from the fault to the end of the last process. "
+        "After each launch the machine was searched for processes that outlived it.\n"
+    )
+    table = record.table(["process", "signal", *PHASES], rows)
+    lines = "The last line that each launch printed:\n\n" + "\n".join(said)
+    heading = record.heading("What becomes of a run when one of its processes is stopped or killed")
+    return "\n".join([heading, about, table, lines, ""])
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["rank"]:
+        rank(Path(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4:])
+    else:
+        import record
+
+        record.save("faults.md", report(measure(sys.argv[1:] or TARGETS)))
