@@ -284,8 +284,8 @@ def report(results: list[tuple[Fault, Outcome, bool]]) -> str:
     rows = [[*names, *(row.get(phase, "") for phase in PHASES)] for names, row in cells.items()]
     about = (
         f"{sum(count.values())} faults, engine.stall_seconds={STALL:g}: {summary}. “saved”: a checkpoint "
-        "was written after the fault, and the ranks ended; “stopped”: they ended with an error line, and the steps "
-        "since the last checkpoint are lost. Seconds are from the fault to the end of the last process. "
+        "was written after the fault, and the ranks ended; “stopped”: they ended with an error line, and the "
+        "steps since the last checkpoint are lost. Seconds are from the fault to the end of the last one. "
         "After each launch the machine was searched for processes that outlived it.\n"
     )
     table = record.table(["process", "signal", *PHASES], rows)

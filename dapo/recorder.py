@@ -37,7 +37,7 @@ PLACES = {"": "between phases", "?": "not begun"}
 
 
 class State(NamedTuple):
-    """What a rank's recorder says of its rank at each check."""
+    """A recorder publishes this of its rank at each check."""
 
     number: int  # of the check
     phases: str  # as clock.progress() has them; "?" of a rank that has not checked yet

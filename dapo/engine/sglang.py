@@ -105,7 +105,7 @@ class SGLangStream:
         while self.jobs and not self.client.is_closed:
             if self.client.failure:
                 raise self.client.failure
-            waiting()  # the client gives up a server that stands still
+            waiting()  # the client has the timeout
             if self.engine.is_interrupted():
                 self.abort()
                 raise Interrupted

@@ -1,1 +1,1 @@
-"""Who ends a process that nobody watches any more: signals, guardians of ranks and of servers."""
+"""This room ends processes that nobody watches any more: signals, and guardians of ranks and servers."""

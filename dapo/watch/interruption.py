@@ -14,7 +14,7 @@ from torch._C._distributed_c10d import Store
 from dapo.types import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-CHECK_EVERY = 1.0  # seconds between two looks of the main rank into the store
+CHECK_EVERY = 1.0  # seconds between two checks of the store by the main rank
 
 
 class Interruption:
