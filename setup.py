@@ -36,7 +36,7 @@ setup(
         "pyyaml>=6",
         "aiohttp>=3.12",  # the client of SGLang's servers
         "orjson>=3.9",
-        "math-verify>=0.9",  # answers that are no integers
+        "mpmath>=1.3",  # answers that are no integers
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.9,<2.12", "triton"],

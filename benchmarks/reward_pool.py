@@ -38,7 +38,7 @@ def fraction(i: int) -> tuple[str, str]:
 
 
 def root(i: int) -> tuple[str, str]:
-    """Write roots that only math-verify can compare."""
+    """Write roots that are compared by computing them."""
     a, factor = i // GROUP + 1, i % GROUP + 2
     return f"{a * factor}\\sqrt{{2}}", f"${a}\\sqrt{{{2 * factor**2}}}$"
 

@@ -21,7 +21,7 @@ from dapo.files import write_text
 Source = Literal["paper", "verl"]
 VERSIONED = (
     "dapo", "torch", "megatron-core", "transformer-engine", "transformers", "triton", "sglang", "numpy",
-    "math-verify",
+    "mpmath",
 )  # fmt: skip
 
 
@@ -87,8 +87,8 @@ def choices(config: Config) -> list[Choice]:
                "the published file repeats its 17 thousand prompts a hundred times"),
         Choice("reward: right, wrong", "+1, −1", "+1, −1", "+1, −1", "Eq. 7"),
         Choice("reward.function", ", ".join(_functions(config)), UNSAID,
-               "the last 300 characters, compared as text", "integers are compared exactly, other answers by "
-               "math-verify: fewer right answers are called wrong"),
+               "the last 300 characters, compared as text", "integers are compared exactly, other answers as "
+               "mathematics: fewer right answers are called wrong"),
         *option("reward."),
         Choice("soft overlong punishment (tokens of L_cache, 0: none)", cache, 4096, 4096,
                "other lengths; without it length costs nothing"),

@@ -1,102 +1,95 @@
-"""The check of an answer (Eq. 7): the last "Answer:" line counts.
+r"""The check of an answer (Eq. 7): the last "Answer:" line counts.
 
-Integers are compared exactly, at any size; other mathematics by math-verify.
+A response's answer and a ground truth are read by the same functions. A ground truth that is written as an
+integer requires one; anything else is compared as letters or as mathematics. What is not understood is wrong
+in a response, and refused in data.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
-import logging
 import re
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+
+from dapo.reward import units, values
+from dapo.reward.expressions import Tree
+from dapo.reward.statements import Statement, are_same, read
+from dapo.reward.tokens import FUNCTIONS, WRAPPERS, Ambiguous, Costly, Unreadable, check_size
 
 _ANSWER = re.compile(r"(?<![a-z0-9])answer[*_]*\s*[:：](.*)", re.IGNORECASE)
-_PREAMBLE = re.compile(r"(?:the |my |our )?(?:final )?answer is:? *", re.IGNORECASE)
+_PREAMBLE = re.compile(r"(?:the |my |our )?(?:final )?answer(?: is)?:? *(?<=[ :])", re.IGNORECASE)
+_HOPE = re.compile(r"\.? I hope it is correct\.?$")
+# what a chat template ends a message with: <|im_end|>, </s>, <end_of_turn>
+_END_MARK = re.compile(
+    r"(?:<[|｜][^<>|｜\s]{1,40}[|｜]>|</?s>|<(?:eos|bos|pad|end_of_turn|start_of_turn)>|\[/INST\])\s*$"
+)
+_MAX_END_MARKS = 8
+_END_MARK_LENGTH = 64
 
 _DIGITS = {ord(wide): narrow for wide, narrow in zip("０１２３４５６７８９", "0123456789", strict=True)}
 _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"))
 _PLAIN_CHARACTERS = _DIGITS | _INVISIBLE | str.maketrans("−–‒－﹣＋＝，．。％＄（）", "-----+=,..%$()")
+_LEFT_RIGHT = re.compile(r"\\(?:left|right)(?=\s*(?:[()\[\]|]|\\[{}]))")
 
-_TEXT_COMMANDS = ("boxed", "fbox", "text", "textbf", "textrm", "mathbf", "mathrm", "boldsymbol", "mbox")
 # what may stand around an answer; "(" and "{" only group, where one number is inside
 _PAIRS = (
     *(("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("(", ")"), ("{", "}"), ('"', '"'), ("“", "”"), ("'", "'")),
-    *((f"\\{command}{{", "}") for command in _TEXT_COMMANDS),
+    *((f"\\{command}{{", "}") for command in WRAPPERS),
 )
-_OPENING = re.compile(r"(?:\s|\\\$|[$*_`\"“'{(]|\\[([]|\\[a-z]+\{)*")
+_WRAPPER = rf"\\(?:{'|'.join(WRAPPERS)})\{{"
+_OPENING = re.compile(rf"(?:\s|\\\$|[$*_`\"“'{{(]|\\[([]|{_WRAPPER})*")
+_MARKS = re.compile(rf"{_WRAPPER}|\\?\S")
 _CLOSING = re.compile(r"(?:\s|[$*_`\"”'})]|\\[)\]])*")
+_FORMAT = re.compile(r"\\(?:displaystyle|textstyle|large|Large|bf|rm|it|sf|tt)(?![a-zA-Z])|\\[,;:! ]")
+_SPACES = ("\\,", "\\;", "\\:", "\\!", "\\ ")
 _EDGES = " \t\r\n\u00a0*_`"
 _SEPARATOR = r"(?P<separator>,|\{,\}|\\,|,\\!|[\u2009\u202f\u00a0])"
 _GROUPED = rf"[0-9]{{1,3}}{_SEPARATOR}[0-9]{{3}}(?:(?P=separator)[0-9]{{3}})*(?![0-9])"
 _INTEGER = re.compile(rf"(?P<sign>[+-]?)\s*(?P<digits>{_GROUPED}|[0-9]+)(?:\.0*(?![0-9]))?")
-
-_MARKUP = re.compile(
-    r"\\(?:text|textrm|textit|textbf|mathrm|mathit|mathbf|mbox)\s*\{([^{}]*)\}|\\[,;:! ]|[~$]"
-)
-_DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°(?:\s*[CF]\b)?")
-_UNIT = re.compile(r"([^\W\d_]+)\.?(?:\^\{?-?[1-4]\}?|[²³])?")
-_ONE_LETTER_UNITS = frozenset("mgshLlNJWV")
-# words after a number that change it, doubt it or begin another
-_NOT_UNITS = """
-    or and but not nor if unless either both maybe perhaps possibly probably likely about approximately
-    approx roughly around nearly almost circa guess think unsure uncertain wait is was are isn could might may
-    should then hence because so plus minus times over divided by mod modulo squared cubed factorial choose
-    point pi π sqrt root log ln sin cos tan infinity hundred hundreds thousand thousands million millions
-    billion billions trillion trillions dozen dozens score half halves third thirds quarter quarters fourth
-    fourths fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths tenth tenths hundredth
-    hundredths thousandth thousandths zero one two three four five six seven eight nine ten eleven twelve
-    thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy
-    eighty ninety
-"""
-_NOT_UNIT_WORDS = frozenset(_NOT_UNITS.split())
 _JOINS = re.compile(
     r"[,;?]|\\q?quad|\b(?:or|and|not|maybe|perhaps)\b|[<>!~:≤≥≠≈]\s*$|^\s*[+-]?[0-9.]+\s+[a-z]", re.IGNORECASE
 )
 
-_HEDGES = re.compile(
-    r"\b(?:or|maybe|perhaps|possibly|probably|either|about|approximately|roughly|not)\b"
-    r"|[?≈~]|[0-9]\s+[0-9]|\\approx",
+_TEXT = re.compile(rf"\\(?:{'|'.join(WRAPPERS)})\s*\{{([^{{}}]*)\}}|[~$]|\\[ ,;:!]|\\q?quad")
+_WORDS = re.compile(r"[^\W\d_]{2,}(?:(?: |, |-|'|’|\. )[^\W_]+){0,15}")
+_NO_WORDS = frozenset(("pi", "inf", "infinity", "oo", *FUNCTIONS))
+_CHOICE = re.compile(
+    r"(?:(?:option|choice)\s+)?(?:\((?P<bracketed>[A-Ha-h])\)|(?P<letter>[A-Ha-h])(?:$|[.:)]))\s*[.:]?\s*(?P<rest>.*)",
     re.IGNORECASE,
 )
-_LIST = re.compile(r";|,(?![0-9]{3}(?![0-9]))")
-_WORDS = re.compile(r"[^\W\d_]{2,}(?:[ '-][^\W\d_]+)*|[A-Z]")
-# numbers that nobody can write out, and control characters
-_COSTLY = re.compile(
-    r"(?:\^|\*\*)[\s{(]*[+-]?[0-9.,]{5,}"  # 2^{100000}
-    r"|(?:\^|\*\*)[\s{(]*[+-]?[0-9.]+[\s})]*(?:\^|\*\*)"  # 9^{9^9}
-    r"|[0-9]{4,}[\s})]*!|!.*!"  # factorials
-    r"|\\?binom\{? *[0-9]{5,}|[\x00-\x08\x0e-\x1f]"
+_HEDGE = re.compile(r"\b(?:or|and|not|maybe|perhaps|nor)\b", re.IGNORECASE)
+# where a unit may begin: at \text{, %, °, or at a word behind a number or a bracket
+_UNIT_START = re.compile(
+    r"(?:\s|~|\\[ ,;:!])*\\(?:text|mathrm|textrm|textit|textbf|mathit|mathbf|mbox)\s*\{"
+    r"|\s*\\?%|\s*\^\s*\{?\s*\\circ|\s*°|\s*[€£¥]"
+    r"|(?<=[0-9)}\]πi$])\s+(?=[^\W\d_]{2})|(?<=[0-9])(?=[a-zA-Z]{2})|(?<=[0-9$])\s+(?=[mgshlLNJWV]\b)"
 )
-_FRACTION = re.compile(
-    r"([+-]?) *(?:([0-9]+\.?|[0-9]*\.[0-9]+)(?: */ *([0-9]+))?"
-    r"|\\[dt]?frac *(?:\{([0-9]+)\}|([0-9])) *(?:\{([0-9]+)\}|([0-9])))"
-)
-# what models write without LaTeX
-_PLAIN_TEXT = (
-    (re.compile(r"π|(?<![\\a-zA-Z])pi(?![a-zA-Z])"), r"\\pi "),
-    (re.compile(r"∞|(?<![\\a-zA-Z])(?:infinity|oo)(?![a-zA-Z])"), r"\\infty "),
-    (re.compile(r"(?<![\\a-zA-Z])sqrt\(([^()]*)\)|√\(([^()]*)\)|√([0-9]+|[a-z])"), r"\\sqrt{\1\2\3}"),
-)
+_MAX_UNIT_STARTS = 8
+
 _NO_VALUES = frozenset(("nan", "null", "n/a", "<na>"))
-_FILE = re.compile(r"\.(?:png|jpe?g|gif|bmp|webp|svg|tiff?|pdf|txt|json|jsonl|csv)$", re.IGNORECASE)
-_MAX_LENGTH = 1000  # characters of an answer that is parsed as mathematics
-_MAX_DEPTH = 40  # of its nested brackets
+_FILE = re.compile(
+    r"\.(?:png|jpe?g|gif|bmp|webp|svg|tiff?|pdf|txt|json|jsonl|csv|npy|mp4|wav)$", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """An answer as mathematics: its statements, and a unit behind them ("" without one)."""
+
+    statements: tuple[Statement, ...]
+    unit: str = ""
 
 
 def is_correct(response: str, answer: str) -> bool:
-    """True iff the last "Answer:" line holds `answer` and nothing else but markup, "name =" or a unit.
+    r"""True iff the last "Answer:" line holds `answer` and nothing else but markup, "name =" or a unit.
 
-    An integer must be written as one: `is_correct("so …\\n**Answer:** 034.", "34")` → True; "68/2", "34 or
+    An integer must be written as one: `is_correct("so …\n**Answer:** 034.", "34")` → True; "68/2", "34 or
     35", "35, 34" → False. An answer of letters is compared without regard to case. Any other is mathematics:
-    `is_correct("Answer: 0.5", "\\\\frac12")` → True.
-
-    Raises:
-        ConfigError: `answer` is neither an integer nor a word, and math-verify is not installed.
+    `is_correct("Answer: 0.5", "\\frac12")` → True.
     """
     given = answer_of(response)
-    return given is not None and is_same(given, answer)
+    return given is not None and _is_same(clean(given), clean(_last_part(answer)))
 
 
 def answer_of(response: str) -> str | None:
@@ -118,197 +111,244 @@ def refusal_of(answer: str) -> str | None:
     """
     if _INTEGER.fullmatch(answer):
         return None
-    text = unwrap(_ground_truth(answer))
+    text = clean(_last_part(answer))
     if not text:
         return "is blank"
     if text.casefold() in _NO_VALUES or text in ("None", "NA", "NaT"):
         return "is not a value"
     if _FILE.search(text):
         return "is the name of a file"
-    if len(text) > _MAX_LENGTH or _depth(text) > _MAX_DEPTH or _COSTLY.search(text):
+    if stated_integer(text) or choice_of(text) or words_of(text):
+        return None
+    try:
+        for statement in read_mathematics(text).statements:
+            for tree in statement.trees:
+                if tree is not None:
+                    values.check(tree)
+    except Costly:
         return "is too long, too deep or too large a number to be compared"
-    if _integer(text) is None and not _WORDS.fullmatch(text) and not _parse(text):
+    except Ambiguous:
+        return None
+    except Unreadable:
         return "is neither a number nor words nor mathematics that can be read"
     return None
 
 
 def is_same(given: str, answer: str) -> bool:
-    """True if the answer `given`, as `answer_of` returns it, equals the ground truth `answer`."""
-    gold = unwrap(_ground_truth(answer))
-    integer = _integer(gold)
-    return _stated_integer(given) == integer if integer is not None else _is_equivalent(given, gold)
+    """True if `given`, as `answer_of` returns it or as data states it, equals the ground truth `answer`."""
+    return _is_same(clean(_last_part(given)), clean(_last_part(answer)))
 
 
-def _ground_truth(answer: str) -> str:
+def _last_part(answer: str) -> str:
     return answer.rpartition("####")[2]
 
 
+def clean(text: str) -> str:
+    """Remove "The answer is" and markup at both ends: "The answer is **$34$**." → "34"."""
+    text = unwrap(_HOPE.sub("", text[-200:]) if len(text) < 200 else text)
+    match = _PREAMBLE.match(text)
+    return unwrap(text[match.end() :]) if match else text
+
+
 def unwrap(text: str) -> str:
-    """Remove markup at both ends, in linear time: `unwrap("**$\\\\boxed{34}$.**")` → "34".
+    r"""Remove markup at both ends, in linear time: `unwrap("**$\\boxed{34}$.**<|im_end|>")` → "34".
 
     Markup inside an answer is part of it.
     """
-    text = text.translate(_PLAIN_CHARACTERS)
+    text = text.translate(_PLAIN_CHARACTERS).rstrip()
+    for _ in range(_MAX_END_MARKS):
+        match = _END_MARK.search(text, max(0, len(text) - _END_MARK_LENGTH))
+        if match is None:
+            break
+        text = text[: match.start()].rstrip()
+    text = _LEFT_RIGHT.sub("", text)
+    partners = _partners(text)
     start, end = 0, len(text)
     while True:
         while start < end and text[start] in _EDGES:
             start += 1
         while start < end and text[end - 1] in _EDGES:
             end -= 1
-        if text.startswith("\\displaystyle", start, end):
-            start += len("\\displaystyle")
+        mark = _FORMAT.match(text, start, end)
+        if mark:
+            start = mark.end()
+            continue
+        if text.endswith(_SPACES, start, end):
+            end -= 2
             continue
         bare = end - 1 if start < end and text[end - 1] == "." else end
+        if start < bare < end and text[bare - 1] in _EDGES:  # **34**.
+            end = bare
+            continue
         for opening, closing in _PAIRS:
             if text.startswith(opening, start, bare) and text.endswith(closing, start, bare):
                 break
         else:
             return text[start:bare]
         first, last = start + len(opening), bare - len(closing)
-        is_part = opening in "({" and not text[first:last].strip("+-. ").isdigit()
-        if first > last or is_part:
+        is_part = opening in "({" and not _FORMAT.sub("", text[first:last]).strip("+-. ").isdigit()
+        is_other = opening[-1] == "{" and partners.get(first - 1) != last  # {1}{2}
+        if first > last or is_part or is_other:
             return text[start:bare]
         start, end = first, last
 
 
-def _integer(text: str) -> str | None:
-    """Return an integer in its shortest form: "+034.0" → "34", "-0" → "0"; None if the text is not one.
+def _partners(text: str) -> dict[int, int]:
+    """Return the place of each opening brace's closing one."""
+    if "{" not in text:
+        return {}
+    partners, opened = {}, []
+    for match in re.finditer(r"\\.|[{}]", text):
+        if match[0] == "{":
+            opened.append(match.start())
+        elif match[0] == "}" and opened:
+            partners[opened.pop()] = match.start()
+    return partners
 
-    int() is not used: it takes quadratic time and refuses 4,301 digits.
+
+def _is_same(given: str, gold: str) -> bool:
+    if not gold or not given:
+        return False
+    integer = stated_integer(gold) if "=" not in gold else None
+    if integer and integer[1] != "percent":
+        stated = stated_integer(given)
+        if stated is None or stated[0] != integer[0]:
+            return False
+        if stated[1] == "percent":  # 1 % is not 1; a number beyond may be meant in percent
+            return not integer[1] and integer[0] not in ("1", "-1")
+        return units.are_one(stated[1], integer[1])
+    if _literal(given) == _literal(gold):
+        return True
+    choice = choice_of(gold)
+    if choice and not choice[0].islower():
+        return _is_choice(given, *choice)
+    words = words_of(gold)
+    if words:
+        return words_of(given.strip("() ")) == words
+    try:
+        return _is_same_mathematics(read_mathematics(given), read_mathematics(gold))
+    except Unreadable:
+        return False
+
+
+def _literal(text: str) -> str:
+    """Take out the spaces that separate no two words or numbers."""
+    return re.sub(r"(?<![0-9A-Za-z.]) | (?![0-9A-Za-z.])", "", " ".join(text.split()))
+
+
+# integers
+
+
+def stated_integer(text: str) -> tuple[str, str] | None:
+    r"""Return the one integer that is stated, and its unit; None for two, a doubt or a sum.
+
+    "34 apples" → ("34", "apple"); "x = +034.0", "$34$" → ("34", ""). int() is not used: it takes quadratic
+    time and refuses 4,301 digits.
     """
-    match = _INTEGER.fullmatch(text)
-    return None if match is None else _canonical(match)
-
-
-def _canonical(match: re.Match[str]) -> str:
-    digits = match["digits"].replace(match["separator"] or ",", "").lstrip("0") or "0"
-    return digits if match["sign"] != "-" or digits == "0" else "-" + digits
-
-
-def _stated_integer(text: str) -> str | None:
-    """Return the one integer stated by "34 apples", "x = 34", "$34$ cm"; None for two, a doubt or a sum."""
-    text = _PREAMBLE.sub("", text, count=1) if _PREAMBLE.match(text) else text
     *names, value = text.rsplit("=", 8) if "=" in text else [text]
     number = _with_unit(unwrap(value.replace("$", "") if names else value))
     for name in names:
-        stated = _integer(unwrap(name))
-        if len(name) > 300 or _JOINS.search(name) or (stated is not None and stated != number):
+        stated = _INTEGER.fullmatch(unwrap(name))
+        is_other = stated is not None and (number is None or _canonical(stated) != number[0])
+        if len(name) > 300 or _JOINS.search(name) or is_other:
             return None
     return number
 
 
-def _with_unit(text: str) -> str | None:
+def _with_unit(text: str) -> tuple[str, str] | None:
+    text, currency = units.split_currency(text)
     opening = _OPENING.match(text).group()  # type: ignore[union-attr]  # it matches the empty string
     match = _INTEGER.match(text, len(opening))
-    if match is None:
+    is_pair = match and match["separator"] == "," and re.search(r"(?<!\\)\(", opening)  # (1,234)
+    if match is None or is_pair:
         return None
     tail = text[match.end() :].lstrip("*_`")  # **34** apples
     # "$34$ apples" has its closing marks; "$34" is an amount of money
     if opening.strip() not in ("", "$", "\\$"):
         closing = _CLOSING.match(tail).group()  # type: ignore[union-attr]
-        if len(re.findall(r"\\?\S", closing)) != len(re.findall(r"\\[a-z]+\{|\\?\S", opening)):
+        if len(_MARKS.findall(closing)) != len(_MARKS.findall(opening)):
             return None
         tail = tail[len(closing) :]
-    return _canonical(match) if _is_unit(tail) else None
+    unit = units.unit_of(tail)
+    return None if unit is None else (_canonical(match), _joined(currency, unit))
 
 
-def _is_unit(text: str) -> bool:
-    """True if this may follow a number: "", " square cm", "%", "^\\\\circ"; not "x", " or so", " million"."""
-    if len(text) > 120:
-        return False
-    text = _MARKUP.sub(lambda match: f" {match[1] or ''} ", _DEGREES.sub(" degrees ", text))
-    text = text.replace("\\%", " percent ").replace("%", " percent ").replace("(", " ").replace(")", " ")
-    words = re.split(r"[\s/·-]+|\\cdot", re.sub(r"\s+(?=[\^²³])", "", text.strip()))
-    words = [word for word in words if word]
-    if not words or words[0].lower() == "to":
-        return not words
-    units = [_UNIT.fullmatch(word) for word in words]
-    return len(words) <= 6 and all(unit and _is_unit_name(unit[1]) for unit in units)
+def _joined(currency: str, unit: str) -> str:
+    return unit if not currency or currency == unit else f"{currency} {unit}".strip()
 
 
-def _is_unit_name(word: str) -> bool:
-    is_known = len(word) > 1 or word in _ONE_LETTER_UNITS or word > "\u2e80"
-    return is_known and word.lower() not in _NOT_UNIT_WORDS
+def _canonical(match: re.Match[str]) -> str:
+    """Return an integer in its shortest form: "+034.0" → "34", "-0" → "0"."""
+    digits = match["digits"].replace(match["separator"] or ",", "").lstrip("0") or "0"
+    return digits if match["sign"] != "-" or digits == "0" else "-" + digits
 
 
-def _is_equivalent(given: str, gold: str) -> bool:
-    """True if both are the same letters or mathematics. A doubt, or two answers for one, is no answer."""
-    if not gold or "".join(given.split()) == "".join(gold.split()):
-        return bool(gold)
-    if _WORDS.fullmatch(gold):
-        return given.strip("() ").casefold() == gold.casefold()
-    if len(given) > _MAX_LENGTH or _depth(given) > _MAX_DEPTH or _COSTLY.search(given):
-        return False
-    if _HEDGES.search(given) and not _HEDGES.search(gold):
-        return False
-    if _LIST.search(given) and not _LIST.search(gold.replace("\\pm", ";")):
-        return False
-    *names, value = [given] if "=" in gold else given.split("=")
-    for name in names:  # "x = 1/2", but not "1/3 = 1/2"
-        is_number = not re.search("[a-zA-Z]", re.sub(r"\\[a-z]+", "", name))
-        if _JOINS.search(name) or (is_number and not _is_same(name, gold)):
-            return False
-    return _is_same(value, gold)
+# letters and words
 
 
-def _is_same(given: str, gold: str) -> bool:
-    # a pair is no set, though math-verify takes one for the other
-    if {_first(gold), _first(given)} == {"(", "{"}:
-        return False
-    fractions = _fraction(gold), _fraction(given)
-    if None not in fractions:
-        return fractions[0] == fractions[1]
-    expected, found = _parse(gold), _parse(given)
-    if not expected or not found:
-        return False
-    return bool(_math_verify().verify(expected, found, float_rounding=12, timeout_seconds=None))
-
-
-def _fraction(text: str) -> Fraction | None:
-    """Read exactly what needs no library: "-3/4", ".75", "\\frac{3}{4}", "\\dfrac34"."""
-    match = _FRACTION.fullmatch(text.replace("$", "").strip())
-    if match is None:
+def choice_of(text: str) -> tuple[str, str] | None:
+    r"""Return the letter of a choice and what stands behind it: "(B) 34" → ("B", "34"), "B" → ("B", "")."""
+    if len(text) > 300:
         return None
-    numerator = match[2] or match[4] or match[5]
-    denominator = int(match[3] or match[6] or match[7] or "1")
-    return Fraction(match[1] + numerator) / denominator if denominator else None
+    match = _CHOICE.fullmatch(_TEXT.sub(lambda match: match[1] or " ", text).strip())
+    if match is None or _HEDGE.search(match["rest"]):
+        return None
+    return match["bracketed"] or match["letter"], match["rest"].strip()
 
 
-@functools.lru_cache(maxsize=1024)  # a group has one gold answer, and many of its answers are equal
-def _parse(text: str) -> list[Any]:
-    library = _math_verify()
-    if text.count("$") % 2 or "\n" in text:
-        return []
-    formula = text.replace("$", "")
-    for pattern, command in _PLAIN_TEXT:
-        formula = pattern.sub(command, formula)
-    latex = library.LatexExtractionConfig()
-    return library.parse(f"${formula}$", [latex], fallback_mode="no_fallback", parsing_timeout=None)  # type: ignore[no-any-return]
+def _is_choice(given: str, letter: str, content: str) -> bool:
+    choice = choice_of(given)
+    if choice is None:
+        return bool(content) and _is_same(given, clean(content))
+    is_same_content = not content or not choice[1] or _is_same(clean(choice[1]), clean(content))
+    return choice[0].upper() == letter.upper() and is_same_content
 
 
-def _first(text: str) -> str:
-    return text.removeprefix("\\left").lstrip("\\")[:1]
+def words_of(text: str) -> str | None:
+    r"""Return an answer of words without regard to case: "\text{No solution}" → "no solution"; else None."""
+    if len(text) > 300:
+        return None
+    words = " ".join(_TEXT.sub(lambda match: match[1] or " ", text).split())
+    if not _WORDS.fullmatch(words) or words in _NO_WORDS:
+        return None
+    # "xy" is a product, "no" a word
+    return words.casefold() if len(words) > 3 or re.search("[aeiouAEIOU]|[^a-zA-Z]", words) else None
 
 
-def _depth(text: str) -> int:
-    """Number of brackets open at once, at most: a parser would recurse as deep."""
-    depth = deepest = 0
-    for character in text:
-        depth += (character in "({[") - (character in ")}]")
-        deepest = max(deepest, depth)
-    return deepest
+# mathematics
 
 
-@functools.cache
-def _math_verify() -> Any:
-    try:
-        library = importlib.import_module("math_verify")  # half a second: only where an answer needs it
-    except ImportError as error:
-        from dapo.config import ConfigError
+@functools.lru_cache(maxsize=1024)  # a group has one ground truth, and many of its answers are equal
+def read_mathematics(text: str) -> Reading:
+    """Read a text, its unit and its money. Raise Unreadable where not all of it is understood."""
+    check_size(text)
+    text, currency = units.split_currency(text)
+    for i, match in enumerate(_UNIT_START.finditer(text)):
+        head, tail = text[: match.start()], text[match.start() :]
+        if i == _MAX_UNIT_STARTS:
+            break
+        unit = units.unit_of(tail) if head.strip() else None
+        is_angle = unit == "deg" and re.search(r"\\?(?:sin|cos|tan|cot|sec|csc)(?![a-z])", head)
+        is_name = len(tail.strip()) == 1 and re.search(r"(?<![\\a-z])[a-zA-Z](?![a-z])", head)  # x^2 m
+        if unit is not None and not is_angle and not is_name and head.count("{") == head.count("}"):
+            return Reading(tuple(read(clean(head))), _joined(currency, unit))
+    return Reading(tuple(read(text)), currency)
 
-        raise ConfigError(
-            "an answer in the data is no integer and math-verify is not installed: pip install math-verify"
-        ) from error
-    # it warns that its own timeout is off; the reward pool has one
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    return library
+
+def _is_same_mathematics(given: Reading, gold: Reading) -> bool:
+    if (given.unit == "percent") == (gold.unit == "percent"):
+        return units.are_one(given.unit, gold.unit) and are_same(given.statements, gold.statements)
+    percent, plain = (given, gold) if given.unit == "percent" else (gold, given)
+    if plain.unit or len(given.statements) != 1 or len(gold.statements) != 1:
+        return False
+    [stated] = percent.statements
+    tree = stated.value
+    hundredth: Tree = ("product", tree, ("number", Fraction(1, 100), 0))
+    fraction = Statement(stated.texts, (*stated.trees[:-1], hundredth), stated.relations)
+    other = plain.statements
+    if are_same((fraction,), other) if percent is given else are_same(other, (fraction,)):
+        return True
+    # 12.5 for 12.5 %, but not 0.5 for 0.5 %
+    number = values.bare(tree)
+    is_large = number[0] == "number" and number[1] > 1
+    return is_large and are_same(given.statements, gold.statements)

@@ -31,7 +31,7 @@ SUSPENDED = (
 # workers are forks of a process that has neither threads, nor CUDA, nor torch
 _context = multiprocessing.get_context("forkserver")
 # imported before the fork, so that the import takes no part of a call's timeout
-_context.set_forkserver_preload(["dapo.reward.guardian", "dapo.reward", "math_verify"])
+_context.set_forkserver_preload(["dapo.reward.guardian", "dapo.reward", "mpmath"])
 
 
 class _Worker:

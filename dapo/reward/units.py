@@ -1,0 +1,155 @@
+"""Units after a number, and money before it: which words may stand there, and whether two units are one."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+# words after a number that change it, doubt it or begin another
+_NOT_UNITS = """
+    or and but not nor if unless either both maybe perhaps possibly probably likely about approximately
+    approx roughly around nearly almost circa guess think unsure uncertain wait is was are isn could might may
+    should then hence because so plus minus times over divided by mod modulo squared cubed factorial choose
+    point pi π sqrt root log ln sin cos tan exp infinity hundred hundreds thousand thousands million millions
+    billion billions trillion trillions dozen dozens score half halves third thirds quarter quarters fourth
+    fourths fifth fifths sixth sixths seventh sevenths eighth eighths ninth ninths tenth tenths hundredth
+    hundredths thousandth thousandths zero one two three four five six seven eight nine ten eleven twelve
+    thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy
+    eighty ninety less fewer more least most than below above under negative positive base remainder off short
+    missing lakh lakhs crore crores mil mio grand gross pair pairs couple couples double triple twice wrong
+    incorrect false right left at to from until except without with within excluding including no yes only
+    inverse reciprocal conjugate complement prime repeating recurring binary hex octal decimal
+"""
+_NOT_UNIT_WORDS = frozenset(_NOT_UNITS.split())
+_NAMES = {
+    "cm": "centimeter centimetre",
+    "mm": "millimeter millimetre",
+    "km": "kilometer kilometre",
+    "m": "meter metre",
+    "in": "inch inche",
+    "ft": "foot feet",
+    "mi": "mile",
+    "yd": "yard",
+    "kg": "kilogram",
+    "mg": "milligram",
+    "g": "gram",
+    "lb": "lbs",
+    "oz": "ounce",
+    "s": "second sec",
+    "min": "minute",
+    "h": "hour hr",
+    "yr": "year",
+    "l": "liter litre",
+    "ml": "milliliter millilitre",
+    "j": "joule",
+    "n": "newton",
+    "w": "watt",
+    "v": "volt",
+    "hz": "hertz",
+    "rad": "radian",
+    "deg": "degree",
+    "dollar": "$ usd",
+    "euro": "€ eur",
+    "pound": "£ gbp",
+    "yen": "¥ jpy",
+    "cent": "¢",
+    "percent": "%",
+}
+_SHORT = {long: short for short, names in _NAMES.items() for long in names.split()}
+_SHORT |= {"mph": "mi/h", "kmh": "km/h", "kph": "km/h", "unit": ""}
+# what may follow digits without a space, and needs no vowel
+_ABBREVIATIONS = frozenset(
+    [*_NAMES, "lbs", "hr", "hrs", "sec", "secs", "mins", "yrs", "mph", "kmh", "kph", "kw"]
+)
+_ONE_LETTER_UNITS = frozenset("mgshlLNJWV")
+
+_MARKUP = re.compile(
+    r"\\(?:text|textrm|textit|textbf|mathrm|mathit|mathbf|mbox)\s*\{([^{}]*)\}|\\[,;:! ]|[~$]"
+)
+_DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°(?:\s*[CF]\b)?")
+_UNIT = re.compile(r"([^\W\d_]+)\.?(?:\^\{?(-?[1-4])\}?)?")
+_CURRENCY = re.compile(r"(?:US)?\\?\$|€|£|¥|\\pounds\b|\\euro\b|(?:USD|EUR|GBP)\s")
+_SIGN_CURRENCY = re.compile(
+    rf"(?P<sign>[+-]?)\s*(?P<mark>{_CURRENCY.pattern})\s*(?:\{{\}})?(?=\s*[-+]?[.\d\\{{])"
+)
+_MAX_LENGTH = 120  # characters of a unit
+
+
+def split_currency(text: str) -> tuple[str, str]:
+    r"""Take the mark of a currency off the front: "-\$5" → ("-5", "dollar"); "5" → ("5", "").
+
+    A dollar sign with its partner behind it, "$5$", is markup.
+    """
+    match = _SIGN_CURRENCY.match(text)
+    if match is None:
+        return text, ""
+    mark = match["mark"].strip().lower().lstrip("\\").removeprefix("us\\").rstrip("s")
+    if match["mark"] == "$" and text.count("$") - text.count("\\$") != 1:
+        return text, ""
+    name = _SHORT.get("$" if mark.endswith("$") else mark, mark)
+    return match["sign"] + text[match.end() :], name
+
+
+def unit_of(text: str) -> str | None:
+    r"""Return the unit that `text` names, in its shortest form; None if it is no unit, but changes a number.
+
+    "" → ""; " square centimeters", "\text{ cm}^2" → "cm^2"; "%" → "percent"; "x", " or so", "k" → None.
+    """
+    if len(text) > _MAX_LENGTH:
+        return None
+    is_attached = text[:1].isalpha()
+    text = _DEGREES.sub(" degrees ", text)
+    is_marked = bool(_MARKUP.match(text.lstrip()))
+    text = _MARKUP.sub(lambda match: f" {match[1] or ''} ", text)
+    text = re.sub(r"\\?%|¢", lambda match: " percent " if match[0] != "¢" else " cents ", text, count=1)
+    text = re.sub(r"[€£¥]|\\?\$", lambda match: f" {_SHORT[match[0].lstrip(chr(92))]} ", text, count=1)
+    text = text.replace("(", " ").replace(")", " ").replace("²", "^2").replace("³", "^3")
+    text = text.replace("per cent", "percent")
+    text = re.sub(r"\bper\b", "/", re.sub(r"\s+(?=\^)", "", text.strip()))
+    parts = [part for part in re.split(r"([\s/·-]|\\cdot)", text) if part.strip(" \t\n·-")]
+    words = [part for part in parts if part not in ("/", "\\cdot")]
+    if len(words) > 6:
+        return None
+    powers: Counter[str] = Counter()
+    sign, factor = 1, 1
+    for part in parts:
+        unit = _UNIT.fullmatch(part)
+        if part in ("/", "\\cdot"):
+            sign = -1 if part == "/" else sign
+        elif unit is None or not _is_unit_name(unit[1], is_attached and part is words[0] and not is_marked):
+            return None
+        elif unit[1].lower() in ("square", "sq", "cubic", "cu"):
+            factor = 2 if unit[1].lower().startswith("sq") else 3
+        else:
+            power = int(unit[2] or 1) * sign * factor
+            for name, direction in zip(_short(unit[1]).split("/"), (1, -1), strict=False):
+                powers[name] += power * direction
+            factor = 1
+    del powers[""]
+    return " ".join(name if power == 1 else f"{name}^{power}" for name, power in sorted(powers.items()))
+
+
+def are_one(unit: str, other: str) -> bool:
+    """True if two units are the same, or one of them is left out."""
+    return not unit or not other or unit == other
+
+
+def _short(word: str) -> str:
+    word = word.lower()
+    singular = word
+    if word not in _SHORT and len(word) > 2 and word.endswith("s") and not word.endswith("ss"):
+        singular = word[:-2] if word.endswith(("ses", "xes", "ches", "shes")) else word[:-1]
+    return _SHORT.get(singular, singular)
+
+
+def _is_unit_name(word: str, is_attached: bool) -> bool:
+    lower = word.lower()
+    if lower in _NOT_UNIT_WORDS:
+        return False
+    if word > "\u2e80":  # Chinese, Japanese, Korean
+        return True
+    if len(word) == 1:
+        return word in _ONE_LETTER_UNITS and not is_attached
+    if lower in _ABBREVIATIONS or (lower.endswith("s") and lower[:-1] in _ABBREVIATIONS):
+        return True
+    return len(word) > (3 if is_attached else 2) and bool(re.search("[aeiouy]|[^a-z]", lower))
