@@ -27,6 +27,10 @@ AtLeastTwo = Annotated[int, Field(ge=2, lt=2**31)]
 class ConfigError(ValueError):
     """The user's input cannot be used. The message is one line: the thing, its value, and the remedy."""
 
+    def __init__(self, message: str):
+        without_user = re.sub(r"(://)[^\s'\"]*@", r"\1***@", message)  # of a URL
+        super().__init__(re.sub(r"(://[^\s'\"?#]*)[?#][^\s'\"]*", r"\1?***", without_user))
+
 
 UNSAID = "unsaid"  # the source leaves it open: nothing departs from it
 
@@ -125,12 +129,13 @@ class Rollout(Section):
 
 
 class Reward(Section):
-    # module:name of f(response, answer) -> bool, or a float that is correct above 0; or
-    # http://host:port/path; or several with their weights, {"dapo.reward:is_correct": 1.0, "mine:format":
-    # 0.2}: the reward is their weighted sum, the first decides what is correct
+    # module:name of f(response, answer) → bool, or a float that is correct above 0, as a grade of 0.1 is; it
+    # sees these two texts and no other column. Or http://host:port/path, its key in the environment:
+    # DAPO_REWARD_KEY. Or several with weights, {"dapo.reward:is_correct": 1.0, "mine:format": 0.2}: the
+    # reward is their weighted sum, the first decides what is correct. The default reads the last line with
+    # "Answer:", which prompts have to ask for, and nothing else
     function: str | Annotated[dict[str, float], Field(min_length=1)] = "dapo.reward:is_correct"
-    # functions that change nothing: how often they disagree is logged, and where, kept in
-    # run.dir/disputes.jsonl
+    # functions that change nothing; where they disagree is counted, and kept in run.dir/disputes.jsonl
     shadow: list[str] = []
     # processes that call the functions; 0: this process calls them, and waits for as long as they take
     workers: Count = 4
@@ -219,11 +224,11 @@ class Parallel(Section):
                 f"world size {world} is not a multiple of {layout}: launch {self.model_size} processes, or a "
                 "multiple, or change the layout"
             )
-        if world // self.pipeline % self.expert:
+        stage = world // self.pipeline
+        if stage % self.expert:
             raise ConfigError(
-                f"parallel.expert={self.expert} does not divide the {world // self.pipeline} ranks of a "
-                "pipeline "
-                f"stage (world size {world} / parallel.pipeline={self.pipeline}), who share its experts"
+                f"parallel.expert={self.expert} does not divide the {stage} ranks of a pipeline stage (world "
+                f"size {world} / parallel.pipeline={self.pipeline}), who share its experts"
             )
         return world // self.model_size
 
@@ -287,8 +292,7 @@ class Eval(Section):
     # same formats as data.train; {name: file} for several sets; null: no evaluation
     data: Location | dict[str, Location] | None = None
     every: Positive = 5  # steps; also before the first and after the last
-    # k per problem: mean@k
-    samples: Positive = option(32, "fewer samples, wider intervals", both=32)
+    samples: Positive = option(32, "fewer samples, wider intervals", both=32)  # k per problem: mean@k
     temperature: AboveZero = option(1.0, "another way to ask", both=1.0)
     top_p: Share = option(0.7, "1.0 measures the distribution that is trained", both=0.7)
 
@@ -326,9 +330,9 @@ class Config(Section):
             )
         if rollout.prompts_per_round * rollout.max_rounds < rollout.prompts_per_step:
             raise ConfigError(
-                f"rollout.prompts_per_round={rollout.prompts_per_round} × "
-                f"rollout.max_rounds={rollout.max_rounds} "
-                f"can never fill rollout.prompts_per_step={rollout.prompts_per_step}: raise one of them"
+                f"rollout.prompts_per_round={rollout.prompts_per_round} × rollout.max_rounds="
+                f"{rollout.max_rounds} can never fill rollout.prompts_per_step={rollout.prompts_per_step}: "
+                "raise one of them"
             )
         longest = self.data.max_prompt_length + rollout.max_response_length
         multiple = parallel.sequence_multiple
@@ -340,6 +344,13 @@ class Config(Section):
                 f"{self.data.max_prompt_length} + rollout.max_response_length={rollout.max_response_length} "
                 f"= {longest} tokens{padded}: raise it"
             )
+        names = [reward.function] if isinstance(reward.function, str) else reward.function
+        for name in [*names, *reward.shadow, *self.engine.urls]:
+            if re.search("[@?#]", name.partition("://")[2]):
+                raise ConfigError(
+                    f"{name}: a URL is saved with the run, so it may hold no user, password or query; a key "
+                    "for the server is in the environment: DAPO_REWARD_KEY or DAPO_ENGINE_KEY"
+                )
         if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
             raise ConfigError(
                 f"parallel.virtual_pipeline={parallel.virtual_pipeline} with parallel.pipeline=1: one stage "
@@ -396,10 +407,12 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def _validated(values: dict[str, Any], overrides: list[str], what: str) -> Config:
-    for override in overrides:
-        _apply(values, override)
     try:
+        for override in overrides:
+            plain_yaml.override(values, override)
         config = Config.model_validate(values)
+    except plain_yaml.NotYAML as error:
+        raise ConfigError(str(error)) from error
     except ValidationError as error:
         explained = "; ".join(dict.fromkeys(_explain(e, values) for e in error.errors()))
         raise ConfigError(f"{what}: {explained}") from None
@@ -411,21 +424,6 @@ def nearest(word: str, known: list[str]) -> str:
     """Return a hint for a misspelt name: `nearest("lrr", ["lr", "seed"])` → "did you mean lr?"."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not all(key.split(".")):
-        raise ConfigError(f"override {override!r}: expected section.key=value")
-    *sections, name = key.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"override {override!r}: {section} is not a section")
-    try:
-        values[name] = plain_yaml.load(text)
-    except plain_yaml.NotYAML as error:
-        raise ConfigError(f"override {override!r}: {error}") from error
 
 
 def _explain(error: Any, values: Any) -> str:
@@ -446,5 +444,7 @@ def _explain(error: Any, values: Any) -> str:
         else:
             continue
         path.append(str(part))
+    whole = repr(error["input"])
+    shown = whole if "://" in whole else reprlib.repr(error["input"])  # ConfigError finds no part of a secret
     wrong = error["msg"].lower().removeprefix("value error, ")
-    return f"{'.'.join(path)}={reprlib.repr(error['input'])}: {wrong}"
+    return f"{'.'.join(path)}={shown}: {wrong}"

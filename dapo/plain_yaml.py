@@ -64,6 +64,22 @@ def load(text: str) -> Any:
         raise NotYAML("not YAML: nested too deeply") from error
 
 
+def override(values: dict[str, Any], text: str) -> None:
+    """Set one value below `values`: "optim.lr=2e-6". Raise NotYAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise NotYAML(f"override {text!r}: expected section.key=value")
+    *sections, name = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise NotYAML(f"override {text!r}: {section} is not a section")
+    try:
+        values[name] = load(value)
+    except NotYAML as error:
+        raise NotYAML(f"override {text!r}: {error}") from error
+
+
 def dump(value: Any) -> str:
     """Return a YAML text that `load` reads back to an equal value."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False)

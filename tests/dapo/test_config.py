@@ -354,3 +354,39 @@ def test_an_override_that_is_not_valid_is_refused_by_changed_as_by_load(tmp_path
         made.changed(["optim.lrr=1"])
     with pytest.raises(ConfigError, match=r"config: optim\.lr='fast'"):
         made.changed(["optim.lr=fast"])
+
+
+# secrets
+
+SECRET = "hunter2"
+
+
+@pytest.mark.parametrize(
+    "url", [f"http://me:{SECRET}@host/score", f"HTTPS://{SECRET}@host", f"http://host/score?token={SECRET}",
+            f"http://me:a/{SECRET}@host/", f"http://host/score#{SECRET}", f"http://me:x {SECRET}@host/"],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "override",
+    ["reward.function='{}'", "reward.function={{'{}': 1.0}}", "reward.shadow=['{}']", "engine.urls=['{}']"],
+)
+def test_a_url_with_a_secret_is_refused_and_the_secret_is_not_shown(tmp_path, url, override):
+    with pytest.raises(ConfigError, match=r"DAPO_REWARD_KEY or DAPO_ENGINE_KEY") as caught:
+        make_config(tmp_path, override.format(url))
+    assert SECRET not in str(caught.value) or " " in url
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["reward.shadow='{}'", "reward.function=['{}']", "reward.function={{'{}': one}}", "reward.fnction='{}'",
+     "reward.function={{'{}'", "engine.urls='{}'", "engine.urls={{'{}': 1}}", "{}"],
+)  # fmt: skip
+@pytest.mark.parametrize("url", [f"http://me:{SECRET}@host/score", f"http://host/score?token={SECRET}"])
+def test_no_error_of_a_config_shows_the_secret_of_a_url(tmp_path, url, override):
+    with pytest.raises(ConfigError) as caught:
+        make_config(tmp_path, override.format(url))
+    assert SECRET not in str(caught.value)
+
+
+def test_urls_without_a_secret_are_kept_as_they_are(tmp_path):
+    config = make_config(tmp_path, "reward.function=http://host:1/score", "engine.urls=['https://[::1]:2/']")
+    assert (config.reward.function, config.engine.urls) == ("http://host:1/score", ["https://[::1]:2/"])
