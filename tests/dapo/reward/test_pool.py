@@ -1,9 +1,7 @@
 """The reward pool: time limits, hostile responses, remote functions, several functions, shadow verifiers."""
 
-import http.server
 import json
 import os
-import threading
 import time
 from multiprocessing.connection import wait
 from types import SimpleNamespace
@@ -16,7 +14,7 @@ from dapo.reward.guardian import descendants
 from dapo.reward.pool import Reward
 from dapo.reward.worker import Job
 from dapo.reward.workers import Workers
-from dapo.types import Interrupted, RewardError
+from dapo.types import Interrupted, RewardError, StorageError
 from tests.conftest import make_config, make_prompt, make_sample
 from tests.dapo.reward.test_answer import HOSTILE
 from tests.dapo.reward.test_reward import FUNCTIONS
@@ -317,6 +315,73 @@ def test_shadows_change_no_reward_and_their_disagreement_is_counted_and_kept(rew
     assert pool.take_metrics()["reward/disagreement"] == 0
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_one_of_several_shadows_is_enough_for_a_dispute(reward, workers, tmp_path):
+    shadows = f"shadow=[{FUNCTIONS}:one_or_two, {FUNCTIONS}:graded]"
+    pool = reward(f"workers={workers}", f"function={FUNCTIONS}:long_bool", shadows)
+    texts = ["1", "-1", "2", "3", "1"]  # graded alone takes 3 for right; both do so with 2
+    assert score(pool, texts) == [RIGHT, WRONG, WRONG, WRONG, RIGHT]
+    assert pool.take_metrics()["reward/disagreement"] == 2 / 5
+    rows = [json.loads(line) for line in (tmp_path / "disputes.jsonl").read_text().splitlines()]
+    assert [row["response"] for row in rows] == ["2", "3"]
+
+
+def test_text_that_is_no_unicode_is_scored_and_kept(reward, tmp_path):
+    pool = reward("workers=1", f"function={FUNCTIONS}:long_bool", f"shadow=[{FUNCTIONS}:one_or_two]")
+    assert score(pool, ["\ud800", "2"], "\ud800") == [RIGHT, WRONG]
+    rows = [json.loads(line) for line in (tmp_path / "disputes.jsonl").read_text().splitlines()]
+    assert [row["response"] for row in rows] == ["\ud800", "2"]
+
+
+def test_disputes_that_cannot_be_written_stop_the_run_in_good_order(reward, tmp_path):
+    pool = reward("workers=0", f"function={FUNCTIONS}:long_bool", f"shadow=[{FUNCTIONS}:one_or_two]")
+    (tmp_path / "disputes.jsonl").mkdir()
+    with pytest.raises(StorageError, match=r"disputes.jsonl cannot be written: Is a directory"):
+        score(pool, ["2"])
+
+
+# fractions
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_responses_in_which_no_answer_is_found_are_counted(reward, workers):
+    pool = reward(f"workers={workers}")
+    assert score(pool, ["Answer: 1", "Answer: 2", "1", "Answer:", "so Answer: 1"], "1")[2:4] == [WRONG] * 2
+    assert pool.take_metrics()["reward/no_answer"] == 2 / 5
+    score(pool, ["Answer: 1"] * 3)
+    assert pool.take_metrics()["reward/no_answer"] == 0
+
+
+def test_a_module_that_finds_no_answers_has_no_fraction_of_them(reward):
+    pool = reward("workers=1", f"function={FUNCTIONS}:long_bool", "shadow=['dapo.reward:is_correct']")
+    score(pool, ["1", "2"])
+    assert "reward/no_answer" not in pool.take_metrics()
+
+
+def test_only_the_first_function_decides_what_is_undecided_or_without_answer(reward):
+    weights = json.dumps({"dapo.reward:is_correct": 1.0, f"{FUNCTIONS}:obedient": 0.5})
+    pool = reward("workers=1", f"function={weights}", "time_limit=1.0")
+    assert score(pool, ["die", "Answer: 1"]) == [(False, -1.5), (True, 0.5)]
+    metrics = pool.take_metrics()
+    assert (metrics["reward/crashes"], metrics["reward/undecided"], metrics["reward/no_answer"]) == (
+        1,
+        0,
+        0.5,
+    )
+
+
+def test_a_call_without_verdict_is_undecided_and_the_fraction_is_of_all_that_were_scored(reward):
+    pool = reward("workers=2", f"function={FUNCTIONS}:obedient", "time_limit=1.0")
+    score(pool, ["die", "1", "1"])
+    score(pool, ["sleep", "1", "1", "1", "1"])
+    assert pool.take_metrics() == counts(1, 1, 2 / 8)
+
+
+def test_nothing_scored_is_nothing_counted(reward):
+    metrics = reward("workers=1", f"shadow=[{FUNCTIONS}:one_or_two]").take_metrics()
+    assert set(metrics.values()) == {0} and len(metrics) == 5
+
+
 def test_without_shadows_there_is_no_disagreement_to_log(reward):
     assert "reward/disagreement" not in reward("workers=1").take_metrics()
 
@@ -328,97 +393,3 @@ def test_without_shadows_there_is_no_disagreement_to_log(reward):
 def test_options_that_make_no_sense_are_refused(reward, option):
     with pytest.raises(ConfigError, match=r"reward\." + option.partition("=")[0]):
         reward(option)
-
-
-# over HTTP
-
-
-@pytest.fixture
-def server(monkeypatch):
-    """`server(replies)`: a URL; each request takes the next of `replies`, a status or a function of the
-    request's JSON.
-    """
-    monkeypatch.setattr(remote, "BACK_OFF", 0.01)
-    servers = []
-
-    def start(*replies):
-        left, lock = list(replies), threading.Lock()
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self):
-                sent = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    reply = left.pop(0) if len(left) > 1 else left[0]
-                if reply == "hang up":
-                    self.connection.close()
-                    return
-                self.send_response(reply if isinstance(reply, int) else 200)
-                self.end_headers()
-                if callable(reply):
-                    self.wfile.write(json.dumps(reply(sent)).encode())
-
-            def log_message(self, *args): ...
-
-        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{servers[-1].server_port}/score"
-
-    yield start
-    for each in servers:
-        each.shutdown()
-        each.server_close()
-
-
-def equal(sent):
-    return [response == answer for response, answer in zip(sent["responses"], sent["answers"], strict=True)]
-
-
-def test_a_remote_function_is_asked_in_batches_and_answers_in_order(reward, server):
-    texts = [str(i % 2) for i in range(150)]
-    assert score(reward(f"function={server(equal)}"), texts) == [
-        RIGHT if text == "1" else WRONG for text in texts
-    ]
-
-
-def test_a_remote_function_that_fails_for_a_while_is_asked_again(reward, server):
-    url = server(500, 503, "hang up", 429, equal)
-    assert score(reward(f"function={url}"), ["1", "\ud800\0"]) == [RIGHT, WRONG]
-
-
-@pytest.mark.parametrize(
-    ("reply", "what"),
-    [
-        (500, "no answer in 6 attempts, the last: 500"), ("hang up", "no answer in 6 attempts, the last: "),
-        (404, "the server answered 404"),
-        (lambda sent: [True], "sent 2 responses, expected a list of as many verdicts, got 1"),
-        (lambda sent: {"a": 1}, "got dict"), (lambda sent: [True, None], "returned None for prompt 1"),
-        (lambda sent: [float("nan"), 1], "returned nan for prompt 0"), (200, "is not JSON"),
-    ],
-)  # fmt: skip
-def test_a_remote_function_that_goes_on_failing_is_an_error_that_names_it(reward, server, reply, what):
-    url = server(reply)
-    with pytest.raises(RewardError, match=f"reward.function={url}.*{what}"):
-        score(reward(f"function={url}"), ["1", "2"])
-
-
-def test_a_server_that_is_not_there_is_an_error_that_names_it(reward, monkeypatch):
-    monkeypatch.setattr(remote, "BACK_OFF", 0.01)
-    with pytest.raises(
-        RewardError, match=r"http://127.0.0.1:9/score: no answer in 6 attempts, the last: .*refused"
-    ):
-        score(reward("function=http://127.0.0.1:9/score"), ["1"])
-
-
-def test_a_server_that_never_answers_is_an_error(reward, server, monkeypatch):
-    monkeypatch.setattr(remote, "ATTEMPTS", 2)
-    url = server(lambda sent: time.sleep(1.5) or [True])
-    with pytest.raises(RewardError, match=r"no answer in 2 attempts, the last: .*timed out"):
-        score(reward(f"function={url}", "time_limit=0.2"), ["1"])
-
-
-def test_remote_and_local_functions_work_together(reward, server):
-    weights = json.dumps({server(equal): 1.0, f"{FUNCTIONS}:graded": 0.5})
-    assert score(reward("workers=1", f"function={weights}", f"shadow=['{server(equal)}']"), ["1", "-2"]) == [
-        (True, 1.5),
-        (False, -2.0),
-    ]
