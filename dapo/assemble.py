@@ -29,7 +29,7 @@ from dapo.rollout import evaluate
 from dapo.rollout.data_files import Summary
 from dapo.rollout.prompts import PromptStream, load_prompts, load_stream
 from dapo.rollout.rollouts import Rollouts
-from dapo.sampler import Sampler
+from dapo.sampler import Sampler, with_retries
 from dapo.types import Engine, Prompt
 
 
@@ -160,8 +160,14 @@ def evaluate_models(config: Config, mesh: Mesh, models: list[Path]) -> None:
     for summary in summaries:
         print(summary)
     for model in models:
-        rollouts.load_weights(stored_weights(model), version=0)
-        results[str(model)] = evaluate.run(rollouts, sets, f"evaluating {model}")
+
+        def load(model: Path = model) -> None:
+            rollouts.load_weights(stored_weights(model), version=0)
+
+        def run(model: Path = model) -> dict[str, evaluate.Scores]:
+            return evaluate.run(rollouts, sets, f"evaluating {model}")
+
+        results[str(model)] = with_retries(run, load, is_loaded=False)
         for name, scores in results[str(model)].items():
             print(f"{model}  {name}: {scores}", flush=True)
     for later, comparisons in evaluate.write(results, config.run.dir / "eval.json").items():

@@ -27,12 +27,12 @@ RETRIES = 3  # of one step's sampling: servers that die more often than that are
 class Sampler:
     """Samples π_θold. The main rank has the Rollouts; the other ranks take part in the collectives.
 
-    `load_weights`, `evaluate`, `next_batch` and `write_traces` are collective. If all servers died and some
-    restart, weights and requests are sent again; the seeds, and so the samples, are the same.
+    `load_weights`, `evaluate`, `next_batch` and `write_traces` are collective. If servers died and others
+    live or restart, weights and requests are sent again; the seeds, and so the samples, are the same.
 
     Raises, on every rank:
         EngineError: the engine failed; no rank is left in a collective.
-        WeightsLost: all servers died more than RETRIES times in one call.
+        WeightsLost: servers died more than RETRIES times in one call.
         Interrupted: the run is to stop.
     """
 
@@ -53,19 +53,20 @@ class Sampler:
     def load_weights(self, policy: Policy, version: int) -> None:
         """π_θold ← π_θ: send the policy's weights to the engine."""
         self._reload = partial(self._send_weights, policy, version)
-        self._reload()
+        with_retries(lambda: None, self._reload, is_loaded=False)
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Return the held-out metrics of the loaded weights on every rank; {} at steps without evaluation."""
-        return self._with_retries(
-            lambda: self.mesh.on_main(lambda: evaluate.metrics_at(step, self.rollouts, self.sets))
+        return with_retries(
+            lambda: self.mesh.on_main(lambda: evaluate.metrics_at(step, self.rollouts, self.sets)),
+            self._reload,
         )
 
     def next_batch(self, step: int) -> Batch:
         """Collect and plan the step's batch on the main rank (Algorithm 1, lines 4–9); return this rank's
         shard.
         """
-        batch = self._with_retries(lambda: self.mesh.scatter(lambda: self.rollouts.next_batch(step)))
+        batch = with_retries(lambda: self.mesh.scatter(lambda: self.rollouts.next_batch(step)), self._reload)
         batch.metrics |= self.mesh.received()
         return batch
 
@@ -110,9 +111,17 @@ class Sampler:
 
         self.mesh.together(load)
 
-    def _with_retries(self, ask: Callable[[], R]) -> R:
-        for _ in range(RETRIES):
-            with suppress(WeightsLost):
-                return ask()
-            self._reload()
-        return ask()
+
+def with_retries(ask: Callable[[], R], load: Callable[[], None], is_loaded: bool = True) -> R:
+    """Return `ask()`, after `load()` unless the engine has the weights.
+
+    If it loses them, in one or the other, load and ask again, RETRIES times at most. Raise WeightsLost then.
+    """
+    for _ in range(RETRIES):
+        with suppress(WeightsLost):
+            if not is_loaded:
+                load()
+            return ask()
+        is_loaded = False
+    load()
+    return ask()

@@ -51,7 +51,7 @@ class EngineError(Stopped):
 
 
 class WeightsLost(EngineError):
-    """All servers holding the current weights died; at least one is restarting.
+    """Servers died under a weight sync, or all that held the weights did; others live or restart.
 
     Sync weights, then send the same requests again.
     """

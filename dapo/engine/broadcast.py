@@ -80,12 +80,15 @@ class Broadcast(Transport):
             self._wait_until_loaded(group)
 
     def forget(self) -> None:
-        groups, self.groups = self.groups, []
-        for group in groups:
+        names = [group.name for group in self.groups]
+        while self.groups:
+            group = self.groups.pop()
             if self.backend == "nccl":
                 group.backend.abort()
             threading.Thread(target=_keep_until_done, args=(group,), daemon=True).start()
-            path, body = "/destroy_weights_update_group", {"group_name": group.name}
+            del group  # a server that waits for the rest of a broadcast is freed before it is called
+        for name in names:
+            path, body = "/destroy_weights_update_group", {"group_name": name}
             leave = partial(Server.post, path=path, body=body, timeout=GRACE)
             with contextlib.suppress(EngineError):  # a server that was restarted does not know the group
                 on_all([peer.server for peer in self.peers], leave)

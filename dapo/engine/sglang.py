@@ -15,7 +15,7 @@ from dapo.config import Limits
 from dapo.engine.client import Client
 from dapo.engine.endpoint import Job, Servers
 from dapo.engine.weight_sync import WeightSync
-from dapo.types import EngineError, Interrupted, Request, Sample
+from dapo.types import EngineError, Interrupted, Request, Sample, WeightsLost
 
 DEATH_NOTICED = 1.5  # seconds within which the death of a server is noticed
 CHECK_EVERY = 0.5  # seconds of waiting between two checks for an interruption, or for servers that died
@@ -42,29 +42,45 @@ class SGLangEngine:
         """Make every server ready for weights. Raise EngineError now, before collectives, if one refuses."""
         http.wait(self.client.finish_aborts())
         self.servers.refresh()
-        try:
+        with self._deaths_noticed():
             self.sync.prepare(version)
-        except EngineError:
-            time.sleep(DEATH_NOTICED)
-            if not self.servers.refresh():
-                raise
-            self.sync.prepare(version)  # without the server that died
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Send the weights to all servers, or raise EngineError. Outstanding responses continue with them."""
+        """Send the weights to all servers, or raise EngineError. Outstanding responses continue with them.
+
+        Raise WeightsLost if a server died meanwhile: the next sync goes to those that live or were restarted.
+        """
         if self.sync.prepared != version:
             self.prepare_weights(version)
         self.client.begin_load(version)
         try:
-            self.sync.load(weights, version)
-            self.servers.serve()
+            with self._deaths_noticed():
+                self.sync.load(weights, version)
+                self.servers.serve()
             http.wait(self.client.update_endpoints())
         finally:
             self.client.end_load()
 
+    @contextlib.contextmanager
+    def _deaths_noticed(self) -> Iterator[None]:
+        """Raise WeightsLost in place of an EngineError if a server has died since the last `refresh`."""
+        try:
+            yield
+        except EngineError as error:
+            time.sleep(DEATH_NOTICED)
+            if not (lost := self.servers.lost()):
+                raise
+            raise WeightsLost(f"{', '.join(lost)} died under a weight sync: {error}") from error
+
     def release_memory(self) -> None:
         """Make servers that share the trainer's GPUs free their memory until the next weights."""
-        self.sync.release()
+        try:
+            self.sync.release()
+        except EngineError:
+            time.sleep(DEATH_NOTICED)
+            if not self.servers.lost():
+                raise
+            self.sync.release()  # without the server that died, which has no memory
 
     def waiting(self) -> str:
         return self.client.waiting()

@@ -59,7 +59,7 @@ class WeightSync:
         """Make every server ready to take the weights of `version`."""
         self.prepared = None
         self.workers = self.find_workers()
-        versions = self._versions()
+        versions = self._versions(self.workers)
         # at the first sync, after a failure, or if the servers are not the same
         if not self._synced or versions != self._synced:
             self.transport.forget()
@@ -103,18 +103,20 @@ class WeightSync:
         if not self.peers:  # no sync has been
             self.workers = self.find_workers()
             self.peers = inspect(self.workers)
-        sharing = [peer.server for peer in self.peers if peer.can_release]
-        if self._cacheless or not sharing:
-            return
-        self._post(sharing, "/pause_generation", {"mode": "retract"}, STATUS)  # only an idle server can
-        self._post(sharing, "/release_memory_occupation", {"tags": ["kv_cache", "weights", "cuda_graph"]})
-        versions = self._versions()
-        self._released = {server.url: versions[server.url] for server in sharing}
-        self._weightless = set(self._released)
-        self._cacheless = set(self._released)
+        live = {worker.url for worker in self.find_workers()} - self._cacheless
+        on_all([peer for peer in self.peers if peer.can_release and peer.server.url in live], self._release)
 
     def close(self) -> None:
         self.transport.close()
+
+    def _release(self, peer: Peer) -> None:
+        """Free the server's memory and note it at once, because another server's failure ends `release`."""
+        server, tags = peer.server, ["kv_cache", "weights", "cuda_graph"]
+        server.post("/pause_generation", {"mode": "retract"}, self.timeout, STATUS)  # only an idle server can
+        server.post("/release_memory_occupation", {"tags": tags}, self.timeout)
+        self._weightless.add(server.url)
+        self._cacheless.add(server.url)
+        self._released.update(self._versions([server]))
 
     def _resume(self, tags: list[str], lacking: set[str]) -> None:
         """Give each of these servers its memory back, once: SGLang ends if it resumes memory that it has."""
@@ -137,7 +139,7 @@ class WeightSync:
             server.post("/begin_weight_update", None, self.timeout, SUCCESS)
 
     def _check(self, version: int, checksums: Checksums) -> None:
-        versions = self._versions()
+        versions = self._versions(self.workers)
         for url, found in versions.items():
             if found != str(version):
                 raise EngineError(f"{url} says that it holds weights {found}, after a sync of {version}")
@@ -158,11 +160,11 @@ class WeightSync:
             raise EngineError(f"{peer.server.url}/weights_checker answered without {lacking}")
         return found
 
-    def _versions(self) -> dict[str, str]:
+    def _versions(self, servers: Sequence[Server]) -> dict[str, str]:
         def version(server: Server) -> tuple[str, str]:
             return server.url, server.get("/model_info", fields={"weight_version": str})["weight_version"]
 
-        return dict(on_all(self.workers, version))
+        return dict(on_all(servers, version))
 
     def _in_session(self) -> list[Server]:
         """Return the servers that take this transport's weights in a session only."""

@@ -1,4 +1,4 @@
-"""Training on two ranks whose engine loses its servers during an evaluation and a rollout; and for good.
+"""Training on two ranks whose engine loses its servers during evaluations, rollouts and syncs; and for good.
 
 torchrun --nproc-per-node 2 -m tests.sglang.servers_lost OUT.json. The embedded engine samples, which loses
 nothing by itself.
@@ -23,8 +23,14 @@ from dapo.types import Sample, WeightsLost
 from tests.distributed.launch import numbers
 from tests.sglang.sync_fails import attempt
 
-# readings of samples that end in a loss
-CASES = {"never": [], "now_and_then": [0, 1, 2], "for_ever": list(range(9))}
+# readings of samples that end in a loss, and syncs that do
+CASES: dict[str, tuple[list[int], list[int]]] = {
+    "never": ([], []),
+    "now_and_then": ([0, 1, 2], []),
+    "under_syncs": ([1], [0, 2, 4]),
+    "for_ever": (list(range(9)), []),
+    "under_every_sync": ([], list(range(9))),
+}
 
 
 OPTIONS = [
@@ -36,6 +42,7 @@ OPTIONS = [
 
 class LosingEngine(EmbeddedEngine):
     losses: ClassVar[list[int]] = []
+    sync_losses: ClassVar[list[int]] = []
     instances: ClassVar[list[LosingEngine]] = []
 
     def __init__(self, *arguments: Any):
@@ -53,6 +60,9 @@ class LosingEngine(EmbeddedEngine):
         for stream in self.streams:
             assert not stream.queue and not stream.finished, "what was lost is aborted"
         self.synced.append(version)
+        if len(self.synced) - 1 in self.sync_losses:
+            next(iter(weights))  # all ranks are in the collectives, and most weights are still to come
+            raise WeightsLost("http://a died under a weight sync: connection refused")
         super().load_weights(weights, version)
 
 
@@ -72,7 +82,7 @@ def main(out: str) -> None:
     torch.set_num_threads(1)
     dapo.assemble.EmbeddedEngine = LosingEngine  # type: ignore[misc]
     root, mesh, results = Path(out).parent, Mesh(Parallel(tensor=2)), []
-    for name, LosingEngine.losses in CASES.items():
+    for name, (LosingEngine.losses, LosingEngine.sync_losses) in CASES.items():
         mine = attempt([*OPTIONS, f"run.dir={root / name}"])
         ranks: list[Any] = [None] * mesh.world
         torch.distributed.all_gather_object(ranks, mine)

@@ -17,9 +17,9 @@ import pytest
 from aiohttp import web
 
 from dapo.engine import client, generate, sglang
-from dapo.types import EngineError, Interrupted, Prompt, Request, Sample, Sampling
+from dapo.types import EngineError, Interrupted, Prompt, Request, Sample, Sampling, WeightsLost
 from tests.sglang import fake_server as fake
-from tests.sglang.fake_engine import Fakes, assert_answered, collect, stream_of, wait_for, within_limit
+from tests.sglang.fake_engine import assert_answered, collect, stream_of, wait_for, within_limit
 from tests.sglang.fake_server import FakeServer, requests, tokens_of
 
 
@@ -495,27 +495,25 @@ def test_a_worker_that_is_silent_about_an_abort_does_not_get_all_the_others(
         assert len(silent.aborted) == client.NUM_ABORTS + 2, "it gets the next ones again"
 
 
+@pytest.mark.parametrize("path", ["prepare", "load"])
 @pytest.mark.parametrize("has_died", [True, False])
-def test_a_sync_that_a_server_refuses_is_prepared_once_more_if_one_has_died(
-    has_died: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_sync_that_fails_may_be_made_anew_if_a_server_has_died(
+    path: str, has_died: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sglang, "DEATH_NOTICED", 0.0)
     with stream_of(FakeServer()) as stream:
-        both, failures = stream.engine.sync, [EngineError("connection refused")]
+        both = stream.engine.servers
 
-        def prepare(version: int) -> None:
-            Fakes.prepare(both, version)  # type: ignore[arg-type]
-            if failures:
-                raise failures.pop()
+        def fail(*arguments: object) -> None:
+            raise EngineError("connection refused")
 
-        monkeypatch.setattr(both, "prepare", prepare)
-        monkeypatch.setattr(both, "refresh", lambda: both.calls.append("refresh") or has_died)  # type: ignore[attr-defined]
-        if has_died:
-            stream.engine.prepare_weights(3)
-            assert both.calls == ["refresh", "prepare 3"] * 2  # type: ignore[attr-defined]
-        else:
-            with pytest.raises(EngineError, match="connection refused"):
-                stream.engine.prepare_weights(3)
+        monkeypatch.setattr(both, path, fail)
+        monkeypatch.setattr(both, "lost", lambda: ["http://a"] if has_died else [])
+        with pytest.raises(EngineError, match="connection refused") as error:
+            stream.engine.load_weights([], 3)
+        assert isinstance(error.value, WeightsLost) == has_died
+        assert ("http://a died under a weight sync" in str(error.value)) == has_died
+        assert not stream.client.is_loading
 
 
 def test_an_interruption_is_noticed_while_nothing_comes() -> None:

@@ -21,6 +21,23 @@ def test_a_step_whose_servers_were_lost_is_made_anew_and_is_the_same() -> None:
     assert lost["numbers"] == never["numbers"]
 
 
+def test_weights_whose_sync_a_server_did_not_survive_are_sent_again_by_all_ranks() -> None:
+    """Under two first syncs, and under that which follows a loss in mid-rollout."""
+    results = measured("tests.sglang.servers_lost", 2)
+    never, lost = results["never"], results["under_syncs"]
+    assert [rank["status"] for rank in lost["ranks"]] == [0, 0]
+    assert lost["synced"] == [0, 0, 0, 0, 1, 1]
+    assert lost["numbers"] == never["numbers"]
+
+
+def test_syncs_that_no_server_survives_end_a_run_on_two_ranks_with_one_line_and_a_checkpoint() -> None:
+    result = measured("tests.sglang.servers_lost", 2)["under_every_sync"]
+    assert [rank["status"] for rank in result["ranks"]] == [1, 1]
+    [line] = "".join(rank["printed"] for rank in result["ranks"]).splitlines()
+    assert line.startswith("error: http://a died under a weight sync: connection refused; saved in ")
+    assert result["saved"] == ["step-000000"] and result["synced"] == [0, 0, 0, 0]
+
+
 def test_servers_that_are_lost_for_ever_end_a_run_on_two_ranks_with_one_line_and_a_checkpoint() -> None:
     result = measured("tests.sglang.servers_lost", 2)["for_ever"]
     assert [rank["status"] for rank in result["ranks"]] == [1, 1]

@@ -71,9 +71,9 @@ class WeightServer:
 
     def die(self) -> None:
         self.is_dead.set()
-        self.groups.clear()
         self.http.shutdown()
         self.http.server_close()
+        self.groups.clear()
 
     def get(self, path: str) -> dict[str, Any]:
         return {

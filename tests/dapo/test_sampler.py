@@ -1,0 +1,101 @@
+"""What is made anew when servers are lost, without a server."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dapo import assemble
+from dapo.config import load
+from dapo.sampler import RETRIES, with_retries
+from dapo.types import EngineError, WeightsLost
+
+CONFIG = Path(__file__).parents[2] / "examples/arithmetic/config.yaml"
+
+
+class Losing:
+    """Counts calls of `load` and `ask`, of which those with these numbers lose the weights."""
+
+    def __init__(self, loads: set[int], asks: set[int]):
+        self.losses = {"load": loads, "ask": asks}
+        self.calls: list[str] = []
+
+    def _call(self, name: str) -> int:
+        number = self.calls.count(name)
+        self.calls.append(name)
+        if number in self.losses[name]:
+            raise WeightsLost(f"{name} {number}")
+        return number
+
+    def load(self) -> None:
+        self._call("load")
+
+    def ask(self) -> int:
+        return self._call("ask")
+
+
+@pytest.mark.parametrize(
+    ("loads", "asks", "is_loaded", "calls", "answer"),
+    [
+        (set(), set(), True, ["ask"], 0),
+        (set(), set(), False, ["load", "ask"], 0),
+        (set(), {0}, True, ["ask", "load", "ask"], 1),
+        ({0}, set(), False, ["load", "load", "ask"], 0),
+        ({0, 1}, {0}, True, ["ask", "load", "load", "load", "ask"], 1),
+        ({1}, {0}, False, ["load", "ask", "load", "load", "ask"], 1),
+    ],
+)
+def test_after_a_loss_in_either_weights_are_sent_and_the_same_is_asked(
+    loads: set[int], asks: set[int], is_loaded: bool, calls: list[str], answer: int
+) -> None:
+    losing = Losing(loads, asks)
+    assert with_retries(losing.ask, losing.load, is_loaded) == answer
+    assert losing.calls == calls
+
+
+@pytest.mark.parametrize("is_loaded", [True, False])
+def test_a_loss_every_time_is_raised_in_the_end(is_loaded: bool) -> None:
+    losing = Losing(set(), set(range(99)))
+    with pytest.raises(WeightsLost, match=f"ask {RETRIES}"):
+        with_retries(losing.ask, losing.load, is_loaded)
+    assert losing.calls.count("load") == RETRIES + (not is_loaded)
+
+
+def test_another_failure_is_raised_at_once() -> None:
+    calls = []
+
+    def ask() -> None:
+        calls.append(1)
+        raise EngineError("no server is left")
+
+    with pytest.raises(EngineError, match="no server is left"):
+        with_retries(ask, lambda: None)
+    assert len(calls) == 1
+
+
+def test_an_evaluation_that_loses_its_servers_sends_its_model_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "set.jsonl").write_text(json.dumps({"prompt": "1+1=", "answer": "2"}) + "\n")
+    config = load(str(CONFIG), [f"run.dir={tmp_path}", f"eval.data={tmp_path}/set.jsonl"])
+    calls: list[str] = []
+
+    def sample(*arguments: Any) -> dict[str, Any]:
+        calls.append(arguments[-1].rpartition("/")[2])
+        if len(calls) == 4:
+            raise WeightsLost("no server has the policy's weights")
+        return {}
+
+    rollouts = SimpleNamespace(
+        load_weights=lambda weights, version: calls.append(f"load {weights}"), close=lambda: None
+    )
+    monkeypatch.setattr(assemble, "make_rollouts", lambda *arguments: rollouts)
+    monkeypatch.setattr(assemble, "stored_weights", lambda model: model.name)
+    monkeypatch.setattr(assemble.evaluate, "run", sample)
+    mesh: Any = None
+    assemble.evaluate_models(config, mesh, [Path("models/a"), Path("models/b")])
+    assert calls == ["load a", "a", "load b", "b", "load b", "b"]
