@@ -28,9 +28,11 @@ ROOT = Path(__file__).parents[1]
 SIGNALS = ("SIGSTOP", "SIGKILL", "SIGTERM", "SIGHUP")
 ENDING = ("main rank", "other rank", "launcher")  # a fault of one of these ends most runs
 SURVIVED = ("server", "server's guardian", "rank's guardian", "reward worker")
-TARGETS = ENDING + SURVIVED
+WHOLE_JOB = "whole job"  # SIGSTOP to every process at once, and SIGCONT after SUSPENDED seconds
+TARGETS = (*ENDING, *SURVIVED, WHOLE_JOB)
 PHASES = ("rollout", "scoring", "update", "sync", "checkpoint", "eval")
 STALL = 4.0  # engine.stall_seconds
+SUSPENDED = 4 * STALL
 LONGEST = 90.0  # seconds for a run to end after a fault
 EVAL_ROWS = 8
 MARK = "DAPO_FAULTS_RUN"  # environment variable of every process of one launch
@@ -143,6 +145,8 @@ def _wait(folder: Path, launcher: subprocess.Popen[bytes], mark: str, num_faults
         number = len((folder / "fired").read_text().splitlines()) if (folder / "fired").exists() else 0
         if number != fired:
             fired, since = number, time.monotonic()
+            if WHOLE_JOB in (folder / "fired").read_text().splitlines()[-1]:
+                _suspend(mark)
         if launcher.poll() is not None and not _marked(mark):
             return True
         ranks = [process for process in _marked(mark) if "rank" in process.cmdline()[2:5]]
@@ -151,6 +155,15 @@ def _wait(folder: Path, launcher: subprocess.Popen[bytes], mark: str, num_faults
         if time.monotonic() - since > (LONGEST if fired else 2 * LONGEST):
             return False
         time.sleep(0.2)
+
+
+def _suspend(mark: str) -> None:
+    processes = _marked(mark)
+    for process in processes:
+        process.suspend()
+    time.sleep(SUSPENDED)
+    for process in processes:
+        process.resume()
 
 
 def _marked(mark: str) -> list[psutil.Process]:
@@ -226,10 +239,11 @@ class Trigger:
             return
         fault = self.faults.pop(0)
         self.num_syncs = 0
-        target = self._find(fault.target)
+        target = self._find(fault.target) if fault.target != WHOLE_JOB else 0
         with (self.folder / "fired").open("a") as fired:
             fired.write(f"{time.time()} {fault}\n")
-        os.kill(target, getattr(signal, fault.signal))
+        if target:
+            os.kill(target, getattr(signal, fault.signal))
 
     def _find(self, target: str) -> int:
         if target == "main rank":
@@ -255,7 +269,8 @@ def measure(targets: Sequence[str]) -> list[tuple[Fault, Outcome, bool]]:
     """Return each fault, the outcome of its launch, and whether a later fault of that launch followed."""
     results = []
     for target in targets:
-        faults = [Fault(*each) for each in product(SIGNALS, [target], PHASES)]
+        signals = SIGNALS if target != WHOLE_JOB else SIGNALS[:1]
+        faults = [Fault(*each) for each in product(signals, [target], PHASES)]
         while faults:
             outcome = launch(
                 faults[:1] if target in ENDING else faults, with_servers=target.startswith("server")

@@ -21,8 +21,8 @@ class Interruption:
     """A call returns True once such a signal has reached this rank; on the main rank, any rank.
 
     A handler in Python waits until the main thread leaves C code, which may be a collective that lasts as
-    long as a rollout. So a thread receives the signal's number too, and tells the main rank through the
-    ranks' store. A second Ctrl-C, more than 2 seconds later, ends the process. SIGHUP stays ignored under
+    long as a rollout. So a thread receives the signal's number too, and informs the main rank through
+    the ranks' store. A second Ctrl-C, more than 2 seconds later, ends the process. SIGHUP stays ignored under
     nohup. Linux delivers signals to the main thread, which must be the one that makes this object.
     """
 
