@@ -14,6 +14,8 @@ ENGINE ?= embedded
 SGLANG_PYTHON ?=
 SGLANG_CPU = $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/dapo/sglang-0.5.23-cpu/bin/python
 export OMP_NUM_THREADS ?= 1
+# seconds that torchrun leaves its ranks to save after Ctrl-C or SIGTERM; its own default is 30
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT ?= 600
 
 quickstart: $(VENV)/.ready $(if $(filter sglang,$(ENGINE)),$(if $(SGLANG_PYTHON),,sglang-cpu))
 	$(VENV)/bin/python -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m dapo train examples/arithmetic/config.yaml \
