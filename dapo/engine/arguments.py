@@ -193,5 +193,5 @@ def _ask(python: str, code: str, has_cuda: bool) -> str:
         raise ConfigError(f"{option} does not import SGLang within {error.timeout:.0f} s") from error
     if done.returncode:
         why = last_error(done.stderr.splitlines())
-        raise ConfigError(f"{option} has no SGLang that works: {why}; pip install dapo[sglang]")
+        raise ConfigError(f"{option} has no SGLang that works: {why}; pip install sglang==0.5.23 there")
     return done.stdout.splitlines()[-1]
