@@ -16,6 +16,7 @@ import torch
 from dapo.config import Config, ConfigError, nearest
 from dapo.engine.control import KEY_VARIABLE
 from dapo.engine.process import LOOPBACK, last_error
+from dapo.engine.versions import RUN
 
 IMPORT_TIMEOUT = 300.0  # seconds for SGLang to be imported
 OURS = {  # argument that engine.sglang may not set → what to do instead
@@ -193,5 +194,5 @@ def _ask(python: str, code: str, has_cuda: bool) -> str:
         raise ConfigError(f"{option} does not import SGLang within {error.timeout:.0f} s") from error
     if done.returncode:
         why = last_error(done.stderr.splitlines())
-        raise ConfigError(f"{option} has no SGLang that works: {why}; pip install sglang==0.5.23 there")
+        raise ConfigError(f"{option} has no SGLang that works: {why}; pip install sglang=={RUN[-1]} there")
     return done.stdout.splitlines()[-1]
