@@ -21,8 +21,9 @@ from dapo.engine.weight_sync import make_sync
 from dapo.files import write_text
 from dapo.mesh import Mesh
 from dapo.model.files import stored_weights
+from dapo.model.layout import check_length
 from dapo.model.shape import read_config
-from dapo.model.tokenizer import load_tokenizer, stop_ids
+from dapo.model.tokenizer import check_vocabulary, load_tokenizer, stop_ids
 from dapo.plan import semantics
 from dapo.reward.pool import Reward
 from dapo.rollout import evaluate
@@ -48,6 +49,7 @@ def make_sampler(
 
     def make() -> tuple[Rollouts, dict[str, list[Prompt]]]:
         tokenizer = load_tokenizer(config.policy.model)
+        check_vocabulary(config.policy.model, tokenizer)
         prompts, summaries = load_stream(config.data, tokenizer, config.run.seed, config.reward)
         sets, set_summaries = load_sets(config, tokenizer)
         _write_record(config, prompts.data, summaries + set_summaries)
@@ -152,6 +154,8 @@ def evaluate_models(config: Config, mesh: Mesh, models: list[Path]) -> None:
         ConfigError: no eval.data, or a directory cannot be used.
     """
     tokenizer = load_tokenizer(config.policy.model)
+    check_vocabulary(config.policy.model, tokenizer)
+    check_length(config)
     sets, summaries = load_sets(config, tokenizer)
     if not sets:
         raise ConfigError("eval.data is not set: name a file, or {name: file} for several")

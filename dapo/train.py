@@ -13,7 +13,7 @@ from dapo.config import Config, ConfigError
 from dapo.files import write_text
 from dapo.log import Console, Log, SilentLog
 from dapo.mesh import Mesh
-from dapo.model.layout import check_layout
+from dapo.model.layout import check_layout, check_length
 from dapo.model.shape import ModelShape, read_shape
 from dapo.policy.megatron import Policy
 from dapo.policy.metrics import step_metrics
@@ -75,6 +75,7 @@ def _read_shape(config: Config) -> ModelShape:
     """Read the model's sizes. Raise ConfigError if the layout cannot hold them."""
     shape = read_shape(config.policy.model)
     check_layout(shape, config)
+    check_length(config)
     return shape
 
 

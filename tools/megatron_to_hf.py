@@ -32,11 +32,26 @@ def model_of(checkpoint: Path) -> Path:
     if (checkpoint / "config.json").is_file():
         return checkpoint
     if run.is_file():
-        return config.load(run).policy.model
+        return _model_of_run(run)
     raise ConfigError(
         f"{checkpoint} is in no run directory and has no config.json: its model is not known; "
         "megatron_to_hf.py takes it with --model"
     )
+
+
+def _model_of_run(path: Path) -> Path:
+    """Return policy.model of a run's config.yaml: a relative one from the run's start, or from here.
+
+    Where it was started is seen from run.dir, if that is relative, too.
+    """
+    loaded = config.load(path)
+    folder, model = loaded.run.dir.parts, loaded.policy.model
+    is_seen = not loaded.run.dir.is_absolute() and path.parent.parts[-len(folder) :] == folder
+    started = path.parents[len(folder)] if is_seen else Path()
+    for base in (started, Path()):
+        if (base / model).is_dir():
+            return base / model
+    raise ConfigError(f"policy.model={model} of {path} is not there; megatron_to_hf.py takes it with --model")
 
 
 def save(

@@ -26,7 +26,7 @@ from dapo.engine.checksums import Checksums
 from dapo.engine.control import NOTHING, SUCCESS, Fields, Json, Server, on_all
 from dapo.engine.transports import Disk, Tensors, Transport
 from dapo.engine.versions import Peer, inspect
-from dapo.model.shape import read_config
+from dapo.model.shape import kv_heads, read_config
 from dapo.types import EngineError
 
 STATUS = {"status": str}
@@ -200,4 +200,4 @@ def make_sync(
         transport = Broadcast(bucket_bytes, timeout, device)
     else:
         transport = Tensors(bucket_bytes, timeout, device)
-    return WeightSync(workers, transport, layout["num_key_value_heads"], num_experts, verify)
+    return WeightSync(workers, transport, kv_heads(layout), num_experts, verify)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dapo.config import Config, ConfigError, Parallel
 from dapo.model.passthrough import Passthrough
-from dapo.model.shape import ModelShape
+from dapo.model.shape import ModelShape, max_tokens
 
 
 def check_layout(shape: ModelShape, config: Config) -> None:
@@ -14,6 +14,19 @@ def check_layout(shape: ModelShape, config: Config) -> None:
     checks += _offload(megatron, config.policy.dtype)
     if wrong := [message for is_wrong, message in checks if is_wrong]:
         raise ConfigError("; ".join(wrong))
+
+
+def check_length(config: Config) -> None:
+    """Raise ConfigError if the model has too few positions for a prompt and its response."""
+    data, rollout = config.data, config.rollout
+    longest = data.max_prompt_length + rollout.max_response_length
+    if (most := max_tokens(config.policy.model)) is not None and longest > most:
+        options = f"data.max_prompt_length={data.max_prompt_length} + rollout.max_response_length"
+        has = f"policy.model={config.policy.model} has {most} (max_position_embeddings in its config.json)"
+        raise ConfigError(
+            f"{options}={rollout.max_response_length} are {longest} positions, and {has}: lower one of them, "
+            "or stretch the model's positions by rope_scaling there"
+        )
 
 
 Checks = list[tuple[bool, str]]  # whether something is wrong, and the message if it is

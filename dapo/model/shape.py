@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dapo.config import ConfigError
-from dapo.model.rope import RopeScaling, parse_rope
+from dapo.model.rope import Linear, RopeScaling, Yarn, parse_rope
 
 ARCHITECTURES = ("qwen2", "qwen3", "qwen3_moe", "llama", "mistral")  # by model_type
 # sizes that have no default worth guessing, and their names in ModelShape
@@ -106,7 +106,7 @@ def read_shape(directory: Path) -> ModelShape:
     # as Hugging Face fills them in
     defaults = {"head_dim": 128 if kind == "qwen3" else sizes["hidden_size"] // sizes["num_heads"]}
     if kind == "llama":  # Qwen's default of 32 fits hardly any of its models: there the field is required
-        defaults["num_key_value_heads"] = sizes["num_heads"]
+        defaults["num_key_value_heads"] = kv_heads(raw)
     filled: dict[str, Any] = defaults | {name: value for name, value in raw.items() if value is not None}
     rope_theta, rope_scaling = parse_rope(path, filled)
     return ModelShape(
@@ -119,6 +119,27 @@ def read_shape(directory: Path) -> ModelShape:
         **_sizes(path, filled, FILLED_SIZES),
         **(_experts(path, filled) if kind == "qwen3_moe" else {}),
     )
+
+
+def kv_heads(raw: dict[str, Any]) -> int:
+    """Number of KV heads that a config.json names: without such a field, of any architecture, one a head."""
+    return int(raw.get("num_key_value_heads") or raw.get("num_attention_heads") or 1)
+
+
+def max_tokens(directory: Path) -> int | None:
+    """Number of tokens that the model has positions for, stretched ones too; None if config.json has none."""
+    raw, path = read_config(directory), directory / "config.json"
+    if raw.get("max_position_embeddings") is None:
+        return None
+    positions: int = _sizes(path, raw, {"max_position_embeddings": "positions"})["positions"]
+    _, scaling = parse_rope(path, {name: value for name, value in raw.items() if value is not None})
+    if isinstance(scaling, Linear):
+        return int(positions * scaling.factor)
+    if isinstance(
+        scaling, Yarn
+    ):  # some models' files have the stretched number of positions, others the first
+        return max(positions, int(scaling.original_max_position_embeddings * scaling.factor))
+    return positions
 
 
 def _experts(path: Path, raw: dict[str, Any]) -> dict[str, Any]:

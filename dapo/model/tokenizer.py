@@ -25,6 +25,15 @@ def load_tokenizer(model: Path) -> Any:
     return tokenizer
 
 
+def check_vocabulary(model: Path, tokenizer: Any) -> None:
+    """Raise ConfigError if the tokenizer has ids that the model has no row for. Rows to spare are usual."""
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    rows = read_config(model).get("vocab_size")
+    if isinstance(rows, int) and largest >= rows:
+        both = f"its tokenizer has the token {token!r} with id {largest}, config.json a vocab_size of {rows}"
+        raise ConfigError(f"policy.model={model}: {both}: use the model's own tokenizer, or add rows to it")
+
+
 def stop_ids(model: Path, tokenizer: Any) -> tuple[int, ...]:
     """Return the ids that end a response, for every engine alike. Raise ConfigError if there are none."""
     # all that the model's files name: a server would stop at them anyway

@@ -6,7 +6,7 @@ python -m dapo plan CONFIG.yaml --gpu h200 --world-size 16
 from __future__ import annotations
 
 from dapo.config import Config, ConfigError
-from dapo.model.layout import check_layout, padded_vocab
+from dapo.model.layout import check_layout, check_length, padded_vocab
 from dapo.model.parameters import active_parameters, num_parameters
 from dapo.model.passthrough import READ
 from dapo.model.shape import read_shape
@@ -32,6 +32,7 @@ def make_plan(
     """
     shape = read_shape(config.policy.model)
     check_layout(shape, config)
+    check_length(config)
     world = config.parallel.least_world if world is None else world
     if world < 1 or config.parallel.data(world) < 1:
         raise ConfigError(f"a world of {world} processes; expected at least {config.parallel.least_world}")

@@ -525,3 +525,24 @@ def test_a_text_that_is_not_the_same_tokens_to_both_models_is_refused(
     if text is not None:
         (tmp_path / "text").write_bytes(text)
     assert said in refusal(check_checkpoint, *models, "--text", tmp_path / "text", capsys=capsys)
+
+
+@pytest.mark.parametrize("run", ["runs/x", "{home}/project/runs/x"])
+def test_the_model_of_a_run_is_found_from_another_directory(
+    run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """policy.model is relative to where the run was started, or, if run.dir does not show where, to here."""
+    folder, checkpoint = tmp_path / "project/runs/x", tmp_path / "project/runs/x/checkpoints/step-000001"
+    checkpoint.mkdir(parents=True)
+    shutil.copytree(BASE, tmp_path / "project/models/base")
+    named = run.format(home=tmp_path)
+    (folder / "config.yaml").write_text(
+        f"{{run: {{dir: {named}}}, data: {{train: t}}, policy: {{model: models/base}}}}"
+    )
+    for place in (tmp_path / "project", folder, tmp_path):
+        monkeypatch.chdir(place)
+        if run == "runs/x" or place == tmp_path / "project":
+            assert megatron_to_hf.model_of(checkpoint).resolve() == tmp_path / "project/models/base"
+        else:
+            said = refusal(megatron_to_hf, checkpoint, tmp_path / "out", capsys=capsys)
+            assert "policy.model=models/base" in said and "--model" in said

@@ -9,8 +9,9 @@ import pytest
 
 from dapo import config
 from dapo.config import ConfigError
-from dapo.model.layout import check_layout
+from dapo.model.layout import check_layout, check_length
 from dapo.model.shape import read_shape
+from dapo.plan.plan import make_plan
 from tests.dapo.model.models import plan_of, write_model
 
 FULL = "policy.megatron.recompute_granularity=full"
@@ -105,3 +106,49 @@ def test_all_that_is_wrong_is_one_line(tmp_path: Path) -> None:
         check_layout(read_shape(write_model(tmp_path, "Qwen2.5-7B")), wrong)
     parts = ("num_attention_heads=28", "moe, but", "no experts: leave it 1", "optimizer_cpu_offload wants")
     assert "\n" not in str(refused.value) and all(part in str(refused.value) for part in parts)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("positions", "scaling", "most"),
+    [
+        (4096, None, 4096),
+        (4096, YARN, 16384),
+        (32768, YARN, 32768),
+        (8192, LLAMA3, 8192),
+        (4096, {"rope_type": "linear", "factor": 2}, 8192),
+        (4096, {"type": "default"}, 4096),
+    ],
+)
+def test_a_prompt_and_its_response_need_as_many_positions(
+    positions: int, scaling: dict | None, most: int, tmp_path: Path
+) -> None:
+    write_model(tmp_path / "m", "Qwen2.5-7B", max_position_embeddings=positions, rope_scaling=scaling)
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{{run: {{dir: r}}, data: {{train: t}}, policy: {{model: {tmp_path / 'm'}}}}}")
+    lengths = [
+        "parallel.tensor=4",
+        "policy.tokens_per_microbatch=65536",
+        "data.max_prompt_length=96",
+        "reward.soft_overlong_punishment=false",
+    ]
+    check_length(config.load(path, [*lengths, f"rollout.max_response_length={most - 96}"]))
+    too_long = config.load(path, [*lengths, f"rollout.max_response_length={most - 95}"])
+    said = f"={most - 95} are {most + 1} positions, and policy.model={tmp_path / 'm'} has {most} "
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        check_length(too_long)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        make_plan(too_long, "h100")
+
+
+def test_a_model_that_names_no_positions_has_any_number(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{{run: {{dir: r}}, data: {{train: t}}, policy: {{model: {tmp_path / 'm'}}}}}")
+    write_model(tmp_path / "m", "Qwen2.5-7B", max_position_embeddings=None)
+    check_length(config.load(path))
+    write_model(tmp_path / "m", "Qwen2.5-7B", max_position_embeddings="many")
+    with pytest.raises(ConfigError, match="max_position_embeddings='many'; expected a whole number"):
+        check_length(config.load(path))

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 from dapo import files
 from dapo.config import ConfigError
+from dapo.engine.weight_sync import make_sync
 from dapo.model.files import stored_weights
 from dapo.model.shape import ModelShape, read_shape
 from dapo.policy.weight_files import check_checkpoint, check_model
@@ -68,6 +70,20 @@ def test_llama_without_kv_heads_has_as_many_as_heads(tmp_path: Path) -> None:
     write_model(tmp_path, "Llama-3-8B", num_key_value_heads=None)
     assert read_shape(tmp_path) == hf_shape(tmp_path)
     assert read_shape(tmp_path).num_kv_heads == 32
+
+
+@pytest.mark.parametrize(
+    ("raw", "heads"),
+    [({"num_key_value_heads": 2, "num_attention_heads": 8}, 2), ({"num_attention_heads": 8}, 8), ({}, 1),
+     ({"num_key_value_heads": None, "num_attention_heads": 8}, 8)],
+)  # fmt: skip
+def test_a_weight_sync_knows_the_kv_heads_of_any_architecture(
+    raw: dict[str, int], heads: int, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    where = {"directory": tmp_path / "weights", "model": tmp_path, "device": torch.device("cpu")}
+    sync = make_sync("disk", list, bucket_bytes=64, timeout=1, **where)
+    assert sync.num_kv_heads == heads
 
 
 @pytest.mark.parametrize(
