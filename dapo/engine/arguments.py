@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import orjson
 import torch
 
 from dapo.config import Config, ConfigError, nearest
@@ -59,6 +61,7 @@ for action in parser._actions:
 print("\\n" + json.dumps(known))"""
 
 Known = dict[str, tuple[str, str]]
+KINDS = ("value", "list", "nothing", "yes or no")  # of an argument's value
 
 
 def server_options(config: Config, known: Known, has_cuda: bool) -> dict[str, Any]:
@@ -171,20 +174,36 @@ def known_arguments(python: str, has_cuda: bool) -> Known:
     """Return the arguments of the SGLang that `python` has. Raise ConfigError if it has none."""
     version = _ask(python, "import importlib.metadata; print(importlib.metadata.version('sglang'))", has_cuda)
     # in the user's cache: to import SGLang takes many seconds
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dapo"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "dapo"
     key = hashlib.sha256(f"{python} {version} {LIST_ARGUMENTS}".encode()).hexdigest()[:16]
     kept = folder / f"sglang-arguments-{key}.json"
-    if not kept.exists():
-        answer = _ask(python, LIST_ARGUMENTS, has_cuda)
+    with contextlib.suppress(OSError, ValueError):  # there is none yet, or it is damaged
+        return _parse(kept.read_bytes())
+    answer = _ask(python, LIST_ARGUMENTS, has_cuda)
+    try:
+        known = _parse(answer.encode())
+    except ValueError as error:
+        listed = f"the arguments of its SGLang {version} cannot be listed: {error}"
+        raise ConfigError(f"engine.python={python}: {listed}") from None
+    with contextlib.suppress(OSError):  # it is asked again the next time
         folder.mkdir(parents=True, exist_ok=True)
         new = kept.with_suffix(f".{os.getpid()}")
         new.write_text(answer)
         new.rename(kept)
-    return {name: (main, takes) for name, (main, takes) in json.loads(kept.read_text()).items()}
+    return known
+
+
+def _parse(listed: bytes) -> Known:
+    """Return what LIST_ARGUMENTS printed. Raise ValueError if this is something else."""
+    known = orjson.loads(listed)
+    rows = list(known.values()) if isinstance(known, dict) else []
+    if not rows or not all(isinstance(row, list) and len(row) == 2 and row[1] in KINDS for row in rows):
+        raise ValueError(f"it printed {listed[:99].decode()!r}")
+    return {name: (str(main), str(takes)) for name, (main, takes) in known.items()}
 
 
 def _ask(python: str, code: str, has_cuda: bool) -> str:
-    """Return the last line that `code` prints."""
+    """Return the last line that `code` prints, "" if it prints nothing."""
     option, command, env = f"engine.python={python}", [python, "-c", code], child_environment(has_cuda)
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=IMPORT_TIMEOUT)
@@ -195,4 +214,4 @@ def _ask(python: str, code: str, has_cuda: bool) -> str:
     if done.returncode:
         why = last_error(done.stderr.splitlines())
         raise ConfigError(f"{option} has no SGLang that works: {why}; pip install sglang=={RUN[-1]} there")
-    return done.stdout.splitlines()[-1]
+    return (done.stdout.splitlines() or [""])[-1]
