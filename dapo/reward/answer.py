@@ -14,10 +14,10 @@ from fractions import Fraction
 
 from dapo.reward import units, values
 from dapo.reward.expressions import Tree
-from dapo.reward.statements import Statement, are_same, read
+from dapo.reward.statements import Statement, are_same, is_name, read
 from dapo.reward.tokens import FUNCTIONS, WRAPPERS, Ambiguous, Costly, Unreadable, check_size
 
-_ANSWER = re.compile(r"(?<![a-z0-9])answer[*_]*\s*[:：](.*)", re.IGNORECASE)
+_ANSWER = re.compile(r"(?<![a-z0-9])answer[*_]*\s*[:：]\}?(.*)", re.IGNORECASE)
 _PREAMBLE = re.compile(r"(?:the |my |our )?(?:final )?answer(?: is)?:? *(?<=[ :])", re.IGNORECASE)
 _HOPE = re.compile(r"\.? I hope it is correct\.?$")
 # what a chat template ends a message with: <|im_end|>, </s>, <end_of_turn>
@@ -248,11 +248,22 @@ def stated_integer(text: str) -> tuple[str, str] | None:
     *names, value = text.rsplit("=", 8) if "=" in text else [text]
     number = _with_unit(unwrap(value.replace("$", "") if names else value))
     for name in names:
-        stated = _INTEGER.fullmatch(unwrap(name))
-        is_other = stated is not None and (number is None or _canonical(stated) != number[0])
-        if len(name) > 300 or _JOINS.search(name) or is_other:
+        if len(name) > 300 or _JOINS.search(name) or number is None or not _may_name(unwrap(name), number[0]):
             return None
     return number
+
+
+def _may_name(text: str, integer: str) -> bool:
+    """True if `text` may stand before "= 34": x, m + n, 25 + 9; not 2x or 25 + 8."""
+    stated = _INTEGER.fullmatch(text)
+    if stated is not None or not text:
+        return stated is None or _canonical(stated) == integer
+    if re.search(r"[a-zA-Z]", text.replace("\\", "")):
+        return is_name(text)
+    try:
+        return len(integer) < 300 and are_same(read_mathematics(text).statements, tuple(read(integer)))
+    except Unreadable:
+        return True
 
 
 def _with_unit(text: str) -> tuple[str, str] | None:

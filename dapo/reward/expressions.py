@@ -10,7 +10,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
-from dapo.reward.tokens import CLOSING, FUNCTIONS, WRAPPERS, Ambiguous, Costly, Token, Unreadable
+from dapo.reward.tokens import CLOSING, FUNCTIONS, MAX_DEPTH, WRAPPERS, Ambiguous, Costly, Token, Unreadable
 
 # ("number", Fraction, significant digits of a decimal), ("name", text), ("sum", a, b), ("power", a, b) …
 Tree = tuple[Any, ...]
@@ -40,6 +40,7 @@ class _Parser:
     def __init__(self, tokens: list[Token]) -> None:
         self.tokens = tokens
         self.position = 0
+        self.depth = 0
 
     def all(self) -> Tree:
         tree = self.union()
@@ -171,6 +172,14 @@ class _Parser:
         return self.atom()
 
     def atom(self) -> Tree:
+        self.depth += 1
+        if self.depth > MAX_DEPTH + 1:
+            raise Costly(f"{self.depth} levels deep")
+        tree = self.any_atom()
+        self.depth -= 1
+        return tree
+
+    def any_atom(self) -> Tree:
         token = self.next()
         if token.kind == "number":
             return self.number(token)

@@ -129,14 +129,43 @@ def _is_same_statement(given: Statement, gold: Statement, is_named: bool) -> boo
         return False
     if not is_equal or not is_gold_equal:
         return _is_same_range(given, gold)
+    if not given.relations and not gold.relations:
+        return is_same(given.value, gold.value)
     if not _is_consistent(given):
         return False
-    if not given.relations or not gold.relations:
-        is_name = not gold.relations or re.fullmatch(_NAME, gold.name) is not None
-        return is_name and is_same(given.value, gold.value)
+    if not given.relations:
+        return re.fullmatch(_NAME, gold.name) is not None and is_same(given.value, gold.value)
+    if not gold.relations:
+        return all(map(is_name, given.texts[:-1])) and is_same(given.value, gold.value)
     if given.name == gold.name and is_same(given.value, gold.value):
         return True
     return is_same_relation(given, gold)
+
+
+def is_name(text: str) -> bool:
+    """True if `text` may name the value behind "=": x, f(2), m + n, 25 + 9; not 2x, x^2 or y - 1.
+
+    Those are sides of an equation, which is no answer: x^2 - 5x + 6 = 0 does not answer 0.
+    """
+    if re.fullmatch(_NAME, text):
+        return True
+    try:
+        tree = bare(parse(tokenize(text)))
+    except Unreadable:
+        return True  # words
+    names = names_in(tree)
+    is_application = tree[0] in ("function", "abs") or (tree[0] == "product" and tree[1][0] == "name")
+    return not names or (
+        not _has_number_added(tree) and (is_application or tree[0] == "name" or len(names) > 1)
+    )
+
+
+def _has_number_added(tree: Tree) -> bool:
+    parts = [part for part in tree if isinstance(part, tuple)]
+    if tree[0] == "sum" and any(not names_in(part) for part in parts):
+        return True
+    is_application = tree[0] == "product" and tree[1][0] == "name"
+    return not is_application and any(map(_has_number_added, parts))
 
 
 def _is_consistent(statement: Statement) -> bool:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 MAX_LENGTH = 1000  # characters
 MAX_DEPTH = 40  # brackets open at once: the parser recurses as deep
+MAX_TOKENS = 300  # a sum is a tree as deep as it has terms
 MAX_PARTS = 64  # of a list
 
 
@@ -132,6 +133,8 @@ def tokenize(text: str) -> list[Token]:
         else:
             tokens.append(Token(kind, match[kind]))
         position = match.end()
+    if len(tokens) > MAX_TOKENS:
+        raise Costly(f"{len(tokens)} tokens")
     return tokens
 
 

@@ -18,9 +18,14 @@ _NOT_UNITS = """
     eighty ninety less fewer more least most than below above under negative positive base remainder off short
     missing lakh lakhs crore crores mil mio grand gross pair pairs couple couples double triple twice wrong
     incorrect false right left at to from until except without with within excluding including no yes only
-    inverse reciprocal conjugate complement prime repeating recurring binary hex octal decimal
+    inverse reciprocal conjugate complement prime repeating recurring binary hex octal decimal otherwise
 """
-_NOT_UNIT_WORDS = frozenset(_NOT_UNITS.split())
+_ORDINALS = (
+    "eleven twelf thirteen fourteen fifteen sixteen seventeen eighteen nineteen twentie thirtie fortie"
+)
+_NOT_UNIT_WORDS = frozenset(
+    [*_NOT_UNITS.split(), *(f"{stem}th{plural}" for stem in _ORDINALS.split() for plural in ("", "s"))]
+)
 _NAMES = {
     "cm": "centimeter centimetre",
     "mm": "millimeter millimetre",

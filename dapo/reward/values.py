@@ -304,8 +304,10 @@ def _digits(tree: Tree) -> int:
 
 
 def _is_its_double(tree: Tree, value: Fraction, other: Fraction) -> bool:
-    """True if `tree` is a decimal of 16 or 17 digits, as programs print doubles, and `other` is as near."""
-    return 16 <= _digits(tree) <= 17 and abs(value - other) <= _DOUBLE * abs(other)
+    """True if `tree` is a decimal of 16 or 17 digits, as programs print a double, and `other` is as near."""
+    if not 16 <= _digits(tree) <= 17 or abs(value - other) > _DOUBLE * abs(other):
+        return False
+    return 1e-300 < abs(value) < 1e300 and Fraction(repr(float(value))) == value
 
 
 def _rounds_to(tree: Tree, value: Value) -> bool:
