@@ -339,7 +339,7 @@ def read_mathematics(text: str) -> Reading:
         if i == _MAX_UNIT_STARTS:
             break
         unit = units.unit_of(tail) if head.strip() else None
-        is_angle = unit == "deg" and re.search(r"\\?(?:sin|cos|tan|cot|sec|csc)(?![a-z])", head)
+        is_angle = unit == "deg" and re.search(r"(?:sin|cos|tan|cot|sec|csc|circ|°)(?![a-z])", head)
         is_name = len(tail.strip()) == 1 and re.search(r"(?<![\\a-z])[a-zA-Z](?![a-z])", head)  # x^2 m
         if unit is not None and not is_angle and not is_name and head.count("{") == head.count("}"):
             return Reading(tuple(read(clean(head))), _joined(currency, unit))

@@ -64,7 +64,7 @@ _SHORT = {long: short for short, names in _NAMES.items() for long in names.split
 _SHORT |= {"mph": "mi/h", "kmh": "km/h", "kph": "km/h", "unit": ""}
 # what may follow digits without a space, and needs no vowel
 _ABBREVIATIONS = frozenset(
-    [*_NAMES, "lbs", "hr", "hrs", "sec", "secs", "mins", "yrs", "mph", "kmh", "kph", "kw"]
+    [*_NAMES, "lbs", "hr", "hrs", "sec", "secs", "mins", "yrs", "mph", "kmh", "kph", "kw", "am", "pm"]
 )
 _ONE_LETTER_UNITS = frozenset("mgshlLNJWV")
 
@@ -73,6 +73,7 @@ _MARKUP = re.compile(
 )
 _DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°(?:\s*[CF]\b)?")
 _UNIT = re.compile(r"([^\W\d_]+)\.?(?:\^\{?(-?[1-4])\}?)?")
+_NOON = re.compile(r"\b([ap])\.?m\.?(?![a-z])", re.IGNORECASE)
 _CURRENCY = re.compile(r"(?:US)?\\?\$|€|£|¥|\\pounds\b|\\euro\b|(?:USD|EUR|GBP)\s")
 _SIGN_CURRENCY = re.compile(
     rf"(?P<sign>[+-]?)\s*(?P<mark>{_CURRENCY.pattern})\s*(?:\{{\}})?(?=\s*[-+]?[.\d\\{{])"
@@ -103,13 +104,13 @@ def unit_of(text: str) -> str | None:
     if len(text) > _MAX_LENGTH:
         return None
     is_attached = text[:1].isalpha()
-    text = _DEGREES.sub(" degrees ", text)
+    text = _DEGREES.sub(" degrees ", text.replace("~", " "))
     is_marked = bool(_MARKUP.match(text.lstrip()))
     text = _MARKUP.sub(lambda match: f" {match[1] or ''} ", text)
     text = re.sub(r"\\?%|¢", lambda match: " percent " if match[0] != "¢" else " cents ", text, count=1)
     text = re.sub(r"[€£¥]|\\?\$", lambda match: f" {_SHORT[match[0].lstrip(chr(92))]} ", text, count=1)
     text = text.replace("(", " ").replace(")", " ").replace("²", "^2").replace("³", "^3")
-    text = text.replace("per cent", "percent")
+    text = _NOON.sub(r" \1m ", text.replace("per cent", "percent"))
     text = re.sub(r"\bper\b", "/", re.sub(r"\s+(?=\^)", "", text.strip()))
     parts = [part for part in re.split(r"([\s/·-]|\\cdot)", text) if part.strip(" \t\n·-")]
     words = [part for part in parts if part not in ("/", "\\cdot")]
