@@ -6,6 +6,7 @@ tests' stand-in for SGLang. A fault that a run survives is followed by the next 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -149,7 +150,7 @@ def _wait(folder: Path, launcher: subprocess.Popen[bytes], mark: str, num_faults
                 _suspend(mark)
         if launcher.poll() is not None and not _marked(mark):
             return True
-        ranks = [process for process in _marked(mark) if "rank" in process.cmdline()[2:5]]
+        ranks = [command for command in _marked(mark).values() if "rank" in command[2:5]]
         if fired and not ranks and launcher.poll() is None:
             launcher.send_signal(signal.SIGCONT)  # it may be the one that was stopped
         if time.monotonic() - since > (LONGEST if fired else 2 * LONGEST):
@@ -158,36 +159,31 @@ def _wait(folder: Path, launcher: subprocess.Popen[bytes], mark: str, num_faults
 
 
 def _suspend(mark: str) -> None:
-    processes = _marked(mark)
-    for process in processes:
-        process.suspend()
-    time.sleep(SUSPENDED)
-    for process in processes:
-        process.resume()
+    processes = list(_marked(mark))
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
+        time.sleep(SUSPENDED if number == signal.SIGSTOP else 0)
 
 
-def _marked(mark: str) -> list[psutil.Process]:
-    found = []
+def _marked(mark: str) -> dict[int, list[str]]:
+    """Return id → command of the processes of a launch that have not ended."""
+    found = {}
     for process in psutil.process_iter():
-        try:
-            if (
-                process.environ().get(MARK) == mark
-                and process.status() != psutil.STATUS_ZOMBIE
-                and process.cmdline()
-            ):
-                found.append(process)
-        except psutil.Error:
-            continue
+        with contextlib.suppress(psutil.Error):  # it has ended, or is another user's
+            if process.environ().get(MARK) == mark and (command := process.cmdline()):
+                found[process.pid] = command
     return found
 
 
 def _end_all(mark: str) -> list[str]:
     """Kill what is left of a launch. Return the commands."""
     left = _marked(mark)
-    commands = [" ".join(process.cmdline())[-100:] for process in left]
     for process in left:
-        process.kill()
-    return commands
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    return [" ".join(command)[-100:] for command in left.values()]
 
 
 def is_even(response: str, answer: str) -> bool:

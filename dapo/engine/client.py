@@ -104,7 +104,7 @@ class Client:
         """Use workers that joined or were left alone, drop those that have left: called after a sync."""
         known = {endpoint.url: endpoint for endpoint in self.endpoints}
         urls = [url.rstrip("/") for url in self.servers.generate_urls]
-        self.endpoints = [known.get(url) or Endpoint(url, self.servers) for url in urls]
+        self.endpoints = [known.get(url) or Endpoint(url, self.servers, self.limits.stall) for url in urls]
         self._send()
 
     async def finish_aborts(self) -> None:

@@ -15,7 +15,7 @@ from dapo import http
 from dapo.engine.control import Server
 from dapo.types import Request, Sample
 
-PROBE_TIMEOUT = 10.0  # seconds
+PROBE_TIMEOUT = 10.0  # seconds, at most
 
 
 class Servers(Protocol):
@@ -66,9 +66,10 @@ class Job:
 class Endpoint:
     """A worker, or the router in front of several. Used in the event loop, but for `describe`."""
 
-    def __init__(self, url: str, servers: Servers):
+    def __init__(self, url: str, servers: Servers, stall: float):
         self.url = url
         self.servers = servers
+        self.probe_timeout = min(PROBE_TIMEOUT, stall / 4)  # a stall must be seen before it has lasted twice
         self.is_router = url not in [worker.url for worker in servers.workers]
         self.outstanding: dict[str, Job] = {}  # by rid
         self.is_usable = True
@@ -134,7 +135,7 @@ class Endpoint:
         """Return the JSON object at url + path, {} for any other text, None for any other status than 200."""
         try:
             key = self.servers.key_of(url)
-            answer = await http.exchange("GET", url + path, timeout=PROBE_TIMEOUT, key=key)
+            answer = await http.exchange("GET", url + path, timeout=self.probe_timeout, key=key)
             value = orjson.loads(answer.body) if answer.body.startswith(b"{") else {}
         except (http.NoAnswer, orjson.JSONDecodeError):
             return None
