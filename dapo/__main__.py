@@ -2,42 +2,63 @@
 for several ranks.
 
 python -m dapo report RUN [RUN …] shows what runs left in their directories.
+
+Exit status: 0 done · 1 something broke · 2 the command, the config or the data are refused · 128 + N stopped
+by signal N.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
+import signal
 import sys
+import time
 import traceback
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NoReturn
 
+from dapo import files
 from dapo.config import Config, ConfigError, Parallel, load
 from dapo.plan import semantics
 from dapo.plan.plan import describe, make_plan
 from dapo.plan.time import HARDWARE
+from dapo.types import Interrupted, Stopped, reason
 from dapo.watch.rank import guard
+
+# torchrun prints last what a rank has written there, in place of a hint at its manual
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 
 def main(argv: list[str]) -> int:
     """Run the command. Return the exit status."""
-    args = _parse(argv)
-    is_printing = os.environ.get("RANK", "0") == "0"
     try:
+        args = _parse(argv)
         if args.command == "report":
             return _report(args)
         config = load(args.config, args.overrides)
         if args.command == "plan":
             return _plan(config, args)
     except ConfigError as error:
-        return _fail(error, is_printing)
+        return _fail(error, _is_first_here())
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     return _run(config, None if args.command == "train" else args.model or [config.policy.model])
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}: see {self.prog} --help")
+
+
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="dapo", description="DAPO (arXiv:2503.14476) on Megatron-core")
+    """Parse the command line. Overrides may stand anywhere after the command."""
+    parser = _Parser(prog="dapo", description="DAPO (arXiv:2503.14476) on Megatron-core")
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser(
         "train", help="run Algorithm 1, from the run's newest checkpoint if there is one"
@@ -100,7 +121,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         metavar="MIB",
         help="size of dumped samples in the page; default 16",
     )
-    return parser.parse_args(argv)
+    if not argv or argv[0] not in commands.choices:
+        return parser.parse_args(argv)
+    # a subparser of argparse takes no positional argument behind an option
+    return commands.choices[argv[0]].parse_intermixed_args(argv[1:], argparse.Namespace(command=argv[0]))
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -135,7 +159,6 @@ def _run(config: Config, models: list[Path] | None) -> int:
     from dapo.policy.megatron import PolicyError
     from dapo.rollout.pending import RolloutError
     from dapo.train import train
-    from dapo.types import Interrupted, Stopped
 
     guard(config.engine.limits.exit)
     mesh = None
@@ -145,30 +168,64 @@ def _run(config: Config, models: list[Path] | None) -> int:
             train(config, mesh)
         else:
             mesh = Mesh(Parallel(tensor=1))
-            evaluate_models(config, mesh, models)
+            with files.run_directory(config.run.dir) if mesh.is_main else nullcontext():
+                evaluate_models(config, mesh, models)
         return 0
-    except FailedElsewhere:
-        return 1
+    except FailedElsewhere as error:
+        return _fail(error, is_printing=False, is_users=error.is_users)
     except Stopped as stop:
-        is_interrupted = isinstance(stop, Interrupted)
-        if mesh is None or mesh.is_main:
-            saved = (
-                f"; saved in {config.run.dir}, the same command goes on from there" if stop.is_saved else ""
-            )
-            print(("interrupted" if is_interrupted else f"error: {stop}") + saved, file=sys.stderr)
-        return 130 if is_interrupted else 1
+        return _stop(stop, config, is_printing=mesh is None or mesh.is_main)
     except (ConfigError, CheckpointError, PolicyError, RolloutError) as error:
-        return _fail(error, mesh.is_first_to_fail() if mesh else os.environ.get("RANK", "0") == "0")
+        is_first = mesh.is_first_to_fail() if mesh else _is_first_here()
+        return _fail(error, is_first, is_users=isinstance(error, ConfigError))
+    except KeyboardInterrupt:  # before a step could notice it, or the second one
+        if mesh is None or mesh.is_main:
+            print("interrupted; not saved", file=sys.stderr)
+        return 128 + signal.SIGINT
     except Exception:  # noqa: BLE001  # a bug: print its traceback once, not once a rank
         if mesh is None or mesh.is_first_to_fail():
             traceback.print_exc()
         return 1
 
 
-def _fail(error: Exception, is_printing: bool) -> int:
+def _stop(stop: Stopped, config: Config, is_printing: bool) -> int:
+    """Print why the run stopped, and whether it can go on. Return the exit status."""
+    again = "run.resume=auto goes" if isinstance(config.run.resume, int) else "the same command goes"
+    saved = f"; saved in {config.run.dir}, {again} on from there" if stop.is_saved else ""
+    line = ("interrupted" if isinstance(stop, Interrupted) else f"error: {stop}") + saved
+    _say(line, is_printing)
+    return 128 + stop.signal if isinstance(stop, Interrupted) else 1
+
+
+def _fail(error: Exception, is_printing: bool, is_users: bool = True) -> int:
+    """Print the error in one line, if this rank is to. Return the exit status."""
+    _say(f"error: {reason(error)}", is_printing)
+    return 2 if is_users else 1
+
+
+def _say(line: str, is_printing: bool) -> None:
     if is_printing:
-        print(f"error: {error}", file=sys.stderr)
-    return 1
+        print(line, file=sys.stderr, flush=True)
+    if path := os.environ.get(ERROR_FILE):
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
+
+
+def _is_first_here() -> bool:
+    """True on one rank of a machine that fails before the ranks know each other, so that it prints why.
+
+    Not always rank 0: torchrun ends it as soon as another rank has failed, and it may not fail at all.
+    """
+    if ERROR_FILE not in os.environ:
+        return os.environ.get("RANK", "0") == "0"
+    # torchrun's directory of this launch holds one for each of its ranks
+    try:
+        (Path(os.environ[ERROR_FILE]).parent.parent / "dapo-failed").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def end(status: int) -> NoReturn:
@@ -181,4 +238,5 @@ def end(status: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+    files.keep_streams_open()
     end(main(sys.argv[1:]))

@@ -18,7 +18,6 @@ from dapo.engine.embedded import EmbeddedEngine
 from dapo.engine.fleet import make_servers
 from dapo.engine.sglang import SGLangEngine
 from dapo.engine.weight_sync import make_sync
-from dapo.files import write_text
 from dapo.mesh import Mesh
 from dapo.model.files import stored_weights
 from dapo.model.layout import check_length
@@ -29,7 +28,7 @@ from dapo.reward.pool import Reward
 from dapo.rollout import evaluate
 from dapo.rollout.data_files import Summary
 from dapo.rollout.prompts import PromptStream, load_prompts, load_stream
-from dapo.rollout.rollouts import Rollouts
+from dapo.rollout.rollouts import Rollouts, read_state
 from dapo.sampler import Sampler, with_retries
 from dapo.types import Engine, Prompt
 
@@ -37,39 +36,47 @@ from dapo.types import Engine, Prompt
 def make_sampler(
     config: Config,
     mesh: Mesh,
+    resumed: Path | None = None,
     is_interrupted: Callable[[], bool] = lambda: False,
     on_progress: Callable[[str], None] = lambda text: None,
-) -> Sampler:
+) -> tuple[Sampler, dict[str, str]]:
     """Make every rank's Sampler. Collective; the parts that sample are on the main rank.
+
+    `resumed`: the checkpoint that the run goes on from. Also returns, on the main rank, the files of the
+    run's record by name: what became of the data, and what the run's numbers mean.
 
     Raises:
         ConfigError, FailedElsewhere: the tokenizer, a data file, the reward function or the engine cannot be
-        used.
+        used, or the checkpoint was made with other data. Nothing was written, and no server started.
     """
 
-    def make() -> tuple[Rollouts, dict[str, list[Prompt]]]:
+    def make() -> tuple[Sampler, dict[str, str]]:
         tokenizer = load_tokenizer(config.policy.model)
         check_vocabulary(config.policy.model, tokenizer)
         prompts, summaries = load_stream(config.data, tokenizer, config.run.seed, config.reward)
         sets, set_summaries = load_sets(config, tokenizer)
-        _write_record(config, prompts.data, summaries + set_summaries)
-        return make_rollouts(config, mesh, tokenizer, prompts, is_interrupted, on_progress), sets
+        if resumed:
+            prompts.load_state_dict(read_state(resumed)["prompts"])
+        record = _record(config, prompts.data, summaries + set_summaries)
+        rollouts = make_rollouts(config, mesh, tokenizer, prompts, is_interrupted, on_progress)
+        return Sampler(config, mesh, rollouts, sets), record
 
-    rollouts, sets = mesh.on_main_only(make) or (None, {})
-    return Sampler(config, mesh, rollouts, sets)
+    return mesh.on_main_only(make) or (Sampler(config, mesh, None, {}), {})
 
 
-def _write_record(config: Config, data: str, summaries: list[Summary]) -> None:
-    """Print what became of the data; write it, and what the run's numbers mean, into the run directory.
+def _record(config: Config, data: str, summaries: list[Summary]) -> dict[str, str]:
+    """Print what became of the data, and what has changed since the run's record was written; return the
+    new one.
 
     `data` is the hash of the training prompts.
     """
     for summary in summaries:
         print(summary, flush=True)
-    for change in semantics.keep(semantics.manifest(config, data), config.run.dir / "semantics.json"):
+    found, path = semantics.manifest(config, data), config.run.dir / "semantics.json"
+    for change in semantics.changes(found, path):
         print(f"warning: {change}", file=sys.stderr, flush=True)
-    record = json.dumps([asdict(summary) for summary in summaries], indent=1, default=str)
-    write_text(config.run.dir / "data.json", record)
+    table = [asdict(summary) for summary in summaries]
+    return {path.name: semantics.dump(found), "data.json": json.dumps(table, indent=1, default=str)}
 
 
 def make_rollouts(
@@ -81,17 +88,18 @@ def make_rollouts(
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> Rollouts:
     """Make the main rank's Rollouts, with the engine and the reward that the config names."""
+    reward = Reward(  # first: an engine takes long to start
+        config.reward,
+        config.rollout.max_response_length,
+        config.run.dir / "disputes.jsonl",
+        is_interrupted,
+    )
     return Rollouts(
         config,
         mesh.data,
         engine=make_engine(config, mesh, is_interrupted),
         prompts=prompts,
-        reward=Reward(
-            config.reward,
-            config.rollout.max_response_length,
-            config.run.dir / "disputes.jsonl",
-            is_interrupted,
-        ),
+        reward=reward,
         decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
         stop_ids=stop_ids(config.policy.model, tokenizer),
         is_interrupted=is_interrupted,

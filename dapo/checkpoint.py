@@ -3,7 +3,8 @@
 <run.dir>/checkpoints/step-000010/ holds policy/ (Megatron's torch_dist format), rollouts.json,
 carried.parquet if groups are carried over, and manifest.json (the model; size and checksum of every file). It
 is written under a hidden name and renamed when every rank's part is on disk. So a directory with that name is
-whole; damage that comes later is found by the checksums.
+whole; damage that comes later is found by the checksums. A run that is sent back to a step renames the newer
+ones, to aside-step-000020 and so on.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from dapo import config, files
 from dapo.clock import timed
@@ -28,6 +30,7 @@ from dapo.model.shape import ModelShape
 from dapo.policy.megatron import Policy
 from dapo.policy.torch_dist import Save
 from dapo.policy.weight_files import check_checkpoint
+from dapo.types import reason
 
 
 class CheckpointError(RuntimeError):
@@ -54,16 +57,20 @@ class Checkpoints:
         self.saved = -1  # the step last saved or loaded, or being saved
         self._unfinished: tuple[Save, ModelShape] | None = None  # the checkpoint that is being saved
 
-    def find(self, shape: ModelShape) -> None:
-        """Look for the newest whole checkpoint, before anything is built or written.
+    def find(self, shape: ModelShape) -> Path | None:
+        """Look for the newest whole checkpoint, or that of step run.resume, before anything is built or
+        written. Return its directory.
 
         Raises:
             ConfigError: run.resume is "never" and the run directory already holds a run; none of its
-                checkpoints is whole; or the newest is of another model.
+                checkpoints is whole, or the chosen one is not; the run has done more than run.steps steps; or
+                the checkpoint is of another model.
         """
         self.newest = self._newest_whole()
-        if self.newest is not None:
-            self.mesh.on_main(check_checkpoint, self._path(self.newest), shape)
+        if self.newest is None:
+            return None
+        self.mesh.on_main(self._check, self.newest, shape)
+        return self._path(self.newest)
 
     def load(self, policy: Policy, sampler: Stateful) -> int:
         """Restore the checkpoint that `find` found. Return the step to continue with; 0 if there is none.
@@ -71,13 +78,12 @@ class Checkpoints:
         Raises:
             ConfigError: it holds NaN, or the data has changed under the run.
         """
-        self.mesh.on_main(self._remove_leftovers)
-        if self.newest is None:
-            return 0
-        policy.load(self._path(self.newest) / "policy")
-        sampler.load(self._path(self.newest))
-        self.saved = self.newest
-        return self.newest
+        if self.newest is not None:
+            policy.load(self._path(self.newest) / "policy")
+            sampler.load(self._path(self.newest))
+            self.saved = self.newest
+        self.mesh.on_main(self._tidy)
+        return self.newest or 0
 
     def maybe_save(self, step: int, policy: Policy, sampler: Stateful) -> None:
         """Save after every run.save_every steps and after the last, which leaves nothing unfinished."""
@@ -95,9 +101,11 @@ class Checkpoints:
 
         Raises:
             CheckpointError: the disk is full or fails.
+            PolicyError: a parameter is not finite.
         """
         if step != self.saved:
             self._finish()
+            policy.check_finite()
             with self._writing(step) as partial:
                 self.mesh.on_main(_begin, partial, sampler)
                 saving = policy.save(partial / "policy")
@@ -126,11 +134,11 @@ class Checkpoints:
             self.saved = -1
             if self.mesh.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, OSError):
+            if isinstance(error, OSError | MemoryError | torch.OutOfMemoryError):
                 free = files.free_gib(self.root)
                 raise CheckpointError(
-                    f"checkpoint {self._path(step)} cannot be written, {free:.1f} GiB free there: {error}; "
-                    "those before it are whole"
+                    f"checkpoint {self._path(step)} cannot be written, {free:.1f} GiB free there: "
+                    f"{reason(error)}; those before it are whole"
                 ) from error
             raise
 
@@ -142,7 +150,10 @@ class Checkpoints:
         files.write_manifest(partial, written, {"step": self.saved, "model": asdict(shape)})
         files.publish(partial, self._path(self.saved))
         for step in superseded(self._steps(), self.saved, self.run.keep_checkpoints, self.run.keep_every):
-            shutil.rmtree(self._path(step))
+            try:
+                files.remove(self._path(step))
+            except OSError as error:  # another process reads it over NFS, for example
+                _warn(f"checkpoint {self._path(step)} cannot be removed: {error.strerror}")
 
     def _steps(self) -> list[int]:
         """Return the steps that have a checkpoint, newest first."""
@@ -158,30 +169,51 @@ class Checkpoints:
             if damage is None:
                 return int(step)
             if step == steps[-1]:
-                raise ConfigError(
-                    f"no checkpoint below {self.root} is whole; the last one tried, {self._path(step)}, is "
-                    f"damaged ({damage}): restore one, or choose another run.dir to begin anew"
-                )
+                remedy = "restore one, or choose another run.dir to begin anew"
+                tried = f"no checkpoint below {self.root} is whole; the last one tried, {self._path(step)},"
+                if isinstance(self.run.resume, int):
+                    tried = f"run.resume={step}: {self._path(step)}"
+                    remedy = f"choose another step, or restore it; {self._known()}"
+                raise ConfigError(f"{tried} is damaged ({damage}): {remedy}")
             if self.mesh.is_main:
-                print(
-                    f"warning: checkpoint {self._path(step)} is damaged ({damage}): using the one before it",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                _warn(f"checkpoint {self._path(step)} is damaged ({damage}): using the one before it")
         return None
 
     def _steps_to_try(self) -> list[int]:
-        steps = self._steps()
-        if self.run.resume == "never" and steps:
+        steps, resume = self._steps(), self.run.resume
+        if resume == "never" and steps:
             raise ConfigError(
                 f"run.dir={self.run.dir} already holds a run and run.resume=never: choose another directory, "
                 "or run.resume=auto"
             )
-        return steps
+        if not isinstance(resume, int):
+            return steps
+        if resume not in steps:
+            raise ConfigError(f"run.resume={resume}: no such checkpoint below {self.root}; {self._known()}")
+        return [resume]
 
-    def _remove_leftovers(self) -> None:
-        for leftover in self.root.glob(".step-*"):  # of a run that was killed while it saved
-            shutil.rmtree(leftover)
+    def _known(self) -> str:
+        return f"there are steps {', '.join(map(str, self._steps())) or '(none)'}"
+
+    def _check(self, step: int, shape: ModelShape) -> None:
+        """Raise ConfigError if the run cannot go on from this step."""
+        if step > self.run.steps:
+            done = f"run.dir={self.run.dir} has done {step} steps, more than run.steps={self.run.steps}"
+            raise ConfigError(f"{done}: raise it, go back with run.resume=STEP, or choose another run.dir")
+        check_checkpoint(self._path(step), shape)
+
+    def _tidy(self) -> None:
+        """Remove what a run left that was killed while it saved. Set aside what is newer than run.resume."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            for leftover in self.root.glob(".step-*"):
+                files.remove(leftover)
+            newer = [step for step in self._steps() if isinstance(self.run.resume, int) and step > self.saved]
+            for path in map(self._path, newer):
+                files.remove(path.with_name(f"aside-{path.name}"))
+                path.rename(path.with_name(f"aside-{path.name}"))
+        except OSError as error:
+            raise ConfigError(f"run.dir: {self.root} cannot be written: {error.strerror}") from error
 
 
 def superseded(steps: list[int], saved: int, keep: int, keep_every: int | None) -> list[int]:
@@ -195,7 +227,11 @@ def superseded(steps: list[int], saved: int, keep: int, keep_every: int | None) 
     return [step for step in older[keep:] if not keep_every or step % keep_every]
 
 
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 def _begin(partial: Path, sampler: Stateful) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
+    files.remove(partial)
     (partial / "policy").mkdir(parents=True)
     sampler.save(partial)

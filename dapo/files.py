@@ -1,7 +1,7 @@
 """Directories that appear whole or not at all, and in which later damage is found.
 
 Each is written under a hidden name and renamed when everything is on the disk. manifest.json lists size and
-CRC-32 of every file, which reveals damage by disks and copies, not forgery.
+CRC-32 of every file and has a checksum of its own, which reveals damage by disks and copies, not forgery.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ import fcntl
 import json
 import os
 import shutil
+import socket
+import sys
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from io import FileIO
+from contextlib import contextmanager, suppress
+from io import BufferedWriter, FileIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 from dapo.config import ConfigError
+from dapo.types import StorageError, reason
 
 MANIFEST = "manifest.json"
 Sum = tuple[int, int]  # bytes, CRC-32
@@ -97,16 +100,26 @@ def write_manifest(directory: Path, sums: dict[str, Sum], about: dict[str, Any])
     """Write manifest.json last: `about`, and the sums of all files. Files that are not in `sums` are read."""
     names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
     manifest = about | {"files": {name: sums.get(name) or sum_of(directory / name) for name in names}}
-    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    whole = manifest | {"checksum": _checksum(manifest)}
+    (directory / MANIFEST).write_text(json.dumps(whole, indent=1))
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Read manifest.json. Raise OSError if there is none, ValueError if it is damaged itself."""
-    manifest = json.loads((directory / MANIFEST).read_text())
+    """Read manifest.json. Raise OSError if there is none, ValueError if it is damaged itself.
+
+    Manifests of version 0.1.0 have no checksum.
+    """
+    manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     sums = manifest.get("files") if isinstance(manifest, dict) else None
-    if isinstance(sums, dict) and all(isinstance(s, list) and len(s) == 2 for s in sums.values()):
-        return manifest  # type: ignore[no-any-return]
-    raise ValueError("it does not list files with size and checksum")
+    if not isinstance(sums, dict) or not all(isinstance(s, list) and len(s) == 2 for s in sums.values()):
+        raise ValueError("it does not list files with size and checksum")
+    if (checksum := manifest.pop("checksum", None)) not in (None, _checksum(manifest)):
+        raise ValueError(f"it is not what was written: its checksum is not {checksum}")
+    return manifest  # type: ignore[no-any-return]
+
+
+def _checksum(manifest: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
 
 
 def damage(directory: Path, part: int = 0, parts: int = 1) -> str | None:
@@ -157,35 +170,99 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise StorageError if the block cannot write `path`, which the run has to keep."""
+    try:
+        yield
+    except OSError as error:
+        free = f"{free_gib(path.parent):.1f} GiB free there"
+        raise StorageError(f"{path} cannot be written, {free}: {error.strerror or reason(error)}") from error
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a directory with all that is in it, or a link, but not what the link leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def run_directory(directory: Path) -> Iterator[None]:
+    """Make run.dir and hold it for this process: its file `lock` is locked until the block or process ends.
+
+    The lock is flock's: the system drops it with its holder, so a file that a killed process left locks
+    nothing. NFS passes it on to other machines, and so does Lustre unless it is mounted with `localflock`;
+    where a file system has no such locks, a warning says so.
+
+    Raises:
+        ConfigError: another process holds it; or the directory cannot be written.
+    """
+    is_new, path = not directory.exists(), directory / "lock"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ConfigError(f"run.dir={directory} cannot be written: {error.strerror}") from error
+    try:
+        _lock(descriptor, directory)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if is_new and list(directory.iterdir()) == [path]:  # what was refused leaves no trace
+                    path.unlink()
+                    directory.rmdir()
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, directory: Path) -> None:
+    """Lock an open file, and write into it who holds it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(descriptor).st_nlink == 0:  # its holder was refused, and has removed it
+            raise BlockingIOError
+    except BlockingIOError as error:
+        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+        remedy = "wait for it, end it, or choose another run.dir"
+        raise ConfigError(f"run.dir={directory} is in use by {holder}: {remedy}") from error
+    except OSError as error:
+        unlocked = f"warning: run.dir={directory} is not locked, its file system has no locks"
+        print(f"{unlocked} ({error.strerror}): start no other run in it", file=sys.stderr, flush=True)
+    else:
+        with suppress(OSError):  # a full disk: the lock holds without its holder's name
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+
+@contextmanager
 def made_whole(target: Path, num_bytes: int, may_replace: bool = False) -> Iterator[Path]:
     """Make a hidden directory to write into; after the block rename it to `target`, after an error remove it.
 
+    Nothing is left of what was not finished.
+
     Raises:
-        ConfigError: `target` exists and may not be replaced, or another process is writing it, or the disk
-            has no room for `num_bytes`. Nothing was written.
+        ConfigError: `target` exists and may not be replaced, or another process is writing it.
+        StorageError: the disk has no room for `num_bytes`, or fails.
     """
     _refuse_existing(target, may_replace)
     partial = hidden(target)
-    try:
-        with _locked(partial):
-            try:
-                for leftover in partial.iterdir():  # of a process that was killed
-                    if leftover.is_dir():
-                        shutil.rmtree(leftover)
-                    else:
-                        leftover.unlink()
-                require_space(partial, num_bytes)
-                yield partial
-                _refuse_existing(target, may_replace)  # another process may have made it
-                publish(partial, target)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    except BlockingIOError as error:
-        remedy = "wait for it, or name another directory"
-        raise ConfigError(f"{target} is being written by another process: {remedy}") from error
-    except OSError as error:
-        free = f"{free_gib(target.parent):.1f} GiB free there"
-        raise ConfigError(f"{target} cannot be written, {free}: {error}") from error
+    with writing(target):
+        try:
+            with _locked(partial):
+                try:
+                    for leftover in partial.iterdir():  # of a process that was killed
+                        remove(leftover)
+                    require_space(partial, num_bytes)
+                    yield partial
+                    _refuse_existing(target, may_replace)  # another process may have made it
+                    publish(partial, target)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
+        except BlockingIOError as error:
+            remedy = "wait for it, or name another directory"
+            raise ConfigError(f"{target} is being written by another process: {remedy}") from error
 
 
 def _refuse_existing(target: Path, may_replace: bool) -> None:
@@ -214,7 +291,7 @@ def publish(partial: Path, target: Path) -> None:
     """Sync everything to the disk, then rename it to `target`, which is replaced if it exists."""
     for path in (*partial.rglob("*"), partial):
         _sync(path)
-    shutil.rmtree(target, ignore_errors=True)
+    remove(target)
     os.rename(partial, target)
     _sync(target.parent)
 
@@ -225,3 +302,36 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class _Dropping(FileIO):
+    """A file that drops what it cannot write: its reader is gone, or its disk is full."""
+
+    def write(self, data: Any) -> int:
+        try:
+            written = super().write(data)
+        except OSError:
+            written = None
+        return memoryview(data).nbytes if written is None else written
+
+
+def keep_streams_open() -> None:
+    """Replace stdout and stderr by streams that write what they can, in any encoding.
+
+    A descriptor that was closed at the start leads to /dev/null: else the next file that is opened would get
+    its number, and with it what libraries print.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        old = getattr(sys, name)
+        raw = _Dropping(number, "w", closefd=False)
+        new = TextIOWrapper(
+            BufferedWriter(raw),
+            encoding=old.encoding if old else "utf-8",
+            errors="replace",
+            line_buffering=number == 2 or raw.isatty(),
+        )
+        setattr(sys, name, new)
+        setattr(sys, f"__{name}__", new)  # flushed when the interpreter ends

@@ -1,36 +1,66 @@
 """The record of a run: a row a step on the console, a line in metrics.jsonl, TensorBoard, optionally W&B.
 
-At the end the paper's curves are plotted.
+At the end the paper's curves are plotted. Of all these only metrics.jsonl can make a run fail, at its end.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import resource
+import secrets
+import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
 
 from dapo import clock, files
-from dapo.config import Config
+from dapo.config import Config, ConfigError
 from dapo.report import curves, glossary
+from dapo.types import Interrupted, StorageError, reason
+
+
+class Board(Protocol):
+    """Shows a run's metrics elsewhere."""
+
+    def log(self, values: dict[str, float], step: int) -> None: ...
+
+    def close(self, status: int) -> None:
+        """End it; `status` is the run's exit status."""
+        ...
 
 
 class Log:
     """Records a run, on the main rank.
 
-    A run that resumes at step `start` removes what an earlier attempt recorded from that step on.
+    A run that resumes at step `start` removes what an earlier attempt recorded from that step on. `record`
+    holds the files that say what the run is, by name: they are written here, once nothing can be refused any
+    more. Rows that metrics.jsonl has no room for are kept, and written when there is some.
+
+    Raises:
+        ConfigError: run.dir cannot be written.
+        StorageError: at the end rows are left that could not be written.
     """
 
-    def __init__(self, config: Config, console: Console, start: int):
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(self, config: Config, console: Console, record: dict[str, str], start: int):
         self.config = config
         self.console = console
         self.path = config.run.dir / "metrics.jsonl"
+        self.unwritten: list[str] = []
         kept = [row for row in curves.read(self.path) if row["step"] < start]
-        files.write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.tensorboard = SummaryWriter(str(config.run.dir / "tensorboard"), purge_step=start)
-        self.wandb = _start_wandb(config) if config.run.wandb_project else None
+        rows = "".join(json.dumps(row) + "\n" for row in kept)
+        try:
+            for name, text in (record | {"config.yaml": config.dump(), self.path.name: rows}).items():
+                files.write_text(config.run.dir / name, text)
+        except OSError as error:
+            raise ConfigError(f"run.dir={config.run.dir} cannot be written: {error.strerror}") from error
+        self.boards: dict[str, Board] = {}
+        self._attempt("TensorBoard", self._open, "TensorBoard", TensorBoard, start)
+        if config.run.wandb_project:
+            self._attempt("W&B", self._open, "W&B", WandB, start)
         if start:
             console.say(f"going on from step {start} of {config.run.steps} in {config.run.dir}")
         self.last = time.perf_counter()
@@ -45,22 +75,57 @@ class Log:
         self.last = now
         if "rollout/tokens" in values:
             values["perf/tokens_per_second"] = values["rollout/tokens"] / values["time/step"]
-        with self.path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
-        for name, value in values.items():
-            self.tensorboard.add_scalar(name, value, step)
-        if self.wandb:
-            self.wandb.log(values, step=step)
+        self._write_row(json.dumps(values) + "\n")
+        for name, board in list(self.boards.items()):
+            self._attempt(name, board.log, values, step)
         self.console.row(values)
 
-    def close(self) -> None:
-        self.tensorboard.close()
-        rows = curves.read(self.path)
-        if rows:
-            curves.plot({self.config.run.dir.name: rows}, self.config.run.dir / "curves.png")
-        if self.wandb:
-            self.wandb.finish()
+    def close(self, kind: Any = None, error: BaseException | None = None, trace: Any = None) -> None:
+        """Write what is left to write; say where everything is. `error` ended the run, None: it is done."""
+        status = 0 if error is None else 128 + error.signal if isinstance(error, Interrupted) else 1
+        for name, board in list(self.boards.items()):
+            self._attempt(name, board.close, status)
+        self._write_row("")
+        places = {"metrics": self.path, "curves": self.path.with_name("curves.png")}
+        self._attempt("curves.png", self._plot, places["curves"])
         self.console.close()
+        if error is None:
+            self.console.say(f"finished: {self.config.run.steps} steps in {self.path.parent}")
+            places = {"model": self.path.with_name("hf")} | places
+        self.console.say("   ".join(f"{name}: {path}" for name, path in places.items() if path.exists()))
+        if self.unwritten and error is None:
+            count = len(self.unwritten)
+            raise StorageError(f"{self.path} cannot be written: its last {count} rows are missing")
+
+    def _write_row(self, row: str) -> None:
+        """Append the row, after those that could not be appended before."""
+        self.unwritten += [row] if row else []
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(self.unwritten))
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(self.path, size)  # no row without its end
+            if len(self.unwritten) == 1:
+                warn(f"{self.path} cannot be written: {error.strerror}; the run keeps its rows in memory")
+        else:
+            self.unwritten = []
+
+    def _plot(self, path: Path) -> None:
+        if rows := curves.read(self.path):
+            curves.plot({self.path.parent.name: rows}, path)
+
+    def _open(self, name: str, board: Callable[[Config, int], Board], start: int) -> None:
+        self.boards[name] = board(self.config, start)
+
+    def _attempt(self, name: str, act: Callable[..., object], *args: Any) -> None:
+        """Do what a run can do without. What fails is named once, and left out from then on."""
+        try:
+            act(*args)
+        except Exception as error:  # noqa: BLE001  # another's code and service: they may raise anything
+            self.boards.pop(name, None)
+            warn(f"{name} failed: {reason(error)}; the run goes on without it")
 
 
 class SilentLog:
@@ -68,7 +133,67 @@ class SilentLog:
 
     def __call__(self, step: int, values: dict[str, float]) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, *_: object) -> None: ...
+
+
+class TensorBoard:
+    """An event file, written row by row: SummaryWriter's thread prints a traceback if the disk is full."""
+
+    def __init__(self, config: Config, start: int):
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self.event, self.summary = Event, Summary
+        folder = config.run.dir / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.{os.uname().nodename}.{os.getpid()}"
+        self.writer = RecordWriter((folder / name).open("wb"))
+        self._write(file_version="brain.Event:2")
+        # TensorBoard forgets events of an earlier attempt from this step on
+        self._write(step=start, session_log=SessionLog(status=SessionLog.START))
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        scalars = [self.summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(step=step, summary=self.summary(value=scalars))
+
+    def close(self, status: int) -> None:
+        self.writer.close()
+
+    def _write(self, **fields: Any) -> None:
+        self.writer.write(self.event(wall_time=time.time(), **fields).SerializeToString())
+        self.writer.flush()
+
+
+class WandB:
+    """The run at Weights & Biases: one for a run directory, which keeps its id, however often it resumes."""
+
+    def __init__(self, config: Config, start: int):
+        import wandb
+
+        kept, name = config.run.dir / "wandb-id", config.run.dir.name
+        id = kept.read_text() if start and kept.is_file() else secrets.token_hex(8)
+        options, place = config.model_dump(mode="json"), str(config.run.dir)
+        project = config.run.wandb_project
+        self.run = wandb.init(project=project, name=name, id=id, dir=place, config=options, resume="allow")
+        files.write_text(kept, id)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.run.log(values, step=step)
+
+    def close(self, status: int) -> None:
+        self.run.finish(exit_code=status)
+
+
+def check_installed(config: Config) -> None:
+    """Raise ConfigError if run.wandb_project is set and there is no wandb."""
+    if config.run.wandb_project and importlib.util.find_spec("wandb") is None:
+        option = f"run.wandb_project={config.run.wandb_project}"
+        raise ConfigError(f"{option}: wandb is not installed: pip install wandb, or leave the option out")
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 class Console:
@@ -115,10 +240,3 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _start_wandb(config: Config) -> Any:
-    import wandb
-
-    run, options = config.run, config.model_dump(mode="json")
-    return wandb.init(project=run.wandb_project, name=run.dir.name, config=options, resume="allow")

@@ -28,7 +28,14 @@ CONTROL_TIMEOUT = timedelta(hours=24)  # how long ranks wait for the main rank's
 
 
 class FailedElsewhere(Exception):
-    """The main rank failed and has printed why."""
+    """The main rank failed and prints why: the message, and True if it was what the user wrote."""
+
+    def __init__(self, message: str = "", is_users: bool = False):
+        super().__init__(message, is_users)
+        self.is_users = is_users
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def _device(local_rank: int) -> torch.device:
@@ -101,8 +108,9 @@ class Mesh:
         try:
             shards = function(*args)
         except BaseException as error:
+            failure = FailedElsewhere(str(error), isinstance(error, ConfigError))
             for rank in range(1, self.world):
-                self._send(error if isinstance(error, Stopped) else FailedElsewhere(str(error)), rank)
+                self._send(error if isinstance(error, Stopped) else failure, rank)
             raise
         wanted = f"{self.data} data-parallel × {self.context} context ranks"
         assert len(shards) == self.num_shards, f"{len(shards)} shards for {wanted}"

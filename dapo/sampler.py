@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from dapo.mesh import Mesh
 from dapo.policy.megatron import Policy
 from dapo.rollout import dump, evaluate
 from dapo.rollout.rollouts import Rollouts
-from dapo.types import Prompt, WeightsLost
+from dapo.types import Prompt, StorageError, WeightsLost
 
 R = TypeVar("R")
 RETRIES = 3  # of one step's sampling: servers that die more often than that are not restarted into health
@@ -71,10 +72,17 @@ class Sampler:
         return batch
 
     def write_traces(self, step: int, traces: list[Trace]) -> None:
-        """Write beside the step's dump what the updates saw of its tokens, if anything is dumped."""
+        """Write beside the step's dump what the updates saw of its tokens, if anything is dumped.
+
+        If that fails a warning says so: the step is over, and the next dump stops the run in good order.
+        """
         if self.config.rollout.dump_share:
             gathered = [trace for rank_traces in self.mesh.gather(traces) for trace in rank_traces]
-            dump.write_traces(dump.traces_path_of(self.config.run.dir / "rollouts", step), merged(gathered))
+            path = dump.traces_path_of(self.config.run.dir / "rollouts", step)
+            try:
+                dump.write_traces(path, merged(gathered))
+            except StorageError as error:
+                print(f"warning: {error}", file=sys.stderr, flush=True)
 
     def save(self, directory: Path) -> None:
         """Write what the next step depends on into `directory`. Main rank only."""

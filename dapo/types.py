@@ -57,6 +57,11 @@ class WeightsLost(EngineError):
     """
 
 
+def reason(error: BaseException) -> str:
+    """Return an error's message in one line; its kind if it has none: `MemoryError()` → "MemoryError"."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def per_token(dtype: Any) -> dict[str, Any]:
     """Metadata of a dataclass field that holds one value of this NumPy dtype a token."""
     return {"dtype": np.dtype(dtype)}

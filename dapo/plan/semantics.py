@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dapo.config import UNSAID, Config
-from dapo.files import write_text
 
 Source = Literal["paper", "verl"]
 VERSIONED = (
@@ -61,6 +60,10 @@ def choices(config: Config) -> list[Choice]:
     rollout, reward = config.rollout, config.reward
     cache = reward.overlong_cache if reward.soft_overlong_punishment else 0
     cap = config.objective.importance_cap if rollout.max_staleness else "none"
+    weights = [
+        list(x.values()) if isinstance(x, dict) else "none" for x in (config.data.train, reward.function)
+    ]
+    plain = config.model_dump(mode="json")
     return [
         *option("objective."),
         Choice("the log-ratio is clamped to", 20.0, UNSAID, 20.0, "exp stays finite"),
@@ -98,6 +101,15 @@ def choices(config: Config) -> list[Choice]:
         Choice("unit of a step", "rollout step", "update", "rollout step",
                f"the paper's axis counts updates, of which a step here has {config.updates_per_step}"),
         *option("eval."),
+        Choice("run.seed", config.run.seed, UNSAID, UNSAID, "prompts and samples are other draws"),
+        Choice("weights of data.train", weights[0], "none", "none", "the sources are not equally useful"),
+        Choice("weights of reward.function", weights[1], "none", "none", "more is wanted than right answers"),
+        Choice("rollout.replay", plain["rollout"]["replay"] or "none", "none", "none",
+               "the samples are those of another run"),
+        Choice("policy.dtype", config.policy.dtype, UNSAID, "bfloat16",
+               "float32 rounds less and costs more"),
+        Choice("policy.megatron", plain["policy"]["megatron"], UNSAID, UNSAID, "Megatron's own options"),
+        Choice("eval.data", plain["eval"]["data"] or "none", UNSAID, UNSAID, "accuracy of other problems"),
         *options.values(),
     ]  # fmt: skip
 
@@ -128,24 +140,31 @@ def manifest(config: Config, data: str) -> dict[str, Any]:
     }
 
 
-def keep(found: dict[str, Any], path: Path) -> list[str]:
-    """Write the manifest. Return a line for each choice that differs from the run's manifest before.
+def changes(found: dict[str, Any], path: Path) -> list[str]:
+    """Return a line for each choice that differs from those of the run's manifest at `path`, if there is one.
 
-    Versions may change silently: the newest are kept.
+    Versions may change silently, and what an older manifest does not hold.
     """
     before = json.loads(path.read_text()) if path.is_file() else found
-    write_text(path, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     now = found["choices"] | {"data": found["data"]} | found["reward functions"]
     then = before["choices"] | {"data": before["data"]} | before["reward functions"]
     changed = [name for name in now if then.get(name, now[name]) != now[name]]
     return [f"{name} was {_shown(then[name])} and is {_shown(now[name])} from here on" for name in changed]
 
 
+def dump(found: dict[str, Any]) -> str:
+    """Return the manifest as the text of its file."""
+    return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+
+
 def fingerprint(function: str) -> str:
     """Hash a reward function's source: all of dapo/reward, or another function's file; "unknown" of a URL."""
     module = function.partition(":")[0]
-    spec = importlib.util.find_spec(module) if not function.startswith(("http://", "https://")) else None
-    if spec is None or spec.origin is None:
+    try:
+        spec = None if "://" in function else importlib.util.find_spec(module)
+    except (ImportError, ValueError):  # `__main__` has no file; a part of the path is no package
+        spec = None
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         return "unknown"
     origin = Path(spec.origin)
     files = sorted(origin.parent.glob("*.py")) if module.startswith("dapo.reward") else [origin]
@@ -160,4 +179,4 @@ def _version(package: str) -> str | None:
 
 
 def _shown(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, bool | list) or value is None else str(value)
+    return json.dumps(value) if isinstance(value, bool | list | dict) or value is None else str(value)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from dapo_kernels import Head, Objective, Tokens
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import get_megatron_optimizer
@@ -186,11 +186,16 @@ class Policy:
     def save_hf(self, target: Path) -> None:
         """Write the model as a Hugging Face directory, which appears whole or not at all."""
         weights, dtype, source = self.weights(), self.transformer.params_dtype, self.config.policy.model
-        if self.mesh.is_main:
-            weight_files.save_hf([weights], self.shape, dtype, source, target, may_replace=True)
-        for _ in weights:  # every rank drains them
-            pass
-        self.mesh.barrier()
+
+        def write() -> None:
+            try:
+                if self.mesh.is_main:
+                    weight_files.save_hf([weights], self.shape, dtype, source, target, may_replace=True)
+            finally:
+                for _ in weights:  # every rank drains them, even if the disk has failed
+                    pass
+
+        self.mesh.together(write)
 
     def check_finite(self) -> None:
         """Raise PolicyError on every rank if a parameter is not finite: it must not reach a checkpoint."""
@@ -213,7 +218,7 @@ class Policy:
         """Restore what `save` planned, in any layout. Raise ConfigError if a parameter is not finite."""
         now = [{key: group[key] for key in SETTINGS} for group in self.optimizer.param_groups]
         tensors, own = self._sharded_state()
-        state = dist_checkpointing.load(tensors, str(directory))
+        state = torch_dist.load(tensors, directory)
         for i, chunk in enumerate(self.chunks):
             chunk.load_state_dict(state["model"][f"chunk{i}"])
         with torch.no_grad():

@@ -3,13 +3,16 @@
 A run writes one with a thread of each rank; a single process reads and writes one chunk by chunk.
 A directory holds *.distcp files (chunks of tensors end to end, each as torch.save writes it), .metadata (a
 pickle: the file and offset of each chunk), common.pt and metadata.json (all else, and the format's name).
+A pickle can run code when it is read: only the classes that the format needs are admitted.
 """
 
 from __future__ import annotations
 
 import functools
 import mmap
+import os
 import pickle
+import re
 import struct
 import zipfile
 import zlib
@@ -35,12 +38,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
-from torch.distributed.checkpoint.filesystem import (
-    FileSystemReader,
-    SerializationFormat,
-    _StorageInfo,
-    _write_item,
-)
+from torch.distributed.checkpoint.filesystem import SerializationFormat, _StorageInfo, _write_item
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -53,8 +51,20 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from dapo.config import ConfigError
 from dapo.files import Sum, SummedFile
 from dapo.mesh import FailedElsewhere
+from dapo.types import reason
 
 Index = tuple[int, ...]
+ONLY_DATA = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load reads tensors and plain values, whoever calls it
+ADMITTED = {  # module → classes that .metadata may name, beside torch's dtypes
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata", "ChunkStorageMetadata",
+        "TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING",
+    },
+}  # fmt: skip
 
 # --- all ranks of a run, each with its own part ---
 
@@ -110,7 +120,7 @@ class Save:
             for finalize in self._request.finalize_fns:
                 finalize()
         except CheckpointException as error:  # a BaseException; only the main rank knows the reasons
-            reasons = [str(reason) for reason, _ in error.failures.values()]
+            reasons = [reason(failure) for failure, _ in error.failures.values()]
             if reasons:
                 raise OSError(reasons[0]) from error
             raise FailedElsewhere("a part of the checkpoint could not be written") from error
@@ -185,6 +195,71 @@ def _on_cpu(tensor: Tensor, copy: bool = False) -> Tensor:
     return tensor
 
 
+def load(state: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Read a state's tensors and all else from a checkpoint of any layout. Collective.
+
+    Raises:
+        ConfigError: a pickle in it holds what a checkpoint has no use for; none of it was run.
+    """
+    read_metadata(directory)  # Megatron reads it once more, with plain pickle
+    os.environ[ONLY_DATA] = "1"
+    try:
+        return dist_checkpointing.load(state, str(directory))  # type: ignore[no-any-return]
+    except (pickle.UnpicklingError, CheckpointException) as error:
+        failures = [error] if isinstance(error, Exception) else [f for f, _ in error.failures.values()]
+        refused = [str(failure) for failure in failures if isinstance(failure, pickle.UnpicklingError)]
+        if not refused:
+            raise
+        found = re.search(r"GLOBAL (\S+)", refused[0])
+        raise ConfigError(_no_use(directory, found[1] if found else reason(error))) from error
+    finally:
+        del os.environ[ONLY_DATA]
+
+
+def read_metadata(directory: Path) -> Metadata:
+    """Read .metadata. Raise ConfigError if it is none, or holds a class that a checkpoint has no use for."""
+    try:
+        with open(directory / ".metadata", "rb") as file:
+            metadata = _Unpickler(file).load()
+    except _NotAdmitted as error:
+        raise ConfigError(_no_use(directory / ".metadata", str(error))) from error
+    except (
+        OSError,
+        EOFError,
+        pickle.UnpicklingError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
+        message = f"{directory}: no Megatron checkpoint (torch_dist) is there: .metadata: {reason(error)}"
+        raise ConfigError(message) from error
+    if not isinstance(metadata, Metadata):
+        raise ConfigError(f"{directory}: .metadata holds no Metadata, but {type(metadata).__name__}")
+    return metadata
+
+
+class _NotAdmitted(Exception):
+    """A pickle names a class or a function that is not admitted; the message is its name."""
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads .metadata, which describes tensors."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and name not in ADMITTED.get(module, ()):
+            raise _NotAdmitted(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+def _no_use(path: Path, name: str) -> str:
+    return (
+        f"{path} names {name}, which no checkpoint needs and could run code: use only checkpoints of your own"
+    )
+
+
 # --- a single process, any layout ---
 
 
@@ -193,11 +268,7 @@ class Reader:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        try:
-            self._metadata = FileSystemReader(directory).read_metadata()
-        except (OSError, EOFError, pickle.UnpicklingError, AttributeError) as error:
-            message = f"{directory}: no Megatron checkpoint (torch_dist) is there: .metadata: {error}"
-            raise ConfigError(message) from error
+        self._metadata = read_metadata(directory)
         found = self._metadata.state_dict_metadata.items()
         self.sizes = {name: tuple(m.size) for name, m in found if isinstance(m, TensorStorageMetadata)}
 

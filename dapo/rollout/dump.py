@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dapo import files
 from dapo.config import ConfigError
 from dapo.learn.traces import Trace, chosen
 from dapo.rollout.buffer import Buffer
@@ -50,7 +51,11 @@ def traces_path_of(directory: Path, step: int) -> Path:
 
 
 def write(path: Path, buffer: Buffer, fraction: float) -> None:
-    """Write a `fraction` of each kind's groups, a row a sample. The file appears whole or not at all."""
+    """Write a `fraction` of each kind's groups, a row a sample. The file appears whole or not at all.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
     path.with_suffix(TRACES).unlink(missing_ok=True)  # of an earlier attempt at this step
     groups = [(kind, group) for kind in KINDS for group in chosen(getattr(buffer, kind), fraction)]
     _write(path, _rows(groups), COLUMNS)
@@ -139,11 +144,16 @@ def _write(path: Path, rows: Rows, columns: Mapping[str, str]) -> None:
 
     if not rows:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     table = pa.Table.from_pylist(rows, schema=_schema(columns))
-    pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
-    partial.rename(path)
+    with files.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
+            partial.rename(path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def _row(kind: str, group: Group, sample: Sample) -> dict[str, Any]:

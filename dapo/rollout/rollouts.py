@@ -23,7 +23,7 @@ from dapo.rollout import dump
 from dapo.rollout.buffer import Buffer
 from dapo.rollout.pending import GroupSampler, Pending, RolloutError, num_to_request
 from dapo.rollout.prompts import PromptStream
-from dapo.types import Engine, Group, Interrupted, Prompt, Sampling, Stopped
+from dapo.types import Engine, Group, Interrupted, Prompt, Sampling, Stopped, StorageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +84,11 @@ class Rollouts:
         self._stop_if_nothing_is_learned(buffer, rewarded)
         set_advantages(buffer.kept)
         fraction = 1.0 if rollout.only else rollout.dump_share
-        dump.write(dump.path_of(self.config.run.dir / "rollouts", step), buffer, fraction)
+        try:
+            dump.write(dump.path_of(self.config.run.dir / "rollouts", step), buffer, fraction)
+        except StorageError:
+            self.prompts.put_back(group.prompt for group in buffer.decided if not replayed)
+            raise
         metrics = buffer.ledger() | rewarded | self._staleness(buffer, step)
         kept = [] if rollout.only else buffer.kept
         return batch.plan(kept, self.config, self.num_data_ranks, metrics, version=step)
@@ -158,7 +162,7 @@ class Rollouts:
         Raises:
             ConfigError: the data has changed under the run.
         """
-        self.load_state_dict(json.loads((directory / "rollouts.json").read_text()))
+        self.load_state_dict(read_state(directory))
         whole = {group.id: group for group in dump.read_groups(directory / "carried.parquet")}
         self.carried = [whole.get(group.id, group) for group in self.carried]
 
@@ -180,8 +184,10 @@ class Rollouts:
 
     def close(self) -> None:
         """Stop the engine and the reward's processes."""
-        self.engine.close()
-        self.reward.close()
+        try:
+            self.engine.close()
+        finally:
+            self.reward.close()
 
     @contextmanager
     def _sampling(
@@ -282,6 +288,12 @@ class Rollouts:
                 f"rollout.max_empty_steps={rollout.max_empty_steps} steps in a row without a mixed group, "
                 f"now {found}"
             )
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """Read the `state_dict` that `Rollouts.save` wrote."""
+    state: dict[str, Any] = json.loads((directory / "rollouts.json").read_text())
+    return state
 
 
 def _age(group: Group, step: int) -> int:

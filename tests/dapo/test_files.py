@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import json
 import os
+import socket
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -11,6 +17,7 @@ import pytest
 
 from dapo import files
 from dapo.config import ConfigError
+from dapo.types import StorageError
 
 
 def make(directory: Path) -> Path:
@@ -85,7 +92,7 @@ def test_what_existed_is_replaced_only_if_it_may_be_and_only_by_a_whole_one(tmp_
 
 def test_a_disk_that_is_too_small_is_an_error_with_both_numbers(tmp_path: Path) -> None:
     said = r"target cannot be written, \d+\.\d GiB free there: 1048576\.00 GiB are needed"
-    with pytest.raises(ConfigError, match=said), files.made_whole(tmp_path / "target", 2**50):
+    with pytest.raises(StorageError, match=said), files.made_whole(tmp_path / "target", 2**50):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -182,3 +189,114 @@ def test_a_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
     assert files.file_damage(tmp_path, "data", sum) is None
     monkeypatch.setattr(files, "sum_of", broken)
     assert files.file_damage(tmp_path, "data", sum) == "data cannot be read: Input/output error"
+
+
+def test_a_manifest_knows_when_it_is_damaged_itself(tmp_path: Path) -> None:
+    """A digit is changed at every place that has one: in a size, a checksum, the step."""
+    path = make(tmp_path / "d") / files.MANIFEST
+    whole = path.read_text()
+    places = [i for i, character in enumerate(whole) if character.isdigit()]
+    assert len(places) > 30
+    for i in places:
+        path.write_text(whole[:i] + str((int(whole[i]) + 1) % 10) + whole[i + 1 :])
+        assert files.damage(path.parent) is not None, whole[i - 20 : i + 5]
+    path.write_text(whole)
+    assert files.damage(path.parent) is None
+
+
+def test_a_manifest_of_version_0_1_0_has_no_checksum_and_is_read(tmp_path: Path) -> None:
+    path = make(tmp_path / "d") / files.MANIFEST
+    manifest = json.loads(path.read_text())
+    del manifest["checksum"]
+    path.write_text(json.dumps(manifest))
+    assert files.damage(path.parent) is None
+    assert files.read_manifest(path.parent)["step"] == 7
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from dapo.files import run_directory
+with run_directory(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_directory_belongs_to_one_process_until_it_ends_however_it_ends(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-c", HOLD, str(run)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout and holder.stdout.readline() == "held\n"
+        said = f"in use by process {holder.pid} on {socket.gethostname()}: wait for it, end it, or choose"
+        with pytest.raises(ConfigError, match=said), files.run_directory(run):
+            pass
+        assert (run / "lock").exists()
+        holder.kill()
+    assert (run / "lock").read_text().split()[1] == str(holder.pid), "the killed one's name is left"
+    with files.run_directory(run):
+        assert (run / "lock").read_text().split()[1] == str(os.getpid())
+
+
+def test_a_run_that_is_refused_leaves_no_directory(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), files.run_directory(tmp_path / "run"):
+        raise ZeroDivisionError
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "mine").mkdir()
+    with files.run_directory(tmp_path / "mine"):
+        pass
+    with files.run_directory(tmp_path / "run"):
+        (tmp_path / "run/file").touch()
+    assert (tmp_path / "mine").exists() and (tmp_path / "run/file").exists()
+
+
+def test_a_file_system_without_locks_is_named_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def flock(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with files.run_directory(tmp_path / "run"):
+        pass
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: ") and "is not locked" in line and "No locks available" in line
+
+
+@pytest.mark.parametrize(
+    "make_it", [lambda path: path.write_text("x"), lambda path: path.symlink_to("/nowhere/x")]
+)
+def test_a_run_directory_that_cannot_be_made_is_refused(tmp_path: Path, make_it) -> None:
+    make_it(tmp_path / "run")
+    with (
+        pytest.raises(ConfigError, match=r"run.dir=.* cannot be written: "),
+        files.run_directory(tmp_path / "run"),
+    ):
+        pass
+
+
+def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    make(tmp_path / "elsewhere")
+    for name, target in (("link", tmp_path / "elsewhere"), ("broken", tmp_path / "nowhere")):
+        (tmp_path / name).symlink_to(target)
+        files.remove(tmp_path / name)
+    files.remove(tmp_path / "not there")
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+    assert files.damage(tmp_path / "elsewhere") is None
+    files.remove(tmp_path / "elsewhere")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_replaces_a_link_of_its_name(tmp_path: Path) -> None:
+    make(tmp_path / "elsewhere")
+    (tmp_path / "target").symlink_to(tmp_path / "elsewhere")
+    with files.made_whole(tmp_path / "target", 10, may_replace=True) as partial:
+        (partial / "file").write_text("new")
+    assert not (tmp_path / "target").is_symlink() and (tmp_path / "target/file").read_text() == "new"
+    assert files.damage(tmp_path / "elsewhere") is None
+
+
+def test_a_file_that_has_to_be_kept_and_cannot_be_is_one_line(tmp_path: Path) -> None:
+    said = r"file cannot be written, \d+\.\d GiB free there: No space left on device$"
+    with pytest.raises(StorageError, match=said), files.writing(tmp_path / "below" / "file"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,11 +1,16 @@
 import json
+import sys
+from types import ModuleType
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dapo import clock
-from dapo.log import Console, Log
+from dapo.config import ConfigError, load
+from dapo.log import Console, Log, check_installed
 from dapo.report import glossary
 from dapo.report.curves import plot, read
+from dapo.types import Interrupted, StorageError
 from tests.conftest import make_config
 
 
@@ -51,7 +56,7 @@ def make_config_with_directory(tmp_path):
 
 
 def make_log(tmp_path, start):
-    return Log(make_config_with_directory(tmp_path), Console(), start)
+    return Log(make_config_with_directory(tmp_path), Console(), {}, start)
 
 
 def test_a_log_that_resumes_at_a_step_removes_the_rows_from_that_step_on(tmp_path):
@@ -87,7 +92,8 @@ def test_a_row_holds_the_steps_values_times_and_memory(tmp_path, capsys):
     assert (
         lines[1] == HEADER and lines[2].startswith("   0    0.250 ") and lines[3].startswith("   1    0.750 ")
     )
-    assert [len(line) for line in lines[2:]] == [len(HEADER)] * 2
+    assert [len(line) for line in lines[2:4]] == [len(HEADER)] * 2
+    assert lines[4] == f"finished: 2 steps in {tmp_path / 'run'}"
 
 
 def test_a_terminal_shows_progress_below_the_rows_from_the_first_report_on(monkeypatch, capsys):
@@ -104,16 +110,16 @@ def test_a_terminal_shows_progress_below_the_rows_from_the_first_report_on(monke
 
 def test_a_log_that_resumes_says_from_where(tmp_path, capsys):
     make_log(tmp_path, 0).close()
-    assert capsys.readouterr().out == ""
+    assert "going on" not in capsys.readouterr().out
     make_log(tmp_path, 3).close()
-    assert capsys.readouterr().out == f"going on from step 3 of 2 in {tmp_path / 'run'}\n"
+    assert capsys.readouterr().out.startswith(f"going on from step 3 of 2 in {tmp_path / 'run'}\n")
 
 
 def test_phases_are_shown_on_the_console_as_they_begin(tmp_path, monkeypatch):
     phases = []
     console = Console()
     monkeypatch.setattr(console, "progress", phases.append)
-    Log(make_config_with_directory(tmp_path), console, 0).close()
+    Log(make_config_with_directory(tmp_path), console, {}, 0).close()
     clock.timed("outer")(clock.timed("inner")(lambda: None))()
     assert phases == ["outer", "inner"]
 
@@ -129,3 +135,190 @@ def test_a_phase_that_fails_is_timed_too_and_taken_once():
             fail()
     assert list(clock.take()) == ["time/broken"]
     assert clock.take() == {}
+
+
+def test_what_says_what_a_run_is_is_written_when_it_begins(tmp_path):
+    config = make_config_with_directory(tmp_path)
+    Log(config, Console(), {"data.json": "[1]"}, 0).close()
+    assert load(config.run.dir / "config.yaml") == config
+    assert (config.run.dir / "data.json").read_text() == "[1]"
+
+
+def test_at_the_end_it_says_where_everything_is(tmp_path, capsys):
+    log = make_log(tmp_path, 0)
+    (tmp_path / "run/hf").mkdir()
+    log(0, {"rollout/accuracy": 0.5})
+    log.close()
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        f"finished: 2 steps in {tmp_path}/run",
+        f"model: {tmp_path}/run/hf   metrics: {log.path}   curves: {tmp_path}/run/curves.png",
+    ]
+    log = make_log(tmp_path, 1)
+    log.close(ZeroDivisionError, ZeroDivisionError(), None)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"metrics: {log.path}   curves: {tmp_path}/run/curves.png", (
+        "the model there is of an earlier run"
+    )
+
+
+def test_tensorboard_shows_each_value_and_of_steps_that_were_repeated_the_later(tmp_path):
+    log = make_log(tmp_path, 0)
+    for step in range(4):
+        log(step, {"loss": step + 0.5})
+    log.close()
+    log = make_log(tmp_path, 2)
+    log(2, {"loss": 20.0})
+    log.close()
+    found = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert {"loss", "time/step", "perf/peak_memory_gib"} <= set(found.Tags()["scalars"])
+    assert [(event.step, event.value) for event in found.Scalars("loss")] == [(0, 0.5), (1, 1.5), (2, 20.0)]
+
+
+class Full:
+    """A file on a disk that is full while `is_full`; of what is written then, a half arrives."""
+
+    def __init__(self, file):
+        self.file = file
+        self.is_full = False
+
+    def write(self, data):
+        if self.is_full:
+            self.file.write(data[: len(data) // 2])
+            self.file.flush()
+            raise OSError(28, "No space left on device")
+        return self.file.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+def test_rows_that_a_full_disk_did_not_take_are_written_when_there_is_room(tmp_path, monkeypatch, capsys):
+    log = make_log(tmp_path, 0)
+    is_full, opened = [False], type(log.path).open
+
+    def open_full(path, mode="r", **options):
+        file = opened(path, mode, **options)
+        if path == log.path and mode == "a":
+            file = Full(file)
+            file.is_full = is_full[0]
+        return file
+
+    monkeypatch.setattr(type(log.path), "open", open_full)
+    for step in range(5):
+        is_full[0] = step in (1, 2)
+        log(step, {"loss": float(step)})
+        if step == 2:
+            assert [row["step"] for row in read(log.path)] == [0]
+    log.close()
+    assert [row["step"] for row in read(log.path)] == [0, 1, 2, 3, 4]
+    assert capsys.readouterr().err.count("No space left on device; the run keeps its rows in memory") == 1
+
+
+def test_a_run_whose_last_rows_cannot_be_written_does_not_end_well(tmp_path, capsys):
+    log = make_log(tmp_path, 0)
+    log.path.unlink()
+    log.path.mkdir()
+    for step in range(2):
+        log(step, {"loss": 1.0})
+    with pytest.raises(StorageError, match=r"metrics.jsonl cannot be written: its last 2 rows are missing"):
+        log.close()
+    log.close(Interrupted, Interrupted(), None)  # what ended it is what is said
+
+
+def test_a_tensorboard_that_cannot_write_is_left_out(tmp_path, capsys):
+    log = make_log(tmp_path, 0)
+    tensorboard = log.boards["TensorBoard"]
+    tensorboard.writer._writer = Full(tensorboard.writer._writer)
+    tensorboard.writer._writer.is_full = True
+    for step in range(3):
+        log(step, {"loss": 1.0})
+    log.close()
+    assert len(read(log.path)) == 3
+    assert capsys.readouterr().err == (
+        "warning: TensorBoard failed: [Errno 28] No space left on device; the run goes on without it\n"
+    )
+
+
+class FakeWandB(ModuleType):
+    """Stands in for wandb, and notes what a run asks of it."""
+
+    def __init__(self, fails_at=()):
+        super().__init__("wandb")
+        self.fails_at = fails_at
+        self.calls = []
+
+    def init(self, **options):
+        self._note("init", options["id"], options["resume"])
+        return self
+
+    def log(self, values, step):
+        self._note("log", step)
+
+    def finish(self, exit_code):
+        self._note("finish", exit_code)
+
+    def _note(self, name, *args):
+        self.calls.append((name, *args))
+        if name in self.fails_at:
+            raise RuntimeError(f"the network is down\nat {name}")
+
+
+def make_log_at_wandb(tmp_path, monkeypatch, start=0, fails_at=()):
+    wandb = FakeWandB(fails_at)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    (tmp_path / "run").mkdir(exist_ok=True)
+    return Log(make_config(tmp_path, "run.wandb_project=mine"), Console(), {}, start), wandb
+
+
+@pytest.mark.parametrize("fails_at", ["init", "log", "finish"])
+def test_a_wandb_that_fails_is_left_out_and_named_once(tmp_path, monkeypatch, capsys, fails_at):
+    log, wandb = make_log_at_wandb(tmp_path, monkeypatch, fails_at=[fails_at])
+    for step in range(2):
+        log(step, {"loss": 1.0})
+    log.close()
+    assert len(read(log.path)) == 2
+    assert [call[0] for call in wandb.calls].count(fails_at) == 1
+    said = f"warning: W&B failed: the network is down at {fails_at}; the run goes on without it\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_run_directory_is_one_run_at_wandb_until_it_begins_anew(tmp_path, monkeypatch):
+    ids = []
+    for start in (0, 2, 5, 0):
+        log, wandb = make_log_at_wandb(tmp_path, monkeypatch, start)
+        log.close()
+        name, id, resume = wandb.calls[0]
+        assert name == "init" and resume == "allow" and id
+        ids.append(id)
+    assert ids[0] == ids[1] == ids[2] != ids[3]
+
+
+@pytest.mark.parametrize(("error", "status"), [(None, 0), (ZeroDivisionError(), 1), (Interrupted(), 130)])
+def test_wandb_is_given_the_exit_status(tmp_path, monkeypatch, error, status):
+    log, wandb = make_log_at_wandb(tmp_path, monkeypatch)
+    log.close(type(error), error, None)
+    assert wandb.calls[-1] == ("finish", status)
+
+
+def test_a_wandb_that_is_not_installed_is_refused_before_the_run(tmp_path, monkeypatch):
+    check_installed(make_config(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_installed(make_config(tmp_path))
+    with pytest.raises(
+        ConfigError, match=r"run.wandb_project=mine: wandb is not installed: pip install wandb"
+    ):
+        check_installed(make_config(tmp_path, "run.wandb_project=mine"))
+
+
+def test_curves_that_cannot_be_plotted_do_not_end_a_run(tmp_path, capsys):
+    log = make_log(tmp_path, 0)
+    log(0, {"rollout/accuracy": 0.5})
+    (tmp_path / "run/curves.png").mkdir()
+    log.close()
+    assert "warning: curves.png failed: " in capsys.readouterr().err

@@ -1,8 +1,13 @@
-"""The command's last line, when a run is stopped."""
+"""The command line: its last line, its exit status, and overrides wherever they stand."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from signal import SIGHUP, SIGTERM
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +15,18 @@ import pytest
 
 import dapo.mesh
 import dapo.train
-from dapo.__main__ import main
+from dapo.__main__ import ERROR_FILE, main
+from dapo.config import ConfigError
+from dapo.mesh import FailedElsewhere
+from dapo.policy.megatron import PolicyError
 from dapo.types import EngineError, Interrupted
+
+
+def by(signal: int) -> Interrupted:
+    stop = Interrupted()
+    stop.signal = signal
+    return stop
+
 
 CONFIG = Path(__file__).parents[2] / "examples/arithmetic/config.yaml"
 
@@ -20,6 +35,8 @@ CONFIG = Path(__file__).parents[2] / "examples/arithmetic/config.yaml"
     ("stop", "is_saved", "status", "line"),
     [
         (Interrupted(), False, 130, "interrupted"),
+        (by(SIGTERM), True, 143, "interrupted; saved in RUN, the same command goes on from there"),
+        (by(SIGHUP), False, 129, "interrupted"),
         (Interrupted(), True, 130, "interrupted; saved in RUN, the same command goes on from there"),
         (EngineError("no server is left"), False, 1, "error: no server is left"),
         (
@@ -47,3 +64,141 @@ def test_what_was_not_saved_is_not_said_to_be(
     monkeypatch.setattr(dapo.train, "train", train)
     assert main(["train", str(CONFIG), f"run.dir={tmp_path}"]) == status
     assert capsys.readouterr().err == line.replace("RUN", str(tmp_path)) + "\n"
+
+
+def run_with(monkeypatch: pytest.MonkeyPatch, error: BaseException, *options: str) -> int:
+    """Run `dapo train` whose train() raises this."""
+
+    def train(*_: Any) -> None:
+        raise error
+
+    mesh = SimpleNamespace(is_main=True, is_first_to_fail=lambda: True)
+    monkeypatch.setattr(dapo.mesh, "Mesh", lambda parallel: mesh)
+    monkeypatch.setattr(dapo.train, "train", train)
+    return main(["train", str(CONFIG), *options])
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "lines"),
+    [
+        (ConfigError("x=1: no"), 2, ["error: x=1: no"]),
+        (PolicyError("not finite"), 1, ["error: not finite"]),
+        (FailedElsewhere("x=1: no", is_users=True), 2, []),
+        (FailedElsewhere("not finite"), 1, []),
+        (KeyboardInterrupt(), 130, ["interrupted; not saved"]),
+    ],
+)
+def test_what_the_user_wrote_is_status_2_and_what_broke_is_1_on_every_rank(
+    error: BaseException,
+    status: int,
+    lines: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_with(monkeypatch, error) == status
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_a_run_sent_back_to_a_step_is_not_continued_by_the_same_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop = by(SIGTERM)
+    stop.is_saved = True
+    assert run_with(monkeypatch, stop, "run.resume=3", "run.dir=r") == 143
+    assert capsys.readouterr().err == "interrupted; saved in r, run.resume=auto goes on from there\n"
+
+
+def test_torchrun_gets_the_line_to_print_it_last(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "attempt_0/1/error.json"
+    path.parent.mkdir(parents=True)
+    monkeypatch.setenv(ERROR_FILE, str(path))
+    assert run_with(monkeypatch, ConfigError("x=1: no")) == 2
+    found = json.loads(path.read_text())
+    assert found["message"] == "error: x=1: no" and isinstance(found["timestamp"], int)
+
+
+def test_before_the_ranks_know_each_other_the_first_to_fail_prints_whichever_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank in (1, 0, 2):
+        (tmp_path / f"attempt_0/{rank}").mkdir(parents=True)
+        monkeypatch.setenv(ERROR_FILE, str(tmp_path / f"attempt_0/{rank}/error.json"))
+        monkeypatch.setenv("RANK", str(rank))
+        assert main(["train", str(CONFIG), "optim.lrr=1"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "unknown key optim.lrr" in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", "CONFIG", "--diff", "paper", "optim.lr=5e-7"],
+        ["plan", "CONFIG", "optim.lr=5e-7", "--diff", "paper"],
+        ["plan", "--diff", "paper", "CONFIG", "optim.lr=5e-7"],
+        ["plan", "CONFIG", "run.seed=1", "--diff", "paper", "optim.lr=5e-7"],
+    ],
+)
+def test_overrides_stand_anywhere_behind_the_command(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([argument.replace("CONFIG", str(CONFIG)) for argument in arguments]) == 0
+    assert "optim.lr: 5e-07; paper: 1e-06" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train"], "config"),
+        (["train", "a.yaml", "--nonsense"], "--nonsense"),
+        (["traim"], "traim"),
+        ([], "command"),
+        (["plan", "a.yaml", "--world-size", "two"], "two"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_in_one_line(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and words in line and "--help" in line
+
+
+PRINTS = """
+import os, sys
+from dapo import files
+files.keep_streams_open()
+for i in range(20_000):
+    print("clip↑ – a line that nobody reads", i)
+print("⠋ it failed", file=sys.stderr)
+file = open(sys.argv[1], "w")
+file.write(str(file.fileno()))
+file.close()
+sys.stdout.flush()
+os._exit(7)
+"""
+
+
+@pytest.mark.parametrize(
+    ("shell", "error"),
+    [
+        ("{} | head -1", "⠋ it failed"),
+        ("{} >&-", "⠋ it failed"),
+        ("{} >&- 2>&-", ""),
+        ("{} > /dev/full 2> /dev/full", ""),
+        ("PYTHONIOENCODING=ascii {} > /dev/null", "? it failed"),
+    ],
+)
+def test_output_that_cannot_be_written_is_dropped(shell: str, error: str, tmp_path: Path) -> None:
+    command = shell.format(f"{sys.executable} -c '{PRINTS}' {tmp_path / 'number'}")
+    environment = os.environ | {"PYTHONUTF8": "1"}
+    done = subprocess.run(
+        ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        encoding="utf-8",
+        env=environment,
+    )
+    assert done.returncode == 7
+    assert done.stderr.strip() == error
+    assert int((tmp_path / "number").read_text()) > 2, "a file has the number of a closed stream"

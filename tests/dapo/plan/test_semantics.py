@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from dapo import config
@@ -114,7 +115,7 @@ def test_the_published_values_of_options_are_pinned_and_their_order_too(tmp_path
         if option.json_schema_extra
     }
     assert declared == set(PUBLISHED) and all(c.reason for c in found)
-    assert len(found) == len({c.name for c in found}) == 42
+    assert len(found) == len({c.name for c in found}) == 49
 
 
 def test_a_departure_says_both_values_and_why(tmp_path):
@@ -134,14 +135,61 @@ def test_the_manifest_holds_choices_data_checker_and_versions_and_reports_what_c
     assert {"python", "torch", "megatron-core", "transformers", "dapo"} <= set(first["versions"])
     assert len(first["reward functions"]["dapo.reward:is_correct"]) == 16
     path = tmp_path / "semantics.json"
-    assert semantics.keep(first, path) == []
-    assert semantics.keep(first, path) == []
+    assert semantics.changes(first, path) == [], "of a new run"
+    path.write_text(semantics.dump(first))
+    assert semantics.changes(first, path) == []
     later = semantics.manifest(make_config(tmp_path, "objective.clip_high=0.3"), data="d2")
-    assert semantics.keep(later, path) == [
+    assert semantics.changes(later, path) == [
         "objective.clip_high was 0.28 and is 0.3 from here on",
         "data was d1 and is d2 from here on",
     ]
-    assert json.loads(path.read_text()) == later
+    assert json.loads(semantics.dump(later)) == later
+    assert json.loads(path.read_text()) == first, "only the run's record is written, and later"
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("run.seed=1", "run.seed was 0 and is 1 from here on"),
+        (
+            "data.train={a.jsonl: 1, b.jsonl: 2}",
+            "weights of data.train was none and is [1.0, 2.0] from here on",
+        ),
+        ("policy.dtype=float32", "policy.dtype was bfloat16 and is float32 from here on"),
+        ("policy.megatron.adam_eps=1.0e-6", 'policy.megatron was {} and is {"adam_eps": 1e-06} from here on'),
+        ("rollout.replay=elsewhere", "rollout.replay was none and is elsewhere from here on"),
+        ("eval.data=held.jsonl", "eval.data was none and is held.jsonl from here on"),
+    ],
+)
+def test_an_option_that_would_change_a_resumed_run_silently_is_named(tmp_path, override, line):
+    path = tmp_path / "semantics.json"
+    path.write_text(semantics.dump(semantics.manifest(make_config(tmp_path), data="d")))
+    assert semantics.changes(semantics.manifest(make_config(tmp_path, override), data="d"), path) == [line]
+
+
+def test_weights_of_reward_functions_that_change_are_named(tmp_path):
+    weighted = [
+        f"reward.function={{'dapo.reward:is_correct': 1.0, 'my:f': {weight}}}" for weight in (0.1, 0.2)
+    ]
+    path = tmp_path / "semantics.json"
+    first, second = (semantics.manifest(make_config(tmp_path, option), data="d") for option in weighted)
+    path.write_text(semantics.dump(first))
+    assert semantics.changes(second, path) == [
+        "weights of reward.function was [1.0, 0.1] and is [1.0, 0.2] from here on"
+    ]
+
+
+def test_what_an_older_manifest_does_not_hold_has_not_changed(tmp_path):
+    found = semantics.manifest(make_config(tmp_path, "run.seed=7"), data="d")
+    del found["choices"]["run.seed"]
+    path = tmp_path / "semantics.json"
+    path.write_text(semantics.dump(found))
+    assert semantics.changes(semantics.manifest(make_config(tmp_path), data="d"), path) == []
+
+
+@pytest.mark.parametrize("function", ["rw.kwargs:f", "path.py:f", "__main__:f", "no_such:f", "http://h/p"])
+def test_a_function_without_a_file_has_no_fingerprint(function):
+    assert semantics.fingerprint(function) == "unknown"
 
 
 def test_the_fingerprint_follows_the_reward_function_s_source(tmp_path, monkeypatch):
