@@ -255,9 +255,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _no_use(path: Path, name: str) -> str:
-    return (
-        f"{path} names {name}, which no checkpoint needs and could run code: use only checkpoints of your own"
-    )
+    return f"{path} names {name}, which no checkpoint needs and could run code: use only your own checkpoints"
 
 
 # --- a single process, any layout ---

@@ -7,8 +7,11 @@ torchrun --nproc-per-node 2 -m tests.distributed.failures OUT.json
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
+import os
+import pickle
 import resource
 import shutil
 import sys
@@ -35,7 +38,10 @@ from tests.distributed.ranks import prepare_rank
 
 EXAMPLE = ROOT / "examples/arithmetic"
 MINE = "what a run left there\n"
+RECORD = ("config.yaml", "data.json", "metrics.jsonl")  # and semantics.json, which is not there
 STATE = tuple(f"optimizer.state.{part}." for part in ("param", "exp_avg", "exp_avg_sq"))
+HOSTILE = "/tmp/dapo-a-checkpoint-ran-code"
+LOCKS: list[io.TextIOWrapper] = []  # held to the end
 # name → (a scratch directory → the overrides that make it go wrong)
 CASES: dict[str, Callable[[Path], list[str]]] = {}
 
@@ -255,7 +261,6 @@ def cap_reached(directory: Path) -> list[str]:
 @case
 def run_exists(directory: Path) -> list[str]:
     (directory / "run" / "checkpoints" / "step-000001").mkdir(parents=True)
-    (directory / "run" / "config.yaml").write_text(MINE)
     return ["run.resume=never", f"run.dir={directory / 'run'}"]
 
 
@@ -275,13 +280,13 @@ def checkpoint(
     directory: Path,
     model: dict[str, Any] | None = None,
     change: Callable[[dict[str, torch.Tensor]], None] | None = None,
+    others: dict[str, bytes] | None = None,
 ) -> list[str]:
     """A run with one whole checkpoint, of the base policy but for `model`; `change` is made to the tensors
-    that it holds.
+    that it holds. `others`: more files, or others, by name.
     """
     step, shape = directory / "run" / "checkpoints" / "step-000001", read_shape(EXAMPLE / "base")
     (step / "policy").mkdir(parents=True)
-    (directory / "run" / "config.yaml").write_text(MINE)
     weights = open_weights(EXAMPLE / "base", shape)
     entries = {
         entry.key: to_shard(entry, weights.read(entry), shape, 0, 1)
@@ -297,6 +302,8 @@ def checkpoint(
         for place in product(*map(range, counts)):
             writer.write(name, tensor, place, counts)
     writer.close()
+    for name, content in (others or {}).items():
+        (step / name).write_bytes(content)
     files.write_manifest(step, {}, {"step": 1, "model": asdict(shape) | (model or {})})
     return [f"run.dir={directory / 'run'}"]
 
@@ -348,6 +355,69 @@ def no_whole_checkpoint(directory: Path) -> list[str]:
     options = checkpoint(directory)
     (directory / "run/checkpoints/step-000001/policy/common.pt").unlink()
     return options
+
+
+@case
+def other_data(directory: Path) -> list[str]:
+    state = {"prompts": {"drawn": [8], "returned": [], "data": "of other prompts"}}
+    return checkpoint(directory, others={"rollouts.json": json.dumps(state).encode()})
+
+
+@case
+def fewer_steps_than_done(directory: Path) -> list[str]:
+    return [*checkpoint(directory), "run.steps=0"]
+
+
+@case
+def no_such_step(directory: Path) -> list[str]:
+    return [*checkpoint(directory), "run.resume=7"]
+
+
+@case
+def chosen_step_is_damaged(directory: Path) -> list[str]:
+    return [*no_whole_checkpoint(directory), "run.resume=1"]
+
+
+class Hostile:
+    """A pickle of it makes a directory when it is read."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (HOSTILE,)
+
+
+@case
+def checkpoint_that_would_run_code(directory: Path) -> list[str]:
+    return checkpoint(directory, others={"policy/.metadata": pickle.dumps(Hostile())})
+
+
+@case
+def run_directory_in_use(directory: Path) -> list[str]:
+    (directory / "run").mkdir(parents=True)
+    lock = (directory / "run/lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    print("process 7 on another", file=lock, flush=True)
+    LOCKS.append(lock)
+    return [f"run.dir={directory / 'run'}"]
+
+
+@case
+def wandb_is_not_installed(directory: Path) -> list[str]:
+    return ["run.wandb_project=mine"]
+
+
+@case
+def reward_path_of_a_file(directory: Path) -> list[str]:
+    return ["reward.function=path.py:f"]
+
+
+@case
+def reward_in_no_package(directory: Path) -> list[str]:
+    return ["reward.function=rw.kwargs"]
+
+
+@case
+def reward_of_the_main_module(directory: Path) -> list[str]:
+    return ["reward.function=__main__:f"]
 
 
 @case
@@ -404,6 +474,14 @@ def attempt(options: list[str], run: Path) -> dict[str, Any]:
     return {"status": status, "printed": printed.getvalue()}
 
 
+def leave_record(run: Path) -> None:
+    """Write what an earlier run left there, if a run can be there."""
+    if run.parent.is_dir():
+        run.mkdir(exist_ok=True)
+        for name in RECORD:
+            (run / name).write_text(MINE)
+
+
 def main(out: str) -> None:
     import dapo.policy  # noqa: F401
 
@@ -413,6 +491,9 @@ def main(out: str) -> None:
     results = []
     for name, make in CASES.items():
         options = mesh.on_main(make, root / name)
+        is_own = any(option.startswith("run.dir=") for option in options)
+        run = root / name / "run" if is_own else root / f"{name}-run"
+        mesh.on_main(leave_record, run)
         mine = attempt(options, root / f"{name}-run")
         ranks: list[Any] = [None] * mesh.world
         torch.distributed.all_gather_object(ranks, mine)
@@ -421,13 +502,17 @@ def main(out: str) -> None:
             for p in (root / f"{name}-run").rglob("*")
             if "step-" in str(p) or "partial" in str(p)
         ]
-        config = root / name / "run" / "config.yaml"
         results.append(
             {
                 "name": name,
                 "ranks": ranks,
                 "left": left,
-                "is_overwritten": config.exists() and config.read_text() != MINE,
+                "record": {
+                    name: (run / name).read_text()
+                    for name in (*RECORD, "semantics.json")
+                    if (run / name).is_file()
+                },
+                "has_run_code": Path(HOSTILE).exists(),
             }
         )
         if mesh.is_main:

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.distributed.failures import MINE, RECORD
 from tests.distributed.launch import ROOT, measured, torchrun
 
 SAYS = {  # what went wrong → words that must be in the line
@@ -95,19 +96,42 @@ SAYS = {  # what went wrong → words that must be in the line
     ],
     "too_little_disk": ["step-000001 cannot be written", "0.0 GiB free", "GiB are needed"],
     "disk_full": ["step-000001 cannot be written", "GiB free", "those before it are whole"],
+    "other_data": ["data.train is not what the checkpoint was made with", "run.dir"],
+    "fewer_steps_than_done": ["has done 1 steps, more than run.steps=0", "raise it"],
+    "no_such_step": ["run.resume=7", "no such checkpoint", "there are steps 1"],
+    "chosen_step_is_damaged": ["run.resume=1", "policy/common.pt is missing", "choose another step"],
+    "checkpoint_that_would_run_code": [".metadata names posix.mkdir", "only your own checkpoints"],
+    "run_directory_in_use": ["run.dir=", "in use by process 7 on another", "choose another run.dir"],
+    "wandb_is_not_installed": ["run.wandb_project=mine", "not installed", "pip install wandb"],
+    "reward_path_of_a_file": ["reward.function=path.py:f", "expected module:name"],
+    "reward_in_no_package": ["reward.function=rw.kwargs", "expected module:name"],
+    "reward_of_the_main_module": ["reward.function=__main__:f", "expected module:name"],
     "run_exists": ["run.resume=never", "already holds a run"],
 }
+
+
+BROKEN = {"policy_destroyed", "nothing_correct", "cap_reached", "too_little_disk", "disk_full"}
+SAVED = {"reward_returns_nan"}
+BROKEN |= SAVED
 
 
 @pytest.mark.parametrize("name", SAYS)
 def test_bad_input_is_one_clear_line_and_every_rank_stops(name: str) -> None:
     result = measured("tests.distributed.failures", 2)[name]
-    assert [rank["status"] for rank in result["ranks"]] == [1, 1]
+    assert [rank["status"] for rank in result["ranks"]] == [1 if name in BROKEN else 2] * 2
     lines = "".join(rank["printed"] for rank in result["ranks"]).splitlines()
     assert len(lines) == 1, lines
     assert all(word in lines[0] for word in ["error: ", *SAYS[name]]), lines[0]
+    if name in SAVED:
+        assert "; saved in" in lines[0] and any("step-000000" in path for path in result["left"])
+        return
     assert result["left"] == [], "something was left half-written"
-    assert not result["is_overwritten"], "the config of the run that was there"
+    assert not result["has_run_code"]
+
+
+@pytest.mark.parametrize("name", sorted(set(SAYS) - BROKEN - {"no_run_directory"}))
+def test_a_run_that_is_refused_leaves_the_record_of_the_one_before(name: str) -> None:
+    assert measured("tests.distributed.failures", 2)[name]["record"] == dict.fromkeys(RECORD, MINE)
 
 
 @pytest.mark.parametrize("argument", ["optim.lrr=1", "optim.lr=fast", "nonsense"])
@@ -124,7 +148,7 @@ def test_a_bad_config_is_refused_before_anything_is_loaded(argument: str) -> Non
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     printed = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert len(printed) == 1
     assert "| torch\n" not in done.stderr, "torch was imported to say so"
 
