@@ -68,7 +68,7 @@ class Run(Section):
     dir: Location  # everything the run writes goes below it
     steps: Count = 400  # rollout steps, each of prompts_per_step / prompts_per_minibatch updates
     seed: Seed = 0
-    resume: Literal["auto", "never"] | Positive = "auto"  # a step: from its checkpoint; newer ones are renamed
+    resume: Literal["auto", "never"] | Positive = "auto"  # a step: from its checkpoint; newer are renamed
     save_every: Positive = 10  # steps between checkpoints; the last step is always saved
     keep_checkpoints: Positive = 2  # the newest ones
     keep_every: Positive | None = None  # and those of every so many steps, a multiple of save_every
