@@ -22,7 +22,7 @@ _PREAMBLE = re.compile(r"(?:the |my |our )?(?:final )?answer(?: is)?:? *(?<=[ :]
 _HOPE = re.compile(r"\.? I hope it is correct\.?$")
 # what a chat template ends a message with: <|im_end|>, </s>, <end_of_turn>
 _END_MARK = re.compile(
-    r"(?:<[|｜][^<>|｜\s]{1,40}[|｜]>|</?s>|<(?:eos|bos|pad|end_of_turn|start_of_turn)>|\[/INST\])\s*$"
+    r"(?:<[|｜][^<>|｜\s]{1,40}[|｜]>|</?s>|<(?:eos|bos|pad|end_of_turn|start_of_turn)>|\[/INST\])$"
 )
 _MAX_END_MARKS = 8
 _END_MARK_LENGTH = 64
@@ -30,7 +30,7 @@ _END_MARK_LENGTH = 64
 _DIGITS = {ord(wide): narrow for wide, narrow in zip("０１２３４５６７８９", "0123456789", strict=True)}
 _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"))
 _PLAIN_CHARACTERS = _DIGITS | _INVISIBLE | str.maketrans("−–‒－﹣＋＝，．。％＄（）", "-----+=,..%$()")
-_LEFT_RIGHT = re.compile(r"\\(?:left|right)(?=\s*(?:[()\[\]|]|\\[{}]))")
+_LEFT_RIGHT = re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?=\s*(?:[()\[\]|]|\\[{}]))")
 
 # what may stand around an answer; "(" and "{" only group, where one number is inside
 _PAIRS = (
@@ -89,7 +89,7 @@ def is_correct(response: str, answer: str) -> bool:
     `is_correct("Answer: 0.5", "\\frac12")` → True.
     """
     given = answer_of(response)
-    return given is not None and _is_same(clean(given), clean(_last_part(answer)))
+    return given is not None and _is_same(clean(given), *_ground_truth(answer))
 
 
 def answer_of(response: str) -> str | None:
@@ -136,7 +136,15 @@ def refusal_of(answer: str) -> str | None:
 
 def is_same(given: str, answer: str) -> bool:
     """True if `given`, as `answer_of` returns it or as data states it, equals the ground truth `answer`."""
-    return _is_same(clean(_last_part(given)), clean(_last_part(answer)))
+    return _is_same(clean(_last_part(given)), *_ground_truth(answer))
+
+
+@functools.lru_cache(maxsize=1024)  # a group has one
+def _ground_truth(answer: str) -> tuple[str, tuple[str, str] | None]:
+    """Return a ground truth without markup; and its integer and unit, if it is written as one."""
+    gold = clean(_last_part(answer))
+    integer = stated_integer(gold) if "=" not in gold else None
+    return gold, integer if integer and integer[1] != "percent" else None
 
 
 def _last_part(answer: str) -> str:
@@ -145,7 +153,9 @@ def _last_part(answer: str) -> str:
 
 def clean(text: str) -> str:
     """Remove "The answer is" and markup at both ends: "The answer is **$34$**." → "34"."""
-    text = unwrap(_HOPE.sub("", text[-200:]) if len(text) < 200 else text)
+    if _INTEGER.fullmatch(text):
+        return text
+    text = unwrap(_HOPE.sub("", text) if len(text) < 200 else text)
     match = _PREAMBLE.match(text)
     return unwrap(text[match.end() :]) if match else text
 
@@ -155,14 +165,10 @@ def unwrap(text: str) -> str:
 
     Markup inside an answer is part of it.
     """
-    text = text.translate(_PLAIN_CHARACTERS).rstrip()
-    for _ in range(_MAX_END_MARKS):
-        match = _END_MARK.search(text, max(0, len(text) - _END_MARK_LENGTH))
-        if match is None:
-            break
-        text = text[: match.start()].rstrip()
-    text = _LEFT_RIGHT.sub("", text)
-    partners = _partners(text)
+    text = _without_end_marks(text.translate(_PLAIN_CHARACTERS).rstrip())
+    if "\\" in text:
+        text = _LEFT_RIGHT.sub("", text)
+    partners = _partners(text) if "{" in text else {}
     start, end = 0, len(text)
     while True:
         while start < end and text[start] in _EDGES:
@@ -193,10 +199,17 @@ def unwrap(text: str) -> str:
         start, end = first, last
 
 
+def _without_end_marks(text: str) -> str:
+    for _ in range(_MAX_END_MARKS):
+        match = text.endswith((">", "]")) and _END_MARK.search(text, max(0, len(text) - _END_MARK_LENGTH))
+        if not match:
+            break
+        text = text[: match.start()].rstrip()
+    return text
+
+
 def _partners(text: str) -> dict[int, int]:
     """Return the place of each opening brace's closing one."""
-    if "{" not in text:
-        return {}
     partners, opened = {}, []
     for match in re.finditer(r"\\.|[{}]", text):
         if match[0] == "{":
@@ -206,11 +219,10 @@ def _partners(text: str) -> dict[int, int]:
     return partners
 
 
-def _is_same(given: str, gold: str) -> bool:
+def _is_same(given: str, gold: str, integer: tuple[str, str] | None) -> bool:
     if not gold or not given:
         return False
-    integer = stated_integer(gold) if "=" not in gold else None
-    if integer and integer[1] != "percent":
+    if integer:
         stated = stated_integer(given)
         if stated is None or stated[0] != integer[0]:
             return False
@@ -245,6 +257,9 @@ def stated_integer(text: str) -> tuple[str, str] | None:
     "34 apples" → ("34", "apple"); "x = +034.0", "$34$" → ("34", ""). int() is not used: it takes quadratic
     time and refuses 4,301 digits.
     """
+    match = _INTEGER.fullmatch(text)
+    if match:
+        return _canonical(match), ""
     *names, value = text.rsplit("=", 8) if "=" in text else [text]
     number = _with_unit(unwrap(value.replace("$", "") if names else value))
     for name in names:
@@ -310,8 +325,8 @@ def choice_of(text: str) -> tuple[str, str] | None:
 def _is_choice(given: str, letter: str, content: str) -> bool:
     choice = choice_of(given)
     if choice is None:
-        return bool(content) and _is_same(given, clean(content))
-    is_same_content = not content or not choice[1] or _is_same(clean(choice[1]), clean(content))
+        return bool(content) and is_same(given, content)
+    is_same_content = not content or not choice[1] or is_same(choice[1], content)
     return choice[0].upper() == letter.upper() and is_same_content
 
 

@@ -59,6 +59,8 @@ _REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
         (r"\\mp(?![a-zA-Z])", "∓"),
         (r"\\(?:emptyset|varnothing)(?![a-zA-Z])", "∅"),
         (r"\\(?:lvert|rvert|vert)(?![a-zA-Z])", "|"),
+        (r"\\langle(?![a-zA-Z])", "("),
+        (r"\\rangle(?![a-zA-Z])", ")"),
         (r"\\lbrace(?![a-zA-Z])", r"\\{"),
         (r"\\rbrace(?![a-zA-Z])", r"\\}"),
         (r"π", r"\\pi "),
