@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dapo.config import Config, ConfigError
 from dapo.engine.embedded import EmbeddedEngine
@@ -21,9 +22,10 @@ from dapo.engine.weight_sync import make_sync
 from dapo.mesh import Mesh
 from dapo.model.files import stored_weights
 from dapo.model.layout import check_length
-from dapo.model.shape import read_config
-from dapo.model.tokenizer import check_vocabulary, load_tokenizer, stop_ids
+from dapo.model.shape import read_config, read_shape
+from dapo.model.tokenizer import check_vocabulary, differences, load_tokenizer, stop_ids
 from dapo.plan import semantics
+from dapo.policy.weight_files import hf_tensors, open_weights
 from dapo.reward.pool import Reward
 from dapo.rollout import evaluate
 from dapo.rollout.data_files import Summary
@@ -100,11 +102,18 @@ def make_rollouts(
         engine=make_engine(config, mesh, is_interrupted),
         prompts=prompts,
         reward=reward,
-        decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
-        stop_ids=stop_ids(config.policy.model, tokenizer),
+        **_own_fields(config.policy.model, tokenizer),
         is_interrupted=is_interrupted,
         on_progress=on_progress,
     )
+
+
+def _own_fields(model: Path, tokenizer: Any) -> dict[str, Any]:
+    """Return the fields of Rollouts that belong to the model."""
+    return {
+        "decode": lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
+        "stop_ids": stop_ids(model, tokenizer),
+    }
 
 
 def make_engine(config: Config, mesh: Mesh, is_interrupted: Callable[[], bool]) -> Engine:
@@ -119,9 +128,8 @@ def make_engine(config: Config, mesh: Mesh, is_interrupted: Callable[[], bool]) 
     """
     options = config.engine
     if options.kind == "embedded":
-        return EmbeddedEngine(
-            config.policy.model, getattr(torch, config.policy.dtype), mesh.device, options.max_concurrent
-        )
+        model, dtype = config.policy.model, getattr(torch, config.policy.dtype)
+        return EmbeddedEngine(model, dtype, mesh.device, options.max_concurrent)
     servers = make_servers(config, say=lambda text: print(text, flush=True), is_interrupted=is_interrupted)
     servers.wait()
     sync = make_sync(
@@ -154,36 +162,81 @@ def load_sets(config: Config, tokenizer: Any) -> tuple[dict[str, list[Prompt]], 
 
 
 def evaluate_models(config: Config, mesh: Mesh, models: list[Path]) -> None:
-    """Evaluate Hugging Face directories on the sets of eval.data; write <run.dir>/eval.json.
+    """Evaluate Hugging Face directories on the sets of eval.data; write <run.dir>/eval.json. Only the main
+    rank does.
 
-    Each model after the first is compared with the first, problem by problem.
+    Each has its own sizes, tokenizer and stop tokens. Each after the first is compared with the first,
+    problem by problem.
 
     Raises:
-        ConfigError: no eval.data, or a directory cannot be used.
+        ConfigError: no eval.data, or a directory cannot be used, or not by the servers of engine.urls.
+        EngineError: the engine failed, or its servers died too often with one model.
     """
-    tokenizer = load_tokenizer(config.policy.model)
-    check_vocabulary(config.policy.model, tokenizer)
-    check_length(config)
-    sets, summaries = load_sets(config, tokenizer)
-    if not sets:
+    if not config.eval.data:
         raise ConfigError("eval.data is not set: name a file, or {name: file} for several")
-    rollouts = make_rollouts(config, mesh, tokenizer, PromptStream([], config.run.seed))
-    results = {}
-    for summary in summaries:
+    if not mesh.is_main:
+        return
+    configs = [_with_model(config, model) for model in models]
+    tokenizers = [load_tokenizer(model) for model in models]
+    for own, tokenizer in zip(configs, tokenizers, strict=True):
+        check_vocabulary(own.policy.model, tokenizer)
+        check_length(own)
+    loaded = [load_sets(*each) for each in zip(configs, tokenizers, strict=True)]
+    if config.engine.urls:
+        for model in models:
+            _check_served(config.policy.model, model)
+    for summary in loaded[0][1]:
         print(summary)
-    for model in models:
-
-        def load(model: Path = model) -> None:
-            rollouts.load_weights(stored_weights(model), version=0)
-
-        def run(model: Path = model) -> dict[str, evaluate.Scores]:
-            return evaluate.run(rollouts, sets, f"evaluating {model}")
-
-        results[str(model)] = with_retries(run, load, is_loaded=False)
-        for name, scores in results[str(model)].items():
-            print(f"{model}  {name}: {scores}", flush=True)
+    results: dict[str, dict[str, evaluate.Scores]] = {}
+    rollouts = None
+    try:
+        for own, tokenizer, (sets, _) in zip(configs, tokenizers, loaded, strict=True):
+            model = own.policy.model
+            if rollouts and differences(rollouts.config.policy.model, model):
+                rollouts.close()
+                rollouts = None
+            if rollouts:
+                rollouts = replace(rollouts, config=own, **_own_fields(model, tokenizer))
+            else:
+                rollouts = make_rollouts(own, mesh, tokenizer, PromptStream([], config.run.seed))
+            results[str(model)] = _evaluate(rollouts, sets)
+            for name, scores in results[str(model)].items():
+                print(f"{model}  {name}: {scores}", flush=True)
+    finally:
+        if rollouts:
+            rollouts.close()
     for later, comparisons in evaluate.write(results, config.run.dir / "eval.json").items():
         for name, found in comparisons.items():
-            difference = f"{found['difference']:+.3f} ± {found['half_width']:.3f}, p = {found['p_value']:.2g}"
-            print(f"{later} against {models[0]}  {name}: {difference}")
-    rollouts.close()
+            print(f"{later} against {models[0]}  {name}: {found}")
+
+
+def _with_model(config: Config, model: Path) -> Config:
+    return config.model_copy(update={"policy": config.policy.model_copy(update={"model": model})})
+
+
+def _check_served(served: Path, model: Path) -> None:
+    """Raise ConfigError if servers of another model cannot compute this one with its weights."""
+    if differ := differences(served, model):
+        raise ConfigError(
+            f"--model {model} differs from policy.model={served}, which the servers of engine.urls hold, in "
+            f"{', '.join(differ)}: evaluate it on servers of its own"
+        )
+
+
+def _evaluate(rollouts: Rollouts, sets: dict[str, list[Prompt]]) -> dict[str, evaluate.Scores]:
+    """Load policy.model and evaluate it; if all servers died and some restart, load it and begin again."""
+    model = rollouts.config.policy.model
+    return with_retries(
+        lambda: evaluate.run(rollouts, sets, f"evaluating {model}"),
+        lambda: rollouts.load_weights(_weights(model), version=0),
+        is_loaded=False,
+    )
+
+
+def _weights(model: Path) -> Iterator[tuple[str, Tensor]]:
+    """Return a model's tensors, checked if its architecture is known: an engine may know others too."""
+    try:
+        shape = read_shape(model)
+    except ConfigError:
+        return stored_weights(model)
+    return hf_tensors(open_weights(model, shape), shape, dtype=None)

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
 from dapo.clock import heartbeat
+from dapo.config import ConfigError
 from dapo.types import Request, Sample, Sampling
 
 
@@ -27,8 +28,15 @@ class EmbeddedEngine:
     """The model in this process. A stream's samples are generated when its `completed` is read."""
 
     def __init__(self, model: Path, dtype: torch.dtype, device: torch.device, max_concurrent: int):
-        config = transformers.AutoConfig.from_pretrained(model)
-        built = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        self.directory = model
+        try:
+            config = transformers.AutoConfig.from_pretrained(model)
+            built = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation="sdpa"
+            )
+        except (OSError, ValueError, KeyError) as error:
+            wrong = " ".join(str(error).split())
+            raise ConfigError(f"policy.model={model}: engine.kind=embedded cannot build it: {wrong}") from error
         self.model = built.to(device).eval()
         self.model.generation_config = GenerationConfig()  # without the authors' repetition penalty, top_k, …
         self.device = device
@@ -45,12 +53,22 @@ class EmbeddedEngine:
     def prepare_weights(self, version: int) -> None: ...
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Copy the weights in; every parameter must be among them."""
+        """Copy the weights in.
+
+        Raises:
+            ConfigError: a parameter is missing, of another shape, or has no place in the model.
+        """
         params = dict(as_stored(self.model.named_parameters()))
         with self.lock, torch.no_grad():
             for name, tensor in weights:
+                if name not in params:
+                    raise ConfigError(f"{self.directory}: tensor {name} has no place in this architecture")
+                if (wanted := params[name].shape) != tensor.shape:
+                    both = f"has shape {tuple(tensor.shape)}, config.json means {tuple(wanted)}"
+                    raise ConfigError(f"{self.directory}: tensor {name} {both}")
                 params.pop(name).copy_(tensor)
-        assert not params, f"weights not sent: {sorted(params)}"
+        if params:
+            raise ConfigError(f"{self.directory}: {len(params)} tensors are missing, first {min(params)}")
         self.version = version
 
     def waiting(self) -> str:

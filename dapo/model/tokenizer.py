@@ -11,6 +11,12 @@ import transformers
 from dapo.config import ConfigError
 from dapo.model.shape import read_config
 
+# fields of config.json: of who wrote it, and of training
+NO_EFFECT = {
+    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "initializer_range",
+    "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id",
+}  # fmt: skip
+
 
 def load_tokenizer(model: Path) -> Any:
     """Load the tokenizer of a Hugging Face directory. Raise ConfigError if there is none."""
@@ -45,6 +51,16 @@ def stop_ids(model: Path, tokenizer: Any) -> tuple[int, ...]:
         sources = "neither the tokenizer nor config.json nor generation_config.json"
         raise ConfigError(f"policy.model={model}: {sources} names an EOS token")
     return tuple(sorted(ids))
+
+
+def differences(a: Path, b: Path) -> list[str]:
+    """Return what a server that was started with one model would do otherwise with the other's weights: the
+    fields of config.json that differ, and "stop tokens".
+    """
+    x, y = ({k: v for k, v in read_config(model).items() if k not in NO_EFFECT} for model in (a, b))
+    differ = sorted(name for name in x.keys() | y.keys() if x.get(name) != y.get(name))
+    stops = [stop_ids(model, load_tokenizer(model)) for model in (a, b)]
+    return differ + (["stop tokens"] if stops[0] != stops[1] else [])
 
 
 def _listed(ids: int | list[int] | None) -> list[int | None]:

@@ -41,11 +41,14 @@ class Reward:
         self.functions = [*self.weights, *reward.shadow]
         self.local = {name: self._import(name) for name in self.functions if not remote.is_remote(name)}
         first = self.local.get(self.functions[0])
-        self.finds_answers = first is not None and first.answer_of is not None
+        self.answer_of = None if first is None else first.answer_of
+        self.finds_answers = self.answer_of is not None
+        self._is_same = None if first is None else first.is_same
         self.workers: Workers | None = None
         if self.local and reward.workers:
             limits = reward.time_limit, reward.memory_limit
-            self.workers = Workers(list(self.local), reward.workers, *limits, self.is_interrupted)
+            paths = [*self.local, *([self._is_same] if self._is_same else [])]
+            self.workers = Workers(paths, reward.workers, *limits, self.is_interrupted)
         if len(self.local) < len(self.functions):
             http.require_connections(reward.workers)
         self._reset_counts()
@@ -76,6 +79,20 @@ class Reward:
             self._mark(sample, [each[i] for each in verdicts[: len(self.weights)]])
         for i, (prompt, sample) in enumerate(pairs if self.reward.shadow else []):
             self._compare(prompt, sample, [each[i] for each in verdicts])
+
+    def same(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """Say of each pair of answers whether they are one, by `is_same` of the first function's module, else
+        as text. If a call has no verdict, they are two.
+        """
+        if self._is_same is None:
+            return [a == b for a, b in pairs]
+        jobs = [Job(len(self.local), *pair) for pair in pairs]
+        if self.workers:
+            replies = self.workers.judge(jobs)
+        else:
+            function = Function(self._is_same)
+            replies = [self._call(function, job) for job in jobs]
+        return [reply is not None and reply.verdict is True for reply in replies]
 
     def take_metrics(self) -> dict[str, float]:
         """Count, since the last call, the calls without a verdict; and return fractions of scored responses:

@@ -37,7 +37,8 @@ class Reply(NamedTuple):
 
 
 class Function:
-    """A reward function and, if its module defines one, `answer_of`: the answer found in a response, or None.
+    """A reward function and, if its module defines them, `answer_of`: the answer found in a response, or None;
+    and the path of `is_same`, which says whether two answers are one.
 
     Raises:
         ValueError: there is no such function.
@@ -45,8 +46,10 @@ class Function:
 
     def __init__(self, path: str):
         self.call = import_function(path)
-        answer_of = getattr(sys.modules[path.partition(":")[0]], "answer_of", None)
+        module = path.partition(":")[0]
+        answer_of = getattr(sys.modules[module], "answer_of", None)
         self.answer_of: Callable[[str], str | None] | None = answer_of if callable(answer_of) else None
+        self.is_same = f"{module}:is_same" if hasattr(sys.modules[module], "is_same") else None
 
     def judge(self, response: str, answer: str) -> Reply:
         """Return the function's verdict as a bool or a finite float, or how it failed."""

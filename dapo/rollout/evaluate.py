@@ -10,12 +10,15 @@ import json
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dapo.clock import timed
-from dapo.reward.answer import last_answer
+from dapo.files import write_text
+from dapo.reward.pool import Reward
 from dapo.rollout.rollouts import Rollouts
 from dapo.types import Group, Prompt, Sampling
 
@@ -27,25 +30,29 @@ PER_SET = 1 << 24
 @dataclass(frozen=True)
 class Scores:
     """Statistics of k samples of each of P problems. Half-widths are of 95 % intervals, clustered by
-    problem.
+    problem; None: of one problem there is none.
     """
 
     problems: int
     samples: int  # k
     mean: float  # mean@k: the paper's avg@k
-    mean_half_width: float
-    majority: float  # maj@k
+    mean_half_width: float | None
+    majority: float | None  # maj@k; None: the reward function's module does not say what an answer is
     pass_at: dict[int, float]  # pass@1, 2, 4 … k, the unbiased estimator
     length: float  # tokens
     truncated: float
+    reward: dict[str, float]  # of the reward's calls: timeouts, crashes, …
     per_problem: list[float]  # accuracy of each problem, in the file's order
 
     def __str__(self) -> str:
-        passes = ", ".join(f"pass@{k} {value:.3f}" for k, value in self.pass_at.items() if k > 1)
+        interval = "" if self.mean_half_width is None else f" ± {self.mean_half_width:.3f}"
+        majority = "" if self.majority is None else f", maj@{self.samples} {self.majority:.3f}"
+        passes = "".join(f", pass@{k} {value:.3f}" for k, value in self.pass_at.items() if k > 1)
+        undecided = self.reward.get("undecided", 0.0)
         return (
-            f"mean@{self.samples} {self.mean:.3f} ± {self.mean_half_width:.3f}, maj@{self.samples} "
-            f"{self.majority:.3f}{', ' + passes if passes else ''}; {self.problems} problems, "
+            f"mean@{self.samples} {self.mean:.3f}{interval}{majority}{passes}; {self.problems} problems, "
             f"{self.length:.0f} tokens, {self.truncated:.1%} truncated"
+            f"{f', {undecided:.1%} without a verdict' if undecided else ''}"
         )
 
 
@@ -62,14 +69,16 @@ def metrics_at(step: int, rollouts: Rollouts, sets: dict[str, list[Prompt]]) -> 
     results = run(rollouts, sets, f"evaluating step {step}")
     metrics = {"eval/accuracy": float(np.mean([scores.mean for scores in results.values()]))}
     for name, scores in results.items():
-        metrics |= {
+        found = {
             f"eval/{name}/mean": scores.mean,
             f"eval/{name}/mean_half_width": scores.mean_half_width,
             f"eval/{name}/majority": scores.majority,
             f"eval/{name}/pass": scores.pass_at[scores.samples],
             f"eval/{name}/length": scores.length,
             f"eval/{name}/truncated": scores.truncated,
+            **{f"eval/{name}/{what}": value for what, value in scores.reward.items()},
         }
+        metrics |= {key: value for key, value in found.items() if value is not None}
     return metrics
 
 
@@ -81,28 +90,32 @@ def run(rollouts: Rollouts, sets: dict[str, list[Prompt]], title: str) -> dict[s
     results = {}
     for i, (name, problems) in enumerate(sets.items()):
         first_group = FIRST_GROUP + i * PER_SET
+        rollouts.reward.take_metrics()  # what an evaluation that was broken off has left there
         groups = rollouts.sample(problems, config.eval.samples, sampling, first_group, f"{title}, {name}")
-        results[name] = score(groups)
+        results[name] = score(groups, rollouts.reward)
     return results
 
 
-def score(groups: list[Group]) -> Scores:
-    """Return the statistics of groups whose samples are already marked correct or wrong."""
+def score(groups: list[Group], reward: Reward) -> Scores:
+    """Return the statistics of groups whose samples `reward` has marked correct or wrong."""
     samples = [sample for group in groups for sample in group.samples]
     k = len(groups[0].samples)
     accuracies = [group.num_correct / k for group in groups]
     passes = {
         n: float(np.mean([pass_at(k, group.num_correct, n) for group in groups])) for n in powers_of_two(k)
     }
+    majorities = majorities_of(groups, reward)
+    counts = {name.removeprefix("reward/"): value for name, value in reward.take_metrics().items()}
     return Scores(
         problems=len(groups),
         samples=k,
         mean=float(np.mean(accuracies)),
         mean_half_width=half_width(accuracies),
-        majority=float(np.mean([majority_is_correct(group) for group in groups])),
+        majority=None if majorities is None else float(np.mean(majorities)),
         pass_at=passes,
         length=float(np.mean([sample.length for sample in samples])),
         truncated=float(np.mean([sample.is_truncated for sample in samples])),
+        reward=counts,
         per_problem=accuracies,
     )
 
@@ -115,42 +128,86 @@ def pass_at(samples: int, correct: int, k: int) -> float:
     return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
-def majority_is_correct(group: Group) -> bool:
-    """True if the most frequent answer is correct.
+class Votes:
+    """The answers to one problem, as they are written, with the number of responses that give each.
 
-    Of equally frequent answers the first counts; a response without an answer has no vote.
+    A response without an answer has no vote.
     """
-    answers = [last_answer(sample.text) for sample in group.samples]
-    votes = Counter(answer for answer in answers if answer is not None)
-    if not votes:
-        return False
-    winner = votes.most_common(1)[0][0]
-    return group.samples[answers.index(winner)].is_correct
+
+    def __init__(self, group: Group, reward: Reward):
+        answers = [(reward.answer_of(sample.text), sample.is_correct) for sample in group.samples]
+        self.counts = Counter(answer for answer, _ in answers if answer is not None)  # the first given first
+        self.correct = {answer for answer, is_correct in answers if is_correct}
+
+    def doubtful(self) -> list[tuple[str, str]]:
+        """Return the pairs that may be one answer, the first given first, if that can change who wins."""
+        if max(self.counts.values(), default=0) * 2 > self.counts.total():
+            return []
+        pairs = combinations(self.counts, 2)
+        return [(a, b) for a, b in pairs if (a in self.correct) == (b in self.correct)]
+
+    def is_won_by_a_correct_one(self, same: set[tuple[str, str]]) -> bool:
+        """True if the most frequent answer is correct; of equally frequent ones the first given counts."""
+        together: Counter[str] = Counter()
+        for answer, count in self.counts.items():
+            together[next((first for first in together if (first, answer) in same), answer)] += count
+        return bool(together) and together.most_common(1)[0][0] in self.correct
 
 
-def half_width(per_problem: list[float]) -> float:
-    """Return 1.96 · s / √P, half of the mean's 95 % confidence interval; infinite for one problem.
+def majorities_of(groups: list[Group], reward: Reward) -> list[bool] | None:
+    """Return whether each problem's most frequent answer is correct; None if `reward` finds no answers."""
+    if not reward.finds_answers:
+        return None
+    votes = [Votes(group, reward) for group in groups]
+    doubtful = [(i, pair) for i, vote in enumerate(votes) for pair in vote.doubtful()]
+    same: list[set[tuple[str, str]]] = [set() for _ in votes]
+    for (i, pair), is_same in zip(doubtful, reward.same([pair for _, pair in doubtful]), strict=True):
+        if is_same:
+            same[i].add(pair)
+    return [vote.is_won_by_a_correct_one(pairs) for vote, pairs in zip(votes, same, strict=True)]
+
+
+def half_width(per_problem: list[float]) -> float | None:
+    """Return 1.96 · s / √P, half of the mean's 95 % confidence interval; None for one problem.
 
     Problems are drawn independently; the samples of one problem are not.
     """
     if len(per_problem) < 2:
-        return math.inf
+        return None
     return 1.96 * float(np.std(per_problem, ddof=1)) / math.sqrt(len(per_problem))
 
 
-def compare(before: Scores, after: Scores, flips: int = 10_000) -> dict[str, float]:
-    """Compare two policies on the same problems.
+@dataclass(frozen=True)
+class Comparison:
+    """The difference of two policies on the same problems, later − first."""
 
-    Returns the mean difference, its half-width, and the p-value of a sign-flip test over problems.
+    difference: float
+    half_width: float | None
+    p_value: float
+
+    def __str__(self) -> str:
+        interval = "" if self.half_width is None else f" ± {self.half_width:.3f}"
+        return f"{self.difference:+.3f}{interval}, p = {self.p_value:.2g}"
+
+
+def compare(before: Scores, after: Scores) -> Comparison:
+    """Compare two policies on the same problems, with the exact p-value of a sign-flip test over problems.
+
+    The p-value is the fraction of all 2^P ways to swap the two policies at some of the problems in which
+    their means differ at least as much.
     """
+    k = before.samples
+    assert (k, before.problems) == (after.samples, after.problems), "other problems or numbers of samples"
     differences = np.array(after.per_problem) - np.array(before.per_problem)
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(flips, len(differences)))
-    as_large = np.abs((signs * differences).mean(1)) >= abs(differences.mean()) - 1e-12
-    return {
-        "difference": float(differences.mean()),
-        "half_width": half_width(differences.tolist()),
-        "p_value": float((as_large.sum() + 1) / (flips + 1)),
-    }
+    counts = np.rint(k * differences).astype(int)  # of correct samples
+    largest = int(np.abs(counts).sum())
+    chances = np.zeros(2 * largest + 1)  # of each sum, from −largest to largest
+    chances[largest] = 1.0
+    for count in np.abs(counts[counts != 0]):
+        chances = (np.roll(chances, count) + np.roll(chances, -count)) / 2
+    sums = np.arange(-largest, largest + 1)
+    p_value = float(chances[np.abs(sums) >= abs(counts.sum())].sum())
+    return Comparison(float(differences.mean()), half_width(differences.tolist()), min(p_value, 1.0))
 
 
 def powers_of_two(k: int) -> list[int]:
@@ -158,18 +215,20 @@ def powers_of_two(k: int) -> list[int]:
     return sorted({1 << i for i in range(k.bit_length())} | {k})
 
 
-def write(results: dict[str, dict[str, Scores]], path: Path) -> dict[str, dict[str, dict[str, float]]]:
+def write(results: dict[str, dict[str, Scores]], path: Path) -> dict[str, dict[str, Comparison]]:
     """Write results[model][set] as JSON. Compare every later model with the first:
     comparisons[model][set].
     """
     first, *later = results
-    record = {
-        model: {name: asdict(scores) for name, scores in sets.items()} for model, sets in results.items()
-    }
     comparisons = {
         model: {name: compare(results[first][name], scores) for name, scores in results[model].items()}
         for model in later
     }
+    record = {"models": _plain(results), "against": first, "comparisons": _plain(comparisons)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"models": record, "against": first, "comparisons": comparisons}, indent=1))
+    write_text(path, json.dumps(record, indent=1, allow_nan=False))
     return comparisons
+
+
+def _plain(found: dict[str, dict[str, Scores]] | dict[str, dict[str, Comparison]]) -> dict[str, Any]:
+    return {model: {name: asdict(each) for name, each in sets.items()} for model, sets in found.items()}

@@ -393,3 +393,29 @@ def test_without_shadows_there_is_no_disagreement_to_log(reward):
 def test_options_that_make_no_sense_are_refused(reward, option):
     with pytest.raises(ConfigError, match=r"reward\." + option.partition("=")[0]):
         reward(option)
+
+
+# answers
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_answers_are_one_if_the_first_functions_module_says_so(reward, workers):
+    first = {"tests.dapo.reward.roman:is_right": 1.0, f"{FUNCTIONS}:obedient": 1.0}
+    made = reward(f"function={json.dumps(first)}", f"workers={workers}")
+    assert made.finds_answers and made.answer_of("so II") == "II" and made.answer_of("so.") is None
+    assert made.same([("II", "2"), ("2", "III"), ("1", "1")]) == [True, False, True]
+    assert made.same([]) == []
+    ours = reward(f"workers={workers}")
+    assert ours.same([("0.5", "\\frac12"), ("34", "35")]) == [True, False]
+
+
+def test_two_answers_are_two_if_nothing_says_otherwise_in_time(reward):
+    made = reward("function=tests.dapo.reward.roman:is_right", "workers=1", "time_limit=0.5")
+    assert made.same([("I", "sleep"), ("raise", "2"), ("I", "1")]) == [False, False, True]
+    assert made.take_metrics()["reward/timeouts"] == 1
+
+
+def test_without_is_same_answers_are_compared_as_text(reward):
+    made = reward(f"function={FUNCTIONS}:long_bool", "workers=0")
+    assert not made.finds_answers
+    assert made.same([("I", "1"), ("I", "I")]) == [False, True]
