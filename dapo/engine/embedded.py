@@ -35,8 +35,8 @@ class EmbeddedEngine:
                 config, dtype=dtype, attn_implementation="sdpa"
             )
         except (OSError, ValueError, KeyError) as error:
-            wrong = " ".join(str(error).split())
-            raise ConfigError(f"policy.model={model}: engine.kind=embedded cannot build it: {wrong}") from error
+            wrong = f"policy.model={model}: engine.kind=embedded cannot build it"
+            raise ConfigError(f"{wrong}: {' '.join(str(error).split())}") from error
         self.model = built.to(device).eval()
         self.model.generation_config = GenerationConfig()  # without the authors' repetition penalty, top_k, …
         self.device = device

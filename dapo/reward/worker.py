@@ -37,8 +37,8 @@ class Reply(NamedTuple):
 
 
 class Function:
-    """A reward function and, if its module defines them, `answer_of`: the answer found in a response, or None;
-    and the path of `is_same`, which says whether two answers are one.
+    """A reward function and, if its module defines them, `answer_of`, which returns the answer found in a
+    response, or None; and the path of `is_same`, which says whether two answers are one.
 
     Raises:
         ValueError: there is no such function.

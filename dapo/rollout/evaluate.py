@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -134,8 +135,8 @@ class Votes:
     A response without an answer has no vote.
     """
 
-    def __init__(self, group: Group, reward: Reward):
-        answers = [(reward.answer_of(sample.text), sample.is_correct) for sample in group.samples]
+    def __init__(self, group: Group, answer_of: Callable[[str], str | None]):
+        answers = [(answer_of(sample.text), sample.is_correct) for sample in group.samples]
         self.counts = Counter(answer for answer, _ in answers if answer is not None)  # the first given first
         self.correct = {answer for answer, is_correct in answers if is_correct}
 
@@ -156,9 +157,9 @@ class Votes:
 
 def majorities_of(groups: list[Group], reward: Reward) -> list[bool] | None:
     """Return whether each problem's most frequent answer is correct; None if `reward` finds no answers."""
-    if not reward.finds_answers:
+    if reward.answer_of is None:
         return None
-    votes = [Votes(group, reward) for group in groups]
+    votes = [Votes(group, reward.answer_of) for group in groups]
     doubtful = [(i, pair) for i, vote in enumerate(votes) for pair in vote.doubtful()]
     same: list[set[tuple[str, str]]] = [set() for _ in votes]
     for (i, pair), is_same in zip(doubtful, reward.same([pair for _, pair in doubtful]), strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from dapo.types import Group
 from tests.conftest import make_group
 
 ROOT = Path(__file__).parents[3]
+BASE = ROOT / "examples/arithmetic/base"
 
 
 @pytest.mark.parametrize(("n", "c"), [(4, 0), (4, 1), (4, 4), (6, 2), (7, 5)])
@@ -31,8 +33,6 @@ def test_pass_at_k_is_the_share_of_draws_that_hold_a_correct_sample(n: int, c: i
 
 class Votes:
     """Stands in for the Reward: answers are the last words; two are one if they are the same number."""
-
-    finds_answers = True
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, str]] = []
@@ -82,7 +82,7 @@ def test_only_answers_that_may_be_one_and_decide_who_wins_are_compared() -> None
 
 def test_without_answers_there_are_no_majorities() -> None:
     reward = Votes()
-    reward.finds_answers = False
+    reward.answer_of = None  # type: ignore[method-assign,assignment]
     scores = evaluate.score([group(["2", "1"], "2")], reward)  # type: ignore[arg-type]
     assert scores.majority is None and "maj@" not in str(scores)
 
@@ -179,35 +179,58 @@ def test_comparison_finds_a_difference_that_pairs_show_and_no_other() -> None:
     assert found.half_width is not None and abs(found.difference - 0.1) < found.half_width
 
 
+def worse(directory: Path, weights: dict[str, torch.Tensor]) -> Path:
+    """The base policy with smaller weights."""
+    shutil.copytree(BASE, directory)
+    save_file({name: tensor * 0.5 for name, tensor in weights.items()}, directory / "model.safetensors")
+    return directory
+
+
+def reversed_ids(directory: Path, weights: dict[str, torch.Tensor]) -> Path:
+    """The base policy with other token ids, a larger vocabulary, and one more layer, which does nothing."""
+    shutil.copytree(BASE, directory)
+    size, last = 28, 27
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] = {token: last - id for token, id in tokenizer["model"]["vocab"].items()}
+    for token in tokenizer["added_tokens"]:
+        token["id"] = last - token["id"]
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    ids = {"eos_token_id": last - 1, "pad_token_id": last}
+    config = json.loads((directory / "config.json").read_text()) | ids
+    config |= {"vocab_size": size, "num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "generation_config.json").write_text(json.dumps(ids))
+    layer = {name: tensor for name, tensor in weights.items() if ".layers.1." in name}
+    for name, tensor in layer.items():
+        is_output = "o_proj" in name or "down_proj" in name
+        weights[name.replace(".layers.1.", ".layers.2.")] = tensor * (not is_output)
+    embedding = torch.zeros(size, 64)
+    embedding[3:] = weights["model.embed_tokens.weight"].flip(0)
+    embedding[:3] = -embedding[3:].mean(0)  # no token: nothing is like it
+    save_file(weights | {"model.embed_tokens.weight": embedding}, directory / "model.safetensors")
+    return directory
+
+
 def test_the_eval_command_compares_models_on_several_sets(tmp_path: Path) -> None:
-    base = ROOT / "examples/arithmetic/base"
-    worse = tmp_path / "worse"
-    worse.mkdir()
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (worse / name).write_bytes((base / name).read_bytes())
-    weights = load_file(base / "model.safetensors")
-    save_file(
-        {**{k: v * 0.5 for k, v in weights.items()}, "lm_head.weight": torch.ones(25, 64)},
-        worse / "model.safetensors",
-    )
+    """Each with its own tokenizer, stop tokens and sizes: the third is the first in other clothes."""
+    weights = load_file(BASE / "model.safetensors")
+    second = worse(tmp_path / "worse", weights)
+    third = reversed_ids(tmp_path / "reversed", weights)
     rows = (ROOT / "examples/arithmetic/data/heldout.jsonl").read_text().splitlines()[:12]
     (tmp_path / "repeated.jsonl").write_text("\n".join(rows * 3))
     command = [
-        sys.executable,
-        "-m",
-        "dapo",
-        "eval",
-        "examples/arithmetic/config.yaml",
-        f"run.dir={tmp_path / 'run'}",
-        "eval.samples=4",
+        *[sys.executable, "-m", "dapo", "eval", "examples/arithmetic/config.yaml"],
+        *[f"run.dir={tmp_path / 'run'}", "eval.samples=4", "eval.temperature=1e-4"],
+        f"eval.data={{one: {tmp_path / 'repeated.jsonl'}, two: {tmp_path / 'repeated.jsonl'}}}",
+        *["--model", str(BASE), "--model", str(second), "--model", str(third)],
     ]
-    sets = f"eval.data={{one: {tmp_path / 'repeated.jsonl'}, two: {tmp_path / 'repeated.jsonl'}}}"
-    done = subprocess.run(
-        [*command, sets, "--model", base, "--model", worse], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "36 rows, 12 prompts; left out: 24 copies" in done.stdout
     record = json.loads((tmp_path / "run" / "eval.json").read_text())
-    assert list(record["models"]) == [str(base), str(worse)]
-    assert record["comparisons"][str(worse)]["one"]["difference"] < 0
-    assert f"{worse} against {base}  two:" in done.stdout
+    assert list(record["models"]) == [str(BASE), str(second), str(third)]
+    assert record["comparisons"][str(second)]["one"]["difference"] < 0
+    assert f"{second} against {BASE}  two:" in done.stdout
+    assert record["models"][str(third)] == record["models"][str(BASE)]
+    scores = record["models"][str(BASE)]["one"]
+    assert 0 < scores["mean"] == scores["majority"] and scores["length"] < 64 and scores["truncated"] < 1

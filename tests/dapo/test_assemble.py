@@ -1,0 +1,81 @@
+"""What dapo eval refuses of a model: by the table of names, by the engine, by servers of another model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dapo.assemble import _check_served, _weights
+from dapo.config import ConfigError
+from dapo.engine.embedded import EmbeddedEngine
+
+BASE = Path(__file__).parents[2] / "examples/arithmetic/base"
+NORM = "model.norm.weight"
+
+
+def changed(directory: Path, tensors: dict[str, torch.Tensor | None] | None = None, **fields: object) -> Path:
+    """A copy of the base policy with other tensors, None: without, and other fields of config.json."""
+    shutil.copytree(BASE, directory)
+    weights = load_file(directory / "model.safetensors") | (tensors or {})
+    kept = {name: tensor for name, tensor in weights.items() if tensor is not None}
+    save_file(kept, directory / "model.safetensors")
+    config = json.loads((directory / "config.json").read_text()) | fields
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def load(model: Path) -> None:
+    """Load a model as dapo eval does."""
+    engine = EmbeddedEngine(model, torch.float32, torch.device("cpu"), 8)
+    engine.load_weights(_weights(model), version=0)
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"lm_head.weight": torch.ones(25, 64)}, "lm_head.weight is not model.em"),
+        ({"odd.weight": torch.ones(2)}, "odd.weight"),
+        ({NORM: None}, f"1 tensors are missing, first {NORM}"),
+        ({NORM: torch.ones(65)}, f"{NORM} has shape (65,)"),
+    ],
+)
+def test_weights_that_do_not_fit_are_not_evaluated(
+    tmp_path: Path, tensors: dict[str, torch.Tensor | None], said: str, is_known: bool
+) -> None:
+    """Of a model that cannot be trained here no table has the names: the engine refuses what has no place."""
+    fields = {} if is_known else {"logit_softcapping": 30.0}
+    with pytest.raises(ConfigError) as error:
+        load(changed(tmp_path / "model", tensors, **fields))
+    assert said in str(error.value) and str(tmp_path / "model") in str(error.value)
+
+
+@pytest.mark.parametrize("fields", [{}, {"logit_softcapping": 30.0}])
+def test_weights_that_fit_are_evaluated_whether_the_model_can_be_trained_or_not(
+    tmp_path: Path, fields: dict[str, object]
+) -> None:
+    load(changed(tmp_path / "model", **fields))
+
+
+def test_a_model_that_the_engine_cannot_build_is_refused_in_one_line(tmp_path: Path) -> None:
+    model = changed(tmp_path / "model", model_type="mystery")
+    with pytest.raises(ConfigError, match=r"engine.kind=embedded cannot build it: .*mystery") as error:
+        load(model)
+    assert "\n" not in str(error.value)
+
+
+def test_servers_of_another_model_are_not_sent_weights_that_mean_something_else(tmp_path: Path) -> None:
+    _check_served(BASE, changed(tmp_path / "same", dtype="bfloat16", use_cache=False))
+    larger = changed(tmp_path / "larger", vocab_size=40, rms_norm_eps=1e-5)
+    with pytest.raises(
+        ConfigError, match=r"larger differs from policy.model=.* in rms_norm_eps, vocab_size:"
+    ):
+        _check_served(BASE, larger)
+    other_end = changed(tmp_path / "other_end", eos_token_id=7)
+    with pytest.raises(ConfigError, match="in stop tokens: evaluate it on servers of its own"):
+        _check_served(BASE, other_end)
