@@ -72,9 +72,7 @@ def test_a_model_that_the_engine_cannot_build_is_refused_in_one_line(tmp_path: P
 def test_servers_of_another_model_are_not_sent_weights_that_mean_something_else(tmp_path: Path) -> None:
     _check_served(BASE, changed(tmp_path / "same", dtype="bfloat16", use_cache=False))
     larger = changed(tmp_path / "larger", vocab_size=40, rms_norm_eps=1e-5)
-    with pytest.raises(
-        ConfigError, match=r"larger differs from policy.model=.* in rms_norm_eps, vocab_size:"
-    ):
+    with pytest.raises(ConfigError, match=r"larger differs from .* in rms_norm_eps, vocab_size:"):
         _check_served(BASE, larger)
     other_end = changed(tmp_path / "other_end", eos_token_id=7)
     with pytest.raises(ConfigError, match="in stop tokens: evaluate it on servers of its own"):
