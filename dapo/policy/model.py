@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
+from pydantic import TypeAdapter, ValidationError
 
 from dapo.config import Config, ConfigError, nearest
 from dapo.model.layout import check_layout, padded_vocab
@@ -21,19 +22,31 @@ from dapo.policy.cpu import has_transformer_engine
 from dapo.policy.layers import layer_spec
 from dapo.policy.rope import inverse_frequencies, softmax_scale
 
+PLAIN = (bool, int, float, str)  # types of Megatron's fields that are checked here
+
 
 def split_passthrough(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Split policy.megatron into (TransformerConfig, OptimizerConfig, DistributedDataParallelConfig) fields.
 
-    A name that several have goes to each. Raise ConfigError if none of them has such a field.
+    A name that several have goes to each. Raise ConfigError if none of them has such a field, or if it has
+    another type: Megatron would take "no" for true.
     """
     classes = TransformerConfig, OptimizerConfig, DistributedDataParallelConfig
-    owners = [{field.name for field in dataclasses.fields(c)} for c in classes]
-    known = set().union(*owners)
-    for name in options:
+    owners: list[dict[str, Any]] = [
+        {field.name: field.type for field in dataclasses.fields(c)} for c in classes
+    ]
+    known = owners[0] | owners[1] | owners[2]
+    for name, value in options.items():
         if name not in known:
             hint = nearest(name, sorted(known))
             raise ConfigError(f"policy.megatron.{name}: no such field in Megatron's configs; {hint}")
+        if value is None or not set(get_args(known[name]) or (known[name],)) <= {*PLAIN, type(None)}:
+            continue
+        try:
+            TypeAdapter(known[name]).validate_python(value, strict=True)
+        except ValidationError as error:
+            wrong = error.errors()[0]["msg"].lower()
+            raise ConfigError(f"policy.megatron.{name}={value!r}: {wrong}") from None
     transformer, optimizer, ddp = ({k: v for k, v in options.items() if k in fields} for fields in owners)
     return transformer, optimizer, ddp
 

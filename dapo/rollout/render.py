@@ -44,12 +44,20 @@ class Renderer:
         self.tokenizer, self.arguments = copy.copy(tokenizer), arguments
         template = tokenizer.chat_template  # or several, by name
         self.template = "\n".join(template.values()) if isinstance(template, dict) else template or ""
-        for name in arguments:
+        for name, value in arguments.items():
             if name in SET_HERE:
                 raise ConfigError(f"data.template_arguments.{name} is set by the run: remove it")
             if not re.search(rf"\b{re.escape(name)}\b", self.template):
                 missing = "the model's chat template has no such variable"
                 raise ConfigError(f"data.template_arguments.{name}: {missing}; remove it")
+            is_switch = str(value).lower() in (
+                "yes",
+                "no",
+                "on",
+                "off",
+            )  # text, which a template takes for true
+            if is_switch and not re.search(rf"""["']{value}["']""", self.template):
+                raise ConfigError(f"data.template_arguments.{name}={value!r}: write true or false")
         if "strftime_now" in self.template:
             self.tokenizer.chat_template = _dated(template, now or datetime.now())
 

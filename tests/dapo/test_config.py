@@ -205,6 +205,7 @@ def test_a_file_weighted_twice_under_two_names_is_refused(tmp_path):
         (REQUIRED + "engine: {sglang: {tp-size: 1, tp-size: 2}}\n", ["'tp-size'", "line 4"]),
         (REQUIRED + "optim: {lr: !!float 1}\n", ["tag", "line 4"]),
         (REQUIRED + "optim: {lr: !!int x}\n", ["tag", "line 4"]),
+        (REQUIRED + 'eval: {data: "\\ud800"}\n', ["surrogate", "line 4"]),
         (REQUIRED + f"engine: {{sglang: {'[' * 5000}}}\n", ["nested too deeply"]),
     ],
 )

@@ -159,3 +159,17 @@ def test_what_is_recomputed_follows_granularity_and_modules(
 def test_a_field_of_a_wrong_type_is_refused_by_name(option: str, said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
         make_plan(config_of(f"policy.megatron.{option}"), "h100", 1)
+
+
+@pytest.mark.parametrize(
+    "option", ["overlap_grad_reduce=no", "overlap_grad_reduce=1", "bucket_size=true", "adam_eps=yes"]
+)
+def test_megatron_gets_no_text_for_true_and_no_truth_for_a_number(option: str) -> None:
+    given = config_of(f"policy.megatron.{option}").policy.megatron
+    with pytest.raises(ConfigError, match=f"policy.megatron.{option.partition('=')[0]}=.*: input should be"):
+        model.split_passthrough(given)
+
+
+def test_null_and_whole_numbers_are_megatrons() -> None:
+    given = {"overlap_grad_reduce": True, "bucket_size": None, "adam_eps": 1, "recompute_modules": ["mlp"]}
+    assert model.split_passthrough(given)[1] == {"adam_eps": 1}

@@ -92,6 +92,8 @@ def test_the_templates_arguments_reach_it(tmp_path: Path) -> None:
         ({"enable_thinking": False}, None, "enable_thinking: the model's chat template has no such"),
         ({"add_generation_prompt": False}, TEMPLATE, "add_generation_prompt is set by the run"),
         ({"tokenize": True}, TEMPLATE, "tokenize is set by the run"),
+        ({"enable_thinking": "no"}, TEMPLATE, "enable_thinking='no': write true or false"),
+        ({"enable_thinking": "off"}, TEMPLATE, "enable_thinking='off': write true or false"),
     ],
 )
 def test_an_argument_that_the_template_does_not_know_is_refused(
@@ -99,6 +101,11 @@ def test_an_argument_that_the_template_does_not_know_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=f"data.template_arguments.{said}"):
         Renderer(make_tokenizer(template), arguments)
+
+
+def test_a_template_may_compare_its_argument_with_text() -> None:
+    template = "{% if thinking == 'off' %}(no){% endif %}"
+    assert render([ASK], make_tokenizer(template), thinking="off") == "(no)"
 
 
 def test_a_template_may_be_one_of_several() -> None:
