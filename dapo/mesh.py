@@ -6,6 +6,7 @@ with a timeout long enough for any rollout: NCCL's watchdog would end a run whos
 
 from __future__ import annotations
 
+import atexit
 import functools
 import itertools
 import os
@@ -64,6 +65,8 @@ def _connect(device: torch.device) -> tuple[Any, dist.ProcessGroup]:
         os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    # a program that does not end by os._exit: gloo's threads, left running, would abort the process
+    atexit.register(dist.destroy_process_group)
     return store, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
 
 
