@@ -22,7 +22,9 @@ _PREAMBLE = re.compile(r"(?:the |my |our )?(?:final )?answer(?: is)?:? *(?<=[ :]
 _HOPE = re.compile(r"\.? I hope it is correct\.?$")
 # what a chat template ends a message with: <|im_end|>, </s>, <end_of_turn>
 _END_MARK = re.compile(
-    r"(?:<[|｜][^<>|｜\s]{1,40}[|｜]>|</?s>|<(?:eos|bos|pad|end_of_turn|start_of_turn)>|\[/INST\])$"
+    r"(?:<[|｜][^<>|｜\s]{1,40}[|｜]>|</?s>|<(?:eo[a-z]|bos|pad|(?:end|start)_of_\w{1,20}|reserved_[0-9]+)>"
+    r"|\[(?:/INST|EOS|UNUSED_TOKEN_[0-9]+)\])$",
+    re.IGNORECASE,
 )
 _MAX_END_MARKS = 8
 _END_MARK_LENGTH = 64
@@ -99,9 +101,6 @@ def answer_of(response: str) -> str | None:
         if match:
             return unwrap(match.group(1)) or None
     return None
-
-
-last_answer = answer_of
 
 
 def refusal_of(answer: str) -> str | None:

@@ -97,19 +97,23 @@ class _Parser:
         return self.product()
 
     def product(self) -> Tree:
-        tree = self.power()
+        tree = last = self.power()
         while True:
             if self.take("*"):
-                tree = ("product", tree, self.factor())
+                last = self.factor()
+                tree = ("product", tree, last)
             elif self.take("/"):
-                tree = ("quotient", tree, self.factor())
+                last = self.factor()
+                tree = ("quotient", tree, last)
             elif self.starts_a_factor():
-                is_number = tree[0] == "number" and self.peek() == "frac"
+                is_mixed = last[0] == "number" and self.peek() == "frac"
                 right = self.power()
-                if is_number and right[0] == "quotient" and _is_integer(tree):
-                    tree = _mixed(tree, right)
+                if is_mixed and right[0] == "quotient" and _is_integer(last):
+                    if tree is not last:
+                        raise Ambiguous("a mixed number in a product")
+                    tree = last = _mixed(tree, right)
                 else:
-                    tree = ("product", tree, right)
+                    tree = last = ("product", tree, right)
             else:
                 return tree
 

@@ -71,7 +71,12 @@ _ONE_LETTER_UNITS = frozenset("mgshlLNJWV")
 _MARKUP = re.compile(
     r"\\(?:text|textrm|textit|textbf|mathrm|mathit|mathbf|mbox)\s*\{([^{}]*)\}|\\[,;:! ]|[~$]"
 )
-_DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree|°(?:\s*[CF]\b)?")
+_DEGREES = re.compile(
+    r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-z])|°)\s*(?:\\(?:text|mathrm)\{\s*([CF])\s*\}|([CF])\b)?"
+)
+_SCALES = {"C": "celsius", "F": "fahrenheit"}
+# 34 - m and 34/m are no units
+_ALGEBRA = re.compile(r"(?:^\s*(?:[/·]|\\cdot)|-)\s*[a-zA-Z](?![a-zA-Z])")
 _UNIT = re.compile(r"([^\W\d_]+)\.?(?:\^\{?(-?[1-4])\}?)?")
 _NOON = re.compile(r"\b([ap])\.?m\.?(?![a-z])", re.IGNORECASE)
 _CURRENCY = re.compile(r"(?:US)?\\?\$|€|£|¥|\\pounds\b|\\euro\b|(?:USD|EUR|GBP)\s")
@@ -104,7 +109,11 @@ def unit_of(text: str) -> str | None:
     if len(text) > _MAX_LENGTH:
         return None
     is_attached = text[:1].isalpha()
-    text = _DEGREES.sub(" degrees ", text.replace("~", " "))
+    if _ALGEBRA.search(text):
+        return None
+    text = _DEGREES.sub(
+        lambda match: f" degrees {_SCALES.get(match[1] or match[2], '')} ", text.replace("~", " ")
+    )
     is_marked = bool(_MARKUP.match(text.lstrip()))
     text = _MARKUP.sub(lambda match: f" {match[1] or ''} ", text)
     text = re.sub(r"\\?%|¢", lambda match: " percent " if match[0] != "¢" else " cents ", text, count=1)
@@ -150,7 +159,7 @@ def _short(word: str) -> str:
 
 def _is_unit_name(word: str, is_attached: bool) -> bool:
     lower = word.lower()
-    if lower in _NOT_UNIT_WORDS:
+    if lower in _NOT_UNIT_WORDS or word == "Mg":
         return False
     if word > "\u2e80":  # Chinese, Japanese, Korean
         return True
