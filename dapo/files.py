@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,8 +24,11 @@ from dapo.config import ConfigError
 from dapo.types import StorageError, reason
 
 MANIFEST = "manifest.json"
+SHORT_TMPDIRS = ("/tmp", "/var/tmp", "/dev/shm")
 Sum = tuple[int, int]  # bytes, CRC-32
 BLOCK = 2**20
+# characters: a path of a socket may have 107, of which multiprocessing adds 33 and SGLang 13
+LONGEST_TMPDIR = 107 - 33
 EARLY = 64 * 2**20  # bytes of a file that go to the disk together, before the file is complete
 
 
@@ -147,6 +151,26 @@ def file_damage(directory: Path, name: str, sum: Sum) -> str | None:
         return None if sum_of(path)[1] == crc else f"{name} is not what was written: its checksum differs"
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
+
+
+def shorten_tmpdir(is_printing: bool) -> None:
+    """Use another TMPDIR, in child processes too, if paths of sockets in this one would be too long."""
+    try:
+        directory = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise ConfigError(f"TMPDIR: {error.strerror}") from None
+    length = len(os.fsencode(directory))
+    if length <= LONGEST_TMPDIR:
+        return
+    said = f"TMPDIR={directory} has {length} characters, which leaves too few for sockets in it"
+    for short in SHORT_TMPDIRS:
+        if os.access(short, os.W_OK | os.X_OK):
+            break
+    else:
+        raise ConfigError(f"{said}: set one of at most {LONGEST_TMPDIR}")
+    if is_printing:
+        print(f"warning: {said}: {short} is used", file=sys.stderr, flush=True)
+    os.environ["TMPDIR"] = tempfile.tempdir = short
 
 
 def require_space(directory: Path, num_bytes: int) -> None:

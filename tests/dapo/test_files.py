@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -300,3 +301,43 @@ def test_a_file_that_has_to_be_kept_and_cannot_be_is_one_line(tmp_path: Path) ->
     said = r"file cannot be written, \d+\.\d GiB free there: No space left on device$"
     with pytest.raises(StorageError, match=said), files.writing(tmp_path / "below" / "file"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+USES_SOCKETS = """
+import multiprocessing, os, tempfile
+from multiprocessing import forkserver
+from dapo.files import shorten_tmpdir
+shorten_tmpdir(is_printing=True)
+forkserver.ensure_running()  # as the reward's workers are started
+with multiprocessing.get_context("fork").Manager():  # as a reward function may use it
+    print(tempfile.gettempdir(), os.environ["TMPDIR"])
+"""
+
+
+@pytest.mark.parametrize(("length", "is_kept"), [(files.LONGEST_TMPDIR, True), (75, False), (140, False)])
+def test_sockets_can_be_made_however_long_the_name_of_tmpdir_is(
+    tmp_path: Path, length: int, is_kept: bool
+) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        directory = Path(short + "/" + "x" * (length - len(short) - 1))
+        directory.mkdir()
+        done = subprocess.run(
+            [sys.executable, "-c", USES_SOCKETS],
+            env=os.environ | {"TMPDIR": str(directory)},
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stderr
+    used = directory if is_kept else "/tmp"
+    assert done.stdout.split() == [str(used)] * 2
+    too_long = f"warning: TMPDIR={directory} has {length} characters, which leaves too few for sockets in it"
+    assert done.stderr == ("" if is_kept else f"{too_long}: /tmp is used\n")
+
+
+def test_a_tmpdir_that_is_too_long_is_refused_where_there_is_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "SHORT_TMPDIRS", (str(tmp_path / "absent"),))
+    monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * 139)
+    with pytest.raises(ConfigError, match=r"^TMPDIR=/x+ has 140 characters, .*: set one of at most 74$"):
+        files.shorten_tmpdir(is_printing=False)
