@@ -145,6 +145,18 @@ def test_a_server_that_hangs_with_its_health_good_is_left_alone_until_the_next_s
         assert len(hung.bodies) > 1
 
 
+def test_a_server_that_hangs_is_noticed_though_requests_are_sent_to_it_all_the_time() -> None:
+    hung = FakeServer(afterwards=fake.nothing)
+    with stream_of(hung, max_concurrent=10_000, stall_seconds=1.0) as stream:
+        left = iter(requests(5_000))
+
+        def is_restarted() -> bool:
+            stream.submit([next(left)])
+            return bool(stream.engine.servers.restarted)
+
+        wait_for(is_restarted)
+
+
 def test_a_worker_that_hangs_behind_a_router_is_started_again_while_another_works() -> None:
     """Its own account of its work is of before it hung: it says that it has nothing to do."""
     hung, good, idle = FakeServer(), FakeServer(), FakeServer()
@@ -300,6 +312,38 @@ def test_an_answer_of_the_new_weights_may_come_before_the_sync_returns() -> None
         assert len(server.bodies) == 3 and {sample.versions[0][0] for sample in samples} <= {3, 4}
 
 
+def test_what_a_server_was_asked_before_a_sync_counts_as_its_load_after_it() -> None:
+    server = FakeServer(afterwards=fake.nothing)
+    with stream_of(server, max_concurrent=3) as stream:
+        wanted = requests(9)
+        stream.submit(wanted)
+        wait_for(lambda: len(server.bodies) == 3)
+        [before] = stream.client.endpoints
+        stream.engine.load_weights([], 1)
+        assert stream.client.endpoints == [before] and len(before.outstanding) == 3
+        assert "waiting for 9 responses" in stream.client.waiting()
+        server.afterwards = fake.well
+        stream.abort([request.id for request in wanted[:3]])  # the server is to know of these, too
+        assert_answered(collect(stream), wanted[3:])
+        assert server.most_asked == 3 and len(server.bodies) == 9
+        stream.engine.load_weights([], 2)
+        assert sorted(server.aborted) == sorted(body["rid"] for body in server.bodies[:3])
+
+
+def test_what_no_server_could_take_is_sent_to_one_that_joins_as_soon_as_the_sync_is_over() -> None:
+    first, second = FakeServer(), FakeServer()
+    first.die()
+    with stream_of(first) as stream:
+        wanted = requests(3)
+        stream.submit(wanted)
+        wait_for(
+            lambda: not stream.client.endpoints[0].is_usable and not stream.client.endpoints[0].outstanding
+        )
+        stream.engine.servers.fakes[:] = [second]
+        stream.engine.load_weights([], 1)
+        assert_answered(collect(stream), wanted)
+
+
 def test_a_server_that_joins_takes_part_after_the_next_sync() -> None:
     first, second = FakeServer(seconds=0.02), FakeServer(seconds=0.02)
     with stream_of(first) as stream:
@@ -416,6 +460,18 @@ def test_nothing_comes_back_for_what_was_aborted_and_the_server_knows() -> None:
         stream.submit(wanted[:6])  # the same ids may be asked for anew
         assert_answered(collect(stream), wanted[:6])
         assert len({body["rid"] for body in server.bodies}) == 26
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/net/tcp")
+def test_a_host_that_vanishes_under_a_request_is_noticed_by_probes_from_30_seconds_on() -> None:
+    server = FakeServer(afterwards=fake.nothing)
+    with stream_of(server) as stream:
+        stream.submit(requests(1))
+        wait_for(lambda: len(server.bodies) == 1)
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        [timer] = [row[5] for row in rows if row[2].endswith(f":{server.port:04X}") and row[3] == "01"]
+        kind, hundredths = (int(part, 16) for part in timer.split(":"))
+        assert kind == 2 and hundredths <= 3000, "a keep-alive timer"
 
 
 def test_what_was_aborted_is_not_waited_for() -> None:
