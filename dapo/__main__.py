@@ -23,7 +23,6 @@ from typing import NoReturn
 
 from dapo import files
 from dapo.config import Config, ConfigError, Parallel, load
-from dapo.files import shorten_tmpdir
 from dapo.plan import semantics
 from dapo.plan.plan import describe, make_plan
 from dapo.plan.time import HARDWARE
@@ -43,7 +42,7 @@ def main(argv: list[str]) -> int:
         config = load(args.config, args.overrides)
         if args.command == "plan":
             return _plan(config, args)
-        shorten_tmpdir(is_printing)
+        files.shorten_tmpdir(_is_first_here())
     except ConfigError as error:
         return _fail(error, _is_first_here())
     except KeyboardInterrupt:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 
 from dapo import assemble
-from dapo.config import load
 from dapo.sampler import RETRIES, with_retries
 from dapo.types import EngineError, WeightsLost
 
@@ -77,25 +75,20 @@ def test_another_failure_is_raised_at_once() -> None:
     assert len(calls) == 1
 
 
-def test_an_evaluation_that_loses_its_servers_sends_its_model_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "set.jsonl").write_text(json.dumps({"prompt": "1+1=", "answer": "2"}) + "\n")
-    config = load(str(CONFIG), [f"run.dir={tmp_path}", f"eval.data={tmp_path}/set.jsonl"])
+def test_an_evaluation_that_loses_its_servers_sends_its_model_again(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 
     def sample(*arguments: Any) -> dict[str, Any]:
-        calls.append(arguments[-1].rpartition("/")[2])
-        if len(calls) == 4:
+        calls.append("sample")
+        if calls.count("sample") == 1:
             raise WeightsLost("no server has the policy's weights")
-        return {}
+        return {"set": 7}
 
-    rollouts = SimpleNamespace(
-        load_weights=lambda weights, version: calls.append(f"load {weights}"), close=lambda: None
+    rollouts: Any = SimpleNamespace(
+        config=SimpleNamespace(policy=SimpleNamespace(model=Path("models/a"))),
+        load_weights=lambda weights, version: calls.append(f"load {weights}, {version}"),
     )
-    monkeypatch.setattr(assemble, "make_rollouts", lambda *arguments: rollouts)
-    monkeypatch.setattr(assemble, "stored_weights", lambda model: model.name)
+    monkeypatch.setattr(assemble, "_weights", lambda model: model.name)
     monkeypatch.setattr(assemble.evaluate, "run", sample)
-    mesh: Any = None
-    assemble.evaluate_models(config, mesh, [Path("models/a"), Path("models/b")])
-    assert calls == ["load a", "a", "load b", "b", "load b", "b"]
+    assert assemble._evaluate(rollouts, {}) == {"set": 7}
+    assert calls == ["load a, 0", "sample", "load a, 0", "sample"]
