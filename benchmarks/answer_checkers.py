@@ -122,11 +122,15 @@ mathematics anywhere in a text, so many of its false acceptances are answers tha
 
 ## benchmarks/answer_cases.jsonl
 
-Labelled from what is mathematically meant, before the checker was run on them; then the checker was mended
-until it agreed, but for three. At first it was right about 592 of the first 602 (3 false acceptances, 7 false
-refusals; one of these was a label that was wrong), about 102 of the next 109, "written after the code" (1
-false acceptance, 6 false refusals), and about 111 of the last 114, "written later still" (3 false refusals;
-one of these was a label that was wrong).
+Labelled from what is mathematically meant, before the checker was run on them; then the checker was mended.
+At first it was right about
+
+- 592 of 602 (3 wrong answers accepted, 7 right ones refused; one label was wrong);
+- 102 of 109, "written after the code" (1 accepted, 6 refused);
+- 111 of 114, "written later still" (none accepted, 3 refused; one label was wrong);
+- 101 of 103, "written last" (1 accepted, 1 refused).
+
+The kind "found by comparing every answer with every ground truth" was written to mend what that showed.
 """
     text += report(by_kind(), checkers)
     text += """

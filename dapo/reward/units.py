@@ -19,6 +19,7 @@ _NOT_UNITS = """
     missing lakh lakhs crore crores mil mio grand gross pair pairs couple couples double triple twice wrong
     incorrect false right left at to from until except without with within excluding including no yes only
     inverse reciprocal conjugate complement prime repeating recurring binary hex octal decimal otherwise
+    ish some something
 """
 _ORDINALS = (
     "eleven twelf thirteen fourteen fifteen sixteen seventeen eighteen nineteen twentie thirtie fortie"
