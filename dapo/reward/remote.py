@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dapo import http
+from dapo import clock, http
 from dapo.reward.worker import Failure, Job, Verdict, checked
 from dapo.types import RewardError
 
@@ -45,8 +45,13 @@ def judge(
         RewardError: the server cannot be reached, refuses, or returns more or fewer verdicts than responses.
         Interrupted: `is_interrupted()` is true.
     """
+
+    def is_stopped() -> bool:
+        clock.waiting()
+        return is_interrupted()
+
     chunks = [jobs[i : i + JOBS_PER_REQUEST] for i in range(0, len(jobs), JOBS_PER_REQUEST)]
-    answers = http.wait(_ask_all(name, url, chunks, max(concurrency, 1), limit), is_interrupted)
+    answers = http.wait(_ask_all(name, url, chunks, max(concurrency, 1), limit), is_stopped)
     return [checked(verdict) for verdicts in answers for verdict in verdicts]
 
 

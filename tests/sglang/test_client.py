@@ -106,6 +106,22 @@ def test_a_refusal_is_not_asked_again(code: int) -> None:
     assert len(server.bodies) == 1
 
 
+@pytest.mark.parametrize("code", [302, 307, 308])
+def test_a_redirect_is_not_followed(code: int) -> None:
+    elsewhere = FakeServer()
+
+    async def redirect(server: FakeServer, request: web.Request, body: dict) -> web.Response:
+        return web.Response(status=code, headers={"Location": elsewhere.url + "/generate"})
+
+    server = FakeServer(afterwards=redirect)
+    with stream_of(server) as stream:
+        stream.submit(requests(1))
+        with pytest.raises(EngineError, match=rf"{server.url} refused request 0\.0 \(3 tokens.*{code}"):
+            collect(stream)
+    assert elsewhere.bodies == []
+    elsewhere.stop()
+
+
 def test_a_slow_server_is_waited_for() -> None:
     server = FakeServer(afterwards=fake.slow)
     wanted = requests(4)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from dapo import clock
 from dapo.config import ConfigError
 from dapo.reward import remote, workers
 from dapo.reward.guardian import descendants
@@ -119,14 +120,21 @@ def test_a_catastrophic_pattern_is_cut_off(reward):
     assert pool.take_metrics()["reward/timeouts"] == 1
 
 
+def test_a_wait_for_verdicts_is_no_hang_of_the_run(reward):
+    pool = reward("workers=1", f"function={FUNCTIONS}:slow")
+    _, before, _ = clock.progress()
+    clock.timed("rollout")(score)(pool, ["1"] * 30)
+    assert clock.progress()[1] > before
+
+
 def test_time_in_which_the_whole_job_was_stopped_counts_for_no_call(reward, monkeypatch):
     pool = reward("workers=1", f"function={FUNCTIONS}:slow", "time_limit=5.0")
-    clock, missing = SimpleNamespace(ahead=0.0), [600.0]
-    monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + clock.ahead))
+    ahead, missing = [0.0], [600.0]
+    monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + sum(ahead)))
 
     def stopped_once(connections, seconds):
         if any(worker.todo for worker in pool.workers.workers) and missing:
-            clock.ahead += missing.pop()
+            ahead.append(missing.pop())
             return []
         return wait(connections, seconds)
 

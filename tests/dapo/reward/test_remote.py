@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from dapo import clock
 from dapo.reward import remote
 from dapo.types import RewardError
 from tests.dapo.reward.test_pool import FUNCTIONS, RIGHT, WRONG, reward, score
@@ -105,6 +106,13 @@ def test_a_server_that_never_answers_is_an_error(reward, server, monkeypatch):
     url = server(lambda sent: time.sleep(1.5) or [True])
     with pytest.raises(RewardError, match=r"no answer in 2 attempts, the last: .*timed out"):
         score(reward(f"function={url}", "time_limit=0.2"), ["1"])
+
+
+def test_a_wait_for_a_server_is_no_hang_of_the_run(reward, server):
+    pool = reward(f"function={server(lambda sent: time.sleep(0.5) or equal(sent))}")
+    _, before, _ = clock.progress()
+    clock.timed("rollout")(score)(pool, ["1"])
+    assert clock.progress()[1] > before
 
 
 def test_all_attempts_together_have_a_limit(reward, server, monkeypatch):
