@@ -27,15 +27,15 @@ setup(
         "tokenizers>=0.21",
         "numpy>=1.26",
         "safetensors>=0.5",
-        "pyarrow>=15",
+        "pyarrow>=23.0.1",  # CVE-2026-25087
         "psutil>=5.9",  # without it torch_dist checkpoints hang while saving
         "tensorboard>=2.16",
         "rich>=13",
         "matplotlib>=3.8",
         "pydantic>=2.7",
         "pyyaml>=6",
-        "aiohttp>=3.12",  # the client of SGLang's servers
-        "orjson>=3.9",
+        "aiohttp>=3.14.1",  # CVE-2026-22815 and others: an answer's memory
+        "orjson>=3.11.6",  # CVE-2024-27454, CVE-2025-67221
         "mpmath>=1.3",  # answers that are no integers
     ],
     extras_require={

@@ -24,9 +24,7 @@ JOBS_PER_MESSAGE = 16
 IMPORT_TIMEOUT = 300.0  # seconds for a worker to import the functions
 CHECK_EVERY = 0.25  # seconds between two checks for an interruption
 END_TIMEOUT = 5.0  # seconds for a guardian to end its worker
-SUSPENDED = (
-    1.0  # seconds more than a wait was to take: this process was stopped, and its workers may have been
-)
+SUSPENDED = 1.0  # seconds that a wait takes too long if this process was stopped, and its workers with it
 
 # workers are forks of a process that has neither threads, nor CUDA, nor torch
 _context = multiprocessing.get_context("forkserver")

@@ -1,6 +1,6 @@
 """A reward of your own is any function of (response, answer).
 
-True is worth +1 and False −1; a number is its own reward, and means correct above 0.
+True is worth +1 and False −1; a number is its own reward, and means correct above 0, however little.
 """
 
 
