@@ -5,7 +5,7 @@ Bins come in rows of num_ranks: ranks compute a row's bins at the same time, ran
 
 from __future__ import annotations
 
-from heapq import heappop, heappush, heapreplace
+from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count
 
 ATTENTION_SPAN = 32_768  # sequence length at which attention costs as much as the rest of a layer, roughly
@@ -21,11 +21,12 @@ def pack(lengths: list[int], budget: int, num_ranks: int, by_tokens: bool = Fals
     costs = [_cost(n) for n in lengths]
     # sequences longer than half a bin have one each
     fewest = max(-(-sum(lengths) // budget), sum(2 * n > budget for n in lengths), 1)
-    attempts = (
-        fill(lengths, [float(n) for n in lengths] if by_tokens else costs, budget, num_bins)
-        for num_bins in count(padded(fewest, num_ranks), num_ranks)
-    )
-    bins = next(bins for bins in attempts if bins)
+    weights = [float(n) for n in lengths] if by_tokens else costs
+    numbers = count(padded(fewest, num_ranks), num_ranks)
+    bins = next(bins for num_bins in numbers if (bins := fill(lengths, weights, budget, num_bins)))
+    even = largest_differencing(weights, len(bins))
+    if all(sum(lengths[i] for i in b) <= budget for b in even):
+        bins = min(bins, even, key=lambda bins: max(sum(weights[i] for i in b) for b in bins))
     bin_costs = [sum(costs[i] for i in b) for b in bins]
     by_weight = bin_costs
     if by_tokens:
@@ -57,6 +58,30 @@ def fill(lengths: list[int], weights: list[float], budget: int, num_bins: int) -
         room[b] -= n
         heapreplace(by_weight, (weight + weights[i], b))
     return bins
+
+
+def largest_differencing(weights: list[float], num_bins: int) -> list[list[int]]:
+    """Return bins of like weight by Karmarkar and Karp's method, however many tokens they hold.
+
+    At first each sequence is a partition of its own, all bins but one empty. The two partitions with the
+    largest difference between heaviest and lightest bin become one: the heaviest of one joins the lightest
+    of the other, and so on.
+    """
+    # a partition: (−difference, number, bins); a bin: (−weight, indices), the heaviest first, no empty ones
+    partitions = [(-w, i, [(-w, [i])]) for i, w in enumerate(weights)]
+    heapify(partitions)
+    for number in count(len(weights)):
+        a = heappop(partitions)[2]
+        if not partitions:
+            return [indices for _, indices in a] + [[] for _ in range(num_bins - len(a))]
+        b = heappop(partitions)[2][::-1]
+        first = num_bins - len(b)  # of a's bins, the heaviest ones meet empty ones
+        pairs = zip(a[first:], b)
+        joined = [(x + y, i + j) for (x, i), (y, j) in pairs]
+        bins = sorted(a[:first] + joined + b[len(joined) :])
+        lightest = bins[-1][0] if len(bins) == num_bins else 0.0
+        heappush(partitions, (bins[0][0] - lightest, number, bins))
+    raise AssertionError("the partitions become one")
 
 
 def deal(costs: list[float], weights: list[float], num_ranks: int) -> list[int]:
