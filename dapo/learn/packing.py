@@ -76,7 +76,7 @@ def largest_differencing(weights: list[float], num_bins: int) -> list[list[int]]
             return [indices for _, indices in a] + [[] for _ in range(num_bins - len(a))]
         b = heappop(partitions)[2][::-1]
         first = num_bins - len(b)  # of a's bins, the heaviest ones meet empty ones
-        pairs = zip(a[first:], b)
+        pairs = zip(a[first:], b, strict=False)
         joined = [(x + y, i + j) for (x, i), (y, j) in pairs]
         bins = sorted(a[:first] + joined + b[len(joined) :])
         lightest = bins[-1][0] if len(bins) == num_bins else 0.0
