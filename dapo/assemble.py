@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from dapo.reward.pool import Reward
 from dapo.rollout import evaluate
 from dapo.rollout.data_files import Summary
 from dapo.rollout.prompts import PromptStream, load_prompts, load_stream
+from dapo.rollout.render import NONE
 from dapo.rollout.rollouts import Rollouts, read_state
 from dapo.sampler import Sampler, with_retries
 from dapo.types import Engine, Prompt
@@ -55,10 +56,12 @@ def make_sampler(
     def make() -> tuple[Sampler, dict[str, str]]:
         tokenizer = load_tokenizer(config.policy.model)
         check_vocabulary(config.policy.model, tokenizer)
-        prompts, summaries = load_stream(config.data, tokenizer, config.run.seed, config.reward)
-        sets, set_summaries = load_sets(config, tokenizer)
+        saved = read_state(resumed)["prompts"] if resumed else {}
+        of_run = config.run.seed, config.reward, saved.get("dates", {})
+        prompts, summaries = load_stream(config.data, tokenizer, *of_run)
+        sets, set_summaries = load_sets(config, tokenizer, prompts.dates)
         if resumed:
-            prompts.load_state_dict(read_state(resumed)["prompts"])
+            prompts.load_state_dict(saved)
         record = _record(config, prompts.data, summaries + set_summaries)
         rollouts = make_rollouts(config, mesh, tokenizer, prompts, is_interrupted, on_progress)
         return Sampler(config, mesh, rollouts, sets), record
@@ -148,7 +151,9 @@ def make_engine(config: Config, mesh: Mesh, is_interrupted: Callable[[], bool]) 
     return engine
 
 
-def load_sets(config: Config, tokenizer: Any) -> tuple[dict[str, list[Prompt]], list[Summary]]:
+def load_sets(
+    config: Config, tokenizer: Any, dates: Mapping[str, str] = NONE
+) -> tuple[dict[str, list[Prompt]], list[Summary]]:
     """Return the held-out problems of every set, by name, and what became of each file's rows.
 
     Rows that repeat (30 problems × 32 copies) are 30 problems; the summary says so.
@@ -156,7 +161,9 @@ def load_sets(config: Config, tokenizer: Any) -> tuple[dict[str, list[Prompt]], 
     data = config.eval.data
     paths = data if isinstance(data, dict) else {data.stem: data} if data else {}
     strict = config.data.model_copy(update={"too_long": "error"})
-    loaded = {name: load_prompts(path, tokenizer, strict, config.reward) for name, path in paths.items()}
+    loaded = {
+        name: load_prompts(path, tokenizer, strict, config.reward, dates) for name, path in paths.items()
+    }
     sets = {name: prompts for name, (prompts, _) in loaded.items()}
     return sets, [summary for _, summary in loaded.values()]
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from dapo import config
 from dapo.config import ConfigError
 from dapo.rollout.data_files import Row, Summary, distinct_rows, read_row
 from dapo.rollout.ground_truth import GroundTruths
-from dapo.rollout.render import Renderer
+from dapo.rollout.render import NONE, Renderer
 from dapo.rollout.rows import BadRow, key_of
 from dapo.types import Prompt
 
@@ -50,6 +49,7 @@ class PromptStream:
             weights, each in its own epochs. None: one part.
         rows: `rows[i]` is the row that prompts[i] was made of.
         data: a hash of what the prompts were made of; by default, of the prompts.
+        dates: as Renderer's, that were written into the prompts.
     """
 
     def __init__(
@@ -59,9 +59,10 @@ class PromptStream:
         sources: Sequence[tuple[int, float]] | None = None,
         rows: RowTable | None = None,
         data: str = "",
+        dates: Mapping[str, str] = NONE,
     ):
         self.prompts, self.rows = prompts, rows or RowTable()
-        self.data = data or digest(prompts)
+        self.data, self.dates = data or digest(prompts), dates
         self.returned: list[int] = []
         self.sources: list[_Source] = []
         start = 0
@@ -80,7 +81,8 @@ class PromptStream:
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the stream, and a hash of the data that it is a position in."""
         drawn = [source.drawn for source in self.sources]
-        return {"drawn": drawn, "returned": list(self.returned), "data": self.data}
+        state = {"drawn": drawn, "returned": list(self.returned), "data": self.data}
+        return state | ({"dates": dict(self.dates)} if self.dates else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the position.
@@ -132,15 +134,15 @@ def load_stream(
     tokenizer: Any,
     seed: int,
     reward: config.Reward = DEFAULT_REWARD,
-    now: datetime | None = None,
+    dates: Mapping[str, str] = NONE,
 ) -> tuple[PromptStream, list[Summary]]:
     """Load the training prompts: of one file, of several as if they were one, or mixed by weights.
 
     Args:
         reward: its first function has to understand the ground truths.
-        now: the time that a chat template may write into a prompt; the present by default.
+        dates: of the run that goes on, from its stream's state.
     """
-    truths, renderer = GroundTruths.of(reward), Renderer(tokenizer, data.template_arguments, now)
+    truths, renderer = GroundTruths.of(reward), Renderer(tokenizer, data.template_arguments, dates)
     skip_malformed = data.on_error == "skip"
     if isinstance(data.train, dict):  # each in its own epochs
         files = [file for path in data.train for file in distinct_rows([path], truths, skip_malformed)]
@@ -159,7 +161,8 @@ def load_stream(
     every = [row for rows in kept for row in rows]
     prompts = [Prompt(i, tokens, row.answer) for i, (row, tokens) in enumerate(every)]
     data_digest = _digest_of_rows([row for row, _ in every], renderer, data)
-    return PromptStream(prompts, seed, sources, table, data_digest), [summary for summary, _ in files]
+    stream = PromptStream(prompts, seed, sources, table, data_digest, renderer.dates)
+    return stream, [summary for summary, _ in files]
 
 
 def load_prompts(
@@ -167,9 +170,9 @@ def load_prompts(
     tokenizer: Any,
     data: config.Data,
     reward: config.Reward = DEFAULT_REWARD,
-    now: datetime | None = None,
+    dates: Mapping[str, str] = NONE,
 ) -> tuple[list[Prompt], Summary]:
-    """Load the distinct prompts of a file, in the order of their first rows. `reward` and `now`: see
+    """Load the distinct prompts of a file, in the order of their first rows. `reward` and `dates`: see
     `load_stream`.
 
     Args:
@@ -182,7 +185,7 @@ def load_prompts(
             unknown format, or no prompts.
     """
     [(summary, rows)] = distinct_rows([path], GroundTruths.of(reward), data.on_error == "skip")
-    kept = _tokenized(rows, Renderer(tokenizer, data.template_arguments, now), data, summary)
+    kept = _tokenized(rows, Renderer(tokenizer, data.template_arguments, dates), data, summary)
     if not kept:
         raise _no_prompts(summary, data)
     return [Prompt(i, tokens, row.answer) for i, (row, tokens) in enumerate(kept)], summary

@@ -26,6 +26,8 @@ SET_HERE = {
 }  # fmt: skip
 # how templates ask for the date
 _CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+SWITCHES = ("yes", "no", "on", "off")  # text, which most templates take for true
+NONE: Mapping[str, str] = {}
 SAMPLE = 16  # rows whose tokens say which tokenizer it is
 
 
@@ -34,13 +36,13 @@ class Renderer:
 
     Args:
         arguments: data.template_arguments, variables of the template.
-        now: the time that the template is given; the present by default.
+        dates: what the template gets where it asks for the date, by format; others are the present.
 
     Raises:
         ConfigError: the template has no such variable.
     """
 
-    def __init__(self, tokenizer: Any, arguments: Mapping[str, Any], now: datetime | None = None):
+    def __init__(self, tokenizer: Any, arguments: Mapping[str, Any], dates: Mapping[str, str] = NONE):
         self.tokenizer, self.arguments = copy.copy(tokenizer), arguments
         template = tokenizer.chat_template  # or several, by name
         self.template = "\n".join(template.values()) if isinstance(template, dict) else template or ""
@@ -50,16 +52,13 @@ class Renderer:
             if not re.search(rf"\b{re.escape(name)}\b", self.template):
                 missing = "the model's chat template has no such variable"
                 raise ConfigError(f"data.template_arguments.{name}: {missing}; remove it")
-            is_switch = str(value).lower() in (
-                "yes",
-                "no",
-                "on",
-                "off",
-            )  # text, which a template takes for true
+            is_switch = str(value).lower() in SWITCHES
             if is_switch and not re.search(rf"""["']{value}["']""", self.template):
                 raise ConfigError(f"data.template_arguments.{name}={value!r}: write true or false")
-        if "strftime_now" in self.template:
-            self.tokenizer.chat_template = _dated(template, now or datetime.now())
+        now, formats = datetime.now(), {text for _, text in _CLOCK.findall(self.template)}
+        self.dates = {text: dates.get(text, now.strftime(text)) for text in sorted(formats)}
+        if self.dates:
+            self.tokenizer.chat_template = self._dated(template)
 
     def tokens(self, prompt: str | Messages, place: str) -> list[int]:
         """Return a prompt's tokens.
@@ -117,9 +116,8 @@ class Renderer:
             raise BadRow(f"{place}: the chat template refuses the prompt: {reason}") from error
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-
-def _dated(template: Any, now: datetime) -> Any:
-    """Return a chat template, or several by name, with the date written where they ask for it."""
-    if isinstance(template, dict):
-        return {name: _dated(text, now) for name, text in template.items()}
-    return _CLOCK.sub(lambda call: repr(now.strftime(call[2])), template)
+    def _dated(self, template: Any) -> Any:
+        """Return a chat template, or several by name, with the date written where they ask for it."""
+        if isinstance(template, dict):
+            return {name: self._dated(text) for name, text in template.items()}
+        return _CLOCK.sub(lambda call: repr(self.dates[call[2]]), template)

@@ -146,7 +146,8 @@ def test_a_template_that_is_wrong_is_not_the_rows_fault(tmp_path: Path) -> None:
 def at(path: Path, day: int, tokenizer: Any = None, **options: Any) -> Any:
     """The stream of a file as loaded on a day of May."""
     made = tokenizer or make_tokenizer(DATED)
-    return load_stream(Data(train=path, **options), made, seed=0, now=datetime(2026, 5, day))[0]
+    dates = {"%d %b %Y": f"{day:02} May 2026"}
+    return load_stream(Data(train=path, **options), made, seed=0, dates=dates)[0]
 
 
 def test_a_date_in_the_template_is_the_runs_and_does_not_change_the_datas_hash(tmp_path: Path) -> None:
@@ -159,6 +160,10 @@ def test_a_date_in_the_template_is_the_runs_and_does_not_change_the_datas_hash(t
     ]
     assert first.data == later.data
     later.load_state_dict(first.state_dict())
+    resumed, _ = load_stream(Data(train=path), tokenizer, seed=0, dates=first.state_dict()["dates"])
+    assert resumed.prompts[0].tokens.tolist() == first.prompts[0].tokens.tolist()
+    new, _ = load_stream(Data(train=path), tokenizer, seed=0)
+    assert tokenizer.decode(new.prompts[0].tokens)[3:14] == datetime.now().strftime("%d %b %Y")
 
 
 ROWS = [{"prompt": [ASK], "answer": "4"}, {"prompt": "1+1=", "answer": "2"}]
