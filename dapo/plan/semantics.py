@@ -134,7 +134,7 @@ def manifest(config: Config, data: str) -> dict[str, Any]:
     versions = {name: version for name in VERSIONED if (version := _version(name))}
     return {
         "choices": {choice.name: choice.value for choice in choices(config)},
-        "data": data,
+        "prompts": data,  # version 0.1.0 kept a hash of their tokens, as "data"
         "reward functions": {name: fingerprint(name) for name in functions},
         "versions": {"python": platform.python_version()} | versions,
     }
@@ -146,8 +146,9 @@ def changes(found: dict[str, Any], path: Path) -> list[str]:
     Versions may change silently, and what an older manifest does not hold.
     """
     before = json.loads(path.read_text()) if path.is_file() else found
-    now = found["choices"] | {"data": found["data"]} | found["reward functions"]
-    then = before["choices"] | {"data": before["data"]} | before["reward functions"]
+    rows = found["prompts"]
+    now = found["choices"] | {"data": rows} | found["reward functions"]
+    then = before["choices"] | {"data": before.get("prompts", rows)} | before["reward functions"]
     changed = [name for name in now if then.get(name, now[name]) != now[name]]
     return [f"{name} was {_shown(then[name])} and is {_shown(now[name])} from here on" for name in changed]
 

@@ -219,3 +219,11 @@ def test_the_plan_command_prints_a_line_a_departure_and_loads_no_torch():
         "optim.lr: 0.0002; verl: 1e-06. Why one would: a smaller model bears more" in done.stdout.splitlines()
     )
     assert "pydantic" in done.stderr and not re.search(r"\| +torch\n", done.stderr)
+
+
+def test_an_old_runs_hash_of_tokens_is_not_taken_for_other_data(tmp_path):
+    path = tmp_path / "semantics.json"
+    first = semantics.manifest(make_config(tmp_path), data="of rows")
+    old = {name: value for name, value in first.items() if name != "prompts"} | {"data": "of tokens"}
+    path.write_text(semantics.dump(old))
+    assert semantics.changes(first, path) == []
