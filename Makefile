@@ -20,7 +20,6 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT ?= 600
 quickstart: $(VENV)/.ready $(if $(filter sglang,$(ENGINE)),$(if $(SGLANG_PYTHON),,sglang-cpu))
 	$(VENV)/bin/python -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m dapo train examples/arithmetic/config.yaml \
 		parallel.tensor=$(NPROC) run.dir=$(RUN) engine.kind=$(ENGINE) $(if $(filter sglang,$(ENGINE)),engine.python=$(or $(SGLANG_PYTHON),$(SGLANG_CPU)))
-	@echo "curves: $(RUN)/curves.png   model: $(RUN)/hf   metrics: $(RUN)/metrics.jsonl"
 
 test: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest

@@ -34,7 +34,8 @@ def main(steps: int) -> None:
             ROOT / "examples/arithmetic/config.yaml", [f"run.dir={directory}", "parallel.tensor=1"]
         )
         mesh = Mesh(config.parallel)
-        rollouts = make_sampler(config, mesh).rollouts
+        sampler, _ = make_sampler(config, mesh)
+        rollouts = sampler.rollouts
         policy = Policy(config, mesh)
         seconds, samples = measure(policy, rollouts, steps)
     rows = [[phase, spread(values)] for phase, values in seconds.items()]

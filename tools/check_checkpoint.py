@@ -2,7 +2,7 @@
 
     python tools/check_checkpoint.py A B [--text TEXT.txt] [--tolerance 0]
 
-The exit status is 1 if they differ.
+The exit status is 1 if they differ, 2 if one cannot be used.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
         return int(compare(args.models, args.text, args.tolerance) > args.tolerance)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
 
 
 if __name__ == "__main__":

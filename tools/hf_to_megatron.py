@@ -19,6 +19,7 @@ import torch
 from dapo.config import ConfigError
 from dapo.model.shape import read_shape
 from dapo.policy.weight_files import open_weights, save_megatron
+from dapo.types import StorageError
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -45,7 +46,7 @@ def convert(
 ) -> int:
     """Call `save(weights, shape, dtype, model, target, shard_bytes=…)` with the weights of args.source.
 
-    Return the exit status; an error is one line.
+    Return the exit status: 2 if what was asked for cannot be used, 1 if the disk fails; an error is one line.
     """
     try:
         model = model_of(args)
@@ -53,9 +54,9 @@ def convert(
         weights = open_weights(args.source, shape)
         dtype = getattr(torch, args.dtype) if args.dtype else weights.dtype
         save(weights, shape, dtype, model, args.target, shard_bytes=args.shard_size)
-    except ConfigError as error:
+    except (ConfigError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
     return 0
 
 

@@ -167,7 +167,6 @@ class Fleet:
     def _start(self) -> list[ServerProcess]:
         config, engine = self.config, self.config.engine
         folder = config.run.dir / "servers"
-        folder.mkdir(parents=True, exist_ok=True)
         python = str(engine.python or sys.executable)
         has_cuda = torch.cuda.is_available()
         known = arguments.known_arguments(python, has_cuda) if engine.sglang else {}

@@ -1,8 +1,25 @@
-"""Which checkpoints are kept."""
+"""Which checkpoints are kept, which one a run goes on from, and what a save that fails leaves."""
 
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 import pytest
 
-from dapo.checkpoint import superseded
+from dapo import checkpoint, files
+from dapo.checkpoint import CheckpointError, Checkpoints, superseded
+from dapo.config import ConfigError
+from dapo.model.shape import read_shape
+from dapo.policy.megatron import PolicyError
+from dapo.types import reason
+from tests.conftest import make_config
+
+BASE = Path(__file__).parents[2] / "examples/arithmetic/base"
 
 
 @pytest.mark.parametrize(
@@ -18,3 +35,226 @@ from dapo.checkpoint import superseded
 )
 def test_what_was_just_saved_stays_and_newer_ones_count_for_nothing(steps, saved, keep, keep_every, gone):
     assert superseded(steps, saved, keep, keep_every) == gone
+
+
+class OneRank:
+    """The mesh of a single process."""
+
+    is_main, rank, world = True, 0, 1
+
+    def on_main(self, function: Any, *args: Any) -> Any:
+        return function(*args)
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        return values
+
+    def max(self, value: float) -> float:
+        return value
+
+
+class FakePolicy:
+    """A policy of one file, whose parameters may be broken, and whose disk or memory may be full."""
+
+    def __init__(self) -> None:
+        self.shape = read_shape(BASE)
+        self.is_finite = True
+        self.failure: BaseException | None = None
+
+    def check_finite(self) -> None:
+        if not self.is_finite:
+            raise PolicyError("1 parameters are not finite")
+
+    def save(self, directory: Path) -> Any:
+        def start(in_background: bool) -> None:
+            (directory / "tensors").write_text("some")
+            if self.failure:
+                raise self.failure
+
+        return SimpleNamespace(num_bytes=4, start=start, is_written=lambda: True, finish=dict)
+
+    def load(self, directory: Path) -> None:
+        assert (directory / "tensors").read_text() == "some"
+
+
+class FakeSampler:
+    def save(self, directory: Path) -> None:
+        (directory / "rollouts.json").write_text("{}")
+
+    def load(self, directory: Path) -> None:
+        assert (directory / "rollouts.json").exists()
+
+
+@pytest.fixture
+def policy(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(checkpoint, "check_checkpoint", lambda path, shape: None)
+    return FakePolicy()
+
+
+def checkpoints_of(tmp_path: Path, *options: str) -> Checkpoints:
+    config = make_config(tmp_path, "run.save_every=1", "run.steps=100", *options)
+    config.run.dir.mkdir(exist_ok=True)
+    return Checkpoints(config.run, OneRank())  # type: ignore[arg-type]
+
+
+def names(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+
+
+def resume(tmp_path: Path, policy: Any, *options: str) -> tuple[Checkpoints, int]:
+    found = checkpoints_of(tmp_path, *options)
+    found.find(policy.shape)
+    return found, found.load(policy, FakeSampler())
+
+
+def save(checkpoints: Checkpoints, policy: Any, *steps: int) -> None:
+    for step in steps:
+        checkpoints.save(step, policy, FakeSampler())
+
+
+def test_a_policy_that_is_not_finite_is_not_saved_and_the_checkpoint_before_stays(
+    tmp_path: Path, policy: Any
+) -> None:
+    checkpoints = checkpoints_of(tmp_path, "run.keep_checkpoints=1")
+    save(checkpoints, policy, 1)
+    policy.is_finite = False
+    with pytest.raises(PolicyError, match="not finite"):
+        save(checkpoints, policy, 2)
+    assert names(tmp_path) == ["step-000001"]
+    _, step = resume(tmp_path, policy)
+    assert step == 1
+
+
+def test_a_checkpoint_that_is_still_being_written_is_finished_before_a_broken_policy_is_refused(
+    tmp_path: Path, policy: Any
+) -> None:
+    checkpoints = checkpoints_of(tmp_path)
+    checkpoints.save(1, policy, FakeSampler(), wait=False)
+    policy.is_finite = False
+    with pytest.raises(PolicyError):
+        save(checkpoints, policy, 2)
+    assert names(tmp_path) == ["step-000001"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"), [(MemoryError(), "MemoryError"), (OSError(28, "No space left"), "No space left")]
+)
+def test_a_save_that_fails_says_why_and_leaves_the_checkpoint_before(
+    tmp_path: Path, policy: Any, failure: BaseException, said: str
+) -> None:
+    checkpoints = checkpoints_of(tmp_path)
+    save(checkpoints, policy, 1)
+    policy.failure = failure
+    expected = rf"step-000002 cannot be written, \d+\.\d GiB free there: .*{said}; those before it are whole"
+    with pytest.raises(CheckpointError, match=expected):
+        save(checkpoints, policy, 2)
+    assert names(tmp_path) == ["step-000001"]
+
+
+def test_an_error_without_a_message_is_named_by_its_kind() -> None:
+    assert [reason(error) for error in (MemoryError(), TimeoutError(), ValueError("a\n  b"))] == [
+        "MemoryError",
+        "TimeoutError",
+        "a b",
+    ]
+
+
+def test_a_run_goes_back_to_the_step_it_is_sent_to_and_newer_checkpoints_are_set_aside(
+    tmp_path: Path, policy: Any
+) -> None:
+    save(checkpoints_of(tmp_path, "run.keep_checkpoints=9"), policy, 10, 20, 30)
+    checkpoints, step = resume(tmp_path, policy, "run.resume=10")
+    assert step == 10
+    assert names(tmp_path) == ["aside-step-000020", "aside-step-000030", "step-000010"]
+    save(checkpoints, policy, 15)
+    assert resume(tmp_path, policy)[1] == 15, "and not the abandoned step 30"
+    save(checkpoints, policy, 20)
+    resume(tmp_path, policy, "run.resume=15")
+    assert names(tmp_path) == ["aside-step-000020", "aside-step-000030", "step-000015"]
+
+
+def test_nothing_is_set_aside_by_a_run_that_is_refused(tmp_path: Path, policy: Any) -> None:
+    save(checkpoints_of(tmp_path), policy, 10, 20)
+    found = checkpoints_of(tmp_path, "run.resume=10")
+    found.find(policy.shape)
+    (tmp_path / "run/checkpoints/step-000010/policy/tensors").write_text("of another data")
+    with pytest.raises(AssertionError):
+        found.load(policy, FakeSampler())
+    assert names(tmp_path) == ["step-000010", "step-000020"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["run.resume=15"], r"run.resume=15: no such checkpoint below .*; there are steps 20, 10"),
+        (["run.resume=20"], r"run.resume=20: .*step-000020 is damaged \(rollouts.json .*choose another step"),
+        (
+            ["run.steps=9"],
+            r"has done 10 steps, more than run.steps=9: raise it, go back with run.resume=STEP",
+        ),
+        (["run.resume=10", "run.steps=9"], r"has done 10 steps, more than run.steps=9"),
+    ],
+)
+def test_a_step_that_a_run_cannot_go_on_from_is_refused(
+    tmp_path: Path, policy: Any, options: list[str], said: str
+) -> None:
+    save(checkpoints_of(tmp_path), policy, 10, 20)
+    (tmp_path / "run/checkpoints/step-000020/rollouts.json").write_text("{ }")
+    with pytest.raises(ConfigError, match=said):
+        resume(tmp_path, policy, *options)
+
+
+def test_a_run_that_is_done_is_found_done(tmp_path: Path, policy: Any) -> None:
+    save(checkpoints_of(tmp_path), policy, 10)
+    assert resume(tmp_path, policy, "run.steps=10")[1] == 10
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+def test_checkpoints_behind_links_are_read_replaced_and_removed(
+    tmp_path: Path, policy: Any, resumes: bool
+) -> None:
+    save(checkpoints_of(tmp_path), policy, 1)
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(tmp_path / "run/checkpoints/step-000001", elsewhere)
+    (tmp_path / "run/checkpoints/step-000001").symlink_to(elsewhere)
+    checkpoints, step = resume(tmp_path, policy, "run.keep_checkpoints=1")
+    assert step == 1
+    if not resumes:
+        checkpoints.saved = -1
+        save(checkpoints, policy, 1)
+        assert not (tmp_path / "run/checkpoints/step-000001").is_symlink()
+    save(checkpoints, policy, 2)
+    assert names(tmp_path) == ["step-000002"]
+    assert files.damage(elsewhere) is None, "what the link led to is somebody's"
+
+
+def test_a_directory_of_checkpoints_that_is_a_link_works(tmp_path: Path, policy: Any) -> None:
+    checkpoints = checkpoints_of(tmp_path, "run.keep_checkpoints=1")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run/checkpoints").symlink_to(tmp_path / "elsewhere")
+    save(checkpoints, policy, 1, 2)
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["step-000002"]
+    (tmp_path / "elsewhere").rename(tmp_path / "away")
+    with pytest.raises(ConfigError, match=r"checkpoints cannot be written: "):
+        resume(tmp_path, policy)
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_only_named(
+    tmp_path: Path, policy: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = checkpoints_of(tmp_path, "run.keep_checkpoints=1")
+    save(checkpoints, policy, 1)
+    remove = files.remove
+
+    def busy(path: Path) -> None:
+        if path.name == "step-000001":
+            raise OSError(16, "Device or resource busy")
+        remove(path)
+
+    monkeypatch.setattr(files, "remove", busy)
+    save(checkpoints, policy, 2)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: ") and "step-000001 cannot be removed: Device or resource busy" in line
+    assert json.loads((tmp_path / "run/checkpoints/step-000002/manifest.json").read_text())["step"] == 2
