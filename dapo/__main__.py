@@ -27,6 +27,7 @@ from dapo.plan import semantics
 from dapo.plan.plan import describe, make_plan
 from dapo.plan.time import HARDWARE
 from dapo.types import Interrupted, Stopped, reason
+from dapo.watch import streams
 from dapo.watch.rank import guard
 
 # torchrun prints last what a rank has written there, in place of a hint at its manual
@@ -239,5 +240,5 @@ def end(status: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    files.keep_streams_open()
+    streams.keep_open()
     end(main(sys.argv[1:]))

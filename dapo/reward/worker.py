@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-from dapo import files
+from dapo.watch import streams
 
 Verdict = bool | float
 
@@ -71,7 +71,7 @@ class Function:
 
 def serve(connection: Connection, paths: Sequence[str]) -> None:
     """Import the functions, send None, then reply to each list of jobs until the other side closes."""
-    files.keep_streams_open()  # a function may print
+    streams.keep_open()  # a function may print
     with contextlib.suppress(EOFError, OSError):
         try:
             functions = [Function(path) for path in paths]

@@ -167,8 +167,8 @@ def test_a_wrong_command_line_is_refused_in_one_line(
 
 PRINTS = """
 import os, sys
-from dapo import files
-files.keep_streams_open()
+from dapo.watch import streams
+streams.keep_open()
 for i in range(20_000):
     print("clip↑ – a line that nobody reads", i)
 print("⠋ it failed", file=sys.stderr)
@@ -202,3 +202,35 @@ def test_output_that_cannot_be_written_is_dropped(shell: str, error: str, tmp_pa
     assert done.returncode == 7
     assert done.stderr.strip() == error
     assert int((tmp_path / "number").read_text()) > 2, "a file has the number of a closed stream"
+
+
+SCORES = """
+import sys
+from pathlib import Path
+from dapo import config
+from dapo.reward.pool import Reward
+from dapo.watch import streams
+from tests.conftest import make_config, make_prompt, make_sample
+
+if __name__ == "__main__":
+    streams.keep_open()
+    config = make_config(Path(sys.argv[1]), "reward.function=prints:is_right", "reward.workers=1")
+    reward = Reward(config.reward, 32)
+    samples = [make_sample(text="x"), make_sample(text="y")]
+    reward.score([(make_prompt(), sample) for sample in samples])
+    reward.close()
+    print([sample.is_correct for sample in samples], file=sys.stderr)
+"""
+
+
+def test_a_reward_function_may_print_where_nobody_reads(tmp_path: Path) -> None:
+    (tmp_path / "prints.py").write_text(
+        "def is_right(response, answer):\n    print('x' * 10**6, flush=True)\n    return response == 'x'\n"
+    )
+    (tmp_path / "scores.py").write_text(SCORES)
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{CONFIG.parents[2]}"}
+    command = f"{sys.executable} {tmp_path / 'scores.py'} {tmp_path} | true"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, env=environment, timeout=100
+    )
+    assert done.stderr == "[True, False]\n"
