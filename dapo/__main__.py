@@ -32,6 +32,10 @@ from dapo.watch.rank import guard
 
 # torchrun prints last what a rank has written there, in place of a hint at its manual
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+LOST = (
+    "another rank's process has ended, or cannot be reached: the launcher says which; the steps since the "
+    "last checkpoint are lost: the same command goes on from it"
+)
 
 
 def main(argv: list[str]) -> int:
@@ -157,7 +161,7 @@ def _run(config: Config, models: list[Path] | None) -> int:
     # torch and Megatron take seconds to import: not before the config is known to be good
     from dapo.assemble import evaluate_models
     from dapo.checkpoint import CheckpointError
-    from dapo.mesh import FailedElsewhere, Mesh
+    from dapo.mesh import FailedElsewhere, Mesh, is_lost
     from dapo.policy.megatron import PolicyError
     from dapo.rollout.pending import RolloutError
     from dapo.train import train
@@ -184,7 +188,9 @@ def _run(config: Config, models: list[Path] | None) -> int:
         if mesh is None or mesh.is_main:
             print("interrupted; not saved", file=sys.stderr)
         return 128 + signal.SIGINT
-    except Exception:  # noqa: BLE001  # a bug: print its traceback once, not once a rank
+    except Exception as error:  # noqa: BLE001  # a bug: print its traceback once, not once a rank
+        if mesh and is_lost(error):
+            return _fail(RuntimeError(LOST), mesh.is_first_to_fail(), is_users=False)
         if mesh is None or mesh.is_first_to_fail():
             traceback.print_exc()
         return 1

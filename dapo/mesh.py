@@ -70,6 +70,12 @@ def _connect(device: torch.device) -> tuple[Any, dist.ProcessGroup]:
     return store, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
 
 
+def is_lost(error: Exception) -> bool:
+    """True if a collective failed because another rank's process has ended or cannot be reached."""
+    by_peer = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
+    return isinstance(error, RuntimeError) and any(cause in str(error) for cause in by_peer)
+
+
 class Mesh:
     """The ranks of this run: world = tensor × context × data × pipeline.
 

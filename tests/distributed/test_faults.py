@@ -59,6 +59,13 @@ def test_a_frozen_rank_ends_the_run_in_time_and_is_named_once(fault: str, names:
     assert not outcome.is_finished
 
 
+def test_a_killed_rank_ends_the_run_with_one_line() -> None:
+    outcome = after("SIGKILL main rank sync")
+    [line] = outcome.lines
+    assert line.startswith("error: another rank's process has ended") and outcome.statuses == {1: 1}
+    assert "Traceback" not in outcome.printed.split("torch/distributed/elastic")[0]
+
+
 def test_the_ranks_save_when_their_launcher_is_killed() -> None:
     outcome = after("SIGKILL launcher update")
     assert outcome.is_saved and outcome.statuses == dict.fromkeys((0, 1), 128 + signal.SIGTERM)
