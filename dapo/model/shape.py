@@ -71,16 +71,18 @@ class ModelShape:
         return self.model_type in ("qwen3", "qwen3_moe")
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """Read a Hugging Face directory's config.json. Raise ConfigError if there is none or it is broken."""
-    path = directory / "config.json"
+def read_config(directory: Path, name: str = "config.json") -> dict[str, Any]:
+    """Read a JSON file of a Hugging Face directory. Raise ConfigError if there is none or it is broken."""
+    path = directory / name
     if not path.is_file():
         expected = "expected a Hugging Face model directory"
-        raise ConfigError(f"policy.model={directory}: no config.json there; {expected}")
+        raise ConfigError(f"policy.model={directory}: no {name} there; {expected}")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: no JSON object; expected a Hugging Face model's fields and their values")
     return raw

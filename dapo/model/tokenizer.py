@@ -23,7 +23,7 @@ def load_tokenizer(model: Path) -> Any:
     wrong = f"policy.model={model}: no usable tokenizer there"
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # of any kind: a damaged tokenizer.json raises Exception itself
         raise ConfigError(f"{wrong}: {' '.join(str(error).split())}") from error
     # transformers makes up an empty one if there is no file
     if not tokenizer(string.printable, add_special_tokens=False)["input_ids"]:
@@ -43,9 +43,7 @@ def check_vocabulary(model: Path, tokenizer: Any) -> None:
 def stop_ids(model: Path, tokenizer: Any) -> tuple[int, ...]:
     """Return the ids that end a response, for every engine alike. Raise ConfigError if there are none."""
     # all that the model's files name: a server would stop at them anyway
-    ids = {tokenizer.eos_token_id, *_listed(read_config(model).get("eos_token_id"))}
-    if (model / "generation_config.json").is_file():
-        ids |= set(_listed(transformers.GenerationConfig.from_pretrained(model).eos_token_id))
+    ids = {tokenizer.eos_token_id, *_listed(model, "config.json"), *_listed(model, "generation_config.json")}
     ids.discard(None)
     if not ids:
         sources = "neither the tokenizer nor config.json nor generation_config.json"
@@ -63,5 +61,12 @@ def differences(a: Path, b: Path) -> list[str]:
     return differ + (["stop tokens"] if stops[0] != stops[1] else [])
 
 
-def _listed(ids: int | list[int] | None) -> list[int | None]:
-    return list(ids) if isinstance(ids, list) else [ids]
+def _listed(model: Path, name: str) -> list[int | None]:
+    """Return eos_token_id of one of the model's files. Raise ConfigError if it is neither id nor ids."""
+    if name != "config.json" and not (model / name).is_file():
+        return []
+    found = read_config(model, name).get("eos_token_id")
+    ids: list[Any] = found if isinstance(found, list) else [found]
+    if not all(id is None or type(id) is int for id in ids):
+        raise ConfigError(f"{model / name}: eos_token_id={found!r}; expected a token's id, or a list of them")
+    return ids

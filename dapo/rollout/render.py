@@ -45,6 +45,8 @@ class Renderer:
     def __init__(self, tokenizer: Any, arguments: Mapping[str, Any], dates: Mapping[str, str] = NONE):
         self.tokenizer, self.arguments = copy.copy(tokenizer), arguments
         template = tokenizer.chat_template  # or several, by name
+        if not isinstance(template, str | dict | None):
+            raise ConfigError(f"the model's chat_template is {type(template).__name__}; expected text")
         self.template = "\n".join(template.values()) if isinstance(template, dict) else template or ""
         for name, value in arguments.items():
             if name in SET_HERE:
