@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import resource
 import secrets
@@ -75,7 +76,9 @@ class Log:
         self.last = now
         if "rollout/tokens" in values:
             values["perf/tokens_per_second"] = values["rollout/tokens"] / values["time/step"]
-        self._write_row(json.dumps(values) + "\n")
+        # JSON has no word for the others, and no board a place
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
+        self._write_row(json.dumps(values, allow_nan=False) + "\n")
         for name, board in list(self.boards.items()):
             self._attempt(name, board.log, values, step)
         self.console.row(values)

@@ -75,7 +75,7 @@ def largest_differencing(weights: list[float], num_bins: int) -> list[list[int]]
         if not partitions:
             return [indices for _, indices in a] + [[] for _ in range(num_bins - len(a))]
         b = heappop(partitions)[2][::-1]
-        first = num_bins - len(b)  # of a's bins, the heaviest ones meet empty ones
+        first = num_bins - len(b)  # of a's bins, the heaviest ones join empty ones
         pairs = zip(a[first:], b, strict=False)
         joined = [(x + y, i + j) for (x, i), (y, j) in pairs]
         bins = sorted(a[:first] + joined + b[len(joined) :])

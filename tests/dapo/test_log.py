@@ -96,6 +96,19 @@ def test_a_row_holds_the_steps_values_times_and_memory(tmp_path, capsys):
     assert lines[4] == f"finished: 2 steps in {tmp_path / 'run'}"
 
 
+def test_a_row_is_strict_json(tmp_path, capsys):
+    """A value that is no finite number is left out: no JSON reader but Python's takes NaN and Infinity."""
+    log = make_log(tmp_path, 0)
+    log(0, {"policy/loss": float("nan"), "rollout/reward": float("inf"), "policy/lr": 0.5})
+    log.close()
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    [row] = [json.loads(line, parse_constant=refuse) for line in log.path.read_text().splitlines()]
+    assert row["policy/lr"] == 0.5 and not {"policy/loss", "rollout/reward"} & row.keys()
+
+
 def test_a_terminal_shows_progress_below_the_rows_from_the_first_report_on(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")

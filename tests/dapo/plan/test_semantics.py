@@ -104,6 +104,56 @@ PUBLISHED = {  # the options' values in the paper and in the released code
 }
 
 
+FIXED = {  # the same of choices that the code has fixed, or that are made of several options
+    "the log-ratio is clamped to": ("unsaid", 20.0),
+    "KL to a reference": ("none", "none"),
+    "advantage: ddof of the std": ("unsaid", 1),
+    "advantage: added to the std": ("unsaid", 1e-6),
+    "old log-probs": ("unsaid", "recomputed by the policy"),
+    "groups are filtered on": ("correctness", "correctness"),
+    "groups are admitted": ("unsaid", "in asking order"),
+    "surplus prompts": ("unsaid", "dropped"),
+    "objective.importance_cap, of older weights' tokens": ("unsaid", "none"),
+    "copies of a prompt": ("unsaid", "kept"),
+    "reward: right, wrong": ("+1, −1", "+1, −1"),
+    "reward.function": ("unsaid", "the last 300 characters, compared as text"),
+    "soft overlong punishment (tokens of L_cache, 0: none)": (4096, 4096),
+    "soft overlong punishment is at least": (-1.0, "unsaid"),
+    "unit of a step": ("update", "rollout step"),
+    "run.seed": ("unsaid", "unsaid"),
+    "weights of data.train": ("none", "none"),
+    "weights of reward.function": ("none", "none"),
+    "rollout.replay": ("none", "none"),
+    "policy.dtype": ("unsaid", "bfloat16"),
+    "policy.megatron": ("unsaid", "unsaid"),
+    "eval.data": ("unsaid", "unsaid"),
+}
+
+
+def test_the_published_values_of_other_choices_are_pinned_too(tmp_path):
+    found = {c.name: (c.paper, c.verl) for c in semantics.choices(defaults(tmp_path))}
+    assert {name: found[name] for name in found.keys() - PUBLISHED.keys()} == FIXED
+
+
+@pytest.mark.parametrize(
+    ("changed", "departs", "agrees"),
+    [
+        ({"objective": {"dual_clip": 10.0}}, "paper", "verl"),
+        ({"objective": {"overlong_filtering": True}}, "verl", "paper"),
+        ({"objective": {"normaliser": "group_token_mean"}}, "verl", "paper"),
+        ({"optim": {"warmup_steps": 10}}, "paper", "verl"),
+    ],
+)
+def test_away_from_the_defaults_a_choice_departs_from_one_source_and_not_from_the_other(
+    tmp_path, changed, departs, agrees
+):
+    [(section, options)] = changed.items()
+    [name] = options
+    config = defaults(tmp_path, **changed)
+    assert f"{section}.{name}" in names(semantics.diff(config, departs))
+    assert f"{section}.{name}" not in names(semantics.diff(config, agrees))
+
+
 def test_the_published_values_of_options_are_pinned_and_their_order_too(tmp_path):
     """An option's default may change; what the paper and the released code have does not."""
     found = semantics.choices(defaults(tmp_path))

@@ -75,6 +75,10 @@ def obedient(response, answer):
     return response == answer
 
 
+def dying(response, answer):
+    os._exit(9)
+
+
 def forked(response, answer):
     """Returns twice: in this process and in a child, which the first does not wait for."""
     os.fork()

@@ -137,6 +137,19 @@ def test_no_seed_is_shared_between_sets_nor_with_training_and_all_are_the_same_e
 # a step
 
 
+def test_a_reward_whose_every_call_ends_its_process_is_named_after_the_first_step(tmp_path):
+    function = "tests.dapo.reward.reward_functions:dying"
+    options = (f"reward.function={function}", "reward.workers=2", "rollout.max_rounds=1")
+    rollouts = make_rollouts(tmp_path, ScriptedEngine(lambda prompt: "10"), *options)
+    with pytest.raises(RolloutError) as error:
+        rollouts.next_batch(0)
+    rollouts.close()
+    assert str(error.value).startswith(
+        f"reward.function={function} decided about none of the step's 4 groups: "
+    )
+    assert "0 calls ran past reward.time_limit=5.0, 8 ended their process" in str(error.value)
+
+
 def test_with_only_every_group_is_dumped_and_nothing_is_learnt(tmp_path):
     engine = ScriptedEngine(by_place("11", "10", "00", "01"))
     rollouts = make_rollouts(tmp_path, engine, "rollout.only=true", "rollout.prompts_per_round=12")
