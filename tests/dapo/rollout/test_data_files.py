@@ -137,10 +137,10 @@ def test_what_is_no_number_is_no_ground_truth(tmp_path: Path, name: str, number:
 
 
 def test_copies_with_one_answer_written_differently_are_copies(tmp_path: Path) -> None:
-    answers = ["so\n#### 34", "34", 34.0, "$34$", "034"]
+    answers = ["so\n#### 34", "34", 34.0, "$34$", "034", "thus\n#### 34"]
     path = write(tmp_path / "t.jsonl", *({"prompt": "q", "answer": answer} for answer in answers))
     summary, rows = read(path)
-    assert pairs(rows) == [("q", "so\n#### 34")] and (summary.copies, summary.conflicting) == (4, 0)
+    assert pairs(rows) == [("q", "so\n#### 34")] and (summary.copies, summary.conflicting) == (5, 0)
 
 
 def test_a_reward_module_of_ones_own_decides(tmp_path: Path) -> None:

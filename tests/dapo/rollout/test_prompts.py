@@ -72,9 +72,9 @@ def test_jsonl_gives_text_and_chats_in_file_order_and_skips_empty_lines(tmp_path
 
 
 def test_jsonl_is_read_as_utf8(tmp_path):
-    (tmp_path / "t.jsonl").write_bytes('{"prompt": "∫₀¹ x² dx", "answer": "Zürich"}'.encode())
+    (tmp_path / "t.jsonl").write_bytes('{"prompt": "∫₀¹ x² dx", "answer": "⅓"}'.encode())
     [prompt] = load(tmp_path / "t.jsonl")
-    assert (text_of(prompt), prompt.answer) == ("∫₀¹ x² dx", "Zürich")
+    assert (text_of(prompt), prompt.answer) == ("∫₀¹ x² dx", "⅓")
 
 
 def test_parquet_in_the_schema_of_dapo_math_is_read_row_by_row(tmp_path):
