@@ -1,0 +1,291 @@
+"""How many small faults in the core are noticed by the tests.
+
+Faults (see mutants.py) are drawn evenly over the lines of the core. Each stands in a copy of the working
+tree, where the tests of its file must fail; a process that has imported the heavy packages forks for each.
+Results are appended to a file, so that a run can be continued.
+
+python benchmarks/mutation.py --count 300 --seed 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import record
+from mutants import draw
+
+for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[threads] = "1"  # before torch: the processes that fork have no threads
+
+ROOT = Path(__file__).parents[1]
+EQUIVALENT = Path(__file__).parent / "mutation_equivalent.json"
+ROOMS = {
+    "rollout": ["dapo/rollout/*.py"],
+    "learn": ["dapo/learn/*.py"],
+    "reward": ["dapo/reward/*.py"],
+    "engine": [
+        f"dapo/engine/{name}.py" for name in ("generate", "endpoint", "client", "buckets", "checksums")
+    ],
+    "run": [f"dapo/{name}.py" for name in ("checkpoint", "files", "mesh", "sampler", "config")],
+    "plan": ["dapo/plan/semantics.py"],
+    "policy": ["dapo/policy/metrics.py", "dapo/policy/schedule.py"],
+    "kernels": ["kernels/dapo_kernels/reference.py", "kernels/dapo_kernels/logits_torch.py"],
+}
+D = "tests/dapo"
+ROLLOUT = [f"{D}/rollout/test_{name}.py" for name in ("rollouts", "step", "pending")]
+PROMPTS = [f"{D}/rollout/test_{name}.py" for name in ("prompts", "data_files")]
+REWARD = [f"{D}/reward/test_reward.py", f"{D}/reward/test_pool.py"]
+CLIENT = ["tests/sglang/test_generate.py", "tests/sglang/test_client.py"]
+# Tests of a file, the fastest first; those that start servers or torchrun only where nothing else covers it
+TESTS: dict[str, list[str]] = {
+    "dapo/rollout/buffer.py": ROLLOUT,
+    "dapo/rollout/data_files.py": [*PROMPTS[::-1], f"{D}/rollout/test_evaluate.py"],
+    "dapo/rollout/dump.py": [f"{D}/test_token_fields.py", *ROLLOUT, f"{D}/report/test_samples.py"],
+    "dapo/rollout/evaluate.py": [f"{D}/rollout/test_evaluate.py", f"{D}/rollout/test_step.py"],
+    "dapo/rollout/ground_truth.py": [*PROMPTS[::-1], f"{D}/rollout/test_evaluate.py"],
+    "dapo/rollout/parquet.py": [*PROMPTS, f"{D}/rollout/test_step.py"],
+    "dapo/rollout/pending.py": ROLLOUT[::-1],
+    "dapo/rollout/prompts.py": [*PROMPTS, *ROLLOUT],
+    "dapo/rollout/render.py": [f"{D}/rollout/test_render.py", *PROMPTS],
+    "dapo/rollout/rollouts.py": [*ROLLOUT, f"{D}/rollout/test_evaluate.py"],
+    "dapo/rollout/rows.py": [*PROMPTS, f"{D}/rollout/test_evaluate.py"],
+    "dapo/learn/advantages.py": [f"{D}/learn/test_advantages.py", f"{D}/learn/test_batch.py"],
+    "dapo/learn/batch.py": [f"{D}/learn/test_batch.py", f"{D}/test_token_fields.py"],
+    "dapo/learn/objective.py": [f"{D}/learn/test_objective.py", f"{D}/learn/test_batch.py"],
+    "dapo/learn/packing.py": [f"{D}/learn/test_packing.py", f"{D}/learn/test_batch.py"],
+    "dapo/learn/traces.py": [f"{D}/test_token_fields.py", f"{D}/learn/test_batch.py"],
+    "dapo/reward/guardian.py": [f"{D}/reward/test_guardian.py", *REWARD],
+    "dapo/reward/overlong.py": REWARD,
+    "dapo/reward/pool.py": REWARD,
+    "dapo/reward/remote.py": [f"{D}/reward/test_remote.py", *REWARD],
+    "dapo/reward/worker.py": REWARD,
+    "dapo/reward/workers.py": REWARD,
+    "dapo/engine/buckets.py": ["tests/sglang/test_weight_faults.py"],
+    "dapo/engine/checksums.py": ["tests/sglang/test_weight_faults.py"],
+    "dapo/engine/client.py": CLIENT,
+    "dapo/engine/endpoint.py": [*CLIENT, "tests/sglang/test_listener.py"],
+    "dapo/engine/generate.py": CLIENT,
+    "dapo/checkpoint.py": [f"{D}/test_checkpoint.py"],
+    "dapo/config.py": [f"{D}/test_config.py", f"{D}/plan/test_semantics.py"],
+    "dapo/files.py": [f"{D}/test_files.py"],
+    "dapo/mesh.py": ["tests/distributed/test_mesh.py"],
+    "dapo/sampler.py": [f"{D}/test_sampler.py"],
+    "dapo/plan/semantics.py": [f"{D}/plan/test_semantics.py"],
+    "dapo/policy/metrics.py": [f"{D}/policy/test_metrics.py"],
+    "dapo/policy/schedule.py": [f"{D}/policy/test_megatron.py"],
+    "kernels/dapo_kernels/reference.py": ["tests/kernels/test_reference.py"],
+    "kernels/dapo_kernels/logits_torch.py": ["tests/kernels/test_policy_loss.py"],
+}
+OTHERS = {"dapo/reward/": [f"{D}/reward/test_answer.py"], "dapo/rollout/": PROMPTS + ROLLOUT}
+# imported before the forks; Megatron is not, for dapo/policy/cpu.py rewrites it on its way in
+HEAVY = (
+    "torch", "torch.distributed.rendezvous", "numpy", "pydantic", "yaml", "pyarrow.parquet",
+    "safetensors.torch", "hypothesis", "matplotlib.pyplot", "mpmath",
+    "transformers.models.qwen2.modeling_qwen2", "transformers.models.qwen3.modeling_qwen3",
+    "transformers.models.llama.modeling_llama",
+)  # fmt: skip
+MARK = "DAPO_MUTANT"  # in the environment of every process that a mutant's tests start
+SECONDS = itertools.count(1_000_000_000)  # times of writing, each once
+TIMES, GRACE = 3, 20  # a mutant's tests may take so many times the seconds of the clean run, and so many more
+
+
+def core() -> dict[str, str]:
+    """Return the room of each file of the core."""
+    found = {}
+    for room, patterns in ROOMS.items():
+        for pattern in patterns:
+            for path in sorted(ROOT.glob(pattern)):
+                if path.name != "__init__.py":
+                    found[str(path.relative_to(ROOT))] = room
+    return found
+
+
+def equivalents() -> set[tuple[str, ...]]:
+    """Return the mutants that change nothing, each kept with its reason."""
+    known = json.loads(EQUIVALENT.read_text())
+    return {(each["path"], each["code"], each["before"], each["after"]) for each in known}
+
+
+def tests_of(path: str) -> list[str]:
+    others = [tests for prefix, tests in OTHERS.items() if path.startswith(prefix)]
+    return list(dict.fromkeys(TESTS.get(path) or others[0]))
+
+
+class Job:
+    """The tests of one mutant, or of the file as it is, in a process of their own."""
+
+    def __init__(self, folder: Path, path: str, source: str, limit: float):
+        self.folder, self.log, self.start, self.limit = folder, folder / "log.txt", time.monotonic(), limit
+        self.mark = f"{folder.name}-{time.monotonic_ns()}"
+        (folder / "tree" / path).write_text(source)
+        # compiled files are known by size and second: a second of its own for each source
+        written = next(SECONDS)
+        os.utime(folder / "tree" / path, (written, written))
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._run(tests_of(path))
+
+    def _run(self, tests: list[str]) -> None:
+        code = 1
+        try:
+            os.setsid()
+            tree = self.folder / "tree"
+            os.chdir(tree)
+            for number, mode in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
+                target = self.log if number else os.devnull
+                os.dup2(os.open(target, mode | (os.O_CREAT | os.O_APPEND if number else 0)), number)
+            sys.path[:] = [str(tree), str(tree / "kernels"), *sys.path[1:]]
+            os.environ |= {"PYTHONPATH": f"{tree}:{tree}/kernels", MARK: self.mark}
+            options = ["-x", "-q", "--tb=line", "-rfE", "-p", "no:cacheprovider"]
+            code = int(pytest.main([*options, f"--basetemp={self.folder}/tmp", *tests]))
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+    def poll(self) -> str | None:
+        """Return the verdict if there is one: "survived", "timeout", or the test that failed."""
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        if pid == 0:
+            if time.monotonic() - self.start < self.limit:
+                return None
+            self._kill()
+            os.waitpid(self.pid, 0)
+            return "timeout"
+        self._kill()
+        if os.waitstatus_to_exitcode(status) == 0:
+            return "survived"
+        failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", self.log.read_text(errors="replace"), re.MULTILINE)
+        return failed[0] if failed else f"exit code {os.waitstatus_to_exitcode(status)}"
+
+    def _kill(self) -> None:
+        """End the tests' processes: their group, and what they started in sessions of its own."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get(MARK) == self.mark:
+                    process.kill()
+
+
+def copied(folder: Path) -> Path:
+    """Copy the working tree, without what git ignores, into folder/tree."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listed, capture_output=True, check=True, cwd=ROOT, text=True).stdout.split(
+        "\0"
+    ):
+        if (ROOT / name).is_file():
+            (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / "tree" / name)
+    return folder
+
+
+def run_all(work: list[tuple[str, str, float]], folders: list[Path]) -> Iterator[tuple[int, str, float]]:
+    """Run each (path, source, limit), one in every folder at a time; yield its place, verdict and seconds."""
+    waiting, running = list(enumerate(work)), dict[Path, tuple[int, Job]]()
+    while waiting or running:
+        for folder in folders:
+            if folder not in running and waiting:
+                number, (path, source, limit) = waiting.pop(0)
+                running[folder] = (number, Job(folder, path, source, limit))
+        time.sleep(0.05)
+        for folder, (number, job) in list(running.items()):
+            if verdict := job.poll():
+                path = work[number][0]
+                (folder / "tree" / path).write_text((ROOT / path).read_text())
+                os.utime(folder / "tree" / path, (now := next(SECONDS), now))
+                del running[folder]
+                yield number, verdict, time.monotonic() - job.start
+                job.log.unlink(missing_ok=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", default="", help="only files whose path begins so")
+    parser.add_argument("--keep", type=Path, help="file of results; a run continues what is there")
+    args = parser.parse_args()
+    keep = args.keep or ROOT / f"runs/mutation-{args.seed}.jsonl"
+    keep.parent.mkdir(parents=True, exist_ok=True)
+
+    rooms = {path: room for path, room in core().items() if path.startswith(args.only)}
+    sources = {path: (ROOT / path).read_text() for path in rooms}
+    mutants = draw(sources, args.count, args.seed, equivalents())
+    done = [json.loads(line) for line in keep.read_text().splitlines()] if keep.exists() else []
+    for name in HEAVY:
+        importlib.import_module(name)
+    gc.freeze()
+    with tempfile.TemporaryDirectory(prefix="mutation-") as scratch, keep.open("a") as results:
+        folders = [copied(Path(scratch) / str(number)) for number in range(args.jobs)]
+
+        def record(row: dict[str, Any]) -> None:
+            done.append(row)
+            print(json.dumps(row, ensure_ascii=False), file=results, flush=True)
+            print(*row.values(), flush=True)
+
+        limits = {row["clean"]: row["seconds"] for row in done if "clean" in row}
+        paths = sorted({mutant.path for mutant in mutants} - set(limits))
+        for number, verdict, seconds in run_all([(path, sources[path], 3600.0) for path in paths], folders):
+            assert verdict == "survived", f"the tests of {paths[number]} fail without a mutant: {verdict}"
+            record({"clean": paths[number], "seconds": round(seconds, 1)})
+            limits[paths[number]] = seconds
+        known = {_name(row) for row in done}
+        left = [mutant for mutant in mutants if _name(vars(mutant)) not in known]
+        work = [(m.path, m.change.apply(sources[m.path]), TIMES * limits[m.path] + GRACE) for m in left]
+        for number, verdict, seconds in run_all(work, folders):
+            row = asdict(left[number]) | {"verdict": verdict, "seconds": round(seconds, 1)}
+            record({name: value for name, value in row.items() if name != "change"})
+    names = {_name(vars(mutant)) for mutant in mutants}
+    report([row for row in done if _name(row) in names], rooms)
+
+
+def _name(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in ("path", "line", "before", "after"))
+
+
+def report(rows: list[dict[str, Any]], rooms: dict[str, str]) -> None:
+    """Write the result page: a table by room, and the survivors."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        for room in (rooms[row["path"]], "all"):
+            verdict = row["verdict"] if row["verdict"] in ("survived", "timeout") else "found"
+            counts[room].update({"drawn": 1, verdict: 1, "seconds": row["seconds"]})
+    table = record.table(
+        ["room", "mutants", "found", "by time limit", "survivors", "% found", "minutes of a job"],
+        [
+            (room, n["drawn"], n["drawn"] - n["survived"], n["timeout"], n["survived"],
+             f"{100 - 100 * n['survived'] / n['drawn']:.0f}", f"{n['seconds'] / 60:.0f}")
+            for room, n in sorted(counts.items(), key=lambda item: item[0] == "all")
+        ],
+    )  # fmt: skip
+    survivors = [
+        f"- `{row['path']}:{row['line']}` {row['kind']}: `{row['before']}` → `{row['after']}`"
+        for row in sorted(rows, key=lambda row: (row["path"], row["line"]))
+        if row["verdict"] == "survived"
+    ]
+    record.save("mutation.md", "\n".join([record.heading("Mutants of the core"), table, *survivors, ""]))
+
+
+if __name__ == "__main__":
+    main()
