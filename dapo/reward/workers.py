@@ -42,12 +42,20 @@ class _Worker:
         self.connection, theirs = _context.Pipe()
         arguments = (theirs, functions, os.getpid(), max_bytes)
         self.guardian = _context.Process(target=guard, args=arguments, name="reward")
-        self.guardian.start()
+        self._start()
         theirs.close()
         self.is_ready = False
         self.todo: deque[int] = deque()  # numbers of the jobs it was sent; it is doing the first
         self.deadline = time.monotonic() + IMPORT_TIMEOUT
         _running.add(self)
+
+    def _start(self) -> None:
+        for _ in range(50):
+            with contextlib.suppress(ConnectionError, EOFError):
+                self.guardian.start()
+                return
+            time.sleep(0.1)  # the fork server was killed a moment ago, and multiprocessing takes it for alive
+        self.guardian.start()
 
     @property
     def is_busy(self) -> bool:

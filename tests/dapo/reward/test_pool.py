@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import time
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from types import SimpleNamespace
 
@@ -112,6 +114,30 @@ def test_a_worker_that_was_killed_from_outside_between_two_steps_is_replaced(rew
     pool.workers.workers[0].guardian.join()
     assert score(pool, ["1"] * 40) == [RIGHT] * 40
     assert pool.take_metrics()["reward/crashes"] == 0
+
+
+def test_of_two_workers_the_one_that_was_killed_is_replaced(reward):
+    pool = reward("workers=2", f"function={FUNCTIONS}:process_id")
+    score(pool, ["x"] * 64)
+    living, dead = pool.workers.workers
+    [pid] = descendants(dead.guardian.pid)
+    os.kill(pid, signal.SIGKILL)
+    dead.guardian.join()
+    found = {value for _, value in score(pool, ["x"] * 64)}
+    assert len(found) == 2 and pid not in found
+    assert living in pool.workers.workers and dead not in pool.workers.workers
+    assert pool.take_metrics() == counts(0, 0, 0)
+
+
+def test_a_fork_server_that_is_killed_is_started_again(reward):
+    pool = reward("workers=2", f"function={FUNCTIONS}:obedient")
+    assert score(pool, ["1"] * 8) == [RIGHT] * 8
+    pids = [worker.guardian.pid for worker in pool.workers.workers]
+    os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+    for worker in pool.workers.workers:
+        worker.guardian.join()
+    assert score(pool, ["1", "2"]) == [RIGHT, WRONG]
+    assert not [pid for pid in pids if is_running(pid)]
 
 
 def test_a_catastrophic_pattern_is_cut_off(reward):
@@ -259,6 +285,15 @@ def test_a_function_that_gives_no_verdict_is_named_with_the_prompt_in_one_line(r
     ) as caught:
         score(reward(f"workers={workers}", f"function={FUNCTIONS}:{name}"), ["x"])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_second_function_that_gives_no_verdict_is_named(reward, workers):
+    weights = json.dumps({f"{FUNCTIONS}:long_bool": 1.0, f"{FUNCTIONS}:silent": 0.5})
+    with pytest.raises(
+        RewardError, match=rf"^reward\.function={FUNCTIONS}:silent returned None for prompt 0"
+    ):
+        score(reward(f"workers={workers}", f"function={weights}"), ["x", "y"])
 
 
 def test_the_prompt_that_is_named_is_the_one_whose_verdict_it_was(reward):

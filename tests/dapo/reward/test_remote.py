@@ -1,13 +1,13 @@
 """A reward over HTTP: batches, retries, and limits on what a server that fails or lies can cost."""
 
-import http.server
 import json
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from dapo import clock
+from dapo import clock, http
 from dapo.reward import remote
 from dapo.types import RewardError
 from tests.dapo.reward.test_pool import FUNCTIONS, RIGHT, WRONG, reward, score
@@ -26,7 +26,7 @@ def server(monkeypatch):
     def start(*replies):
         left, lock = list(replies), threading.Lock()
 
-        class Handler(http.server.BaseHTTPRequestHandler):
+        class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 sent = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 start.keys.append(self.headers["Authorization"])
@@ -46,7 +46,7 @@ def server(monkeypatch):
 
             def log_message(self, *args): ...
 
-        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
         threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
         return f"http://127.0.0.1:{servers[-1].server_port}/score"
 
@@ -149,6 +149,22 @@ def test_the_key_is_sent_if_there_is_one_and_never_quoted(reward, server, monkey
     server.said = b"no such key: key-1"
     with pytest.raises(RewardError, match=r"the server answered 401 no such key: \*\*\*$"):
         score(pool, ["1"])
+
+
+def test_no_proxy_of_the_environment_sees_responses_or_key(reward, server, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, server(404))
+    monkeypatch.setenv("DAPO_REWARD_KEY", "key-1")
+    assert score(reward(f"function={server(equal)}"), ["1"]) == [RIGHT]
+    assert server.keys == ["Bearer key-1"]
+
+
+def test_a_connection_is_needed_for_every_request_at_a_time(reward, monkeypatch):
+    needed = []
+    monkeypatch.setattr(http, "require_connections", needed.append)
+    reward("workers=7", "shadow=['http://127.0.0.1:9/score']")
+    reward("workers=7")
+    assert needed == [7]
 
 
 def test_a_shadow_that_fails_is_named_as_such(reward, server):
