@@ -328,15 +328,16 @@ class _Parser:
     def letters(self) -> str:
         r"""Read the letters under a mark: \overline{AB}. \overline{34} is no letter."""
         is_group = self.take("{")
-        text = ""
-        while not text or (is_group and not self.take("}")):
-            token = self.next()
-            if token.kind not in ("word", "command"):
-                raise Unreadable(token.text)
-            text += token.text
-        if is_group and len(text) == 1 and self.peek() == "}":
-            self.next()
+        text = self.letter()
+        while is_group and not self.take("}"):
+            text += self.letter()
         return text
+
+    def letter(self) -> str:
+        token = self.next()
+        if token.kind not in ("word", "command"):
+            raise Unreadable(token.text)
+        return token.text
 
     def function(self, name: str) -> Tree:
         r"""Read \sin^2 2x, \log_2 8, \ln(x+1): the argument goes to the next sign, function or bracket."""

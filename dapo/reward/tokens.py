@@ -37,9 +37,16 @@ _PLAIN_WORDS = {"pi": "pi", "infinity": "infty", "inf": "infty", "oo": "infty", 
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _VULGAR = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅛": "1/8"}
+_GREEK_NAMES = "alpha beta gamma delta epsilon theta lambda mu rho sigma phi omega"
+_GREEK = dict(zip("αβγδεθλμρσφω", _GREEK_NAMES.split(), strict=True))
 _REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
+        (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+", lambda match: "^{" + match[0].translate(_SUPERSCRIPTS) + "}"),
+        (r"\\(?:mathrm|mathbf|mathit|bm|boldsymbol)\s*\{([a-zA-Z])\}", r" \1 "),
+        (r"\\operatorname\*?\s*\{([a-z]+)\}", r"\\\1 "),
+        (r"[αβγδεθλμρσφω]", lambda match: f"\\{_GREEK[match[0]]} "),
+        (r"ℝ", r"\\mathbb{R}"),
         (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|nolimits)(?![a-zA-Z])", " "),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\[dt]binom(?![a-zA-Z])", r"\\binom"),
@@ -69,7 +76,6 @@ _REWRITES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
         (r"\\colon(?![a-zA-Z])", ":"),
         (r"\\(?:lor|vee)(?![a-zA-Z])", " or "),
         (r"\\text(?:rm|normal)?\s*\{\s*(or|and)\s*\}", r" \1 "),
-        (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+", lambda match: "^{" + match[0].translate(_SUPERSCRIPTS) + "}"),
         (r"[₀₁₂₃₄₅₆₇₈₉]+", lambda match: "_{" + match[0].translate(_SUBSCRIPTS) + "}"),
         (r"[½⅓⅔¼¾⅕⅛]", lambda match: f" {_VULGAR[match[0]]}"),
     )

