@@ -42,9 +42,7 @@ PlacedBatch = Batch[Tensor]
 PlacedMicrobatch = Microbatch[Tensor]
 # of the optimizer's groups, set by the config at a restart too; the scheduler sets lr and weight_decay
 SETTINGS = ("max_lr", "min_lr", "betas", "eps")
-UNTOUCHED = (
-    "the policy is as it was; resume from the last checkpoint, if it comes again with a lower optim.lr"
-)
+NOT_TAKEN = "this update was not taken: go on from the last checkpoint; if it fails again, lower optim.lr"
 
 
 class PolicyError(RuntimeError):
@@ -151,7 +149,7 @@ class Policy:
             return sums | {"taken": 0.0, "grad_norm": 0.0, "lr": 0.0}
         self.optimizer.prepare_grads()
         if not math.isfinite(norm := self.optimizer.get_grad_norm()):  # Megatron would take the step
-            raise PolicyError(f"the gradient's norm is {norm}: stopped before the update, {UNTOUCHED}")
+            raise PolicyError(f"the gradient's norm is {norm}: {NOT_TAKEN}")
         self.scheduler.step(1)  # before the update: the first one has the first warm-up value, not lr 0
         _, grad_norm, _ = self.optimizer.step()
         return sums | {"taken": 1.0, "grad_norm": float(grad_norm), "lr": self.scheduler.get_lr({})}
@@ -165,7 +163,7 @@ class Policy:
         blank = metrics.update_sums(dual_clip=self.config.objective.dual_clip)
         sums = self.mesh.sum_by_key(metrics.total([blank, *(rows if self.reports else [])]))
         if not math.isfinite(sums["loss"]):
-            raise PolicyError(f"the loss is {sums['loss']}: stopped before the update, {UNTOUCHED}")
+            raise PolicyError(f"the loss is {sums['loss']}: {NOT_TAKEN}")
         return sums
 
     def take_traces(self) -> list[Trace]:
