@@ -10,14 +10,12 @@ by signal N.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import signal
 import sys
-import time
 import traceback
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,8 +28,7 @@ from dapo.types import Interrupted, Stopped, reason
 from dapo.watch import streams
 from dapo.watch.rank import guard
 
-# torchrun prints last what a rank has written there, in place of a hint at its manual
-ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun's, of each rank
 LOST = (
     "another rank's process has ended, or cannot be reached: the launcher says which; the steps since the "
     "last checkpoint are lost: the same command goes on from it"
@@ -47,7 +44,7 @@ def main(argv: list[str]) -> int:
         config = load(args.config, args.overrides)
         if args.command == "plan":
             return _plan(config, args)
-        files.shorten_tmpdir(_is_first_here())
+        files.shorten_tmpdir(os.environ.get("LOCAL_RANK", "0") == "0")
     except ConfigError as error:
         return _fail(error, _is_first_here())
     except KeyboardInterrupt:
@@ -201,22 +198,16 @@ def _stop(stop: Stopped, config: Config, is_printing: bool) -> int:
     again = "run.resume=auto goes" if isinstance(config.run.resume, int) else "the same command goes"
     saved = f"; saved in {config.run.dir}, {again} on from there" if stop.is_saved else ""
     line = ("interrupted" if isinstance(stop, Interrupted) else f"error: {stop}") + saved
-    _say(line, is_printing)
+    if is_printing:
+        print(line, file=sys.stderr, flush=True)
     return 128 + stop.signal if isinstance(stop, Interrupted) else 1
 
 
 def _fail(error: Exception, is_printing: bool, is_users: bool = True) -> int:
     """Print the error in one line, if this rank is to. Return the exit status."""
-    _say(f"error: {reason(error)}", is_printing)
-    return 2 if is_users else 1
-
-
-def _say(line: str, is_printing: bool) -> None:
     if is_printing:
-        print(line, file=sys.stderr, flush=True)
-    if path := os.environ.get(ERROR_FILE):
-        with suppress(OSError):
-            Path(path).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
+        print(f"error: {reason(error)}", file=sys.stderr, flush=True)
+    return 2 if is_users else 1
 
 
 def _is_first_here() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -108,27 +107,24 @@ def test_a_run_sent_back_to_a_step_is_not_continued_by_the_same_command(
     assert capsys.readouterr().err == "interrupted; saved in r, run.resume=auto goes on from there\n"
 
 
-def test_torchrun_gets_the_line_to_print_it_last(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "attempt_0/1/error.json"
-    path.parent.mkdir(parents=True)
-    monkeypatch.setenv(ERROR_FILE, str(path))
-    assert run_with(monkeypatch, ConfigError("x=1: no")) == 2
-    found = json.loads(path.read_text())
-    assert found["message"] == "error: x=1: no" and isinstance(found["timestamp"], int)
-
-
+@pytest.mark.parametrize(
+    ("option", "words"), [("optim.lrr=1", "unknown key optim.lrr"), ("parallel.tensor=4", "world size 3")]
+)
 def test_before_the_ranks_know_each_other_the_first_to_fail_prints_whichever_it_is(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    option: str,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in (1, 0, 2):
         (tmp_path / f"attempt_0/{rank}").mkdir(parents=True)
         monkeypatch.setenv(ERROR_FILE, str(tmp_path / f"attempt_0/{rank}/error.json"))
         monkeypatch.setenv("RANK", str(rank))
-        assert main(["train", str(CONFIG), "optim.lrr=1"]) == 2
+        assert main(["train", str(CONFIG), option]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert "unknown key optim.lrr" in line
+    assert words in line
 
 
 @pytest.mark.parametrize(
