@@ -53,9 +53,11 @@ _JOINS = re.compile(
     r"[,;?]|\\q?quad|\b(?:or|and|not|maybe|perhaps)\b|[<>!~:≤≥≠≈]\s*$|^\s*[+-]?[0-9.]+\s+[a-z]", re.IGNORECASE
 )
 
+_NAMED = re.compile(r"\\?[A-Za-z]\w*\s*=")
 _TEXT = re.compile(rf"\\(?:{'|'.join(WRAPPERS)})\s*\{{([^{{}}]*)\}}|[~$]|\\[ ,;:!]|\\q?quad")
 _WORDS = re.compile(r"[^\W\d_]{2,}(?:(?: |, |-|'|’|\. )[^\W_]+){0,15}")
 _NO_WORDS = frozenset(("pi", "inf", "infinity", "oo", *FUNCTIONS))
+_SHORT_WORDS = frozenset(("yes", "no", "odd", "all", "one", "two", "six", "ten", "red"))
 _CHOICE = re.compile(
     r"(?:(?:option|choice)\s+)?(?:\((?P<bracketed>[A-Ha-h])\)|(?P<letter>[A-Ha-h])(?:$|[.:)]))\s*[.:]?\s*(?P<rest>.*)",
     re.IGNORECASE,
@@ -230,6 +232,8 @@ def _is_same(given: str, gold: str, integer: tuple[str, str] | None) -> bool:
         return units.are_one(stated[1], integer[1])
     if _literal(given) == _literal(gold):
         return True
+    if _NAMED.match(gold) and stated_integer(gold) and not stated_integer(given):
+        return False  # n = 12 asks for an integer, too
     choice = choice_of(gold)
     if choice and not choice[0].islower():
         return _is_choice(given, *choice)
@@ -336,8 +340,9 @@ def words_of(text: str) -> str | None:
     words = " ".join(_TEXT.sub(lambda match: match[1] or " ", text).split())
     if not _WORDS.fullmatch(words) or words in _NO_WORDS:
         return None
-    # "xy" is a product, "no" a word
-    return words.casefold() if len(words) > 3 or re.search("[aeiouAEIOU]|[^a-zA-Z]", words) else None
+    if len(words) > 3 or words.casefold() in _SHORT_WORDS or not words.isascii():
+        return words.casefold()
+    return words if re.search("[aeiouAEIOU]", words) else None  # "ab" is not "AB"; "xy" is a product
 
 
 # mathematics
