@@ -17,7 +17,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -32,7 +32,7 @@ SURVIVED = ("server", "server's guardian", "rank's guardian", "reward worker")
 WHOLE_JOB = "whole job"  # SIGSTOP to every process at once, and SIGCONT after SUSPENDED seconds
 TARGETS = (*ENDING, *SURVIVED, WHOLE_JOB)
 PHASES = ("rollout", "scoring", "update", "sync", "checkpoint", "eval")
-STALL = 4.0  # engine.stall_seconds
+STALL = 6.0  # engine.stall_seconds
 SUSPENDED = 4 * STALL
 LONGEST = 90.0  # seconds for a run to end after a fault
 EVAL_ROWS = 8
@@ -261,9 +261,8 @@ class Trigger:
 # the measurement
 
 
-def measure(targets: Sequence[str]) -> list[tuple[Fault, Outcome, bool]]:
-    """Return each fault, the outcome of its launch, and whether a later fault of that launch followed."""
-    results = []
+def measure(targets: Sequence[str]) -> Iterator[tuple[Fault, Outcome, bool]]:
+    """Yield each fault, the outcome of its launch, and whether a later fault of that launch followed."""
     for target in targets:
         signals = SIGNALS if target != WHOLE_JOB else SIGNALS[:1]
         faults = [Fault(*each) for each in product(signals, [target], PHASES)]
@@ -277,8 +276,7 @@ def measure(targets: Sequence[str]) -> list[tuple[Fault, Outcome, bool]]:
             print(f"{done[-1]}: {verdict}, ranks {outcome.statuses}, {outcome.lines[-1:]}", flush=True)
             if outcome.verdict().isupper() or not outcome.fired:
                 print(outcome.printed[-3000:], outcome.survivors, flush=True)
-            results += [(fault, outcome, fault != done[-1]) for fault in done]
-    return results
+            yield from ((fault, outcome, fault != done[-1]) for fault in done)
 
 
 def report(results: list[tuple[Fault, Outcome, bool]]) -> str:
@@ -311,4 +309,9 @@ if __name__ == "__main__":
     else:
         import record
 
-        record.save("faults.md", report(measure(sys.argv[1:] or TARGETS)))
+        results = []
+        for result in measure(sys.argv[1:] or TARGETS):
+            results.append(result)
+            (record.RESULTS / "faults.md").write_text(
+                report(results)
+            )  # what there is, if this is ended early

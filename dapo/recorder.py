@@ -53,7 +53,7 @@ class Recorder:
     <directory>/rank-N.txt, and one rank reports on stderr which ranks are in which phases, which are frozen
     (their recorders no longer check), and what `waiting()` returns. After `limits.exit` seconds in which no
     rank has waited by a timeout of its own either, the ranks exit with status 1, and end frozen ones on their
-    machine, unless a rank that is not frozen is in one of the SILENT_PHASES: ranks stuck in a collective
+    machine, unless none is frozen and one is in one of the SILENT_PHASES: ranks stuck in a collective
     cannot save. Seconds in which this process is suspended do not count: a job that is suspended as a whole
     goes on.
     """
@@ -124,7 +124,8 @@ class Recorder:
         awake = [rank for rank, state in enumerate(states) if state.number and rank not in frozen]
         if idle >= self.limits.stall:
             self._tell(idle, states, frozen, is_first=self.rank == min(awake))
-        if dead >= self.limits.exit and not any(may_be_silent(states[rank].phases) for rank in awake):
+        is_silent = not frozen and any(may_be_silent(states[rank].phases) for rank in awake)
+        if dead >= self.limits.exit and not is_silent:
             self._exit(dead, states, frozen)
 
     def _all_states(self) -> list[State]:

@@ -48,7 +48,7 @@ def test_a_run_goes_on_without_a_server_or_its_guardian() -> None:
     ("fault", "names"),
     [
         ("SIGSTOP other rank update", ["rank 1 frozen, last seen"]),
-        ("SIGSTOP main rank rollout", ["rank 0 frozen, last seen"]),
+        ("SIGSTOP main rank checkpoint", ["rank 0 frozen, last seen", "rank 1 in checkpoint"]),
     ],
 )
 def test_a_frozen_rank_ends_the_run_in_time_and_is_named_once(fault: str, names: list[str]) -> None:
