@@ -96,10 +96,15 @@ class Endpoint:
         return f"  {self.url} ({state}): {len(jobs)} asked" + (f": {'; '.join(ages)}" if jobs else "")
 
     async def is_well(self, version: int | None) -> bool:
-        """Return True if it answers and, unless it is a router, has weights `version`, if given."""
+        """Return True if it answers and has weights `version`, if given.
+
+        Of a router: if none of its workers is dead and still listed, for it has no room for their requests.
+        """
         if await self._get(self.url, "/health") is None:
             return False
-        if self.is_router or version is None:
+        if self.is_router:
+            return not any([await self._is_dead(url) for url in self.worker_urls])
+        if version is None:
             return True
         found = (await self._get(self.url, "/model_info") or {}).get("weight_version")
         if found == str(version):
@@ -125,6 +130,18 @@ class Endpoint:
         """Return the workers from which the router expects answers: one that hangs does not report them."""
         workers = await self._list(self.url, "/workers", "workers")
         return {str(worker.get("url")).rstrip("/") for worker in workers if worker.get("load")}
+
+    async def _is_dead(self, url: str) -> bool:
+        """Return True if nobody answers there, and at once: one that is late may only be busy."""
+        try:
+            await http.exchange(
+                "GET", url + "/health", timeout=self.probe_timeout, key=self.servers.key_of(url)
+            )
+        except http.TimedOut:
+            return False
+        except http.NoAnswer:
+            return True
+        return False
 
     async def _list(self, url: str, path: str, name: str) -> list[dict[str, Any]]:
         """Return the objects in the list `name` of the answer; [] if there is none."""

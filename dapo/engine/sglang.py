@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from dapo import http
-from dapo.clock import waiting
+from dapo.clock import heartbeat, waiting
 from dapo.config import Limits
 from dapo.engine.client import Client
 from dapo.engine.endpoint import Job, Servers
 from dapo.engine.weight_sync import WeightSync
 from dapo.types import EngineError, Interrupted, Request, Sample, WeightsLost
 
-DEATH_NOTICED = 1.5  # seconds within which the death of a server is noticed
+DEATH_NOTICED = 20.0  # seconds within which a server ends one of whose processes has died
 CHECK_EVERY = 0.5  # seconds of waiting between two checks for an interruption, or for servers that died
 
 
@@ -68,18 +68,24 @@ class SGLangEngine:
         try:
             yield
         except EngineError as error:
-            time.sleep(DEATH_NOTICED)
-            if not (lost := self.servers.lost()):
+            if not (lost := self._await_deaths()):
                 raise
             raise WeightsLost(f"{', '.join(lost)} died under a weight sync: {error}") from error
+
+    def _await_deaths(self) -> list[str]:
+        """Return the servers that died, once there is one; [] if there is none in DEATH_NOTICED seconds."""
+        deadline = time.monotonic() + DEATH_NOTICED
+        while not (lost := self.servers.lost()) and time.monotonic() < deadline:
+            heartbeat()  # this wait has a limit of its own
+            time.sleep(CHECK_EVERY)
+        return lost
 
     def release_memory(self) -> None:
         """Make servers that share the trainer's GPUs free their memory until the next weights."""
         try:
             self.sync.release()
         except EngineError:
-            time.sleep(DEATH_NOTICED)
-            if not self.servers.lost():
+            if not self._await_deaths():
                 raise
             self.sync.release()  # without the server that died, which has no memory
 

@@ -46,6 +46,7 @@ class FakeServer:
         self.loads: Any = None  # what /v1/loads says
         self.workers: Any = []  # what a router's /workers says
         self.num_asked = self.most_asked = 0
+        self.num_probes = 0  # of its health
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
@@ -112,6 +113,7 @@ class FakeServer:
         return web.Response()
 
     async def _health(self, request: web.Request) -> web.Response:
+        self.num_probes += 1
         return web.Response(status=503 if self.is_hung else 200)
 
     async def _model_info(self, request: web.Request) -> web.Response:

@@ -4,7 +4,6 @@ nothing hangs.
 
 from __future__ import annotations
 
-import asyncio
 import re
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from aiohttp import web
 
 from dapo.engine import client, generate, sglang
 from dapo.types import EngineError, Interrupted, Prompt, Request, Sample, Sampling, WeightsLost
@@ -173,49 +171,6 @@ def test_a_server_that_hangs_is_noticed_though_requests_are_sent_to_it_all_the_t
         wait_for(is_restarted)
 
 
-def test_a_worker_that_hangs_behind_a_router_is_started_again_while_another_works() -> None:
-    """Its own account of its work is of before it hung: it says that it has nothing to do."""
-    hung, good, idle = FakeServer(), FakeServer(), FakeServer()
-    hung.loads = idle.loads = [{"num_running_reqs": 0, "num_used_tokens": 0}]
-    good.loads = [{"num_running_reqs": 1, "num_used_tokens": 0}]
-    is_restarted = threading.Event()
-
-    async def at_the_hung_worker(router: FakeServer, request: web.Request, body: dict) -> web.StreamResponse:
-        while not is_restarted.is_set():
-            await asyncio.sleep(0.02)
-        return await fake.status(502)(router, request, body)
-
-    router = FakeServer([at_the_hung_worker] * 2, seconds=0.3)
-    router.workers = [
-        {"url": hung.url + "/", "load": 2},
-        {"url": good.url, "load": 1},
-        {"url": idle.url, "load": 0},
-    ]
-    wanted, done = requests(9), threading.Event()
-
-    def generate() -> None:
-        while not done.wait(0.02):
-            good.loads[0]["num_used_tokens"] += 1
-
-    threading.Thread(target=generate, daemon=True).start()
-    with stream_of(hung, good, idle, router=router, max_concurrent=1, stall_seconds=0.5) as stream:
-        servers = stream.engine.servers
-
-        def restart(url: str, fault: str) -> None:
-            assert fault == "stood still for 0.5 s"
-            servers.restarted.append(url)
-            servers.workers = [worker for worker in servers.workers if worker.url != url]
-            is_restarted.set()
-
-        servers.restart = restart
-        stream.submit(wanted)
-        assert_answered(collect(stream), wanted)
-        assert stream.engine.servers.restarted == [hung.url]
-    done.set()
-    for worker in (hung, good, idle):
-        worker.stop()
-
-
 def test_twice_the_stall_without_an_answer_is_an_error_that_says_who_is_waited_for() -> None:
     server = FakeServer(afterwards=fake.nothing)
     with stream_of(server, max_concurrent=2, stall_seconds=0.5) as stream:
@@ -251,17 +206,6 @@ def test_long_work_that_moves_is_no_stall() -> None:
         assert_answered(collect(stream), wanted)
         done.set()
     assert len(server.bodies) == 1
-
-
-@pytest.mark.parametrize("odd", [5, [5], [[]], [{}], {"url": 1}, [{"url": None, "load": "x"}], None])
-def test_what_a_server_says_of_its_work_may_be_anything(odd: object) -> None:
-    router, worker = FakeServer(seconds=0.5), FakeServer()
-    router.workers = worker.loads = odd
-    wanted = requests(2)
-    with stream_of(worker, router=router, stall_seconds=1.0) as stream:
-        stream.submit(wanted)
-        assert_answered(collect(stream), wanted)
-    worker.stop()
 
 
 def test_of_two_servers_one_dies_midway_and_comes_back() -> None:
@@ -403,23 +347,6 @@ def test_no_server_is_asked_for_more_than_it_should_and_both_work() -> None:
     assert min(len(server.bodies) for server in servers) >= 20
 
 
-def test_a_router_that_loses_a_worker_is_asked_for_no_more_than_the_others_should_be() -> None:
-    router, workers = FakeServer(seconds=0.02), [FakeServer(), FakeServer()]
-    wanted = requests(60)
-    with stream_of(*workers, router=router, max_concurrent=3) as stream:
-        stream.submit(wanted)
-        samples = []
-        for sample in stream.completed():
-            samples.append(sample)
-            if len(samples) == 20:
-                assert router.most_asked == 6
-                stream.engine.servers.workers.pop()
-            if len(samples) == 40:
-                router.most_asked = 0
-        assert_answered(samples, wanted)
-        assert router.most_asked == 3
-
-
 def test_the_server_with_the_least_outstanding_is_asked_next() -> None:
     servers = FakeServer(afterwards=fake.nothing), FakeServer(afterwards=fake.nothing)
     with stream_of(*servers, max_concurrent=100) as stream:
@@ -534,37 +461,6 @@ def test_no_id_at_a_server_is_the_beginning_of_another(monkeypatch: pytest.Monke
         collect(stream)
     rids = [body["rid"] for body in server.bodies]
     assert len(rids) == 8 and not [(a, b) for a in rids for b in rids if a != b and b.startswith(a)]
-
-
-def test_behind_a_router_every_worker_gets_an_abort() -> None:
-    router, workers = FakeServer(afterwards=fake.nothing), [FakeServer(), FakeServer()]
-    with stream_of(*workers, router=router, max_concurrent=3) as stream:
-        stream.submit(requests(10))
-        wait_for(lambda: len(router.bodies) == 6)
-        stream.abort([request.id for request in requests(10)])
-        stream.engine.load_weights([], 0)
-        assert len(router.bodies) == 6, "max_concurrent for each worker behind it"
-        assert router.aborted == [] and {len(set(worker.aborted)) for worker in workers} == {6}
-
-
-def test_a_worker_that_is_silent_about_an_abort_does_not_get_all_the_others(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(client, "ABORT_TIMEOUT", 1.5)
-    router, silent, good = FakeServer(afterwards=fake.nothing), FakeServer(), FakeServer()
-    silent.is_hung = True
-    with stream_of(silent, good, router=router, max_concurrent=75) as stream:
-        stream.submit(requests(150))
-        wait_for(lambda: len(router.bodies) == 150)
-        stream.abort([request.id for request in requests(150)])
-        stream.engine.load_weights([], 0)
-        assert len(silent.aborted) == client.NUM_ABORTS
-        assert sorted(good.aborted) == sorted(body["rid"] for body in router.bodies)
-        stream.submit(requests(2))
-        wait_for(lambda: len(router.bodies) == 152)
-        stream.abort([request.id for request in requests(2)])
-        stream.engine.load_weights([], 1)
-        assert len(silent.aborted) == client.NUM_ABORTS + 2, "it gets the next ones again"
 
 
 @pytest.mark.parametrize("path", ["prepare", "load"])
