@@ -18,10 +18,11 @@ from dapo import clock
 from dapo.config import ConfigError
 from dapo.reward.guardian import MEMORY_EXCEEDED, guard
 from dapo.reward.worker import Failure, Job, Reply
-from dapo.types import Interrupted
+from dapo.types import Interrupted, RewardError
 
 JOBS_PER_MESSAGE = 16
 IMPORT_TIMEOUT = 300.0  # seconds for a worker to import the functions
+STARTS = 3  # in a row, of workers that end before they have imported the functions
 CHECK_EVERY = 0.25  # seconds between two checks for an interruption
 END_TIMEOUT = 5.0  # seconds for a guardian to end its worker
 SUSPENDED = 1.0  # seconds that a wait takes too long if this process was stopped, and its workers with it
@@ -38,12 +39,13 @@ class _Worker:
     It is no daemon, because those may have no children, and a function may use multiprocessing itself.
     """
 
-    def __init__(self, functions: list[str], max_bytes: int):
+    def __init__(self, functions: list[str], max_bytes: int, num_failed_before: int):
         self.connection, theirs = _context.Pipe()
         arguments = (theirs, functions, os.getpid(), max_bytes)
         self.guardian = _context.Process(target=guard, args=arguments, name="reward")
         self._start()
         theirs.close()
+        self.num_failed_before = num_failed_before  # starts in a row, before this one
         self.is_ready = False
         self.todo: deque[int] = deque()  # numbers of the jobs it was sent; it is doing the first
         self.deadline = time.monotonic() + IMPORT_TIMEOUT
@@ -114,6 +116,7 @@ class Workers:
         self.memory = memory
         self.is_interrupted = is_interrupted
         self.has_warned = False
+        self.num_failed_starts = 0  # since one succeeded
         self.workers: list[_Worker] = []
         self.num_timeouts = 0
         self.num_crashes = 0
@@ -124,6 +127,7 @@ class Workers:
 
         Raises:
             ConfigError: the functions cannot be imported in a worker.
+            RewardError: workers end while they import them.
             Interrupted: the run is to stop.
         """
         replies: list[Reply | None] = [None] * len(jobs)
@@ -161,7 +165,8 @@ class Workers:
                 self._replace(worker, waiting, is_late=False)
         wanted = min(self.count, sum(bool(worker.todo) for worker in self.workers) + len(waiting))
         while len(self.workers) < wanted:
-            self.workers.append(_Worker(self.functions, int(self.memory * 2**30)))
+            max_bytes = int(self.memory * 2**30)
+            self.workers.append(_Worker(self.functions, max_bytes, self.num_failed_starts))
         for worker in self.workers:
             if not worker.is_busy and waiting:
                 worker.todo = waiting.popleft()
@@ -178,6 +183,7 @@ class Workers:
                 elif message is not None:
                     raise ConfigError(f"reward.function={message.what}")
                 worker.is_ready = True
+                self.num_failed_starts = 0
                 worker.deadline = time.monotonic() + self.timeout
         except (EOFError, OSError):
             self._replace(worker, waiting, is_late=False)
@@ -187,12 +193,15 @@ class Workers:
         self.workers.remove(worker)
         limit = f"reward.memory_limit={self.memory:g} GiB"
         if not worker.is_ready:
-            failure = "end the process that imports them"
+            # those that ended together count once
+            self.num_failed_starts = max(self.num_failed_starts, worker.num_failed_before + 1)
+            failure = "" if self.num_failed_starts < STARTS else "end the process that imports them"
             if is_late:
                 failure = f"were not imported within {IMPORT_TIMEOUT:.0f} s"
             if is_too_large:
                 failure = f"need more than {limit} while they are imported"
-            raise ConfigError(f"reward.function: {', '.join(self.functions)} {failure}")
+            if failure:
+                raise RewardError(f"reward.function: {', '.join(self.functions)} {failure}")
         if worker.todo:
             worker.todo.popleft()  # the call that did not end
             self.num_timeouts += is_late

@@ -118,13 +118,14 @@ def test_a_worker_that_was_killed_from_outside_between_two_steps_is_replaced(rew
 
 def test_of_two_workers_the_one_that_was_killed_is_replaced(reward):
     pool = reward("workers=2", f"function={FUNCTIONS}:process_id")
-    score(pool, ["x"] * 64)
+    while len({value for _, value in score(pool, ["x"] * 64)}) < 2:
+        pass  # until both are ready
     living, dead = pool.workers.workers
     [pid] = descendants(dead.guardian.pid)
     os.kill(pid, signal.SIGKILL)
     dead.guardian.join()
     found = {value for _, value in score(pool, ["x"] * 64)}
-    assert len(found) == 2 and pid not in found
+    assert found and pid not in found
     assert living in pool.workers.workers and dead not in pool.workers.workers
     assert pool.take_metrics() == counts(0, 0, 0)
 
@@ -317,6 +318,34 @@ def test_a_function_that_workers_cannot_import_is_an_error_and_no_hang():
         with pytest.raises(ConfigError, match=f"reward.function={path}.*{what}"):
             pool.judge([Job(0, "", "")] * 3)
         pool.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "memory", "what"),
+    [
+        ("os._exit(0)", "4.0", "end the process that imports them"),
+        ("block = bytearray(b'x') * (600 << 20); time.sleep(60)", "0.25",
+         r"need more than reward.memory_limit=0.25 GiB while they are imported"),
+    ],
+)  # fmt: skip
+def test_a_module_that_ends_the_worker_that_imports_it_is_named(
+    reward, tmp_path, monkeypatch, code, memory, what
+):
+    name = f"deadly_{len(code)}"
+    text = f"import os, time\nif os.getpid() != {os.getpid()}:\n    {code}\ndef f(response, answer): ..."
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RewardError, match=f"^reward.function: {name}:f {what}$"):
+        score(reward("workers=2", f"function={name}:f", f"memory_limit={memory}"), ["1"])
+
+
+def test_a_worker_that_is_killed_while_it_imports_is_replaced(reward, tmp_path, monkeypatch):
+    text = "import os, pathlib, time\nhere = pathlib.Path(__file__).with_suffix('.started')\n"
+    text += f"if os.getpid() != {os.getpid()} and not here.exists():\n    here.touch(); os._exit(9)\n"
+    (tmp_path / "dies_once.py").write_text(text + "def f(response, answer): return True")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert score(reward("workers=1", "function=dies_once:f"), ["1", "2"]) == [RIGHT] * 2
+    assert (tmp_path / "dies_once.started").exists()
 
 
 def test_a_shadow_that_cannot_be_imported_is_named_as_such(reward):
