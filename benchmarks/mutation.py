@@ -10,7 +10,6 @@ python benchmarks/mutation.py --count 300 --seed 1
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib
 import itertools
 import json
@@ -22,10 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -137,18 +136,22 @@ class Job:
     def __init__(self, folder: Path, path: str, source: str, limit: float):
         self.folder, self.log, self.start, self.limit = folder, folder / "log.txt", time.monotonic(), limit
         self.mark = f"{folder.name}-{time.monotonic_ns()}"
-        (folder / "tree" / path).write_text(source)
-        # compiled files are known by size and second: a second of its own for each source
-        written = next(SECONDS)
-        os.utime(folder / "tree" / path, (written, written))
+        self.file, self.original = folder / "tree" / path, (folder / "tree" / path).read_text()
+        self._write(source)
         self.pid = os.fork()
         if self.pid == 0:
             self._run(tests_of(path))
+
+    def _write(self, source: str) -> None:
+        self.file.write_text(source)
+        second = next(SECONDS)  # compiled files are known by size and second
+        os.utime(self.file, (second, second))
 
     def _run(self, tests: list[str]) -> None:
         code = 1
         try:
             os.setsid()
+            sys.modules["__main__"] = types.ModuleType("__main__")  # none that spawned processes would import
             tree = self.folder / "tree"
             os.chdir(tree)
             for number, mode in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
@@ -168,17 +171,18 @@ class Job:
         if pid == 0:
             if time.monotonic() - self.start < self.limit:
                 return None
-            self._kill()
+            self._end()
             os.waitpid(self.pid, 0)
             return "timeout"
-        self._kill()
+        self._end()
         if os.waitstatus_to_exitcode(status) == 0:
             return "survived"
         failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", self.log.read_text(errors="replace"), re.MULTILINE)
         return failed[0] if failed else f"exit code {os.waitstatus_to_exitcode(status)}"
 
-    def _kill(self) -> None:
-        """End the tests' processes: their group, and what they started in sessions of its own."""
+    def _end(self) -> None:
+        """Restore the file. End the tests' processes: their group, and those in sessions of their own."""
+        self._write(self.original)
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         for process in psutil.process_iter():
@@ -190,17 +194,16 @@ class Job:
 def copied(folder: Path) -> Path:
     """Copy the working tree, without what git ignores, into folder/tree."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    for name in subprocess.run(listed, capture_output=True, check=True, cwd=ROOT, text=True).stdout.split(
-        "\0"
-    ):
+    names = subprocess.run(listed, capture_output=True, check=True, cwd=ROOT, text=True).stdout
+    for name in names.split("\0"):
         if (ROOT / name).is_file():
             (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / "tree" / name)
     return folder
 
 
-def run_all(work: list[tuple[str, str, float]], folders: list[Path]) -> Iterator[tuple[int, str, float]]:
-    """Run each (path, source, limit), one in every folder at a time; yield its place, verdict and seconds."""
+def run_all(work: list[tuple[str, str, float]], folders: list[Path]) -> Iterator[tuple[int, str, Job]]:
+    """Run each (path, source, limit), one in every folder at a time; yield its place and verdict."""
     waiting, running = list(enumerate(work)), dict[Path, tuple[int, Job]]()
     while waiting or running:
         for folder in folders:
@@ -210,11 +213,8 @@ def run_all(work: list[tuple[str, str, float]], folders: list[Path]) -> Iterator
         time.sleep(0.05)
         for folder, (number, job) in list(running.items()):
             if verdict := job.poll():
-                path = work[number][0]
-                (folder / "tree" / path).write_text((ROOT / path).read_text())
-                os.utime(folder / "tree" / path, (now := next(SECONDS), now))
                 del running[folder]
-                yield number, verdict, time.monotonic() - job.start
+                yield number, verdict, job
                 job.log.unlink(missing_ok=True)
 
 
@@ -235,27 +235,29 @@ def main() -> None:
     done = [json.loads(line) for line in keep.read_text().splitlines()] if keep.exists() else []
     for name in HEAVY:
         importlib.import_module(name)
-    gc.freeze()
     with tempfile.TemporaryDirectory(prefix="mutation-") as scratch, keep.open("a") as results:
         folders = [copied(Path(scratch) / str(number)) for number in range(args.jobs)]
 
-        def record(row: dict[str, Any]) -> None:
+        def add(row: dict[str, Any], job: Job) -> None:
+            row["seconds"] = round(time.monotonic() - job.start, 1)
             done.append(row)
             print(json.dumps(row, ensure_ascii=False), file=results, flush=True)
             print(*row.values(), flush=True)
 
         limits = {row["clean"]: row["seconds"] for row in done if "clean" in row}
         paths = sorted({mutant.path for mutant in mutants} - set(limits))
-        for number, verdict, seconds in run_all([(path, sources[path], 3600.0) for path in paths], folders):
-            assert verdict == "survived", f"the tests of {paths[number]} fail without a mutant: {verdict}"
-            record({"clean": paths[number], "seconds": round(seconds, 1)})
-            limits[paths[number]] = seconds
+        for number, verdict, job in run_all([(path, sources[path], 3600.0) for path in paths], folders):
+            if verdict != "survived":
+                print(job.log.read_text())
+                sys.exit(f"the tests of {paths[number]} fail without a mutant")
+            add({"clean": paths[number]}, job)
+            limits[paths[number]] = done[-1]["seconds"]
         known = {_name(row) for row in done}
         left = [mutant for mutant in mutants if _name(vars(mutant)) not in known]
         work = [(m.path, m.change.apply(sources[m.path]), TIMES * limits[m.path] + GRACE) for m in left]
-        for number, verdict, seconds in run_all(work, folders):
-            row = asdict(left[number]) | {"verdict": verdict, "seconds": round(seconds, 1)}
-            record({name: value for name, value in row.items() if name != "change"})
+        for number, verdict, job in run_all(work, folders):
+            add({name: value for name, value in vars(left[number]).items() if name != "change"}
+                | {"verdict": verdict}, job)  # fmt: skip
     names = {_name(vars(mutant)) for mutant in mutants}
     report([row for row in done if _name(row) in names], rooms)
 

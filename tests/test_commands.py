@@ -15,8 +15,11 @@ from pathlib import Path
 import pytest
 import transformers
 import yaml
+from matplotlib.image import imread
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dapo import config
+from dapo.report import glossary
 from tests.dapo.plan.test_plan import write_model
 
 ROOT = Path(__file__).parents[1]
@@ -172,8 +175,14 @@ def test_every_step_has_every_metric(quickstart: Path) -> None:
 
 
 def test_the_run_directory_holds_curves_config_model_and_semantics(quickstart: Path) -> None:
-    assert (quickstart / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert list((quickstart / "tensorboard").iterdir())
+    rows = rows_of(quickstart)
+    shown = [*glossary.columns(), *(metric.name for metric in glossary.monitors())]
+    assert not [name for name in shown if not any(name in row for row in rows)]
+    assert imread(quickstart / "curves.png").min() < 0.5, "something is drawn"
+    board = EventAccumulator(str(quickstart / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    for name in set().union(*rows):
+        logged = {row["step"]: row[name] for row in rows if name in row}
+        assert {event.step: event.value for event in board.Scalars(name)} == pytest.approx(logged), name
     assert config.load(quickstart / "config.yaml").run.steps == 40
     assert (
         json.loads((quickstart / "semantics.json").read_text())["choices"]["objective.normaliser"]

@@ -161,9 +161,9 @@ def dump(found: dict[str, Any]) -> str:
 def fingerprint(function: str) -> str:
     """Hash a reward function's source: all of dapo/reward, or another function's file; "unknown" of a URL."""
     module = function.partition(":")[0]
-    try:
-        spec = None if "://" in function else importlib.util.find_spec(module)
-    except (ImportError, ValueError):  # `__main__` has no file; a part of the path is no package
+    try:  # `__main__` is the program that runs, or has no file
+        spec = None if "://" in function or module == "__main__" else importlib.util.find_spec(module)
+    except (ImportError, ValueError):  # a part of the path is no package
         spec = None
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         return "unknown"

@@ -159,7 +159,7 @@ def test_an_answer_far_from_the_end_still_counts():  # the widely used checker r
 )  # fmt: skip
 def test_no_response_takes_long_to_check(response):  # a quadratic pattern would take minutes
     start = time.process_time()
-    is_correct(response, "34")
+    assert is_correct(response, "34") == response.startswith("Answer: 34.")
     assert time.process_time() - start < 20
 
 
