@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from aiohttp import web
 
 from dapo.engine import client, generate, sglang
 from dapo.types import EngineError, Interrupted, Prompt, Request, Sample, Sampling, WeightsLost
