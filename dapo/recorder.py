@@ -77,7 +77,7 @@ class Recorder:
         self.seen: dict[int, tuple[int, float]] = {}
         self.kept_for = self.reported_for = -1  # value of `progress` at the last stall
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.stacks = (self.directory / f"rank-{self.rank}.txt").open("a")
+        self.stacks = (self.directory / f"rank-{self.rank}.txt").open("a", encoding="utf-8")
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="recorder", daemon=True)
         self._thread.start()

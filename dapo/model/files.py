@@ -54,7 +54,7 @@ def open_safetensors(directory: Path) -> dict[str, Path]:
 def _indexed(index: Path) -> dict[str, str]:
     """Return the file name of each tensor by name."""
     try:
-        where = json.loads(index.read_text())["weight_map"]
+        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return {str(name): str(file) for name, file in where.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{index}: no index of safetensors files: {error!r}") from error

@@ -145,7 +145,7 @@ def changes(found: dict[str, Any], path: Path) -> list[str]:
 
     Versions may change silently, and what an older manifest does not hold.
     """
-    before = json.loads(path.read_text()) if path.is_file() else found
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else found
     rows = found["prompts"]
     now = found["choices"] | {"data": rows} | found["reward functions"]
     then = before["choices"] | {"data": before.get("prompts", rows)} | before["reward functions"]

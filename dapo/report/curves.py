@@ -17,7 +17,7 @@ COLORS = ("#2a5c8a", "#c8692b", "#3a8464", "#8b5a9e", "#a8893a", "#b54a5c", "#2b
 def read(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a metrics.jsonl, without a last line that a crash cut short."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

@@ -56,7 +56,8 @@ def write(path: Path, buffer: Buffer, fraction: float) -> None:
     Raises:
         StorageError: it cannot be written.
     """
-    path.with_suffix(TRACES).unlink(missing_ok=True)  # of an earlier attempt at this step
+    with files.writing(path):
+        path.with_suffix(TRACES).unlink(missing_ok=True)  # of an earlier attempt at this step
     groups = [(kind, group) for kind in KINDS for group in chosen(getattr(buffer, kind), fraction)]
     _write(path, _rows(groups), COLUMNS)
 

@@ -10,7 +10,7 @@ from dapo.reward.pool import Reward
 from dapo.rollout.buffer import Buffer
 from dapo.rollout.prompts import PromptStream
 from dapo.rollout.rollouts import RolloutError, Rollouts
-from dapo.types import Interrupted, Request, Sample
+from dapo.types import Interrupted, Request, Sample, StorageError
 from tests.conftest import make_config, make_group, make_prompt
 
 NUM_PROMPTS = 40
@@ -522,3 +522,54 @@ def test_a_new_advantage_and_a_new_normaliser_are_an_entry_each(tmp_path, monkey
     advantages = {round(float(a), 4) for m in packed for a in m.advantages[m.loss_mask]}
     assert advantages == {2.0, round(-2 / 3, 4)}  # ±1 minus the mean of the other three
     assert {round(float(1 / w)) for m in packed for w in m.token_weights[m.loss_mask]} == {1000 * 2 * 4}
+
+
+def a_file_in_its_place(directory):
+    directory.parent.mkdir()
+    directory.write_text("")
+
+
+def no_room(directory):
+    """Let the place of the file that is being written be a full disk."""
+    directory.mkdir(parents=True)
+    (directory / "step-000000.partial").symlink_to("/dev/full")
+
+
+@pytest.mark.parametrize("break_disk", [a_file_in_its_place, no_room])
+def test_a_dump_that_cannot_be_written_stops_the_run_with_its_prompts_back_in_the_stream(
+    tmp_path, break_disk
+):
+    script = ["10", "11", "01", "00"]
+    engine = ScriptedEngine(lambda prompt: script[prompt // 6 % 4])
+    rollouts = make_rollouts(tmp_path, engine, "rollout.dump_share=1.0")
+    directory = tmp_path / "run/rollouts"
+    break_disk(directory)
+    with pytest.raises(StorageError, match=r"step-000000.parquet cannot be written, .* GiB free there: \w+"):
+        rollouts.next_batch(0)
+    assert len(engine.asked()) > 4, "groups of all kinds"
+    again = [prompt.index for prompt in rollouts.prompts.take(len(engine.asked()))]
+    assert sorted(again) == sorted(engine.asked())
+
+
+def test_replayed_groups_do_not_go_into_the_stream(tmp_path):
+    first = make_rollouts(
+        tmp_path, ScriptedEngine(lambda _: "10"), "rollout.dump_share=1.0", "run.dir=" + str(tmp_path / "a")
+    )
+    first.next_batch(0)
+    replay = [f"rollout.replay={tmp_path / 'a/rollouts'}", "rollout.dump_share=1.0"]
+    rollouts = make_rollouts(tmp_path, ScriptedEngine(lambda _: "10"), *replay)
+    a_file_in_its_place(tmp_path / "run/rollouts")
+    before = rollouts.prompts.state_dict()
+    with pytest.raises(StorageError):
+        rollouts.next_batch(0)
+    assert rollouts.prompts.state_dict() == before
+
+
+def test_the_reward_is_closed_although_the_engine_failed_to(tmp_path, monkeypatch):
+    rollouts = make_rollouts(tmp_path, ScriptedEngine(lambda _: "10"))
+    closed = []
+    monkeypatch.setattr(rollouts.reward, "close", lambda: closed.append("reward"))
+    monkeypatch.setattr(rollouts.engine, "close", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        rollouts.close()
+    assert closed == ["reward"]
