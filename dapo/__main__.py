@@ -10,6 +10,7 @@ by signal N.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -238,4 +239,5 @@ def end(status: int) -> NoReturn:
 
 if __name__ == "__main__":
     streams.keep_open()
+    faulthandler.enable()  # a process that ends in native code says where each thread was
     end(main(sys.argv[1:]))

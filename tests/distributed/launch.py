@@ -21,7 +21,8 @@ def torchrun(
     """Run a script or `-m module` on `num_processes` ranks, one thread each; stdout has all it printed."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     arguments = [*launcher, "--nproc-per-node", str(num_processes), *command]
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | env
+    # a process that a signal ends shows the Python stack of each thread
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"} | env
     return subprocess.run(
         arguments,
         cwd=ROOT,
