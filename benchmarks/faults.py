@@ -67,7 +67,7 @@ class Outcome:
     statuses: dict[int, int]  # exit status of each rank that returned one
     status: int | None  # the launcher's; None if it did not end
     is_finished: bool  # all steps were made
-    is_saved: bool  # a checkpoint was completed after the last fault
+    is_saved: bool  # it said so, and there is a checkpoint
     seconds: float  # from the last fault to the end of the last process of the run
     lines: list[str]  # what the program said about it
     survivors: list[str] = field(default_factory=list)
@@ -131,7 +131,7 @@ def launch(faults: Sequence[Fault], *options: str, with_servers: bool = False) -
                       for rank in (0, 1) if (folder / f"status-{rank}").exists()},
             status=launcher.returncode if is_ended else None,
             is_finished=(folder / "run/hf").exists(),
-            is_saved=any(manifest.stat().st_mtime >= last for manifest in manifests),
+            is_saved="; saved in " in printed and any(manifests),
             seconds=seconds,
             lines=[line for line in printed.splitlines() if line.startswith(SAYS)],
             survivors=survivors,
@@ -292,8 +292,8 @@ def report(results: list[tuple[Fault, Outcome, bool]]) -> str:
     summary = ", ".join(f"{number} {verdict}" for verdict, number in count.most_common())
     rows = [[*names, *(row.get(phase, "") for phase in PHASES)] for names, row in cells.items()]
     about = (
-        f"{sum(count.values())} faults, engine.stall_seconds={STALL:g}: {summary}. “saved”: a checkpoint "
-        "was written after the fault, and the ranks ended; “stopped”: they ended with an error line, and the "
+        f"{sum(count.values())} faults, engine.stall_seconds={STALL:g}: {summary}. “saved”: the run "
+        "ended with a checkpoint of its last step; “stopped”: they ended with an error line, and the "
         "steps since the last checkpoint are lost. Seconds are from the fault to the end of the last one. "
         "After each launch the machine was searched for processes that outlived it.\n"
     )
