@@ -46,11 +46,7 @@ class GroundTruths:
     def agree(self, answers: Iterable[str]) -> bool:
         """True if all are one answer: 34, 34.0 and $34$."""
         first, *others = answers
-        return all(
-            self._call("is_same", self.is_same, first, other)
-            or self._call("is_same", self.is_same, other, first)
-            for other in others
-        )
+        return all(self._call("is_same", self.is_same, first, other) for other in others)
 
     def _call(self, name: str, function: Callable[..., Any], *answers: str) -> Any:
         try:

@@ -78,6 +78,12 @@ def test_the_rules_ground_truth_comes_before_an_answer_in_every_format(
     assert pairs(read(path)[1]) == [("q", answer), ("r", answer)]
 
 
+def test_a_ground_truth_that_is_null_among_others_is_named_by_its_column(tmp_path: Path) -> None:
+    rows = [{"prompt": p, "reward_model": {"ground_truth": truth}} for p, truth in [("a", "1"), ("b", None)]]
+    with pytest.raises(ConfigError, match=r"row 2: no column 'reward_model\.ground_truth'"):
+        read(write(tmp_path / "t.parquet", *rows))
+
+
 def test_a_ground_truth_is_taken_from_the_column_that_has_it_row_by_row(tmp_path: Path) -> None:
     rows = [
         {"prompt": "a", "answer": "1", "reward_model": {"ground_truth": None}},

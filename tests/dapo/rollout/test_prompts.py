@@ -322,6 +322,14 @@ def test_several_files_are_one_stream(tmp_path):
     assert [s.prompts for s in summaries] == [4, 3]
 
 
+def test_a_file_of_copies_alone_is_no_mistake_among_several_that_are_one(tmp_path):
+    first = write_lines(tmp_path / "a.jsonl", {"prompt": "x", "answer": 1})
+    copies = write_lines(tmp_path / "b.jsonl", {"prompt": "x", "answer": 1})
+    stream, summaries = load_stream(Data(train=[first, copies]), Tokenizer(), seed=0)
+    assert [text_of(p) for p in stream.prompts] == ["x"] and [s.copies for s in summaries] == [0, 1]
+    assert stream.rows[0] == {"prompt": "x", "answer": 1}
+
+
 def test_weights_mix_files_evenly_whatever_their_sizes(tmp_path):
     files = sources(tmp_path, a=40, b=3)
     stream, _ = load_stream(Data(train={files["a"]: 1.0, files["b"]: 3.0}), Tokenizer(), seed=0)

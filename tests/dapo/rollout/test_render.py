@@ -194,6 +194,16 @@ def test_another_tokenizer_changes_the_datas_hash(tmp_path: Path) -> None:
     assert at(path, 9).data != at(path, 9, make_tokenizer(DATED, added="$A")).data
 
 
+def test_a_tokenizer_that_splits_the_rows_otherwise_changes_the_datas_hash(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", {"prompt": "é", "answer": "1"})
+    other = make_tokenizer(DATED)
+    other.add_tokens(["éé"])  # of no text that is in the file, nor printable ASCII
+    assert at(path, 9).data == at(path, 9, other).data
+    other.add_tokens(["é1"])
+    write(path, {"prompt": "é1", "answer": "1"})
+    assert at(path, 9).data != at(path, 9, other).data
+
+
 def test_a_template_does_not_matter_where_every_prompt_is_text(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", ROWS[1])
     assert at(path, 9).data == at(path, 9, make_tokenizer(None)).data
