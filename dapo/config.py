@@ -347,8 +347,9 @@ class Config(Section):
         names = [reward.function] if isinstance(reward.function, str) else reward.function
         for name in [*names, *reward.shadow, *self.engine.urls]:
             if re.search("[@?#]", name.partition("://")[2]):
+                without_user = re.sub("://.*@", "://***@", name, flags=re.DOTALL)  # whatever stands there
                 raise ConfigError(
-                    f"{name}: a URL is saved with the run, so it may hold no user, password or query; a key "
+                    f"{without_user}: a URL is saved with the run, so it may hold no user, password or query; a key "
                     "for the server is in the environment: DAPO_REWARD_KEY or DAPO_ENGINE_KEY"
                 )
         if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
