@@ -246,10 +246,11 @@ def main() -> None:
 
         limits = {row["clean"]: row["seconds"] for row in done if "clean" in row}
         paths = sorted({mutant.path for mutant in mutants} - set(limits))
-        for number, verdict, job in run_all([(path, sources[path], 3600.0) for path in paths], folders):
+        clean = [(path, sources[path], 3600.0) for path in paths]
+        for number, verdict, job in run_all(clean, folders):
             if verdict != "survived":
                 print(job.log.read_text())
-                sys.exit(f"the tests of {paths[number]} fail without a mutant")
+                sys.exit(f"the tests of {paths[number]} fail without a mutant; the same command continues")
             add({"clean": paths[number]}, job)
             limits[paths[number]] = done[-1]["seconds"]
         known = {_name(row) for row in done}
