@@ -349,8 +349,8 @@ class Config(Section):
             if re.search("[@?#]", name.partition("://")[2]):
                 without_user = re.sub("://.*@", "://***@", name, flags=re.DOTALL)  # whatever stands there
                 raise ConfigError(
-                    f"{without_user}: a URL is saved with the run, so it may hold no user, password or query; "
-                    "a key for the server is in the environment: DAPO_REWARD_KEY or DAPO_ENGINE_KEY"
+                    f"{without_user}: a URL is saved with the run, so it may hold no user, password or "
+                    "query; a key for the server is in the environment: DAPO_REWARD_KEY or DAPO_ENGINE_KEY"
                 )
         if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
             raise ConfigError(
