@@ -102,12 +102,19 @@ def test_calls_of_evaluation_are_counted_apart_from_those_of_training(tmp_path):
     assert batch.metrics["reward/undecided"] == 1 / 4
 
 
-def test_an_evaluation_that_was_broken_off_leaves_no_counts(tmp_path):
-    seen = iter(range(100))
-    rollouts = make_eval(tmp_path, is_interrupted=lambda: next(seen) == 9)
-    with pytest.raises(Interrupted):
-        evaluate.metrics_at(0, rollouts, SETS)
-    assert evaluate.metrics_at(0, rollouts, SETS) == evaluate.metrics_at(3, rollouts, SETS)
+def test_an_evaluation_that_was_broken_off_while_it_was_scored_leaves_no_counts(tmp_path, monkeypatch):
+    rollouts = make_eval(tmp_path)
+
+    def interrupted(*_):
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        silent = {"dapo.reward:is_correct": [None] * 8}
+        patch.setattr(rollouts.reward, "_judge", lambda pairs: silent)
+        patch.setattr(rollouts.reward, "_mark", interrupted)
+        with pytest.raises(Interrupted):
+            evaluate.metrics_at(0, rollouts, SETS)
+    assert evaluate.metrics_at(0, rollouts, SETS)["eval/easy/undecided"] == 0
 
 
 @pytest.mark.parametrize("after", [1, 6, 12])
