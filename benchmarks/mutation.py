@@ -73,7 +73,7 @@ TESTS: dict[str, list[str]] = {
     "dapo/learn/objective.py": [f"{D}/learn/test_objective.py", f"{D}/learn/test_batch.py"],
     "dapo/learn/packing.py": [f"{D}/learn/test_packing.py", f"{D}/learn/test_batch.py"],
     "dapo/learn/traces.py": [f"{D}/test_token_fields.py", f"{D}/learn/test_batch.py"],
-    "dapo/reward/guardian.py": [f"{D}/reward/test_guardian.py", *REWARD],
+    "dapo/watch/worker.py": [f"{D}/reward/test_guardian.py", *REWARD],
     "dapo/reward/overlong.py": REWARD,
     "dapo/reward/pool.py": REWARD,
     "dapo/reward/remote.py": [f"{D}/reward/test_remote.py", *REWARD],

@@ -16,9 +16,9 @@ from multiprocessing.connection import wait
 
 from dapo import clock
 from dapo.config import ConfigError
-from dapo.reward.guardian import MEMORY_EXCEEDED, guard
-from dapo.reward.worker import Failure, Job, Reply
+from dapo.reward.worker import Failure, Job, Reply, serve
 from dapo.types import Interrupted, RewardError
+from dapo.watch.worker import MEMORY_EXCEEDED, guard
 
 JOBS_PER_MESSAGE = 16
 IMPORT_TIMEOUT = 300.0  # seconds for a worker to import the functions
@@ -30,7 +30,7 @@ SUSPENDED = 1.0  # seconds that a wait takes too long if this process was stoppe
 # workers are forks of a process that has neither threads, nor CUDA, nor torch
 _context = multiprocessing.get_context("forkserver")
 # imported before the fork, so that the import takes no part of a call's timeout
-_context.set_forkserver_preload(["dapo.reward.guardian", "dapo.reward", "mpmath"])
+_context.set_forkserver_preload(["dapo.watch.worker", "dapo.reward.worker", "dapo.reward", "mpmath"])
 
 
 class _Worker:
@@ -41,7 +41,7 @@ class _Worker:
 
     def __init__(self, functions: list[str], max_bytes: int, num_failed_before: int):
         self.connection, theirs = _context.Pipe()
-        arguments = (theirs, functions, os.getpid(), max_bytes)
+        arguments = (serve, theirs, functions, os.getpid(), max_bytes)
         self.guardian = _context.Process(target=guard, args=arguments, name="reward")
         self._start()
         theirs.close()

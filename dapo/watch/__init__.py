@@ -1,1 +1,1 @@
-"""This room ends processes that nobody watches any more: signals, and guardians of ranks and servers."""
+"""This room ends processes that nobody watches any more: signals; guardians of ranks, servers, workers."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dapo.reward.guardian import descendants, memory
+from dapo.watch.worker import descendants, memory
 from tests.dapo.reward.test_pool import FUNCTIONS, RIGHT, WRONG, is_running, reward, score
 
 __all__ = ["reward"]  # a fixture

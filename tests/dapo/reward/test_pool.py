@@ -13,11 +13,11 @@ import pytest
 from dapo import clock
 from dapo.config import ConfigError
 from dapo.reward import remote, workers
-from dapo.reward.guardian import descendants
 from dapo.reward.pool import Reward
 from dapo.reward.worker import Job
 from dapo.reward.workers import Workers
 from dapo.types import Interrupted, RewardError, StorageError
+from dapo.watch.worker import descendants
 from tests.conftest import make_config, make_prompt, make_sample
 from tests.dapo.reward.test_answer import HOSTILE
 from tests.dapo.reward.test_reward import FUNCTIONS

@@ -15,11 +15,9 @@ import select
 import signal
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection
 from typing import NoReturn
-
-from dapo.reward.worker import serve
 
 MEMORY_EXCEEDED = 113  # exit status
 CHECK_EVERY = 0.1  # seconds between two checks of the main process and of the memory
@@ -28,10 +26,13 @@ _SIGNALS = {signal.SIGTERM, signal.SIGCHLD}  # blocked, and waited for: no handl
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-def guard(connection: Connection, paths: Sequence[str], main: int, max_bytes: int) -> None:
-    """Run a worker until it or process `main` has ended, or it needs more than `max_bytes` of memory.
+Serve = Callable[[Connection, Sequence[str]], None]
 
-    Exit with MEMORY_EXCEEDED in the last case.
+
+def guard(serve: Serve, connection: Connection, paths: Sequence[str], main: int, max_bytes: int) -> None:
+    """Run a worker, which calls `serve(connection, paths)`, until it or process `main` has ended.
+
+    End it, and exit with MEMORY_EXCEEDED, once it needs more than `max_bytes` of memory.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     os.setpgid(0, 0)  # Ctrl-C is for the main process
@@ -49,7 +50,7 @@ def guard(connection: Connection, paths: Sequence[str], main: int, max_bytes: in
         os.setpgid(0, 0)
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-        _work(connection, paths, guardian)
+        _work(serve, connection, paths, guardian)
     connection.close()
     status = _watch(worker, is_ended, max_bytes)
     with contextlib.suppress(OSError):
@@ -58,7 +59,7 @@ def guard(connection: Connection, paths: Sequence[str], main: int, max_bytes: in
     sys.exit(status)
 
 
-def _work(connection: Connection, paths: Sequence[str], guardian: int) -> NoReturn:
+def _work(serve: Serve, connection: Connection, paths: Sequence[str], guardian: int) -> NoReturn:
     status = 1
     try:
         if os.getppid() == guardian:  # else it ended before its end could become this process's
