@@ -174,6 +174,8 @@ def _run(config: Config, models: list[Path] | None) -> int:
             mesh = Mesh(Parallel(tensor=1))
             with files.run_directory(config.run.dir) if mesh.is_main else nullcontext():
                 evaluate_models(config, mesh, models)
+            if mesh.is_main:
+                print(f"scores: {config.run.dir / 'eval.json'}")
         return 0
     except FailedElsewhere as error:
         return _fail(error, is_printing=False, is_users=error.is_users)

@@ -14,6 +14,7 @@ import pytest
 
 import dapo.mesh
 import dapo.train
+from dapo import files
 from dapo.__main__ import ERROR_FILE, main
 from dapo.config import ConfigError
 from dapo.mesh import FailedElsewhere
@@ -230,3 +231,15 @@ def test_a_reward_function_may_print_where_nobody_reads(tmp_path: Path) -> None:
         ["bash", "-c", command], capture_output=True, text=True, env=environment, timeout=100
     )
     assert done.stderr == "[True, False]\n"
+
+
+def test_an_evaluation_does_not_write_where_a_run_is_going_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        dapo.mesh, "Mesh", lambda parallel: SimpleNamespace(is_main=True, is_first_to_fail=lambda: True)
+    )
+    with files.run_directory(tmp_path / "run"):
+        assert main(["eval", str(CONFIG), f"run.dir={tmp_path / 'run'}"]) == 2
+        assert not (tmp_path / "run/eval.json").exists()
+    assert f"in use by process {os.getpid()}" in capsys.readouterr().err

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 from dapo import assemble
-from dapo.sampler import RETRIES, with_retries
-from dapo.types import EngineError, WeightsLost
+from dapo.learn.traces import Trace
+from dapo.rollout import dump
+from dapo.sampler import RETRIES, Sampler, with_retries
+from dapo.types import EngineError, StorageError, WeightsLost
+from tests.conftest import make_config
 
 CONFIG = Path(__file__).parents[2] / "examples/arithmetic/config.yaml"
 
@@ -92,3 +95,17 @@ def test_an_evaluation_that_loses_its_servers_sends_its_model_again(monkeypatch:
     monkeypatch.setattr(assemble.evaluate, "run", sample)
     assert assemble._evaluate(rollouts, {}) == {"set": 7}
     assert calls == ["load a, 0", "sample", "load a, 0", "sample"]
+
+
+def test_traces_that_cannot_be_written_are_named_and_the_step_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, traces: list[Trace]) -> None:
+        raise StorageError(f"{path.name} cannot be written, 0.0 GiB free there")
+
+    monkeypatch.setattr(dump, "write_traces", full)
+    mesh = SimpleNamespace(gather=lambda value: [value])
+    sampler = Sampler(make_config(tmp_path, "rollout.dump_share=1.0"), mesh, None, {})  # type: ignore[arg-type]
+    sampler.write_traces(3, [])
+    said = "warning: step-000003.traces.parquet cannot be written, 0.0 GiB free there\n"
+    assert capsys.readouterr().err == said
