@@ -72,8 +72,7 @@ class Run(Section):
     save_every: Positive = 10  # steps between checkpoints; the last step is always saved
     keep_checkpoints: Positive = 2  # the newest ones
     keep_every: Positive | None = None  # and those of every so many steps, a multiple of save_every
-    # write checkpoints while training goes on, from a copy of this rank's state in main memory
-    async_save: bool = False
+    async_save: bool = False  # write checkpoints while training goes on, from a copy in main memory
     wandb_project: str | None = None
 
 
