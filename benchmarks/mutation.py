@@ -53,8 +53,19 @@ ROOMS = {
 D = "tests/dapo"
 ROLLOUT = [f"{D}/rollout/test_{name}.py" for name in ("rollouts", "step", "pending")]
 PROMPTS = [f"{D}/rollout/test_{name}.py" for name in ("prompts", "data_files")]
-REWARD = [f"{D}/reward/test_reward.py", f"{D}/reward/test_pool.py"]
+REWARD = [f"{D}/reward/test_{name}.py" for name in ("reward", "pool")]
 CLIENT = ["tests/sglang/test_generate.py", "tests/sglang/test_client.py"]
+WEIGHTS = "tests/sglang/test_weight_faults.py::test_{}"
+BUCKETS = (
+    "buckets_hold_every_byte_in_order_within_their_size",
+    "buckets_are_as_full_as_they_can_be_but_for_a_small_first_one",
+    "a_bucket_is_left_alone_while_the_next_is_filled",
+)
+CHECKSUMS = (
+    "checksums_are_of_the_parameters_as_a_server_shards_them",
+    "checksums_of_experts_are_of_all_of_a_layer_together",
+    "the_digest_for_gpus_is_what_sglangs_kernel_computes",
+)
 # Tests of a file, the fastest first; those that start servers or torchrun only where nothing else covers it
 TESTS: dict[str, list[str]] = {
     "dapo/rollout/buffer.py": ROLLOUT,
@@ -79,8 +90,8 @@ TESTS: dict[str, list[str]] = {
     "dapo/reward/remote.py": [f"{D}/reward/test_remote.py", *REWARD],
     "dapo/reward/worker.py": REWARD,
     "dapo/reward/workers.py": REWARD,
-    "dapo/engine/buckets.py": ["tests/sglang/test_weight_faults.py"],
-    "dapo/engine/checksums.py": ["tests/sglang/test_weight_faults.py"],
+    "dapo/engine/buckets.py": [WEIGHTS.format(name) for name in BUCKETS],
+    "dapo/engine/checksums.py": [WEIGHTS.format(name) for name in CHECKSUMS],
     "dapo/engine/client.py": CLIENT,
     "dapo/engine/endpoint.py": [*CLIENT, "tests/sglang/test_listener.py"],
     "dapo/engine/generate.py": CLIENT,
@@ -151,6 +162,7 @@ class Job:
         code = 1
         try:
             os.setsid()
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if this runs in the background
             sys.modules["__main__"] = types.ModuleType("__main__")  # none that spawned processes would import
             tree = self.folder / "tree"
             os.chdir(tree)
