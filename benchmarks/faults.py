@@ -28,7 +28,7 @@ import psutil
 ROOT = Path(__file__).parents[1]
 SIGNALS = ("SIGSTOP", "SIGKILL", "SIGTERM", "SIGHUP")
 ENDING = ("main rank", "other rank", "launcher")  # a fault of one of these ends most runs
-SURVIVED = ("server", "server's guardian", "rank's guardian", "reward worker")
+SURVIVED = ("server", "server's guardian", "reward worker", "worker's guardian", "rank's guardian")
 WHOLE_JOB = "whole job"  # SIGSTOP to every process at once, and SIGCONT after SUSPENDED seconds
 TARGETS = (*ENDING, *SURVIVED, WHOLE_JOB)
 PHASES = ("rollout", "scoring", "update", "sync", "checkpoint", "eval")
@@ -248,9 +248,13 @@ class Trigger:
             return int((self.folder / "pid-1").read_text())
         if target == "launcher":
             return os.getppid()
-        if target == "reward worker":
-            [worker] = [child for child in multiprocessing.active_children() if child.name == "reward"]
-            return int(worker.pid or 0)
+        if target in ("reward worker", "worker's guardian"):
+            [guardian] = [child.pid for child in multiprocessing.active_children() if child.name == "reward"]
+            return (
+                psutil.Process(guardian).children()[0].pid
+                if target == "reward worker"
+                else int(guardian or 0)
+            )
         script = "watch/rank.py" if target == "rank's guardian" else "watch/server.py"
         alive = [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
         guardian = next(p for p in alive if script in " ".join(p.cmdline()))
