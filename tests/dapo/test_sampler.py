@@ -1,14 +1,17 @@
-"""What is made anew when servers are lost, without a server."""
+"""One rank's side of sampling, and what is made anew when servers are lost, without a server."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dapo import assemble
+from dapo.config import load
 from dapo.learn.traces import Trace
 from dapo.rollout import dump
 from dapo.sampler import RETRIES, Sampler, with_retries
@@ -109,3 +112,140 @@ def test_traces_that_cannot_be_written_are_named_and_the_step_is_over(
     sampler.write_traces(3, [])
     said = "warning: step-000003.traces.parquet cannot be written, 0.0 GiB free there\n"
     assert capsys.readouterr().err == said
+
+
+class OneRank:
+    """The mesh of a rank that is alone; `is_main` says whether it samples."""
+
+    def __init__(self, is_main: bool = True):
+        self.is_main = is_main
+
+    def scatter(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(*arguments)[0]
+
+    def on_main(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(*arguments) if self.is_main else None
+
+    def together(self, function: Callable[[], None]) -> None:
+        function()
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, value[:0]]
+
+    def received(self) -> dict[str, float]:
+        return {"perf/bytes_received": 7.0}
+
+
+class Main:
+    """The main rank's Rollouts: writes down what it is asked; `losses` says which call loses the weights."""
+
+    def __init__(self, losses: Sequence[str] = ()):
+        self.losses = list(losses)
+        self.calls: list[Any] = []
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            self.calls.append((name, *(a for a in arguments if not isinstance(a, Iterator))))
+            if name == "load_weights":
+                next(arguments[0])  # the engine fails after the first tensor
+            if name in self.losses:
+                self.losses.remove(name)
+                raise WeightsLost(name)
+            if name == "next_batch":
+                return [SimpleNamespace(metrics={"rollout/reward": 0.5})]
+            return f"{name} was called"
+
+        return call
+
+
+class Policy:
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def free_unused(self) -> None:
+        self.calls.append("free_unused")
+
+    def weights(self) -> Iterator[tuple[str, int]]:
+        for i in range(3):
+            yield f"w{i}", i
+        self.calls.append("drained")
+
+
+def make_sampler(folder: Path, rollouts: Main | None, dump_share: float = 0.0) -> tuple[Sampler, Any]:
+    config = load(str(CONFIG), [f"run.dir={folder}", f"rollout.dump_share={dump_share}"])
+    mesh: Any = OneRank(rollouts is not None)
+    main: Any = rollouts
+    policy: Any = Policy()
+    return Sampler(config, mesh, main, {}), policy
+
+
+def test_weights_that_are_lost_are_prepared_and_sent_again_and_every_rank_drains_them(tmp_path: Path) -> None:
+    rollouts = Main(["load_weights"])
+    sampler, policy = make_sampler(tmp_path, rollouts)
+    sampler.load_weights(policy, 5)
+    assert rollouts.calls == [("prepare_weights", 5), ("load_weights", 5)] * 2
+    assert policy.calls == ["free_unused", "drained"] * 2
+
+    elsewhere, policy = make_sampler(tmp_path, None)
+    elsewhere.load_weights(policy, 5)
+    assert policy.calls == ["free_unused", "drained"]
+
+
+def test_a_failure_of_the_engine_is_raised_after_the_weights_are_drained(tmp_path: Path) -> None:
+    rollouts = Main(["load_weights"] * 99)
+    sampler, policy = make_sampler(tmp_path, rollouts)
+    with pytest.raises(WeightsLost, match="load_weights"):
+        sampler.load_weights(policy, 5)
+    assert policy.calls == ["free_unused", "drained"] * (RETRIES + 1)
+
+
+def test_a_batch_whose_weights_are_lost_is_asked_for_again_after_the_same_weights(tmp_path: Path) -> None:
+    rollouts = Main()
+    sampler, policy = make_sampler(tmp_path, rollouts)
+    sampler.load_weights(policy, 5)
+    rollouts.calls.clear()
+    rollouts.losses = ["next_batch"]
+    batch = sampler.next_batch(6)
+    assert batch.metrics == {"rollout/reward": 0.5, "perf/bytes_received": 7.0}
+    ask = ("next_batch", 6)
+    assert rollouts.calls == [ask, ("prepare_weights", 5), ("load_weights", 5), ask]
+
+
+def test_an_evaluation_is_of_the_sets_at_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rollouts = Main()
+    sampler, _ = make_sampler(tmp_path, rollouts)
+    monkeypatch.setattr(assemble.evaluate, "metrics_at", lambda *arguments: {"of": arguments})
+    assert sampler.evaluate(3) == {"of": (3, rollouts, {})}
+
+
+def test_the_main_rank_saves_loads_and_closes_its_rollouts_and_the_others_have_none(tmp_path: Path) -> None:
+    rollouts = Main()
+    sampler, _ = make_sampler(tmp_path, rollouts)
+    sampler.save(tmp_path)
+    sampler.load(tmp_path)
+    assert sampler.waiting() == "waiting was called"
+    sampler.close()
+    assert rollouts.calls == [("save", tmp_path), ("load", tmp_path), ("waiting",), ("close",)]
+
+    elsewhere, _ = make_sampler(tmp_path, None)
+    elsewhere.load(tmp_path)
+    elsewhere.close()
+    assert elsewhere.waiting() == "the main rank"
+
+
+def make_trace(group: int, index: int) -> Trace:
+    logprobs = np.array([-0.5 - group, -1.0 - index], np.float32)
+    return Trace(group, index, logprobs, 2 * logprobs, np.array([True, False]), np.array([False, index == 1]))
+
+
+def test_traces_are_written_beside_the_dump_if_there_is_one(tmp_path: Path) -> None:
+    traces = [make_trace(2, 0), make_trace(1, 1)]
+    make_sampler(tmp_path, Main(), dump_share=0.0)[0].write_traces(4, traces)
+    assert list(tmp_path.iterdir()) == []
+
+    make_sampler(tmp_path, Main(), dump_share=0.5)[0].write_traces(4, traces)
+    [path] = (tmp_path / "rollouts").iterdir()
+    assert path == dump.traces_path_of(tmp_path / "rollouts", 4)
+    rows = dump.read_rows(path, dump.TRACE_COLUMNS)
+    assert [(row["group"], row["index"]) for row in rows] == [(1, 1), (2, 0)]
+    assert [row["old_logprobs"].tolist() for row in rows] == [[-1.5, -2.0], [-2.5, -1.0]]
