@@ -248,4 +248,4 @@ def test_traces_are_written_beside_the_dump_if_there_is_one(tmp_path: Path) -> N
     assert path == dump.traces_path_of(tmp_path / "rollouts", 4)
     rows = dump.read_rows(path, dump.TRACE_COLUMNS)
     assert [(row["group"], row["index"]) for row in rows] == [(1, 1), (2, 0)]
-    assert [row["old_logprobs"].tolist() for row in rows] == [[-1.5, -2.0], [-2.5, -1.0]]
+    assert [list(row["old_logprobs"]) for row in rows] == [[-1.5, -2.0], [-2.5, -1.0]]
