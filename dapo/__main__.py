@@ -46,11 +46,13 @@ def main(argv: list[str]) -> int:
         if args.command == "plan":
             return _plan(config, args)
         files.shorten_tmpdir(os.environ.get("LOCAL_RANK", "0") == "0")
+        return _run(config, None if args.command == "train" else args.model or [config.policy.model])
     except ConfigError as error:
         return _fail(error, _is_first_here())
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # before a step could notice it, or the second one
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted; not saved", file=sys.stderr, flush=True)
         return 128 + signal.SIGINT
-    return _run(config, None if args.command == "train" else args.model or [config.policy.model])
 
 
 class _Parser(argparse.ArgumentParser):
@@ -184,10 +186,6 @@ def _run(config: Config, models: list[Path] | None) -> int:
     except (ConfigError, CheckpointError, PolicyError, RolloutError) as error:
         is_first = mesh.is_first_to_fail() if mesh else _is_first_here()
         return _fail(error, is_first, is_users=isinstance(error, ConfigError))
-    except KeyboardInterrupt:  # before a step could notice it, or the second one
-        if mesh is None or mesh.is_main:
-            print("interrupted; not saved", file=sys.stderr)
-        return 128 + signal.SIGINT
     except Exception as error:  # noqa: BLE001  # a bug: print its traceback once, not once a rank
         if mesh and is_lost(error):
             return _fail(RuntimeError(LOST), mesh.is_first_to_fail(), is_users=False)

@@ -4,11 +4,12 @@
 carried.parquet if groups are carried over, and manifest.json (the model; size and checksum of every file). It
 is written under a hidden name and renamed when every rank's part is on disk. So a directory with that name is
 whole; damage that comes later is found by the checksums. A run that is sent back to a step renames the newer
-ones, to aside-step-000020 and so on.
+ones, to aside-step-000020 and so on, and removes none of them.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import sys
@@ -210,8 +211,9 @@ class Checkpoints:
                 files.remove(leftover)
             newer = [step for step in self._steps() if isinstance(self.run.resume, int) and step > self.saved]
             for path in map(self._path, newer):
-                files.remove(path.with_name(f"aside-{path.name}"))
-                path.rename(path.with_name(f"aside-{path.name}"))
+                aside = _unused(path.with_name(f"aside-{path.name}"))
+                path.rename(aside)
+                _warn(f"run.resume={self.run.resume}: {path} is newer, and is kept as {aside.name}")
         except OSError as error:
             raise ConfigError(f"run.dir: {self.root} cannot be written: {error.strerror}") from error
 
@@ -225,6 +227,12 @@ def superseded(steps: list[int], saved: int, keep: int, keep_every: int | None) 
     """
     older = [step for step in sorted(steps, reverse=True) if step <= saved]
     return [step for step in older[keep:] if not keep_every or step % keep_every]
+
+
+def _unused(path: Path) -> Path:
+    """Return a path that does not exist: this one, or with -2, -3, … at its end."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(each for each in itertools.chain([path], numbered) if not each.exists())
 
 
 def _warn(text: str) -> None:

@@ -83,7 +83,7 @@ async def exchange(
             return Answer(response.status, said)
     except TimeoutError:
         raise TimedOut("timed out") from None
-    except (aiohttp.ClientError, OSError) as error:
+    except (aiohttp.ClientError, OSError, UnicodeError) as error:
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             raise Stopped(f"no connection to {url} could be opened: {_file_limit()}") from None
         raise NoAnswer(_describe(error)) from None
@@ -191,7 +191,7 @@ async def _read(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
 
 
 def _describe(error: Exception) -> str:
-    if isinstance(error, aiohttp.InvalidURL):
+    if isinstance(error, aiohttp.InvalidURL | UnicodeError):  # the latter: no name of a host
         return "it is no valid URL"
     if isinstance(error, aiohttp.ClientPayloadError):
         return "the answer was cut short"

@@ -51,9 +51,8 @@ class Log:
         self.console = console
         self.path = config.run.dir / "metrics.jsonl"
         self.unwritten: list[str] = []
-        kept = [row for row in curves.read(self.path) if row["step"] < start]
-        rows = "".join(json.dumps(row) + "\n" for row in kept)
         try:
+            rows = _rows_before(self.path, start)
             for name, text in (record | {"config.yaml": config.dump(), self.path.name: rows}).items():
                 files.write_text(config.run.dir / name, text)
         except OSError as error:
@@ -129,6 +128,20 @@ class Log:
         except Exception as error:  # noqa: BLE001  # another's code and service: they may raise anything
             self.boards.pop(name, None)
             warn(f"{name} failed: {reason(error)}; the run goes on without it")
+
+
+def _rows_before(path: Path, start: int) -> str:
+    """Return the rows of the steps before `start`, one a line. Damaged lines are left out, with a warning."""
+    rows, damaged = "", []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows += f"{line}\n" if json.loads(line)["step"] < start else ""
+        except (ValueError, LookupError, TypeError):
+            damaged.append(str(number))
+    if damaged and damaged != [str(len(lines))]:  # the last one, a crash has cut short
+        warn(f"{path} is damaged in lines {', '.join(damaged)}: they are left out")
+    return rows
 
 
 class SilentLog:

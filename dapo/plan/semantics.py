@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dapo.config import UNSAID, Config
+from dapo.config import UNSAID, Config, ConfigError
+from dapo.types import reason
 
 Source = Literal["paper", "verl"]
 VERSIONED = (
@@ -144,11 +145,17 @@ def changes(found: dict[str, Any], path: Path) -> list[str]:
     """Return a line for each choice that differs from those of the run's manifest at `path`, if there is one.
 
     Versions may change silently, and what an older manifest does not hold.
+
+    Raises:
+        ConfigError: the file there is no manifest.
     """
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else found
     rows = found["prompts"]
     now = found["choices"] | {"data": rows} | found["reward functions"]
-    then = before["choices"] | {"data": before.get("prompts", rows)} | before["reward functions"]
+    try:
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else found
+        then = before["choices"] | {"data": before.get("prompts", rows)} | before["reward functions"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is damaged ({reason(error)}): restore it, or remove it") from error
     changed = [name for name in now if then.get(name, now[name]) != now[name]]
     return [f"{name} was {_shown(then[name])} and is {_shown(now[name])} from here on" for name in changed]
 

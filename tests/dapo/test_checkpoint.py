@@ -162,7 +162,7 @@ def test_an_error_without_a_message_is_named_by_its_kind() -> None:
 
 
 def test_a_run_goes_back_to_the_step_it_is_sent_to_and_newer_checkpoints_are_set_aside(
-    tmp_path: Path, policy: Any
+    tmp_path: Path, policy: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save(checkpoints_of(tmp_path, "run.keep_checkpoints=9"), policy, 10, 20, 30)
     checkpoints, step = resume(tmp_path, policy, "run.resume=10")
@@ -171,8 +171,12 @@ def test_a_run_goes_back_to_the_step_it_is_sent_to_and_newer_checkpoints_are_set
     save(checkpoints, policy, 15)
     assert resume(tmp_path, policy)[1] == 15, "and not the abandoned step 30"
     save(checkpoints, policy, 20)
+    capsys.readouterr()
     resume(tmp_path, policy, "run.resume=15")
-    assert names(tmp_path) == ["aside-step-000020", "aside-step-000030", "step-000015"]
+    assert names(tmp_path) == ["aside-step-000020", "aside-step-000020-2", "aside-step-000030", "step-000015"]
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: run.resume=15: ")
+    assert line.endswith("step-000020 is newer, and is kept as aside-step-000020-2")
 
 
 def test_nothing_is_set_aside_by_a_run_that_is_refused(tmp_path: Path, policy: Any) -> None:

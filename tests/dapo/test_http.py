@@ -210,6 +210,7 @@ def hang_up(handler: BaseHTTPRequestHandler) -> None:
         ("http://127.0.0.1:9/", "^connection refused$"),
         ("http://no.such.host.invalid/", "no.such.host.invalid"),
         ("http://", "^it is no valid URL$"),
+        ("http://a..b/", "^it is no valid URL$"),
         (hang_up, "disconnected"),
     ],
 )

@@ -89,6 +89,16 @@ def test_a_log_that_resumes_at_a_step_removes_the_rows_from_that_step_on(tmp_pat
     resumed.close()
 
 
+@pytest.mark.parametrize("damage", [b"\0\0\xff\0", b'{"step": 1, "lo', b"[1]", b"3", b'{"loss": 0.5}'])
+def test_rows_behind_a_damaged_line_stay_when_a_run_resumes(tmp_path, damage, capsys):
+    config = make_config_with_directory(tmp_path)
+    path = config.run.dir / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0}\n' + damage + b'\n{"step": 2}\n{"step": 3}\n')
+    Log(config, Console(), {}, start=3).close()
+    assert path.read_text() == '{"step": 0}\n{"step": 2}\n'
+    assert f"{path} is damaged in lines 2: they are left out" in capsys.readouterr().err
+
+
 def test_a_row_holds_the_steps_values_times_and_memory(tmp_path, capsys):
     clock.timed("setup")(lambda: None)()  # before the first step: no step's time
     log = make_log(tmp_path, 0)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import dapo.__main__
 import dapo.mesh
 import dapo.train
 from dapo import files
@@ -97,6 +98,17 @@ def test_what_the_user_wrote_is_status_2_and_what_broke_is_1_on_every_rank(
 ) -> None:
     assert run_with(monkeypatch, error) == status
     assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_ctrl_c_while_a_run_starts_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dapo.__main__, "guard", interrupt)
+    assert main(["train", str(CONFIG)]) == 130
+    assert capsys.readouterr().err == "interrupted; not saved\n"
 
 
 def test_a_run_sent_back_to_a_step_is_not_continued_by_the_same_command(

@@ -219,6 +219,14 @@ def test_an_option_that_would_change_a_resumed_run_silently_is_named(tmp_path, o
     assert semantics.changes(semantics.manifest(make_config(tmp_path, override), data="d"), path) == [line]
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"choices": 3, "reward functions": {}}', "\0"])
+def test_a_damaged_record_of_the_choices_is_refused_in_one_line(tmp_path, text):
+    path = tmp_path / "semantics.json"
+    path.write_text(text)
+    with pytest.raises(config.ConfigError, match=r"semantics.json is damaged \(.+\): restore it, or remove"):
+        semantics.changes(semantics.manifest(make_config(tmp_path), data="d"), path)
+
+
 def test_weights_of_reward_functions_that_change_are_named(tmp_path):
     weighted = [
         f"reward.function={{'dapo.reward:is_correct': 1.0, 'my:f': {weight}}}" for weight in (0.1, 0.2)
