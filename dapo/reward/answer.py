@@ -14,16 +14,16 @@ from fractions import Fraction
 
 from dapo.reward import units, values
 from dapo.reward.expressions import Tree
+from dapo.reward.notation import is_notation
+from dapo.reward.sentences import without_sentence
 from dapo.reward.statements import Statement, are_same, is_name, read
 from dapo.reward.tokens import FUNCTIONS, WRAPPERS, Ambiguous, Costly, Unreadable, check_size
 
 _ANSWER = re.compile(r"(?<![a-z0-9])answer[*_]*\s*[:：]\}?(.*)", re.IGNORECASE)
-_PREAMBLE = re.compile(r"(?:the |my |our )?(?:final )?answer(?: is)?:? *(?<=[ :])", re.IGNORECASE)
-_HOPE = re.compile(r"\.? I hope it is correct\.?$")
 # what a chat template ends a message with: <|im_end|>, </s>, <end_of_turn>
 _END_MARK = re.compile(
     r"(?:<[|｜][^<>|｜\s]{1,40}[|｜]>|</?s>|<(?:eo[a-z]|bos|pad|(?:end|start)_of_\w{1,20}|reserved_[0-9]+)>"
-    r"|\[(?:/INST|EOS|UNUSED_TOKEN_[0-9]+)\])$",
+    r"|</[a-z_]{1,20}>|\[(?:/INST|EOS|UNUSED_TOKEN_[0-9]+)\])$",
     re.IGNORECASE,
 )
 _MAX_END_MARKS = 8
@@ -50,11 +50,16 @@ _SEPARATOR = r"(?P<separator>,|\{,\}|\\,|,\\!|[\u2009\u202f\u00a0])"
 _GROUPED = rf"[0-9]{{1,3}}{_SEPARATOR}[0-9]{{3}}(?:(?P=separator)[0-9]{{3}})*(?![0-9])"
 _INTEGER = re.compile(rf"(?P<sign>[+-]?)\s*(?P<digits>{_GROUPED}|[0-9]+)(?:\.0*(?![0-9]))?")
 _JOINS = re.compile(
-    r"[,;?]|\\q?quad|\b(?:or|and|not|maybe|perhaps)\b|[<>!~:≤≥≠≈]\s*$|^\s*[+-]?[0-9.]+\s+[a-z]", re.IGNORECASE
+    r"[,;?]|\\q?quad|\b(?:or|and|not|maybe|perhaps)\b|[<>≤≥≠≈]|[!~:]\s*$|^\s*[+-]?[0-9.]+\s+[a-z]"
+    r"|\\(?:[lg]t|(?:ne|[lg]e)q?|approx|sim|equiv)(?![a-z])",
+    re.IGNORECASE,
 )
 
+_ARGUMENTS = re.compile(r"\([a-zA-Z](?:, ?[a-zA-Z])+\)")  # gcd(a, b)
+
 _NAMED = re.compile(r"\\?[A-Za-z]\w*\s*=")
-_TEXT = re.compile(rf"\\(?:{'|'.join(WRAPPERS)})\s*\{{([^{{}}]*)\}}|[~$]|\\[ ,;:!]|\\q?quad")
+_WRAPPED = re.compile(rf"\\(?:{'|'.join(WRAPPERS)})\s*\{{([^{{}}]*)\}}")
+_TEXT = re.compile(rf"{_WRAPPED.pattern}|[~$]|\\[ ,;:!]|\\q?quad")
 _WORDS = re.compile(r"[^\W\d_]{2,}(?:(?: |, |-|'|’|\. )[^\W_]+){0,15}")
 _NO_WORDS = frozenset(("pi", "inf", "infinity", "oo", *FUNCTIONS))
 _SHORT_WORDS = frozenset(("yes", "no", "odd", "all", "one", "two", "six", "ten", "red"))
@@ -73,7 +78,9 @@ _MAX_UNIT_STARTS = 8
 
 _NO_VALUES = frozenset(("nan", "null", "n/a", "<na>"))
 _FILE = re.compile(
-    r"\.(?:png|jpe?g|gif|bmp|webp|svg|tiff?|pdf|txt|json|jsonl|csv|npy|mp4|wav)$", re.IGNORECASE
+    r"\.(?:png|jpe?g|gif|bmp|webp|avif|hei[cf]|svg|tiff?|pdf|docx?|xlsx?|txt|tex|md|html?|json|jsonl|csv|npy"
+    r"|parquet|zip|gz|mp[34]|wav)$",
+    re.IGNORECASE,
 )
 
 
@@ -121,17 +128,20 @@ def refusal_of(answer: str) -> str | None:
         return "is the name of a file"
     if stated_integer(text) or choice_of(text) or words_of(text):
         return None
+    is_read = False
     try:
-        for statement in read_mathematics(text).statements:
-            for tree in statement.trees:
-                if tree is not None:
-                    values.check(tree)
+        statements = read_mathematics(text).statements
+        is_read = True
+        for tree in (tree for statement in statements for tree in statement.trees):
+            if tree is not None:
+                values.check(tree)
     except Costly:
         return "is too long, too deep or too large a number to be compared"
     except Ambiguous:
         return None
     except Unreadable:
-        return "is neither a number nor words nor mathematics that can be read"
+        if is_read or not is_notation(text):
+            return "is neither a number nor words nor mathematics that can be read"
     return None
 
 
@@ -153,12 +163,12 @@ def _last_part(answer: str) -> str:
 
 
 def clean(text: str) -> str:
-    """Remove "The answer is" and markup at both ends: "The answer is **$34$**." → "34"."""
+    """Remove the sentence before a value and markup at both ends: "The answer is **$34$**." → "34"."""
     if _INTEGER.fullmatch(text):
         return text
-    text = unwrap(_HOPE.sub("", text) if len(text) < 200 else text)
-    match = _PREAMBLE.match(text)
-    return unwrap(text[match.end() :]) if match else text
+    text = unwrap(text)
+    said = without_sentence(text)
+    return text if said == text else unwrap(said)
 
 
 def unwrap(text: str) -> str:
@@ -183,7 +193,7 @@ def unwrap(text: str) -> str:
         if text.endswith(_SPACES, start, end):
             end -= 2
             continue
-        bare = end - 1 if start < end and text[end - 1] == "." else end
+        bare = end - 1 if text.endswith(".", start, end) and not text.endswith("..", start, end) else end
         if start < bare < end and text[bare - 1] in _EDGES:  # **34**.
             end = bare
             continue
@@ -247,7 +257,8 @@ def _is_same(given: str, gold: str, integer: tuple[str, str] | None) -> bool:
 
 
 def _literal(text: str) -> str:
-    """Take out the spaces that separate no two words or numbers."""
+    """Take out the wrappers of text, and spaces that separate no two words or numbers."""
+    text = _WRAPPED.sub(r" \1 ", text)
     return re.sub(r"(?<![0-9A-Za-z.]) | (?![0-9A-Za-z.])", "", " ".join(text.split()))
 
 
@@ -266,7 +277,12 @@ def stated_integer(text: str) -> tuple[str, str] | None:
     *names, value = text.rsplit("=", 8) if "=" in text else [text]
     number = _with_unit(unwrap(value.replace("$", "") if names else value))
     for name in names:
-        if len(name) > 300 or _JOINS.search(name) or number is None or not _may_name(unwrap(name), number[0]):
+        if (
+            len(name) > 300
+            or _JOINS.search(_ARGUMENTS.sub("", name))
+            or number is None
+            or not _may_name(unwrap(name), number[0])
+        ):
             return None
     return number
 

@@ -18,15 +18,15 @@ Tree = tuple[Any, ...]
 MAX_DIGITS = 1000  # of an exponent's power of ten: 1e1000 is read, 1e1001 is not
 
 
-_MARKS = """
+_MARK_NAMES = """
     overline underline hat widehat vec bar tilde widetilde dot ddot overrightarrow mathbb mathcal mathfrak
 """
-_MARK_COMMANDS = frozenset(_MARKS.split())
-_GREEK = """
+MARKS = frozenset(_MARK_NAMES.split())
+_GREEK_NAMES = """
     alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau
     upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell
 """
-_GREEK_COMMANDS = frozenset(_GREEK.split())
+GREEK = frozenset(_GREEK_NAMES.split())
 
 
 def parse(tokens: list[Token]) -> Tree:
@@ -194,9 +194,11 @@ class _Parser:
         if token.kind == "begin":
             return self.matrix(token.text)
         if token.text == "{":
-            tree = self.sum()
+            parts = [self.sum()]
+            while self.take(","):  # {1, 2} in plain text is a set
+                parts.append(self.sum())
             self.expect("}")
-            return ("group", tree)
+            return ("group", parts[0]) if len(parts) == 1 else ("\\{", "\\}", *parts)
         if token.text == "|":
             tree = self.sum()
             self.expect("|")
@@ -314,9 +316,9 @@ class _Parser:
             return ("π",)
         if text == "infty":
             return ("infinity",)
-        if text in _GREEK_COMMANDS:
+        if text in GREEK:
             return self.name("\\" + text)
-        if text in _MARK_COMMANDS:
+        if text in MARKS:
             return self.name(f"\\{text}{{{self.letters()}}}")
         if text in WRAPPERS:
             self.expect("{")

@@ -10,7 +10,7 @@ from dapo.reward.tokens import CLOSING, OPENING, RELATIONS, SEPARATORS, Token, U
 from dapo.reward.values import at, bare, is_same, names_in, points_of, try_value
 
 # x, f(x), S_{10}, (x,y): what is only a name for the value behind "="
-_NAME = r"\(?\\?[A-Za-z]+(?:_?[{}A-Za-z0-9',]*)(?:\([A-Za-z0-9,]*\))?\)?"
+_NAME = r"\(?(?:\\(?![dtc]?frac|sqrt|d?binom))?[A-Za-z]+(?:_?[{}A-Za-z0-9',]*)(?:\([A-Za-z0-9,]*\))?\)?"
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,9 @@ def is_name(text: str) -> bool:
     except Unreadable:
         return True  # words
     names = names_in(tree)
+    is_rounded = tree[0] == "floor" or (tree[0] == "negative" and tree[1][0] == "floor")  # ⌊x⌋, ⌈x⌉
     is_application = tree[0] in ("function", "abs") or (tree[0] == "product" and tree[1][0] == "name")
+    is_application |= is_rounded
     return not names or (
         not _has_number_added(tree) and (is_application or tree[0] == "name" or len(names) > 1)
     )

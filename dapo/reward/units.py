@@ -19,8 +19,11 @@ _NOT_UNITS = """
     missing lakh lakhs crore crores mil mio grand gross pair pairs couple couples double triple twice wrong
     incorrect false right left at to from until except without with within excluding including no yes only
     inverse reciprocal conjugate complement prime repeating recurring binary hex octal decimal otherwise
-    ish some something
+    ish some something lot bit little few fails works doubled tripled halved reversed rounded truncated
 """
+# some of them in their place: ordered pairs, positive integers, prime numbers
+_NOT_FIRST = frozenset(("pair", "pairs"))
+_NOT_LAST = frozenset(("positive", "negative", "prime", "binary", "right"))
 _ORDINALS = (
     "eleven twelf thirteen fourteen fifteen sixteen seventeen eighteen nineteen twentie thirtie fortie"
 )
@@ -84,6 +87,9 @@ _CURRENCY = re.compile(r"(?:US)?\\?\$|€|£|¥|\\pounds\b|\\euro\b|(?:USD|EUR|G
 _SIGN_CURRENCY = re.compile(
     rf"(?P<sign>[+-]?)\s*(?P<mark>{_CURRENCY.pattern})\s*(?:\{{\}})?(?=\s*[-+]?[.\d\\{{])"
 )
+_PER = re.compile(r"\bper\b|\b(?:an?|each|every)\b(?=\s+[a-z]{2})")  # 18 dollars a day
+_DANGLING = re.compile(r"(?:[-/·]|\\cdot)$")  # 34 -
+_MONEY = frozenset(("dollar", "euro", "pound", "yen", "cent"))
 _MAX_LENGTH = 120  # characters of a unit
 
 
@@ -121,7 +127,9 @@ def unit_of(text: str) -> str | None:
     text = re.sub(r"[€£¥]|\\?\$", lambda match: f" {_SHORT[match[0].lstrip(chr(92))]} ", text, count=1)
     text = text.replace("(", " ").replace(")", " ").replace("²", "^2").replace("³", "^3")
     text = _NOON.sub(r" \1m ", text.replace("per cent", "percent"))
-    text = re.sub(r"\bper\b", "/", re.sub(r"\s+(?=\^)", "", text.strip()))
+    text = _PER.sub("/", re.sub(r"\s+(?=\^)", "", text.strip()))
+    if _DANGLING.search(text):
+        return None
     parts = [part for part in re.split(r"([\s/·-]|\\cdot)", text) if part.strip(" \t\n·-")]
     words = [part for part in parts if part not in ("/", "\\cdot")]
     if len(words) > 6:
@@ -132,7 +140,13 @@ def unit_of(text: str) -> str | None:
         unit = _UNIT.fullmatch(part)
         if part in ("/", "\\cdot"):
             sign = -1 if part == "/" else sign
-        elif unit is None or not _is_unit_name(unit[1], is_attached and part is words[0] and not is_marked):
+        elif unit is None:
+            return None
+        elif unit[1] in (_NOT_LAST if part is not words[-1] else ()):
+            continue
+        elif unit[1] in (_NOT_FIRST if part is not words[0] else ()):
+            powers[_short(unit[1])] += 1
+        elif not _is_unit_name(unit[1], is_attached and part is words[0] and not is_marked):
             return None
         elif unit[1].lower() in ("square", "sq", "cubic", "cu"):
             factor = 2 if unit[1].lower().startswith("sq") else 3
@@ -146,8 +160,11 @@ def unit_of(text: str) -> str | None:
 
 
 def are_one(unit: str, other: str) -> bool:
-    """True if two units are the same, or one of them is left out."""
-    return not unit or not other or unit == other
+    """True if two units are the same, or one of them is left out: dollars, dollars a day."""
+    if not unit or not other or unit == other:
+        return True
+    amounts = [re.sub(r" ?\b\w+\^-1", "", each).strip() for each in (unit, other)]
+    return amounts[0] == amounts[1] and amounts[0] in _MONEY and amounts[0] in (unit, other)
 
 
 def _short(word: str) -> str:

@@ -27,12 +27,13 @@ _DOUBLE = Fraction(1, 1 << 52)  # a unit in the last place
 Value = Any  # Fraction, or a number of mpmath
 Names = Mapping[str, Fraction]
 _STRUCTURES = frozenset(("(", "[", "\\{", "union", "matrix", "row", "ratio"))
+_REALS = ("(", ")", ("negative", ("infinity",)), ("infinity",))
 _UNORDERED = frozenset(("\\{", "union"))
 
 
 def is_same(tree: Tree, other: Tree) -> bool:
     """True if two sides are equal: pairs and intervals in their order, sets in any, all else by value."""
-    tree, other = bare(tree), bare(other)
+    tree, other = (_REALS if side == ("name", r"\mathbb{R}") else side for side in (bare(tree), bare(other)))
     if tree == other:
         return True
     if tree[0] in _STRUCTURES or other[0] in _STRUCTURES:

@@ -472,6 +472,152 @@ TEXT = r"""
 - A ¦ Answer: B
 - A ¦ Answer: A or B
 - A ¦ Answer: A, B
+# a sentence around it
+- 34 ¦ Answer: The answer isn't 34.
+- 34 ¦ Answer: The double of the answer is 34.
+- 34 ¦ Answer: Twice the answer is 34.
+- 34 ¦ Answer: The wrong answer is 34.
+- 34 ¦ Answer: If n is odd, the answer is 34.
+- 34 ¦ Answer: The square root of the answer is 34.
+- 34 ¦ Answer: The sum is 34 and the product is 35.
+- 34 ¦ Answer: The sum is 35 and the product is 34.
+- 34 ¦ Answer: The minimum is 3 and the maximum is 34.
+- 34 ¦ Answer: It is 34 or it is 35.
+- 34 ¦ Answer: It was 34 but is 35.
+- 34 ¦ Answer: The ones digit is 4 and the tens digit is 3.
+- 34 ¦ Answer: There are more than 34 ways.
+- 34 ¦ Answer: There are 34 factorial ways.
+- 34 ¦ Answer: There are 34! ways.
+- 34 ¦ Answer: There are no 34 ways.
+- 34 ¦ Answer: I think it is 34.?
+- 34 ¦ Answer: The value of $x^2$ is 34.
+- 34 ¦ Answer: The value of $2x$ is 34.
+- 34 ¦ Answer: The value of -x is 34.
+- 34 ¦ Answer: The total is -34.
+- 34 ¦ Answer: She has 34 more apples.
+- 34 ¦ Answer: It takes 34 minutes and 20 seconds.
+- 34 ¦ Answer: It costs $34 and 20 cents.
+- 34 ¦ Answer: It is 34 per cent less
+- 34 ¦ Answer: A third of it is 34.
+- 34 ¦ Answer: x is 34, y is 35
+- 34 ¦ Answer: The opposite is 34
+- 34 ¦ Answer: someone said it is 34, which is false
++ 34 ¦ Answer: Therefore, the total number of ways is 34.
++ 34 ¦ Answer: The sum of all possible values of $n$ is $\boxed{34}$.
++ 34 ¦ Answer: The remainder when N is divided by a thousand is 34.
++ 34 ¦ Answer: Thus, $m + n$ is 34.
++ 34 ¦ Answer: It takes 34 minutes.
++ 34 ¦ Answer: It costs \$34.
++ 34 ¦ Answer: The length of AB is 34 cm.
++ 34 ¦ Answer: **The total is 34.**
++ 34 ¦ Answer: The total number of fish is **34**.
++ 34 ¦ Answer: Toula paid $34.00.
++ 3/4 ¦ Answer: The probability is $\frac{3}{4}$.
++ 3/4 ¦ Answer: The probability is 0.75.
+- 3/4 ¦ Answer: The probability is not 3/4.
+- 3/4 ¦ Answer: The probability is 3/4 or 1/4.
++ (1,2) ¦ Answer: The solution is $(1,2)$.
++ 2\sqrt{3} ¦ Answer: The length is $2\sqrt{3}$ cm.
++ The total cost is \$18. ¦ Answer: 18
++ Janet makes $18 per day ¦ Answer: $18
+- The total cost is \$18. ¦ Answer: 19
+- The total cost is \$18. ¦ Answer: 18 euros
+# what stands behind a number
++ 18 dollars ¦ Answer: $18 a day
++ 18 dollars per day ¦ Answer: 18 dollars a day
+- 18 dollars per day ¦ Answer: 18 dollars a week
++ 34 ¦ Answer: 34 unordered pairs
++ 34 ¦ Answer: 34 prime numbers
++ 34 ¦ Answer: 34 right triangles
+- 34 ¦ Answer: 34 positive
+- 34 ¦ Answer: 34 negative
+- 34 ¦ Answer: 34 a
+- 34 ¦ Answer: 34 a lot
+- 34 ¦ Answer: 34 pairs
+- 34 ¦ Answer: 34 dozen pairs
+- 34 ¦ Answer: 34 /
+- 34 ¦ Answer: 34 -
+- 34 ¦ Answer: 34 –
+- 34 ¦ Answer: 34 cm/
+- 34 ¦ Answer: 34-
+- 34 ¦ Answer: -34-
+- 34 ¦ Answer: 34·
+- 34 ¦ Answer: 34 \cdot
+- 34 ¦ Answer: 34..
+- 0.33 ¦ Answer: 0.33...
+- 1/3 ¦ Answer: 0.333...
+- 0.33 ¦ Answer: 0.33…
+# what stands before "="
++ 34 ¦ Answer: $\operatorname{lcm}(a,b) = 34$
++ 34 ¦ Answer: $\text{lcm}(a, b) = 34$
++ 34 ¦ Answer: $f(x,y) = 34$
++ 34 ¦ Answer: $\lceil x \rceil = 34$
++ 34 ¦ Answer: $[ABCD] = 34$
++ 34 ¦ Answer: Area(ABC) = 34
++ 34 ¦ Answer: $\overline{AB} = 34$
++ 34 ¦ Answer: $AB^2 = 34$
++ 34 ¦ Answer: $\sum_{i=1}^n a_i = 34$
++ 34 ¦ Answer: $\boxed{x=34}$
++ 34 ¦ Answer: $\alpha + \beta = 34$
+- 34 ¦ Answer: $\frac{1}{x} = 34$
+- 34 ¦ Answer: $\frac{x}{2} = 34$
+- 34 ¦ Answer: $\sqrt[3]{x} = 34$
+- 34 ¦ Answer: $(35, 34) = 34$
+- 34 ¦ Answer: x, y = 34
+- 34 ¦ Answer: $35, x = 34$
+- 34 ¦ Answer: $x \ne y = 34$
+# sets in plain brackets
++ \{1,2\} ¦ Answer: {2,1}
+- \{1,2\} ¦ Answer: {1,3}
+- {1,2} ¦ Answer: 1
+- {1,2} ¦ Answer: [1,2]
+- 12 ¦ Answer: {1,2}
++ 1,2 ¦ Answer: {1,2}
+- (1,2) ¦ Answer: {1,2}
+- \frac{1}{2} ¦ Answer: \frac{1,2}
+- 2^{1,2} ¦ Answer: 2^{1}
+- \sqrt{1,2} ¦ Answer: \sqrt{1}
++ \mathbb{R} ¦ Answer: (-\infty, +\infty)
++ x \in \mathbb{R} ¦ Answer: $\mathbb{R}$
+- \mathbb{R} ¦ Answer: [0,\infty)
+- \mathbb{R}^2 ¦ Answer: \mathbb{R}
+# what has no value, and is compared as text
+- H2O ¦ Answer: HO2
+- H2O ¦ Answer: h2o
+- 3 hours 20 minutes ¦ Answer: 3 hours
+- 3 hours 20 minutes ¦ Answer: 320
++ 3 \text{ hours } 20 \text{ minutes} ¦ Answer: $3\text{ hours }20\text{ minutes}$
+- 3\text{ or }4 ¦ Answer: 3
+- B12 ¦ Answer: B1 2
+- \text{A}1 ¦ Answer: A12
++ n \equiv 2 \pmod 5 ¦ Answer: $n \equiv 2 \pmod 5$
++ \max\{a,b\} ¦ Answer: $\max\{a, b\}$
++ \text{all } n \ge 3 ¦ Answer: all $n \ge 3$
++ 34 ¦ Answer: 34</s></answer>
+- 34 ¦ Answer: 35</answer>
+# data sets' own ground truths
++ 18 ¦ Answer: The total cost is \$18.
++ 18 ¦ Answer: Janet makes \$18 per day.
++ 34 ¦ Answer: 34 ordered pairs
++ 34 ¦ Answer: 34 positive integers
++ 34 ¦ Answer: $\gcd(a,b) = 34$
++ 34 ¦ Answer: $\lfloor x \rfloor = 34$
++ 34 ¦ <answer>Answer: 34</answer>
+- 34 ¦ Answer: 34 fails
+- 34 ¦ Answer: 34...
+- 34 ¦ Answer: $\sqrt{x} = 34$
++ \{1,2,3\} ¦ Answer: {3, 2, 1}
++ (-\infty,\infty) ¦ Answer: $\mathbb{R}$
++ 3 \text{ hours } 20 \text{ minutes} ¦ Answer: 3 hours 20 minutes
+- 3 hours 20 minutes ¦ Answer: 3 hours 30 minutes
++ B ¦ Answer: The correct answer is (B).
++ 2516_8 ¦ Answer: $2516_{8}$
+- 2516_8 ¦ Answer: $2516_9$
+- 2516_8 ¦ Answer: $2516$
++ \begin{cases} x & x>0 \\ 0 & x<0 \end{cases} ¦ Answer: $\begin{cases} x & x>0 \\ 0 & x<0 \end{cases}$
+- \begin{cases} x & x>0 \\ 0 & x<0 \end{cases} ¦ Answer: $\begin{cases} x & x>0 \\ 1 & x<0 \end{cases}$
++ H2O ¦ Answer: H2O
+- H2O ¦ Answer: H2O2
 """
 
 

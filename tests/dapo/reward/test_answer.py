@@ -90,6 +90,25 @@ def test_a_million_digits_are_compared_exactly():
         ("NaN", "is not a value"),
         ("null", "is not a value"),
         ("None", "is not a value"),
+        ("H2O", None),
+        ("B12", None),
+        ("{1,2,3}", None),
+        ("3 hours 20 minutes", None),
+        (r"\gcd(m,n)", None),
+        (r"n \equiv 1 \pmod{3}", None),
+        (r"\sum_{k=1}^n k", None),
+        (r"\begin{cases} x & x>0 \\ 0 & x \le 0 \end{cases}", None),
+        (r"\begin{cases} x & x>0 \\ 0 & x \le 0", UNREAD),
+        (r"\max\{a, b", UNREAD),
+        (r"We have x=3, so \boxed{34}", UNREAD),
+        ("34 35", UNREAD),
+        ("34 x +", UNREAD),
+        ('["34"]', UNREAD),
+        ("s3://bucket/34", UNREAD),
+        ("/tmp/figure 34", UNREAD),
+        ("34\0 x", UNREAD),
+        ("all x of 34 " * 40, UNREAD),
+        ("figure.heic", "is the name of a file"),
         ("", "is blank"),
         (" \n", "is blank"),
         ("$$", "is blank"),
@@ -260,4 +279,4 @@ def test_the_set_whose_labels_came_first_is_agreed_with_and_no_wrong_answer_acce
     pairs = list(zip(cases, verdicts, strict=True))
     assert not [case for case, verdict in pairs if verdict and not case["is_right"]]
     refused = [case for case, verdict in pairs if case["is_right"] and not verdict]
-    assert len(refused) <= 4, refused  # $18 a day, a sentence, a union, "ways to do it"
+    assert len(refused) <= 2, refused  # a union, "ways to do it"
