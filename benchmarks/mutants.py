@@ -39,6 +39,7 @@ MESSAGES = {
 }  # their texts are left alone
 # what these arguments are changes no result: an assertion, the time of printing, the looks of a file
 UNSEEN = {"strict", "flush", "frozen", "indent", "ensure_ascii", "daemon", "non_blocking", "copy"}
+SYMMETRIC = {"max", "min"}  # the order of their arguments changes no result
 TYPES = {"isinstance": 1, "issubclass": 1, "cast": 0, "TypeVar": 0}  # the argument that is a type
 
 
@@ -197,7 +198,7 @@ class Finder(ast.NodeVisitor):
             return
         first_two = node.args[:2]
         is_wording = any(isinstance(x, ast.Starred | ast.JoinedStr) or _is_text(x) for x in first_two)
-        if len(first_two) == 2 and not is_wording and name not in TYPES:
+        if len(first_two) == 2 and not is_wording and name not in TYPES.keys() | SYMMETRIC:
             self.become("swapped arguments", node, args=[*reversed(first_two), *node.args[2:]])
         self.visit(node.func)
         self.visit_all([x for place, x in enumerate(node.args) if place != TYPES.get(name)])

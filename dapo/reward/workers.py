@@ -137,7 +137,6 @@ class Workers:
         try:
             while waiting or any(worker.todo for worker in self.workers):
                 clock.waiting()  # each call has a timeout
-                clock.waiting()
                 if self.is_interrupted():
                     raise Interrupted
                 self._assign(waiting, jobs)

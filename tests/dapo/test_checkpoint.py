@@ -77,6 +77,7 @@ class FakePolicy:
 
     def load(self, directory: Path) -> None:
         assert (directory / "tensors").read_text() == "some"
+        self.loaded = directory
 
 
 class FakeSampler:
@@ -85,6 +86,7 @@ class FakeSampler:
 
     def load(self, directory: Path) -> None:
         assert (directory / "rollouts.json").exists()
+        self.loaded = directory
 
 
 @pytest.fixture
@@ -104,9 +106,12 @@ def names(tmp_path: Path) -> list[str]:
 
 
 def resume(tmp_path: Path, policy: Any, *options: str) -> tuple[Checkpoints, int]:
-    found = checkpoints_of(tmp_path, *options)
-    found.find(policy.shape)
-    return found, found.load(policy, FakeSampler())
+    found, sampler = checkpoints_of(tmp_path, *options), FakeSampler()
+    directory = found.find(policy.shape)
+    step = found.load(policy, sampler)
+    if directory:
+        assert policy.loaded == directory / "policy" and sampler.loaded == directory
+    return found, step
 
 
 def save(checkpoints: Checkpoints, policy: Any, *steps: int) -> None:
@@ -262,3 +267,25 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_only_named(
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: ") and "step-000001 cannot be removed: Device or resource busy" in line
     assert json.loads((tmp_path / "run/checkpoints/step-000002/manifest.json").read_text())["step"] == 2
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
+    tmp_path: Path, policy: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(checkpoints_of(tmp_path), policy, 1, 2)
+    (tmp_path / "run/checkpoints/step-000002/rollouts.json").write_text("[]")
+    _, step = resume(tmp_path, policy)
+    assert step == 1
+    warned = capsys.readouterr().err
+    assert "step-000002 is damaged (rollouts.json" in warned and "using the one before it" in warned
+
+
+def test_a_checkpoint_for_which_there_is_no_room_is_not_begun(
+    tmp_path: Path, policy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = checkpoints_of(tmp_path)
+    save(checkpoints, policy, 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3))  # the policy has 4 bytes
+    with pytest.raises(CheckpointError, match="step-000002 cannot be written"):
+        save(checkpoints, policy, 2)
+    assert names(tmp_path) == ["step-000001"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -234,3 +235,12 @@ def test_the_collector_is_as_it_was_after_an_answer_good_or_bad(was_enabled: boo
         assert gc.isenabled() == was_enabled
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("count", [1, 50_000])
+def test_an_answer_may_have_the_bytes_of_its_tokens_and_little_more(count: int) -> None:
+    request = replace(REQUEST, sampling=Sampling(0.8, count, ()))
+    exact = len(
+        answer([VOCAB - 1] * count, output_token_logprobs=[[-123.45678901234567, 151_642, None]] * count)
+    )
+    assert exact < generate.max_bytes(request) < 2**21 + 50 * exact

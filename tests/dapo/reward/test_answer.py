@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dapo.reward import answer_of, is_correct, is_same, refusal_of
+from dapo.reward import answer_of, is_correct, is_same, refusal_of, tokens
 from tests.dapo.reward.answer_cases import CASES
 
 
@@ -280,3 +280,37 @@ def test_the_set_whose_labels_came_first_is_agreed_with_and_no_wrong_answer_acce
     assert not [case for case, verdict in pairs if verdict and not case["is_right"]]
     refused = [case for case, verdict in pairs if case["is_right"] and not verdict]
     assert len(refused) <= 2, refused  # a union, "ways to do it"
+
+
+@pytest.mark.parametrize(
+    ("gold", "right", "wrong"),
+    [
+        (r"\lfloor \pi \rfloor + 1/2", "7/2", "9/2"),
+        (
+            r"\begin{pmatrix}1\\2\end{pmatrix}",
+            r"\begin{pmatrix}1\\2\end{pmatrix}",
+            r"\begin{pmatrix}3\\2\end{pmatrix}",
+        ),
+        (
+            r"\begin{pmatrix}1&5\\2&6\end{pmatrix}",
+            r"\begin{bmatrix}1&5\\2&6\end{bmatrix}",
+            r"\begin{pmatrix}1&7\\2&6\end{pmatrix}",
+        ),
+    ],
+)
+def test_every_part_of_an_answer_counts(gold, right, wrong):
+    assert is_correct(f"Answer: ${right}$", gold) and not is_correct(f"Answer: ${wrong}$", gold)
+
+
+@pytest.mark.parametrize(
+    "gold", [r"\begin{pmatrix}1/0\\1\end{pmatrix}", "(1, 2/0)", "x = 1/0", r"\{1/0, 2\}"]
+)
+def test_a_part_without_a_value_is_refused(gold):
+    assert refusal_of(gold)
+
+
+def test_brackets_are_counted_by_how_deep_they_are():
+    tokens.check_size("(1)" * 100 + "{" * tokens.MAX_DEPTH + "}" * tokens.MAX_DEPTH)
+    for bracket in "({[":
+        with pytest.raises(tokens.Costly, match=f"{tokens.MAX_DEPTH + 1} brackets deep"):
+            tokens.check_size("(1)" * 100 + bracket * (tokens.MAX_DEPTH + 1))

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dapo.config import ConfigError, Data
-from dapo.rollout.prompts import PromptStream, load_prompts, load_stream
+from dapo.rollout.prompts import PromptStream, digest, load_prompts, load_stream
 from tests.conftest import make_prompt
 
 
@@ -198,6 +198,10 @@ def test_the_order_is_a_function_of_the_seed_alone():
     assert take(make_stream(50, seed=1), 50) != take(make_stream(50, seed=2), 50)
 
 
+def test_the_data_of_an_earlier_version_s_checkpoint_is_recognised():
+    assert digest([make_prompt(0), make_prompt(1)]) == "a95d5e5e1604e1679825619d3ffc6b74"
+
+
 def test_every_epoch_is_another_permutation_of_all_prompts():
     epochs = np.array(take(make_stream(50), 200)).reshape(4, 50)
     assert (np.sort(epochs) == np.arange(50)).all()
@@ -335,6 +339,7 @@ def test_weights_mix_files_evenly_whatever_their_sizes(tmp_path):
     stream, _ = load_stream(Data(train={files["a"]: 1.0, files["b"]: 3.0}), Tokenizer(), seed=0)
     drawn = [text_of(p)[0] for p in stream.take(40)]
     assert all(abs(drawn[:n].count("b") - 0.75 * n) <= 1 for n in range(1, 41))
+    assert "".join(drawn[:8]) == "babbbabb", "each is of the file that is furthest behind"
     stream.put_back(stream.take(2))
     resumed, _ = load_stream(Data(train={files["a"]: 1.0, files["b"]: 3.0}), Tokenizer(), seed=0)
     resumed.load_state_dict(stream.state_dict())

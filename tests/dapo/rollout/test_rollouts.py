@@ -546,6 +546,7 @@ def test_a_dump_that_cannot_be_written_stops_the_run_with_its_prompts_back_in_th
     break_disk(directory)
     with pytest.raises(StorageError, match=r"step-000000.parquet cannot be written, .* GiB free there: \w+"):
         rollouts.next_batch(0)
+    assert not list(directory.glob("*.partial")), "nothing half-written is left"
     assert len(engine.asked()) > 4, "groups of all kinds"
     again = [prompt.index for prompt in rollouts.prompts.take(len(engine.asked()))]
     assert sorted(again) == sorted(engine.asked())
