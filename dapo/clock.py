@@ -55,6 +55,11 @@ def listen(listener: Callable[[str], None]) -> None:
     _listeners.append(listener)
 
 
+def forget(listener: Callable[[str], None]) -> None:
+    """Call a listener no more."""
+    _listeners[:] = [other for other in _listeners if other != listener]
+
+
 def timed(phase: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Add the wall time of every call to `phase`. A phase inside another counts in both."""
 

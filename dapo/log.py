@@ -90,6 +90,7 @@ class Log:
         self._write_row("")
         places = {"metrics": self.path, "curves": self.path.with_name("curves.png")}
         self._attempt("curves.png", self._plot, places["curves"])
+        clock.forget(self.console.progress)  # it would show itself again
         self.console.close()
         if error is None:
             self.console.say(f"finished: {self.config.run.steps} steps in {self.path.parent}")

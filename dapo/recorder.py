@@ -26,13 +26,15 @@ from typing import NamedTuple
 from torch._C._distributed_c10d import Store
 
 from dapo import clock
-from dapo.config import Limits
+from dapo.config import ConfigError, Limits
 from dapo.watch.rank import renew
 
 CHECK_SECONDS = 5.0  # between two checks, at most
 # phases that may be silent for long: a disk has no timeout
 SILENT_PHASES = {"checkpoint", "export"}
 
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+LOST = "the steps since the last checkpoint are lost: the same command goes on from it"
 PLACES = {"": "between phases", "?": "not begun"}
 
 
@@ -41,7 +43,7 @@ class State(NamedTuple):
 
     number: int  # of the check
     phases: str  # as clock.progress() has them; "?" of a rank that has not checked yet
-    host: str = ""
+    machine: str = ""
     process: int = 0
 
 
@@ -76,8 +78,12 @@ class Recorder:
         # rank → number of its last check, and `seconds` when it was new
         self.seen: dict[int, tuple[int, float]] = {}
         self.kept_for = self.reported_for = -1  # value of `progress` at the last stall
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self.stacks = (self.directory / f"rank-{self.rank}.txt").open("a", encoding="utf-8")
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            # unbuffered: what a full disk does not take is dropped, not kept until it is closed
+            self.stacks = (self.directory / f"rank-{self.rank}.txt").open("ab", buffering=0)
+        except OSError as error:
+            raise ConfigError(f"run.dir: {self.directory} cannot be written: {error.strerror}") from error
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="recorder", daemon=True)
         self._thread.start()
@@ -90,8 +96,8 @@ class Recorder:
         is_empty = os.fstat(self.stacks.fileno()).st_size == 0
         self.stacks.close()
         if is_empty:
-            Path(self.stacks.name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # another rank's stacks are in it
+            with contextlib.suppress(OSError):  # another rank's stacks are in the directory
+                Path(self.stacks.name).unlink(missing_ok=True)
                 self.directory.rmdir()
 
     def _watch(self) -> None:
@@ -99,8 +105,18 @@ class Recorder:
             self._check()
             while not self._closed.wait(self.interval):
                 self._check()
-        except RuntimeError:  # the store has ended with the launcher, and the ranks are about to
-            faulthandler.cancel_dump_traceback_later()
+        except RuntimeError:  # the store has ended, with the launcher or its machine
+            self._end_alone()
+
+    def _end_alone(self) -> None:
+        """Without the store nobody knows of the others: ask this rank to save, and end it if it does not."""
+        faulthandler.cancel_dump_traceback_later()
+        if not self._closed.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
+            if not self._closed.wait(self.limits.exit):
+                late = f"rank {self.rank} has not ended in {self.limits.exit:.0f} s: stopped, and {LOST}"
+                say(f"error: the ranks' store is lost, its launcher or machine has ended, and {late}")
+                os._exit(1)
 
     def _check(self) -> None:
         # in case a C call holds the interpreter, and with it this thread
@@ -111,7 +127,7 @@ class Recorder:
         self.checked_at = now
         self.number += 1
         heartbeats, waits, phases = clock.progress()
-        mine = State(self.number, phases, socket.gethostname(), os.getpid())
+        mine = State(self.number, phases, machine(), os.getpid())
         self.store.set(f"states/{self.rank}", json.dumps(mine))
         idle = self.seconds - self.progress.advance(heartbeats != self.own[0], self.seconds)
         dead = self.seconds - self.life.advance((heartbeats, waits) != self.own, self.seconds)
@@ -160,12 +176,9 @@ class Recorder:
     def _exit(self, dead: float, states: list[State], frozen: set[int]) -> None:
         if self.store.add("exited", 1) == 1:
             report = self._report(dead, states, frozen)
-            lost = (
-                "stopped, and the steps since the last checkpoint are lost: the same command goes on from it"
-            )
-            say(f"error: {report}; {lost}")
+            say(f"error: {report}; stopped, and {LOST}")
         for state in (states[rank] for rank in frozen):
-            if state.host == socket.gethostname():  # a process that is stopped ends by SIGKILL only
+            if state.machine == machine():  # a process that is stopped ends by SIGKILL only
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(state.process, signal.SIGKILL)
         os._exit(1)
@@ -173,11 +186,10 @@ class Recorder:
     def _keep_stacks(self, idle: float, phases: str) -> None:
         now = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
         where = phases or "no phase"
-        self.stacks.write(f"{now}, rank {self.rank} in {where}, no progress for {idle:.0f} s\n")
-        self.stacks.flush()
-        faulthandler.dump_traceback(self.stacks)
-        self.stacks.write("\n")
-        self.stacks.flush()
+        with contextlib.suppress(OSError):  # the disk is full
+            self.stacks.write(f"{now}, rank {self.rank} in {where}, no progress for {idle:.0f} s\n".encode())
+            faulthandler.dump_traceback(self.stacks)
+            self.stacks.write(b"\n")
 
     def _report(self, idle: float, states: list[State], frozen: set[int]) -> str:
         ranks: dict[str, list[int]] = defaultdict(list)
@@ -203,6 +215,16 @@ class Counter:
         if value != self.value:
             self.value, self.changed_at = value, now
         return self.changed_at
+
+
+def machine() -> str:
+    """Return a name of the place where a process id means one process: containers of one host, and machines
+    that were given one name, differ in it.
+    """
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # not Linux
+        parts += [os.readlink("/proc/self/ns/pid"), BOOT_ID.read_text().strip()]
+    return " ".join(parts)
 
 
 def may_be_silent(phases: str) -> bool:

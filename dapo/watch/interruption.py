@@ -45,7 +45,10 @@ class Interruption:
         """Stop the thread; the handlers stay: a signal while the run ends ends nothing half-way."""
         signal.set_wakeup_fd(-1)
         self._write.send(b"\0")
-        self._thread.join(CHECK_EVERY)  # a store that has ended may keep it longer
+        self._thread.join(CHECK_EVERY)
+        if not self._thread.is_alive():  # a store that has ended may keep it longer
+            self._read.close()
+            self._write.close()
 
     def _handle(self, number: int, frame: Any) -> None:
         if self.since is not None and number == signal.SIGINT and time.monotonic() - self.since > 2:

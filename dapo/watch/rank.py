@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from collections.abc import Iterator
 
 MARK = "DAPO_STARTED_BY"  # environment variable of all that a rank starts
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+CHECK_EVERY = 0.25  # seconds between two checks whether a process has ended
 GRACE = 5.0  # seconds for marked processes to end by themselves, as servers' guardians do
 
 
@@ -39,50 +39,63 @@ def guard(seconds: float) -> None:
 
 
 def renew() -> None:
-    """Start the guardian again if it has ended."""
+    """Start the guardian again if it has ended. If no process can be started now, the next call may."""
     global _guardian
     if _command and (_guardian is None or _guardian.poll() is not None):
         null = subprocess.DEVNULL
         environment = {name: value for name, value in os.environ.items() if name != MARK}
         # in a session of its own it does not receive Ctrl-C
-        _guardian = subprocess.Popen(
-            _command, env=environment, stdin=null, stdout=null, start_new_session=True
-        )
+        with contextlib.suppress(OSError):
+            _guardian = subprocess.Popen(
+                _command, env=environment, stdin=null, stdout=null, start_new_session=True
+            )
 
 
 def main(rank: int, launcher: int, mark: str, seconds: float) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGCONT)  # if it is stopped, the rank's end wakes it
-    with contextlib.suppress(ProcessLookupError):  # the rank has ended
-        watched = os.pidfd_open(rank)
-        if os.getppid() == rank and _is_orphaned(watched, launcher):
+    if _is_orphaned(rank, launcher):
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
             os.kill(rank, signal.SIGTERM)
-            if not _ended([watched], seconds):
-                say(f"process {rank} has not ended {seconds:.0f} s after its launcher: it is killed")
-                os.kill(rank, signal.SIGKILL)
+        deadline = time.monotonic() + seconds
+        while os.getppid() == rank and time.monotonic() < deadline:
+            time.sleep(CHECK_EVERY)
+        if os.getppid() == rank:
+            say(f"process {rank} has not ended {seconds:.0f} s after its launcher: it is killed")
+            os.kill(rank, signal.SIGKILL)
     _end_marked(f"{MARK}={mark}".encode())
 
 
 def _is_orphaned(rank: int, launcher: int) -> bool:
-    """Wait until the rank or its launcher has ended. Return True if the launcher ended first."""
+    """Wait until the rank, the parent, or its launcher has ended. Return True if the launcher ended first."""
+    watched = open_process(launcher) if launcher else None
+    while os.getppid() == rank:
+        if launcher and has_ended(watched):
+            if os.environ.get("LOCAL_RANK") == "0":
+                say(f"the launcher, process {launcher}, has ended without its ranks: they save and stop")
+            return True
+        time.sleep(CHECK_EVERY)
+    return False
+
+
+def open_process(process: int) -> int | None:
+    """Return a descriptor for `has_ended`; None if the process has ended.
+
+    Not a pidfd, which older kernels and many builds of Python lack.
+    """
     try:
-        watched = [rank, os.pidfd_open(launcher)] if launcher else [rank]
+        return os.open(f"/proc/{process}/statm", os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+
+
+def has_ended(descriptor: int | None) -> bool:
+    """Return True if the process has ended, even if nobody waits for it, or its id is another's by now."""
+    try:
+        return descriptor is None or os.pread(descriptor, 1, 0) == b"0"  # pages in its address space
     except ProcessLookupError:
         return True
-    if rank in _ended(watched):
-        return False
-    if os.environ.get("LOCAL_RANK") == "0":
-        say(f"the launcher, process {launcher}, has ended without its ranks: they save and stop")
-    return True
-
-
-def _ended(pidfds: list[int], seconds: float | None = None) -> set[int]:
-    """Return those of the processes that have ended, once one has; none if none has within `seconds`."""
-    poll = select.poll()
-    for pidfd in pidfds:
-        poll.register(pidfd, select.POLLIN)
-    return {pidfd for pidfd, _ in poll.poll(None if seconds is None else 1000 * seconds)}
 
 
 def _end_marked(mark: bytes) -> None:

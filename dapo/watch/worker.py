@@ -11,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import select
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection
 from typing import NoReturn
+
+from dapo.watch.rank import has_ended, open_process
 
 MEMORY_EXCEEDED = 113  # exit status
 CHECK_EVERY = 0.1  # seconds between two checks of the main process and of the memory
@@ -40,19 +41,18 @@ def guard(serve: Serve, connection: Connection, paths: Sequence[str], main: int,
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     guardian = os.getpid()
-    try:
-        is_ended = os.pidfd_open(main)  # readable once it has ended, even if nobody waits for it
-    except ProcessLookupError:
+    watched = open_process(main)
+    if watched is None:
         return
     worker = os.fork()
     if worker == 0:
-        os.close(is_ended)
+        os.close(watched)
         os.setpgid(0, 0)
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         _work(serve, connection, paths, guardian)
     connection.close()
-    status = _watch(worker, is_ended, max_bytes)
+    status = _watch(worker, watched, max_bytes)
     with contextlib.suppress(OSError):
         os.killpg(worker, signal.SIGKILL)
     _end_descendants()
@@ -72,13 +72,13 @@ def _work(serve: Serve, connection: Connection, paths: Sequence[str], guardian: 
         os._exit(status)
 
 
-def _watch(worker: int, is_ended: int, max_bytes: int) -> int:
-    """Wait for one of the reasons to end. Return the exit status that says which."""
+def _watch(worker: int, main: int, max_bytes: int) -> int:
+    """Wait for one of the reasons to end. Return the exit status that says which. `main` is for has_ended."""
     while True:
         received = signal.sigtimedwait(_SIGNALS, CHECK_EVERY)
         if received and received.si_signo == signal.SIGTERM:
             return 0
-        if select.select([is_ended], [], [], 0)[0]:
+        if has_ended(main):
             return 0
         while pid := os.waitpid(-1, os.WNOHANG)[0]:
             if pid == worker:

@@ -154,12 +154,15 @@ def test_a_log_that_resumes_says_from_where(tmp_path, capsys):
     assert capsys.readouterr().out.startswith(f"going on from step 3 of 2 in {tmp_path / 'run'}\n")
 
 
-def test_phases_are_shown_on_the_console_as_they_begin(tmp_path, monkeypatch):
+def test_phases_are_shown_on_the_console_as_they_begin_until_the_log_is_closed(tmp_path, monkeypatch):
     phases = []
     console = Console()
     monkeypatch.setattr(console, "progress", phases.append)
-    Log(make_config_with_directory(tmp_path), console, {}, 0).close()
-    clock.timed("outer")(clock.timed("inner")(lambda: None))()
+    log = Log(make_config_with_directory(tmp_path), console, {}, 0)
+    outer = clock.timed("outer")(clock.timed("inner")(lambda: None))
+    outer()
+    log.close()
+    outer()
     assert phases == ["outer", "inner"]
 
 

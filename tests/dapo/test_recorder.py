@@ -1,6 +1,8 @@
 """The flight recorder is silent while any rank makes progress, then exact about the ones that do not."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -10,10 +12,10 @@ import torch.distributed as dist
 
 from dapo import clock
 from dapo.clock import heartbeat, timed
-from dapo.config import Limits
+from dapo.config import ConfigError, Limits
 from dapo.engine.control import Server
 from dapo.engine.sglang import SGLangEngine
-from dapo.recorder import Recorder, may_be_silent, ranges
+from dapo.recorder import Recorder, machine, may_be_silent, ranges
 from tests.distributed.launch import torchrun
 from tests.sglang.fake_server import FakeServer
 
@@ -181,6 +183,58 @@ def test_while_something_progresses_nothing_is_reported_and_no_file_stays(watch,
     assert capsys.readouterr().err == ""
     watch.close()
     assert not (tmp_path / "stalls").exists()
+
+
+def test_a_full_disk_does_not_end_the_watch(watch, tmp_path, capsys):
+    @timed("update")
+    def update():
+        (tmp_path / "stalls").mkdir()
+        (tmp_path / "stalls/rank-0.txt").symlink_to("/dev/full")
+        watch()
+        printed_until("stalled: ", capsys)
+        heartbeat()
+        printed_until("stalled: ", capsys)
+
+    update()
+    watch.close()
+
+
+def test_a_directory_that_cannot_be_written_is_refused_in_one_line(watch, tmp_path):
+    (tmp_path / "stalls").write_text("a file")
+    with pytest.raises(ConfigError, match=r"run.dir: .*stalls cannot be written: File exists"):
+        watch()
+
+
+LOST_STORE = """
+import signal, sys, time
+from pathlib import Path
+from dapo.config import Limits
+from dapo.recorder import Recorder
+
+class Lost:
+    def set(self, key, value):
+        raise RuntimeError("Broken pipe")
+
+signal.signal(signal.SIGTERM, lambda *_: print("it is to save", flush=True))
+recorder = Recorder(Path(sys.argv[1]), Limits(0.2), 3, 4, Lost(), lambda: "nobody")
+time.sleep(float(sys.argv[2]))
+recorder.close()
+"""
+
+
+@pytest.mark.parametrize(("seconds", "status"), [(0.2, 0), (600, 1)])
+def test_a_rank_whose_store_is_lost_is_asked_to_save_and_ended_if_it_hangs(tmp_path, seconds, status):
+    command = [sys.executable, "-c", LOST_STORE, str(tmp_path / "stalls"), str(seconds)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (status, "it is to save\n")
+    lines = done.stderr.splitlines()
+    assert len(lines) == status and all("rank 3 has not ended in 1 s: stopped, and" in line for line in lines)
+
+
+def test_a_process_of_another_container_has_another_machine(monkeypatch):
+    ours = machine()
+    monkeypatch.setattr("os.readlink", lambda path: "pid:[1]")
+    assert machine() != ours
 
 
 def printed_until(text, capsys):

@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dapo.watch.rank import has_ended, open_process
+
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="guardians are for Linux")
 
@@ -37,11 +39,12 @@ subprocess.run([sys.executable, "-c", sys.argv[1], *sys.argv[2:]])
 """
 # waits in C code, as in a collective, and prints what the interruption knows then
 INTERRUPTED = """
-import sys, threading, time
+import os, sys, threading, time
 import torch.distributed as dist
 from dapo.types import Interrupted
 from dapo.watch.interruption import Interruption
 store = dist.HashStore()
+num_open = len(os.listdir("/proc/self/fd"))
 is_interrupted = Interruption(store, is_main=False)
 
 def watch():
@@ -56,6 +59,7 @@ threading.Thread(target=watch, daemon=True).start()
 print("ready", flush=True)
 lock.acquire()  # no handler runs in here
 is_interrupted.close()
+sys.exit(len(os.listdir("/proc/self/fd")) - num_open)
 """
 
 
@@ -141,6 +145,21 @@ def test_without_a_launcher_a_rank_goes_on_when_its_parent_ends(family):
     time.sleep(1)
     assert psutil.pid_exists(number) and psutil.Process(number).status() == psutil.STATUS_SLEEPING
     psutil.Process(number).kill()
+
+
+def test_a_process_that_nobody_waits_for_has_ended_too():
+    process = subprocess.Popen(["sleep", "600"])
+    descriptor = open_process(process.pid)
+    assert descriptor is not None and not has_ended(descriptor)
+    process.send_signal(signal.SIGSTOP)
+    assert not has_ended(descriptor), "it is only stopped"
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert has_ended(descriptor), "it waits for its parent"
+    process.wait()
+    assert has_ended(descriptor)
+    assert open_process(process.pid) is None and has_ended(None)
+    os.close(descriptor)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
