@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import reprlib
 from collections import Counter
 from math import lcm
 from pathlib import Path
@@ -77,8 +76,7 @@ class Run(Section):
 
 
 class Data(Section):
-    # .jsonl of {prompt, answer}, or .parquet in the DAPO-Math-17k schema: one file, several as one, or {file:
-    # weight} to mix
+    # .jsonl of {prompt, answer} or .parquet as DAPO-Math-17k: one file, several as one, {file: weight} to mix
     train: Location | list[Location] | dict[Location, AboveZero]
     max_prompt_length: Positive = option(2048, "other tasks, other lengths", verl=2048)  # tokens
     # truncate cuts on the left, as the released recipe does
@@ -93,7 +91,9 @@ class Data(Section):
     @field_validator("train", mode="before")
     @classmethod
     def _each_once(cls, train: Any) -> Any:
-        """Refuse a file that is weighted under two names: one of the weights would be lost."""
+        """Refuse no file, and one that is weighted under two names: one of the weights would be lost."""
+        if train in ([], {}):
+            raise ValueError("expected at least one file")
         for path, count in Counter(map(_expanded, train if isinstance(train, dict) else ())).items():
             if count > 1:
                 raise ValueError(f"{path} is given twice")
@@ -164,8 +164,7 @@ class Objective(Section):
         False, paper=True, verl=False,
         why="Table 1 adds it and keeps it; the best public run had none: soft punishment alone limits length",
     )  # fmt: skip
-    # a token written by older weights counts min(exp(old − behavior log-prob), this); one of the current
-    # weights always counts 1
+    # a token of older weights counts min(exp(old − behavior log-prob), this); one of the current ones 1
     importance_cap: Annotated[float, Field(ge=1)] = 2.0
 
 
@@ -237,8 +236,7 @@ class Policy(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     # budget of one packed forward-backward per data-parallel rank; context ranks share it
     tokens_per_microbatch: Positive = 32768
-    # fields of Megatron's TransformerConfig, OptimizerConfig, DistributedDataParallelConfig; passthrough.py:
-    # those that may not be set
+    # fields of Megatron's TransformerConfig, OptimizerConfig, DistributedDataParallelConfig: passthrough.py
     megatron: dict[str, Any] = {}
 
 
@@ -414,8 +412,10 @@ def _validated(values: dict[str, Any], overrides: list[str], what: str) -> Confi
     except plain_yaml.NotYAML as error:
         raise ConfigError(str(error)) from error
     except ValidationError as error:
-        explained = "; ".join(dict.fromkeys(_explain(e, values) for e in error.errors()))
-        raise ConfigError(f"{what}: {explained}") from None
+        wrong = [_explain(e, values) for e in error.errors()]
+        # of a list with a wrong item, another kind of a union says that it is no path
+        said = [text for key, text in wrong if not any(other.startswith(f"{key}.") for other, _ in wrong)]
+        raise ConfigError(f"{what}: {'; '.join(dict.fromkeys(said))}") from None
     config.check()
     return config
 
@@ -426,25 +426,25 @@ def nearest(word: str, known: list[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
 
 
-def _explain(error: Any, values: Any) -> str:
-    *parents, last = error["loc"]
+def _explain(error: Any, values: Any) -> tuple[str, str]:
+    """Return the key that an error of pydantic is about, and what to say of it."""
     model: Any = Config
+    key, last = ".".join(map(str, error["loc"])), error["loc"][-1]
     if error["type"] == "extra_forbidden":
-        for part in parents:
+        for part in error["loc"][:-1]:
             model = model.model_fields[part].annotation
-        return f"unknown key {'.'.join(error['loc'])}: {nearest(last, list(model.model_fields))}"
+        return key, f"unknown key {key}: {nearest(last, list(model.model_fields))}"
     if error["type"] == "missing":
-        return f"missing key {'.'.join(error['loc'])}"
+        return key, f"missing key {key}"
     path = []
     for part in error["loc"]:  # pydantic names a union's kinds in it, which are no keys
         if isinstance(values, dict) and str(part) in map(str, values):
             values = next(value for key, value in values.items() if str(key) == str(part))
-        elif isinstance(values, list) and isinstance(part, int):
+        elif isinstance(values, list) and isinstance(part, int) and part < len(values):
             values = values[part]
         else:
             continue
         path.append(str(part))
-    whole = repr(error["input"])
-    shown = whole if "://" in whole else reprlib.repr(error["input"])  # ConfigError finds no part of a secret
     wrong = error["msg"].lower().removeprefix("value error, ")
-    return f"{'.'.join(path)}={shown}: {wrong}"
+    key = ".".join(path)
+    return key, f"{key}={plain_yaml.shown(error['input'])}: {wrong}"

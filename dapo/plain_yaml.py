@@ -7,6 +7,7 @@ such as !!int, are refused.
 from __future__ import annotations
 
 import re
+import reprlib
 from typing import Any
 
 import yaml
@@ -76,6 +77,7 @@ def load(text: str) -> Any:
 def override(values: dict[str, Any], text: str) -> None:
     """Set one value below `values`: "optim.lr=2e-6". Raise NotYAML."""
     key, equals, value = text.partition("=")
+    text = text if len(text) <= 200 else text[:200] + "…"
     if not equals or not all(key.split(".")):
         raise NotYAML(f"override {text!r}: expected section.key=value")
     *sections, name = key.split(".")
@@ -87,6 +89,22 @@ def override(values: dict[str, Any], text: str) -> None:
         values[name] = load(value)
     except NotYAML as error:
         raise NotYAML(f"override {text!r}: {error}") from error
+
+
+class _Shown(reprlib.Repr):
+    """Shortens values, but no URL: a secret in a part of one could not be found and removed."""
+
+    def repr_str(self, x: str, level: int) -> str:
+        return repr(x) if "://" in x else super().repr_str(x, level)
+
+
+_SHOWN = _Shown()
+_SHOWN.maxlevel = 3
+
+
+def shown(value: Any) -> str:
+    """Return a value as an error shows it: in short, however large it is."""
+    return _SHOWN.repr(value)
 
 
 def dump(value: Any) -> str:

@@ -5,6 +5,7 @@ A field that is absent, or null, has Hugging Face's default. dapo/policy/rope.py
 
 from __future__ import annotations
 
+import math
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def _scaling(where: str, given: dict[str, Any]) -> RopeScaling | None:
 
 def _check_value(where: str, name: str, value: Any) -> None:
     """Raise ConfigError if a field's value is of the wrong type or out of its range."""
-    is_right, expected = type(value) in (int, float) and value > 0, "a number above 0"
+    is_right, expected = type(value) in (int, float) and 0 < value < math.inf, "a number above 0"
     if name == "truncate":
         is_right, expected = type(value) is bool, "true or false"
     elif name == "factor":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,9 @@ def read_shape(directory: Path) -> ModelShape:
     if kind == "mistral" and window is not None:
         raise ConfigError(f"{path}: sliding_window={window} is not supported; supported: null")
     sizes = _sizes(path, raw, SIZES)
+    for name in ("tie_word_embeddings", "norm_topk_prob"):
+        if type(value := raw.get(name)) not in (bool, type(None)):
+            raise ConfigError(f"{path}: {name}={value!r}; expected true or false")
     # as Hugging Face fills them in
     defaults = {"head_dim": 128 if kind == "qwen3" else sizes["hidden_size"] // sizes["num_heads"]}
     if kind == "llama":  # Qwen's default of 32 fits hardly any of its models: there the field is required
@@ -113,14 +117,32 @@ def read_shape(directory: Path) -> ModelShape:
     rope_theta, rope_scaling = parse_rope(path, filled)
     return ModelShape(
         model_type=kind,
-        norm_eps=filled.get("rms_norm_eps", 1e-6),
+        norm_eps=_norm_eps(path, filled),
         rope_theta=rope_theta,
         is_tied=filled.get("tie_word_embeddings", False),
         rope_scaling=rope_scaling,
         **sizes,
-        **_sizes(path, filled, FILLED_SIZES),
+        **_attention(path, filled),
         **(_experts(path, filled) if kind == "qwen3_moe" else {}),
     )
+
+
+def _norm_eps(path: Path, raw: dict[str, Any]) -> float:
+    value = raw.get("rms_norm_eps", 1e-6)
+    if type(value) not in (int, float) or not 0 <= value < math.inf:
+        raise ConfigError(f"{path}: rms_norm_eps={value!r}; expected a number of at least 0")
+    return float(value)
+
+
+def _attention(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """Return ModelShape's fields of attention. Every KV head serves equally many heads; RoPE turns pairs."""
+    sizes = _sizes(path, raw, FILLED_SIZES)
+    heads, groups, size = raw["num_attention_heads"], sizes["num_kv_heads"], sizes["head_dim"]
+    if heads % groups:
+        raise ConfigError(f"{path}: num_key_value_heads={groups} does not divide num_attention_heads={heads}")
+    if size % 2:
+        raise ConfigError(f"{path}: head_dim={size}; expected an even number")
+    return sizes
 
 
 def kv_heads(raw: dict[str, Any]) -> int:

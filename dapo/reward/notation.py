@@ -1,4 +1,4 @@
-"""Decides whether notation that has no value here is well formed, as H2O and \\\\gcd(m,n) are."""
+"""Decides whether notation that has no value here is well formed, as H2O or an equation modulo 3 is."""
 
 from __future__ import annotations
 

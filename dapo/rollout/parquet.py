@@ -35,6 +35,8 @@ def read_parquet(path: Path) -> Iterator[RawRow]:
         file = pq.ParquetFile(path)
         names = file.schema_arrow.names
         columns = [name for name in ("prompt", "reward_model", "answer") if name in names]
+        if twice := [name for name in columns if names.count(name) > 1]:
+            raise ConfigError(f"{path}: column {twice[0]!r} is there twice; remove one of them")
         for column, others in [("prompt", {"prompt"}), ("answer", {"reward_model", "answer"})]:
             if not others & set(columns):
                 expected = "expected prompt and reward_model.ground_truth (or answer)"

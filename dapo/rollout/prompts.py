@@ -94,8 +94,8 @@ class PromptStream:
         is_same = state["data"] == self.data or state["data"] == digest(self.prompts)
         if not is_same or len(state["drawn"]) != len(self.sources):
             raise ConfigError(
-                "data.train is not what the checkpoint was made with: use the same files and tokenizer, or a "
-                "new run.dir"
+                "data.train is not what the checkpoint was made with: use the same files, tokenizer, chat "
+                "template and options of data, or a new run.dir"
             )
         self.returned = list(state["returned"])
         for source, drawn in zip(self.sources, state["drawn"], strict=True):
@@ -160,7 +160,9 @@ def load_stream(
     table = RowTable([(summary.path, at) for (summary, _), at in zip(files, positions, strict=True)])
     every = [row for rows in kept for row in rows]
     prompts = [Prompt(i, tokens, row.answer) for i, (row, tokens) in enumerate(every)]
-    data_digest = _digest_of_rows([row for row, _ in every], renderer, data)
+    is_cut = any(summary.truncated for summary, _ in files)
+    cut = f"{data.max_prompt_length} {data.too_long}" if is_cut else ""
+    data_digest = _digest_of_rows([row for row, _ in every], renderer, cut)
     stream = PromptStream(prompts, seed, sources, table, data_digest, renderer.dates)
     return stream, [summary for summary, _ in files]
 
@@ -199,18 +201,16 @@ def digest(prompts: list[Prompt]) -> str:
     return state.hexdigest()
 
 
-def _digest_of_rows(rows: list[Row], renderer: Renderer, data: config.Data) -> str:
-    """Return a hash of what decides the prompts: rows in order, the template's text, the tokenizer.
+def _digest_of_rows(rows: list[Row], renderer: Renderer, cut: str) -> str:
+    """Return a hash of what decides the prompts: rows in order, the template's text, the tokenizer, and how
+    they were cut, if any was.
 
     The tokens are left out: a template may write the date into them.
     """
     state = hashlib.blake2b(digest_size=16)
     for row in rows:
         state.update(key_of(row.prompt).encode() + b"\0" + row.answer.encode() + b"\1")
-    limits = f"{data.max_prompt_length} {data.too_long}"
-    state.update(
-        (limits if data.too_long == "truncate" else "").encode() + b"\0" + renderer.fingerprint(rows)
-    )
+    state.update(cut.encode() + b"\0" + renderer.fingerprint(rows))
     return state.hexdigest()
 
 

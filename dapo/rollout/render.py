@@ -98,7 +98,7 @@ class Renderer:
         eos = getattr(self.tokenizer, "eos_token_id", None)  # not every tokenizer has one
         while bare and tokens[-1:] == [eos]:
             tokens.pop()
-        return tokens
+        return tokens if tokens != before else []
 
     def _of_chat(self, chat: Messages, place: str) -> list[int]:
         """Render a chat up to where the assistant goes on: in a message that it has begun, or a new one."""

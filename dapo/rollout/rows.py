@@ -11,8 +11,9 @@ from typing import Any
 from dapo.config import ConfigError
 
 ROLES = {"system", "developer", "user", "assistant", "tool"}
-# how a list of messages begins that was written into a text column
-_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content)["']\s*:""")
+# how a message, or a list of them, begins that was written into a text column; and what else it has
+_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](?:role|content)["']\s*:""")
+_FIELDS = re.compile(r"""\s*\[?\s*\{\s*["'](?=.*["']role["']\s*:)(?=.*["']content["']\s*:)""", re.DOTALL)
 _SHORT_EXPONENT = re.compile(r"[-+.0-9]+[eE][-+]?[0-9]{1,3}")
 
 Messages = list[dict[str, Any]]
@@ -105,13 +106,18 @@ def _digits(number: int | float | Decimal) -> str:
 def _prompt(prompt: Any, place: str) -> str | Messages:
     """Return text, or messages whose content is text; messages in a text column are read as JSON."""
     if isinstance(prompt, str):
-        if not _MESSAGES.match(prompt):
+        if not prompt.strip():
+            raise BadRow(f"{place}: the prompt is empty")
+        if not (_MESSAGES.match(prompt) or _FIELDS.match(prompt)):
             return prompt
         prompt = _json_column(prompt, "prompt", place)
     if not isinstance(prompt, list) or not prompt or not all(isinstance(part, dict) for part in prompt):
         found = type(prompt).__name__
         raise BadRow(f"{place}: column 'prompt' is {found}; expected text or a list of {{role, content}}")
-    return [_message(message, place) for message in prompt]
+    messages = [_message(message, place) for message in prompt]
+    if not any(message.get("content", "").strip() or message.get("tool_calls") for message in messages):
+        raise BadRow(f"{place}: the prompt is empty")
+    return messages
 
 
 def _message(message: dict[str, Any], place: str) -> dict[str, Any]:

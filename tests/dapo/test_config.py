@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import yaml
 
@@ -143,6 +145,9 @@ def test_text_that_reads_as_something_else_is_quoted_in_a_dump(tmp_path, text):
         'run.dir="a\\0b"',
         "run.dir=true",
         "policy.model=12",
+        "optim.betas=[0.9, 0.9, 0.9]",
+        "data.train=[]",
+        "data.train={}",
     ],
 )
 def test_a_value_of_another_type_or_size_is_refused_in_one_line_by_its_key(tmp_path, override):
@@ -259,6 +264,32 @@ def test_a_wrong_override_is_refused_in_one_line_that_names_it(tmp_path, overrid
         load_text(tmp_path, REQUIRED, override)
     assert all(word in str(error.value) for word in words), error.value
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optim.betas=[0.9]", "missing key optim.betas.1"),
+        ("data.train=[a, 3]", "data.train.1=3: expected a path, in quotes if it looks like a number"),
+        ("data.train={a: 0}", "data.train.a=0: input should be greater than 0"),
+        ("eval.data={a: 5}", "eval.data.a=5: expected a path, in quotes if it looks like a number"),
+    ],
+)
+def test_of_a_wrong_item_of_a_list_nothing_else_is_said(tmp_path, override, said):
+    with pytest.raises(ConfigError) as error:
+        load_text(tmp_path, REQUIRED, override)
+    assert str(error.value).partition(".yaml: ")[2] == said
+
+
+def test_an_error_is_short_however_large_the_value_is(tmp_path):
+    names = "abcdefghijkl"
+    levels = [f"&{name} [{', '.join(8 * ['*' + before])}]" for before, name in pairwise(names)]
+    with pytest.raises(ConfigError) as error:
+        load_text(tmp_path, f"run: [&a [x, x], {', '.join(levels)}]")
+    assert len(str(error.value)) < 2000
+    with pytest.raises(ConfigError) as error:
+        load_text(tmp_path, REQUIRED, "run.steps=" + "[" * 5000)
+    assert len(str(error.value)) < 1000
 
 
 def test_every_mistake_of_a_file_is_told_at_once(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -123,6 +124,18 @@ def test_a_weight_sync_knows_the_kv_heads_of_any_architecture(
             "rope_type yarn wants the field 'original_max_position_embeddings'",
         ),
         ({"rope_scaling": {"type": "yarn"}}, "rope_type yarn wants the field 'factor'"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": math.inf}},
+            "factor=inf; expected a number of at least 1",
+        ),
+        ({"rope_theta": math.inf}, "rope_theta=inf; expected a number above 0"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6'; expected a number of at least 0"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps=-1e-06; expected a number of at least 0"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps=nan; expected a number of at least 0"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false'; expected true or false"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads=28"),
+        ({"num_key_value_heads": 56}, "num_key_value_heads=56 does not divide num_attention_heads=28"),
+        ({"head_dim": 3}, "head_dim=3; expected an even number"),
     ],
 )
 def test_what_is_not_understood_is_refused_by_name(

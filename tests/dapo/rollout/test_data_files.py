@@ -271,6 +271,25 @@ def test_messages_in_a_text_column_are_messages(tmp_path: Path, name: str) -> No
     assert pairs(kept) == [(CHAT, "4")] and summary.copies == 1
 
 
+def test_the_role_need_not_be_a_messages_first_field(tmp_path: Path) -> None:
+    chat = [{"name": "ann", "role": "user", "content": "2+2"}]
+    path = write(tmp_path / "t.jsonl", {"prompt": json.dumps(chat), "answer": "4"})
+    assert pairs(read(path)[1]) == [(chat, "4")]
+
+
+def test_one_message_in_a_text_column_is_no_list_of_them(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", {"prompt": json.dumps(CHAT[0]), "answer": "4"})
+    with pytest.raises(ConfigError, match="line 1: column 'prompt' is dict; expected text or a list"):
+        read(path)
+
+
+def test_a_parquet_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    columns = [pa.array(["a"]), pa.array(["b"]), pa.array(["1"])]
+    pq.write_table(pa.Table.from_arrays(columns, ["prompt", "prompt", "answer"]), tmp_path / "t.parquet")
+    with pytest.raises(ConfigError, match=r"t\.parquet: column 'prompt' is there twice; remove one"):
+        read(tmp_path / "t.parquet")
+
+
 @FORMATS
 @pytest.mark.parametrize("text", [repr(CHAT), json.dumps(CHAT)[:-1], '[{"content": "x", "role": "wizard"}]'])
 def test_messages_in_a_text_column_that_cannot_be_read_are_refused(

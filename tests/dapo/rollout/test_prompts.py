@@ -100,6 +100,9 @@ def test_parquet_in_the_schema_of_dapo_math_is_read_row_by_row(tmp_path):
         ({"prompt": ["x"], "answer": "2"}, ["'prompt'", "list"]),
         ({"prompt": [], "answer": "2"}, ["'prompt'"]),
         ({"prompt": "", "answer": "2"}, ["empty"]),
+        ({"prompt": " \n", "answer": "2"}, ["empty"]),
+        ({"prompt": [{"role": "user", "content": " "}], "answer": "2"}, ["empty"]),
+        ({"prompt": [{"role": "user", "content": []}], "answer": "2"}, ["empty"]),
         ({"prompt": "x" * 11, "answer": "2"}, ["11 tokens", "max_prompt_length=10"]),
     ],
 )

@@ -54,10 +54,11 @@ def test_text_begins_once_and_does_not_end(added: str) -> None:
     assert render(f"2{EOS}+2", tokenizer) == f"{begin}2{EOS}+2"
 
 
+@pytest.mark.parametrize("added", [f"$A {EOS}", f"{BOS} $A", f"{BOS} $A {EOS}"])
 @pytest.mark.parametrize("prompt", ["", EOS])
-def test_text_of_no_tokens_is_refused(prompt: str) -> None:
+def test_text_of_no_tokens_is_refused(prompt: str, added: str) -> None:
     with pytest.raises(ConfigError, match="here: the prompt is empty"):
-        render(prompt, make_tokenizer(added=f"$A {EOS}"))
+        render(prompt, make_tokenizer(added=added))
 
 
 def test_a_chat_begins_once_and_asks_for_an_answer() -> None:
@@ -187,6 +188,13 @@ def test_another_file_template_argument_or_cut_changes_the_datas_hash(
     after = at(write(tmp_path / "t.jsonl", *rows), 9, make_tokenizer(template), **options)
     with pytest.raises(ConfigError, match="checkpoint"):
         after.load_state_dict(before.state_dict())
+
+
+def test_a_limit_that_cuts_nothing_does_not_change_the_datas_hash(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", *ROWS)
+    before, after = at(path, 9, max_prompt_length=100), at(path, 9, max_prompt_length=200, too_long="drop")
+    after.load_state_dict(before.state_dict())
+    assert before.data == after.data
 
 
 def test_another_tokenizer_changes_the_datas_hash(tmp_path: Path) -> None:
