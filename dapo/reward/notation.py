@@ -16,7 +16,7 @@ _COMMANDS = """
     forall exists sim approx propto ldots cdots dots prime partial nabla quad qquad left right begin end
     operatorname displaystyle textstyle overset underset frac dfrac tfrac cfrac sqrt binom dbinom tbinom
     choose cdot times ast div pm mp le leq leqslant ge geq geqslant ne neq lt gt infty pi emptyset
-    varnothing lvert rvert vert langle rangle lbrace rbrace lfloor rfloor lceil rceil colon
+    varnothing lvert rvert vert langle rangle lbrace rbrace lfloor rfloor lceil rceil colon hbar mathring
 """
 _KNOWN = (frozenset(_COMMANDS.split()) | FUNCTIONS | GREEK | MARKS | frozenset(WRAPPERS)) - {"boxed", "fbox"}
 # a character that mathematics has not, a URL, or a sign at an end that wants something beyond it
@@ -27,6 +27,7 @@ _DAMAGED = re.compile(
 
 def is_notation(text: str) -> bool:
     r"""True if the same text may equal `text`: H2O, 3 hours 20 minutes, \gcd(m,n), \begin{cases}…"""
+    text = re.sub(r"\\?\{(\\begin\{.*)\\right\.?$", r"\1", text, flags=re.DOTALL)  # of a system of equations
     num_open, num_closed = (len(re.findall(brackets, text)) for brackets in (r"[(\[]", r"[)\]]"))
     return (
         len(text) <= _MAX_LENGTH

@@ -7,8 +7,8 @@ import re
 from dapo.reward.statements import is_name
 
 _PREAMBLE = re.compile(
-    r"(?:(?:so|thus|hence|therefore|finally),? )?(?:the |my |our )?(?:final |correct )?answer(?: is)?:? *"
-    r"(?<=[ :])",
+    r"(?:(?:so|thus|hence|therefore|finally),? )?(?:the |my |our )?(?:final |correct )?answer(?: is)?"
+    r"(?: therefore| thus)?:? *(?<=[ :])",
     re.IGNORECASE,
 )
 _HOPE = re.compile(r"\.? I hope it is correct\.?$")
@@ -17,7 +17,7 @@ _MAX_LENGTH = 200  # characters of a sentence
 _SENTENCE = re.compile(
     r"(?P<subject>[A-Za-z$][^0-9.:;=<>≤≥≈~]{0,120}?)\s+"
     r"(?:is|are|was|were|equals|makes|has|have|had|gets?|takes?|took|costs?|needs?|earns?|earned|pays|paid"
-    r"|saves?|saved|spends?|spent)(?:\s+(?:exactly|equal to))?\s+(?=[*_]*[-+$(\\0-9−–])"
+    r"|saves?|saved|spends?|spent)(?:\s+(?:exactly|therefore|thus|equal to))?\s+(?=[*_]*[-+$(\\0-9−–])"
 )
 _FORMULA = re.compile(r"\$([^$]*)\$|\\\((.*?)\\\)")
 _WORDS = re.compile(r"(?:[A-Za-z]+(?:['’-][A-Za-z]+)*(?:,? +|,?$))*")

@@ -20,6 +20,7 @@ _NOT_UNITS = """
     incorrect false right left at to from until except without with within excluding including no yes only
     inverse reciprocal conjugate complement prime repeating recurring binary hex octal decimal otherwise
     ish some something lot bit little few fails works doubled tripled halved reversed rounded truncated
+    too loss losses basis permille
 """
 # some of them in their place: ordered pairs, positive integers, prime numbers
 _NOT_FIRST = frozenset(("pair", "pairs"))

@@ -41,7 +41,7 @@ def parse_json(text: str | bytes) -> Any:
         ValueError: it is not JSON, not UTF-8, nested too deeply, or an object has a key twice.
     """
     try:
-        return json.loads(text, parse_float=Number, object_pairs_hook=_object)
+        return json.loads(text, parse_float=Number, parse_int=_whole, object_pairs_hook=_object)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -87,7 +87,7 @@ def _answer(row: dict[str, Any], place: str) -> str:
     if truth is None:
         truth, column = row.get("answer"), column if "reward_model" in row else "answer"
     if truth is None:
-        raise BadRow(f"{place}: no column {column!r}")
+        raise BadRow(f"{place}: no column {column!r}; expected reward_model.ground_truth, or answer")
     if isinstance(truth, str):
         return truth
     if not isinstance(truth, int | float | Decimal) or isinstance(truth, bool):
@@ -149,6 +149,12 @@ def _json_column(text: str, column: str, place: str) -> Any:
         return parse_json(text)
     except ValueError as error:
         raise BadRow(f"{place}: column {column!r} looks like JSON, and is not: {error}") from None
+
+
+def _whole(text: str) -> int:
+    if len(text) > 4300:  # Python's limit
+        raise ValueError(f"a whole number of {len(text)} digits, more than 4300: write it as text")
+    return int(text)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -611,6 +611,10 @@ TEXT = r"""
 + 3 \text{ hours } 20 \text{ minutes} ¦ Answer: 3 hours 20 minutes
 - 3 hours 20 minutes ¦ Answer: 3 hours 30 minutes
 + B ¦ Answer: The correct answer is (B).
++ 12 ¦ Answer: The answer is therefore 12.
+- 12 ¦ Answer: He paid \$12 too much.
+- 12 ¦ Answer: 12 loss
+- 12 ¦ Answer: 12 basis points
 + 2516_8 ¦ Answer: $2516_{8}$
 - 2516_8 ¦ Answer: $2516_9$
 - 2516_8 ¦ Answer: $2516$

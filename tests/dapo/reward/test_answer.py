@@ -98,6 +98,7 @@ def test_a_million_digits_are_compared_exactly():
         (r"n \equiv 1 \pmod{3}", None),
         (r"\sum_{k=1}^n k", None),
         (r"\begin{cases} x & x>0 \\ 0 & x \le 0 \end{cases}", None),
+        (r"\left\{\begin{array}{l} x=1 \\ y=2 \end{array}\right.", None),
         (r"\begin{cases} x & x>0 \\ 0 & x \le 0", UNREAD),
         (r"\max\{a, b", UNREAD),
         (r"We have x=3, so \boxed{34}", UNREAD),

@@ -175,7 +175,10 @@ def test_where_a_reward_has_no_say_texts_are_compared(tmp_path: Path, function: 
         ('{"prompt": "q", "answer": ' + "[" * 100_000 + "1" + "]" * 100_000 + "}", ["nested too deeply"]),
         ('{"prompt": "q", "answer": "1", "more": ' + '{"a":' * 100_000 + "1" + "}" * 100_001, ["too deeply"]),
         ('{"prompt": "q", "answer": 1, "answer": 2}', ["'answer' is given twice"]),
-        ('{"prompt": "q", "answer": ' + "1" * 5000 + "}", ["not JSON", "4300"]),
+        (
+            '{"prompt": "q", "answer": ' + "1" * 5000 + "}",
+            ["not JSON", "digits, more than 4300: write it as text"],
+        ),
         ('{"prompt": 1.5, "answer": 1}', ["'prompt'", "Number"]),
     ],
     ids=str,
