@@ -133,4 +133,4 @@ def _proportional(pid: int) -> int:
         for line in file:
             if line.startswith("Pss:"):
                 return int(line.split()[1]) * 1024
-    return 0
+    return _resident(pid)  # a process that cannot be dumped shows no more

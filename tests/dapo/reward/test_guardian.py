@@ -147,6 +147,18 @@ def test_a_call_that_needs_too_much_memory_is_ended_and_named_once(reward, capfd
     assert line.startswith(f"warning: a call of {FUNCTIONS}:hoarding {limit}")
 
 
+def test_a_process_that_hides_its_shared_pages_has_no_less_memory(monkeypatch):
+    real = open
+
+    def open_what_is_shown(path, *arguments):
+        if "smaps" in str(path):
+            raise PermissionError(path)
+        return real(path, *arguments)
+
+    monkeypatch.setattr("builtins.open", open_what_is_shown)
+    assert memory([os.getpid()]) > 2**20
+
+
 def test_addresses_that_are_only_reserved_are_no_memory(reward):
     pool = reward("workers=1", f"function={FUNCTIONS}:hoarding", "memory_limit=0.25", "time_limit=60.0")
     assert score(pool, ["reserved 4000"]) == [RIGHT]
