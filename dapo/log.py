@@ -63,7 +63,8 @@ class Log:
             self._attempt("W&B", self._open, "W&B", WandB, start)
         if start:
             console.say(f"going on from step {start} of {config.run.steps} in {config.run.dir}")
-        self.last = time.perf_counter()
+        self.start, self.began = start, time.perf_counter()
+        self.last = self.began
         clock.listen(console.progress)
         clock.take()
 
@@ -80,7 +81,8 @@ class Log:
         self._write_row(json.dumps(values, allow_nan=False) + "\n")
         for name, board in list(self.boards.items()):
             self._attempt(name, board.log, values, step)
-        self.console.row(values)
+        steps, done = self.config.run.steps, step + 1 - self.start
+        self.console.row(values, steps, (now - self.began) / done * max(steps - step - 1, 0))
 
     def close(self, kind: Any = None, error: BaseException | None = None, trace: Any = None) -> None:
         """Write what is left to write; say where everything is. `error` ended the run, None: it is done."""
@@ -234,20 +236,35 @@ class Console:
     def say(self, text: str) -> None:
         self.rich.print(text, markup=False)
 
-    def row(self, values: dict[str, float]) -> None:
+    def row(self, values: dict[str, float], steps: int, left: float) -> None:
+        """Print a step of `steps`, in 80 characters. `left` estimates the seconds until the last one ends."""
         if "eval/accuracy" in values:
             self.say(f"step {values['step']}: accuracy {values['eval/accuracy']:.3f} on held-out problems")
         if "rollout/accuracy" not in values:
             return
         columns = glossary.columns()
         if self.num_rows % 20 == 0:
-            self.say(" ".join(f"{column.header:>{column.width}}" for column in columns.values()))
+            headers = [f"{column.header:>{column.width}}" for column in columns.values()]
+            self.say(" ".join([*headers, f"{'left':>6}"]))
         self.num_rows += 1
-        self.say(" ".join(column.text(values.get(name)) for name, column in columns.items()))
+        cells = {name: column.text(values.get(name)) for name, column in columns.items()}
+        cells["step"] = f"{values['step']:.0f}/{steps}".rjust(columns["step"].width)
+        self.say(" ".join([*cells.values(), f"{duration(left):>6}"]))
 
     def close(self) -> None:
         if self.status:
             self.status.stop()
+
+
+def duration(seconds: float) -> str:
+    """Write seconds briefly: `duration(45)` → "45s", `duration(11_100)` → "3h05m", "2d04h"."""
+    minutes = round(seconds / 60)
+    if seconds < 60:
+        return f"{seconds:.0f}s"
+    if minutes < 60:
+        return f"{minutes}m"
+    hours = minutes // 60
+    return f"{hours}h{minutes % 60:02}m" if hours < 24 else f"{hours // 24}d{hours % 24:02}h"
 
 
 def peak_memory_gib() -> float:

@@ -2,6 +2,7 @@
 # One node of 8 GPUs: the trainer on the first four, a server on each of the others. Arguments are overrides: launch.sh optim.lr=2e-6
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+PATH="$PWD/.venv/bin:$PATH"
 # seconds that torchrun leaves its ranks to save after Ctrl-C or SIGTERM
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 exec torchrun --standalone --nproc-per-node "${TRAINER_GPUS:-4}" -m dapo train examples/qwen2.5_7b/config.yaml "$@"

@@ -6,6 +6,7 @@ set -euo pipefail
 : "${HEAD:?the first trainer node}" "${NODES:?how many}" "${NODE_RANK:?which of them this is, from 0}" "${SERVERS:?host:port …}"
 : "${DAPO_ENGINE_KEY:?what the servers and the trainer share}"
 cd "$(dirname "$0")/../.."
+PATH="$PWD/.venv/bin:$PATH"
 # seconds that torchrun leaves its ranks to save after Ctrl-C or SIGTERM
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 

@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dapo import clock
 from dapo.config import ConfigError, load
-from dapo.log import Console, Log, check_installed
+from dapo.log import Console, Log, check_installed, duration
 from dapo.report import glossary
 from dapo.report.curves import plot, read
 from dapo.types import Interrupted, StorageError
@@ -60,9 +60,7 @@ def test_the_plot_is_a_picture_of_every_monitor_of_every_run_over_its_steps(tmp_
     assert width == 1320 and height > 600 and pixels.min() < 0.5 < pixels.max()
 
 
-HEADER = (
-    "step accuracy  reward  length  kept  asked entropy   prob  clip↑  clip↓  |grad| mismatch    sec   tok/s"
-)
+HEADER = "   step   acc reward length kept asked entropy  clip↑ |grad|    gap   sec   left"
 
 
 def make_config_with_directory(tmp_path):
@@ -103,6 +101,7 @@ def test_a_row_holds_the_steps_values_times_and_memory(tmp_path, capsys):
     clock.timed("setup")(lambda: None)()  # before the first step: no step's time
     log = make_log(tmp_path, 0)
     log.last -= 100  # as if the first step had taken so long
+    log.began -= 100
     log(0, {"rollout/tokens": 120, "rollout/accuracy": 0.25, "eval/accuracy": 0.5})
     clock.timed("update")(lambda: None)()
     log(1, {"rollout/accuracy": 0.75})
@@ -115,8 +114,10 @@ def test_a_row_holds_the_steps_values_times_and_memory(tmp_path, capsys):
     assert (log.path.parent / "curves.png").exists() and list((log.path.parent / "tensorboard").iterdir())
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "step 0: accuracy 0.500 on held-out problems"
-    assert (
-        lines[1] == HEADER and lines[2].startswith("   0    0.250 ") and lines[3].startswith("   1    0.750 ")
+    assert lines[1] == HEADER and len(HEADER) == len(lines[2]) == 80
+    assert lines[2].startswith("    0/2 0.250 ") and lines[3].startswith("    1/2 0.750 ")
+    assert lines[2].endswith("    2m") and lines[3].endswith("    0s"), (
+        "the first step took 100 s, one is left"
     )
     assert [len(line) for line in lines[2:4]] == [len(HEADER)] * 2
     assert lines[4] == f"finished: 2 steps in {tmp_path / 'run'}"
@@ -133,6 +134,14 @@ def test_a_row_is_strict_json(tmp_path, capsys):
 
     [row] = [json.loads(line, parse_constant=refuse) for line in log.path.read_text().splitlines()]
     assert row["policy/lr"] == 0.5 and not {"policy/loss", "rollout/reward"} & row.keys()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (45.4, "45s"), (60, "1m"), (3599, "1h00m"), (11_100, "3h05m"), (187_200, "2d04h")],
+)
+def test_a_duration_is_brief(seconds, text):
+    assert duration(seconds) == text
 
 
 def test_a_terminal_shows_progress_below_the_rows_from_the_first_report_on(monkeypatch, capsys):

@@ -81,7 +81,7 @@ def test_the_glossary_describes_no_metric_that_the_program_does_not_compute():
 def test_no_metric_is_described_twice_and_no_place_taken_twice():
     names = [metric.name for metric in glossary.METRICS]
     assert len(set(names)) == len(names)
-    assert [column.place for column in glossary.columns().values()] == list(range(1, 15))
+    assert [column.place for column in glossary.columns().values()] == list(range(1, 12))
     assert [metric.monitor for metric in glossary.monitors()] == list(range(1, 7))
 
 
@@ -119,9 +119,9 @@ def test_a_metric_that_is_added_to_the_table_is_shown_everywhere(tmp_path, capsy
     toy = parse("| `rollout/toys` | toys | Toys \\| a step. | some | none | 15 `toys` `6.2f` | toys | 7 |")
     monkeypatch.setattr(glossary, "METRICS", [*glossary.METRICS, toy])
     console = Console()
-    console.row(make_row(0) | {"rollout/accuracy": 0.5, "rollout/toys": 2.5})
+    console.row(make_row(0) | {"rollout/accuracy": 0.5, "rollout/toys": 2.5}, 40, 0)
     header, row = capsys.readouterr().out.splitlines()
-    assert header.endswith("  tok/s   toys") and row.endswith("  2.50")
+    assert header.endswith("   sec   toys   left") and row.endswith("  2.50     0s")
 
     run = make_run(tmp_path / "run", steps=0)
     (run / "metrics.jsonl").write_text(json.dumps({"step": 0, "rollout/toys": 2.5}) + "\n")

@@ -20,7 +20,7 @@ in_a_browser = pytest.mark.skipif(not CHROMIUM, reason="no chromium or google-ch
 
 def refused(arguments: list[str], capsys) -> str:
     """The one line that the command prints of what it cannot use."""
-    assert main(["report", *arguments]) == 1
+    assert main(["report", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     return error
