@@ -104,7 +104,7 @@ TESTS: dict[str, list[str]] = {
     "dapo/sampler.py": [f"{D}/test_sampler.py"],
     "dapo/plan/semantics.py": [f"{D}/plan/test_semantics.py"],
     "dapo/policy/metrics.py": [f"{D}/policy/test_metrics.py"],
-    "dapo/policy/schedule.py": [f"{D}/policy/test_megatron.py"],
+    "dapo/policy/schedule.py": [f"{D}/policy/test_schedule.py", f"{D}/policy/test_megatron.py"],
     "kernels/dapo_kernels/reference.py": ["tests/kernels/test_reference.py"],
     "kernels/dapo_kernels/logits_torch.py": ["tests/kernels/test_policy_loss.py"],
 }

@@ -1,0 +1,52 @@
+"""The lengths that interleaved pipeline stages receive, without other ranks."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dapo.policy.schedule import InterleavedCommunicator
+
+LENGTHS = [10, 11, 12, 13]  # of four microbatches
+FORWARD = [0, 1, 0, 1, 2, 3, 2, 3]  # two stages with two chunks each, two microbatches at a time
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(self: Any, group: Any, config: Any) -> None:
+        self.config = config
+
+    monkeypatch.setattr(InterleavedCommunicator.__mro__[1], "__init__", init)
+
+
+def make(rank: int) -> InterleavedCommunicator:
+    group: Any = SimpleNamespace(rank=lambda: rank, size=lambda: 2)
+    config: Any = SimpleNamespace(
+        virtual_pipeline_model_parallel_size=2, microbatch_group_size_per_vp_stage=2, hidden_size=64
+    )
+    return InterleavedCommunicator(group, config, LENGTHS)
+
+
+def shapes(communicator: InterleavedCommunicator, forward: bool, count: int) -> list[list[int] | None]:
+    found = [communicator._communicate_shapes(None, None, forward, not forward) for _ in range(count)]
+    assert all(pair[forward] is None for pair in found), "nothing is due from the other side"
+    return [pair[not forward] for pair in found]
+
+
+def test_a_stage_receives_each_microbatch_of_each_chunk_but_the_first_and_the_last() -> None:
+    every = [[LENGTHS[microbatch], 1, 64] for microbatch in FORWARD]
+    of_one_chunk = [[length, 1, 64] for length in LENGTHS]
+    assert shapes(make(0), True, 4) == of_one_chunk, "the model's first chunk receives nothing"
+    assert shapes(make(1), True, 8) == every
+    assert shapes(make(0), False, 8) == every, "backward, chunks come in reverse order"
+    assert shapes(make(1), False, 4) == of_one_chunk, "the model's last chunk receives nothing"
+
+
+def test_what_is_not_due_is_not_taken() -> None:
+    communicator = make(1)
+    assert communicator._communicate_shapes(None, None, False, False) == (None, None)
+    assert communicator._communicate_shapes(None, None, True, True) == ([10, 1, 64], [10, 1, 64])
+    with pytest.raises(StopIteration):
+        shapes(communicator, True, 8)
