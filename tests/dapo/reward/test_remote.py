@@ -1,5 +1,6 @@
 """A reward over HTTP: batches, retries, and limits on what a server that fails or lies can cost."""
 
+import asyncio
 import json
 import threading
 import time
@@ -99,6 +100,23 @@ def test_a_server_that_is_not_there_is_an_error_that_names_it(reward, monkeypatc
         RewardError, match=r"http://127.0.0.1:9/score: no answer in 6 attempts, the last: .*refused"
     ):
         score(reward("function=http://127.0.0.1:9/score"), ["1"])
+
+
+def test_a_server_is_asked_so_often_and_each_time_after_a_longer_pause(monkeypatch):
+    pauses, asked = [], []
+
+    async def sleep(seconds):
+        pauses.append(seconds)
+
+    async def exchange(*arguments, **options):
+        asked.append(arguments)
+        raise http.NoAnswer("nobody is there")
+
+    monkeypatch.setattr(remote.asyncio, "sleep", sleep)
+    monkeypatch.setattr(remote.http, "exchange", exchange)
+    with pytest.raises(RewardError, match="no answer in 6 attempts, the last: nobody is there"):
+        asyncio.run(remote._ask("name", "http://host/score", [], 1.0))
+    assert len(asked) == 6 and pauses == [remote.BACK_OFF * factor for factor in (1, 2, 4, 8, 16)]
 
 
 def test_a_server_that_never_answers_is_an_error(reward, server, monkeypatch):
