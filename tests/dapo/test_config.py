@@ -3,7 +3,7 @@ from itertools import pairwise
 import pytest
 import yaml
 
-from dapo.config import ConfigError, load
+from dapo.config import ConfigError, Parallel, load
 from dapo.reward import soft_overlong_penalty
 from dapo.rollout import group_advantages
 from dapo.rollout.pending import sample_seed
@@ -163,6 +163,15 @@ def test_the_largest_seed_draws(tmp_path):
     seed = load_text(tmp_path, REQUIRED, f"run.seed={2**63 - 1}").run.seed
     assert PromptStream([make_prompt(i) for i in range(3)], seed).take(3)
     assert sample_seed(seed, 1 << 62, 3) >= 0
+
+
+def test_seeds_of_samples_are_those_of_earlier_versions():
+    assert [sample_seed(0, 0, 0), sample_seed(1, 2, 3)] == [1445694884619442965, 6520558355739401531]
+
+
+@pytest.mark.parametrize(("world", "data"), [(12, 1), (24, 2), (36, 3)])
+def test_ranks_that_are_left_by_the_model_are_data_parallel(world, data):
+    assert Parallel(tensor=2, pipeline=3, context=2).data(world) == data
 
 
 def test_whole_numbers_are_numbers(tmp_path):

@@ -287,6 +287,8 @@ def test_the_set_whose_labels_came_first_is_agreed_with_and_no_wrong_answer_acce
     ("gold", "right", "wrong"),
     [
         (r"\lfloor \pi \rfloor + 1/2", "7/2", "9/2"),
+        ("1/6", r"0.1\overline{6}", r"0.1\overline{7}"),
+        ("1/6", r"0.1\overline{6}", r"0.1\overline{x}"),
         (
             r"\begin{pmatrix}1\\2\end{pmatrix}",
             r"\begin{pmatrix}1\\2\end{pmatrix}",

@@ -77,6 +77,21 @@ def test_jsonl_is_read_as_utf8(tmp_path):
     assert (text_of(prompt), prompt.answer) == ("∫₀¹ x² dx", "⅓")
 
 
+@pytest.mark.parametrize("num_first", [1, 2])
+def test_parquet_of_several_messages_keeps_all_of_them(tmp_path, num_first):
+    """Rows of one message are read column by column."""
+    system = {"role": "system", "content": "be brief"}
+    rows = [dapo_math_row(i, f"q{i}") for i in range(4)]
+    for row in rows[-num_first:]:
+        row["prompt"] = [system, *row["prompt"]]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    expected = ["<system>be brief" * (i >= 4 - num_first) + f"<user>q{i}<assistant>" for i in range(4)]
+    assert [text_of(prompt) for prompt in load(tmp_path / "t.parquet")] == expected
+
+    pq.write_table(pa.Table.from_pylist(rows[-num_first:]), tmp_path / "only.parquet")
+    assert [text_of(prompt) for prompt in load(tmp_path / "only.parquet")] == expected[-num_first:]
+
+
 def test_parquet_in_the_schema_of_dapo_math_is_read_row_by_row(tmp_path):
     rows = [dapo_math_row(i, f"question {i}", str(10**30 + i)) for i in range(5)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet", row_group_size=2)
