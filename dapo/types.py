@@ -11,9 +11,8 @@ from dataclasses import dataclass, field, fields
 from signal import SIGINT
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-import numpy as np
-
 if TYPE_CHECKING:
+    import numpy as np  # neither a plan nor an error at the command line needs it
     import torch  # takes seconds; a report of a run needs none of it
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -64,12 +63,14 @@ def reason(error: BaseException) -> str:
 
 def per_token(dtype: Any) -> dict[str, Any]:
     """Metadata of a dataclass field that holds one value of this NumPy dtype a token."""
-    return {"dtype": np.dtype(dtype)}
+    return {"dtype": dtype}
 
 
 def token_fields(kind: type) -> dict[str, np.dtype]:
     """Return name → dtype of a dataclass's per-token fields. Other lists of them are derived from this."""
-    return {f.name: f.metadata["dtype"] for f in fields(kind) if "dtype" in f.metadata}
+    import numpy as np
+
+    return {f.name: np.dtype(f.metadata["dtype"]) for f in fields(kind) if "dtype" in f.metadata}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +113,9 @@ class Sample:
 
     group: int
     index: int
-    tokens: np.ndarray = field(metadata=per_token(np.int32))  # [n], stop token included
+    tokens: np.ndarray = field(metadata=per_token("int32"))  # [n], stop token included
     # [n], log π_θold as the engine reports it, at the sampling temperature
-    behavior_logprobs: np.ndarray = field(metadata=per_token(np.float32))
+    behavior_logprobs: np.ndarray = field(metadata=per_token("float32"))
     # [n], False where the policy did not write the token
     loss_mask: np.ndarray = field(metadata=per_token(bool))
     # (weight version, start, end) of consecutive tokens: which weights wrote them
