@@ -69,6 +69,7 @@ class Recorder:
 
     def __post_init__(self) -> None:
         self.interval = min(self.limits.stall / 5, CHECK_SECONDS)
+        self.parent = os.getppid()
         self.number = 0  # of checks so far
         self.checked_at = time.monotonic()
         self.seconds = 0.0  # in which this recorder has watched
@@ -112,10 +113,14 @@ class Recorder:
         """Without the store nobody knows of the others: ask this rank to save, and end it if it does not."""
         faulthandler.cancel_dump_traceback_later()
         if not self._closed.is_set():
+            lost = "the ranks' store is lost, its launcher or machine has ended"
+            # if the launcher was this process's parent, the guardian says why
+            if os.environ.get("LOCAL_RANK", "0") == "0" and os.getppid() == self.parent:
+                say(f"dapo: {lost}: the ranks save and stop")
             os.kill(os.getpid(), signal.SIGTERM)
             if not self._closed.wait(self.limits.exit):
                 late = f"rank {self.rank} has not ended in {self.limits.exit:.0f} s: stopped, and {LOST}"
-                say(f"error: the ranks' store is lost, its launcher or machine has ended, and {late}")
+                say(f"error: {lost}, and {late}")
                 os._exit(1)
 
     def _check(self) -> None:

@@ -227,8 +227,11 @@ def test_a_rank_whose_store_is_lost_is_asked_to_save_and_ended_if_it_hangs(tmp_p
     command = [sys.executable, "-c", LOST_STORE, str(tmp_path / "stalls"), str(seconds)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout) == (status, "it is to save\n")
-    lines = done.stderr.splitlines()
-    assert len(lines) == status and all("rank 3 has not ended in 1 s: stopped, and" in line for line in lines)
+    asked, *ended = done.stderr.splitlines()
+    lost = "the ranks' store is lost, its launcher or machine has ended"
+    assert asked == f"dapo: {lost}: the ranks save and stop"
+    assert len(ended) == status
+    assert all(f"error: {lost}, and rank 3 has not ended in 1 s: stopped, and" in line for line in ended)
 
 
 def test_a_process_of_another_container_has_another_machine(monkeypatch):
