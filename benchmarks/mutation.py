@@ -54,7 +54,7 @@ D = "tests/dapo"
 ROLLOUT = [f"{D}/rollout/test_{name}.py" for name in ("rollouts", "step", "pending")]
 PROMPTS = [f"{D}/rollout/test_{name}.py" for name in ("prompts", "data_files")]
 REWARD = [f"{D}/reward/test_{name}.py" for name in ("reward", "pool")]
-CLIENT = ["tests/sglang/test_generate.py", "tests/sglang/test_client.py"]
+CLIENT = [f"tests/sglang/test_{name}.py" for name in ("generate", "client_faults", "client")]
 WEIGHTS = "tests/sglang/test_weight_faults.py::test_{}"
 BUCKETS = (
     "buckets_hold_every_byte_in_order_within_their_size",

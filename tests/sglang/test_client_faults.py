@@ -1,0 +1,130 @@
+"""What a client does about one endpoint that fails or stands still, without a server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dapo.config import Limits
+from dapo.engine import client
+from dapo.engine.client import Client
+
+STALL = 30.0
+
+
+def make_client(*endpoints: Any) -> tuple[Any, list[Any]]:
+    """A client's own state, and a record of what it does."""
+    done: list[Any] = []
+    own = SimpleNamespace(
+        limits=Limits(STALL),
+        is_loading=False,
+        endpoints=list(endpoints),
+        ready=deque(),
+        servers=SimpleNamespace(restart=lambda url, why: done.append(("restart", url))),
+        waiting=lambda: "nothing",
+        _leave=lambda endpoint: done.append(("leave", endpoint.url)),
+        _fail=lambda error: done.append(("fail", str(error))),
+        _send=lambda: done.append("send"),
+        _spawn=lambda work: (work.close(), done.append("restore")),
+    )
+    own._restore = lambda endpoint: Client._restore(own, endpoint)
+    return own, done
+
+
+def make_endpoint(**changes: Any) -> Any:
+    state: dict[str, Any] = {
+        "url": "http://a", "outstanding": {"rid": 1}, "progressed_at": 100.0, "moved_at": {},
+        "is_usable": True, "usable_since": 0.0, "num_faults": 0, "fault": "",
+    }  # fmt: skip
+    return SimpleNamespace(**(state | changes))
+
+
+def test_a_worker_that_stands_still_is_restarted_once() -> None:
+    endpoint = make_endpoint(moved_at={"still": 100.0, "moving": 110.0}, progressed_at=125.0)
+    own, done = make_client(endpoint)
+    Client._check_stall(own, endpoint, 100 + STALL)
+    assert done == [], "not yet"
+    Client._check_stall(own, endpoint, 100 + STALL + 1)
+    Client._check_stall(own, endpoint, 100 + STALL + 2)
+    assert done == [("restart", "still")] and endpoint.moved_at == {"moving": 110.0}
+
+
+def test_an_endpoint_that_stands_still_is_restarted_and_left() -> None:
+    endpoint = make_endpoint()
+    own, done = make_client(endpoint)
+    Client._check_stall(own, endpoint, 100 + STALL)
+    assert done == []
+    Client._check_stall(own, endpoint, 100 + STALL + 1)
+    assert done == [("restart", "http://a"), ("leave", "http://a")]
+
+
+@pytest.mark.parametrize("why", ["loading", "idle"])
+def test_the_clock_of_a_stall_stands_while_nothing_is_to_be_done(why: str) -> None:
+    endpoint = make_endpoint(moved_at={"a": 1.0}, outstanding={} if why == "idle" else {"rid": 1})
+    own, done = make_client(endpoint)
+    own.is_loading = why == "loading"
+    Client._check_stall(own, endpoint, 1000.0)
+    assert done == [] and endpoint.progressed_at == 1000.0 and endpoint.moved_at == {}
+
+
+def test_requests_that_fail_together_are_one_fault() -> None:
+    endpoint = make_endpoint(usable_since=50.0)
+    own, done = make_client(endpoint)
+    Client._note_fault(own, endpoint, "of an earlier fault", 49.0)
+    assert endpoint.num_faults == 0 and endpoint.is_usable and done == []
+    Client._note_fault(own, endpoint, "gone", 50.0)
+    Client._note_fault(own, endpoint, "gone, too", 51.0)
+    assert endpoint.num_faults == 1 and not endpoint.is_usable and done == ["restore"]
+    assert endpoint.fault == "gone, too"
+
+
+@pytest.mark.parametrize("num_faults", [1, 2, 4, 99])
+def test_a_server_is_asked_again_once_it_is_well_after_pauses_that_grow(
+    num_faults: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint = make_endpoint(num_faults=num_faults, is_usable=False)
+    own, done = make_client(endpoint)
+    well, pauses = [True, False, False], list[float]()
+
+    async def is_well(endpoint: Any) -> bool:
+        return well.pop()
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    own._is_well = is_well
+    monkeypatch.setattr(client.asyncio, "sleep", sleep)
+    monkeypatch.setattr(client.random, "uniform", lambda low, high: high)
+    asyncio.run(Client._restore(own, endpoint))
+    first = min(client.FIRST_PAUSE * 2 ** min(num_faults - 1, 10), client.LONGEST_PAUSE)
+    assert pauses == [first, *(min(factor * first, client.LONGEST_PAUSE) for factor in (2, 4))]
+    assert endpoint.is_usable and endpoint.usable_since > 0 and done == ["send"]
+
+
+def test_a_server_that_left_meanwhile_is_not_asked_again() -> None:
+    endpoint = make_endpoint(is_usable=False)
+    own, done = make_client()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client, "FIRST_PAUSE", 0.0)
+        asyncio.run(Client._restore(own, endpoint))
+    assert not endpoint.is_usable and done == []
+
+
+@pytest.mark.parametrize("is_wanted", [True, False])
+def test_a_request_that_failed_too_often_ends_the_run_if_it_is_wanted(is_wanted: bool) -> None:
+    own, done = make_client()
+    job: Any = SimpleNamespace(
+        endpoint=make_endpoint(fault="500"), attempts=client.MAX_ATTEMPTS - 1, is_wanted=is_wanted,
+        request=SimpleNamespace(id="1-2"),
+    )  # fmt: skip
+    own.ready.append("later")
+    Client._send_again(own, job)
+    assert list(own.ready) == [job, "later"] and done == []
+    job.attempts += 1
+    Client._send_again(own, job)
+    times = f"request 1-2 failed {client.MAX_ATTEMPTS} times, the last time at http://a: 500"
+    assert len(own.ready) == 2 and done == ([("fail", times)] if is_wanted else [])
