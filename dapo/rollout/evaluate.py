@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from dapo.clock import timed
-from dapo.files import write_text
+from dapo.files import write_text, writing
 from dapo.reward.pool import Reward
 from dapo.rollout.rollouts import Rollouts
 from dapo.types import Group, Prompt, Sampling
@@ -219,6 +219,9 @@ def powers_of_two(k: int) -> list[int]:
 def write(results: dict[str, dict[str, Scores]], path: Path) -> dict[str, dict[str, Comparison]]:
     """Write results[model][set] as JSON. Compare every later model with the first:
     comparisons[model][set].
+
+    Raises:
+        StorageError: the file cannot be written.
     """
     first, *later = results
     comparisons = {
@@ -226,8 +229,9 @@ def write(results: dict[str, dict[str, Scores]], path: Path) -> dict[str, dict[s
         for model in later
     }
     record = {"models": _plain(results), "against": first, "comparisons": _plain(comparisons)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(record, indent=1, allow_nan=False))
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(record, indent=1, allow_nan=False))
     return comparisons
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dapo.rollout import evaluate
-from dapo.types import Group
+from dapo.types import Group, StorageError
 from tests.conftest import make_group
 
 ROOT = Path(__file__).parents[3]
@@ -142,6 +142,12 @@ def test_the_p_value_by_hand() -> None:
     assert (found.p_value, found.difference) == (2 / 32, pytest.approx(5 / 6))
     assert evaluate.compare(better, worse).difference == pytest.approx(-5 / 6)
     assert evaluate.compare(worse, worse).p_value == 1.0
+
+
+def test_scores_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "eval.json").mkdir()
+    with pytest.raises(StorageError, match=r"^.*eval.json cannot be written, .* free there: Is a directory$"):
+        evaluate.write({"a": {}}, tmp_path / "eval.json")
 
 
 def test_what_is_written_is_strict_json(tmp_path: Path) -> None:
