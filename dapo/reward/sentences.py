@@ -23,7 +23,7 @@ _FORMULA = re.compile(r"\$([^$]*)\$|\\\((.*?)\\\)")
 _WORDS = re.compile(r"(?:[A-Za-z]+(?:['’-][A-Za-z]+)*(?:,? +|,?$))*")
 # words of a subject that deny or doubt what follows, or name another quantity than the one that is asked for
 _DENIALS = re.compile(
-    r"^when\b|\b(?:not|never|nor|neither|no|none|nobody|nothing|wrong|incorrect|false|if|unless|whether|or|than"
+    r"^when\b|\b(?:not|never|nor|neither|either|no|none|nobody|nothing|wrong|incorrect|false|if|unless|whether|or|than"
     r"|else|other|another|guess|suppose|assum\w+|maybe|perhaps|possibly|probably|about|twice|double|triple|half"
     r"|root|logarithm|reciprocal|negative|inverse|opposite|minus|isn|aren|wasn|weren|doesn|don|without|except"
     r"|cannot|can|could|would|might|may|should|(?:square|cube|factorial|percent|fraction|complement|log|third"

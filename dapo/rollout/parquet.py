@@ -43,7 +43,7 @@ def read_parquet(path: Path) -> Iterator[RawRow]:
                 raise ConfigError(f"{path}: no column {column!r}; {expected}, found {names}")
         before = 0
         for batch in file.iter_batches(batch_size=BATCH, columns=columns):
-            for first, count, parse in _group_equal(pa.Table.from_batches([batch])):
+            for first, count, parse in _group_equal(_widened(pa.Table.from_batches([batch]))):
                 position = before + first
                 place = f"{path}, row {position + 1}"
                 yield RawRow(place, position, count, partial(_parse, parse, place))
@@ -68,6 +68,19 @@ def _parse(parse: Callable[[], Any], place: str) -> Any:
         return parse()
     except UnicodeDecodeError as error:
         raise BadRow(f"{place}: not UTF-8: {error}") from None
+
+
+def _widened(table: pa.Table) -> pa.Table:
+    """Make doubles of ground truths of 32 bits, with their own digits: 0.1, not 0.10000000149011612."""
+    for i, name in enumerate(table.column_names):
+        column = table.column(i)
+        is_rule = pa.types.is_struct(column.type) and "ground_truth" in {f.name for f in column.type}
+        truths = pc.struct_field(column, "ground_truth") if is_rule else column
+        if pa.types.is_float32(truths.type):
+            truths = truths.cast(pa.string()).cast(pa.float64())
+            column = pc.make_struct(truths, field_names=["ground_truth"]) if is_rule else truths
+            table = table.set_column(i, name, column)
+    return table
 
 
 def _group_equal(table: pa.Table) -> Iterator[tuple[int, int, Callable[[], Any]]]:

@@ -614,6 +614,7 @@ TEXT = r"""
 + 12 ¦ Answer: The answer is therefore 12.
 - 12 ¦ Answer: He paid \$12 too much.
 - 12 ¦ Answer: 12 loss
+- 7 ¦ Answer: Either it is 7
 - 12 ¦ Answer: 12 basis points
 + 2516_8 ¦ Answer: $2516_{8}$
 - 2516_8 ¦ Answer: $2516_9$

@@ -286,6 +286,18 @@ def test_one_message_in_a_text_column_is_no_list_of_them(tmp_path: Path) -> None
         read(path)
 
 
+@pytest.mark.parametrize("is_rule", [False, True])
+def test_a_parquet_number_of_32_bits_keeps_its_digits(tmp_path: Path, is_rule: bool) -> None:
+    numbers = pa.array([0.1, 1e-5, 34.0, None], pa.float32())
+    rule = pa.StructArray.from_arrays([numbers], ["ground_truth"])
+    columns = {"prompt": list("abcd"), "answer": ["1", "1", "1", "4"], "reward_model": rule}
+    if not is_rule:
+        columns = {"prompt": list("abc"), "answer": numbers.slice(0, 3)}
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    answers = [answer for _, answer in pairs(read(tmp_path / "t.parquet")[1])]
+    assert answers == ["0.1", "0.00001", "34.0", "4"][: len(answers)] and len(answers) == 3 + is_rule
+
+
 def test_a_parquet_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     columns = [pa.array(["a"]), pa.array(["b"]), pa.array(["1"])]
     pq.write_table(pa.Table.from_arrays(columns, ["prompt", "prompt", "answer"]), tmp_path / "t.parquet")
