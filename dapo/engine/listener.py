@@ -85,7 +85,7 @@ def _pids() -> Iterator[int]:
 def _session_of(pid: int) -> int:
     try:
         return os.getsid(pid)
-    except ProcessLookupError:
+    except OSError:  # it has ended, or the system hides it from us
         return 0
 
 

@@ -214,6 +214,20 @@ def test_a_socket_that_is_still_held_is_not_looked_for_again(monkeypatch: pytest
         ours.require()
 
 
+def test_processes_whose_session_is_hidden_are_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, session = os.getpid(), os.getsid(0)
+
+    def getsid(process: int) -> int:
+        if process != ours:
+            raise PermissionError
+        return session
+
+    monkeypatch.setattr("os.getsid", getsid)
+    alive: Any = SimpleNamespace(pid=session, poll=lambda: None)
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        assert Listener(f"http://127.0.0.1:{held.getsockname()[1]}", alive).is_held()
+
+
 def test_a_process_that_we_may_not_look_into_is_named_by_its_user(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
