@@ -341,3 +341,16 @@ def test_a_tmpdir_that_is_too_long_is_refused_where_there_is_no_other(
     monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * 139)
     with pytest.raises(ConfigError, match=r"^TMPDIR=/x+ has 140 characters, .*: set one of at most 74$"):
         files.shorten_tmpdir(is_printing=False)
+
+
+def test_no_file_stays_open(tmp_path):
+    """A run writes thousands of them."""
+    before = os.listdir("/proc/self/fd")
+    for number in range(3):
+        with files.run_directory(tmp_path / "run"), files.made_whole(tmp_path / f"new{number}", 10) as partial:
+            (partial / "a").write_text("some")
+            file = files.SummedFile(partial / "b")
+            file.write(b"more")
+            file.close()
+        files.sum_of(tmp_path / f"new{number}/b")
+    assert len(os.listdir("/proc/self/fd")) == len(before)
