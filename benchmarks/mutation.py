@@ -89,7 +89,7 @@ TESTS: dict[str, list[str]] = {
     "dapo/reward/pool.py": REWARD,
     "dapo/reward/remote.py": [f"{D}/reward/test_remote.py", *REWARD],
     "dapo/reward/worker.py": REWARD,
-    "dapo/reward/workers.py": REWARD,
+    "dapo/reward/workers.py": [*REWARD, f"{D}/reward/test_guardian.py"],
     "dapo/engine/buckets.py": [WEIGHTS.format(name) for name in BUCKETS],
     "dapo/engine/checksums.py": [WEIGHTS.format(name) for name in CHECKSUMS],
     "dapo/engine/client.py": CLIENT,

@@ -347,7 +347,10 @@ def test_no_file_stays_open(tmp_path):
     """A run writes thousands of them."""
     before = os.listdir("/proc/self/fd")
     for number in range(3):
-        with files.run_directory(tmp_path / "run"), files.made_whole(tmp_path / f"new{number}", 10) as partial:
+        with (
+            files.run_directory(tmp_path / "run"),
+            files.made_whole(tmp_path / f"new{number}", 10) as partial,
+        ):
             (partial / "a").write_text("some")
             file = files.SummedFile(partial / "b")
             file.write(b"more")

@@ -289,6 +289,9 @@ def test_the_set_whose_labels_came_first_is_agreed_with_and_no_wrong_answer_acce
         (r"\lfloor \pi \rfloor + 1/2", "7/2", "9/2"),
         ("1/6", r"0.1\overline{6}", r"0.1\overline{7}"),
         ("1/6", r"0.1\overline{6}", r"0.1\overline{x}"),
+        ("12 + 1/2", "25/2", "12_x + 1/2"),
+        (r"\sin(1)/2", r"\frac{\sin(1)}{2}", r"\frac{\sin_2(1)}{2}"),
+        ("(1, 2, 3)", "(1,2,3)", "(1, 2, 3]"),
         (
             r"\begin{pmatrix}1\\2\end{pmatrix}",
             r"\begin{pmatrix}1\\2\end{pmatrix}",

@@ -1,5 +1,6 @@
 """The reward pool: time limits, hostile responses, remote functions, several functions, shadow verifiers."""
 
+import inspect
 import json
 import os
 import signal
@@ -19,8 +20,11 @@ from dapo.reward.workers import Workers
 from dapo.types import Interrupted, RewardError, StorageError
 from dapo.watch.worker import descendants
 from tests.conftest import make_config, make_prompt, make_sample
+from tests.dapo.reward import reward_functions
 from tests.dapo.reward.test_answer import HOSTILE
 from tests.dapo.reward.test_reward import FUNCTIONS
+
+RAISED = inspect.getsourcelines(reward_functions.look_up)[1] + 1  # the line that raises
 
 
 @pytest.fixture
@@ -276,7 +280,7 @@ def test_a_remote_function_is_given_the_check_for_interruptions(reward, monkeypa
     [
         ("silent", "returned None"), ("wordy", "returned 'yes'"), ("listed", r"returned \[True\]"),
         ("arrayed", r"returned array\(\[1., 2.\]\)"), ("huge_integer", "returned 1000"),
-        ("raising", r"raised KeyError: .*no such.*rule.*reward_functions.py:\d+"),
+        ("raising", rf"raised KeyError: .*no such.*rule.*reward_functions.py:{RAISED}\)"),
         ("leaving", "raised SystemExit: 3"),
         ("graded", "raised ValueError: could not convert string to float: 'x'"),
     ],
