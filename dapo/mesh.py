@@ -196,11 +196,11 @@ class Mesh:
         dist.barrier(group=self.control)
 
     def is_first_to_fail(self) -> bool:
-        """True on exactly one rank, so that an error is printed once."""
+        """True on exactly one rank, so that an error is printed once; on each rank without the others' store."""
         try:
             return bool(self._store.add(f"dapo/failed/{self._number}", 1) == 1)
-        except (RuntimeError, dist.DistError):  # the store went with the rank that failed
-            return False
+        except (RuntimeError, dist.DistError):  # it has ended with its host: better twice than never
+            return True
 
     def store(self, name: str) -> Store:
         """Return the ranks' shared store, under a prefix and over a new connection: another thread may use

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from dapo.mesh import Mesh
 from tests.distributed.launch import measured
 
 FAILED = ["FailedElsewhere", "'x'", None]
@@ -48,6 +49,16 @@ def test_bytes_received_are_those_of_the_last_scatter() -> None:
 def test_exactly_one_rank_is_the_first_to_fail() -> None:
     results = measured("tests.distributed.mesh", 4)
     assert sum(results["first"]["ranks"]) == 1 and not any(results["second"]["ranks"])
+
+
+def test_a_rank_whose_store_has_ended_prints_its_error() -> None:
+    class Ended:
+        def add(self, key: str, count: int) -> int:
+            raise RuntimeError("Connection reset by peer")
+
+    mesh = object.__new__(Mesh)
+    mesh._store, mesh._number = Ended(), 0
+    assert mesh.is_first_to_fail()
 
 
 def test_a_world_that_the_layout_does_not_divide_is_refused() -> None:
