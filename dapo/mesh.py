@@ -196,7 +196,7 @@ class Mesh:
         dist.barrier(group=self.control)
 
     def is_first_to_fail(self) -> bool:
-        """True on exactly one rank, so that an error is printed once; on each rank without the others' store."""
+        """True on one rank, so that an error is printed once; on every rank whose store has ended."""
         try:
             return bool(self._store.add(f"dapo/failed/{self._number}", 1) == 1)
         except (RuntimeError, dist.DistError):  # it has ended with its host: better twice than never
