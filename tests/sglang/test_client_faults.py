@@ -12,6 +12,7 @@ import pytest
 from dapo.config import Limits
 from dapo.engine import client
 from dapo.engine.client import Client
+from dapo.engine.endpoint import PROBE_TIMEOUT, Endpoint
 
 STALL = 30.0
 
@@ -128,3 +129,24 @@ def test_a_request_that_failed_too_often_ends_the_run_if_it_is_wanted(is_wanted:
     Client._send_again(own, job)
     times = f"request 1-2 failed {client.MAX_ATTEMPTS} times, the last time at http://a: 500"
     assert len(own.ready) == 2 and done == ([("fail", times)] if is_wanted else [])
+
+
+def test_servers_know_of_every_abort_before_weights_are_sent() -> None:
+    async def finish() -> list[int]:
+        known: list[int] = []
+
+        async def abort(number: int) -> None:
+            await asyncio.sleep(0)
+            known.append(number)
+
+        own: Any = SimpleNamespace(aborts={asyncio.ensure_future(abort(number)) for number in range(3)})
+        await Client.finish_aborts(own)
+        return sorted(known)
+
+    assert asyncio.run(finish()) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("stall", "timeout"), [(2.0, 0.5), (8.0, 2.0), (1e6, PROBE_TIMEOUT)])
+def test_a_probe_ends_well_before_a_stall_has_lasted_twice(stall: float, timeout: float) -> None:
+    servers: Any = SimpleNamespace(workers=[])
+    assert Endpoint("http://a", servers, stall).probe_timeout == timeout

@@ -574,3 +574,15 @@ def test_the_reward_is_closed_although_the_engine_failed_to(tmp_path, monkeypatc
     with pytest.raises(ZeroDivisionError):
         rollouts.close()
     assert closed == ["reward"]
+
+
+def test_the_engine_is_asked_before_weights_are_sent_and_gets_them_all(tmp_path, monkeypatch):
+    rollouts, calls = make_rollouts(tmp_path, ScriptedEngine(lambda _: "10")), []
+    engine = rollouts.engine
+    monkeypatch.setattr(engine, "prepare_weights", lambda version: calls.append(version))
+    monkeypatch.setattr(
+        engine, "load_weights", lambda weights, version: calls.append((list(weights), version))
+    )
+    rollouts.prepare_weights(5)
+    rollouts.load_weights([("a", 1), ("b", 2)], 5)
+    assert calls == [5, ([("a", 1), ("b", 2)], 5)]
