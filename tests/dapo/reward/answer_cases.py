@@ -543,7 +543,6 @@ TEXT = r"""
 - 34 ¦ Answer: -34-
 - 34 ¦ Answer: 34·
 - 34 ¦ Answer: 34 \cdot
-- 34 ¦ Answer: 34..
 - 0.33 ¦ Answer: 0.33...
 - 1/3 ¦ Answer: 0.333...
 - 0.33 ¦ Answer: 0.33…
@@ -615,6 +614,8 @@ TEXT = r"""
 - 12 ¦ Answer: He paid \$12 too much.
 - 12 ¦ Answer: 12 loss
 - 7 ¦ Answer: Either it is 7
+- 7 ¦ Answer: The value of $\sqrt{x}$ is 7.
+- 12 m/s ¦ Answer: 12 m
 - 12 ¦ Answer: 12 basis points
 + 2516_8 ¦ Answer: $2516_{8}$
 - 2516_8 ¦ Answer: $2516_9$

@@ -101,6 +101,7 @@ def test_a_million_digits_are_compared_exactly():
         (r"\left\{\begin{array}{l} x=1 \\ y=2 \end{array}\right.", None),
         (r"\begin{cases} x & x>0 \\ 0 & x \le 0", UNREAD),
         (r"\max\{a, b", UNREAD),
+        ("gcd(m, n", UNREAD),
         (r"We have x=3, so \boxed{34}", UNREAD),
         ("34 35", UNREAD),
         ("34 x +", UNREAD),
