@@ -431,3 +431,10 @@ def test_no_error_of_a_config_shows_the_secret_of_a_url(tmp_path, url, override)
 def test_urls_without_a_secret_are_kept_as_they_are(tmp_path):
     config = make_config(tmp_path, "reward.function=http://host:1/score", "engine.urls=['https://[::1]:2/']")
     assert (config.reward.function, config.engine.urls) == ("http://host:1/score", ["https://[::1]:2/"])
+
+
+def test_rounds_that_can_just_hold_a_steps_prompts_are_enough(tmp_path):
+    sizes = ["rollout.prompts_per_step=12", "rollout.prompts_per_round=4"]
+    assert make_config(tmp_path, *sizes, "rollout.max_rounds=3").rollout.max_rounds == 3
+    with pytest.raises(ConfigError, match=r"max_rounds=2"):
+        make_config(tmp_path, *sizes, "rollout.max_rounds=2")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dapo import http
 from dapo.config import Limits
 from dapo.engine import client
 from dapo.engine.client import Client
@@ -150,3 +151,20 @@ def test_servers_know_of_every_abort_before_weights_are_sent() -> None:
 def test_a_probe_ends_well_before_a_stall_has_lasted_twice(stall: float, timeout: float) -> None:
     servers: Any = SimpleNamespace(workers=[])
     assert Endpoint("http://a", servers, stall).probe_timeout == timeout
+
+
+@pytest.mark.parametrize(
+    ("outcome", "is_dead"),
+    [(None, False), (http.TimedOut("late"), False), (http.NoAnswer("refused"), True)],
+    ids=["answers", "is late", "refuses"],
+)
+def test_a_worker_is_dead_if_nobody_answers_at_once(
+    outcome: Exception | None, is_dead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def exchange(*arguments: Any, **options: Any) -> None:
+        if outcome:
+            raise outcome
+
+    monkeypatch.setattr(http, "exchange", exchange)
+    servers: Any = SimpleNamespace(workers=[], key_of=lambda url: None)
+    assert asyncio.run(Endpoint("http://a", servers, 2.0)._is_dead("http://b")) is is_dead
