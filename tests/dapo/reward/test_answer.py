@@ -291,6 +291,7 @@ def test_the_set_whose_labels_came_first_is_agreed_with_and_no_wrong_answer_acce
         ("1/6", r"0.1\overline{6}", r"0.1\overline{7}"),
         ("1/6", r"0.1\overline{6}", r"0.1\overline{x}"),
         ("12 + 1/2", "25/2", "12_x + 1/2"),
+        ("3/2", r"\frac{\lg 1000}{2}", r"\frac{\ln 1000}{2}"),
         (r"\sin(1)/2", r"\frac{\sin(1)}{2}", r"\frac{\sin_2(1)}{2}"),
         ("(1, 2, 3)", "(1,2,3)", "(1, 2, 3]"),
         (
