@@ -1,3 +1,4 @@
+import hashlib
 import json
 import re
 import subprocess
@@ -287,3 +288,16 @@ def test_an_old_runs_hash_of_tokens_is_not_taken_for_other_data(tmp_path):
     old = {name: value for name, value in first.items() if name != "prompts"} | {"data": "of tokens"}
     path.write_text(semantics.dump(old))
     assert semantics.changes(first, path) == []
+
+
+def test_a_fingerprint_is_of_all_files_of_our_room_and_of_one_file_elsewhere(tmp_path, monkeypatch):
+    files = [path.read_bytes() for path in sorted((ROOT / "dapo/reward").glob("*.py"))]
+    of_room = hashlib.blake2b(b"".join(files), digest_size=8).hexdigest()
+    assert semantics.fingerprint("dapo.reward:is_correct") == of_room
+    assert semantics.fingerprint("dapo.reward.answer:is_correct") == of_room
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "checker_a.py").write_text("def f(response, answer): return True\n")
+    (tmp_path / "checker_b.py").write_text("def g(response, answer): return True\n")
+    of_file = hashlib.blake2b((tmp_path / "checker_a.py").read_bytes(), digest_size=8).hexdigest()
+    assert semantics.fingerprint("checker_a:f") == of_file
