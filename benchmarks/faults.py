@@ -39,7 +39,8 @@ EVAL_ROWS = 8
 MARK = "DAPO_FAULTS_RUN"  # environment variable of every process of one launch
 OPTIONS = [
     "run.save_every=1", "rollout.prompts_per_step=4", "rollout.prompts_per_round=4",
-    "rollout.max_response_length=24", "reward.overlong_cache=8", "reward.workers=1", "reward.time_limit=1",
+    "rollout.max_response_length=24", "rollout.max_empty_steps=1000", "reward.overlong_cache=8",
+    "reward.workers=1", "reward.time_limit=1",
     "optim.prompts_per_minibatch=4", "parallel.tensor=2", "eval.every=1", "eval.samples=1",
     f"engine.stall_seconds={STALL}",
 ]  # fmt: skip
