@@ -65,8 +65,8 @@ def _connect(device: torch.device) -> tuple[Any, dist.ProcessGroup]:
         os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    # a program that does not end by os._exit: gloo's threads, left running, would abort the process
-    atexit.register(dist.destroy_process_group)
+    # for a program that does not end by os._exit: gloo's threads, left running, would abort the process
+    atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
     return store, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
 
 

@@ -115,4 +115,3 @@ def is_the_same_everywhere(x: torch.Tensor) -> bool:
 
 if __name__ == "__main__":
     main(sys.argv[1])
-    dist.destroy_process_group()
