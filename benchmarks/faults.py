@@ -117,8 +117,9 @@ def launch(faults: Sequence[Fault], *options: str, with_servers: bool = False) -
         ]
         with (folder / "printed").open("w") as out:
             launcher = subprocess.Popen(
-                [*command, *values], cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT
-            )
+                [*command, *values], cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT,
+                start_new_session=True,  # else a shell that ends sends SIGHUP to what is stopped
+            )  # fmt: skip
         is_ended = _wait(folder, launcher, mark, len(faults))
         fired = (folder / "fired").read_text().splitlines() if (folder / "fired").exists() else []
         last = float(fired[-1].split()[0]) if fired else time.time()

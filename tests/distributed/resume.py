@@ -134,6 +134,11 @@ def rows(directory: Path) -> list[dict[str, Any]]:
     ]
 
 
+def unscored(directory: Path) -> list[dict[str, Any]]:
+    """Return the rows without what the reward counts: a replay scores nothing."""
+    return [{k: v for k, v in row.items() if not k.startswith("reward/")} for row in rows(directory)]
+
+
 def weights(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "model.safetensors")
 
@@ -150,7 +155,7 @@ def replay(directory: Path) -> dict[str, Any]:
     first = rows(directory / "sampled")[0]
     return {
         "name": "replay",
-        "rows": rows(directory / "sampled") == rows(directory / "replayed"),
+        "rows": unscored(directory / "sampled") == unscored(directory / "replayed"),
         "weights": is_equal(weights(directory / "sampled" / "hf"), weights(directory / "replayed" / "hf")),
         "dumped_only": [row.get("policy/loss") for row in rows(directory / "later")] == [None, None],
         "same_batch": all(

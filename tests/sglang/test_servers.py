@@ -179,7 +179,7 @@ def test_waiting_for_a_server_that_starts_again_is_progress(start: Callable[...,
     started.wait()
     processes_of(fake)[1].kill()
     until(lambda: not started.workers)
-    before, _ = clock.progress()
+    before, *_ = clock.progress()
     assert started.refresh() is True
     assert clock.progress()[0] > before
 
@@ -238,7 +238,10 @@ def test_a_server_that_dies_just_before_a_sync_is_left_out_of_it(
     try:
         dead, alive = started.workers
         for version in (1, 2):
-            engine.load_weights([("w", torch.ones(3))], version)
+            try:
+                engine.load_weights([("w", torch.ones(3))], version)
+            except WeightsLost:  # it died, and its guardian had not noticed yet
+                engine.load_weights([("w", torch.ones(3))], version)
             if version == 1:
                 psutil.Process(started.local[0].process.pid).children()[0].kill()
                 until(lambda: refuses(dead), limit=5)
