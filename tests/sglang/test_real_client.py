@@ -204,7 +204,7 @@ def test_an_aborted_response_comes_back_in_part_and_is_no_sample(
         < sampling.max_tokens
     )
     with pytest.raises(BadAnswer, match="aborted by the server"):
-        generate.read(json.dumps(answer).encode(), requests(1, shape, sampling)[0])
+        generate.read(json.dumps(answer).encode(), requests(1, shape, sampling)[0], "partial;", VOCAB)
 
 
 def test_a_long_response_is_no_stall(
