@@ -26,6 +26,8 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     path.relative_to(ROOT) for path in [ROOT / "README.md", *sorted(ROOT.glob("examples/*/README.md"))]
 ]
+PREPARE, DOWNLOAD = ".venv/bin/python tools/prepare_data.py", ".venv/bin/hf download"
+DATA_SET = '--repo-type dataset --include "data/*" --local-dir .'
 NOT_RUN = {
     "git clone … && cd dapo": "what `clone` does",
     "sbatch examples/qwen2.5_32b_paper/launch.sh": "wants SLURM and 128 GPUs; the script runs below",
@@ -34,6 +36,11 @@ NOT_RUN = {
     "sbatch examples/qwen3_30b_a3b/launch.sh run.steps=10 optim.lr=2e-6": "wants SLURM and 16 GPUs",
     "bash examples/qwen2.5_7b/launch.sh": "wants eight GPUs; test_examples.py checks the rest",
     "sbatch examples/qwen2.5_7b/slurm.sbatch": "wants a cluster",
+    'make .venv/.ready EXTRAS=gpu PIP_ARGS="--index-url …"': "wants a GPU, and an index",
+    f"{DOWNLOAD} Qwen/Qwen2.5-7B --local-dir models/Qwen2.5-7B": "downloads 15 GB",
+    f"{PREPARE} data/dapo-math-17k.parquet --out data/prompts.parquet": "wants the data",
+    f"{DOWNLOAD} BytedTsinghua-SIA/DAPO-Math-17k {DATA_SET}": "downloads it",
+    f"{DOWNLOAD} BytedTsinghua-SIA/AIME-2024 {DATA_SET}": "downloads it",
 }
 EDITOR = """#!/bin/sh
 sed -i 's|train: .*|train: mine/my_data.jsonl|; s|  steps: .*|  steps: 1|' mine/config.yaml
