@@ -2,6 +2,7 @@
 wrong place is seen.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,11 @@ import torch
 
 from dapo import config
 from dapo.types import Group, Prompt, Sample
+
+# the processes that tests start find the functions in tests/ too
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
+)
 
 SLOW = (  # start torchrun, a server, a browser or Triton's interpreter: not part of `make test-fast`
     "tests/dapo/plan/test_plan.py::test_the_paper_s_layout_is_built",

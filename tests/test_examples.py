@@ -44,19 +44,23 @@ def test_a_launch_script_names_one_number_of_machines(path: Path) -> None:
 
 
 def test_a_trainer_apart_is_given_its_servers_urls(tmp_path: Path) -> None:
-    """trainer.sh, with a torchrun and a curl that only say what they were called with."""
+    """trainer.sh in a checkout of its own, whose torchrun and curl only say what they were called with."""
+    script = tmp_path / "examples/qwen2.5_7b/trainer.sh"
+    programs = tmp_path / ".venv/bin"  # the script takes these first
+    script.parent.mkdir(parents=True)
+    programs.mkdir(parents=True)
+    shutil.copy(EXAMPLES / "qwen2.5_7b/trainer.sh", script)
     for name, body in {"torchrun": 'printf "%s\\n" "$@"', "curl": "true"}.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / name).chmod(0o755)
+        (programs / name).write_text(f"#!/bin/sh\n{body}\n")
+        (programs / name).chmod(0o755)
     env = {
-        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "PATH": "/usr/bin:/bin",
         "HEAD": "node0",
         "NODES": "2",
         "NODE_RANK": "1",
         "DAPO_ENGINE_KEY": "key",
     }
     env["SERVERS"] = "node2:30000 node3:30001"
-    script = EXAMPLES / "qwen2.5_7b/trainer.sh"
     told = subprocess.run(
         [script, "optim.lr=2e-6"], env=env, capture_output=True, text=True, check=True
     ).stdout.splitlines()
