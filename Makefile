@@ -45,7 +45,7 @@ sglang-cpu: $(VENV)/.ready
 	TORCH="$(TORCH)" PIP_ARGS="$(PIP_ARGS)" $(VENV)/bin/python tests/sglang/environment/build.py
 
 # On a machine with a CUDA GPU, without network: uses the Python that is there, and SITE for packages that it lacks
-#   pip install --target wheels --no-deps megatron-core==0.16.1 …; make gpu-check GPU_PYTHON=python3 SITE=wheels
+#   pip install --target wheels --no-deps megatron-core==0.19.2 …; make gpu-check GPU_PYTHON=python3 SITE=wheels
 GPU_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
 SITE ?=
 gpu-check: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/benchmarks:$(SITE):$(PYTHONPATH)
@@ -59,6 +59,8 @@ $(VENV)/.ready: setup.py
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet $(PIP_ARGS) "$(TORCH)"
 	$(VENV)/bin/python -m pip install --quiet --editable ".[$(EXTRAS)]"
+	# its metadata want Python 3.12, so pip would refuse it on 3.11, where it has a wheel and runs
+	$(VENV)/bin/python -c "import sys; sys.exit(sys.version_info < (3, 12))" || $(VENV)/bin/python -m pip install --quiet --no-deps --ignore-requires-python megatron-core==0.19.2
 	touch $@
 
 .PHONY: quickstart test test-fast lint bench kernel-report gpu-check sglang-cpu

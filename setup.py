@@ -22,7 +22,9 @@ setup(
     },
     install_requires=[
         "torch>=2.11",
-        "megatron-core==0.16.1",  # pinned: policy/cpu.py adapts this very version
+        # pinned: policy/cpu.py adapts this very version. Its metadata want Python 3.12, yet it runs on 3.11,
+        # where the Makefile installs it
+        "megatron-core==0.19.2; python_version >= '3.12'",
         "transformers>=5,<6",
         "tokenizers>=0.21",
         "numpy>=1.26",

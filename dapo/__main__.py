@@ -159,9 +159,11 @@ def _plan(config: Config, args: argparse.Namespace) -> int:
 def _run(config: Config, models: list[Path] | None) -> int:
     """Train; or evaluate `models`, if there are any."""
     # torch and Megatron take seconds to import: not before the config is known to be good
+    from dapo.mesh import FailedElsewhere, Mesh, is_lost, set_gpu_environment
+
+    set_gpu_environment()  # importing the policy asks for devices
     from dapo.assemble import evaluate_models
     from dapo.checkpoint import CheckpointError
-    from dapo.mesh import FailedElsewhere, Mesh, is_lost
     from dapo.policy.megatron import PolicyError
     from dapo.rollout.pending import RolloutError
     from dapo.train import train

@@ -26,6 +26,12 @@ from dapo.types import Stopped
 
 T = TypeVar("T")
 CONTROL_TIMEOUT = timedelta(hours=24)  # how long ranks wait for the main rank's rollouts
+GPU_ENVIRONMENT = {  # what a process needs before it first uses CUDA; a value that is there already stays
+    # sequence parallelism's gathers start before the products that they overlap with
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    # SGLang sets the same: processes that differ in it cannot join in a group
+    "NCCL_CUMEM_ENABLE": "0",
+}
 
 
 class FailedElsewhere(Exception):
@@ -39,7 +45,14 @@ class FailedElsewhere(Exception):
         return str(self.args[0])
 
 
+def set_gpu_environment() -> None:
+    """Set GPU_ENVIRONMENT, before anything asks CUDA for its devices."""
+    for name, value in GPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
 def _device(local_rank: int) -> torch.device:
+    set_gpu_environment()
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
@@ -61,8 +74,6 @@ def _connect(device: torch.device) -> tuple[Any, dist.ProcessGroup]:
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # SGLang sets the same: processes that differ in it cannot join in a group
-        os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     # for a program that does not end by os._exit: gloo's threads, left running, would abort the process

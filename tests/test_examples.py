@@ -14,6 +14,7 @@ from dapo import config
 EXAMPLES = Path(__file__).parent.parent / "examples"
 CONFIGS = sorted(EXAMPLES.glob("*/config.yaml"))
 SCRIPTS = sorted([*EXAMPLES.glob("*/*.sh"), *EXAMPLES.glob("*/*.sbatch")])
+TRAINERS = [path for path in SCRIPTS if path.name in ("launch.sh", "trainer.sh")]
 
 
 def test_there_are_examples() -> None:
@@ -35,6 +36,13 @@ def test_an_examples_script_is_sound(path: Path) -> None:
     assert "set -euo pipefail" in path.read_text()
 
 
+@pytest.mark.parametrize("path", TRAINERS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_a_trainers_environment_is_set_in_one_place(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert "source examples/environment.sh" in lines
+    assert not [line for line in lines if line.startswith("export ")]
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*/launch.sh")), ids=lambda path: path.parent.name)
 def test_a_launch_script_names_one_number_of_machines(path: Path) -> None:
     told = re.findall(
@@ -50,6 +58,7 @@ def test_a_trainer_apart_is_given_its_servers_urls(tmp_path: Path) -> None:
     script.parent.mkdir(parents=True)
     programs.mkdir(parents=True)
     shutil.copy(EXAMPLES / "qwen2.5_7b/trainer.sh", script)
+    shutil.copy(EXAMPLES / "environment.sh", script.parents[1])
     for name, body in {"torchrun": 'printf "%s\\n" "$@"', "curl": "true"}.items():
         (programs / name).write_text(f"#!/bin/sh\n{body}\n")
         (programs / name).chmod(0o755)

@@ -76,7 +76,7 @@ def _recompute(shape: ModelShape, megatron: Passthrough) -> Checks:
 
 
 def _offload(megatron: Passthrough, dtype: str) -> Checks:
-    """Return the check of optimizer state in main memory: Megatron 0.16.1 resumes it in one way only."""
+    """Return the check of optimizer state in main memory: Megatron 0.19.2 resumes it in one way only."""
     wants = [
         (not megatron.use_precision_aware_optimizer,
          "policy.megatron.use_precision_aware_optimizer=true: without it no checkpoint can be loaded"),

@@ -1,6 +1,6 @@
 """Megatron-core adapted to machines without CUDA, or without Transformer Engine.
 
-Megatron-core 0.16.1 writes "cuda" in some 460 places, and expects Transformer Engine's FusedAdam where it
+Megatron-core 0.19.2 writes "cuda" in some 650 places, and expects Transformer Engine's FusedAdam where it
 saves optimizer state. `install` puts a finder before Python's own that rewrites those places while
 megatron.core's modules are imported; nothing on disk changes. On a GPU machine with Transformer Engine it
 does nothing. The version is pinned, and a test counts every rule's hits, so that an upgrade shows.
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.optim.adamw import adamw
 
-MEGATRON_VERSION = "0.16.1"
+MEGATRON_VERSION = "0.19.2"
 M_MMAP_THRESHOLD = -3  # malloc.h
 
 
@@ -36,8 +36,9 @@ class AdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
-                 eps: float = 1e-8, weight_decay: float = 0.0, adam_w_mode: bool = True):  # fmt: skip
-        assert adam_w_mode, "decoupled weight decay only"
+                 eps: float = 1e-8, weight_decay: float = 0.0, adam_w_mode: bool = True,
+                 capturable: bool = False):  # fmt: skip
+        assert adam_w_mode and not capturable, "decoupled weight decay only, and no CUDA graphs"
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
@@ -147,11 +148,6 @@ NO_TRANSFORMER_ENGINE = [
     Rule(r"from torch\.optim import Adam as Adam\b", OUR_ADAM, DISTRIBUTED),
     # an absent Transformer Engine has no version to compare; only state in main memory passes the next check
     Rule(r"if not is_te_min_version\(\"2\.1\.0\"\):", "if True:", "megatron.core.optimizer.optimizer_config"),
-    Rule(
-        r"(?<=except ImportError:\n)    HAVE_TE = False",
-        "    HAVE_TE, te_general_gemm = False, None",
-        MOE_UTILS,
-    ),
     Rule(r"HAVE_APEX_OR_TE = False", "USING_TE_OPTIMIZER = True  # in its ways", DISTRIBUTED),
 ]
 

@@ -86,7 +86,9 @@ class Save:
         """
         strategy = _Strategy("torch_dist", 1)
         shared = FullyParallelSaveStrategyWrapper(strategy, copies)
-        self._request = dist_checkpointing.save(state, str(directory), shared, async_sharded_save=True)
+        # "mcore": Megatron's own plan, not that of NVIDIA's resiliency package
+        own: Any = {"async_sharded_save": True, "async_strategy": "mcore"}
+        self._request = dist_checkpointing.save(state, str(directory), shared, **own)
         self._writer = strategy.writer
         self._barrier = barrier
         self._file = f"{directory.name}/{self._writer.file_name}"
@@ -130,13 +132,13 @@ class Save:
 class _Strategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
     """Megatron's plan, written by our writer."""
 
-    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Path) -> AsyncRequest:
+    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Path, async_strategy: str) -> AsyncRequest:
         only_main = self.keep_only_main_replica
         tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, only_main)
         self.writer = _Writer(checkpoint_dir)
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         plan, *_ = save_state_dict_async_plan(mcore_to_pyt_state_dict(tensors), self.writer, planner=planner)
-        return self._get_save_and_finalize_callbacks(self.writer, plan)
+        return self._get_save_and_finalize_callbacks(self.writer, plan, async_strategy)
 
 
 class _Writer(FileSystemWriterAsync):  # type: ignore[misc]

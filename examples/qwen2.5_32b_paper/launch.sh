@@ -6,15 +6,12 @@
 #SBATCH --exclusive
 # One torchrun agent a machine, eight ranks each. Under SLURM: sbatch launch.sh [section.key=value …]. Without it, on every machine:
 #   NODES=16 HEAD=first-machine bash launch.sh [section.key=value …]
-# The same command goes on where the run stopped. dapo and its environment are the ones on PATH.
+# From the root of the repository. The same command goes on where the run stopped. dapo and its environment are the ones on PATH.
 set -euo pipefail
 CONFIG=${CONFIG:-examples/qwen2.5_32b_paper/config.yaml}
 NODES=${NODES:-$SLURM_NNODES}
 HEAD=${HEAD:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
-export CUDA_DEVICE_MAX_CONNECTIONS=1 # sequence parallelism's gathers start before the products that they overlap with
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
-# seconds that torchrun leaves its ranks to save after Ctrl-C or SIGTERM
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
+source examples/environment.sh
 
 command=(torchrun --nnodes "$NODES" --nproc-per-node "${GPUS:-8}" --rdzv-backend c10d --rdzv-endpoint "$HEAD:${PORT:-29500}"
   --rdzv-id "${SLURM_JOB_ID:-dapo}" --max-restarts 0 -m dapo train "$CONFIG" "$@")

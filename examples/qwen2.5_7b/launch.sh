@@ -3,6 +3,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PATH="$PWD/.venv/bin:$PATH"
-# seconds that torchrun leaves its ranks to save after Ctrl-C or SIGTERM
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
+source examples/environment.sh
 exec torchrun --standalone --nproc-per-node "${TRAINER_GPUS:-4}" -m dapo train examples/qwen2.5_7b/config.yaml "$@"

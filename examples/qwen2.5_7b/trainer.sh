@@ -7,8 +7,7 @@ set -euo pipefail
 : "${DAPO_ENGINE_KEY:?what the servers and the trainer share}"
 cd "$(dirname "$0")/../.."
 PATH="$PWD/.venv/bin:$PATH"
-# seconds that torchrun leaves its ranks to save after Ctrl-C or SIGTERM
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
+source examples/environment.sh
 
 urls=()
 for server in $SERVERS; do
