@@ -9,6 +9,7 @@ PIP_ARGS ?=
 EXTRAS ?= dev
 NPROC ?= 2
 RUN ?= runs/arithmetic
+TEST_JOBS ?= 2
 #   ENGINE=sglang             sample from a real SGLang server: the one of SGLANG_PYTHON, or for CPU, in an environment that is made once
 ENGINE ?= embedded
 SGLANG_PYTHON ?=
@@ -21,8 +22,9 @@ quickstart: $(VENV)/.ready $(if $(filter sglang,$(ENGINE)),$(if $(SGLANG_PYTHON)
 	$(VENV)/bin/python -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m dapo train examples/arithmetic/config.yaml \
 		parallel.tensor=$(NPROC) run.dir=$(RUN) engine.kind=$(ENGINE) $(if $(filter sglang,$(ENGINE)),engine.python=$(or $(SGLANG_PYTHON),$(SGLANG_CPU)))
 
+# in two processes: tests wait for servers and time limits half of their time
 test: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n $(TEST_JOBS) --dist loadgroup --no-loadscope-reorder
 
 # without torchrun and servers: see the marks in tests/conftest.py
 test-fast: $(VENV)/.ready

@@ -2,11 +2,10 @@
 importable.
 """
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
-WINGS = ("engine", "learn", "model", "plan", "policy", "report", "reward", "rollout")
 # Triton ≥ 3.7: the interpreter of older ones needs numpy < 2.4
-TEST = ["pytest>=8", "hypothesis>=6.100", "triton>=3.7; sys_platform == 'linux'"]
+TEST = ["pytest>=8", "pytest-xdist>=3.7", "hypothesis>=6.100", "triton>=3.7; sys_platform == 'linux'"]
 
 setup(
     name="dapo",
@@ -14,7 +13,7 @@ setup(
     description="DAPO (arXiv:2503.14476) on Megatron-core: RL that teaches language models to reason",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["dapo", *(f"dapo.{wing}" for wing in WINGS), "dapo_kernels"],
+    packages=[*find_packages(include=["dapo", "dapo.*"]), "dapo_kernels"],
     package_dir={"dapo_kernels": "kernels/dapo_kernels"},
     package_data={
         "dapo": ["py.typed", "report/page.html", "report/metrics.md", "model/refused.md"],

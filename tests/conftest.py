@@ -40,10 +40,23 @@ SLOW = (  # start torchrun, a server, a browser or Triton's interpreter: not par
 )
 
 
+TOGETHER = {  # file → what it shares with other files, in one process; every other file is on its own
+    "tests/distributed/test_traces.py": "traces",
+    "tests/distributed/test_nodes.py": "traces",
+    "tests/sglang/test_real_client.py": "a real server",
+    "tests/sglang/test_real_servers.py": "a real server",
+    "tests/sglang/test_weight_sync.py": "a real server",
+}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark slow tests, and what runs in one process. Slow ones come first: no process waits long."""
     for item in items:
+        file = item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(TOGETHER.get(file, file)))
         if item.nodeid.startswith(SLOW):
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 SMALL_RUN = """

@@ -149,3 +149,10 @@ def test_no_files_import_each_other_in_a_circle():
 def module_of(path: Path) -> str:
     """kernels/dapo_kernels/rows.py → "dapo_kernels.rows"."""
     return ".".join(path.relative_to("kernels" if path.parts[0] == "kernels" else "").with_suffix("").parts)
+
+
+def test_every_wing_is_installed() -> None:
+    """setup.py installs the folders that are packages."""
+    folders = {ROOT / file.parent for file in FILES}
+    assert {folder.name for folder in folders} >= {"dapo", "watch", "engine", "dapo_kernels"}
+    assert all((folder / "__init__.py").is_file() for folder in folders)
