@@ -1,4 +1,4 @@
-# make quickstart · test · test-fast · lint · bench · kernel-report · gpu-check · sglang-cpu. Each makes .venv if it is not there; nothing else is needed.
+# make quickstart · test · test-fast · lint · bench · kernel-report · gpu-check · gpu-wheels · sglang-cpu. Each makes .venv if it is not there; nothing else is needed.
 #   TORCH="torch==2.13.0"     which torch: any requirement pip understands, or a wheel's path
 #   PIP_ARGS="--index-url …"  where from (a CPU-only or CUDA build)
 #   EXTRAS=dev,gpu            optional parts, see setup.py
@@ -46,15 +46,22 @@ kernel-report: $(VENV)/.ready
 sglang-cpu: $(VENV)/.ready
 	TORCH="$(TORCH)" PIP_ARGS="$(PIP_ARGS)" $(VENV)/bin/python tests/sglang/environment/build.py
 
-# On a machine with a CUDA GPU, without network: uses the Python that is there, and SITE for packages that it lacks
-#   pip install --target wheels --no-deps megatron-core==0.19.2 …; make gpu-check GPU_PYTHON=python3 SITE=wheels
+# Check and measure a CUDA GPU in at most nine minutes, without network (benchmarks/gpu_check.py)
+#   make gpu-wheels; make gpu-check OUT=checked WHEELS=wheels GPU_PYTHON=python3
+#   STAGES="train-0.5b loss"  only these
 GPU_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
-SITE ?=
-gpu-check: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(CURDIR)/benchmarks:$(SITE):$(PYTHONPATH)
+OUT ?= checked
+WHEELS ?=
+STAGES ?=
 gpu-check:
-	$(GPU_PYTHON) -m pytest -m gpu tests/gpu
-	$(GPU_PYTHON) benchmarks/policy_loss.py --short
-	$(GPU_PYTHON) benchmarks/train_gpu.py
+	$(GPU_PYTHON) benchmarks/gpu_check.py --out $(OUT) $(if $(WHEELS),--wheels $(WHEELS)) $(STAGES)
+
+# what a machine with Python 3.12, torch and transformers may still lack
+gpu-wheels:
+	$(PYTHON) -m pip download --quiet $(PIP_ARGS) --no-deps --only-binary :all: --python-version 3.12 --implementation cp \
+		--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+		--dest $(or $(WHEELS),wheels) --requirement benchmarks/gpu_wheels.txt
+	du --apparent-size --block-size=KiB --all $(or $(WHEELS),wheels)
 
 # torch first: another requirement would choose its build
 $(VENV)/.ready: setup.py
@@ -65,4 +72,4 @@ $(VENV)/.ready: setup.py
 	$(VENV)/bin/python -c "import sys; sys.exit(sys.version_info < (3, 12))" || $(VENV)/bin/python -m pip install --quiet --no-deps --ignore-requires-python megatron-core==0.19.2
 	touch $@
 
-.PHONY: quickstart test test-fast lint bench kernel-report gpu-check sglang-cpu
+.PHONY: quickstart test test-fast lint bench kernel-report gpu-check gpu-wheels sglang-cpu

@@ -4,7 +4,7 @@ log-probs and, where it can, entropy; peers are taken from their packages if tho
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -198,8 +198,10 @@ def make_trl() -> Contender:
     return contender
 
 
-def contenders(on_gpu: bool) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Return the losses that can run here, and why the others cannot."""
+def contenders(
+    on_gpu: bool, names: Collection[str] | None = None
+) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Return the losses that can run here, of these names if there are any, and why the others cannot."""
     makers: dict[str, Callable[[], Contender]] = {
         "dapo": lambda: ours,
         "dapo, fp32 logits": lambda: partial(ours, fp32_logits=True),
@@ -218,6 +220,8 @@ def contenders(on_gpu: bool) -> tuple[dict[str, Contender], dict[str, str]]:
         }
     ready, absent = {}, {}
     for name, maker in makers.items():
+        if names is not None and name not in names:
+            continue
         try:
             ready[name] = maker()
         except (ImportError, RuntimeError) as error:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import figures
 import numpy as np
 import psutil
 import torch
@@ -137,6 +138,11 @@ def measured(number: int, directory: Path) -> list[dict[str, Any]]:
     )
     rows = [json.loads((model / f"{rank}.json").read_text()) for rank in range(case.world)]
     print(*(" ".join(map(str, cells(row))) for row in rows), sep="\n", flush=True)
+    for row in rows:
+        name = (
+            f"peak with {case.dtype}, {case.tokens} tokens, recomputed {case.recompute}, rank {row['rank']}"
+        )
+        figures.write(name, row["measured"] / GIB, "GiB", f"planned {row['planned'] / GIB:.2f}")
     return rows
 
 

@@ -11,23 +11,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+# DAPO_OUT: another directory for results
+RESULTS = Path(os.environ.get("DAPO_OUT", Path(__file__).parent / "results"))
 
 
 def heading(title: str) -> str:
     """Write a Markdown heading with machine, date, commit, versions and the command."""
-    commit = _git("rev-parse", "--short", "HEAD") or "unknown"
-    if _git("status", "--porcelain", "dapo", "kernels"):
-        commit += " (changed)"
+    import torch  # takes seconds: tables are written without it
+
     machine = f"{os.cpu_count()} CPU cores, {_cpu_model()}"
     if torch.cuda.is_available():
         machine = torch.cuda.get_device_name()
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     command = " ".join(sys.argv).replace(str(Path.home()), "~")
     return (
-        f"# {title}\n\n{machine}; {datetime.date.today()}; commit {commit}; {versions}\n\n"
+        f"# {title}\n\n{machine}; {datetime.date.today()}; commit {commit()}; {versions}\n\n"
         f"    python {command}\n"
     )
 
@@ -44,16 +43,41 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
 
 
 def save(name: str, text: str) -> None:
-    """Print the result and keep it under benchmarks/results/."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / name).write_text(text)
+    """Print the result and keep it under benchmarks/results/, or in DAPO_OUT."""
+    keep(name, text)
     print(text)
     print(f"kept in {RESULTS / name}")
 
 
+def keep(name: str, text: str) -> None:
+    """Keep a result, or what there is of it so far; the file is always whole."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_whole(RESULTS / name, text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace the file: a reader, or a kill, finds the old text or the new one, never a part."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def commit() -> str:
+    """Return the commit that is measured: DAPO_COMMIT, or git's, or "unknown" outside a checkout."""
+    if given := os.environ.get("DAPO_COMMIT"):
+        return given
+    if not (ROOT / ".git").exists():  # git would answer for a checkout around this directory
+        return "unknown"
+    head = _git("rev-parse", "--short", "HEAD") or "unknown"
+    return head + (" (changed)" if _git("status", "--porcelain", "dapo", "kernels") else "")
+
+
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parents[1])
-    return done.stdout.strip()
+    """Return what git prints; "" if it fails or is not there."""
+    try:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    except OSError:
+        return ""
 
 
 def _cpu_model() -> str:

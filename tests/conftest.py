@@ -19,6 +19,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )
 
 SLOW = (  # start torchrun, a server, a browser or Triton's interpreter: not part of `make test-fast`
+    "tests/benchmarks/test_gpu_check.py::test_the_rehearsal",
     "tests/dapo/plan/test_plan.py::test_the_paper_s_layout_is_built",
     "tests/dapo/plan/test_plan.py::test_the_mixture_of_experts_layout_is_built",
     "tests/dapo/report/test_page.py",

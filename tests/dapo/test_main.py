@@ -147,6 +147,7 @@ def test_before_the_ranks_know_each_other_the_first_to_fail_prints_whichever_it_
         ["plan", "CONFIG", "optim.lr=5e-7", "--diff", "paper"],
         ["plan", "--diff", "paper", "CONFIG", "optim.lr=5e-7"],
         ["plan", "CONFIG", "run.seed=1", "--diff", "paper", "optim.lr=5e-7"],
+        ["plan", "CONFIG", "--gpu", "h100", "--diff", "paper", "optim.lr=5e-7"],
     ],
 )
 def test_overrides_stand_anywhere_behind_the_command(

@@ -16,7 +16,10 @@ from tests.conftest import attend
 from tests.distributed.launch import torchrun
 from tests.distributed.moves import OFFLOADED
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here"),
+]
 GPU = torch.device("cuda")
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
