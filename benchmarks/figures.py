@@ -83,5 +83,5 @@ def pytest_runtest_logreport(report: Any) -> None:
     if report.when == "call" or report.outcome != "passed":
         lines = str(report.longrepr[2] if report.skipped else report.longrepr or "").splitlines()
         why = [line[1:].strip() for line in lines if line.startswith("E ")] or lines[-1:]
-        note = ": ".join([report.outcome, *why[:1]])
+        note = ": ".join([report.outcome, *why[:1]]).replace("skipped: Skipped", "skipped")
         write(report.nodeid.split("::")[-1], report.duration, "s", note[:200], report.failed)

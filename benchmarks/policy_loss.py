@@ -254,8 +254,8 @@ class Page:
         """Add a line to one of the tables below the comparisons."""
         self.tables.setdefault(title, []).append(cells)
         self.write()
-        named = [f"{cell} {name}" for name, cell in zip(TABLES[title], cells, strict=True) if cell]
-        figures.write(f"{title}: {named[0]}", median, unit, ", ".join(named[1:]))
+        named = [f"{cell} {name}" for name, cell in zip(TABLES[title][1:], cells[1:], strict=True) if cell]
+        figures.write(f"{title}: {cells[0]}", median, unit, ", ".join(named))
 
     def write(self) -> None:
         text = self.text
