@@ -19,7 +19,7 @@ from dapo.engine.embedded import EmbeddedEngine
 from dapo.engine.fleet import make_servers
 from dapo.engine.sglang import SGLangEngine
 from dapo.engine.weight_sync import make_sync
-from dapo.mesh import Mesh
+from dapo.mesh import Mesh, set_gpu_environment
 from dapo.model.files import stored_weights
 from dapo.model.layout import check_length
 from dapo.model.shape import read_config, read_shape
@@ -66,6 +66,7 @@ def make_sampler(
         rollouts = make_rollouts(config, mesh, tokenizer, prompts, is_interrupted, on_progress)
         return Sampler(config, mesh, rollouts, sets), record
 
+    set_gpu_environment(config.engine)
     return mesh.on_main_only(make) or (Sampler(config, mesh, None, {}), {})
 
 
@@ -181,6 +182,7 @@ def evaluate_models(config: Config, mesh: Mesh, models: list[Path]) -> None:
     """
     if not config.eval.data:
         raise ConfigError("eval.data is not set: name a file, or {name: file} for several")
+    set_gpu_environment(config.engine)
     if not mesh.is_main:
         return
     configs = [_with_model(config, model) for model in models]

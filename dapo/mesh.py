@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from dapo.config import ConfigError, Parallel
+from dapo.config import ConfigError, Engine, Parallel
 from dapo.types import Stopped
 
 T = TypeVar("T")
@@ -29,9 +29,10 @@ CONTROL_TIMEOUT = timedelta(hours=24)  # how long ranks wait for the main rank's
 GPU_ENVIRONMENT = {  # what a process needs before it first uses CUDA; a value that is there already stays
     # sequence parallelism's gathers start before the products that they overlap with
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    # SGLang sets the same: processes that differ in it cannot join in a group
-    "NCCL_CUMEM_ENABLE": "0",
 }
+# SGLang sets the same: processes that differ in it cannot join in a group. NCCL reads it once in a process,
+# so it holds for training's groups too, and all ranks need it: only runs that broadcast to servers set it
+WITH_SERVERS = {"NCCL_CUMEM_ENABLE": "0"}
 
 
 class FailedElsewhere(Exception):
@@ -45,9 +46,13 @@ class FailedElsewhere(Exception):
         return str(self.args[0])
 
 
-def set_gpu_environment() -> None:
-    """Set GPU_ENVIRONMENT, before anything asks CUDA for its devices."""
-    for name, value in GPU_ENVIRONMENT.items():
+def set_gpu_environment(engine: Engine | None = None) -> None:
+    """Set GPU_ENVIRONMENT, before anything asks CUDA for its devices.
+
+    `engine`: set WITH_SERVERS too, if it needs that, before the first use of NCCL.
+    """
+    broadcasts = engine is not None and engine.kind == "sglang" and engine.weight_sync == "broadcast"
+    for name, value in (GPU_ENVIRONMENT | (WITH_SERVERS if broadcasts else {})).items():
         os.environ.setdefault(name, value)
 
 

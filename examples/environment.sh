@@ -1,5 +1,5 @@
 # What the launch scripts here set for torchrun, and why; a value that is there already stays. Sourced, not run.
-# What each rank needs for CUDA and NCCL the program sets itself: GPU_ENVIRONMENT in dapo/mesh.py. A cluster's own (NCCL_SOCKET_IFNAME,
+# What each rank needs for CUDA and NCCL the program sets itself: see dapo/mesh.py. A cluster's own (NCCL_SOCKET_IFNAME,
 # NCCL_IB_HCA, GLOO_SOCKET_IFNAME …) are passed on to ranks and servers as they are.
 
 # threads of a rank's CPU work: unset, torchrun would allow one

@@ -134,10 +134,7 @@ class Broadcast(Transport):
                 raise EngineError(f"a broadcast of weights to {self.urls} {late}")
             time.sleep(0.0005)
         try:
-            work = group.work.result()
-            work.wait()
-            if self.backend == "nccl" and not work.is_success():  # NCCL's wait only orders the device's work
-                raise RuntimeError("it ended with an error")
+            group.work.result().wait()  # raises the error with which it ended, NCCL's too
         except RuntimeError as error:
             wait(group.answers, GRACE, FIRST_EXCEPTION)  # the server at fault may say it better
             self._raise_refusals()

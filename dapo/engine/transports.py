@@ -137,6 +137,8 @@ class Tensors(Transport):
             self.last.result()
 
     def _send(self, bucket: Bucket) -> None:
+        if bucket.data.is_cuda:  # else this thread would open a context on the first GPU
+            torch.cuda.set_device(bucket.data.device)
         for peer in self.peers:
             call = FLATTENED | {"serialized_named_tensors": _payloads(bucket, peer.tensor_ranks)}
             peer.server.post("/update_weights_from_tensor", call, self.timeout, SUCCESS)

@@ -178,7 +178,10 @@ class _Writer(FileSystemWriterAsync):  # type: ignore[misc]
         results = []
         try:
             for item, data in sorted(self.items, key=lambda pair: pair[0].type != WriteItemType.BYTE_IO):
-                data = _on_cpu(data) if isinstance(data, Tensor) else data
+                if isinstance(data, Tensor):
+                    if data.is_cuda:  # a new thread would open a context on the first GPU
+                        torch.cuda.set_device(data.device)
+                    data = _on_cpu(data)
                 form = SerializationFormat.TORCH_SAVE
                 results.append(_write_item(self.transforms, file, data, item, self.file_name, form))  # type: ignore[arg-type]
             file.close()

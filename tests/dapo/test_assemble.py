@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dapo.assemble import _check_served, _weights
-from dapo.config import ConfigError
+from dapo.config import ConfigError, Engine
 from dapo.engine.embedded import EmbeddedEngine
+from dapo.mesh import set_gpu_environment
 
 BASE = Path(__file__).parents[2] / "examples/arithmetic/base"
 NORM = "model.norm.weight"
@@ -77,3 +79,23 @@ def test_servers_of_another_model_are_not_sent_weights_that_mean_something_else(
     other_end = changed(tmp_path / "other_end", eos_token_id=7)
     with pytest.raises(ConfigError, match="in stop tokens: evaluate it on servers of its own"):
         _check_served(BASE, other_end)
+
+
+@pytest.mark.parametrize(
+    ("engine", "expected"),
+    [
+        (None, None),
+        (Engine(kind="sglang", weight_sync="broadcast"), "0"),
+        (Engine(kind="sglang", weight_sync="tensor"), None),
+        (Engine(kind="embedded", weight_sync="broadcast"), None),
+    ],
+)
+def test_only_a_run_that_broadcasts_to_servers_changes_how_nccl_allocates(
+    engine: Engine | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    set_gpu_environment(engine)
+    assert os.environ.get("NCCL_CUMEM_ENABLE") == expected
+    os.environ["NCCL_CUMEM_ENABLE"] = "1"
+    set_gpu_environment(engine)
+    assert os.environ["NCCL_CUMEM_ENABLE"] == "1", "what is there already stays"
