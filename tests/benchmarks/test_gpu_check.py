@@ -68,7 +68,7 @@ def lines_of(witness: Path) -> list[str]:
 def test_a_kill_at_any_moment_leaves_every_figure_measured_so_far(moment: int, tmp_path: Path) -> None:
     out, witness = tmp_path / "out", tmp_path / "witness"
     check = start(out, ("first", 30, MEASURE), ("second", 30, MEASURE))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while len(lines_of(witness)) < moment and time.monotonic() < deadline:
         time.sleep(0.002)
     os.killpg(check.pid, signal.SIGKILL)
@@ -87,7 +87,7 @@ def test_a_kill_at_any_moment_leaves_every_figure_measured_so_far(moment: int, t
 def test_a_stage_that_hangs_is_killed_with_all_it_has_started_and_the_next_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "out"
     check = start(out, ("hangs", 2, HANG), ("next", 30, MEASURE))
-    printed, errors = check.communicate(timeout=60)
+    printed, errors = check.communicate(timeout=300)
     assert check.returncode == 1, errors
     [orphan] = lines_of(tmp_path / "witness")[:1]
     assert not Path(f"/proc/{orphan}").exists() or "(zombie)" in Path(f"/proc/{orphan}/status").read_text()
@@ -101,7 +101,7 @@ def test_a_stage_that_hangs_is_killed_with_all_it_has_started_and_the_next_goes_
 
 def test_a_stage_may_use_what_those_before_it_have_left(tmp_path: Path) -> None:
     check = start(tmp_path / "out", ("quick", 20, "pass"), ("slow", 0, "import time; time.sleep(1)"))
-    assert check.communicate(timeout=60) and check.returncode == 0
+    assert check.communicate(timeout=300) and check.returncode == 0
 
 
 def test_failures_are_collected_and_the_stages_after_them_run(tmp_path: Path) -> None:
@@ -110,8 +110,8 @@ def test_failures_are_collected_and_the_stages_after_them_run(tmp_path: Path) ->
     arguments = ["-p", "figures", "--rootdir", str(tmp_path), str(tests)]
     pytest_ = f"import pytest, sys; sys.exit(pytest.main({arguments}))"
     fails = "import sys; print('fine so far'); sys.exit('error: no such device')"
-    check = start(out, ("fails", 30, fails), ("tests", 60, pytest_), ("last", 30, MEASURE))
-    printed, errors = check.communicate(timeout=120)
+    check = start(out, ("fails", 30, fails), ("tests", 240, pytest_), ("last", 30, MEASURE))
+    printed, errors = check.communicate(timeout=300)
     assert check.returncode == 1, errors
     assert "- fails: ended: exit status 1: error: no such device" in printed
     assert "- tests: test_bad: failed: AssertionError: one is not two" in printed
@@ -124,7 +124,7 @@ def test_failures_are_collected_and_the_stages_after_them_run(tmp_path: Path) ->
 def test_an_earlier_check_is_not_mixed_with_another(tmp_path: Path) -> None:
     for status, words in ((0, "0 failed"), (2, "holds an earlier check")):
         check = start(tmp_path / "out", ("stage", 30, "pass"))
-        printed = "".join(check.communicate(timeout=60))
+        printed = "".join(check.communicate(timeout=300))
         assert check.returncode == status and words in printed
 
 
@@ -140,21 +140,22 @@ def test_a_line_that_a_kill_has_cut_costs_only_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("is_checkout", "variables", "expected"),
+    ("checkout", "variables", "expected"),
     [
-        (True, {}, "unknown"),  # git is not to be found
-        (True, {"DAPO_COMMIT": "abc1234"}, "abc1234"),
-        (False, {"PATH": os.environ["PATH"]}, "unknown"),
+        ("project", {"PATH": "/nowhere"}, "unknown"),  # there is no git
+        ("project", {"PATH": "/nowhere", "DAPO_COMMIT": "abc1234"}, "abc1234"),
+        ("", {}, "unknown"),  # the checkout is another's, around this one
     ],
 )
 def test_results_have_a_heading_without_git(
-    is_checkout: bool, variables: dict[str, str], expected: str, tmp_path: Path
+    checkout: str, variables: dict[str, str], expected: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks/record.py").write_text((BENCHMARKS / "record.py").read_text())
-    if is_checkout:
-        (tmp_path / ".git").mkdir()
-    env = {"PATH": str(tmp_path), "PYTHONPATH": str(tmp_path / "benchmarks")} | variables
+    (tmp_path / "project/benchmarks").mkdir(parents=True)
+    (tmp_path / "project/benchmarks/record.py").write_text((BENCHMARKS / "record.py").read_text())
+    author = ["-c", "user.name=nobody", "-c", "user.email=nobody"]
+    for command in (["init", "-q"], [*author, "commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path / checkout, check=True)
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "project/benchmarks")} | variables
     program = "import record; print(record.commit())"
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
     assert done.stdout == f"{expected}\n", done.stderr
@@ -164,7 +165,7 @@ def test_the_rehearsal(tmp_path: Path) -> None:
     """The same script with tiny sizes: every stage in its order, its figures, its pages."""
     out = tmp_path / "out"
     command = [sys.executable, "benchmarks/gpu_check.py", "--out", str(out), "--tiny"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=540)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = figures_of(out)
     names: dict[str, list[str]] = {}
@@ -183,9 +184,9 @@ def test_the_rehearsal(tmp_path: Path) -> None:
 
 
 def number_of_gpu_tests() -> int:
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "--collect-only", "-q"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "--collect-only"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return sum("::" in line for line in done.stdout.splitlines())
+    return sum(int(line.rpartition(": ")[2]) for line in done.stdout.splitlines() if ".py: " in line)
 
 
 def test_the_first_figures_come_within_four_minutes_and_all_within_nine() -> None:
