@@ -14,7 +14,7 @@ import torch
 from dapo.policy import cpu
 
 # in the order of the rules
-HITS = [199, 41, 11, 68, 1, 21, 18, 15, 26, 247, 2, 1, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1]
+HITS = [199, 41, 11, 68, 1, 21, 18, 15, 26, 247, 2, 1, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]
 
 
 def sources() -> dict[str, str]:
