@@ -105,7 +105,8 @@ class Sampler:
             self.main.close()
 
     def _send_weights(self, policy: Policy, version: int) -> None:
-        policy.free_unused()
+        if self.mesh.on_main(lambda: self.rollouts.engine.is_colocated):
+            policy.release_memory()
         self.mesh.on_main(lambda: self.rollouts.prepare_weights(version))
         weights = policy.weights()
 

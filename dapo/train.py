@@ -55,6 +55,7 @@ def train(config: Config, mesh: Mesh) -> None:
                 updates = [policy.update(minibatch) for minibatch in batch.minibatches]  # 10–11: Eq. 8
                 sampler.write_traces(step, policy.take_traces())
                 log(step, scores | batch.metrics | mismatch | step_metrics(updates))
+                del batch  # servers may generate on its device
                 checkpoints.maybe_save(step + 1, policy, sampler)
             step = config.run.steps
             sampler.load_weights(policy, version=step)

@@ -179,6 +179,11 @@ class Stream(Protocol):
 class Engine(Protocol):
     """A sampler of π_θold. Weights are replaced between rollouts; `stream` takes requests."""
 
+    @property
+    def is_colocated(self) -> bool:
+        """True if it works on the trainer's GPUs: then each side releases its memory for the other."""
+        ...
+
     def stream(self) -> Stream: ...
 
     def prepare_weights(self, version: int) -> None:

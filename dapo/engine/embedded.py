@@ -27,6 +27,8 @@ from dapo.types import Request, Sample, Sampling
 class EmbeddedEngine:
     """The model in this process. A stream's samples are generated when its `completed` is read."""
 
+    is_colocated = False  # its weights stay, and its cache is there only while it generates
+
     def __init__(self, model: Path, dtype: torch.dtype, device: torch.device, max_concurrent: int):
         self.directory = model
         try:

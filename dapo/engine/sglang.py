@@ -36,6 +36,10 @@ class SGLangEngine:
         http.require_connections(max_concurrent * len(servers.workers))
         http.wait(self.client.open())
 
+    @property
+    def is_colocated(self) -> bool:
+        return self.sync.is_colocated
+
     def stream(self) -> SGLangStream:
         return SGLangStream(self)
 

@@ -2,8 +2,8 @@
 
 prepare: inspect every server, pause its generation, open its update. A server that refuses does so here,
          before any rank enters a collective.
-load:    bucket by bucket; then flush the cache, set the weight version and read it back, compare checksums,
-         continue generation.
+load:    bucket by bucket; then free the buckets, resume and flush the caches, set the weight version and read
+         it back, compare checksums, continue generation.
 
 Responses in progress are retracted, not lost: they continue with the new weights, and their `weight_versions`
 say which version wrote each token.
@@ -83,13 +83,11 @@ class WeightSync:
         device = self.peers[0].device
         checksums = Checksums(tensor_ranks, self.num_kv_heads, device, self.num_experts)
         watched = checksums.watch(weights) if self.verify else weights
-        finish: Callable[[], object] = dict  # waits for the bucket before; the first has none
-        for bucket in buckets(watched, self.transport.bucket_bytes, self.transport.device):
-            started = self.transport.start(bucket)
-            finish()
-            finish = started
-        finish()
+        self._send(watched)
         self.transport.commit(version)
+        if self.transport.device.type == "cuda":  # servers on this GPU take the buckets' memory
+            torch.cuda.ipc_collect()
+            torch.cuda.empty_cache()
         self._post(self._in_session(), "/end_weight_update", fields=SUCCESS)
         self._resume(["kv_cache", "cuda_graph"], self._cacheless)
         self._post(self.workers, "/flush_cache")  # keys and values of the old weights
@@ -97,6 +95,11 @@ class WeightSync:
         self._post(self.workers, "/update_weight_version", named, SUCCESS)
         self._check(version, checksums)
         self._post(self.workers, "/continue_generation", fields=STATUS)
+
+    @property
+    def is_colocated(self) -> bool:
+        """True if a server shares the trainer's GPUs."""
+        return any(peer.can_release for peer in self.peers)
 
     def release(self) -> None:
         """Make servers that share the trainer's GPUs free their memory until the next `prepare`."""
@@ -108,6 +111,15 @@ class WeightSync:
 
     def close(self) -> None:
         self.transport.close()
+
+    def _send(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Send bucket by bucket, one while the next is filled. On return nothing holds their memory."""
+        finish: Callable[[], object] = dict  # waits for the bucket before; the first has none
+        for bucket in buckets(weights, self.transport.bucket_bytes, self.transport.device):
+            started = self.transport.start(bucket)
+            finish()
+            finish = started
+        finish()
 
     def _release(self, peer: Peer) -> None:
         """Free the server's memory and note it at once, because another server's failure ends `release`."""

@@ -115,12 +115,13 @@ def packed(sequences: list[_Sequence], config: Config, num_ranks: int) -> list[M
     lengths = [padded(s.length, parallel.sequence_multiple) for s in sequences]
     # the interleaved schedule needs a multiple of `pipeline` microbatches on each rank
     multiple = num_ranks * (parallel.pipeline if parallel.virtual_pipeline > 1 else 1)
-    is_gathered = Passthrough.of(config.policy.megatron).is_allgather
-    bins = pack(lengths, config.policy.tokens_per_microbatch, multiple, by_tokens=is_gathered)
-    least = [1] * len(bins)
-    if is_gathered:  # as many tokens are gathered from every rank: a row of bins is padded to its longest
-        sizes = np.array([sum(lengths[i] for i in b) for b in bins]).reshape(-1, num_ranks)
-        least = sizes.max(axis=1).repeat(num_ranks).tolist()
+    megatron = Passthrough.of(config.policy.megatron)
+    bins = pack(lengths, config.policy.tokens_per_microbatch, multiple, by_tokens=megatron.is_allgather)
+    sizes = np.array([sum(lengths[i] for i in b) for b in bins]).reshape(-1, num_ranks)
+    if megatron.is_allgather:  # as many tokens are gathered from every rank: a row is padded to its longest
+        sizes[:] = sizes.max(axis=1, keepdims=True)
+    unit = parallel.pack_multiple * megatron.token_multiple
+    least = [padded(max(size, 1), unit) for size in sizes.ravel().tolist()]
     return [build([sequences[i] for i in b], parallel, n) for b, n in zip(bins, least, strict=True)]
 
 

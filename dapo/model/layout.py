@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dapo.config import Config, ConfigError, Parallel
-from dapo.model.passthrough import Passthrough
+from dapo.model.passthrough import FP8_MULTIPLES, Passthrough
 from dapo.model.shape import ModelShape, max_tokens
 
 
@@ -11,7 +11,7 @@ def check_layout(shape: ModelShape, config: Config) -> None:
     """Check that the config can hold and train the model. Raise ConfigError with all that is wrong."""
     megatron = Passthrough.of(config.policy.megatron)
     checks = _divisions(shape, config.parallel, megatron) + _recompute(shape, megatron)
-    checks += _offload(megatron, config.policy.dtype)
+    checks += _offload(megatron, config.policy.dtype) + _fp8(shape, config, megatron)
     if wrong := [message for is_wrong, message in checks if is_wrong]:
         raise ConfigError("; ".join(wrong))
 
@@ -88,6 +88,31 @@ def _offload(megatron: Passthrough, dtype: str) -> Checks:
     missing = [option for is_missing, option in wants if is_missing]
     message = f"policy.megatron.optimizer_cpu_offload wants {'; '.join(missing)}"
     return [(megatron.optimizer_cpu_offload and bool(missing), message)]
+
+
+def _fp8(shape: ModelShape, config: Config, megatron: Passthrough) -> Checks:
+    """Return the checks of FP8, which Megatron makes at the first forward pass, or not at all."""
+    if not megatron.fp8:
+        return []
+    recipe = f"policy.megatron.fp8_recipe={megatron.fp8_recipe}"
+    multiple, tensor = FP8_MULTIPLES.get(megatron.fp8_recipe, 1), config.parallel.tensor
+    heads, all_heads = shape.num_heads // tensor, (shape.num_heads + 2 * shape.num_kv_heads) // tensor
+    ffn = shape.expert_ffn_size if shape.num_experts else shape.ffn_size // tensor
+    sizes = {
+        "columns of hidden states": shape.hidden_size,
+        "columns of heads": heads * shape.head_dim,
+        "columns of queries, keys and values": all_heads * shape.head_dim,
+        "columns of an expert" if shape.num_experts else "columns of the MLP": ffn,
+    }
+    return [
+        (megatron.fp8 not in ("e4m3", "hybrid"), f"policy.megatron.fp8={megatron.fp8}: use e4m3 or hybrid"),
+        (megatron.fp8_recipe not in FP8_MULTIPLES,
+         f"{recipe}: use one of {', '.join(FP8_MULTIPLES)}, whose scales do not depend on what was computed "
+         "before, as a token's log-prob must not"),
+        (config.policy.dtype != "bfloat16", "policy.megatron.fp8 wants policy.dtype=bfloat16"),
+        *[(n % multiple != 0, f"{recipe}: {what} on a rank, {n}, are no multiple of {multiple}")
+          for what, n in sizes.items()],
+    ]  # fmt: skip
 
 
 def padded_vocab(shape: ModelShape, tensor: int) -> int:

@@ -16,6 +16,9 @@ from pydantic.dataclasses import dataclass
 
 from dapo.config import ConfigError
 
+# FP8 recipes whose scales come from the tensor itself; a rank's tokens and a matrix's sides are multiples of
+# the values that share a scale, or that a matrix product takes at a time
+FP8_MULTIPLES = {"tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 # refused.md has rows `| why | fields |`
 _TABLE = Path(__file__).with_name("refused.md").read_text(encoding="utf-8")
 _ROWS = re.findall(r"^\| (.+) \| (`.+`) \|$", _TABLE, re.MULTILINE)
@@ -35,6 +38,8 @@ class Passthrough:
     optimizer_offload_fraction: float = 0.0
     use_precision_aware_optimizer: bool = False
     moe_token_dispatcher_type: str = "alltoall"
+    fp8: str | None = None
+    fp8_recipe: str = "delayed"
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> Passthrough:
@@ -58,6 +63,11 @@ class Passthrough:
     def is_allgather(self) -> bool:
         """True if every rank gathers all ranks' tokens for its experts: all must have equally many."""
         return self.moe_token_dispatcher_type == "allgather"
+
+    @property
+    def token_multiple(self) -> int:
+        """Multiple to which each tensor rank's tokens of a microbatch are padded."""
+        return FP8_MULTIPLES[self.fp8_recipe] if self.fp8 else 1
 
     @property
     def recomputed_together(self) -> int:

@@ -29,6 +29,12 @@ class Layer:
     value_bytes: int  # b, of a value of the parameters' type
     backend: Backend
     context: int = 1
+    is_fp8: bool = False
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of a value that a linear keeps of its own input; attention's output is kept as it is."""
+        return 1 if self.is_fp8 else self.value_bytes
 
     @property
     def keys(self) -> float:
@@ -68,14 +74,16 @@ class Layer:
         """Bytes of the feed-forward network or of the experts, without the norm's output."""
         if self.shape.num_experts:
             return self._experts
-        return 5 * self.value_bytes * self.ffn  # gate and up, silu(gate), up + 0, their product
+        # gate and up, silu(gate), up + 0; their product
+        return (4 * self.value_bytes + self.saved_bytes) * self.ffn
 
     @property
     def _experts(self) -> float:
         shape, b = self.shape, self.value_bytes
         # the token as it is sent; gate and up, silu(gate), up + 0, their product, the weighted product; its
         # weight, and its place before it was sent
-        sent = b * (shape.hidden_size + 6 * shape.expert_ffn_size) + 4 + 8
+        sent = 5 * b * shape.expert_ffn_size + 4 + 8
+        sent += self.saved_bytes * (shape.hidden_size + shape.expert_ffn_size)
         chosen = 8 if shape.is_expert_sum_one else 8 - 4  # which ones, and the softmax over them, or over all
         # for each expert a weight, and whether it is chosen
         router = (5 if shape.is_expert_sum_one else 9) * shape.num_experts
@@ -116,4 +124,5 @@ class Layer:
     @property
     def everything(self) -> float:
         """Bytes of the whole layer: both norms, the inputs of the linears after them, attention and MLP."""
-        return 2 * (self.norm + self.stream) + self.attention + self.mlp
+        normed = self.saved_bytes * self.shape.hidden_size / self.tensor
+        return 2 * (self.norm + normed) + self.attention + self.mlp

@@ -12,6 +12,7 @@ from dapo.model.layout import check_layout
 from dapo.model.shape import ModelShape
 from dapo.plan.activations import Backend
 from dapo.plan.memory import GIB, Rank
+from dapo.plan.servers import CONTEXT, FRACTION, Servers, are_colocated
 from dapo.plan.time import Hardware, Time
 
 FREE_FRACTION = 0.05  # of a GPU's memory: what the allocator cannot use between blocks of unlike size
@@ -48,11 +49,26 @@ class Plan:
         """GiB for one rank's tensors."""
         if self.backend == "cpu":
             return self.hardware.memory / self.world - self.hardware.runtime
-        return self.hardware.memory * (1 - FREE_FRACTION) - self.hardware.runtime
+        context = CONTEXT if self.servers else 0.0
+        return self.hardware.memory * (1 - FREE_FRACTION) - self.hardware.runtime - context
+
+    @cached_property
+    def servers(self) -> Servers | None:
+        """The servers on the trainer's GPUs, if there are any."""
+        is_shared = self.backend != "cpu" and are_colocated(self.config)
+        return Servers(self.stages, self.hardware) if is_shared else None
+
+    @property
+    def problems(self) -> list[str]:
+        """Lines about what does not fit; none if all does."""
+        worst, too_much = self.worst, self.worst.peak / GIB - self.room
+        where = f"out of memory during {worst.peak_moment} on stage {worst.stage}"
+        learning = f"{where}: {too_much:.1f} GiB too much" if too_much > 0 else ""
+        return [problem for problem in (learning, self.servers.problem if self.servers else "") if problem]
 
     @property
     def fits(self) -> bool:
-        return self.worst.peak / GIB <= self.room
+        return not self.problems
 
     @property
     def time(self) -> Time:
@@ -92,8 +108,10 @@ def _kinds(plan: Plan) -> list[list[Change]]:
     precision = "use_precision_aware_optimizer=true"  # without it no checkpoint can be loaded
     offload = _passthrough("optimizer_cpu_offload=true", "optimizer_offload_fraction=1.0", precision)
     recompute = {None: [mlp, full], "selective": [full]}
+    fractions = plan.servers.other_fractions if plan.servers else []
     can_offload = plan.backend != "cpu" and policy.dtype == "bfloat16" and not megatron.optimizer_cpu_offload
     return [
+        [Change((f"{FRACTION}={fraction}",)) for fraction in fractions],
         [Change((f"policy.tokens_per_microbatch={n}",)) for n in sorted(num_tokens, reverse=True)],
         recompute.get(megatron.recompute_granularity, []),
         _wider("tensor", parallel.tensor, (2, 4, 8)),

@@ -67,7 +67,7 @@ class Rank:
     @property
     def tokens(self) -> int:
         """Number of packed tokens of a microbatch on a context rank, T."""
-        multiple = self.parallel.pack_multiple
+        multiple = self.parallel.pack_multiple * self.megatron.token_multiple
         return ceil(self.config.policy.tokens_per_microbatch / multiple) * multiple // self.parallel.context
 
     @property
@@ -118,7 +118,12 @@ class Rank:
 
     @property
     def params(self) -> int:
-        return self.value_bytes * self.parameters
+        """Bytes of the parameters; with FP8 also of its copies of matrices, as they are and transposed."""
+        held = self.value_bytes * self.parameters
+        if self.megatron.fp8:
+            tables = (self.stage == 0) + self.is_last - self._is_one_table
+            held += 2 * (self.parameters - tables * self.shape.hidden_size * self._vocab)
+        return held
 
     @property
     def grads(self) -> int:
@@ -148,7 +153,8 @@ class Rank:
 
     @cached_property
     def layer(self) -> Layer:
-        return Layer(self.shape, self.parallel.tensor, self.value_bytes, self.backend, self.parallel.context)
+        context, is_fp8 = self.parallel.context, bool(self.megatron.fp8)
+        return Layer(self.shape, self.parallel.tensor, self.value_bytes, self.backend, context, is_fp8)
 
     @property
     def kept(self) -> int:
@@ -219,6 +225,11 @@ class Rank:
         return padded_vocab(self.shape, self.parallel.tensor) // self.parallel.tensor
 
     @property
+    def _is_one_table(self) -> bool:
+        """True if embedding and head are one."""
+        return self.shape.is_tied and self.parallel.pipeline == 1
+
+    @property
     def table(self) -> int:
         """Bytes of this rank's rows of the embedding, or of the head."""
         return self.value_bytes * self._vocab * self.shape.hidden_size
@@ -259,10 +270,9 @@ class Rank:
     @cached_property
     def moments(self) -> dict[str, int]:
         """Bytes at each possible peak, beyond parameters, gradients, optimizer, batch and engine."""
-        is_one_table = self.shape.is_tied and self.parallel.pipeline == 1  # for embedding and head
         # the head's gradient goes to main_grad; autograd wants one too and gets zeros, to which a tied
         # embedding's gradient is added
-        zeros = self.table if is_one_table else 0
+        zeros = self.table if self._is_one_table else 0
         moments = {"a layer's backward pass": self.activations + self.working + zeros}
         if self.is_last:
             loss = self.layer.stream * self.tokens + max(self.logits, self.table)

@@ -8,12 +8,12 @@ from __future__ import annotations
 from dapo.config import Config, ConfigError
 from dapo.model.layout import check_layout, check_length, padded_vocab
 from dapo.model.parameters import active_parameters, num_parameters
-from dapo.model.passthrough import READ
+from dapo.model.passthrough import READ, Passthrough
 from dapo.model.shape import read_shape
 from dapo.plan.activations import Backend
 from dapo.plan.advice import Plan, remedies
 from dapo.plan.memory import GIB
-from dapo.plan.time import HARDWARE, MACHINE
+from dapo.plan.time import HARDWARE, MACHINE, Hardware
 
 # fields of policy.megatron that change no memory worth counting
 NEGLIGIBLE = {"adam_eps", "bucket_size", "overlap_grad_reduce", "attention_backend", "log_num_zeros_in_grad"}
@@ -36,12 +36,22 @@ def make_plan(
     world = config.parallel.least_world if world is None else world
     if world < 1 or config.parallel.data(world) < 1:
         raise ConfigError(f"a world of {world} processes; expected at least {config.parallel.least_world}")
+    _check_fp8(Passthrough.of(config.policy.megatron), HARDWARE[gpu], has_te)
     backend: Backend = "cpu" if gpu == "cpu" else "transformer_engine" if has_te else "cuda"
     longest = config.data.max_prompt_length + config.rollout.max_response_length
     length = longest // 2 if length is None else length
     if not 1 <= length <= longest:
         raise ConfigError(f"a mean length of {length} tokens; the config allows 1 to {longest}")
     return Plan(config, shape, HARDWARE[gpu], world, backend, length)
+
+
+def _check_fp8(megatron: Passthrough, hardware: Hardware, has_te: bool) -> None:
+    """Raise ConfigError if such devices or layers cannot compute in the FP8 that is asked for."""
+    recipe = f"policy.megatron.fp8_recipe={megatron.fp8_recipe}"
+    if megatron.fp8 and megatron.fp8_recipe not in hardware.fp8:
+        raise ConfigError(f"{recipe}: {hardware.name} has {', '.join(hardware.fp8) or 'no FP8'}")
+    if megatron.fp8 and not has_te:
+        raise ConfigError(f"{recipe} wants Transformer Engine's layers: plan with --transformer-engine")
 
 
 def describe(plan: Plan) -> list[str]:
@@ -96,6 +106,8 @@ def _memory(plan: Plan) -> list[str]:
         total = ranks * max(rank.main_memory for rank in plan.stages) / GIB
         machine = f"the main memory of a machine with {ranks} devices"
         lines.append(f"writing a checkpoint takes {total:.0f} GiB of {machine}")
+    if plan.servers:
+        lines.append(plan.servers.describe(min(plan.world, MACHINE)))
     return lines
 
 
@@ -125,6 +137,9 @@ def _notes(plan: Plan) -> list[str]:
         (plan.worst.samples < plan.data,
          f"an update has {plan.worst.samples} samples for {plan.data} data-parallel ranks: some learn from "
          "nothing"),
+        (bool(config.engine.urls), "servers in engine.urls are taken to be on other devices"),
+        (plan.servers is not None,
+         "the optimizer's state goes to main memory and back in every step: that is not in the seconds"),
         (is_gpu and config.engine.kind == "embedded",
          "the embedded engine's KV cache is not counted: it is there while nothing is learnt"),
     ]  # fmt: skip
@@ -134,14 +149,13 @@ def _notes(plan: Plan) -> list[str]:
 
 def _verdict(plan: Plan) -> list[str]:
     """Return that it fits; or what is missing, and the remedies."""
-    worst = plan.worst
-    if plan.fits:
-        return [f"fits: {plan.room - worst.peak / GIB:.1f} GiB to spare"]
-    too_much = worst.peak / GIB - plan.room
-    lines = [f"out of memory during {worst.peak_moment} on stage {worst.stage}: {too_much:.1f} GiB too much"]
-    for text, changed in remedies(plan):
+    lines = plan.problems
+    if not lines:
+        return [f"fits: {plan.room - plan.worst.peak / GIB:.1f} GiB to spare"]
+    found = remedies(plan)
+    for text, changed in found:
         memory = f"{changed.worst.peak / GIB:.1f} GiB on {changed.world} devices"
         lines.append(f"fits with {text}: {memory}, an update {changed.time.update:.3g} s")
-    if len(lines) == 1:
+    if not found:
         lines.append("nothing known makes it fit: another device, or a smaller model")
     return lines

@@ -25,6 +25,7 @@ class Hardware:
     bandwidth: float  # bytes of the memory
     link: float  # bytes between the devices of a machine
     network: float  # bytes to other machines
+    fp8: tuple[str, ...] = ()  # the recipes that it has; its products are then twice as fast
 
 
 MAIN_MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
@@ -32,13 +33,14 @@ MAIN_MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
 # H20. Memory: what torch reports, as far as known, not the name's GB. Network: an InfiniBand port a GPU, 200
 # Gb/s for A100, 400 Gb/s for the others. MFU and runtime are assumptions: Megatron's own reports have
 # 0.40–0.48 for dense models on H100; packs of unlike sequences and short pipelines reach less.
+HOPPER = ("tensorwise", "blockwise")
 HARDWARE = {
     "a100": Hardware("A100 80GB", 312e12, 0.45, 79.2, 2.0, 2.04e12, 300e9, 25e9),
-    "h100": Hardware("H100 80GB", 989e12, 0.35, 79.2, 2.0, 3.35e12, 450e9, 50e9),
-    "h800": Hardware("H800 80GB", 989e12, 0.35, 79.2, 2.0, 3.35e12, 200e9, 50e9),
-    "h20": Hardware("H20 96GB", 148e12, 0.55, 95.1, 2.0, 4.0e12, 450e9, 50e9),
-    "h200": Hardware("H200 141GB", 989e12, 0.35, 139.8, 2.0, 4.8e12, 450e9, 50e9),
-    "b200": Hardware("B200 180GB", 2250e12, 0.30, 178.3, 2.0, 8.0e12, 900e9, 50e9),
+    "h100": Hardware("H100 80GB", 989e12, 0.35, 79.2, 2.0, 3.35e12, 450e9, 50e9, HOPPER),
+    "h800": Hardware("H800 80GB", 989e12, 0.35, 79.2, 2.0, 3.35e12, 200e9, 50e9, HOPPER),
+    "h20": Hardware("H20 96GB", 148e12, 0.55, 95.1, 2.0, 4.0e12, 450e9, 50e9, HOPPER),
+    "h200": Hardware("H200 141GB", 989e12, 0.35, 139.8, 2.0, 4.8e12, 450e9, 50e9, HOPPER),
+    "b200": Hardware("B200 180GB", 2250e12, 0.30, 178.3, 2.0, 8.0e12, 900e9, 50e9, (*HOPPER, "mxfp8")),
     # one core a process, float32; its memory is this machine's, shared by all processes
     "cpu": Hardware("CPU core", 60e9, 0.5, MAIN_MEMORY, 0.7, 8e9, 2e9, 1e9),
 }
@@ -68,7 +70,7 @@ class Time:
     @property
     def scores(self) -> float:
         """Seconds of the log-probs of a step's samples."""
-        forward = forward_flops(self.rank.shape, self.length)
+        forward = forward_flops(self.rank.shape, self.length, self._faster)
         return self.rank.config.updates_per_step * self._pass(forward)
 
     @property
@@ -77,10 +79,15 @@ class Time:
         return self._pass(self._learning_flops) + self._reduction + self._optimizer
 
     @property
+    def _faster(self) -> float:
+        """Ratio of the layers' matrix products in FP8 to those in bf16, by the data sheet."""
+        return 2.0 if self.rank.megatron.fp8 else 1.0
+
+    @property
     def _learning_flops(self) -> float:
-        """FLOPs of a token's forward and backward pass, and of what is computed again."""
+        """FLOPs, as bf16's, of a token's forward and backward pass, and of what is computed again."""
         shape, megatron = self.rank.shape, self.rank.megatron
-        forward, again = forward_flops(shape, self.length), 0.0
+        forward, again = forward_flops(shape, self.length, self._faster), 0.0
         if megatron.recomputes("full"):
             layers = stage = shape.num_layers // self.rank.parallel.pipeline
             if megatron.recompute_method == "block":
@@ -88,7 +95,7 @@ class Time:
             again = layers / stage * (forward - 2 * shape.vocab_size * shape.hidden_size)
         if megatron.recomputes("mlp") or megatron.recomputes("moe"):
             _, mlp = layer_matrices(shape)
-            again += 2 * shape.num_layers * mlp
+            again += 2 * shape.num_layers * mlp / self._faster
         if megatron.recomputes("core_attn"):
             again += 2 * shape.num_layers * self.length * shape.num_heads * shape.head_dim
         return 3 * forward + again
@@ -112,11 +119,12 @@ class Time:
         return (4 * self.rank.grads + 2 * self.rank.optimizer) / self.hardware.bandwidth
 
 
-def forward_flops(shape: ModelShape, length: int) -> float:
+def forward_flops(shape: ModelShape, length: int, faster: float = 1.0) -> float:
     """Return the FLOPs of one token's forward pass in a sequence of `length`: two for each weight it uses.
 
-    A token attends to half of the sequence on average, in two products.
+    A token attends to half of the sequence on average, in two products. Those of the layers' matrices, which
+    are `faster`, count for less.
     """
     attention = length * shape.num_heads * shape.head_dim
     head = shape.vocab_size * shape.hidden_size
-    return 2 * (shape.num_layers * (sum(layer_matrices(shape)) + attention) + head)
+    return 2 * (shape.num_layers * (sum(layer_matrices(shape)) / faster + attention) + head)

@@ -32,6 +32,7 @@ from dapo.mesh import Mesh
 from dapo.model.shape import read_shape
 from dapo.policy import cpu, metrics, schedule, torch_dist, weight_files
 from dapo.policy.layout import initialize_megatron
+from dapo.policy.memory import UpdateMemory
 from dapo.policy.metrics import Sums
 from dapo.policy.model import build_model, optimizer_config, split_passthrough, transformer_config
 from dapo.policy.optimizer_state import OwnState, group_settings
@@ -42,7 +43,8 @@ PlacedBatch = Batch[Tensor]
 PlacedMicrobatch = Microbatch[Tensor]
 # of the optimizer's groups, set by the config at a restart too; the scheduler sets lr and weight_decay
 SETTINGS = ("max_lr", "min_lr", "betas", "eps")
-EXTRA_STATE = "_extra_state"  # of a module: fp8's scales
+# of a module, left out of checkpoints: scales of FP8, which follow from the tensors with the recipes allowed
+EXTRA_STATE = "_extra_state"
 NOT_TAKEN = "this update was not taken: go on from the last checkpoint; if it fails again, lower optim.lr"
 
 
@@ -84,6 +86,7 @@ class Policy:
             modules = [Float16Module(self.transformer, chunk) for chunk in self.chunks]
         self.models = [DistributedDataParallel(self.transformer, ddp, module) for module in modules]
         self.optimizer = get_megatron_optimizer(optimizer, self.models)
+        self.memory = UpdateMemory(self.models, self.optimizer, mesh.device)
         self.scheduler = self._make_scheduler()
         self.transformer.finalize_model_grads_func = finalize_model_grads
         self.transformer.grad_scale_func = self.optimizer.scale_loss
@@ -157,6 +160,7 @@ class Policy:
 
     def backward(self, minibatch: list[PlacedMicrobatch]) -> Sums:
         """Compute the gradients of a minibatch's loss over all ranks; return sums over response tokens."""
+        self.memory.resume()
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -173,13 +177,27 @@ class Policy:
         return traces
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (Hugging Face name, full tensor) of the whole model on every rank. Every rank drains it."""
-        return self._weights.export()
+        """Yield (Hugging Face name, full tensor) of the whole model on every rank. Every rank drains it.
 
-    def free_unused(self) -> None:
-        """Give back the GPU memory that torch keeps for later: servers that share the GPU need it."""
+        At its end all ranks have given back the memory that this took: servers may take it.
+        """
+        yield from self._weights.export()
+        self._give_back()
+
+    @timed("sync")
+    def release_memory(self) -> None:
+        """Give back the memory that only updates need, on all ranks: servers on the same GPUs generate.
+
+        The next update takes it again. Until then weights can be sent and checkpoints be saved.
+        """
+        self.memory.release()
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """Return what torch keeps for later to the device, on all ranks."""
         if self.mesh.device.type == "cuda":
             torch.cuda.empty_cache()
+        self.mesh.barrier()
 
     @timed("export")
     def save_hf(self, target: Path) -> None:
@@ -252,12 +270,10 @@ class Policy:
     def _sharded_state(self) -> tuple[dict[str, Any], OwnState]:
         """Return this rank's parts of a checkpoint's tensors; and, of those, the optimizer's."""
         metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-        # empty without fp8; and Transformer Engine has other ones than the plain layers
-        left_out = () if self.transformer.fp8 else (EXTRA_STATE,)
         model = {}
         for i, chunk in enumerate(self.chunks):
             entries = chunk.sharded_state_dict(metadata=metadata).items()
-            model[f"chunk{i}"] = {name: entry for name, entry in entries if not name.endswith(left_out)}
+            model[f"chunk{i}"] = {name: entry for name, entry in entries if not name.endswith(EXTRA_STATE)}
         own = OwnState(self.optimizer, model)
         return {"model": model, "state": own.boxes}, own
 

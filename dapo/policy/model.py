@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -21,6 +22,7 @@ from dapo.model.shape import ModelShape
 from dapo.policy.cpu import has_transformer_engine
 from dapo.policy.layers import layer_spec
 from dapo.policy.rope import inverse_frequencies, softmax_scale
+from dapo.types import reason
 
 PLAIN = (bool, int, float, str)  # types of Megatron's fields that are checked here
 
@@ -121,7 +123,23 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         raise ConfigError(f"{both}: Transformer Engine has no such attention; use bfloat16")
     made: TransformerConfig = _make(TransformerConfig, fields | passed, config)
     made.variable_seq_lengths = True  # packed microbatches differ in length
+    if made.fp8:
+        _check_fp8(made)
     return made
+
+
+def _check_fp8(config: TransformerConfig) -> None:
+    """Raise ConfigError if this machine cannot compute in FP8: Megatron would not, or fail later."""
+    asked = f"policy.megatron.fp8={config.fp8} with fp8_recipe={config.fp8_recipe}"
+    if not has_transformer_engine():
+        raise ConfigError(
+            f"{asked} wants a GPU and Transformer Engine's layers: install it, or leave fp8 out"
+        )
+    try:
+        with get_fp8_context(config):
+            pass
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"{asked}: Transformer Engine refuses it: {reason(error)}") from error
 
 
 def _make(cls: type, fields: dict[str, Any], config: Config) -> Any:

@@ -30,12 +30,12 @@ class OwnState:
     def __init__(self, optimizer: Any, model: dict[str, Any]):
         """`model`: the model's sharded state dict, which locates each parameter in the whole."""
         locations = {entry.data: entry for entry in nested_values(model) if isinstance(entry, Sharded)}
-        self._parts = _parts(optimizer)
+        self._parts = parts(optimizer)
         boxes: list[ShardedTensor] = []
         # (optimizer, parameter, its range of the state by name)
         self._owned: list[tuple[Any, Tensor, dict[str, Tensor]]] = []
         for part in self._parts:
-            _initialize(part)
+            initialize(part)
             for param, start in _ranges(part):
                 state = _state(part, param)
                 self._owned.append((part, param, state))
@@ -54,11 +54,11 @@ class OwnState:
 
 def group_settings(optimizer: Any) -> dict[Any, Any]:
     """Return the rest of an optimizer's state in a checkpoint: its groups' settings and steps."""
-    parts = _parts(optimizer)
-    if len(parts) == 1:
-        return without_classes(parts[0].state_dict())  # type: ignore[no-any-return]
+    found = parts(optimizer)
+    if len(found) == 1:
+        return without_classes(found[0].state_dict())  # type: ignore[no-any-return]
     optimizer._synchronize_steps()
-    return {i: without_classes(part.state_dict()) for i, part in enumerate(parts)}
+    return {i: without_classes(part.state_dict()) for i, part in enumerate(found)}
 
 
 def boxes(start: int, end: int, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -124,12 +124,12 @@ def _state(part: Any, param: Tensor) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in state.items() if name != "step"}  # the groups have it
 
 
-def _parts(optimizer: Any) -> list[Any]:
+def parts(optimizer: Any) -> list[Any]:
     """Return the optimizers that Megatron chains: experts have one of their own."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
-def _initialize(part: Any) -> None:
+def initialize(part: Any) -> None:
     """Set moments to 0 where there are none: a checkpoint needs them before the first update too."""
     if not isinstance(part.optimizer, HybridDeviceOptimizer):
         part.init_state_fn(part.optimizer, part.config)

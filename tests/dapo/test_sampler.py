@@ -139,8 +139,9 @@ class OneRank:
 class Main:
     """The main rank's Rollouts: writes down what it is asked; `losses` says which call loses the weights."""
 
-    def __init__(self, losses: Sequence[str] = ()):
+    def __init__(self, losses: Sequence[str] = (), is_colocated: bool = False):
         self.losses = list(losses)
+        self.engine = SimpleNamespace(is_colocated=is_colocated)
         self.calls: list[Any] = []
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -162,8 +163,8 @@ class Policy:
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def free_unused(self) -> None:
-        self.calls.append("free_unused")
+    def release_memory(self) -> None:
+        self.calls.append("release_memory")
 
     def weights(self) -> Iterator[tuple[str, int]]:
         for i in range(3):
@@ -184,11 +185,19 @@ def test_weights_that_are_lost_are_prepared_and_sent_again_and_every_rank_drains
     sampler, policy = make_sampler(tmp_path, rollouts)
     sampler.load_weights(policy, 5)
     assert rollouts.calls == [("prepare_weights", 5), ("load_weights", 5)] * 2
-    assert policy.calls == ["free_unused", "drained"] * 2
+    assert policy.calls == ["drained"] * 2
 
     elsewhere, policy = make_sampler(tmp_path, None)
     elsewhere.load_weights(policy, 5)
-    assert policy.calls == ["free_unused", "drained"]
+    assert policy.calls == ["drained"]
+
+
+def test_memory_for_updates_is_released_before_colocated_servers_prepare(tmp_path: Path) -> None:
+    rollouts = Main(["load_weights"], is_colocated=True)
+    sampler, policy = make_sampler(tmp_path, rollouts)
+    order = policy.calls = rollouts.calls
+    sampler.load_weights(policy, 5)
+    assert order == ["release_memory", ("prepare_weights", 5), ("load_weights", 5), "drained"] * 2
 
 
 def test_a_failure_of_the_engine_is_raised_after_the_weights_are_drained(tmp_path: Path) -> None:
@@ -196,7 +205,7 @@ def test_a_failure_of_the_engine_is_raised_after_the_weights_are_drained(tmp_pat
     sampler, policy = make_sampler(tmp_path, rollouts)
     with pytest.raises(WeightsLost, match="load_weights"):
         sampler.load_weights(policy, 5)
-    assert policy.calls == ["free_unused", "drained"] * (RETRIES + 1)
+    assert policy.calls == ["drained"] * (RETRIES + 1)
 
 
 def test_a_batch_whose_weights_are_lost_is_asked_for_again_after_the_same_weights(tmp_path: Path) -> None:

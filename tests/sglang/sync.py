@@ -10,6 +10,7 @@ import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ class OnlyWeights:
 
     def __init__(self, weights: WeightSync):
         self.prepare_weights, self.load_weights = weights.prepare, weights.load
+        self.engine = SimpleNamespace(is_colocated=True)
 
 
 def generate(server: Server, prompt: list[int], max_tokens: int, **more: Any) -> dict[str, Any]:

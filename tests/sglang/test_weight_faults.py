@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from dapo.assemble import make_engine
 from dapo.config import ConfigError
@@ -343,6 +344,29 @@ def test_memory_is_resumed_weights_first_and_the_cache_after_the_update(
     assert not [call for call in servers[1].calls if "memory" in call], "it does not share the trainer's GPUs"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_bucket_is_held_when_servers_take_the_memory_for_their_caches(
+    kind: str, servers: list[WeightServer], start: Any
+) -> None:
+    servers[0].has_memory_saver = True
+    sync, held = start(kind), list[bool]()
+    buckets_of_sync, plain_start, plain_post = list[StorageWeakRef](), sync.transport.start, servers[0].post
+
+    def watched(bucket: Any) -> Any:
+        buckets_of_sync.append(StorageWeakRef(bucket.data.untyped_storage()))
+        return plain_start(bucket)
+
+    def post(path: str, body: dict[str, Any]) -> None:
+        if path == "/resume_memory_occupation" and "kv_cache" in body["tags"]:
+            held.extend(not ref.expired() for ref in buckets_of_sync)
+        plain_post(path, body)
+
+    sync.transport.start, servers[0].post = watched, post  # type: ignore[method-assign]
+    sync.release()
+    sync.load(iter(make_weights(1)), 1)
+    assert len(held) == len(buckets_of_sync) > 2 and not any(held)
+
+
 def test_a_sync_that_breaks_off_resumes_nothing_twice(servers: list[WeightServer], start: Any) -> None:
     servers[0].has_memory_saver = True
     servers[1].faults["/pause_generation"] = ["refuse"]
@@ -378,6 +402,7 @@ def test_servers_give_up_the_memory_that_they_share_before_the_policy_is_built(
     engine = make_engine(config, SimpleNamespace(device=CPU), lambda: False)  # type: ignore[arg-type]
     try:
         assert servers[0].calls == COLOCATED[:2] and servers[1].calls == []
+        assert engine.is_colocated
     finally:
         engine.close()
 

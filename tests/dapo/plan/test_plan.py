@@ -198,13 +198,13 @@ def test_times_follow_the_hardware_and_the_work(tmp_path: Path) -> None:
 def test_what_is_not_counted_is_said(tmp_path: Path) -> None:
     overrides = [
         "parallel.tensor=4",
-        "policy.megatron.fp8=hybrid",
+        "policy.megatron.activation_func_fp8_input_store=true",
         "policy.megatron.adam_eps=1e-6",
         "policy.dtype=float32",
     ]
     plan = plan_of(tmp_path, "Qwen2.5-7B", *overrides, world=4096)
     first, second, third = (line for line in describe(plan) if line.startswith("note"))
-    assert "policy.megatron.fp8 is not counted" in first
+    assert "policy.megatron.activation_func_fp8_input_store is not counted" in first
     assert "float32 on a GPU" in second
     assert "an update has 512 samples for 1024 data-parallel ranks" in third
 
