@@ -40,7 +40,8 @@ setup(
         "mpmath>=1.3",  # answers that are no integers
     ],
     extras_require={
-        "gpu": ["transformer-engine[pytorch]>=2.9,<2.12", "triton"],
+        # compiled against the torch that is there: pip install --no-build-isolation
+        "gpu": ["transformer-engine[core_cu13,pytorch]==2.20.2", "triton"],
         "sglang": [
             "sglang==0.5.23",
             "sglang-router==0.3.2",

@@ -22,7 +22,7 @@ from typing import NoReturn
 
 from dapo import files
 from dapo.config import Config, ConfigError, Parallel, load
-from dapo.plan import semantics
+from dapo.plan import semantics, stack
 from dapo.plan.plan import describe, make_plan
 from dapo.plan.time import HARDWARE
 from dapo.types import Interrupted, Stopped, reason
@@ -158,6 +158,8 @@ def _plan(config: Config, args: argparse.Namespace) -> int:
 
 def _run(config: Config, models: list[Path] | None) -> int:
     """Train; or evaluate `models`, if there are any."""
+    if fault := stack.trainer_fault():
+        raise ConfigError(fault)
     # torch and Megatron take seconds to import: not before the config is known to be good
     from dapo.mesh import FailedElsewhere, Mesh, is_lost, set_gpu_environment
 

@@ -35,6 +35,7 @@ SLOW = (  # start torchrun, a server, a browser or Triton's interpreter: not par
     "tests/tools/test_convert.py",
     "tests/tools/test_verify_resume.py",
     "tests/fixtures/test_fixtures.py::test_a_run_of_then_goes_on_as_it_would_have",
+    "tests/transformer_engine/",
     "tests/test_commands.py",
     "tests/test_examples.py",
     "tests/test_servers_apart.py",

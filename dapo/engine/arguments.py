@@ -18,7 +18,7 @@ import torch
 from dapo.config import Config, ConfigError, nearest
 from dapo.engine.control import KEY_VARIABLE
 from dapo.engine.process import LOOPBACK, last_error
-from dapo.engine.versions import RUN
+from dapo.plan import stack
 
 IMPORT_TIMEOUT = 300.0  # seconds for SGLang to be imported
 OURS = {  # argument that engine.sglang may not set → what to do instead
@@ -169,6 +169,12 @@ def child_environment(has_cuda: bool, key: str | None = None) -> dict[str, str]:
     return environment if has_cuda else KEEP_MEMORY | environment | {"SGLANG_USE_CPU_ENGINE": "1"}
 
 
+def check_sglang(python: str, has_cuda: bool) -> None:
+    """Raise ConfigError if `python` has no SGLang, or packages beside it that it cannot run with."""
+    if fault := _ask(python, Path(stack.__file__).read_text(), has_cuda, *(["cuda"] if has_cuda else [])):
+        raise ConfigError(f"engine.python={python}: {fault}")
+
+
 @functools.cache
 def known_arguments(python: str, has_cuda: bool) -> Known:
     """Return the arguments of the SGLang that `python` has. Raise ConfigError if it has none."""
@@ -202,9 +208,9 @@ def _parse(listed: bytes) -> Known:
     return {name: (str(main), str(takes)) for name, (main, takes) in known.items()}
 
 
-def _ask(python: str, code: str, has_cuda: bool) -> str:
+def _ask(python: str, code: str, has_cuda: bool, *argv: str) -> str:
     """Return the last line that `code` prints, "" if it prints nothing."""
-    option, command, env = f"engine.python={python}", [python, "-c", code], child_environment(has_cuda)
+    option, command, env = f"engine.python={python}", [python, "-c", code, *argv], child_environment(has_cuda)
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=IMPORT_TIMEOUT)
     except OSError as error:
@@ -213,5 +219,6 @@ def _ask(python: str, code: str, has_cuda: bool) -> str:
         raise ConfigError(f"{option} does not import SGLang within {error.timeout:.0f} s") from error
     if done.returncode:
         why = last_error(done.stderr.splitlines())
-        raise ConfigError(f"{option} has no SGLang that works: {why}; pip install sglang=={RUN[-1]} there")
+        mend = stack.mend("sglang", python=python)
+        raise ConfigError(f"{option} has no SGLang that works: {why}: {mend}")
     return (done.stdout.splitlines() or [""])[-1]

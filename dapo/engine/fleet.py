@@ -169,6 +169,7 @@ class Fleet:
         folder = config.run.dir / "servers"
         python = str(engine.python or sys.executable)
         has_cuda = torch.cuda.is_available()
+        arguments.check_sglang(python, has_cuda)
         known = arguments.known_arguments(python, has_cuda) if engine.sglang else {}
         options = arguments.server_options(config, known, has_cuda)
         sets: list[list[str]] = [[]] * engine.servers

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dapo.engine.control import Server, on_all
+from dapo.plan import stack
 from dapo.types import EngineError
 
-RUN = ("0.5.23",)  # versions that the tests run; others may work
+RUN = (stack.SGLANG,)  # versions that the tests run; others may work
 SERVER_INFO = {"tp_size": int, "pp_size": int, "dp_size": int, "device": str, "enable_memory_saver": bool}
 UNKNOWN = "of unknown version"
 
@@ -74,5 +75,6 @@ def weight_spans(meta: dict[str, Any], length: int) -> list[dict[str, Any]]:
 @functools.cache  # once per version
 def _warn_of(version: str) -> None:
     if version not in RUN:
-        text = f"warning: a server is SGLang {version}; this trainer was run with {', '.join(RUN)} only"
-        print(text, file=sys.stderr, flush=True)
+        run = f"this trainer was run with {', '.join(RUN)} only"
+        mend = f"with the server's Python, pip install {stack.HOW['sglang']}"
+        print(f"warning: a server is SGLang {version}; {run}: {mend}", file=sys.stderr, flush=True)

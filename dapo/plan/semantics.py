@@ -7,7 +7,6 @@ code it runs. Choices that are options are declared in dapo/config.py; those tha
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import platform
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dapo.config import UNSAID, Config, ConfigError
+from dapo.plan import stack
 from dapo.types import reason
 
 Source = Literal["paper", "verl"]
@@ -132,7 +132,7 @@ def _functions(config: Config) -> list[str]:
 def manifest(config: Config, data: str) -> dict[str, Any]:
     """Return what is kept with a run. `data`: the hash of its training prompts."""
     functions = [*_functions(config), *config.reward.shadow]
-    versions = {name: version for name in VERSIONED if (version := _version(name))}
+    versions = {name: version for name in VERSIONED if (version := stack.installed(name))}
     return {
         "choices": {choice.name: choice.value for choice in choices(config)},
         "prompts": data,  # version 0.1.0 kept a hash of their tokens, as "data"
@@ -177,13 +177,6 @@ def fingerprint(function: str) -> str:
     origin = Path(spec.origin)
     files = sorted(origin.parent.glob("*.py")) if module.startswith("dapo.reward") else [origin]
     return hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=8).hexdigest()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _shown(value: Any) -> str:

@@ -9,12 +9,13 @@ does nothing. The version is pinned, and a test counts every rule's hits, so tha
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.abc
-import importlib.metadata
 import importlib.util
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
@@ -24,7 +25,9 @@ from typing import Any
 import torch
 from torch.optim.adamw import adamw
 
-MEGATRON_VERSION = "0.19.2"
+from dapo.plan import stack
+from dapo.types import reason
+
 M_MMAP_THRESHOLD = -3  # malloc.h
 
 
@@ -194,9 +197,26 @@ def return_freed_memory() -> None:
         mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
+@functools.cache
 def has_transformer_engine() -> bool:
-    """True if Transformer Engine is installed and there is a GPU: without one its import fails."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    """True if there is a GPU, and Transformer Engine is installed and can be imported.
+
+    Megatron expects ImportError of one that cannot, and would end with FileNotFoundError, AssertionError and
+    others. So it is tried here, once: the plain layers take its place, and a line says why.
+    """
+    if not torch.cuda.is_available() or importlib.util.find_spec("transformer_engine") is None:
+        return False
+    fault = stack.fault("transformer-engine", stack.TRANSFORMER_ENGINE)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            importlib.import_module("transformer_engine.pytorch.fp8")  # the module that Megatron asks for
+    except (ImportError, OSError, RuntimeError, AssertionError, AttributeError) as error:
+        version = stack.installed("transformer-engine")
+        broken = f"transformer-engine {version} cannot be imported with torch {torch.__version__}"
+        fault = fault or f"{broken} ({reason(error)}): {stack.mend('transformer-engine')}"
+    if fault and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"warning: the plain layers are used: {fault}", file=sys.stderr, flush=True)
+    return fault is None
 
 
 def install() -> None:
@@ -207,15 +227,19 @@ def install() -> None:
     """
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
+    if fault := stack.fault("megatron-core", stack.TRAINER["megatron-core"]):
+        raise ImportError(fault)
     rules = [] if torch.cuda.is_available() else list(NO_CUDA)
     rules += [] if has_transformer_engine() else NO_TRANSFORMER_ENGINE
     if not rules:
         return
-    version = importlib.metadata.version("megatron-core")
-    if version != MEGATRON_VERSION:
-        needed = f"without CUDA and Transformer Engine dapo needs {MEGATRON_VERSION}"
-        raise ImportError(f"megatron-core {version} is installed; {needed}")
     assert "megatron.core" not in sys.modules, "dapo.policy must be imported before megatron.core"
-    if not has_transformer_engine():  # Megatron expects ImportError, TE without a GPU raises RuntimeError
-        sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
+    if not has_transformer_engine():  # to import it raises ImportError then, which Megatron expects
+        for name in [name for name in sys.modules if name.startswith("transformer_engine")]:
+            del sys.modules[name]  # the half that could be imported
+        sys.modules["transformer_engine"] = None  # type: ignore[assignment]
+    if (
+        not torch.cuda.is_available()
+    ):  # SGLang's; without a driver it raises OSError, Megatron expects ImportError
+        sys.modules["flash_mla"] = None  # type: ignore[assignment]
     sys.meta_path.insert(0, _Finder(rules))

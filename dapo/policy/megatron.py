@@ -44,7 +44,7 @@ PlacedMicrobatch = Microbatch[Tensor]
 # of the optimizer's groups, set by the config at a restart too; the scheduler sets lr and weight_decay
 SETTINGS = ("max_lr", "min_lr", "betas", "eps")
 # of a module, left out of checkpoints: scales of FP8, which follow from the tensors with the recipes allowed
-EXTRA_STATE = "_extra_state"
+EXTRA_STATE = "._extra_state"  # a number follows for each of a rank's experts but the first
 NOT_TAKEN = "this update was not taken: go on from the last checkpoint; if it fails again, lower optim.lr"
 
 
@@ -238,7 +238,7 @@ class Policy:
         state = torch_dist.load(tensors, directory)
         for i, chunk in enumerate(self.chunks):
             missing, unexpected = chunk.load_state_dict(state["model"][f"chunk{i}"], strict=False)
-            lacking = [name for name in missing if not name.endswith(EXTRA_STATE)]
+            lacking = [name for name in missing if EXTRA_STATE not in name]
             assert not lacking and not unexpected, (lacking, unexpected)
         with torch.no_grad():
             self.optimizer.load_state_dict(state["optimizer"])
@@ -273,7 +273,7 @@ class Policy:
         model = {}
         for i, chunk in enumerate(self.chunks):
             entries = chunk.sharded_state_dict(metadata=metadata).items()
-            model[f"chunk{i}"] = {name: entry for name, entry in entries if not name.endswith(EXTRA_STATE)}
+            model[f"chunk{i}"] = {name: entry for name, entry in entries if EXTRA_STATE not in name}
         own = OwnState(self.optimizer, model)
         return {"model": model, "state": own.boxes}, own
 

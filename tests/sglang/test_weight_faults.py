@@ -286,9 +286,10 @@ def test_a_version_that_was_not_run_is_said_once(
     servers[0].sglang = servers[1].sglang = "0.5.10"
     for _ in range(2):
         start("tensor").prepare(0)
-    assert (
-        capsys.readouterr().err
-        == "warning: a server is SGLang 0.5.10; this trainer was run with 0.5.23 only\n"
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == (
+        "warning: a server is SGLang 0.5.10; this trainer was run with 0.5.23 only: "
+        "with the server's Python, pip install sglang==0.5.23"
     )
 
 

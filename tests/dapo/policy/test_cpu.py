@@ -39,7 +39,9 @@ def test_every_rule_hits_as_often_as_when_it_was_written() -> None:
 def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.99.0")
     monkeypatch.setattr("sys.meta_path", [])
-    with pytest.raises(ImportError, match=r"megatron-core 0\.99\.0 is installed.*needs 0\.19\.2"):
+    with pytest.raises(
+        ImportError, match=r"megatron-core 0\.99\.0 is installed, dapo needs megatron-core==0\.19\.2: .*pip"
+    ):
         cpu.install()
 
 

@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -30,30 +31,35 @@ def build() -> Path:
     Raises:
         CalledProcessError: pip failed; what it said is on stderr.
     """
-    FOLDER.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{FOLDER}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released when we end, however that may be
-        ready = FOLDER / ".ready"
-        if not ready.is_file() or ready.read_text() != key():
-            print(f"making {FOLDER}: about three minutes, once", file=sys.stderr, flush=True)
-            shutil.rmtree(FOLDER, ignore_errors=True)
-            run(sys.executable, "-m", "venv", str(FOLDER))
-            pip(*PIP_ARGS, TORCH)  # first: another requirement would choose its build
-            pip("--no-deps", "--requirement", str(HERE / "requirements.txt"))
-            ready.write_text(key())
-        [packages] = FOLDER.glob("lib/python*/site-packages")
-        shutil.copytree(HERE / "standins", packages, dirs_exist_ok=True)
+    # torch first: another requirement would choose its build
+    installs = [*PIP_ARGS, TORCH], ["--no-deps", "--requirement", str(HERE / "requirements.txt")]
+    make(FOLDER, key(), sys.executable, installs, "about three minutes")
+    [packages] = FOLDER.glob("lib/python*/site-packages")
+    shutil.copytree(HERE / "standins", packages, dirs_exist_ok=True)
     return PYTHON
+
+
+def make(folder: Path, key: str, python: str, installs: Iterable[Sequence[str]], how_long: str) -> None:
+    """Make a virtual environment of `python` by calls of pip, unless one with this key is there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when we end, however that may be
+        ready = folder / ".ready"
+        if ready.is_file() and ready.read_text() == key:
+            return
+        print(f"making {folder}: {how_long}, once", file=sys.stderr, flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        run(python, "-m", "venv", str(folder))
+        for arguments in installs:
+            pip = str(folder / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"
+            run(*pip, *arguments)
+        ready.write_text(key)
 
 
 def key() -> str:
     """What the packages in it depend on: changed, it is made anew."""
     made_of = f"{TORCH} {sys.version_info[:2]} ".encode() + (HERE / "requirements.txt").read_bytes()
     return hashlib.sha256(made_of).hexdigest()[:16]
-
-
-def pip(*arguments: str) -> None:
-    run(str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments)
 
 
 def run(*command: str) -> None:

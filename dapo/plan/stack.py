@@ -1,0 +1,88 @@
+"""Says which versions go together: what is installed, what is needed, and the command that mends it.
+
+It imports the standard library only: it runs before anything else can fail, and in a server's Python too.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib import metadata
+
+PYTHON = ">=3.11"
+TRAINER = {"torch": ">=2.11", "megatron-core": "==0.19.2", "transformers": ">=5,<6"}
+TRANSFORMER_ENGINE = ">=2.11"  # optional
+SGLANG = "0.5.23"  # the version that the tests run
+HOW = {  # where plain pip would not do
+    "torch": "torch==2.14.1",
+    # its metadata asks for Python 3.12; it runs on 3.11 too
+    "megatron-core": "megatron-core==0.19.2"
+    if sys.version_info >= (3, 12)
+    else "--no-deps --ignore-requires-python megatron-core==0.19.2",
+    # compiled against the torch that is there; without core_cu13 it is CUDA 12's
+    "transformer-engine": "--no-build-isolation 'transformer-engine[core_cu13,pytorch]==2.20.2'",
+    "sglang": f"sglang=={SGLANG}",
+}
+
+
+def installed(package: str) -> str | None:
+    """Return the version of an installed package, None if there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def mend(package: str, needed: str = "", python: str = sys.executable) -> str:
+    """Return the command that installs a package as it is needed."""
+    return f"{python} -m pip install {HOW.get(package) or repr(package + needed)}"
+
+
+def fits(version: str, needed: str) -> bool:
+    """Return True if a version is one of `needed`: "2.11.0a0+nv" is one of ">=2.11", as vendors mean it."""
+    number = _numbers(version)
+    for sign, bound in re.findall(r"(==|>=|<)([\d.]+)", needed):
+        limit = _numbers(bound)
+        if not {"==": number == limit, ">=": number >= limit, "<": number < limit}[sign]:
+            return False
+    return True
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    numbers = [int(number) for number in re.match(r"[\d.]*", version)[0].split(".") if number]  # type: ignore[index]
+    return tuple([*numbers, 0, 0, 0][: max(3, len(numbers))])
+
+
+def fault(package: str, needed: str) -> str | None:
+    """Return one line about a package that is missing or of another version; None if it fits."""
+    found = installed(package)
+    if found and fits(found, needed):
+        return None
+    there = f"{package} {found}" if found else f"no {package}"
+    return f"{there} is installed, dapo needs {package}{needed}: {mend(package, needed)}"
+
+
+def trainer_fault() -> str | None:
+    """Return one line about the first package that the trainer misses; None if all fit."""
+    return next(filter(None, (fault(package, needed) for package, needed in TRAINER.items())), None)
+
+
+def server_fault(has_cuda: bool) -> str | None:
+    """Return one line about this Python's SGLang: there is none, or others are installed than it pins.
+
+    Without CUDA only the first matters, because the pins are for SGLang's GPU kernels.
+    """
+    found = installed("sglang")
+    if not found:
+        return f"no sglang is installed: {mend('sglang')}"
+    listed = "\n".join(metadata.requires("sglang") or [])
+    pins = re.findall(r"^(torch|transformers|sglang-kernel) ?\(?==([\w.]+)", listed, re.MULTILINE)
+    for package, pin in pins if has_cuda else []:
+        if not fits(there := installed(package) or "", f"=={pin}"):
+            there = f"{package} {there}" if there else f"no {package}"
+            return f"{there} is installed, sglang {found} needs {package}=={pin}: {mend('sglang')}"
+    return None
+
+
+if __name__ == "__main__":
+    print(server_fault(has_cuda=sys.argv[1:] == ["cuda"]) or "")
