@@ -83,6 +83,8 @@ def main(out: str) -> None:
     dapo.assemble.EmbeddedEngine = LosingEngine  # type: ignore[misc]
     root, mesh, results = Path(out).parent, Mesh(Parallel(tensor=2)), []
     for name, (LosingEngine.losses, LosingEngine.sync_losses) in CASES.items():
+        # the run that is compared with keeps its memory, the others release it for their engine
+        LosingEngine.is_colocated = name != "never"
         mine = attempt([*OPTIONS, f"run.dir={root / name}"])
         ranks: list[Any] = [None] * mesh.world
         torch.distributed.all_gather_object(ranks, mine)

@@ -13,7 +13,7 @@ from tests.sglang.weight_server import WeightServer
 
 
 def test_a_step_whose_servers_were_lost_is_made_anew_and_is_the_same() -> None:
-    """Lost in mid-evaluation once, in mid-rollout twice."""
+    """Lost in mid-evaluation once, in mid-rollout twice; and the memory for updates is released meanwhile."""
     results = measured("tests.sglang.servers_lost", 2)
     never, lost = results["never"], results["now_and_then"]
     assert [rank["status"] for rank in never["ranks"] + lost["ranks"]] == [0] * 4
