@@ -184,7 +184,7 @@ def test_the_rehearsal(tmp_path: Path) -> None:
 
 
 def number_of_gpu_tests() -> int:
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "--collect-only"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "--collect-only", "-q"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return sum(int(line.rpartition(": ")[2]) for line in done.stdout.splitlines() if ".py: " in line)
 
