@@ -115,7 +115,8 @@ class Sampler:
                 if self.main:
                     self.main.load_weights(weights, version)
             finally:
-                for _ in weights:  # every rank drains them to the end, even if the engine has failed
+                # every rank drains them to the end, even if the engine has failed; none keeps the last one
+                while next(weights, None):
                     heartbeat()
 
         self.mesh.together(load)

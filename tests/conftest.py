@@ -27,6 +27,7 @@ SLOW = (  # start torchrun, a server, a browser or Triton's interpreter: not par
     "tests/dapo/reward/test_pool.py",
     "tests/dapo/rollout/test_evaluate.py::test_the_eval_command",
     "tests/distributed/",
+    "tests/pretend_cuda/",
     "tests/sglang/",
     "tests/kernels/test_linear_policy_loss.py",
     "tests/kernels/test_policy_loss.py",

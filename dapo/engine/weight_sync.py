@@ -85,7 +85,7 @@ class WeightSync:
         watched = checksums.watch(weights) if self.verify else weights
         self._send(watched)
         self.transport.commit(version)
-        if self.transport.device.type == "cuda":  # servers on this GPU take the buckets' memory
+        if torch.cuda.is_initialized():  # servers on this GPU take the memory of buckets and the last weight
             torch.cuda.ipc_collect()
             torch.cuda.empty_cache()
         self._post(self._in_session(), "/end_weight_update", fields=SUCCESS)
