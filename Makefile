@@ -1,10 +1,15 @@
-# make quickstart · test · test-fast · lint · bench · kernel-report · gpu-check · gpu-wheels · sglang-cpu. Each makes .venv if it is not there; nothing else is needed.
-#   TORCH="torch==2.13.0"     which torch: any requirement pip understands, or a wheel's path
-#   PIP_ARGS="--index-url …"  where from (a CPU-only or CUDA build)
+# make quickstart · test · test-fast · lint · bench · kernel-report · gpu-check · gpu-wheels · sglang-cpu · env-check. Each makes .venv if it is not there; nothing else is needed.
+#   TORCH="torch==2.13.0"     another torch than constraints/ name, which then do not apply: any requirement pip understands, or a wheel's path
+#   PIP_ARGS="--index-url …"  where torch is from (a CPU-only or CUDA build)
 #   EXTRAS=dev,gpu            optional parts, see setup.py
 PYTHON ?= python3
 VENV ?= .venv
-TORCH ?= torch==2.13.0
+ifdef TORCH
+CONSTRAINTS ?=
+else
+CONSTRAINTS ?= constraints/python$(shell $(PYTHON) -c "import sys; print('3.%d' % min(sys.version_info.minor, 12))").txt
+TORCH := $(shell grep '^torch==' $(CONSTRAINTS))
+endif
 PIP_ARGS ?=
 EXTRAS ?= dev
 NPROC ?= 2
@@ -63,13 +68,20 @@ gpu-wheels:
 		--dest $(or $(WHEELS),wheels) --requirement benchmarks/gpu_wheels.txt
 	du --apparent-size --block-size=KiB --all $(or $(WHEELS),wheels)
 
-# torch first: another requirement would choose its build
-$(VENV)/.ready: setup.py
+# all of trainer and servers in one environment, outside the clone, as far as a machine without a GPU can: is every module there?
+env-check:
+	$(PYTHON) tests/sglang/environment/check.py
+
+# torch first: another requirement would choose its build. Then Transformer Engine, which is compiled against it
+PIP = $(VENV)/bin/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+comma := ,
+$(VENV)/.ready: setup.py $(CONSTRAINTS)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet $(PIP_ARGS) "$(TORCH)"
-	$(VENV)/bin/python -m pip install --quiet --editable ".[$(EXTRAS)]"
+	$(PIP) $(PIP_ARGS) "$(TORCH)"
+	$(if $(filter gpu,$(subst $(comma), ,$(EXTRAS))),$(PIP) setuptools packaging ninja && $(PIP) --no-build-isolation "transformer-engine[core_cu13$(comma)pytorch]==2.20.2")
+	$(PIP) --editable ".[$(EXTRAS)]"
 	# its metadata want Python 3.12, so pip would refuse it on 3.11, where it has a wheel and runs
-	$(VENV)/bin/python -c "import sys; sys.exit(sys.version_info < (3, 12))" || $(VENV)/bin/python -m pip install --quiet --no-deps --ignore-requires-python megatron-core==0.19.2
+	$(VENV)/bin/python -c "import sys; sys.exit(sys.version_info < (3, 12))" || $(PIP) --no-deps --ignore-requires-python megatron-core==0.19.2
 	touch $@
 
-.PHONY: quickstart test test-fast lint bench kernel-report gpu-check gpu-wheels sglang-cpu
+.PHONY: quickstart test test-fast lint bench kernel-report gpu-check gpu-wheels sglang-cpu env-check

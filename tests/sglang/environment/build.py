@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -21,7 +22,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dapo/sglang-0.5.23-cpu"
 PYTHON = FOLDER / "bin/python"
-TORCH = os.environ.get("TORCH") or "torch==2.13.0"
+CONSTRAINTS = HERE.parents[2] / f"constraints/python3.{min(sys.version_info.minor, 12)}.txt"
+TORCH = os.environ.get("TORCH") or re.findall(r"^torch==.*$", CONSTRAINTS.read_text(), re.MULTILINE)[0]
 PIP_ARGS = shlex.split(os.environ.get("PIP_ARGS", ""))
 
 
