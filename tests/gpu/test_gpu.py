@@ -13,7 +13,7 @@ import torch
 from dapo_kernels import linear_logprobs, linear_policy_loss, policy_loss, reference
 
 from tests.conftest import attend
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import measured, torchrun
 from tests.distributed.moves import OFFLOADED
 
 pytestmark = [
@@ -237,6 +237,16 @@ def test_optimizer_state_in_main_memory_learns_the_same_and_goes_on(tmp_path: Pa
         assert b["policy/grad_norm"] == pytest.approx(a["policy/grad_norm"], rel=0.05)
     assert [row["step"] for row in stopped] == [0, 1, 2, 3, 4]
     assert whole[0]["perf/peak_memory_gib"] <= gpu[0]["perf/peak_memory_gib"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_that_only_updates_need_is_given_back_and_they_go_on(dtype: str) -> None:
+    result = measured("tests.distributed.release", 1)[dtype]
+    kept, released = result["kept"], result["released"]
+    for seen in ("norms", "weights"):  # gradients are added in no fixed order
+        assert released[seen] == pytest.approx(kept[seen], rel=0.05)
+    for held in released["held"]:
+        assert held["gradients"] == held["state"] == 0 < held["gradients before"]
 
 
 def rows_of(run: Path) -> list[dict[str, float]]:
