@@ -165,7 +165,7 @@ def test_the_rehearsal(tmp_path: Path) -> None:
     """The same script with tiny sizes: every stage in its order, its figures, its pages."""
     out = tmp_path / "out"
     command = [sys.executable, "benchmarks/gpu_check.py", "--out", str(out), "--tiny"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2400)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = figures_of(out)
     names: dict[str, list[str]] = {}
@@ -185,7 +185,8 @@ def test_the_rehearsal(tmp_path: Path) -> None:
 
 def number_of_gpu_tests() -> int:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "--collect-only", "-q"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     return sum(int(line.rpartition(": ")[2]) for line in done.stdout.splitlines() if ".py: " in line)
 
 
