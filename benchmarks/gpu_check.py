@@ -25,7 +25,7 @@ import tempfile
 import time
 import zipfile
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import figures
@@ -46,8 +46,6 @@ class Stage:
 
 
 def stages(tiny: bool) -> list[Stage]:
-    """Return the stages. A rehearsal's have four times the time: what it runs on may be busy."""
-
     def script(name: str, *arguments: str) -> list[str]:
         return [sys.executable, f"benchmarks/{name}.py", *arguments, *(["--tiny"] if tiny else [])]
 
