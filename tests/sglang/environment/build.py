@@ -41,8 +41,12 @@ def build() -> Path:
     return PYTHON
 
 
-def make(folder: Path, key: str, python: str, installs: Iterable[Sequence[str]], how_long: str) -> None:
-    """Make a virtual environment of `python` by calls of pip, unless one with this key is there."""
+def make(
+    folder: Path, key: str, python: str, installs: Iterable[Sequence[str]], how_long: str, anew: bool = True
+) -> None:
+    """Make a virtual environment of `python` by calls of pip, unless one with this key is there; one of
+    another key is removed before, or if not `anew` changed.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released when we end, however that may be
@@ -50,7 +54,9 @@ def make(folder: Path, key: str, python: str, installs: Iterable[Sequence[str]],
         if ready.is_file() and ready.read_text() == key:
             return
         print(f"making {folder}: {how_long}, once", file=sys.stderr, flush=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        ready.unlink(missing_ok=True)
+        if anew:
+            shutil.rmtree(folder, ignore_errors=True)
         run(python, "-m", "venv", str(folder))
         for arguments in installs:
             pip = str(folder / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"

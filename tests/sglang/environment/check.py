@@ -59,7 +59,7 @@ def install(python: str) -> Path:
     if "megatron-core==" not in pins.read_text():
         installs.append([*MEGATRON])
     key = hashlib.sha256(pins.read_bytes()).hexdigest()[:16]
-    build.make(folder, key, python, installs, "many minutes and GB")
+    build.make(folder, key, python, installs, "many minutes and 11 GB", anew=False)
     return folder / "bin/python"
 
 
