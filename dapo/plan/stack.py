@@ -5,8 +5,10 @@ It imports the standard library only: it runs before anything else can fail, and
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
+import warnings
 from importlib import metadata
 
 PYTHON = ">=3.11"
@@ -67,10 +69,31 @@ def trainer_fault() -> str | None:
     return next(filter(None, (fault(package, needed) for package, needed in TRAINER.items())), None)
 
 
-def server_fault(has_cuda: bool) -> str | None:
-    """Return one line about this Python's SGLang: there is none, or others are installed than it pins.
+def engine_fault(needed: str = TRANSFORMER_ENGINE) -> str | None:
+    """Return one line about a Transformer Engine that is there, but of another version or not whole.
 
-    Without CUDA only the first matters, because the pins are for SGLang's GPU kernels.
+    Its Python comes without the part that is compiled, and raises more than the ImportError after which
+    Megatron-core goes on without it.
+    """
+    if importlib.util.find_spec("transformer_engine") is None:
+        return None
+    found = installed("transformer-engine")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module("transformer_engine.pytorch.fp8")  # as Megatron-core does
+    except (ImportError, OSError, RuntimeError, AssertionError, AttributeError) as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        pair = f"transformer-engine {found or '(unknown)'} cannot be imported with torch {installed('torch')}"
+        return f"{pair} ({why}): {mend('transformer-engine')}"
+    return fault("transformer-engine", needed) if found else None
+
+
+def server_fault(has_cuda: bool) -> str | None:
+    """Return one line about this Python's SGLang: there is none, others are installed than it pins, or it
+    would end with Transformer Engine's error: a server imports Megatron-core if that is there.
+
+    Without CUDA pins do not matter, because they are for SGLang's GPU kernels.
     """
     found = installed("sglang")
     if not found:
@@ -81,7 +104,7 @@ def server_fault(has_cuda: bool) -> str | None:
         if not fits(there := installed(package) or "", f"=={pin}"):
             there = f"{package} {there}" if there else f"no {package}"
             return f"{there} is installed, sglang {found} needs {package}=={pin}: {mend('sglang')}"
-    return None
+    return engine_fault(needed="") if installed("megatron-core") else None
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import importlib.util
 import os
 import re
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
@@ -26,7 +25,6 @@ import torch
 from torch.optim.adamw import adamw
 
 from dapo.plan import stack
-from dapo.types import reason
 
 M_MMAP_THRESHOLD = -3  # malloc.h
 
@@ -201,21 +199,12 @@ def return_freed_memory() -> None:
 
 @functools.cache
 def has_transformer_engine() -> bool:
-    """True if there is a GPU, and Transformer Engine is installed and can be imported.
-
-    Megatron expects ImportError of one that cannot, and would end with FileNotFoundError, AssertionError and
-    others. So it is tried here, once: the plain layers take its place, and a line says why.
+    """True if there is a GPU, and Transformer Engine is installed and whole; else the plain layers are used,
+    and a line says why if it is not whole. It is tried once.
     """
     if not torch.cuda.is_available() or importlib.util.find_spec("transformer_engine") is None:
         return False
-    fault = stack.fault("transformer-engine", stack.TRANSFORMER_ENGINE)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            importlib.import_module("transformer_engine.pytorch.fp8")  # the module that Megatron asks for
-    except (ImportError, OSError, RuntimeError, AssertionError, AttributeError) as error:
-        version = stack.installed("transformer-engine")
-        broken = f"transformer-engine {version} cannot be imported with torch {torch.__version__}"
-        fault = fault or f"{broken} ({reason(error)}): {stack.mend('transformer-engine')}"
+    fault = stack.engine_fault()
     if fault and os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"warning: the plain layers are used: {fault}", file=sys.stderr, flush=True)
     return fault is None

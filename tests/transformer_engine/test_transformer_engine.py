@@ -124,16 +124,21 @@ def make(folder: Path, version: str, code: str) -> None:
 
 def decide(folder: Path, monkeypatch: pytest.MonkeyPatch, is_first: bool = True) -> bool:
     """Ask whether its layers are used, on a machine with a GPU and this package."""
+    before = forget()
     with monkeypatch.context() as patch:
-        for name in [name for name in sys.modules if name.startswith("transformer_engine")]:
-            patch.delitem(sys.modules, name)
         patch.syspath_prepend(str(folder))
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setenv("LOCAL_RANK", "0" if is_first else "1")
         decided = cpu.has_transformer_engine.__wrapped__()
-        for name in [name for name in sys.modules if name.startswith("transformer_engine")]:
-            patch.delitem(sys.modules, name)
+    forget()
+    sys.modules.update(before)
     return decided
+
+
+def forget() -> dict[str, Any]:
+    """Forget the package's modules. Return them."""
+    names = [name for name in sys.modules if name.startswith("transformer_engine")]
+    return {name: sys.modules.pop(name) for name in names}
 
 
 def test_the_half_of_it_that_can_be_imported_is_out_of_megatrons_way(tmp_path: Path) -> None:

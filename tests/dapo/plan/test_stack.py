@@ -110,6 +110,25 @@ def test_servers_need_what_sglang_pins(
     assert stack.server_fault(has_cuda=False) == (None if there else line.replace("PIP", PIP))  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("has_cuda", [False, True])
+def test_a_server_that_would_import_a_broken_transformer_engine_is_not_started(
+    has_cuda: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine/__init__.py").write_text("raise FileNotFoundError('no shared\\nobject')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)
+    there = {"sglang": "0.5.23", "torch": "2.14.1", "transformer-engine": "2.20.2"}
+    monkeypatch.setattr(stack.metadata, "requires", lambda package: [])
+    monkeypatch.setattr(stack, "installed", there.get)
+    assert stack.server_fault(has_cuda) is None, "without Megatron-core nobody imports it"
+    there["megatron-core"] = "0.19.2"
+    assert stack.server_fault(has_cuda) == (
+        "transformer-engine 2.20.2 cannot be imported with torch 2.14.1 (no shared object): "
+        f"{PIP} {stack.HOW['transformer-engine']}"
+    )
+
+
 def test_it_runs_alone_in_a_servers_python(tmp_path: Path) -> None:
     code = Path(stack.__file__).read_text()
     said = subprocess.check_output([sys.executable, "-I", "-S", "-c", code, "cuda"], text=True)
