@@ -29,6 +29,8 @@ DOCUMENTS = [
 PREPARE, DOWNLOAD = ".venv/bin/python tools/prepare_data.py", ".venv/bin/hf download"
 DATA_SET = '--repo-type dataset --include "data/*" --local-dir .'
 NOT_RUN = {
+    'pip install -c constraints/python3.12.txt -e ".[dev,sglang]"': "downloads 11 GB; `make env-check` does",
+    'pip install -c constraints/python3.12.txt --no-build-isolation -e ".[gpu]"': "compiles for a GPU",
     "git clone … && cd dapo": "what `clone` does",
     "sbatch examples/qwen2.5_32b_paper/launch.sh": "wants SLURM and 128 GPUs; the script runs below",
     "sbatch examples/qwen2.5_32b_paper/launch.sh run.steps=10 optim.lr=2e-6": "wants SLURM and 128 GPUs",

@@ -69,24 +69,30 @@ def trainer_fault() -> str | None:
     return next(filter(None, (fault(package, needed) for package, needed in TRAINER.items())), None)
 
 
-def engine_fault(needed: str = TRANSFORMER_ENGINE) -> str | None:
-    """Return one line about a Transformer Engine that is there, but of another version or not whole.
+def engine_fault(is_server: bool = False) -> str | None:
+    """Return one line about a Transformer Engine that is there, but old or not whole.
 
-    Its Python comes without the part that is compiled, and raises more than the ImportError after which
-    Megatron-core goes on without it.
+    Its Python comes without the part that is compiled. In a server only other errors than ImportError matter:
+    after one Megatron-core goes on without Transformer Engine.
     """
-    if importlib.util.find_spec("transformer_engine") is None:
+    spec = importlib.util.find_spec("transformer_engine")
+    if spec is None:
         return None
+    if spec.origin is None:  # pip leaves folders in which a shared file lay
+        folder = next(iter(spec.submodule_search_locations or ()))
+        return f"{folder} is left of a removed package, and Megatron-core would use it: rm -r {folder}"
     found = installed("transformer-engine")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             importlib.import_module("transformer_engine.pytorch.fp8")  # as Megatron-core does
     except (ImportError, OSError, RuntimeError, AssertionError, AttributeError) as error:
+        if is_server and isinstance(error, ImportError):
+            return None
         why = " ".join(str(error).split()) or type(error).__name__
         pair = f"transformer-engine {found or '(unknown)'} cannot be imported with torch {installed('torch')}"
         return f"{pair} ({why}): {mend('transformer-engine')}"
-    return fault("transformer-engine", needed) if found else None
+    return fault("transformer-engine", TRANSFORMER_ENGINE) if found and not is_server else None
 
 
 def server_fault(has_cuda: bool) -> str | None:
@@ -104,7 +110,7 @@ def server_fault(has_cuda: bool) -> str | None:
         if not fits(there := installed(package) or "", f"=={pin}"):
             there = f"{package} {there}" if there else f"no {package}"
             return f"{there} is installed, sglang {found} needs {package}=={pin}: {mend('sglang')}"
-    return engine_fault(needed="") if installed("megatron-core") else None
+    return engine_fault(is_server=True) if installed("megatron-core") else None
 
 
 if __name__ == "__main__":

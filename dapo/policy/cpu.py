@@ -15,6 +15,7 @@ import importlib.util
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
@@ -164,7 +165,8 @@ class _Loader(SourceFileLoader):
         source = self.get_data(path).decode()
         for rule in self.rules:
             source, _ = rule.apply(source, fullname)
-        return self.source_to_code(source, path)  # type: ignore[no-any-return]
+        with warnings.catch_warnings(action="ignore"):  # of backslashes in its docstrings
+            return self.source_to_code(source, path)  # type: ignore[no-any-return]
 
     def exec_module(self, module: ModuleType) -> None:
         module._cpu = NoCuda  # type: ignore[attr-defined]

@@ -127,6 +127,19 @@ def test_a_server_that_would_import_a_broken_transformer_engine_is_not_started(
         "transformer-engine 2.20.2 cannot be imported with torch 2.14.1 (no shared object): "
         f"{PIP} {stack.HOW['transformer-engine']}"
     )
+    (tmp_path / "transformer_engine/__init__.py").write_text("raise ImportError('undefined symbol')")
+    assert stack.server_fault(has_cuda) is None, "Megatron-core goes on without it"
+
+
+def test_what_pip_leaves_of_transformer_engine_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "transformer_engine"
+    (folder / "common").mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)
+    rest = f"{folder} is left of a removed package, and Megatron-core would use it: rm -r {folder}"
+    assert stack.engine_fault() == stack.engine_fault(is_server=True) == rest
 
 
 def test_it_runs_alone_in_a_servers_python(tmp_path: Path) -> None:
