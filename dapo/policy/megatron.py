@@ -240,8 +240,12 @@ class Policy:
             missing, unexpected = chunk.load_state_dict(state["model"][f"chunk{i}"], strict=False)
             lacking = [name for name in missing if EXTRA_STATE not in name]
             assert not lacking and not unexpected, (lacking, unexpected)
+        saved = state["optimizer"]
+        for part in [saved] if "optimizer" in saved else saved.values():
+            for group in part["optimizer"]["param_groups"]:  # Megatron finds a group by them, too
+                group.update({key: now[0][key] for key in ("max_lr", "min_lr")})
         with torch.no_grad():
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(saved)
             own.take()
         for group, settings in zip(self.optimizer.param_groups, now, strict=True):
             group.update(settings)  # as the config says now

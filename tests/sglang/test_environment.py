@@ -4,6 +4,7 @@ changes. Without what pip does.
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from dapo.engine import versions
+from dapo.plan import stack
 from tests.sglang.environment import build as environment
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="SGLang runs on Linux")
@@ -44,6 +46,30 @@ def test_who_installs_the_servers_gets_what_the_tests_run() -> None:
     )
     assert listed and re.findall(r'"(.*?)"', listed[1]) == ours
     assert [f"sglang=={version}" for version in versions.RUN] == ours[:1]
+
+
+def test_every_import_is_found_wherever_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(environment.HERE))
+    check = importlib.import_module("tests.sglang.environment.check")
+    found = check.imported()
+    assert "varlen_attn" in found["torch.nn.attention.varlen"], "inside a function"
+    assert {"sglang.launch_server", "sglang_router.launch_router"} <= found.keys(), "named, and run"
+    assert found["sglang.srt.server_args"] == {"ServerArgs"}, "in code that is text"
+    assert not check.fault_of("json", {"dumps", "decoder"})
+    assert check.fault_of("json", {"nothing"}).startswith(
+        "ModuleNotFoundError: No module named 'json.nothing'"
+    )
+
+
+def test_constraints_name_what_is_asked_for() -> None:
+    for version in ("3.11", "3.12"):
+        pins = (environment.CONSTRAINTS.parent / f"python{version}.txt").read_text()
+        for package, needed in stack.TRAINER.items():
+            [pin] = re.findall(rf"^{package}==(.+)$", pins, re.MULTILINE) or ["0.19.2"]  # of Megatron on 3.11
+            assert stack.fits(pin, needed), package
+        assert "megatron-core==" in pins or version == "3.11"
+    assert f"\nsglang=={stack.SGLANG}\n" in pins
+    assert stack.HOW["torch"] in pins.splitlines() and "\ntransformer-engine==2.20.2\n" in pins
 
 
 def test_it_is_made_once_torch_first_and_holds_the_standins(commands: list[str]) -> None:

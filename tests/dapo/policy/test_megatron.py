@@ -164,3 +164,16 @@ def test_one_token_that_weighs_something_makes_an_update(policy: Policy) -> None
     before = state_of(policy)
     assert policy.update(batch.minibatches[1])["taken"] == 1.0
     assert not all(map(torch.equal, before, state_of(policy)))
+
+
+def test_a_checkpoint_goes_on_with_another_learning_rate(
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Megatron finds the optimizer's groups by it."""
+    saving = policy.save(tmp_path)
+    saving.start(in_background=False)
+    saving.finish()
+    for group in policy.optimizer.param_groups:
+        monkeypatch.setitem(group, "max_lr", 7e-5)
+    policy.load(tmp_path)
+    assert [group["max_lr"] for group in policy.optimizer.param_groups] == [7e-5, 7e-5]

@@ -3,7 +3,8 @@ module that the sources import: `python check.py`, or `make env-check`.
 
 The environment is all of constraints/, without what is compiled on a machine with a GPU. It lies in
 $XDG_CACHE_HOME/dapo and is made once, of Python 3.12 if there is one. A line for each module; status 1 if
-one cannot be imported.
+one cannot be imported. Then a step of the example is trained there, with a server of the same environment:
+GPU kernels are stood in for (standins/), what needs a driver looks absent (hidden/).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -24,7 +26,8 @@ from pathlib import Path
 
 import build
 
-ROOT = Path(__file__).parents[3]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
 SOURCES = ("dapo", "kernels", "tools", "examples")
 OURS = {"dapo", "dapo_kernels", "task", *(path.stem for path in (ROOT / "tools").glob("*.py"))}
 COMPILED = "transformer-engine-torch"  # against the installed torch, by nvcc: left to a machine with a GPU
@@ -129,10 +132,20 @@ def main(argv: list[str]) -> int:
     python = install(find_python())
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = os.environ | {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
-    parts = (
-        ("trainer", "servers") if list(python.parents[1].glob("lib/*/site-packages/sglang")) else ("trainer",)
-    )
-    return max(subprocess.call([str(python), __file__, part], env=environment) for part in parts)
+    has_servers = bool(list(python.parents[1].glob("lib/*/site-packages/sglang")))
+    parts = ["trainer", "servers"] if has_servers else ["trainer"]
+    faults = [subprocess.call([str(python), __file__, part], env=environment) for part in parts]
+    return max(*faults, train(python, environment) if has_servers else 0)
+
+
+def train(python: Path, environment: dict[str, str]) -> int:
+    """Train a step in the environment, with a server. Return the exit status."""
+    path = os.pathsep.join([str(HERE / "hidden"), str(HERE / "standins"), environment["PYTHONPATH"]])
+    launch = [str(python), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["parallel.tensor=1", "engine.kind=sglang", "run.steps=1", f"run.dir={folder}/run"]
+        command = [*launch, "-m", "dapo", "train", "examples/arithmetic/config.yaml", *options]
+        return subprocess.call(command, env=environment | {"PYTHONPATH": path}, cwd=ROOT)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+raise ImportError("its compiled part needs a GPU's driver")
