@@ -136,7 +136,7 @@ def test_what_pip_leaves_of_transformer_engine_is_named(
 ) -> None:
     folder = tmp_path / "transformer_engine"
     (folder / "common").mkdir(parents=True)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])  # a whole one anywhere else comes first
     monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)
     rest = f"{folder} is left of a removed package, and Megatron-core would use it: rm -r {folder}"
     assert stack.engine_fault() == stack.engine_fault(is_server=True) == rest
