@@ -231,8 +231,7 @@ def install() -> None:
         for name in [name for name in sys.modules if name.startswith("transformer_engine")]:
             del sys.modules[name]  # the half that could be imported
         sys.modules["transformer_engine"] = None  # type: ignore[assignment]
-    if (
-        not torch.cuda.is_available()
-    ):  # SGLang's; without a driver it raises OSError, Megatron expects ImportError
+    # SGLang's: without a driver it raises OSError, Megatron expects ImportError
+    if not torch.cuda.is_available():
         sys.modules["flash_mla"] = None  # type: ignore[assignment]
     sys.meta_path.insert(0, _Finder(rules))
