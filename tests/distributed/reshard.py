@@ -120,7 +120,9 @@ def write_as_megatron(policy: Policy, mesh: Mesh, directory: Path) -> Path:
 
 def settings(checkpoint: Path) -> Any:
     """Return the number of updates, and the settings of the optimizer's groups."""
-    found = torch.load(checkpoint / "policy/common.pt", weights_only=False)
+    from megatron.core import dist_checkpointing  # after dapo.policy, which adapts it
+
+    found = dist_checkpointing.load_common_state_dict(checkpoint / "policy")
     optimizer = found["optimizer"]
     # experts have one of their own
     parts = [optimizer] if "optimizer" in optimizer else [optimizer[i] for i in sorted(optimizer)]
