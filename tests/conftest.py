@@ -52,6 +52,7 @@ TOGETHER = {  # file → what it shares with other files, in one process; every 
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark slow tests, and what runs in one process. Slow ones come first: no process waits long."""
     for item in items:
