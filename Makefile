@@ -29,7 +29,7 @@ quickstart: $(VENV)/.ready $(if $(filter sglang,$(ENGINE)),$(if $(SGLANG_PYTHON)
 
 # in two processes: tests wait for servers and time limits half of their time
 test: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest -n $(TEST_JOBS) --dist loadgroup --no-loadscope-reorder
+	$(VENV)/bin/python -m pytest -n $(TEST_JOBS) --no-loadscope-reorder
 
 # without torchrun and servers: see the marks in tests/conftest.py
 test-fast: $(VENV)/.ready
