@@ -2,7 +2,8 @@
 
 A run writes one with a thread of each rank; a single process reads and writes one chunk by chunk.
 A directory holds *.distcp files (chunks of tensors end to end, each as torch.save writes it), .metadata (a
-pickle: the file and offset of each chunk), common.pt and metadata.json (all else, and the format's name).
+pickle: the file and offset of each chunk) and metadata.json (the format's name). What is no tensor is an
+object among the chunks, "common_state"; Megatron-core before 0.19, and our converter, write common.pt.
 A pickle can run code when it is read: only the classes that the format needs are admitted.
 """
 

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.distributed.activations import CASES
-from tests.distributed.launch import measured
+from tests.distributed.launch import forked, measured
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -12,9 +12,9 @@ def test_the_plan_counts_what_autograd_keeps(case):
 
     Experts are planned to get equally many tokens, so ranks that split them are right only together.
     """
-    ranks = measured("tests.distributed.activations", case.tensor * case.pipeline * case.context)[case.name][
-        "ranks"
-    ]
+    ranks = measured("tests.distributed.activations", case.tensor * case.pipeline * case.context, forked)[
+        case.name
+    ]["ranks"]
     if case.expert > 1:
         assert sum(rank["planned"] for rank in ranks) == pytest.approx(
             sum(rank["measured"] for rank in ranks), rel=0.03
@@ -27,7 +27,7 @@ def test_the_plan_counts_what_autograd_keeps(case):
 
 def test_nothing_is_kept_where_all_is_recomputed():
     """A check of the measure itself: one row of the residual stream a layer, a fifteenth of everything."""
-    results = measured("tests.distributed.activations", 1)
+    results = measured("tests.distributed.activations", 1, forked)
     assert (
         results["all layers recomputed"]["ranks"][0]["measured"]
         < results["float32"]["ranks"][0]["measured"] / 10

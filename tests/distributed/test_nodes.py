@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launch import ROOT, measured, numbers
+from tests.distributed.launch import ROOT, forked, measured, numbers
 
 SCRIPT = "examples/qwen2.5_32b_paper/launch.sh"
 SCONTROL = """#!/bin/bash
@@ -61,7 +61,7 @@ def run(commands: list[list[str]], env: dict[str, str], folder: Path) -> None:
 
 
 def test_two_agents_of_one_process_train_to_the_numbers_of_one_agent_of_two(tmp_path: Path) -> None:
-    one_agent = measured("tests.distributed.traces", 2)["data-parallel"]
+    one_agent = measured("tests.distributed.traces", 2, forked)["data-parallel"]
     env = environment(tmp_path, 1) | {"NODES": "2", "HEAD": "127.0.0.1"}
     command = ["bash", SCRIPT, f"run.dir={tmp_path / 'run'}", *one_agent["options"]]
     run([command] * 2, env, tmp_path)
@@ -73,7 +73,7 @@ def test_a_slurm_job_of_two_nodes_of_two_processes_trains_to_the_numbers_of_two(
     for name, body in {"scontrol": SCONTROL, "srun": SRUN}.items():
         (tmp_path / name).write_text(body)
         (tmp_path / name).chmod(0o755)
-    two = measured("tests.distributed.traces", 2)["tensor-parallel"]
+    two = measured("tests.distributed.traces", 2, forked)["tensor-parallel"]
     env = environment(tmp_path, 2) | {
         "SLURM_JOB_ID": "7",
         "SLURM_NNODES": "2",

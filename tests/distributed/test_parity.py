@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.cases import CASES, FAULTS, Bounds, Case
-from tests.distributed.launch import measured
+from tests.distributed.launch import forked, measured
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -43,7 +43,7 @@ def test_a_damaged_policy_is_refused_before_an_update(case: Case) -> None:
 
 
 def measured_of(case: Case) -> dict[str, Any]:
-    return measured("tests.distributed.parity", case.world)[case.name]  # type: ignore[no-any-return]
+    return measured("tests.distributed.parity", case.world, forked)[case.name]  # type: ignore[no-any-return]
 
 
 def grad_norm_gap(result: dict[str, Any]) -> float:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.launch import measured
+from tests.distributed.launch import forked, measured
 from tests.distributed.release import CASES, STEPS
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_updates_and_checkpoints_are_the_same_to_the_bit(case: str) -> None:
-    result = measured("tests.distributed.release", 2)[case]
+    result = measured("tests.distributed.release", 2, forked)[case]
     for seen in ("norms", "weights"):
         assert result["kept"][seen] == result["released"][seen]
     assert result["kept"]["weights"][0] != result["kept"]["weights"][1], "nothing was learnt"
@@ -19,7 +19,7 @@ def test_updates_and_checkpoints_are_the_same_to_the_bit(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_but_parameters_is_held_while_servers_generate(case: str) -> None:
-    result = measured("tests.distributed.release", 2)[case]
+    result = measured("tests.distributed.release", 2, forked)[case]
     assert len(result["released"]["held"]) == STEPS + 1
     for step, held in enumerate(result["released"]["held"]):
         assert held["gradients before"] > 0 and held["gradients"] == 0

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launch import measured
+from tests.distributed.launch import forked, measured
 from tests.distributed.moves import MOVES, is_bfloat16
 
 
 @pytest.fixture(params=MOVES, ids=" → ".join)
 def result(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return measured("tests.distributed.reshard", 4)[" → ".join(request.param)]
+    return measured("tests.distributed.reshard", 4, forked)[" → ".join(request.param)]
 
 
 def test_every_tensor_lies_where_megatron_writes_it(result: dict[str, Any]) -> None:
@@ -45,14 +45,14 @@ def test_what_follows_is_the_run_that_did_not_move(result: dict[str, Any]) -> No
 
 
 def test_nan_on_one_rank_is_refused_before_a_save_and_when_a_checkpoint_holds_it() -> None:
-    before, after = measured("tests.distributed.reshard", 4)["poisoned"]["said"].split("; loaded: ")
+    before, after = measured("tests.distributed.reshard", 4, forked)["poisoned"]["said"].split("; loaded: ")
     found = "1 parameters hold NaN or infinite values, first model.layers.0.mlp.down_proj.weight"
     assert before.startswith(found)
     assert f"poisoned/policy: {found}" in after
 
 
 def test_the_optimizer_goes_on_with_what_the_config_says_now() -> None:
-    groups = measured("tests.distributed.reshard", 4)["poisoned"]["groups"]
+    groups = measured("tests.distributed.reshard", 4, forked)["poisoned"]["groups"]
     assert len(groups) == 2
     assert {(group["max_lr"], *group["betas"]) for group in groups} == {(7e-5, 0.8, 0.9)}
     assert all(0 < group["lr"] <= 7e-5 for group in groups)

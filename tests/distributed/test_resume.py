@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.launch import measured
+from tests.distributed.launch import forked, measured
 
 
 def test_learning_from_dumped_rollouts_equals_the_run_that_dumped_them() -> None:
-    result = measured("tests.distributed.resume", 2)["replay"]
+    result = measured("tests.distributed.resume", 2, forked)["replay"]
     assert result["rows"] and result["weights"]
     assert result["dumped_only"] and result["same_batch"], "rollout.only samples the same and learns nothing"
     assert result["checkpoints"] == ["step-000001"], "a run that has not learnt yet can be saved"
@@ -28,7 +28,7 @@ LAYOUTS = {  # how its newest checkpoint was damaged → what the warning says
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_resuming_from_the_checkpoint_before_a_damaged_one_equals_going_on(layout: str) -> None:
-    result = measured("tests.distributed.resume", 2)[layout]
+    result = measured("tests.distributed.resume", 2, forked)[layout]
     assert len(result["warnings"]) == 1 and LAYOUTS[layout] in result["warnings"][0], result["warnings"]
     assert "step-000002 is damaged" in result["warnings"][0]
     assert result["steps"] == [0, 1, 2, 3, 4], "each step once, also the one that was made twice"
@@ -43,13 +43,13 @@ def test_resuming_from_the_checkpoint_before_a_damaged_one_equals_going_on(layou
 
 @pytest.mark.parametrize("layout", ["data-parallel", "context-parallel", "expert-parallel"])
 def test_ranks_that_have_the_same_share_the_writing(layout: str) -> None:
-    least, most = measured("tests.distributed.resume", 2)[layout]["written"]
+    least, most = measured("tests.distributed.resume", 2, forked)[layout]["written"]
     assert most < 1.5 * least
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_number_of_the_optimizer_is_written_once_by_the_rank_that_owns_it(layout: str) -> None:
-    found = measured("tests.distributed.resume", 2)[layout]["optimizer"]
+    found = measured("tests.distributed.resume", 2, forked)[layout]["optimizer"]
     assert found["times"] == [1], "each number once: by one rank, and by no other"
     assert sum(found["bytes"]) == found["wanted"], "a float32 and two moments of each parameter"
     assert found["main"], "the main parameters are others than the parameters"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.launch import measured
+from tests.distributed.launch import forked, measured
 
 
 @pytest.mark.parametrize(
     "layout", ["data-parallel", "tensor-parallel", "pipeline-parallel", "context-parallel", "interleaved"]
 )
 def test_traces_say_of_every_token_what_follows_from_its_log_probs(layout: str) -> None:
-    result = measured("tests.distributed.traces", 2)[layout]
+    result = measured("tests.distributed.traces", 2, forked)[layout]
     assert result["same_samples"], "a trace for each sample that was learnt from, in the dump's order"
     assert result["mismatch"] < 1e-4, "a token's own π_θold, at its own place"
     assert result["wrong_flags"] == 0
@@ -20,18 +20,19 @@ def test_traces_say_of_every_token_what_follows_from_its_log_probs(layout: str) 
 
 
 def test_only_the_groups_in_the_dump_are_traced() -> None:
-    result = measured("tests.distributed.traces", 2)["a part"]
+    result = measured("tests.distributed.traces", 2, forked)["a part"]
     assert result["groups"] == 2 and result["same_samples"] and result["mismatch"] < 1e-4
 
 
 def test_a_run_that_dumps_nothing_traces_nothing() -> None:
-    assert not measured("tests.distributed.traces", 2)["nothing"]["is_dumped"]
+    assert not measured("tests.distributed.traces", 2, forked)["nothing"]["is_dumped"]
 
 
 def test_a_rank_receives_its_own_shard_only() -> None:
     """Of the same samples the other tensor rank needs all, the other data-parallel rank half."""
     (all_of_it, total), (shard, of_both) = (
-        measured("tests.distributed.traces", 2)[f"{x}-parallel"]["received"] for x in ("tensor", "data")
+        measured("tests.distributed.traces", 2, forked)[f"{x}-parallel"]["received"]
+        for x in ("tensor", "data")
     )
     assert total == all_of_it > 10_000 and of_both == shard, "the main rank was sent something"
     assert shard == pytest.approx(all_of_it / 2, rel=0.15)

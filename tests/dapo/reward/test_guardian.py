@@ -40,7 +40,11 @@ if __name__ == "__main__":
 def start(tmp_path, function, text, then="pass"):
     (tmp_path / "main.py").write_text(MAIN)
     arguments = [function, text, str(tmp_path / "ids"), then]
-    return subprocess.Popen([sys.executable, str(tmp_path / "main.py"), *arguments], cwd=ROOT)
+    command = [sys.executable, str(tmp_path / "main.py"), *arguments]
+    # it is ignored if the tests run in the background
+    return subprocess.Popen(
+        command, cwd=ROOT, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
 
 
 def ids_in(path, count, main=None):
