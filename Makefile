@@ -24,8 +24,8 @@ export OMP_NUM_THREADS ?= 1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT ?= 600
 
 quickstart: $(VENV)/.ready $(if $(filter sglang,$(ENGINE)),$(if $(SGLANG_PYTHON),,sglang-cpu))
-	$(VENV)/bin/python -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m dapo train examples/arithmetic/config.yaml \
-		parallel.tensor=$(NPROC) run.dir=$(RUN) engine.kind=$(ENGINE) $(if $(filter sglang,$(ENGINE)),engine.python=$(or $(SGLANG_PYTHON),$(SGLANG_CPU)))
+	$(VENV)/bin/dapo train examples/arithmetic/config.yaml --nproc $(NPROC) parallel.tensor=$(NPROC) run.dir=$(RUN) \
+		engine.kind=$(ENGINE) $(if $(filter sglang,$(ENGINE)),engine.python=$(or $(SGLANG_PYTHON),$(SGLANG_CPU)))
 
 # in two processes: tests wait for servers and time limits half of their time
 test: $(VENV)/.ready

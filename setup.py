@@ -8,11 +8,12 @@ from setuptools import find_packages, setup
 TEST = ["pytest>=8", "pytest-xdist>=3.7", "hypothesis>=6.100", "triton>=3.7; sys_platform == 'linux'"]
 
 setup(
-    name="dapo",
+    name="dapo-rl",  # PyPI's "dapo" is another project
     version="0.1.0",
     description="DAPO (arXiv:2503.14476) on Megatron-core: RL that teaches language models to reason",
     license="Apache-2.0",
     python_requires=">=3.11",
+    entry_points={"console_scripts": ["dapo = dapo.__main__:script"]},
     packages=[*find_packages(include=["dapo", "dapo.*"]), "dapo_kernels"],
     package_dir={"dapo_kernels": "kernels/dapo_kernels"},
     package_data={

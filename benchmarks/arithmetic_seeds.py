@@ -22,8 +22,8 @@ def run(
     seed: int, processes: int, directory: Path, overrides: list[str]
 ) -> tuple[dict[int, float], float, dict[str, float]]:
     """Train; return accuracy by step, wall seconds from launch to end, and the last step's metrics."""
-    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {processes} -m dapo train"
-    command = [sys.executable, *torchrun.split(), "examples/arithmetic/config.yaml"]
+    dapo = f"-m dapo train examples/arithmetic/config.yaml --nproc {processes}"
+    command = [sys.executable, *dapo.split()]
     options = [f"run.seed={seed}", f"run.dir={directory}", f"parallel.tensor={processes}", *overrides]
     start = time.perf_counter()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

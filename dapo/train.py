@@ -1,6 +1,6 @@
 """DAPO (arXiv:2503.14476), Algorithm 1. Every rank runs this same program; the main rank also samples.
 
-torchrun --nproc-per-node 2 -m dapo train examples/arithmetic/config.yaml
+dapo train examples/arithmetic/config.yaml --nproc 2
 """
 
 from __future__ import annotations

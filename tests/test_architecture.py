@@ -30,6 +30,7 @@ FLOORS = [
     {"sampler"},
     {"assemble"},
     {"train"},
+    {"command"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # no process groups: testable in milliseconds

@@ -22,10 +22,10 @@ from dapo import verify
 
 def train(directory: Path, steps: int, nproc: int, options: list[str]) -> None:
     """Train up to `steps` steps in `directory`, from the checkpoint that is there."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
     always = [f"run.dir={directory}", f"run.steps={steps}", "run.resume=auto"]
     always += ["rollout.dump_share=1.0", "eval.data=null"]
-    subprocess.run([*torchrun, "-m", "dapo", "train", *options, *always], check=True, stdout=sys.stderr)
+    dapo = [sys.executable, "-m", "dapo", "train", "--nproc", str(nproc)]
+    subprocess.run([*dapo, *options, *always], check=True, stdout=sys.stderr)
 
 
 def describe(found: verify.Finding, tolerance: float) -> tuple[str, bool]:

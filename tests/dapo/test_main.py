@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-import dapo.__main__
+import dapo.command.run
 import dapo.mesh
 import dapo.train
 from dapo import files
-from dapo.__main__ import ERROR_FILE, main
+from dapo.__main__ import main
+from dapo.command.last_line import ERROR_FILE
 from dapo.config import ConfigError
 from dapo.mesh import FailedElsewhere
 from dapo.policy.megatron import PolicyError
@@ -106,7 +107,7 @@ def test_ctrl_c_while_a_run_starts_is_one_line(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dapo.__main__, "guard", interrupt)
+    monkeypatch.setattr(dapo.command.run, "guard", interrupt)
     assert main(["train", str(CONFIG)]) == 130
     assert capsys.readouterr().err == "interrupted; not saved\n"
 

@@ -154,11 +154,13 @@ def test_a_bad_config_is_refused_before_anything_is_loaded(argument: str) -> Non
 
 
 def test_an_exception_on_one_rank_stops_all_and_is_told_once(tmp_path: Path) -> None:
-    done = torchrun(2, "-m", "tests.distributed.one_rank_fails", str(tmp_path / "run"), timeout=120)
+    run = tmp_path / "run"
+    done = torchrun(2, "-m", "tests.distributed.one_rank_fails", str(run), timeout=120)
     assert done.returncode != 0
-    assert done.stdout.count("Traceback") - done.stdout.count("ChildFailedError: \n") == 1, done.stdout
-    assert "ZeroDivisionError: on rank 1" in done.stdout
-    assert not list((tmp_path / "run").glob("checkpoints/*"))
+    line = f"error: ZeroDivisionError: on rank 1; the traceback is in {run / 'traceback.txt'}"
+    assert done.stdout.splitlines().count(line) == 1, done.stdout
+    assert "in fail_on_rank_1" in (run / "traceback.txt").read_text()
+    assert not list(run.glob("checkpoints/*"))
 
 
 def test_a_run_killed_while_it_saves_leaves_no_process_and_goes_on_from_the_checkpoint_before(
@@ -213,39 +215,54 @@ def test_a_run_killed_while_it_saves_leaves_no_process_and_goes_on_from_the_chec
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    options = [f"run.dir={run}", "run.steps=8", "run.save_every=100", "eval.data=null", "parallel.tensor=2"]
-    command = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "dapo",
-        "train",
-        "examples/arithmetic/config.yaml",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, *command, *options], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text().strip():
+DAPO = [sys.executable, "-m", "dapo", "train", "examples/arithmetic/config.yaml", "eval.data=null"]
+
+
+def started(run: Path, *options: str) -> subprocess.Popen[str]:
+    """A run of two ranks that dapo launches itself, once it has made a step."""
+    command = [*DAPO, "--nproc", "2", "parallel.tensor=2", f"run.dir={run}", *options]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 120
+    done = metrics.read_text() if metrics.exists() else ""
+    while not metrics.exists() or len(metrics.read_text()) <= len(done):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)
+    return process
+
+
+def test_a_run_that_dapo_launches_says_last_how_it_ended(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = started(run, "run.steps=8", "run.save_every=100")
     process.send_signal(signal.SIGINT)
     _, printed = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert printed.count("interrupted; saved in") == 1, printed
+    assert process.returncode == 130
+    assert printed.count("interrupted") == 1, printed
+    assert printed.splitlines()[-1] == f"interrupted; saved in {run}, the same command goes on from there"
     [saved] = (run / "checkpoints").glob("step-*")
     step = int(saved.name.removeprefix("step-"))
     assert 1 <= step < 8
 
+    process = started(run, "run.steps=8", "run.save_every=100")
+    [launched] = [p for p in psutil.Process(process.pid).children() if p.environ().get("RANK") == "1"]
+    launched.kill()
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert printed.count("error") == 1, printed
+    assert printed.splitlines()[-1].startswith("error: rank 1 was ended by SIGKILL")
+
+    options = ["eval.data=null", "parallel.tensor=2", f"run.dir={run}", "run.steps=8"]
     done = torchrun(2, "-m", "dapo", "train", "examples/arithmetic/config.yaml", *options)
     assert done.returncode == 0, done.stdout
     assert f"going on from step {step} of 8" in done.stdout
     assert [row["step"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())] == list(
         range(9)
     )
+
+
+def test_what_a_rank_refuses_is_the_last_line(tmp_path: Path) -> None:
+    refused = [f"policy.model={tmp_path}", f"run.dir={tmp_path / 'run'}", "parallel.tensor=2"]
+    done = subprocess.run([*DAPO, *refused], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"error: policy.model={tmp_path}: no config.json there")
+    assert done.stdout.count("\n") == 1 and "2 ranks" in done.stdout

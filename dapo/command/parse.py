@@ -1,0 +1,122 @@
+"""The command line's words. Nothing heavy is imported: `dapo --help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import metadata
+from pathlib import Path
+from typing import NoReturn
+
+GPUS = ("a100", "h100", "h800", "h20", "h200", "b200", "cpu")  # as dapo/plan/time.py knows them
+
+
+class UsageError(ValueError):
+    """The command line cannot be understood. The message is one line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}: see {self.prog} --help")
+
+
+def version() -> str:
+    """Return the version of dapo that is installed."""
+    return metadata.version("dapo-rl")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parse the command line. Overrides may stand anywhere after the command.
+
+    Raises:
+        UsageError: it cannot be understood.
+    """
+    parser = _Parser(prog="dapo", description="DAPO (arXiv:2503.14476) on Megatron-core")
+    parser.add_argument("--version", action="store_true", help="print the version")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    train = commands.add_parser(
+        "train", help="run Algorithm 1, from the run's newest checkpoint if there is one"
+    )
+    train.add_argument(
+        "--nproc",
+        type=_positive,
+        metavar="N",
+        help="ranks on this machine; default: as few as the layout takes. Under torchrun its ranks are taken",
+    )
+    evaluate = commands.add_parser(
+        "eval", help="evaluate models on the config's eval.data; compare with the first"
+    )
+    evaluate.add_argument(
+        "--model",
+        action="append",
+        type=Path,
+        help="Hugging Face directory, may be repeated; default policy.model",
+    )
+    plan = commands.add_parser(
+        "plan", help="memory, time, layout and the meaning of the numbers, before a launch"
+    )
+    _add_plan(plan)
+    for command in (train, evaluate, plan):
+        command.add_argument("config", help="YAML file; every option is in dapo/config.py")
+        command.add_argument("overrides", nargs="*", metavar="section.key=value", help="later wins")
+    report = commands.add_parser(
+        "report", help="one HTML page of runs: curves, and a browser of dumped samples"
+    )
+    add = report.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="a run's directory (run.dir)")
+    add(
+        "--out",
+        type=Path,
+        help="the page; default report.html in the first run's directory. A PNG goes beside it",
+    )
+    add(
+        "--samples",
+        type=float,
+        default=16,
+        metavar="MIB",
+        help="size of dumped samples in the page; default 16",
+    )
+    if argv and argv[0] in commands.choices:
+        # a subparser of argparse takes no positional argument behind an option
+        namespace = argparse.Namespace(command=argv[0], version=False)
+        return commands.choices[argv[0]].parse_intermixed_args(argv[1:], namespace)
+    args = parser.parse_args(argv)
+    if not args.command and not args.version:
+        parser.error(f"no command: one of {', '.join(commands.choices)}")
+    return args
+
+
+def _add_plan(plan: argparse.ArgumentParser) -> None:
+    add = plan.add_argument
+    add("--gpu", choices=GPUS, default="h100", help="the device to plan for; default h100")
+    add(
+        "--world-size",
+        type=int,
+        metavar="N",
+        help="processes, one a device; default tensor × pipeline × context",
+    )
+    add(
+        "--mean-length",
+        type=int,
+        metavar="N",
+        help="tokens of a sample, for the times; default half of the longest",
+    )
+    add("--transformer-engine", action="store_true", help="with its layers instead of the plain ones")
+    add(
+        "--choices",
+        action="store_true",
+        help="print every choice that a reader of the curves has to know, instead",
+    )
+    add(
+        "--diff",
+        choices=["paper", "verl"],
+        help="print where the config departs from it, and why one would, instead",
+    )
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number

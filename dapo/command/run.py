@@ -1,0 +1,132 @@
+"""Runs a command in this process, which may be a rank of a run. What ends it becomes a line and a status."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+from dapo import files
+from dapo.command import last_line, launch
+from dapo.command.parse import version
+from dapo.config import Config, ConfigError, Parallel, load
+from dapo.plan import semantics, stack
+from dapo.plan.plan import describe, make_plan
+from dapo.types import Interrupted, Stopped, reason
+from dapo.watch.rank import guard
+
+LOST = (
+    "another rank's process has ended, or cannot be reached: the launcher says which; the steps since the "
+    "last checkpoint are lost: the same command goes on from it"
+)
+
+
+def run(args: argparse.Namespace, argv: list[str]) -> int:
+    """Run the command `args`, which was parsed from `argv`. Return the exit status."""
+    try:
+        if args.command == "report":
+            return _report(args)
+        config = load(args.config, args.overrides)
+        if args.command == "plan":
+            return _plan(config, args)
+        if fault := stack.trainer_fault():
+            raise ConfigError(fault)
+        files.shorten_tmpdir(os.environ.get("LOCAL_RANK", "0") == "0")
+        if args.command == "eval":
+            return _run(config, args.model or [config.policy.model])
+        is_rank = "RANK" in os.environ
+        num_ranks = 1 if is_rank else args.nproc or config.parallel.least_world
+        if not is_rank:
+            config.parallel.data(num_ranks)  # does the layout take so many?
+            ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
+            print(f"dapo {version()}: {args.config} → {config.run.dir}, {ranks}", flush=True)
+        return _run(config, None) if num_ranks == 1 else launch.launch(argv, num_ranks)
+    except ConfigError as error:
+        return _fail(error, last_line.is_first_here())
+    except KeyboardInterrupt:  # before a step could notice it, or the second one
+        if os.environ.get("RANK", "0") == "0":
+            last_line.say("interrupted; not saved")
+        return 128 + signal.SIGINT
+
+
+def _report(args: argparse.Namespace) -> int:
+    from dapo.report import page
+
+    made, warnings = page.write(args.runs, args.out, args.samples)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(made)
+    return 0
+
+
+def _plan(config: Config, args: argparse.Namespace) -> int:
+    """Return 0 if it fits, or if only choices were asked for."""
+    if args.diff:
+        print("\n".join(semantics.diff(config, args.diff) or [f"nothing departs from {args.diff}"]))
+        return 0
+    if args.choices:
+        print("\n".join(f"{choice.name}: {choice.value}" for choice in semantics.choices(config)))
+        return 0
+    plan = make_plan(config, args.gpu, args.world_size, args.mean_length, args.transformer_engine)
+    print("\n".join(describe(plan)))
+    return 0 if plan.fits else 1
+
+
+def _run(config: Config, models: list[Path] | None) -> int:
+    """Train; or evaluate `models`, if there are any."""
+    guard(config.engine.limits.exit)
+    # torch and Megatron take seconds to import: not before the config is known to be good
+    from dapo.mesh import FailedElsewhere, Mesh, is_lost, set_gpu_environment
+
+    set_gpu_environment(config.engine)  # importing the policy asks for devices
+    from dapo.assemble import evaluate_models
+    from dapo.checkpoint import CheckpointError
+    from dapo.policy.megatron import PolicyError
+    from dapo.rollout.pending import RolloutError
+    from dapo.train import train
+
+    mesh = None
+    try:
+        if models is None:
+            mesh = Mesh(config.parallel)
+            train(config, mesh)
+        else:
+            mesh = Mesh(Parallel(tensor=1))
+            with files.run_directory(config.run.dir) if mesh.is_main else nullcontext():
+                evaluate_models(config, mesh, models)
+            if mesh.is_main:
+                print(f"scores: {config.run.dir / 'eval.json'}")
+        return 0
+    except FailedElsewhere as error:
+        return _fail(error, is_saying=False, is_users=error.is_users)
+    except Stopped as stop:
+        return _stop(stop, config, is_saying=mesh is None or mesh.is_main)
+    except (ConfigError, CheckpointError, PolicyError, RolloutError) as error:
+        is_first = mesh.is_first_to_fail() if mesh else last_line.is_first_here()
+        return _fail(error, is_first, is_users=isinstance(error, ConfigError))
+    except Exception as error:  # noqa: BLE001  # a bug: its traceback is kept once, not once a rank
+        if mesh and is_lost(error):
+            return _fail(RuntimeError(LOST), mesh.is_first_to_fail(), is_users=False)
+        if mesh is None or mesh.is_first_to_fail():
+            last_line.say(last_line.of_bug(error, config.run.dir))
+        return 1
+
+
+def _stop(stop: Stopped, config: Config, is_saying: bool) -> int:
+    """Say why the run stopped, and whether it can go on. Return the exit status."""
+    again = "run.resume=auto goes" if isinstance(config.run.resume, int) else "the same command goes"
+    saved = f"; saved in {config.run.dir}, {again} on from there" if stop.is_saved else ""
+    line = ("interrupted" if isinstance(stop, Interrupted) else f"error: {stop}") + saved
+    if is_saying:
+        last_line.say(line)
+    return 128 + stop.signal if isinstance(stop, Interrupted) else 1
+
+
+def _fail(error: Exception, is_saying: bool, is_users: bool = True) -> int:
+    """Say the error in one line, if this rank is to. Return the exit status."""
+    if is_saying:
+        last_line.say(f"error: {reason(error)}")
+    return 2 if is_users else 1
