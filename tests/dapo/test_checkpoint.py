@@ -91,7 +91,10 @@ class FakeSampler:
 
 @pytest.fixture
 def policy(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(checkpoint, "check_checkpoint", lambda path, shape: None)
+    def check(path: Path, shape: Any) -> None:
+        assert path.name.startswith("step-") and shape.vocab_size
+
+    monkeypatch.setattr(checkpoint, "check_checkpoint", check)
     return FakePolicy()
 
 
@@ -197,6 +200,7 @@ def test_nothing_is_set_aside_by_a_run_that_is_refused(tmp_path: Path, policy: A
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (["run.resume=never"], r"run.dir=.*/run already holds a run and run.resume=never: choose another"),
         (["run.resume=15"], r"run.resume=15: no such checkpoint below .*; there are steps 20, 10"),
         (["run.resume=20"], r"run.resume=20: .*step-000020 is damaged \(rollouts.json .*choose another step"),
         (

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dapo import http
+from dapo import clock, http
 from dapo.config import Limits
 from dapo.engine import client
 from dapo.engine.client import Client
@@ -71,6 +71,13 @@ def test_the_clock_of_a_stall_stands_while_nothing_is_to_be_done(why: str) -> No
     own.is_loading = why == "loading"
     Client._check_stall(own, endpoint, 1000.0)
     assert done == [] and endpoint.progressed_at == 1000.0 and endpoint.moved_at == {}
+
+
+def test_progress_of_a_server_is_a_heartbeat_of_the_run() -> None:
+    own, endpoint, before = SimpleNamespace(progressed_at=0.0), make_endpoint(), clock.progress()[0]
+    Client._note_progress(own, endpoint)
+    assert clock.progress()[0] == before + 1
+    assert endpoint.progressed_at == own.progressed_at > 100.0
 
 
 def test_requests_that_fail_together_are_one_fault() -> None:

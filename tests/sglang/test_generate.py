@@ -223,6 +223,13 @@ def test_a_response_that_the_server_has_no_room_for_ends_the_run() -> None:
         read(answer([20, 21]), REQUEST)
 
 
+def test_garbage_is_not_collected_while_an_answer_is_read() -> None:
+    assert gc.isenabled()
+    with generate._collector_paused():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+
+
 @pytest.mark.parametrize("was_enabled", [True, False])
 def test_the_collector_is_as_it_was_after_an_answer_good_or_bad(was_enabled: bool) -> None:
     if not was_enabled:

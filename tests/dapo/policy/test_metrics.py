@@ -97,6 +97,13 @@ def test_tokens_without_weight_are_not_counted_as_clipped() -> None:
     assert metrics.update_metrics(sums)["policy/clip_low"] == 0.5
 
 
+def test_learnt_tokens_have_a_weight_and_an_advantage_of_either_sign() -> None:
+    mask, zeros, no = torch.ones(5, dtype=torch.bool), torch.zeros(5), torch.zeros(5, dtype=torch.bool)
+    advantages, weights = torch.tensor([-1.0, 0.0, 0.0, 1.0, -1.0]), torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
+    tokens = Tokens(mask.long(), mask, zeros, advantages, weights)
+    assert metrics.update_sums(PolicyLoss(torch.zeros(()), zeros, zeros, no, no), tokens)["learnt"] == 2
+
+
 def test_tokens_at_the_dual_clip_are_counted() -> None:
     """Those with A < 0 and a ratio above it: the loss no longer grows, so they have no gradient."""
     mask = torch.tensor([True, True, True, True, False])

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from dapo.policy import schedule
 from dapo.policy.schedule import InterleavedCommunicator
 
 LENGTHS = [10, 11, 12, 13]  # of four microbatches
@@ -42,6 +44,22 @@ def test_a_stage_receives_each_microbatch_of_each_chunk_but_the_first_and_the_la
     assert shapes(make(1), True, 8) == every
     assert shapes(make(0), False, 8) == every, "backward, chunks come in reverse order"
     assert shapes(make(1), False, 4) == of_one_chunk, "the model's last chunk receives nothing"
+
+
+@pytest.mark.parametrize("is_bfloat16", [True, False])
+def test_hidden_states_keep_their_dtype(is_bfloat16: bool) -> None:
+    asked = {}
+
+    def model(tokens: Any, positions: Any, mask: Any, **options: Any) -> None:
+        asked.update(options, shape=tokens.shape)
+
+    cu, tokens = torch.tensor([0, 4], dtype=torch.int32), torch.arange(4)
+    microbatch: Any = SimpleNamespace(cu_seqlens=cu, longest=4, tokens=tokens, positions=tokens)
+    config: Any = SimpleNamespace(bf16=is_bfloat16)
+    schedule.hidden_states(model, config, microbatch)  # type: ignore[arg-type]
+    assert asked["shape"] == (1, 4) and asked["packed_seq_params"].max_seqlen_q == 4
+    # without 16 bits there is no wrapper that would know the word
+    assert asked.get("fp32_output", "not said") == (False if is_bfloat16 else "not said")
 
 
 def test_what_is_not_due_is_not_taken() -> None:

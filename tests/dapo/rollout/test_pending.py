@@ -5,6 +5,7 @@ finishing nor how far ahead.
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,17 +22,31 @@ from dapo.rollout.pending import num_to_request
 from dapo.rollout.prompts import PromptStream
 from dapo.rollout.rollouts import Rollouts
 from dapo.types import Interrupted, Prompt
-from tests.conftest import make_config, make_prompt
+from tests.conftest import make_config, make_group, make_prompt
 from tests.dapo.rollout import test_rollouts
 from tests.dapo.rollout.test_rollouts import NUM_PROMPTS, ScriptedEngine, asking_order, seeds_by_id
 
 BASE = Path(__file__).parents[3] / "examples/arithmetic/base"
 STREAMING = "engine.kind=sglang"
+BRIEF = pending.BRIEF
 # depend on what finished first
 TIMED = {"groups/asked", "groups/surplus", "rollout/tokens", "perf/groups_aborted"}
 many_cases = settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+
+
+@pytest.mark.parametrize(("seconds", "pause"), [(0.04, 0.0), (0.06, 0.06)])
+def test_after_a_slow_call_of_the_reward_groups_wait_as_long_to_be_scored_together(
+    seconds, pause, monkeypatch
+):
+    monkeypatch.setattr(pending, "BRIEF", BRIEF)
+    times = iter([100.0, 100.0 + seconds])
+    monkeypatch.setattr(pending.time, "monotonic", lambda: next(times))
+    queue = SimpleNamespace(complete=[make_group([1, 0])], mark_scored=lambda: None)
+    own = SimpleNamespace(pending=queue, reward=SimpleNamespace(score=lambda pairs: None))
+    pending.GroupSampler.score(own)
+    assert own._score_from == pytest.approx(100.0 + seconds + pause)
 
 
 def make_rollouts(tmp_path, engine, *overrides, **more):

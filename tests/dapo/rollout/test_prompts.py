@@ -195,6 +195,17 @@ def test_a_long_prompt_is_dropped_or_cut_on_the_left_and_indices_stay_dense(tmp_
     assert [p.index for p in prompts] == list(range(len(expected)))
 
 
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_a_stream_whose_prompts_are_all_dropped_is_refused(tmp_path, is_weighted):
+    path, other = (
+        write_lines(tmp_path / f"{name}.jsonl", {"prompt": name * 2, "answer": "1"}) for name in "ab"
+    )
+    train = {path: 1.0, other: 2.0} if is_weighted else [path, other]
+    options = {"max_prompt_length": 1, "too_long": "drop"}
+    with pytest.raises(ConfigError, match=r"a\.jsonl: no prompts in it \(data.max_prompt_length=1, data.too"):
+        load_stream(Data(train=train, **options), Tokenizer(), seed=0)
+
+
 def test_dropping_every_prompt_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"t\.jsonl: no prompts.*max_prompt_length=1, data\.too_long=drop"):
         load(

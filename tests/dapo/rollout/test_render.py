@@ -72,7 +72,9 @@ def test_a_message_that_the_assistant_has_begun_goes_on() -> None:
 
 @pytest.mark.parametrize("content", ["", " \n"])
 def test_an_empty_message_of_the_assistant_is_the_header_that_is_written_anyway(content: str) -> None:
-    assert render([ASK, {"role": "assistant", "content": content}]) == render([ASK])
+    empty = {"role": "assistant", "content": content}
+    assert render([ASK, empty]) == render([ASK])
+    assert render([ASK, ASK, empty]) == render([ASK, ASK])
 
 
 def test_the_templates_arguments_reach_it(tmp_path: Path) -> None:
