@@ -153,9 +153,9 @@ class _Parser:
             tree = self.sum()
             self.expect("}")
             return tree
-        if self.kind() == "sign" and self.peek() in "+-":
-            return _signed(self.next().text, self.atom())
-        return self.atom()
+        sign = self.next().text if self.kind() == "sign" and self.peek() in "+-" else "+"
+        # no mixed number: what follows in \sin^2 2x is the argument
+        return _signed(sign, number(self.next().text) if self.kind() == "number" else self.atom())
 
     def argument(self) -> Tree:
         r"""Read what a command takes: {…}, or one character: \frac12 is 1/2."""

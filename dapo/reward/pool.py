@@ -156,7 +156,7 @@ class Reward:
 
     def _mark(self, sample: Sample, verdicts: list[Verdict]) -> None:
         if self.reward.truncated_is_wrong and sample.is_truncated:
-            verdicts = [min(verdicts[0], False if isinstance(verdicts[0], bool) else -1.0), *verdicts[1:]]
+            verdicts = [min(verdicts[0], -1.0), *verdicts[1:]]
         sample.is_correct = verdicts[0] > 0
         values = [(1.0 if v else -1.0) if isinstance(v, bool) else v for v in verdicts]
         sample.reward = sum(w * value for w, value in zip(self.weights.values(), values, strict=True))

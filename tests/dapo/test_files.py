@@ -357,3 +357,12 @@ def test_no_file_stays_open(tmp_path):
             file.close()
         files.sum_of(tmp_path / f"new{number}/b")
     assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_no_folder_for_temporary_files_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gettempdir() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(files.tempfile, "gettempdir", gettempdir)
+    with pytest.raises(ConfigError, match=r"^TMPDIR: No usable temporary directory"):
+        files.shorten_tmpdir(is_printing=True)

@@ -175,3 +175,25 @@ def test_a_worker_is_dead_if_nobody_answers_at_once(
     monkeypatch.setattr(http, "exchange", exchange)
     servers: Any = SimpleNamespace(workers=[], key_of=lambda url: None)
     assert asyncio.run(Endpoint("http://a", servers, 2.0)._is_dead("http://b")) is is_dead
+
+
+def test_a_task_is_kept_until_it_ends_and_its_error_reaches_the_streams() -> None:
+    failed, own = list[Any](), SimpleNamespace(tasks=set())
+    own._fail, own._end_task = failed.append, lambda task: Client._end_task(own, task)
+
+    async def main() -> None:
+        go = asyncio.Event()
+
+        async def work() -> None:
+            await go.wait()
+            raise KeyError("a bug")
+
+        task = Client._spawn(own, work())
+        assert own.tasks == {task}, "asyncio itself keeps only a weak reference"
+        go.set()
+        await asyncio.wait({task})
+        await asyncio.sleep(0)
+        assert own.tasks == set()
+
+    asyncio.run(main())
+    assert [type(error) for error in failed] == [KeyError]

@@ -375,6 +375,12 @@ def test_a_truncated_response_is_wrong_by_the_first_function_only(tmp_path, rewa
     sample = make_sample(text="1", is_truncated=True)
     pool.score([(make_prompt(), sample)])
     assert (sample.is_correct, sample.reward) == (False, -1.0 + 0.5)
+    weights = json.dumps({f"{FUNCTIONS}:graded": 1.0, f"{FUNCTIONS}:long_bool": 0.5})
+    pool = reward("workers=0", f"function={weights}", "truncated_is_wrong=true")
+    for text, of_first in (("1", -1.0), ("-3", -3.0)):
+        sample = make_sample(text=text, is_truncated=True)
+        pool.score([(make_prompt(), sample)])
+        assert (sample.is_correct, sample.reward) == (False, of_first + (0.5 if text == "1" else -0.5))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

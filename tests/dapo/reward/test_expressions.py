@@ -1,0 +1,58 @@
+"""What mathematics is read to its last character, and what is not read at all rather than guessed."""
+
+from __future__ import annotations
+
+import pytest
+
+from dapo.reward.answer import is_same, read_mathematics
+from dapo.reward.tokens import Ambiguous, Costly, Unreadable
+
+UNREADABLE = [
+    "x)", "1 +", "", "()", "[5]", "(5]", "[5)", r"\{1)", r"(1\}", "[0, 1", "(1, 2, 3]", "[1, 2, 3)", "|x",
+    "{1, 2", r"\begin{vmatrix}1\end{vmatrix}", r"\begin{pmatrix}1\end{bmatrix}",
+    r"\begin{pmatrix}1, 2\end{pmatrix}", r"0.1\overline{x}", r"0.1\overline{}", r"0.1\overline 6",
+    r"0.1\overline{6", "1.5_2", "2 3", "1.5 1/2", "2 1.5/2", "2 1/x", "2 1/2.5", "x_{a{b}}", "x_{a",
+    r"\lfloor x\rceil", r"\lceil x\rfloor", r"\lfloor x", r"\sin_2 x", r"\ln_2 8", r"\log^{-1} x",
+    r"\ln^{-1} x", r"\overline{34}", r"\overline{A3}", r"\overline{A", r"\foo", r"\frac{1}", r"\frac{1}{2",
+    r"\frac 1.5 2", r"\sqrt[3 8", r"\sqrt[3}8", r"\text 5", r"\boxed{5", "x^", "x^{2", "2^-", "2^*3", "2^/3", "x^±2", "2^=3", r"\binom{4}",
+    "3 +* 4", "1 2/3/", "&",
+]  # fmt: skip
+READABLE = [
+    "(1, 2]", "[1, 2)", "(1, 2, 3)", r"\{1, 2\}", r"\{\}", "{1, 2}", "|x|", "|x| + |y|",
+    r"\begin{pmatrix}1 & 2\\3 & 4\end{pmatrix}", r"0.1\overline{6}", "101_2", "2 1/2", "x_{ab}", "x_1'",
+    r"\lfloor x \rfloor", r"\lceil x \rceil", r"\sin x", r"\sin^{-1} x", r"\sin^2 2x", r"\log_2 8",
+    r"\ln(x+1)", r"\overline{AB}", r"\frac12", r"\frac{1}{2}", r"\sqrt[3]{8}", r"\binom{4}{2}", "x^{2}",
+    "2^-3", "2^{-3}", "5!", r"1 \cup 2", "1:2", r"30°", r"2\frac{1}{2}", "2 * -3", "6 / -2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", UNREADABLE)
+def test_what_is_not_understood_to_its_last_character_is_unreadable(text: str) -> None:
+    with pytest.raises(Unreadable):
+        read_mathematics(text)
+
+
+@pytest.mark.parametrize("text", READABLE)
+def test_what_stands_beside_it_is_read(text: str) -> None:
+    assert read_mathematics(text).statements
+
+
+@pytest.mark.parametrize("text", ["5!!", r"2 \cdot 1\frac12", r"2\frac{7}{2}"])
+def test_what_may_mean_two_things_is_ambiguous(text: str) -> None:
+    with pytest.raises(Ambiguous):
+        read_mathematics(text)
+
+
+@pytest.mark.parametrize("text", ["1e1001", "1e-1001", "1e100000", "(" * 60 + "1" + ")" * 60])
+def test_what_would_cost_too_much_is_not_computed(text: str) -> None:
+    with pytest.raises(Costly):
+        read_mathematics(text)
+
+
+def test_an_exponent_ends_before_the_argument() -> None:
+    assert is_same(r"\sin^2 2x", r"\sin^{2}(2x)") and is_same("x^-2", "1/x^2")
+    assert not is_same(r"\sin^2 2x", r"\sin^{22}(x)")
+
+
+def test_the_costliest_that_is_read() -> None:
+    assert read_mathematics("1e1000").statements and read_mathematics("1e-1000").statements
