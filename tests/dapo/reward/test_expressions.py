@@ -14,8 +14,8 @@ UNREADABLE = [
     r"0.1\overline{6", "1.5_2", "2 3", "1.5 1/2", "2 1.5/2", "2 1/x", "2 1/2.5", "x_{a{b}}", "x_{a",
     r"\lfloor x\rceil", r"\lceil x\rfloor", r"\lfloor x", r"\sin_2 x", r"\ln_2 8", r"\log^{-1} x",
     r"\ln^{-1} x", r"\overline{34}", r"\overline{A3}", r"\overline{A", r"\foo", r"\frac{1}", r"\frac{1}{2",
-    r"\frac 1.5 2", r"\sqrt[3 8", r"\sqrt[3}8", r"\text 5", r"\boxed{5", "x^", "x^{2", "2^-", "2^*3", "2^/3", "x^±2", "2^=3", r"\binom{4}",
-    "3 +* 4", "1 2/3/", "&",
+    r"\frac 1.5 2", r"\sqrt[3 8", r"\sqrt[3}8", r"\text 5", r"\boxed{5", "x^", "x^{2", "2^-", "2^*3",
+    "2^/3", "x^±2", r"\binom{4}", "3 +* 4", "1 2/3/", "&",
 ]  # fmt: skip
 READABLE = [
     "(1, 2]", "[1, 2)", "(1, 2, 3)", r"\{1, 2\}", r"\{\}", "{1, 2}", "|x|", "|x| + |y|",
