@@ -9,12 +9,13 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import signal
 import sys
+import traceback
 from typing import NoReturn
 
-from dapo.command import last_line
 from dapo.command.parse import UsageError, parse, version
-from dapo.watch import streams
+from dapo.watch import last_line, streams
 
 
 def main(argv: list[str]) -> int:
@@ -22,15 +23,18 @@ def main(argv: list[str]) -> int:
     try:
         args = parse(argv)
     except UsageError as error:
-        if last_line.is_first_here():
-            last_line.say(f"error: {error}")
-        return 2
+        return last_line.say(f"error: {error}", 2) if last_line.is_first_here() else 2
     if args.version:
         print(version())
         return 0
-    from dapo.command.run import run  # reads YAML, checks options: --help does not wait for it
+    try:
+        from dapo.command.run import run  # reads YAML, checks options: --help does not wait for it
 
-    return run(args, argv)
+        return run(args, argv)
+    except KeyboardInterrupt:  # before a step could notice it, or the second one
+        status = 128 + signal.SIGINT
+        is_main = os.environ.get("RANK", "0") == "0"
+        return last_line.say("interrupted; not saved", status) if is_main else status
 
 
 def end(status: int) -> NoReturn:
@@ -52,7 +56,12 @@ def script() -> NoReturn:
 def _run() -> NoReturn:
     streams.keep_open()
     faulthandler.enable()  # a process that ends in native code says where each thread was
-    end(main(sys.argv[1:]))
+    try:
+        status = main(sys.argv[1:])
+    except BaseException:  # noqa: BLE001  # whatever it is, this process has to end, with all that it started
+        traceback.print_exc()
+        status = 1
+    end(status)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from dapo.model.shape import ModelShape
 from dapo.policy.megatron import Policy
 from dapo.policy.torch_dist import Save
 from dapo.policy.weight_files import check_checkpoint
-from dapo.types import reason
+from dapo.types import StorageError, reason
 
 
 class CheckpointError(RuntimeError):
@@ -135,7 +135,7 @@ class Checkpoints:
             self.saved = -1
             if self.mesh.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, OSError | MemoryError | torch.OutOfMemoryError):
+            if isinstance(error, OSError | StorageError | MemoryError | torch.OutOfMemoryError):
                 free = files.free_gib(self.root)
                 raise CheckpointError(
                     f"checkpoint {self._path(step)} cannot be written, {free:.1f} GiB free there: "

@@ -12,6 +12,7 @@ import itertools
 import os
 import pickle
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -210,6 +211,11 @@ class Mesh:
     def barrier(self) -> None:
         """Wait for every rank."""
         dist.barrier(group=self.control)
+
+    def wait_for_main(self) -> None:
+        """Wait for the main rank to call this, or end: once others have, a launcher gives it little time."""
+        with suppress(RuntimeError, dist.DistError):
+            dist.barrier(group=self.control)
 
     def is_first_to_fail(self) -> bool:
         """True on one rank, so that an error is printed once; on every rank whose store has ended."""

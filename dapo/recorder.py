@@ -27,6 +27,7 @@ from torch._C._distributed_c10d import Store
 
 from dapo import clock
 from dapo.config import ConfigError, Limits
+from dapo.watch import last_line
 from dapo.watch.rank import renew
 
 CHECK_SECONDS = 5.0  # between two checks, at most
@@ -120,7 +121,7 @@ class Recorder:
             os.kill(os.getpid(), signal.SIGTERM)
             if not self._closed.wait(self.limits.exit):
                 late = f"rank {self.rank} has not ended in {self.limits.exit:.0f} s: stopped, and {LOST}"
-                say(f"error: {lost}, and {late}")
+                last_line.say(f"error: {lost}, and {late}", 1)
                 os._exit(1)
 
     def _check(self) -> None:
@@ -181,7 +182,7 @@ class Recorder:
     def _exit(self, dead: float, states: list[State], frozen: set[int]) -> None:
         if self.store.add("exited", 1) == 1:
             report = self._report(dead, states, frozen)
-            say(f"error: {report}; stopped, and {LOST}")
+            last_line.say(f"error: {report}; stopped, and {LOST}", 1)
         for state in (states[rank] for rank in frozen):
             if state.machine == machine():  # a process that is stopped ends by SIGKILL only
                 with contextlib.suppress(ProcessLookupError):

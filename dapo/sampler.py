@@ -123,9 +123,9 @@ class Sampler:
 
 
 def with_retries(ask: Callable[[], R], load: Callable[[], None], is_loaded: bool = True) -> R:
-    """Return `ask()`, after `load()` unless the engine has the weights.
+    """Return `ask()`; call `load()` before it, unless `is_loaded`.
 
-    If it loses them, in one or the other, load and ask again, RETRIES times at most. Raise WeightsLost then.
+    If either raises WeightsLost, load and ask again, RETRIES times at most; then it is raised.
     """
     for _ in range(RETRIES):
         with suppress(WeightsLost):

@@ -7,23 +7,38 @@ import os
 import signal
 import sys
 import tempfile
+from contextlib import suppress
 from typing import Any
 
-from dapo.command import last_line
+import psutil
 
-SECONDS_TO_SAVE = 600  # for ranks after a signal, before they are killed
+from dapo.types import reason
+from dapo.watch import last_line
+from dapo.watch.last_line import Ending
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LOST = "the steps since the last checkpoint are lost: the same command goes on from it"
 
 
 def launch(argv: list[str], num_ranks: int) -> int:
-    """Run `python -m dapo *argv` on `num_ranks` ranks. Return the first failure's exit status."""
+    """Run `python -m dapo *argv` on `num_ranks` ranks. Return the exit status, the first failure's."""
+    signals = _forward_signals()
+    try:
+        ending = _launch(argv, num_ranks, signals)
+    except KeyboardInterrupt:  # no rank was there yet
+        ending = Ending("interrupted; not saved", 128 + signals[0])
+    return last_line.say(*ending) if ending else 0
+
+
+def _launch(argv: list[str], num_ranks: int, signals: list[int]) -> Ending | None:
     logging.disable(logging.ERROR)  # what torch's launcher reports says less than the ranks' line
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with tempfile.TemporaryDirectory(prefix="dapo-") as folder:
+    arguments = [argument.replace("$", "$$") for argument in argv]  # torch replaces ${local_rank} in them
+    with tempfile.TemporaryDirectory(prefix="dapo-", ignore_cleanup_errors=True) as folder:
         kept = last_line.keep_in(folder)
         config = LaunchConfig(
             min_nodes=1,
@@ -31,33 +46,56 @@ def launch(argv: list[str], num_ranks: int) -> int:
             nproc_per_node=num_ranks,
             run_id=f"dapo-{os.getpid()}",
             rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
+            rdzv_endpoint="127.0.0.1:0",
+            local_addr="127.0.0.1",
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
-            shutdown_timeout=SECONDS_TO_SAVE,
+            signals_to_handle="SIGQUIT",
         )
-        line, status = None, 0
         try:
-            elastic_launch(config, sys.executable)("-u", "-m", "dapo", *argv)
+            elastic_launch(config, sys.executable)("-u", "-m", "dapo", *arguments)
         except ChildFailedError as error:
-            line, status = _of_failures(error.failures)
-        except SignalException as error:
-            line, status = None, 128 + error.sigval.value
-        line = line or last_line.said(kept)
-        if status and not line:
-            line = f"stopped with status {status}, and no rank said why; {LOST}"
-    if line:
-        print(line, file=sys.stderr, flush=True)
-    return status
+            return _ending(last_line.said(kept), error.failures, signals)
+        except (OSError, RuntimeError) as error:
+            return Ending(f"error: {num_ranks} ranks cannot be launched: {reason(error)}", 1)
+    return None
 
 
-def _of_failures(failures: dict[int, Any]) -> tuple[str | None, int]:
-    """Return what ended the ranks if a signal did that the launcher did not send, and the exit status."""
-    for rank, failure in sorted(failures.items(), key=lambda item: item[1].timestamp):
-        number = -failure.exitcode
-        if number > 0 and number != signal.SIGTERM:
-            name = signal.Signals(number).name
-            hint = ", as the kernel does when memory is short" if number == signal.SIGKILL else ""
-            return f"error: rank {rank} was ended by {name}{hint}; {LOST}", 1
-    codes = [failure.exitcode for failure in failures.values() if failure.exitcode > 0]
-    return None, codes[0] if codes else 1
+def _forward_signals() -> list[int]:
+    """Pass signals on to the ranks, which save and stop. Return the list of those that have come."""
+    received: list[int] = []
+
+    def forward(number: int, frame: Any) -> None:
+        received.append(number)
+        ranks = psutil.Process().children()
+        if not ranks:
+            raise KeyboardInterrupt
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
+
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
+            signal.signal(number, forward)
+    return received
+
+
+def _ending(endings: list[Ending], failures: dict[int, Any], signals: list[int]) -> Ending:
+    """Choose the ranks' own account of what happened; where there is none, say what the launcher saw."""
+    for ending in endings:
+        if not ending.is_echo:
+            return ending
+    if signals:
+        return Ending("interrupted; not saved", 128 + signals[0])
+    first = min(failure.timestamp for failure in failures.values())
+    # those that end later were ended by the launcher, by SIGTERM, and half a minute later by SIGKILL
+    at_once = {rank: failure for rank, failure in failures.items() if failure.timestamp <= first + 2}
+    rank, failure = min(at_once.items(), key=lambda item: (item[1].exitcode > 0, item[1].exitcode == -15))
+    if failure.exitcode < 0:
+        names = {number.value: number.name for number in signal.Signals}
+        name = names.get(-failure.exitcode, f"signal {-failure.exitcode}")
+        hint = ", as the kernel does when memory is short" if name == "SIGKILL" else ""
+        return Ending(f"error: rank {rank} was ended by {name}{hint}; {LOST}", 1)
+    for ending in endings:
+        return ending
+    return Ending(f"error: rank {rank} ended with status {failure.exitcode} and did not say why; {LOST}", 1)

@@ -1,4 +1,4 @@
-"""The command line's words. Nothing heavy is imported: `dapo --help` answers at once."""
+"""Parses the command line. Nothing heavy is imported: `dapo --help` answers at once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ class _Parser(argparse.ArgumentParser):
 
 def version() -> str:
     """Return the version of dapo that is installed."""
-    return metadata.version("dapo-rl")
+    try:
+        return metadata.version("dapo-rl")
+    except metadata.PackageNotFoundError:  # its folder is on the path, no more
+        return "(not installed)"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -42,7 +45,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--nproc",
         type=_positive,
         metavar="N",
-        help="ranks on this machine; default: as few as the layout takes. Under torchrun its ranks are taken",
+        help="ranks on this machine; default: as few as the layout takes",
     )
     evaluate = commands.add_parser(
         "eval", help="evaluate models on the config's eval.data; compare with the first"
@@ -116,7 +119,6 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 from dapo import files
-from dapo.command import last_line, launch
+from dapo.command import launch
 from dapo.command.parse import version
 from dapo.config import Config, ConfigError, Parallel, load
 from dapo.plan import semantics, stack
 from dapo.plan.plan import describe, make_plan
 from dapo.types import Interrupted, Stopped, reason
+from dapo.watch import last_line
 from dapo.watch.rank import guard
 
 LOST = (
-    "another rank's process has ended, or cannot be reached: the launcher says which; the steps since the "
-    "last checkpoint are lost: the same command goes on from it"
+    "another rank's process has ended, or cannot be reached; the steps since the last checkpoint are lost: "
+    "the same command goes on from it"
 )
 
 
@@ -37,19 +37,36 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         files.shorten_tmpdir(os.environ.get("LOCAL_RANK", "0") == "0")
         if args.command == "eval":
             return _run(config, args.model or [config.policy.model])
-        is_rank = "RANK" in os.environ
-        num_ranks = 1 if is_rank else args.nproc or config.parallel.least_world
-        if not is_rank:
-            config.parallel.data(num_ranks)  # does the layout take so many?
+        num_ranks = _num_ranks(config, args.nproc)
+        if "RANK" not in os.environ:
             ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
             print(f"dapo {version()}: {args.config} → {config.run.dir}, {ranks}", flush=True)
         return _run(config, None) if num_ranks == 1 else launch.launch(argv, num_ranks)
     except ConfigError as error:
         return _fail(error, last_line.is_first_here())
-    except KeyboardInterrupt:  # before a step could notice it, or the second one
-        if os.environ.get("RANK", "0") == "0":
-            last_line.say("interrupted; not saved")
-        return 128 + signal.SIGINT
+
+
+def _num_ranks(config: Config, asked: int | None) -> int:
+    """Return how many ranks this process is to launch; 1: it is the only one, or one of torchrun's.
+
+    Raises:
+        ConfigError: the layout does not take so many, or another launcher has started several of this.
+    """
+    if "RANK" in os.environ:
+        of_launcher = int(os.environ.get("LOCAL_WORLD_SIZE", asked or 1))
+        if asked not in (None, of_launcher):
+            here = f"RANK={os.environ['RANK']} says that this is one of a launcher's {of_launcher} ranks"
+            raise ConfigError(f"--nproc {asked}: {here}: leave --nproc out, or unset RANK")
+        return 1
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        if (tasks := os.environ.get(name, "1")) != "1":
+            how = "start one on each machine, with torchrun"
+            raise ConfigError(f"{name}={tasks}: {tasks} launchers of the same run were started: {how}")
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)  # of a job script: they mean no rank of this run
+    num_ranks = asked or config.parallel.least_world
+    config.parallel.data(num_ranks)
+    return num_ranks
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -78,6 +95,8 @@ def _plan(config: Config, args: argparse.Namespace) -> int:
 def _run(config: Config, models: list[Path] | None) -> int:
     """Train; or evaluate `models`, if there are any."""
     guard(config.engine.limits.exit)
+    if last_line.is_orphan():
+        return 1  # nobody is left to tell
     # torch and Megatron take seconds to import: not before the config is known to be good
     from dapo.mesh import FailedElsewhere, Mesh, is_lost, set_gpu_environment
 
@@ -103,15 +122,18 @@ def _run(config: Config, models: list[Path] | None) -> int:
     except FailedElsewhere as error:
         return _fail(error, is_saying=False, is_users=error.is_users)
     except Stopped as stop:
-        return _stop(stop, config, is_saying=mesh is None or mesh.is_main)
+        status = _stop(stop, config, is_saying=mesh is None or mesh.is_main)
+        if mesh and stop.is_saved:
+            mesh.wait_for_main()
+        return status
     except (ConfigError, CheckpointError, PolicyError, RolloutError) as error:
         is_first = mesh.is_first_to_fail() if mesh else last_line.is_first_here()
         return _fail(error, is_first, is_users=isinstance(error, ConfigError))
     except Exception as error:  # noqa: BLE001  # a bug: its traceback is kept once, not once a rank
         if mesh and is_lost(error):
-            return _fail(RuntimeError(LOST), mesh.is_first_to_fail(), is_users=False)
+            return last_line.say(f"error: {LOST}", 1, is_echo=True) if mesh.is_first_to_fail() else 1
         if mesh is None or mesh.is_first_to_fail():
-            last_line.say(last_line.of_bug(error, config.run.dir))
+            last_line.say(last_line.of_bug(error, config.run.dir), 1)
         return 1
 
 
@@ -120,13 +142,11 @@ def _stop(stop: Stopped, config: Config, is_saying: bool) -> int:
     again = "run.resume=auto goes" if isinstance(config.run.resume, int) else "the same command goes"
     saved = f"; saved in {config.run.dir}, {again} on from there" if stop.is_saved else ""
     line = ("interrupted" if isinstance(stop, Interrupted) else f"error: {stop}") + saved
-    if is_saying:
-        last_line.say(line)
-    return 128 + stop.signal if isinstance(stop, Interrupted) else 1
+    status = 128 + stop.signal if isinstance(stop, Interrupted) else 1
+    return last_line.say(line, status) if is_saying else status
 
 
 def _fail(error: Exception, is_saying: bool, is_users: bool = True) -> int:
     """Say the error in one line, if this rank is to. Return the exit status."""
-    if is_saying:
-        last_line.say(f"error: {reason(error)}")
-    return 2 if is_users else 1
+    status = 2 if is_users else 1
+    return last_line.say(f"error: {reason(error)}", status) if is_saying else status

@@ -12,12 +12,12 @@ from dapo.types import Group
 def group_advantages(rewards: Sequence[float]) -> np.ndarray:
     """Return (R_i − mean) / (std + 1e-6) within one group (Eq. 9): [G] rewards → [G] float32.
 
-    The standard deviation is the sample's (ddof = 1).
+    The standard deviation has ddof = 1, as torch.std has.
     `group_advantages([1, 1, 1, -1])` → [0.5, 0.5, 0.5, -1.5]; equal rewards → zeros.
     """
     values = np.asarray(rewards, dtype=np.float64)
     if (values == values[0]).all():
-        return np.zeros(len(values), np.float32)  # their mean may be rounded, and so no advantage would be 0
+        return np.zeros(len(values), np.float32)  # exactly: a rounded mean would leave tiny advantages
     advantages: np.ndarray = (values - values.mean()) / (values.std(ddof=1) + 1e-6)
     return advantages.astype(np.float32)
 

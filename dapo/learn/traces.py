@@ -70,7 +70,7 @@ def merged(traces: Iterable[Trace]) -> list[Trace]:
 def chosen(groups: Sequence[Group], fraction: float) -> list[Group]:
     """Return about `fraction` of the groups, spread evenly over request order, and so over a step's updates.
 
-    Asking order does not depend on the outcome.
+    Request order does not depend on the outcome.
     """
     count = round(fraction * len(groups))
     return [groups[(2 * i + 1) * len(groups) // (2 * count)] for i in range(count)]

@@ -41,9 +41,9 @@ from dapo.types import token_fields
 
 PlacedBatch = Batch[Tensor]
 PlacedMicrobatch = Microbatch[Tensor]
-# of the optimizer's groups, set by the config at a restart too; the scheduler sets lr and weight_decay
+# settings of the optimizer's groups that the config decides at a restart too; the scheduler sets the others
 SETTINGS = ("max_lr", "min_lr", "betas", "eps")
-# of a module, left out of checkpoints: scales of FP8, which follow from the tensors with the recipes allowed
+# a module's state that is left out of checkpoints: FP8 scales, which the allowed recipes compute anew
 EXTRA_STATE = "._extra_state"  # a number follows for each of a rank's experts but the first
 NOT_TAKEN = "this update was not taken: go on from the last checkpoint; if it fails again, lower optim.lr"
 

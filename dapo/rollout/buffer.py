@@ -22,10 +22,10 @@ class Buffer:
     all_wrong: list[Group] = field(default_factory=list)
     # finished after the buffer was full: their prompts are unused
     surplus: list[Group] = field(default_factory=list)
-    num_aborted: int = 0  # groups requested but not finished when the buffer was full
+    num_aborted: int = 0  # groups requested but not scored when the buffer was full
 
     def offer(self, group: Group) -> None:
-        """Keep the group if there is room and it carries a gradient (Eq. 11)."""
+        """Keep the group if there is room and it is mixed (Eq. 11), or nothing is filtered."""
         if self.is_full:
             self.surplus.append(group)
         elif group.is_mixed or not self.is_dynamic:
@@ -49,7 +49,7 @@ class Buffer:
 
     @property
     def asked(self) -> list[Group]:
-        """Every finished group."""
+        """Every finished group, surplus included."""
         return self.decided + self.surplus
 
     @property

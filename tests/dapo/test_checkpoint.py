@@ -16,7 +16,7 @@ from dapo.checkpoint import CheckpointError, Checkpoints, superseded
 from dapo.config import ConfigError
 from dapo.model.shape import read_shape
 from dapo.policy.megatron import PolicyError
-from dapo.types import reason
+from dapo.types import StorageError, reason
 from tests.conftest import make_config
 
 BASE = Path(__file__).parents[2] / "examples/arithmetic/base"
@@ -147,7 +147,12 @@ def test_a_checkpoint_that_is_still_being_written_is_finished_before_a_broken_po
 
 
 @pytest.mark.parametrize(
-    ("failure", "said"), [(MemoryError(), "MemoryError"), (OSError(28, "No space left"), "No space left")]
+    ("failure", "said"),
+    [
+        (MemoryError(), "MemoryError"),
+        (OSError(28, "No space left"), "No space left"),
+        (StorageError("carried.parquet cannot be written"), "carried.parquet cannot be written"),
+    ],
 )
 def test_a_save_that_fails_says_why_and_leaves_the_checkpoint_before(
     tmp_path: Path, policy: Any, failure: BaseException, said: str

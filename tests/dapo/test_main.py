@@ -17,11 +17,11 @@ import dapo.mesh
 import dapo.train
 from dapo import files
 from dapo.__main__ import main
-from dapo.command.last_line import ERROR_FILE
 from dapo.config import ConfigError
 from dapo.mesh import FailedElsewhere
 from dapo.policy.megatron import PolicyError
 from dapo.types import EngineError, Interrupted
+from dapo.watch.last_line import ERROR_FILE
 
 
 def by(signal: int) -> Interrupted:
@@ -62,7 +62,8 @@ def test_what_was_not_saved_is_not_said_to_be(
         stop.is_saved = is_saved
         raise stop
 
-    monkeypatch.setattr(dapo.mesh, "Mesh", lambda parallel: SimpleNamespace(is_main=True))
+    mesh = SimpleNamespace(is_main=True, wait_for_main=lambda: None)
+    monkeypatch.setattr(dapo.mesh, "Mesh", lambda parallel: mesh)
     monkeypatch.setattr(dapo.train, "train", train)
     assert main(["train", str(CONFIG), f"run.dir={tmp_path}"]) == status
     assert capsys.readouterr().err == line.replace("RUN", str(tmp_path)) + "\n"
@@ -74,7 +75,7 @@ def run_with(monkeypatch: pytest.MonkeyPatch, error: BaseException, *options: st
     def train(*_: Any) -> None:
         raise error
 
-    mesh = SimpleNamespace(is_main=True, is_first_to_fail=lambda: True)
+    mesh = SimpleNamespace(is_main=True, is_first_to_fail=lambda: True, wait_for_main=lambda: None)
     monkeypatch.setattr(dapo.mesh, "Mesh", lambda parallel: mesh)
     monkeypatch.setattr(dapo.train, "train", train)
     return main(["train", str(CONFIG), *options])
@@ -251,7 +252,11 @@ def test_an_evaluation_does_not_write_where_a_run_is_going_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        dapo.mesh, "Mesh", lambda parallel: SimpleNamespace(is_main=True, is_first_to_fail=lambda: True)
+        dapo.mesh,
+        "Mesh",
+        lambda parallel: SimpleNamespace(
+            is_main=True, is_first_to_fail=lambda: True, wait_for_main=lambda: None
+        ),
     )
     with files.run_directory(tmp_path / "run"):
         assert main(["eval", str(CONFIG), f"run.dir={tmp_path / 'run'}"]) == 2
