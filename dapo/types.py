@@ -167,7 +167,7 @@ class Stream(Protocol):
     def completed(self) -> Iterator[Sample]:
         """Yield samples as they finish, in any order, until no request of this stream is outstanding.
 
-        More may be submitted, or aborted, meanwhile. A caller may stop reading early, and abort what it no longer wants.
+        More may be submitted, or aborted, meanwhile. A caller may stop reading early, and abort the rest.
         """
         ...
 

@@ -96,7 +96,7 @@ def _run(config: Config, models: list[Path] | None) -> int:
     """Train; or evaluate `models`, if there are any."""
     guard(config.engine.limits.exit)
     if last_line.is_orphan():
-        return 1  # nobody is left to tell
+        return 1  # nobody waits for it any more
     # torch and Megatron take seconds to import: not before the config is known to be good
     from dapo.mesh import FailedElsewhere, Mesh, is_lost, set_gpu_environment
 

@@ -29,7 +29,7 @@ Array = TypeVar("Array")  # np.ndarray on the host, torch.Tensor on a rank's dev
 
 @dataclass
 class Scores(Generic[Array]):
-    """Old log-probs and importance weights of a microbatch, as Policy.score computes them. Per-token fields are [T]."""
+    """Old log-probs and importance weights of a microbatch, from Policy.score. Per-token fields are [T]."""
 
     old_logprobs: Array = field(metadata=per_token(np.float32))  # log π_θold: the ratio's denominator
     importance: Array = field(metadata=per_token(np.float32))  # see objective.importance

@@ -66,6 +66,7 @@ def _kept_tokens(sample: Sample, overlong_filtering: bool) -> int:
 def importance(old: Tensor, behavior: Tensor, is_stale: Tensor, cap: float) -> Tensor:
     """Return each token's truncated importance weight, [T]: min(exp(old − behavior), cap) if stale, else 1.
 
-    A stale token was written by weights older than π_θold. For the other tokens old and behavior differ by rounding.
+    A stale token was written by weights older than π_θold. For the others old and behavior differ by
+    rounding.
     """
     return (old - behavior).exp().clamp(max=cap).where(is_stale, 1.0)

@@ -19,7 +19,7 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun's, of each rank
 
 
 class Ending(NamedTuple):
-    """How a rank has ended. `is_echo`: only because another one did."""
+    """Says how a rank has ended. `is_echo`: only because another one did."""
 
     line: str
     status: int
