@@ -75,7 +75,7 @@ TESTS: dict[str, list[str]] = {
     "dapo/rollout/ground_truth.py": [*PROMPTS[::-1], f"{D}/rollout/test_evaluate.py"],
     "dapo/rollout/parquet.py": [*PROMPTS, f"{D}/rollout/test_step.py"],
     "dapo/rollout/pending.py": ROLLOUT[::-1],
-    "dapo/rollout/prompts.py": [*PROMPTS, *ROLLOUT],
+    "dapo/rollout/prompts.py": [*PROMPTS, f"{D}/rollout/test_render.py", *ROLLOUT],
     "dapo/rollout/render.py": [f"{D}/rollout/test_render.py", *PROMPTS],
     "dapo/rollout/rollouts.py": [*ROLLOUT, f"{D}/rollout/test_evaluate.py"],
     "dapo/rollout/rows.py": [*PROMPTS, f"{D}/rollout/test_evaluate.py"],
@@ -108,7 +108,10 @@ TESTS: dict[str, list[str]] = {
     "kernels/dapo_kernels/reference.py": ["tests/kernels/test_reference.py"],
     "kernels/dapo_kernels/logits_torch.py": ["tests/kernels/test_policy_loss.py"],
 }
-OTHERS = {"dapo/reward/": [f"{D}/reward/test_answer.py"], "dapo/rollout/": PROMPTS + ROLLOUT}
+OTHERS = {
+    "dapo/reward/": [f"{D}/reward/test_{name}.py" for name in ("answer", "expressions")],
+    "dapo/rollout/": PROMPTS + ROLLOUT,
+}
 # imported before the forks; Megatron is not, for dapo/policy/cpu.py rewrites it on its way in
 HEAVY = (
     "torch", "torch.distributed.rendezvous", "numpy", "pydantic", "yaml", "pyarrow.parquet",

@@ -197,3 +197,27 @@ def test_a_task_is_kept_until_it_ends_and_its_error_reaches_the_streams() -> Non
 
     asyncio.run(main())
     assert [type(error) for error in failed] == [KeyError]
+
+
+def test_a_worker_that_lets_an_abort_wait_is_asked_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[str]()
+
+    async def exchange(method: str, url: str, *rest: Any) -> None:
+        asked.append(url)
+        if "slow" in url:
+            raise http.TimedOut("late")
+        if "gone" in url:
+            raise http.NoAnswer("refused")
+
+    monkeypatch.setattr(http, "exchange", exchange)
+    endpoint = make_endpoint(worker_urls=["http://slow", "http://gone", "http://well"])
+
+    async def main() -> None:
+        servers = SimpleNamespace(key_of=lambda url: None)
+        own, silent = SimpleNamespace(abort_slots=asyncio.Semaphore(4), servers=servers), set[str]()
+        for rid in ("a", "b"):
+            await Client._abort_at(own, endpoint, rid, silent)
+
+    asyncio.run(main())
+    names = [url.removeprefix("http://").removesuffix("/abort_request") for url in asked]
+    assert names == ["slow", "gone", "well", "gone", "well"]

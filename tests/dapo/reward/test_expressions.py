@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 
-from dapo.reward.answer import is_same, read_mathematics
+from dapo.reward import values
+from dapo.reward.answer import is_same, read_mathematics, words_of
 from dapo.reward.tokens import Ambiguous, Costly, Unreadable
 
 UNREADABLE = [
@@ -18,7 +21,7 @@ UNREADABLE = [
     "2^/3", "x^±2", r"\binom{4}", "3 +* 4", "1 2/3/", "&",
 ]  # fmt: skip
 READABLE = [
-    "(1, 2]", "[1, 2)", "(1, 2, 3)", r"\{1, 2\}", r"\{\}", "{1, 2}", "|x|", "|x| + |y|",
+    "= 34", "(1, 2]", "[1, 2)", "(1, 2, 3)", r"\{1, 2\}", r"\{\}", "{1, 2}", "|x|", "|x| + |y|",
     r"\begin{pmatrix}1 & 2\\3 & 4\end{pmatrix}", r"0.1\overline{6}", "101_2", "2 1/2", "x_{ab}", "x_1'",
     r"\lfloor x \rfloor", r"\lceil x \rceil", r"\sin x", r"\sin^{-1} x", r"\sin^2 2x", r"\log_2 8",
     r"\ln(x+1)", r"\overline{AB}", r"\frac12", r"\frac{1}{2}", r"\sqrt[3]{8}", r"\binom{4}{2}", "x^{2}",
@@ -56,3 +59,27 @@ def test_an_exponent_ends_before_the_argument() -> None:
 
 def test_the_costliest_that_is_read() -> None:
     assert read_mathematics("1e1000").statements and read_mathematics("1e-1000").statements
+
+
+def test_a_number_that_is_too_large_is_costly_and_not_only_without_value() -> None:
+    large = ("number", Fraction(2) ** 10_000, 0)
+    assert values.evaluate(large) == 2**10_000
+    with pytest.raises(Costly):
+        values.evaluate(("product", large, large))
+    with pytest.raises(Unreadable) as found:
+        values.evaluate(("quotient", large, ("number", Fraction(0), 0)))
+    assert not isinstance(found.value, Costly)
+
+
+def test_an_answer_may_begin_with_its_sign_of_equality() -> None:
+    assert is_same("= 34", "34") and not is_same("= 34", "43")
+
+
+def test_a_double_stands_for_the_fraction_that_it_is_nearest_to_whatever_its_sign() -> None:
+    assert is_same("0.14285714285714285", "1/7") and is_same("-0.14285714285714285", "-1/7")
+    assert not is_same("-0.14285714285714", "-1/7") and not is_same("-0.14285714285714285", "1/7")
+
+
+def test_words_stand_in_text_or_not() -> None:
+    assert words_of(r"\text{No solution}") == words_of("no  Solution") == "no solution"
+    assert words_of(r"\text{No} \text{solution}") == "no solution"

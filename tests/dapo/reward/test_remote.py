@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
@@ -197,3 +198,20 @@ def test_remote_and_local_functions_work_together(reward, server):
         (True, 1.5),
         (False, -2.0),
     ]
+
+
+def test_a_later_attempt_has_what_is_left_of_the_time(monkeypatch):
+    left, allowed = 5.0, []
+    end = 60.0 * 2 + remote.RETRY_SECONDS
+    clock = iter([0.0, 0.0, end - left, end - left, end - left])
+    monkeypatch.setattr(remote, "time", SimpleNamespace(monotonic=lambda: next(clock, end)))
+    monkeypatch.setattr(remote, "BACK_OFF", 0.0)
+
+    async def exchange(method, url, body, timeout, key, **limits):
+        allowed.append(timeout)
+        raise http.NoAnswer("refused")
+
+    monkeypatch.setattr(http, "exchange", exchange)
+    with pytest.raises(RewardError, match="no answer in 2 attempts, the last: refused"):
+        asyncio.run(remote._ask("f", "http://h", [SimpleNamespace(response="r", answer="a")] * 2, 60.0))
+    assert allowed == [120.0, left]
