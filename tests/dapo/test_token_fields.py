@@ -18,7 +18,7 @@ from dapo import types
 from dapo.learn import traces
 from dapo.learn.batch import Microbatch
 from dapo.rollout import dump
-from dapo.types import Sample, per_token
+from dapo.types import Sample, StorageError, per_token
 from tests.conftest import make_config, make_group
 
 RUNS = sorted((Path(__file__).parents[1] / "fixtures").glob("*/*/run"))
@@ -112,3 +112,10 @@ def test_dumps_are_read_and_written_as_by_earlier_versions(run: Path, tmp_path: 
         dump.write_traces(tmp_path / path.name, [traces.Trace(**row) for row in rows])
         old, new = pq.read_table(path), pq.read_table(tmp_path / path.name)
         assert new.schema.equals(old.schema, check_metadata=True) and new.equals(old) and len(rows)
+
+
+def test_a_dump_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "carried.parquet").mkdir()  # so that it cannot be renamed
+    with pytest.raises(StorageError, match="carried.parquet cannot be written"):
+        dump.write_groups(tmp_path / "carried.parquet", [make_group([1, 0])])
+    assert [path.name for path in tmp_path.iterdir()] == ["carried.parquet"]
