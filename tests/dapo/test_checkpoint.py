@@ -62,6 +62,7 @@ class FakePolicy:
         self.shape = read_shape(BASE)
         self.is_finite = True
         self.failure: BaseException | None = None
+        self.late_failure: BaseException | None = None
 
     def check_finite(self) -> None:
         if not self.is_finite:
@@ -73,7 +74,12 @@ class FakePolicy:
             if self.failure:
                 raise self.failure
 
-        return SimpleNamespace(num_bytes=4, start=start, is_written=lambda: True, finish=dict)
+        def finish() -> dict[str, Any]:
+            if self.late_failure:
+                raise self.late_failure
+            return {}
+
+        return SimpleNamespace(num_bytes=4, start=start, is_written=lambda: True, finish=finish)
 
     def load(self, directory: Path) -> None:
         assert (directory / "tensors").read_text() == "some"
@@ -163,6 +169,17 @@ def test_a_save_that_fails_says_why_and_leaves_the_checkpoint_before(
     expected = rf"step-000002 cannot be written, \d+\.\d GiB free there: .*{said}; those before it are whole"
     with pytest.raises(CheckpointError, match=expected):
         save(checkpoints, policy, 2)
+    assert names(tmp_path) == ["step-000001"]
+
+
+def test_a_step_whose_save_failed_at_its_end_can_be_saved_again(tmp_path: Path, policy: Any) -> None:
+    checkpoints = checkpoints_of(tmp_path)
+    policy.late_failure = OSError(28, "No space left")
+    with pytest.raises(CheckpointError, match="step-000001 cannot be written"):
+        save(checkpoints, policy, 1)
+    assert names(tmp_path) == []
+    policy.late_failure = None
+    save(checkpoints, policy, 1)
     assert names(tmp_path) == ["step-000001"]
 
 

@@ -116,6 +116,6 @@ def test_dumps_are_read_and_written_as_by_earlier_versions(run: Path, tmp_path: 
 
 def test_a_dump_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "carried.parquet").mkdir()  # so that it cannot be renamed
-    with pytest.raises(StorageError, match="carried.parquet cannot be written"):
+    with pytest.raises(StorageError, match=r"carried\.parquet cannot be written"):
         dump.write_groups(tmp_path / "carried.parquet", [make_group([1, 0])])
     assert [path.name for path in tmp_path.iterdir()] == ["carried.parquet"]

@@ -221,3 +221,18 @@ def test_a_worker_that_lets_an_abort_wait_is_asked_no_other(monkeypatch: pytest.
     asyncio.run(main())
     names = [url.removeprefix("http://").removesuffix("/abort_request") for url in asked]
     assert names == ["slow", "gone", "well", "gone", "well"]
+
+
+def test_a_server_progresses_while_its_number_of_tokens_changes_and_it_runs_something() -> None:
+    told = iter([(1, 5), (1, 5), (1, 6), (0, 0), (0, 7), (2, 7)])
+
+    async def load_of(url: str, path: str, key: str) -> list[dict[str, int]]:
+        running, used = next(told)
+        return [{"num_running_reqs": running, "num_used_tokens": used}]
+
+    own = SimpleNamespace(is_router=False, worker_urls=["http://a"], loads={}, _list=load_of)
+
+    async def main() -> list[bool]:
+        return [await Endpoint.has_progressed(own) for _ in range(6)]  # type: ignore[arg-type]
+
+    assert asyncio.run(main()) == [True, False, True, False, False, True]

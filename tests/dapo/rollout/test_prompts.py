@@ -385,3 +385,12 @@ def test_a_prompts_row_is_read_from_its_file_with_all_columns(tmp_path):
     assert [prompt.index for prompt in stream.prompts] == list(range(8))
     assert [stream.rows[i] for i in range(3)] == lines
     assert [stream.rows[3 + i] for i in range(5)] == rows[::2]
+
+
+def test_an_epoch_is_shuffled_once(monkeypatch):
+    shuffled, make = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: shuffled.append(seed) or make(seed))
+    stream = PromptStream([make_prompt(i) for i in range(5)], seed=3)
+    drawn = [prompt.index for _ in range(12) for prompt in stream.take(1)]
+    assert sorted(drawn[:5]) == sorted(drawn[5:10]) == list(range(5))
+    assert len(shuffled) == 3
