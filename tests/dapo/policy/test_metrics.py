@@ -98,8 +98,9 @@ def test_tokens_without_weight_are_not_counted_as_clipped() -> None:
 
 
 def test_learnt_tokens_have_a_weight_and_an_advantage_of_either_sign() -> None:
-    mask, zeros, no = torch.ones(5, dtype=torch.bool), torch.zeros(5), torch.zeros(5, dtype=torch.bool)
-    advantages, weights = torch.tensor([-1.0, 0.0, 0.0, 1.0, -1.0]), torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
+    mask, zeros, no = torch.ones(6, dtype=torch.bool), torch.zeros(6), torch.zeros(6, dtype=torch.bool)
+    advantages = torch.tensor([-1.0, 0.0, 0.0, 0.0, 1.0, -1.0])
+    weights = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 0.0])
     tokens = Tokens(mask.long(), mask, zeros, advantages, weights)
     assert metrics.update_sums(PolicyLoss(torch.zeros(()), zeros, zeros, no, no), tokens)["learnt"] == 2
 

@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 
 from dapo.reward import values
-from dapo.reward.answer import is_same, read_mathematics, words_of
+from dapo.reward.answer import choice_of, is_same, read_mathematics, words_of
 from dapo.reward.tokens import Ambiguous, Costly, Unreadable
 
 UNREADABLE = [
@@ -83,3 +83,20 @@ def test_a_double_stands_for_the_fraction_that_it_is_nearest_to_whatever_its_sig
 def test_words_stand_in_text_or_not() -> None:
     assert words_of(r"\text{No solution}") == words_of("no  Solution") == "no solution"
     assert words_of(r"\text{No} \text{solution}") == "no solution"
+
+
+def test_a_chain_of_relations_has_at_most_eight_sides() -> None:
+    assert read_mathematics(" = ".join("12345678")).statements
+    with pytest.raises(Unreadable, match="relations"):
+        read_mathematics(" = ".join("123456789"))
+    with pytest.raises(Unreadable):
+        read_mathematics("< 3 <")
+
+
+def test_a_choice_is_short_and_no_answer_is_like_another() -> None:
+    assert choice_of("B) " + "x" * 297) == ("B", "x" * 297) and choice_of("B) " + "x" * 298) is None
+    assert not is_same("", "34") and not is_same("34", "") and not is_same("", "")
+
+
+def test_what_stands_before_an_integer_may_be_a_sign_that_nobody_reads() -> None:
+    assert is_same("□ = 34", "34") and is_same("25 + 9 = 34", "34") and not is_same("25 + 8 = 34", "34")

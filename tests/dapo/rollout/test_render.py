@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -226,3 +227,9 @@ def test_a_checkpoint_of_version_0_1_0_holds_the_hash_of_the_tokens(tmp_path: Pa
     old = stream.state_dict() | {"data": digest(stream.prompts)}
     assert old["data"] != stream.data
     stream.load_state_dict(old)
+
+
+def test_a_chat_template_that_is_no_text_is_refused() -> None:
+    tokenizer = SimpleNamespace(chat_template=["{{ messages }}"])
+    with pytest.raises(ConfigError, match="the model's chat_template is list; expected text"):
+        Renderer(tokenizer, {})
