@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import ast
 import copy
+import hashlib
 import itertools
 import marshal
-import random
 import types
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -253,15 +253,28 @@ def mutants_of(path: str, source: str) -> dict[int, list[Mutant]]:
     return found
 
 
+def _place(*what: Any) -> bytes:
+    """Return a place in a draw, as random as a hash is."""
+    return hashlib.sha256(repr(what).encode()).digest()
+
+
 def draw(
     sources: dict[str, str], count: int, seed: int, equivalent: Collection[tuple[str, ...]]
 ) -> list[Mutant]:
-    """Draw lines, and of each line one mutant that changes its bytecode and is not known to be equivalent."""
-    rng, drawn = random.Random(seed), list[Mutant]()
-    lines = [line for path, source in sorted(sources.items()) for line in mutants_of(path, source).values()]
+    """Draw lines, and of each line one mutant that changes its bytecode and is not known to be equivalent.
+
+    A line's place in the draw is its own: what changes elsewhere, or becomes known, leaves the others drawn.
+    """
+    drawn, copies = list[Mutant](), Counter[tuple[str, str]]()
+    lines = list[tuple[bytes, list[Mutant]]]()
+    for path, source in sorted(sources.items()):
+        for _, line in sorted(mutants_of(path, source).items()):
+            code = path, line[0].code
+            copies[code] += 1
+            lines.append((_place(seed, *code, copies[code]), line))
     before = {path: bytecode(source) for path, source in sources.items()}
-    for line in rng.sample(lines, len(lines)):
-        for mutant in rng.sample(line, len(line)):
+    for place, line in sorted(lines, key=lambda each: each[0]):
+        for mutant in sorted(line, key=lambda mutant: _place(place, mutant.before, mutant.after)):
             is_known = (mutant.path, mutant.code, mutant.before, mutant.after) in equivalent
             if not is_known and bytecode(mutant.change.apply(sources[mutant.path])) != before[mutant.path]:
                 drawn.append(mutant)

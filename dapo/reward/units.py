@@ -23,6 +23,7 @@ _NOT_UNITS = """
     too loss losses basis permille
 """
 # some of them in their place: ordered pairs, positive integers, prime numbers
+_FACTORS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _NOT_FIRST = frozenset(("pair", "pairs"))
 _NOT_LAST = frozenset(("positive", "negative", "prime", "binary", "right"))
 _ORDINALS = (
@@ -141,6 +142,8 @@ def unit_of(text: str) -> str | None:
         unit = _UNIT.fullmatch(part)
         if part in ("/", "\\cdot"):
             sign = -1 if part == "/" else sign
+        elif part.lower().rstrip(".") in _FACTORS:
+            factor = _FACTORS[part.lower().rstrip(".")]
         elif unit is None:
             return None
         elif unit[1] in (_NOT_LAST if part is not words[-1] else ()):
@@ -149,14 +152,14 @@ def unit_of(text: str) -> str | None:
             powers[_short(unit[1])] += 1
         elif not _is_unit_name(unit[1], is_attached and part is words[0] and not is_marked):
             return None
-        elif unit[1].lower() in ("square", "sq", "cubic", "cu"):
-            factor = 2 if unit[1].lower().startswith("sq") else 3
         else:
             power = int(unit[2] or 1) * sign * factor
             for name, direction in zip(_short(unit[1]).split("/"), (1, -1), strict=False):
                 powers[name] += power * direction
             factor = 1
     del powers[""]
+    if factor != 1:  # square what?
+        return None
     return " ".join(name if power == 1 else f"{name}^{power}" for name, power in sorted(powers.items()))
 
 

@@ -366,3 +366,13 @@ def test_no_folder_for_temporary_files_is_one_line(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(files.tempfile, "gettempdir", gettempdir)
     with pytest.raises(ConfigError, match=r"^TMPDIR: No usable temporary directory"):
         files.shorten_tmpdir(is_printing=True)
+
+
+def test_the_lock_of_a_run_can_be_read_by_others(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        with files.run_directory(tmp_path / "run"):
+            [lock] = [path for path in (tmp_path / "run").iterdir() if path.is_file()]
+            assert lock.stat().st_mode & 0o777 == 0o644
+    finally:
+        os.umask(before)

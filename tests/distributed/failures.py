@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import io
 import json
 import os
@@ -460,15 +461,17 @@ def attempt(options: list[str], run: Path) -> dict[str, Any]:
         f"run.dir={run}",
     ]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    usage = shutil.disk_usage
+    usage, find_spec = shutil.disk_usage, importlib.util.find_spec
     if run.name == "disk_full-run":
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
     if run.name == "too_little_disk-run":
         shutil.disk_usage = lambda path: usage(path)._replace(free=100_000)
+    if run.name == "wandb_is_not_installed-run":  # it is where all is in one environment
+        importlib.util.find_spec = lambda name, *rest: find_spec(name, *rest) if name != "wandb" else None
     with contextlib.redirect_stderr(printed):
         status = dapo(["train", str(EXAMPLE / "config.yaml"), *fast, *options])
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    shutil.disk_usage = usage
+    shutil.disk_usage, importlib.util.find_spec = usage, find_spec
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     return {"status": status, "printed": printed.getvalue()}

@@ -56,6 +56,14 @@ def test_the_twin_in_plain_torch_is_the_reference(dtype):
         assert not logits[:, 990:].any()
 
 
+@pytest.mark.parametrize("factor", [1.0, -2.5, 0.0])
+def test_the_twin_scales_the_gradient_by_what_the_loss_is_multiplied_with(factor):
+    gradient = torch.randn(3, 5)
+    expected = gradient * factor
+    logits_torch.scale_(gradient, torch.tensor(factor))
+    assert torch.equal(gradient, expected)
+
+
 @pytest.mark.parametrize("reason", ["no GPU", "no Triton"])
 def test_where_the_kernels_cannot_run_it_is_the_reference(monkeypatch, reason):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -51,13 +51,14 @@ def test_hidden_states_keep_their_dtype(is_bfloat16: bool) -> None:
     asked = {}
 
     def model(tokens: Any, positions: Any, mask: Any, **options: Any) -> None:
-        asked.update(options, shape=tokens.shape)
+        asked.update(options, tokens=tokens, positions=positions, mask=mask)
 
-    cu, tokens = torch.tensor([0, 4], dtype=torch.int32), torch.arange(4)
-    microbatch: Any = SimpleNamespace(cu_seqlens=cu, longest=4, tokens=tokens, positions=tokens)
+    cu, positions = torch.tensor([0, 4], dtype=torch.int32), torch.arange(4)
+    microbatch: Any = SimpleNamespace(cu_seqlens=cu, longest=4, tokens=positions + 50, positions=positions)
     config: Any = SimpleNamespace(bf16=is_bfloat16)
     schedule.hidden_states(model, config, microbatch)  # type: ignore[arg-type]
-    assert asked["shape"] == (1, 4) and asked["packed_seq_params"].max_seqlen_q == 4
+    assert asked["tokens"].tolist() == [[50, 51, 52, 53]] and asked["positions"].tolist() == [[0, 1, 2, 3]]
+    assert asked["mask"] is None and asked["packed_seq_params"].max_seqlen_q == 4
     # without 16 bits there is no wrapper that would know the word
     assert asked.get("fp32_output", "not said") == (False if is_bfloat16 else "not said")
 

@@ -31,8 +31,9 @@ READABLE = [
 
 @pytest.mark.parametrize("text", UNREADABLE)
 def test_what_is_not_understood_to_its_last_character_is_unreadable(text: str) -> None:
-    with pytest.raises(Unreadable):
+    with pytest.raises(Unreadable) as found:
         read_mathematics(text)
+    assert type(found.value) is Unreadable, "neither two meanings nor too much"
 
 
 @pytest.mark.parametrize("text", READABLE)
@@ -63,7 +64,13 @@ def test_the_costliest_that_is_read() -> None:
 
 def test_a_number_that_is_too_large_is_costly_and_not_only_without_value() -> None:
     large = ("number", Fraction(2) ** 10_000, 0)
+    two, half = ("number", Fraction(2), 0), ("number", Fraction(2) ** ((1 << 13) - 1), 0)
     assert values.evaluate(large) == 2**10_000
+    assert values.evaluate(("product", two, ("product", half, half))) == 2 ** ((1 << 14) - 1)
+    with pytest.raises(Costly):
+        values.evaluate(("product", two, ("product", two, ("product", half, half))))
+    with pytest.raises(Costly):
+        values.evaluate(("function", "sin", ("number", Fraction(10**7), 0)))
     with pytest.raises(Costly):
         values.evaluate(("product", large, large))
     with pytest.raises(Unreadable) as found:
@@ -77,6 +84,8 @@ def test_an_answer_may_begin_with_its_sign_of_equality() -> None:
 
 def test_a_double_stands_for_the_fraction_that_it_is_nearest_to_whatever_its_sign() -> None:
     assert is_same("0.14285714285714285", "1/7") and is_same("-0.14285714285714285", "-1/7")
+    assert is_same(r"1.4285714285714285 \times 10^{-1}", "1/7") and not is_same(r"1.43 \times 10^{-1}", "1/7")
+    assert not is_same(r"1.4285714285714285 \times 9^{-1}", "1/7")
     assert not is_same("-0.14285714285714", "-1/7") and not is_same("-0.14285714285714285", "1/7")
 
 
@@ -100,3 +109,26 @@ def test_a_choice_is_short_and_no_answer_is_like_another() -> None:
 
 def test_what_stands_before_an_integer_may_be_a_sign_that_nobody_reads() -> None:
     assert is_same("□ = 34", "34") and is_same("25 + 9 = 34", "34") and not is_same("25 + 8 = 34", "34")
+
+
+def test_words_and_choices_are_short_texts() -> None:
+    assert words_of("ab" * 150) == "ab" * 150 and words_of("ab" * 150 + "a") is None
+
+
+@pytest.mark.parametrize(
+    ("given", "gold", "expected"),
+    [
+        ("5 square feet", "5 ft^2", True),
+        ("5 sq ft", "5 ft^2", True),
+        ("5 sq. ft.", "5 ft^2", True),
+        ("5 Sq ft", "5 square feet", True),
+        ("5 cubic feet", "5 ft^3", True),
+        ("5 cu ft", "5 ft^3", True),
+        ("5 square", "5", False),
+        ("5 square feet", "5 ft^3", False),
+        ("5 cubic feet", "5 ft^2", False),
+        ("5 square feet", "5 ft", False),
+    ],
+)
+def test_powers_of_units_are_words_or_numbers(given: str, gold: str, expected: bool) -> None:
+    assert is_same(given, gold) == expected

@@ -209,6 +209,7 @@ def test_a_later_attempt_has_what_is_left_of_the_time(monkeypatch):
 
     async def exchange(method, url, body, timeout, key, **limits):
         allowed.append(timeout)
+        assert limits == {"keep_alive": False, "max_bytes": 2 * remote.BYTES_PER_VERDICT + remote.OTHER_BYTES}
         raise http.NoAnswer("refused")
 
     monkeypatch.setattr(http, "exchange", exchange)

@@ -334,3 +334,8 @@ def test_several_files_are_one_without_copies_or_conflicts_between_them(tmp_path
     assert (two.rows, two.copies, two.conflicting) == (5, 2, 2)
     [conflict] = one.conflicts
     assert (conflict["prompt"], conflict["answers"], two.conflicts) == ("b", {"1": 2, "2": 1}, [])
+
+
+def test_a_reward_that_cannot_be_imported_is_refused_with_the_data() -> None:
+    with pytest.raises(ConfigError, match=r"^reward\.function=nowhere:f"):
+        GroundTruths.of(Reward(function="nowhere:f"))

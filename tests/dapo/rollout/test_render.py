@@ -14,6 +14,7 @@ import transformers
 from tokenizers.processors import TemplateProcessing
 
 from dapo.config import ConfigError, Data
+from dapo.rollout.data_files import Row
 from dapo.rollout.prompts import load_prompts, load_stream
 from dapo.rollout.render import Renderer
 from tests.dapo.rollout.test_data_files import write
@@ -233,3 +234,14 @@ def test_a_chat_template_that_is_no_text_is_refused() -> None:
     tokenizer = SimpleNamespace(chat_template=["{{ messages }}"])
     with pytest.raises(ConfigError, match="the model's chat_template is list; expected text"):
         Renderer(tokenizer, {})
+
+
+def test_the_order_of_the_template_s_arguments_is_no_other_data() -> None:
+    tokenizer, row = make_tokenizer(), Row("here", 0, [ASK], "4", 1)
+    first, second = ({"a": 1, "b": 2}, {"b": 2, "a": 1})
+    prints = [Renderer(tokenizer, {}).fingerprint([row])]
+    for arguments in (first, second):
+        renderer = Renderer(tokenizer, {})
+        renderer.arguments = arguments
+        prints.append(renderer.fingerprint([row]))
+    assert prints[1] == prints[2] != prints[0]
