@@ -80,6 +80,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="MIB",
         help="size of dumped samples in the page; default 16",
     )
+    commands.add_parser("doctor", help="look at this machine: what is there, what is wrong, the remedy")
+    metrics = commands.add_parser("metrics", help="what every metric means, and when it is healthy or sick")
+    metrics.add_argument(
+        "names", nargs="*", metavar="NAME", help="only those whose name contains one of these"
+    )
     if argv and argv[0] in commands.choices:
         # a subparser of argparse takes no positional argument behind an option
         namespace = argparse.Namespace(command=argv[0], version=False)

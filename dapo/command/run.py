@@ -27,8 +27,8 @@ LOST = (
 def run(args: argparse.Namespace, argv: list[str]) -> int:
     """Run the command `args`, which was parsed from `argv`. Return the exit status."""
     try:
-        if args.command == "report":
-            return _report(args)
+        if args.command in (alone := {"report": _report, "doctor": _doctor, "metrics": _metrics}):
+            return alone[args.command](args)
         config = load(args.config, args.overrides)
         if args.command == "plan":
             return _plan(config, args)
@@ -76,6 +76,24 @@ def _report(args: argparse.Namespace) -> int:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(made)
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from dapo.command import doctor
+
+    findings = list(doctor.examine())
+    print("\n".join(doctor.describe(findings)))
+    return int(any(finding.state == "wrong" for finding in findings))
+
+
+def _metrics(args: argparse.Namespace) -> int:
+    from dapo.report import glossary
+
+    found = [each for each in glossary.METRICS if not args.names or any(n in each.name for n in args.names)]
+    if not found:
+        raise ConfigError(f"no metric is called {', '.join(args.names)}: see dapo metrics")
+    print("\n\n".join(metric.describe() for metric in found))
     return 0
 
 

@@ -6,6 +6,7 @@ The console's columns, the curves and the report page are made from it.
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,13 @@ class Metric:
     def title(self) -> str:
         """Name for a reader, with the unit: "entropy (nats)"."""
         return (self.curve or self.name) + (f" ({self.unit})" if self.unit else "")
+
+    def describe(self, width: int = 100) -> str:
+        """Write all about it for a reader, in lines of `width` characters."""
+        signs = (("healthy", self.healthy), ("sick", self.sick))
+        about = [self.meaning, *(f"{name}: {text}" for name, text in signs if text)]
+        lines = [textwrap.fill(f"  {text}", width, subsequent_indent="    ") for text in about]
+        return "\n".join([self.name + (f" ({self.unit})" if self.unit else ""), *lines])
 
 
 def parse(line: str) -> Metric:
