@@ -107,10 +107,8 @@ def _machine() -> Iterator[Finding]:
     yield _judged("tmpdir", is_short, folder, f"set TMPDIR to a path of at most {LONGEST_TMPDIR} characters")
     for variable in (*PROXIES, *map(str.upper, PROXIES)):
         if value := os.environ.get(variable):
-            text = (
-                f"{variable}={value.rpartition('@')[2]}: servers and rewards are called directly all the same"
-            )
-            yield Finding("note", "proxy", text)
+            host = value.rpartition("@")[2]  # without user and password
+            yield Finding("note", "proxy", f"{variable}={host}: servers and rewards are called without it")
 
 
 def _judged(what: str, is_enough: bool, found: str, remedy: str) -> Finding:

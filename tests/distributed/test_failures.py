@@ -263,6 +263,6 @@ def test_what_a_rank_refuses_is_the_last_line(tmp_path: Path) -> None:
     refused = [f"policy.model={tmp_path}", f"run.dir={tmp_path / 'run'}", "parallel.tensor=2"]
     done = subprocess.run([*DAPO, *refused], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    [line] = done.stderr.splitlines()
-    assert line.startswith(f"error: policy.model={tmp_path}: no config.json there")
+    assert done.stderr.splitlines()[-1].startswith(f"error: policy.model={tmp_path}: no config.json there")
+    assert done.stderr.count("error") == 1, done.stderr
     assert done.stdout.count("\n") == 1 and "2 ranks" in done.stdout
