@@ -1,4 +1,4 @@
-"""The command line: dapo train|eval|plan|report|doctor|metrics. `python -m dapo`, also under torchrun, is the same.
+"""The command line: dapo train|eval|plan|report|doctor|metrics, or `python -m dapo`, also under torchrun.
 
 Exit status: 0 done · 1 something broke · 2 the command, the config or the data are refused · 128 + N stopped
 by signal N.
