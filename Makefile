@@ -33,7 +33,7 @@ test: $(VENV)/.ready
 
 # without torchrun and servers: see the marks in tests/conftest.py
 test-fast: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest -m "not gpu and not slow"
+	$(VENV)/bin/python -m pytest -n $(TEST_JOBS) --no-loadscope-reorder -m "not gpu and not slow"
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

@@ -174,6 +174,7 @@ class Job:
         code = 1
         try:
             os.setsid()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if this runs in the background
             sys.modules["__main__"] = types.ModuleType("__main__")  # none that spawned processes would import
             tree = self.folder / "tree"
@@ -231,17 +232,21 @@ def copied(folder: Path) -> Path:
 def run_all(work: deque[tuple[K, Work]], folders: list[Path]) -> Iterator[tuple[K, str, Job]]:
     """Run the work, one in every folder at a time; yield key and verdict. More may be added meanwhile."""
     running = dict[Path, tuple[K, Job]]()
-    while work or running:
-        for folder in folders:
-            if folder not in running and work:
-                key, one = work.popleft()
-                running[folder] = (key, Job(folder, *one))
-        time.sleep(0.05)
-        for folder, (key, job) in list(running.items()):
-            if verdict := job.poll():
-                del running[folder]
-                yield key, verdict, job
-                job.log.unlink(missing_ok=True)
+    try:
+        while work or running:
+            for folder in folders:
+                if folder not in running and work:
+                    key, one = work.popleft()
+                    running[folder] = (key, Job(folder, *one))
+            time.sleep(0.05)
+            for folder, (key, job) in list(running.items()):
+                if verdict := job.poll():
+                    del running[folder]
+                    yield key, verdict, job
+                    job.log.unlink(missing_ok=True)
+    finally:  # the benchmark is ended: a mutant may loop for ever
+        for _, job in running.values():
+            job._end()
 
 
 def main() -> None:
@@ -252,6 +257,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only files whose path begins so")
     parser.add_argument("--keep", type=Path, help="file of results; a run continues what is there")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     keep = args.keep or ROOT / f"runs/mutation-{args.seed}.jsonl"
     keep.parent.mkdir(parents=True, exist_ok=True)
 

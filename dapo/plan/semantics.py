@@ -132,7 +132,8 @@ def _functions(config: Config) -> list[str]:
 def manifest(config: Config, data: str) -> dict[str, Any]:
     """Return what is kept with a run. `data`: the hash of its training prompts."""
     functions = [*_functions(config), *config.reward.shadow]
-    versions = {name: version for name in VERSIONED if (version := stack.installed(name))}
+    found = {name: stack.installed("dapo-rl" if name == "dapo" else name) for name in VERSIONED}
+    versions = {name: version for name, version in found.items() if version}
     return {
         "choices": {choice.name: choice.value for choice in choices(config)},
         "prompts": data,  # version 0.1.0 kept a hash of their tokens, as "data"

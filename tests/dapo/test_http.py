@@ -26,6 +26,10 @@ from dapo.types import Interrupted, Stopped
 Reply = Callable[[BaseHTTPRequestHandler], None]
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 64  # with its 5 the system drops connections of a busy machine
+
+
 @pytest.fixture
 def server() -> Iterator[Callable[[Reply], str]]:
     """`server(reply)` → the URL of a server that answers every request by calling reply(handler)."""
@@ -42,7 +46,7 @@ def server() -> Iterator[Callable[[Reply], str]]:
 
             def log_message(self, *arguments: object) -> None: ...
 
-        started.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        started.append(Server(("127.0.0.1", 0), Handler))
         started[-1].daemon_threads = True
         threading.Thread(target=started[-1].serve_forever, daemon=True).start()
         return f"http://127.0.0.1:{started[-1].server_port}"
