@@ -70,13 +70,11 @@ async def exchange(
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     if body is not None:
         headers["Content-Type"] = "application/json"
-    if not keep_alive:
-        headers["Connection"] = "close"
     data = None if body is None else io.BytesIO(body)  # sent piece by piece: bytes would block the loop
     timeouts = aiohttp.ClientTimeout(total=timeout, sock_connect=None if timeout else CONNECT_TIMEOUT)
     request: dict[str, Any] = dict(data=data, headers=headers, timeout=timeouts, allow_redirects=False)
     try:
-        async with _session().request(method, url, **request) as response:
+        async with _session(keep_alive).request(method, url, **request) as response:
             said = await _read(response, max_bytes)
             if key and response.status >= 300:  # a refusal is quoted, and may quote the key
                 said = said.replace(key.encode(), b"***")
@@ -156,8 +154,14 @@ def _start_loop() -> asyncio.AbstractEventLoop:
 
 
 @functools.cache
-def _session() -> aiohttp.ClientSession:
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE, socket_factory=_make_socket)
+def _session(keep_alive: bool) -> aiohttp.ClientSession:
+    """Return the session of connections that are kept, or of those for one request each.
+
+    One for both would send the last request of a connection, after which the server closes it, on one that
+    another request may take in the same moment.
+    """
+    kept: dict[str, Any] = {"keepalive_timeout": KEEP_ALIVE} if keep_alive else {"force_close": True}
+    connector = aiohttp.TCPConnector(limit=0, socket_factory=_make_socket, **kept)
     cookies = aiohttp.DummyCookieJar()
     plain: dict[str, Any] = dict(auto_decompress=False, headers={"Accept-Encoding": "identity"})
     return aiohttp.ClientSession(
