@@ -28,6 +28,7 @@ from torch._C._distributed_c10d import Store
 from dapo import clock
 from dapo.config import ConfigError, Limits
 from dapo.watch import last_line
+from dapo.watch.last_line import LOST
 from dapo.watch.rank import renew
 
 CHECK_SECONDS = 5.0  # between two checks, at most
@@ -35,7 +36,6 @@ CHECK_SECONDS = 5.0  # between two checks, at most
 SILENT_PHASES = {"checkpoint", "export"}
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-LOST = "the steps since the last checkpoint are lost: the same command goes on from it"
 PLACES = {"": "between phases", "?": "not begun"}
 
 

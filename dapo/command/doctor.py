@@ -71,7 +71,7 @@ def _devices() -> Iterator[Finding]:
 
 def _transformer_engine() -> Finding:
     if fault := stack.engine_fault():
-        return Finding("wrong", "transformer-engine", f"{fault}. Without it the plain layers are used")
+        return Finding("note", "transformer-engine", f"the plain layers are used: {fault}")
     version = stack.installed("transformer-engine")
     return Finding(
         "ok" if version else "note", "transformer-engine", version or "none: plain layers are used"

@@ -14,10 +14,9 @@ import psutil
 
 from dapo.types import reason
 from dapo.watch import last_line
-from dapo.watch.last_line import Ending
+from dapo.watch.last_line import LOST, Ending
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-LOST = "the steps since the last checkpoint are lost: the same command goes on from it"
 
 
 def launch(argv: list[str], num_ranks: int) -> int:
@@ -90,7 +89,9 @@ def _ending(endings: list[Ending], failures: dict[int, Any], signals: list[int])
     first = min(failure.timestamp for failure in failures.values())
     # those that end later were ended by the launcher, by SIGTERM, and half a minute later by SIGKILL
     at_once = {rank: failure for rank, failure in failures.items() if failure.timestamp <= first + 2}
-    rank, failure = min(at_once.items(), key=lambda item: (item[1].exitcode > 0, item[1].exitcode == -15))
+    rank, failure = min(
+        at_once.items(), key=lambda item: (item[1].exitcode > 0, item[1].exitcode == -signal.SIGTERM)
+    )
     if failure.exitcode < 0:
         names = {number.value: number.name for number in signal.Signals}
         name = names.get(-failure.exitcode, f"signal {-failure.exitcode}")

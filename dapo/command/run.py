@@ -18,11 +18,6 @@ from dapo.types import Interrupted, Stopped, reason
 from dapo.watch import last_line
 from dapo.watch.rank import guard
 
-LOST = (
-    "another rank's process has ended, or cannot be reached; the steps since the last checkpoint are lost: "
-    "the same command goes on from it"
-)
-
 
 def run(args: argparse.Namespace, argv: list[str]) -> int:
     """Run the command `args`, which was parsed from `argv`. Return the exit status."""
@@ -149,10 +144,15 @@ def _run(config: Config, models: list[Path] | None) -> int:
         return _fail(error, is_first, is_users=isinstance(error, ConfigError))
     except Exception as error:  # noqa: BLE001  # a bug: its traceback is kept once, not once a rank
         if mesh and is_lost(error):
-            return last_line.say(f"error: {LOST}", 1, is_echo=True) if mesh.is_first_to_fail() else 1
+            return _lost() if mesh.is_first_to_fail() else 1
         if mesh is None or mesh.is_first_to_fail():
             last_line.say(last_line.of_bug(error, config.run.dir), 1)
         return 1
+
+
+def _lost() -> int:
+    line = f"error: another rank's process has ended, or cannot be reached; {last_line.LOST}"
+    return last_line.say(line, 1, is_echo=True)
 
 
 def _stop(stop: Stopped, config: Config, is_saying: bool) -> int:

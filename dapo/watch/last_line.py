@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 # the file where the launcher looks for it, in the environment of its ranks: FOLDER/PROCESS.last-line
 KEPT = "DAPO_LAST_LINE"
+LOST = "the steps since the last checkpoint are lost: the same command goes on from it"
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun's, of each rank
 
 

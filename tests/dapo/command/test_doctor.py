@@ -91,7 +91,8 @@ def test_transformer_engine_and_servers(machine: dict[str, str], monkeypatch: py
     assert (found("transformer-engine").found, found("sglang").found) == ("2.20.2", "0.5.23")
     monkeypatch.setattr(stack, "engine_fault", lambda is_server=False: "it cannot be imported")
     monkeypatch.setattr(stack, "server_fault", lambda has_cuda: "its pins are others")
-    assert (found("transformer-engine").state, found("sglang").state) == ("wrong", "wrong")
+    assert (found("transformer-engine").state, found("sglang").state) == ("note", "wrong")
+    assert found("transformer-engine").found == "the plain layers are used: it cannot be imported"
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ import pytest
 
 from dapo.__main__ import main
 from dapo.command import launch, run
-from dapo.command.parse import parse
+from dapo.command.parse import GPUS, parse
 from dapo.config import ConfigError, load
+from dapo.plan import time
 from dapo.watch import last_line
 from dapo.watch.last_line import Ending
 
@@ -144,6 +145,10 @@ def test_a_signal_before_there_are_ranks_ends_the_launcher(monkeypatch: pytest.M
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_the_command_line_knows_the_devices_that_are_planned_for() -> None:
+    assert tuple(time.HARDWARE) == GPUS
 
 
 @pytest.mark.parametrize("argument", ["two", "0", "-1", "1.5"])
