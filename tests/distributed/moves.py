@@ -31,16 +31,17 @@ LAYOUTS = {  # of four processes
     "experts over 4, data 4": ["parallel.tensor=1", "parallel.expert=4"],
 }
 HUB = "tensor 2, pipeline 2"
-OTHERS = [
+RING = [  # each of them is saved, and each is gone on in
+    HUB,
     "data 4",
-    "tensor 4",
-    "tensor 2, data 2",
-    "tensor 2, context 2",
     "pipeline 2, data 2, two chunks a stage",
+    "tensor 4",
+    "tensor 2, context 2",
+    "tensor 2, data 2",
 ]
 MOVES = [  # saved in → gone on in
-    *[(HUB, other) for other in OTHERS],
-    *[(other, HUB) for other in OTHERS if other != "tensor 2, data 2"],
+    *zip(RING, [*RING[1:], HUB], strict=True),
+    (HUB, "tensor 4"),
     ("tensor 2, pipeline 2, bfloat16", "tensor 4, bfloat16"),
     ("tensor 2, data 2, bfloat16", "tensor 2, data 2, offloaded"),
     ("tensor 2, data 2, offloaded", "tensor 2, data 2, offloaded"),
