@@ -96,8 +96,9 @@ TESTS: dict[str, list[str]] = {
     "dapo/engine/endpoint.py": [*CLIENT, "tests/sglang/test_listener.py"],
     "dapo/engine/generate.py": CLIENT,
     "dapo/checkpoint.py": [f"{D}/test_checkpoint.py"],
-    "dapo/config.py": [
-        f"{D}/{name}.py" for name in ("test_config", "plan/test_semantics", "model/test_layout", "test_main")
+    "dapo/config/__init__.py": [
+        f"{D}/{name}.py"
+        for name in ("config/test_config", "plan/test_semantics", "model/test_layout", "test_main")
     ],
     "dapo/files.py": [f"{D}/test_files.py", f"{D}/test_checkpoint.py", f"{D}/test_verify.py"],
     "dapo/mesh.py": ["tests/distributed/test_mesh.py"],

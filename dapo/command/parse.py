@@ -61,7 +61,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     _add_plan(plan)
     for command in (train, evaluate, plan):
-        command.add_argument("config", help="YAML file; every option is in dapo/config.py")
+        command.add_argument("config", help="YAML file; every option: dapo config")
         command.add_argument("overrides", nargs="*", metavar="section.key=value", help="later wins")
     report = commands.add_parser(
         "report", help="one HTML page of runs: curves, and a browser of dumped samples"
@@ -85,6 +85,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     metrics.add_argument(
         "names", nargs="*", metavar="NAME", help="only those whose name contains one of these"
     )
+    options = commands.add_parser("config", help="every option of a config: its values, default and meaning")
+    options.add_argument(
+        "names", nargs="*", metavar="NAME", help="only those whose name contains one of these"
+    )
+    form = options.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="the page of the documentation, instead")
+    form.add_argument("--schema", action="store_true", help="the JSON schema for editors, instead")
     if argv and argv[0] in commands.choices:
         # a subparser of argparse takes no positional argument behind an option
         namespace = argparse.Namespace(command=argv[0], version=False)

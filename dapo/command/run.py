@@ -22,7 +22,9 @@ from dapo.watch.rank import guard
 def run(args: argparse.Namespace, argv: list[str]) -> int:
     """Run the command `args`, which was parsed from `argv`. Return the exit status."""
     try:
-        if args.command in (alone := {"report": _report, "doctor": _doctor, "metrics": _metrics}):
+        if args.command in (
+            alone := {"report": _report, "doctor": _doctor, "metrics": _metrics, "config": _options}
+        ):
             return alone[args.command](args)
         config = load(args.config, args.overrides)
         if args.command == "plan":
@@ -80,6 +82,23 @@ def _doctor(args: argparse.Namespace) -> int:
     findings = list(doctor.examine())
     print("\n".join(doctor.describe(findings)))
     return int(any(finding.state == "wrong" for finding in findings))
+
+
+def _options(args: argparse.Namespace) -> int:
+    from dapo.config import reference
+
+    if args.names and (args.markdown or args.schema):
+        raise ConfigError(f"dapo config {' '.join(args.names)}: --markdown and --schema are of all options")
+    if args.markdown or args.schema:
+        print(reference.markdown() if args.markdown else reference.schema(), end="")
+        return 0
+    found = [
+        each for each in reference.options() if not args.names or any(n in each.name for n in args.names)
+    ]
+    if not found:
+        raise ConfigError(f"no option is called {', '.join(args.names)}: see dapo config")
+    print(reference.text(found), end="")
+    return 0
 
 
 def _metrics(args: argparse.Namespace) -> int:

@@ -1,7 +1,8 @@
 """The meaning of a run's numbers: each choice that a reader of its curves has to know, and its sources'.
 
 `paper` is arXiv:2503.14476; `verl` is the released reproduction, recipe/dapo/run_dapo_qwen2.5_32b.sh and the
-code it runs. Choices that are options are declared in dapo/config.py; those that the code has fixed, here.
+code it runs. Choices that are options are declared in dapo/config/sections.py; those that the code
+has fixed, here.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Choice:
 
 
 def _options(config: Config) -> dict[str, Choice]:
-    """Return the choices that are options, by name, in the order of dapo/config.py."""
+    """Return the choices that are options, by name, in the order of dapo/config/sections.py."""
     found = {}
     for section in Config.model_fields:
         options = getattr(config, section)

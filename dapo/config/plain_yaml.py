@@ -110,3 +110,11 @@ def shown(value: Any) -> str:
 def dump(value: Any) -> str:
     """Return a YAML text that `load` reads back to an equal value."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
+
+
+def inline(value: Any) -> str:
+    """Return a YAML text of one line, as an override gives it: `{tp-size: 2}`."""
+    text = yaml.dump(
+        value, Dumper=_Dumper, sort_keys=False, default_flow_style=True, width=10**6, allow_unicode=True
+    )
+    return re.sub(r"\.0e([-+])0*", r"e\1", text.removesuffix("\n").removesuffix("\n..."))

@@ -1,0 +1,205 @@
+"""A run's config: YAML and overrides, typed, checked, written back. sections.py has every option."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dapo.config import plain_yaml
+from dapo.config.sections import (
+    UNSAID,
+    ConfigError,
+    Data,
+    Engine,
+    Eval,
+    Limits,
+    Objective,
+    Optim,
+    Parallel,
+    Policy,
+    Reward,
+    Rollout,
+    Run,
+    Section,
+)
+
+__all__ = [
+    "UNSAID",
+    "Config",
+    "ConfigError",
+    "Data",
+    "Engine",
+    "Eval",
+    "Limits",
+    "Objective",
+    "Optim",
+    "Parallel",
+    "Policy",
+    "Reward",
+    "Rollout",
+    "Run",
+    "load",
+    "nearest",
+]
+
+
+class Config(Section):
+    """A run."""
+
+    run: Run
+    data: Data
+    rollout: Rollout = Rollout()
+    reward: Reward = Reward()
+    objective: Objective = Objective()
+    optim: Optim = Optim()
+    parallel: Parallel = Parallel()
+    policy: Policy
+    engine: Engine = Engine()
+    eval: Eval = Eval()
+
+    @property
+    def updates_per_step(self) -> int:
+        """Number of updates of a full step; a step with fewer groups makes fewer."""
+        return self.rollout.prompts_per_step // self.optim.prompts_per_minibatch
+
+    def check(self) -> None:
+        """Raise ConfigError if two options contradict each other."""
+        run, rollout, reward, parallel = self.run, self.rollout, self.reward, self.parallel
+        minibatch, budget = self.optim.prompts_per_minibatch, self.policy.tokens_per_microbatch
+        if run.keep_every and run.keep_every % run.save_every:
+            raise ConfigError(
+                f"run.keep_every={run.keep_every} is not a multiple of run.save_every={run.save_every}: "
+                "nothing is saved then"
+            )
+        if rollout.prompts_per_step % minibatch:
+            raise ConfigError(
+                f"rollout.prompts_per_step={rollout.prompts_per_step} is not a multiple of "
+                f"optim.prompts_per_minibatch={minibatch}: every update takes the same number of groups"
+            )
+        if rollout.prompts_per_round * rollout.max_rounds < rollout.prompts_per_step:
+            raise ConfigError(
+                f"rollout.prompts_per_round={rollout.prompts_per_round} × rollout.max_rounds="
+                f"{rollout.max_rounds} can never fill rollout.prompts_per_step={rollout.prompts_per_step}: "
+                "raise one of them"
+            )
+        longest = self.data.max_prompt_length + rollout.max_response_length
+        multiple = parallel.sequence_multiple
+        if -(-longest // multiple) * multiple > budget:
+            padded = f", padded to a multiple of 2 × parallel.context={parallel.context}"
+            padded = padded if multiple > 1 else ""
+            raise ConfigError(
+                f"policy.tokens_per_microbatch={budget} cannot hold one sample of data.max_prompt_length="
+                f"{self.data.max_prompt_length} + rollout.max_response_length={rollout.max_response_length} "
+                f"= {longest} tokens{padded}: raise it"
+            )
+        names = [reward.function] if isinstance(reward.function, str) else reward.function
+        for name in [*names, *reward.shadow, *self.engine.urls]:
+            if re.search("[@?#]", name.partition("://")[2]):
+                without_user = re.sub("://.*@", "://***@", name, flags=re.DOTALL)  # whatever stands there
+                raise ConfigError(
+                    f"{without_user}: a URL is saved with the run, so it may hold no user, password or "
+                    "query; a key for the server is in the environment: DAPO_REWARD_KEY or DAPO_ENGINE_KEY"
+                )
+        if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+            raise ConfigError(
+                f"parallel.virtual_pipeline={parallel.virtual_pipeline} with parallel.pipeline=1: one stage "
+                "has nobody to take turns with; raise parallel.pipeline, or leave it 1"
+            )
+        if reward.soft_overlong_punishment and reward.overlong_cache >= rollout.max_response_length:
+            raise ConfigError(
+                f"reward.overlong_cache={reward.overlong_cache} leaves nothing of "
+                f"rollout.max_response_length={rollout.max_response_length} unpunished: make it smaller, or "
+                "set reward.soft_overlong_punishment=false"
+            )
+
+    def warnings(self) -> list[str]:
+        """Describe what is allowed and rarely meant, a line each."""
+        if self.reward.soft_overlong_punishment and not self.rollout.dynamic_sampling:
+            return [
+                "reward.soft_overlong_punishment without rollout.dynamic_sampling: in a group all right or "
+                "all wrong the length penalty is the only difference, and dividing by its small std (Eq. 9) "
+                "makes full-size advantages of it"
+            ]
+        return []
+
+    def changed(self, overrides: list[str]) -> Config:
+        """Return this config with overrides applied as `load` does.
+
+        Raises:
+            ConfigError: a key or value is not valid, or two options contradict each other.
+        """
+        return _validated(self.model_dump(mode="json"), overrides, "config")
+
+    def dump(self) -> str:
+        """Return the resolved config as YAML, which `load` reads back to an equal Config."""
+        return plain_yaml.dump(self.model_dump(mode="json"))
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML config, then apply overrides in order: `load("run.yaml", ["optim.lr=2e-6"])`.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key or value is not valid; the message names it and the
+            nearest key.
+    """
+    try:
+        values = plain_yaml.load(Path(path).read_text(encoding="utf-8")) or {}
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config {path}: not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"config {path}: {error.strerror}") from error
+    except plain_yaml.NotYAML as error:
+        raise ConfigError(f"config {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"config {path}: expected sections (run:, data:, …), got {type(values).__name__}")
+    return _validated(values, overrides or [], f"config {path}")
+
+
+def _validated(values: dict[str, Any], overrides: list[str], what: str) -> Config:
+    try:
+        for override in overrides:
+            plain_yaml.override(values, override)
+        config = Config.model_validate(values)
+    except plain_yaml.NotYAML as error:
+        raise ConfigError(str(error)) from error
+    except ValidationError as error:
+        wrong = [_explain(e, values) for e in error.errors()]
+        # of a list with a wrong item, another kind of a union says that it is no path
+        said = [text for key, text in wrong if not any(other.startswith(f"{key}.") for other, _ in wrong)]
+        raise ConfigError(f"{what}: {'; '.join(dict.fromkeys(said))}") from None
+    config.check()
+    return config
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """Return a hint for a misspelt name: `nearest("lrr", ["lr", "seed"])` → "did you mean lr?"."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def _explain(error: Any, values: Any) -> tuple[str, str]:
+    """Return the key that an error of pydantic is about, and what to say of it."""
+    model: Any = Config
+    key, last = ".".join(map(str, error["loc"])), error["loc"][-1]
+    if error["type"] == "extra_forbidden":
+        for part in error["loc"][:-1]:
+            model = model.model_fields[part].annotation
+        return key, f"unknown key {key}: {nearest(last, list(model.model_fields))}"
+    if error["type"] == "missing":
+        return key, f"missing key {key}"
+    path = []
+    for part in error["loc"]:  # pydantic names a union's kinds in it, which are no keys
+        if isinstance(values, dict) and str(part) in map(str, values):
+            values = next(value for key, value in values.items() if str(key) == str(part))
+        elif isinstance(values, list) and isinstance(part, int) and part < len(values):
+            values = values[part]
+        else:
+            continue
+        path.append(str(part))
+    wrong = error["msg"].lower().removeprefix("value error, ")
+    key = ".".join(path)
+    return key, f"{key}={plain_yaml.shown(error['input'])}: {wrong}"

@@ -1,0 +1,387 @@
+"""Every option of a run. The defaults are the paper's recipe for Qwen2.5-32B (arXiv:2503.14476, 4.1).
+
+The text below an option is its description, for `dapo config`, editors and the reference in docs/.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from math import lcm
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Share = Annotated[float, Field(gt=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+AboveZero = Annotated[float, Field(gt=0)]
+AtLeastTwo = Annotated[int, Field(ge=2, lt=2**31)]
+
+
+class ConfigError(ValueError):
+    """The user's input cannot be used. The message is one line: the thing, its value, and the remedy."""
+
+    def __init__(self, message: str):
+        without_user = re.sub(r"(://)[^\s'\"]*@", r"\1***@", message)  # of a URL
+        super().__init__(re.sub(r"(://[^\s'\"?#]*)[?#][^\s'\"]*", r"\1?***", without_user))
+
+
+UNSAID = "unsaid"  # the source leaves it open: nothing departs from it
+
+
+def option(
+    default: Any,
+    why: str,
+    paper: Any = UNSAID,
+    verl: Any = UNSAID,
+    both: Any = UNSAID,
+    examples: list[Any] | None = None,
+) -> Any:
+    """Declare an option that decides what a run's numbers mean; `dapo plan --diff` compares it with these.
+
+    `paper`, `verl`, `both`: its value in the paper, in the released code, in both; `why`: a reason for
+    another.
+    """
+    sources = {"paper": paper, "verl": verl} if both == UNSAID else {"paper": both, "verl": both}
+    return Field(default, examples=examples, json_schema_extra=sources | {"reason": why})
+
+
+def example(*values: Any, default: Any = ...) -> Any:
+    """Declare an option whose default, if it has one, does not show what a value looks like."""
+    return Field(default, examples=list(values))
+
+
+def _expanded(path: Any) -> Path:
+    """Return the path with its ~ and $NAMEs replaced."""
+    if not isinstance(path, str | Path) or not str(path).strip() or "\0" in str(path):
+        raise ValueError("expected a path, in quotes if it looks like a number")
+    expanded = os.path.expandvars(os.path.expanduser(path))
+    if re.match(r"~|.*\$[\w{]", expanded):
+        raise ValueError("no such user or environment variable")
+    return Path(expanded)
+
+
+Location = Annotated[Path, BeforeValidator(_expanded)]
+
+
+class Section(BaseModel):
+    """Types are taken strictly: true is no number, 1 is not true, and 10.0 is no whole number."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, strict=True, use_attribute_docstrings=True
+    )
+
+
+class Run(Section):
+    """The run itself: its directory, its length, what it saves."""
+
+    dir: Location = example("runs/mine")
+    """Everything the run writes goes below this directory. ~ and $NAME are replaced."""
+    steps: Count = 400
+    """Rollout steps, each of prompts_per_step / prompts_per_minibatch updates."""
+    seed: Seed = 0
+    """Decides the order of prompts and the draws of samples."""
+    resume: Literal["auto", "never"] | Positive = "auto"
+    """auto: from the newest checkpoint, if there is one. never: a directory with a run is refused. A step:
+    from its checkpoint; newer ones are renamed."""
+    save_every: Positive = 10
+    """Steps between checkpoints. The last step is always saved."""
+    keep_checkpoints: Positive = 2
+    """How many of the newest checkpoints are kept."""
+    keep_every: Positive | None = example(50, default=None)
+    """Checkpoints of every so many steps are kept too. A multiple of save_every."""
+    async_save: bool = False
+    """Checkpoints are written while training goes on, from a copy in main memory."""
+    wandb_project: str | None = example("dapo", default=None)
+    """Metrics also go to this project of Weights & Biases."""
+
+
+class Data(Section):
+    """The prompts to learn from."""
+
+    train: Location | list[Location] | dict[Location, AboveZero] = example(
+        "prompts.jsonl", {"easy.jsonl": 1.0}
+    )
+    """.jsonl of {prompt, answer}, or .parquet as DAPO-Math-17k: one file, several as one, {file: weight} to
+    mix."""
+    max_prompt_length: Positive = option(2048, "other tasks, other lengths", verl=2048)
+    """Tokens of the longest prompt, chat template included."""
+    too_long: Literal["error", "drop", "truncate"] = option(
+        "truncate", "a prompt that is cut may have lost its question", verl="truncate"
+    )
+    """A longer prompt stops the run, is left out, or is cut on the left, as in the released recipe."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """A malformed row, or a ground truth that reward.function cannot use, stops the run, or is counted and
+    left out."""
+    template_arguments: dict[str, Any] = option(
+        {}, "the template writes the prompts otherwise", examples=[{"enable_thinking": False}]
+    )
+    """Variables of the model's chat template."""
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _each_once(cls, train: Any) -> Any:
+        """Refuse no file, and one that is weighted under two names: one of the weights would be lost."""
+        if train in ([], {}):
+            raise ValueError("expected at least one file")
+        for path, count in Counter(map(_expanded, train if isinstance(train, dict) else ())).items():
+            if count > 1:
+                raise ValueError(f"{path} is given twice")
+        return train
+
+
+class Rollout(Section):
+    """Prompts → groups: sampling until enough groups are mixed (Eq. 11)."""
+
+    prompts_per_step: Positive = option(512, "another batch size", both=512)
+    """N: groups that a step learns from."""
+    group_size: AtLeastTwo = option(16, "more samples find a mixed group more often, and cost more", both=16)
+    """G: samples per prompt."""
+    prompts_per_round: Positive = option(1536, "how far sampling runs ahead", verl=1536)
+    """Prompts asked for at a time, until N mixed groups are in; from servers as the groups come in."""
+    max_rounds: Positive = option(10, "how long to look for mixed groups", verl=10)
+    """Rounds of a step before it learns from fewer groups, or stops: at_cap."""
+    dynamic_sampling: bool = option(True, "without it a step is cheaper and teaches less", both=True)
+    """Eq. 11: only mixed groups, some of whose samples are correct and some not, are learnt from. false keeps
+    every group."""
+    at_cap: Literal["train", "stop"] = option(
+        "train", "a late step that finds too few mixed groups learns from those", verl="stop"
+    )
+    """After max_rounds with fewer than N mixed groups: learn from those, or stop the run."""
+    max_staleness: Count = option(0, "finished groups without room are learnt from later", verl=0)
+    """Finished groups that a step has no room for are kept for the next, as long as they are at most so many
+    steps old when they are learnt from. 0: they are thrown away, and their prompts asked anew."""
+    max_empty_steps: Positive = 3
+    """Steps in a row without one mixed group before the run stops."""
+    temperature: AboveZero = option(1.0, "hotter explores more; the loss uses the same", both=1.0)
+    """Of sampling, and of the log-probs in the loss."""
+    max_response_length: Positive = option(20480, "other tasks, other lengths", both=20480)
+    """L_max of Eq. 13, tokens: a longer response is cut off."""
+    dump_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of each step's groups that is kept in run.dir/rollouts as parquet."""
+    only: bool = False
+    """Write every step's batch and learn nothing."""
+    replay: Location | None = example("runs/earlier/rollouts", default=None)
+    """Learn from a directory of dumped batches instead of sampling."""
+
+
+class Reward(Section):
+    """Is a response correct, and what is it worth?"""
+
+    function: str | Annotated[dict[str, float], Field(min_length=1)] = example(
+        "mine:reward",
+        "http://127.0.0.1:8000/grade",
+        {"dapo.reward:is_correct": 1.0, "mine:format": 0.2},
+        default="dapo.reward:is_correct",
+    )
+    """module:name of f(response, answer) → bool, or a float that is correct above 0, as a grade of 0.1 is; it
+    sees these two texts and no other column. Or http://host:port/path, its key in the environment:
+    DAPO_REWARD_KEY. Or several with weights: the reward is their weighted sum, the first decides what is
+    correct. The default reads the last line with "Answer:", which prompts have to ask for, and nothing
+    else."""
+    shadow: list[str] = example(["mine:stricter"], default=[])
+    """Functions that change nothing: where they disagree is counted, and kept in run.dir/disputes.jsonl."""
+    workers: Count = 4
+    """Processes that call the functions. 0: this process calls them, and waits for as long as they take."""
+    time_limit: AboveZero = 5.0
+    """Seconds for one answer. After them the worker is replaced, the answer is wrong and counted."""
+    memory_limit: AboveZero = 4.0
+    """GiB of main memory for a worker and what it started. Above them it is replaced, as after a crash."""
+    truncated_is_wrong: bool = option(False, "where the task asks for an end", verl=False)
+    """A response that was cut off is wrong, whatever it says."""
+    soft_overlong_punishment: bool = True
+    """Eq. 13: a long response costs reward before it is cut off."""
+    overlong_cache: Positive = 4096
+    """L_cache of Eq. 13, tokens: the punishment grows over the last so many before L_max."""
+
+
+class Objective(Section):
+    """The loss (Eq. 8)."""
+
+    normaliser: Literal["token_mean", "group_token_mean", "sample_mean"] = option(
+        "token_mean", paper="group_token_mean", verl="token_mean",
+        why="every token of a minibatch weighs the same; Eq. 8 to the letter weighs short groups' tokens up",
+    )  # fmt: skip
+    """What each token's loss is divided by: the tokens of the minibatch, of its group (then a mean of
+    groups), or of its sample (then a mean of samples, as GRPO)."""
+    clip_low: NonNegative = option(0.2, "a narrower or wider trust region downwards", both=0.2)
+    """ε_low: a ratio below 1 − clip_low has no gradient where the advantage is negative."""
+    clip_high: NonNegative = option(
+        0.28, "Clip-Higher: room for unlikely tokens keeps the entropy up", both=0.28
+    )
+    """ε_high: a ratio above 1 + clip_high has no gradient where the advantage is positive."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = option(
+        None, paper=None, verl=10.0, why="bounds the loss of a bad token that became much likelier"
+    )
+    """Where the advantage A is negative, the loss is at most −dual_clip · A."""
+    overlong_filtering: bool = option(
+        False, paper=True, verl=False,
+        why="Table 1 adds it and keeps it; the best public run had none: soft punishment alone limits length",
+    )  # fmt: skip
+    """Truncated samples give no gradient."""
+    importance_cap: Annotated[float, Field(ge=1)] = 2.0
+    """A token of older weights counts min(exp(old − behavior log-prob), this); one of the current ones 1."""
+
+
+class Optim(Section):
+    """AdamW, and how many groups an update takes."""
+
+    lr: NonNegative = option(1e-6, "a smaller model bears more", both=1e-6)
+    """Learning rate after the warm-up, constant."""
+    warmup_steps: Count = option(20, "rollout steps, linear", paper=20, verl=10)
+    """Rollout steps, linear, starting at the first warm-up value."""
+    prompts_per_minibatch: Positive = option(32, "other numbers of updates a step", both=32)
+    """Groups of an update; × group_size = its samples."""
+    weight_decay: NonNegative = option(0.1, "none for very small models", verl=0.1)
+    """Of matrices; vectors (biases, norms) have none."""
+    betas: Annotated[tuple[Share, Share], Field(strict=False)] = option(
+        (0.9, 0.999), "a shorter memory bears larger steps", verl=[0.9, 0.999]
+    )
+    """Adam's decay of the first and the second moment."""
+    clip_grad: AboveZero = option(1.0, "another bound for the gradient's norm", verl=1.0)
+    """Largest norm of an update's gradient, over all parameters."""
+
+
+class Parallel(Section):
+    """The layout. What is left of the world after tensor × pipeline × context are data-parallel ranks."""
+
+    tensor: Positive = 8
+    """Ranks that share every matrix, with sequence parallelism whenever > 1."""
+    pipeline: Positive = 1
+    """Stages of layers, one after the other."""
+    virtual_pipeline: Positive = 1
+    """Chunks of layers on each pipeline stage, in turns: less waiting at both ends of an update."""
+    context: Positive = 1
+    """Ranks that share the tokens of every sequence: for responses too long for one."""
+    expert: Positive = 1
+    """Ranks of a pipeline stage that share a layer's experts, each with whole ones."""
+
+    @property
+    def model_size(self) -> int:
+        """Number of ranks that a microbatch takes: world size / data-parallel ranks."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def least_world(self) -> int:
+        """Number of processes of the smallest world in this layout."""
+        return lcm(self.model_size, self.expert * self.pipeline)
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Multiple to which a sequence is padded, in tokens: a context rank has two equal chunks of it."""
+        return 1 if self.context == 1 else 2 * self.context
+
+    @property
+    def pack_multiple(self) -> int:
+        """Multiple to which a microbatch is padded, in tokens: sequence parallelism splits it further."""
+        return self.sequence_multiple * self.tensor
+
+    def data(self, world: int) -> int:
+        """Return the number of data-parallel ranks of `world` processes.
+
+        Raises:
+            ConfigError: tensor × pipeline × context does not divide the world, or expert a stage's ranks.
+        """
+        if world % self.model_size:
+            context = f" × parallel.context={self.context}" if self.context > 1 else ""
+            layout = f"parallel.tensor={self.tensor} × parallel.pipeline={self.pipeline}{context}"
+            raise ConfigError(
+                f"world size {world} is not a multiple of {layout}: launch {self.model_size} processes, or a "
+                "multiple, or change the layout"
+            )
+        stage = world // self.pipeline
+        if stage % self.expert:
+            raise ConfigError(
+                f"parallel.expert={self.expert} does not divide the {stage} ranks of a pipeline stage (world "
+                f"size {world} / parallel.pipeline={self.pipeline}), who share its experts"
+            )
+        return world // self.model_size
+
+
+class Policy(Section):
+    """The model that learns."""
+
+    model: Location = example("models/Qwen2.5-7B")
+    """Hugging Face directory: config.json, *.safetensors, tokenizer."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of parameters and activations; with bfloat16 the optimizer keeps float32 main parameters."""
+    tokens_per_microbatch: Positive = 32768
+    """Budget of one packed forward-backward per data-parallel rank; context ranks share it."""
+    megatron: dict[str, Any] = example({"recompute_granularity": "selective"}, default={})
+    """Fields of Megatron's TransformerConfig, OptimizerConfig and DistributedDataParallelConfig, as they are
+    there."""
+
+
+class Limits(NamedTuple):
+    """Seconds without progress after which a run acts."""
+
+    stall: float  # report, dump stacks, restart the server that stands still
+
+    @property
+    def stop(self) -> float:
+        """Seconds after which the run saves and stops."""
+        return 2 * self.stall
+
+    @property
+    def exit(self) -> float:
+        """Seconds after which ranks that are stuck in a collective, where they cannot save, exit."""
+        return 3 * self.stall
+
+
+class Engine(Section):
+    """The sampler: in process, or servers."""
+
+    kind: Literal["embedded", "sglang"] = "embedded"
+    """embedded: Hugging Face generate in the main process, for small models. sglang: servers."""
+    max_concurrent: Positive = 256
+    """Samples generated together, by each server."""
+    urls: list[str] = example(["http://node7:30000"], default=[])
+    """Servers that someone else has started; none: the run starts its own and stops them. An API key, if they
+    want one, is in the environment: DAPO_ENGINE_KEY."""
+    servers: Positive = 1
+    """How many servers the run starts."""
+    python: Location | None = example("/opt/sglang/bin/python", default=None)
+    """Python of the environment that has SGLang; null: this one."""
+    sglang: dict[str, Any] = example({"tp-size": 2, "mem-fraction-static": 0.8}, default={})
+    """Server arguments, as on SGLang's command line."""
+    weight_sync: Literal["disk", "broadcast", "tensor"] = "broadcast"
+    """How weights get to the servers: files; NCCL, or gloo on a CPU; memory of the same host."""
+    bucket_mib: Positive = 512
+    """Weights travel in buckets of this size, MiB."""
+    verify_weights: bool = False
+    """After every sync the servers' checksums are compared with the policy's."""
+    stall_seconds: AboveZero = 300.0
+    """Without any progress on any rank for so long: say who is waited for, keep stacks in run.dir/stalls, and
+    ask again for missing responses; at one server: start it again. Twice as long without a response, or in
+    one wait of a weight sync: save and stop. Three times as long in a collective, where no rank can save:
+    stop."""
+
+    @property
+    def limits(self) -> Limits:
+        """Times without progress after which a run acts."""
+        return Limits(self.stall_seconds)
+
+    @property
+    def is_streaming(self) -> bool:
+        """True if groups are requested ahead and scored as they come; in process, whole rounds gain more."""
+        return self.kind == "sglang"
+
+
+class Eval(Section):
+    """Evaluation during a run, and by `dapo eval`."""
+
+    data: Location | dict[str, Location] | None = example("aime.jsonl", {"aime": "aime.jsonl"}, default=None)
+    """Same formats as data.train; {name: file} for several sets; null: no evaluation."""
+    every: Positive = 5
+    """Steps between evaluations; also before the first and after the last."""
+    samples: Positive = option(32, "fewer samples, wider intervals", both=32)
+    """k responses per problem: mean@k."""
+    temperature: AboveZero = option(1.0, "another way to ask", both=1.0)
+    """Of evaluation's sampling."""
+    top_p: Share = option(0.7, "1.0 measures the distribution that is trained", both=0.7)
+    """Of evaluation's sampling: the likeliest tokens that have this share of the probability."""
