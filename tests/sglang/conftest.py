@@ -4,6 +4,7 @@ or two to start.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from tests.sglang.environment.build import build
 
 ROOT = Path(__file__).parents[2]
 FAKE = Path(__file__).parent / "fake"
+HIDDEN = Path(__file__).parent / "environment/hidden"
 BASE = ROOT / "examples/arithmetic/base"
 VOCAB = 64  # the tokenizer knows 25 of them
 # config.json of a model that is only read, never built
@@ -82,10 +84,10 @@ def sglang_server(
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder for a run, whose servers are the stand-in's; it serves as their model, too."""
-    monkeypatch.setenv(
-        "PYTHONPATH",
-        os.pathsep.join([str(FAKE), str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]),
-    )
+    # a Transformer Engine without its compiled part ends real servers, and they are refused
+    hidden = [str(HIDDEN)] if importlib.util.find_spec("transformer_engine") else []
+    path = [str(FAKE), *hidden, str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     known_arguments.cache_clear()
