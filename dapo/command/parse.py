@@ -85,6 +85,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     metrics.add_argument(
         "names", nargs="*", metavar="NAME", help="only those whose name contains one of these"
     )
+    init = commands.add_parser("init", help="write a commented config for a model and a data file")
+    add = init.add_argument
+    add("model", type=Path, help="Hugging Face directory")
+    add("data", type=Path, help=".jsonl of {prompt, answer}, or .parquet")
+    add("--out", type=Path, default=Path("run.yaml"), help="the config; default run.yaml")
+    add("--gpu", choices=GPUS, help="the device to plan for; default: this machine's")
+    add("--gpus", type=_positive, metavar="N", help="how many; default: this machine's, or 8")
     options = commands.add_parser("config", help="every option of a config: its values, default and meaning")
     options.add_argument(
         "names", nargs="*", metavar="NAME", help="only those whose name contains one of these"

@@ -23,7 +23,13 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     """Run the command `args`, which was parsed from `argv`. Return the exit status."""
     try:
         if args.command in (
-            alone := {"report": _report, "doctor": _doctor, "metrics": _metrics, "config": _options}
+            alone := {
+                "report": _report,
+                "doctor": _doctor,
+                "metrics": _metrics,
+                "config": _options,
+                "init": _init,
+            }
         ):
             return alone[args.command](args)
         config = load(args.config, args.overrides)
@@ -82,6 +88,14 @@ def _doctor(args: argparse.Namespace) -> int:
     findings = list(doctor.examine())
     print("\n".join(doctor.describe(findings)))
     return int(any(finding.state == "wrong" for finding in findings))
+
+
+def _init(args: argparse.Namespace) -> int:
+    from dapo.command import init
+
+    machine = init.machine_of(args.gpu, args.gpus)
+    print("\n".join(init.write(args.out, init.look(args.model, args.data), machine)))
+    return 0
 
 
 def _options(args: argparse.Namespace) -> int:

@@ -1,0 +1,208 @@
+"""dapo init: what it reads from a model and its data, what it writes, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dapo import config
+from dapo.command import init
+from dapo.config import ConfigError
+from dapo.model.layout import check_layout, check_length
+from dapo.model.shape import read_shape
+from dapo.plan.choose import Machine
+from dapo.plan.plan import make_plan
+from tests.dapo.model.models import write_model
+
+ARITHMETIC = Path(__file__).parents[3] / "examples/arithmetic"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
+
+def make_model(folder: Path, name: str, **changed: int) -> Path:
+    """Sizes of a known model, with the arithmetic example's tokenizer, which knows characters only."""
+    model = write_model(folder / name, name, **changed)
+    for file in TOKENIZER:
+        shutil.copy(ARITHMETIC / "base" / file, model)
+    return model
+
+
+def make_data(folder: Path, *prompts: str) -> Path:
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text, "answer": "1"}) + "\n" for text in prompts))
+    return path
+
+
+def written(folder: Path, model: Path, data: Path, machine: Machine) -> tuple[config.Config, list[str]]:
+    lines = init.write(folder / "mine.yaml", init.look(model, data), machine)
+    return config.load(folder / "mine.yaml"), lines
+
+
+def test_on_a_cpu_it_is_a_small_run_of_one_rank(tmp_path: Path) -> None:
+    found, lines = written(tmp_path, ARITHMETIC / "base", ARITHMETIC / "data/train.jsonl", Machine("cpu", 2))
+    assert found.data.max_prompt_length == 16, "the longest has 12, in steps of 16"
+    assert found.rollout.max_response_length == 256
+    assert found.engine.kind == "embedded"
+    assert (found.parallel.tensor, found.policy.dtype, found.optim.lr) == (1, "float32", 1e-4)
+    assert str(found.run.dir) == "runs/mine"
+    check_length(found)
+    assert "half have at most 10 tokens, the longest has 12" in "\n".join(lines)
+    assert lines[-1].endswith(f"dapo train {tmp_path}/mine.yaml")
+
+
+def test_what_is_said_stands_in_the_file_too(tmp_path: Path) -> None:
+    _, lines = written(tmp_path, ARITHMETIC / "base", ARITHMETIC / "data/train.jsonl", Machine("cpu", 2))
+    comments = [line[2:] for line in (tmp_path / "mine.yaml").read_text().splitlines() if line[:2] == "# "]
+    said = [
+        line for line in lines if line.startswith(("model", "data", "prompts", "machine", "assumed", "note"))
+    ]
+    assert comments[1:] == said
+    assert [line.split()[0] for line in said] == [
+        "model",
+        "data",
+        "prompts",
+        "machine",
+        "assumed",
+        "note",
+        "note",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "machine", "ranks", "expected"),
+    [
+        ("Qwen2.5-7B", Machine("h100", 8), 4, {"parallel.tensor": 4, "engine.servers": 4}),
+        ("Qwen2.5-7B", Machine("h200", 8), 4, {"parallel.tensor": 2, "engine.servers": 4}),
+        ("Qwen2.5-7B", Machine("h100", 1), 1, {"parallel.tensor": 1, "engine.weight_sync": "tensor"}),
+        ("Qwen2.5-32B", Machine("h100", 8), 4, {"parallel.tensor": 4, "engine.servers": 2}),
+        ("Qwen3-30B-A3B", Machine("h200", 8), 4, {"parallel.expert": 4, "engine.servers": 4}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_layout_fits(
+    name: str, machine: Machine, ranks: int, expected: dict[str, object], tmp_path: Path
+) -> None:
+    model, data = make_model(tmp_path, name), make_data(tmp_path, *map(str, range(2000)))
+    found, lines = written(tmp_path, model, data, machine)
+    for key, value in expected.items():
+        section, option = key.split(".")
+        assert getattr(getattr(found, section), option) == value, key
+    check_layout(read_shape(model), found)
+    check_length(found)
+    assert make_plan(found, machine.gpu, ranks).fits
+    assert lines[-1].endswith(f"dapo train {tmp_path}/mine.yaml" + (f" --nproc {ranks}" if ranks > 1 else ""))
+    assert f"--gpu {machine.gpu} --world-size {ranks}" in lines[-2]
+
+
+def test_a_few_long_prompts_do_not_take_the_model_s_positions(tmp_path: Path) -> None:
+    data = make_data(tmp_path, "1+1=", "2+2=", "1+" * 300 + "1=")
+    found, _ = written(tmp_path, ARITHMETIC / "base", data, Machine("cpu", 1))
+    assert found.data.max_prompt_length == 256, "half of 512"
+    assert found.data.too_long == "drop"
+    assert found.data.max_prompt_length + found.rollout.max_response_length == 512
+    assert "1 prompts are longer" in (tmp_path / "mine.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("count", "groups", "minibatch"), [(1, 1, 1), (3, 1, 1), (20, 4, 1), (100, 16, 4), (4000, 16, 4)]
+)
+def test_a_step_takes_no_more_than_a_third_of_the_prompts(
+    count: int, groups: int, minibatch: int, tmp_path: Path
+) -> None:
+    data = make_data(tmp_path, *(f"{n}+1=" for n in range(count)))
+    found, _ = written(tmp_path, ARITHMETIC / "base", data, Machine("cpu", 1))
+    assert (found.rollout.prompts_per_step, found.optim.prompts_per_minibatch) == (groups, minibatch)
+
+
+def test_rows_that_cannot_be_used_are_counted_and_left_out(tmp_path: Path) -> None:
+    data = make_data(tmp_path, "1+1=", "2+2=")
+    data.write_text(data.read_text() + "not JSON\n")
+    found, lines = written(tmp_path, ARITHMETIC / "base", data, Machine("cpu", 1))
+    assert found.data.on_error == "skip"
+    assert any("rows that cannot be used are left out" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_noted"), [('1+1= End with "Answer: x".', False), ("1+1=", True)], ids=["asked", "not asked"]
+)
+def test_prompts_that_do_not_ask_for_the_answer_s_line_are_noted(
+    text: str, is_noted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Tokenizer:  # the example's has no letters
+        chat_template, eos_token_id = None, 1
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            return {"input_ids": list(text.encode())}
+
+        def decode(self, tokens: list[int]) -> str:
+            return bytes(list(tokens)).decode()
+
+    monkeypatch.setattr(init, "load_tokenizer", lambda model: Tokenizer())
+    monkeypatch.setattr(init, "check_vocabulary", lambda model, tokenizer: None)
+    _, lines = written(tmp_path, ARITHMETIC / "base", make_data(tmp_path, text), Machine("cpu", 1))
+    assert any("own reward.function" in line for line in lines) == is_noted
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("mine")
+    with pytest.raises(ConfigError, match=r"mine\.yaml is there: choose another name"):
+        written(tmp_path, ARITHMETIC / "base", make_data(tmp_path, "1+1="), Machine("cpu", 1))
+    assert (tmp_path / "mine.yaml").read_text() == "mine"
+
+
+@pytest.mark.parametrize("machine", [Machine("h100", 1), Machine("a100", 2)], ids=str)
+def test_a_model_that_is_too_large_is_refused_and_nothing_is_written(
+    machine: Machine, tmp_path: Path
+) -> None:
+    seen = init.look(make_model(tmp_path, "Qwen2.5-32B"), make_data(tmp_path, "1+1="))
+    with pytest.raises(ConfigError, match=rf"no layout fits on {machine.count} × "):
+        init.write(tmp_path / "mine.yaml", seen, machine)
+    assert not (tmp_path / "mine.yaml").exists()
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="none: no config"):
+        init.look(tmp_path / "none", make_data(tmp_path, "1+1="))
+    with pytest.raises(ConfigError, match=r"none\.jsonl does not exist"):
+        init.look(ARITHMETIC / "base", tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "count", "expected"),
+    [("h100", None, Machine("h100", 8)), ("h200", 4, Machine("h200", 4)), ("cpu", 1, Machine("cpu", 1)),
+     (None, 1, Machine("cpu", 1))],
+)  # fmt: skip
+def test_the_machine_is_what_is_asked_for(gpu: str | None, count: int | None, expected: Machine) -> None:
+    assert init.machine_of(gpu, count) == expected
+
+
+def test_more_gpus_than_a_machine_has_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--gpus 9"):
+        init.machine_of("h100", 9)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H20", "h20"),
+        ("NVIDIA B200", "b200"),
+    ],
+)
+def test_this_machine_s_gpus_are_known_by_name(
+    name: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: name)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert init.machine_of(None, None) == Machine(expected, 4)
+
+
+def test_a_gpu_that_is_not_known_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Tesla T4")
+    with pytest.raises(ConfigError, match="this machine's Tesla T4 is not known"):
+        init.machine_of(None, None)
