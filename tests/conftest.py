@@ -21,6 +21,10 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 
 SLOW = (  # start torchrun, a server, a browser or Triton's interpreter: not part of `make test-fast`
     "tests/benchmarks/test_gpu_check.py::test_the_rehearsal",
+    "tests/dapo/model/test_hub.py::test_a_run_of_names",
+    "tests/dapo/model/test_hub.py::test_a_plan_needs",
+    "tests/dapo/model/test_hub.py::test_init_looks",
+    "tests/dapo/model/test_hub.py::test_what_is_neither",
     "tests/dapo/plan/test_plan.py::test_the_paper_s_layout_is_built",
     "tests/dapo/plan/test_plan.py::test_the_mixture_of_experts_layout_is_built",
     "tests/dapo/report/test_page.py",

@@ -14,6 +14,7 @@ import numpy as np
 
 from dapo import files
 from dapo.config import Config, ConfigError, Data, plain_yaml
+from dapo.model import hub
 from dapo.model.parameters import num_parameters
 from dapo.model.shape import ModelShape, max_tokens, read_shape
 from dapo.model.tokenizer import check_vocabulary, load_tokenizer
@@ -32,7 +33,8 @@ SAMPLE = 500  # prompts whose text is looked at
 class Seen:
     """Facts that the model's directory and the data file give."""
 
-    model: Path
+    model: Path  # as it is given: it may be a name on the hub
+    directory: Path
     data: Path
     shape: ModelShape
     positions: int | None  # of the model; None: it does not say
@@ -52,13 +54,16 @@ def look(model: Path, data: Path) -> Seen:
     Raises:
         ConfigError: one of them cannot be used.
     """
-    shape, tokenizer = read_shape(model), load_tokenizer(model)
-    check_vocabulary(model, tokenizer)
-    options = Data(train=data, max_prompt_length=ANY_LENGTH, too_long="drop", on_error="skip")
-    prompts, summary = load_prompts(data, tokenizer, options)
+    directory, [file, *more] = hub.model(model, has_weights=False), hub.data_files(data, "data.train")
+    if more:
+        raise ConfigError(f"{data} has {1 + len(more)} files: name one, as org/name:folder/file.parquet")
+    shape, tokenizer = read_shape(directory), load_tokenizer(directory)
+    check_vocabulary(directory, tokenizer)
+    options = Data(train=file, max_prompt_length=ANY_LENGTH, too_long="drop", on_error="skip")
+    prompts, summary = load_prompts(file, tokenizer, options)
     texts = [tokenizer.decode(prompt.tokens) for prompt in prompts[:SAMPLE]]
     asking = sum("answer:" in text.lower() for text in texts) / len(texts)
-    return Seen(model, data, shape, max_tokens(model), prompts, summary, asking)
+    return Seen(model, directory, data, shape, max_tokens(directory), prompts, summary, asking)
 
 
 def write(out: Path, seen: Seen, machine: Machine) -> list[str]:
@@ -70,7 +75,7 @@ def write(out: Path, seen: Seen, machine: Machine) -> list[str]:
     if out.exists():
         raise ConfigError(f"{out} is there: choose another name with --out, or remove it")
     common = _common(out, seen, machine)
-    layout = choose.layout(common, seen.shape, machine)
+    layout = choose.layout(common, seen.directory, seen.shape, machine)
     facts, assumed = _facts(seen, machine), _assumptions(seen)
     files.write_text(out, _yaml([*facts, *assumed], [*common, *layout.choices]))
     launch = f"dapo train {out}" + (f" --nproc {layout.ranks}" if layout.ranks > 1 else "")

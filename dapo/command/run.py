@@ -12,6 +12,7 @@ from dapo import files
 from dapo.command import launch
 from dapo.command.parse import version
 from dapo.config import Config, ConfigError, Parallel, load
+from dapo.model import hub
 from dapo.plan import semantics, stack
 from dapo.plan.plan import describe, make_plan
 from dapo.types import Interrupted, Stopped, reason
@@ -33,13 +34,16 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         ):
             return alone[args.command](args)
         config = load(args.config, args.overrides)
+        if local := hub.overrides(config, has_weights=args.command != "plan"):
+            config, argv = config.changed(local), [*argv, *local]  # ranks do not ask the hub again
         if args.command == "plan":
             return _plan(config, args)
         if fault := stack.trainer_fault():
             raise ConfigError(fault)
         files.shorten_tmpdir(os.environ.get("LOCAL_RANK", "0") == "0")
         if args.command == "eval":
-            return _run(config, args.model or [config.policy.model])
+            models = [hub.model(path, option="--model") for path in args.model or []]
+            return _run(config, models or [config.policy.model])
         num_ranks = _num_ranks(config, args.nproc)
         if "RANK" not in os.environ:
             ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"

@@ -108,7 +108,8 @@ class Data(Section):
         "prompts.jsonl", {"easy.jsonl": 1.0}
     )
     """.jsonl of {prompt, answer}, or .parquet as DAPO-Math-17k: one file, several as one, {file: weight} to
-    mix."""
+    mix. Or a data set of the hub, org/name or org/name@revision, whose training files are taken; one of them
+    is org/name:folder/file.parquet."""
     max_prompt_length: Positive = option(2048, "other tasks, other lengths", verl=2048)
     """Tokens of the longest prompt, chat template included."""
     too_long: Literal["error", "drop", "truncate"] = option(
@@ -306,8 +307,9 @@ class Parallel(Section):
 class Policy(Section):
     """The model that learns."""
 
-    model: Location = example("models/Qwen2.5-7B")
-    """Hugging Face directory: config.json, *.safetensors, tokenizer."""
+    model: Location = example("models/Qwen2.5-7B", "Qwen/Qwen2.5-7B")
+    """Hugging Face directory: config.json, *.safetensors, tokenizer. Or its name on the hub, org/name or
+    org/name@revision; the commit is kept in run.dir/semantics.json."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of parameters and activations; with bfloat16 the optimizer keeps float32 main parameters."""
     tokens_per_microbatch: Positive = 32768

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from dapo.config import Config, ConfigError
@@ -54,8 +55,8 @@ class Layout(NamedTuple):
     choices: list[Choice]
 
 
-def layout(common: list[Choice], shape: ModelShape, machine: Machine) -> Layout:
-    """Return the first layout that fits, with all other options given.
+def layout(common: list[Choice], model: Path, shape: ModelShape, machine: Machine) -> Layout:
+    """Return the first layout that fits, with all other options given; `model` is the directory.
 
     Servers apart come before servers on the trainer's GPUs, little recomputed before few ranks to a model.
 
@@ -66,7 +67,9 @@ def layout(common: list[Choice], shape: ModelShape, machine: Machine) -> Layout:
     longest = values["data"]["max_prompt_length"] + values["rollout"]["max_response_length"]
     for candidate in _of_cpu(machine) if machine.is_cpu else _of_gpus(machine, shape, longest):
         try:
-            config = Config.model_validate(nested([*common, *candidate.choices]))
+            config = Config.model_validate(
+                nested([*common, *candidate.choices, Choice("policy.model", str(model))])
+            )
             config.check()
             check_layout(shape, config)
             fits = make_plan(config, machine.gpu, candidate.ranks).fits

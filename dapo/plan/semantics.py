@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dapo.config import UNSAID, Config, ConfigError
+from dapo.model import hub
 from dapo.plan import stack
 from dapo.types import reason
 
@@ -140,6 +141,7 @@ def manifest(config: Config, data: str) -> dict[str, Any]:
         "prompts": data,  # version 0.1.0 kept a hash of their tokens, as "data"
         "reward functions": {name: fingerprint(name) for name in functions},
         "versions": {"python": platform.python_version()} | versions,
+        "hub": hub.origins(config),
     }
 
 
