@@ -1,4 +1,4 @@
-"""The record of a run: a row a step on the console, a line in metrics.jsonl, TensorBoard, optionally W&B.
+"""The record of a run: a row a step on the console, a line in metrics.jsonl, TensorBoard, optionally others.
 
 At the end the paper's curves are plotted. Of all these only metrics.jsonl can make a run fail, at its end.
 """
@@ -9,6 +9,7 @@ import importlib.util
 import json
 import math
 import os
+import pkgutil
 import resource
 import secrets
 import sys
@@ -61,6 +62,8 @@ class Log:
         self._attempt("TensorBoard", self._open, "TensorBoard", TensorBoard, start)
         if config.run.wandb_project:
             self._attempt("W&B", self._open, "W&B", WandB, start)
+        if config.run.tracker:
+            self._attempt(config.run.tracker, self._open, config.run.tracker, _tracker(config), start)
         if start:
             console.say(f"going on from step {start} of {config.run.steps} in {config.run.dir}")
         self.start, self.began = start, time.perf_counter()
@@ -204,8 +207,22 @@ class WandB:
         self.run.finish(exit_code=status)
 
 
+def _tracker(config: Config) -> Callable[[Config, int], Board]:
+    """Return what makes the tracker of run.tracker. Raise ConfigError."""
+    option = f"run.tracker={config.run.tracker}"
+    try:
+        found = pkgutil.resolve_name(config.run.tracker or "")
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
+        raise ConfigError(f"{option}: {reason(error)}; expected module:name, found on PYTHONPATH") from error
+    if not callable(found):
+        raise ConfigError(f"{option} is {type(found).__name__}; expected a class or a function")
+    return found  # type: ignore[no-any-return]
+
+
 def check_installed(config: Config) -> None:
-    """Raise ConfigError if run.wandb_project is set and there is no wandb."""
+    """Raise ConfigError if there is no wandb for run.wandb_project, or no tracker as run.tracker says."""
+    if config.run.tracker:
+        _tracker(config)
     if config.run.wandb_project and importlib.util.find_spec("wandb") is None:
         option = f"run.wandb_project={config.run.wandb_project}"
         raise ConfigError(f"{option}: wandb is not installed: pip install wandb, or leave the option out")

@@ -99,6 +99,9 @@ class Run(Section):
     """Checkpoints are written while training goes on, from a copy in main memory."""
     wandb_project: str | None = example("dapo", default=None)
     """Metrics also go to this project of Weights & Biases."""
+    tracker: str | None = example("mine:Tracker", default=None)
+    """module:name of another tracker: called with (config, start), it returns an object with
+    log(values, step) and close(status), as in dapo/log.py. It cannot end the run."""
 
 
 class Data(Section):

@@ -1,6 +1,7 @@
 import json
 import sys
 from types import ModuleType
+from typing import ClassVar
 
 import pytest
 from matplotlib.figure import Figure
@@ -355,6 +356,75 @@ def test_wandb_is_given_the_exit_status(tmp_path, monkeypatch, error, status):
     log, wandb = make_log_at_wandb(tmp_path, monkeypatch)
     log.close(type(error), error, None)
     assert wandb.calls[-1] == ("finish", status)
+
+
+class Tracker:
+    """A tracker of a user's, which notes what a run asks of it."""
+
+    made: ClassVar[list["Tracker"]] = []
+
+    def __init__(self, config, start):
+        self.calls = [("start", str(config.run.dir), start)]
+        self.made.append(self)
+
+    def log(self, values, step):
+        self.calls.append(("log", step, values["loss"]))
+
+    def close(self, status):
+        self.calls.append(("close", status))
+
+
+class Broken(Tracker):
+    def log(self, values, step):
+        super().log(values, step)
+        raise KeyError("mine")
+
+
+def test_a_tracker_by_import_path_gets_every_step_and_the_status(tmp_path):
+    (tmp_path / "run").mkdir()
+    Tracker.made.clear()
+    config = make_config(tmp_path, "run.tracker=tests.dapo.test_log:Tracker")
+    log = Log(config, Console(), {}, 3)
+    for step in (3, 4):
+        log(step, {"loss": 0.5 * step})
+    log.close(ZeroDivisionError, ZeroDivisionError(), None)
+    [tracker] = Tracker.made
+    assert tracker.calls == [
+        ("start", str(config.run.dir), 3),
+        ("log", 3, 1.5),
+        ("log", 4, 2.0),
+        ("close", 1),
+    ]
+
+
+def test_a_tracker_that_fails_is_left_out_and_named_once(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    Tracker.made.clear()
+    log = Log(make_config(tmp_path, "run.tracker=tests.dapo.test_log:Broken"), Console(), {}, 0)
+    for step in range(3):
+        log(step, {"loss": 1.0})
+    log.close()
+    assert [call[0] for call in Tracker.made[0].calls] == ["start", "log"]
+    assert len(read(log.path)) == 3
+    said = "warning: tests.dapo.test_log:Broken failed: 'mine'; the run goes on without it\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("nowhere:Tracker", "No module named 'nowhere'; expected module:name"),
+        ("tests.dapo.test_log:none", "has no attribute 'none'; expected module:name"),
+        ("tests.dapo.test_log:STEP", "is int; expected a class or a function"),
+        ("not a path", "expected module:name"),
+    ],
+)
+def test_a_tracker_that_is_none_is_refused_before_the_run(tmp_path, path, said):
+    with pytest.raises(ConfigError, match=said):
+        check_installed(make_config(tmp_path, f"run.tracker='{path}'"))
+
+
+STEP = 3
 
 
 def test_a_wandb_that_is_not_installed_is_refused_before_the_run(tmp_path, monkeypatch):
