@@ -2,6 +2,8 @@
 importable.
 """
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 # Triton ≥ 3.7: the interpreter of older ones needs numpy < 2.4
@@ -10,8 +12,19 @@ TEST = ["pytest>=8", "pytest-xdist>=3.7", "hypothesis>=6.100", "triton>=3.7; sys
 setup(
     name="dapo-rl",  # PyPI's "dapo" is another project
     version="0.1.0",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     description="DAPO (arXiv:2503.14476) on Megatron-core: RL that teaches language models to reason",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     entry_points={"console_scripts": ["dapo = dapo.__main__:script"]},
     packages=[*find_packages(include=["dapo", "dapo.*"]), "dapo_kernels"],
@@ -29,6 +42,7 @@ setup(
         "tokenizers>=0.21",
         "numpy>=1.26",
         "safetensors>=0.5",
+        "huggingface_hub>=1",
         "pyarrow>=23.0.1",  # CVE-2026-25087
         "psutil>=5.9",  # without it torch_dist checkpoints hang while saving
         "tensorboard>=2.16",

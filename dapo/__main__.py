@@ -24,6 +24,8 @@ def main(argv: list[str]) -> int:
         args = parse(argv)
     except UsageError as error:
         return last_line.say(f"error: {error}", 2) if last_line.is_first_here() else 2
+    except SystemExit:  # --help has been printed
+        return 0
     if args.version:
         print(version())
         return 0
