@@ -37,6 +37,13 @@ SUSPENDED = 4 * STALL
 LONGEST = 90.0  # seconds for a run to end after a fault
 EVAL_ROWS = 8
 MARK = "DAPO_FAULTS_RUN"  # environment variable of every process of one launch
+FOLDER, FAULTS = "DAPO_FAULTS_FOLDER", "DAPO_FAULTS"  # and what `prepare` reads
+RANK = ["-u", "-m", "dapo"]  # how the launcher starts one
+START = f"""import os, sys
+if "RANK" in os.environ and sys.orig_argv[1:4] == {RANK}:
+    import faults
+    faults.prepare()
+"""
 OPTIONS = [
     "run.save_every=1", "rollout.prompts_per_step=4", "rollout.prompts_per_round=4",
     "rollout.max_response_length=24", "rollout.max_empty_steps=1000", "reward.overlong_cache=8",
@@ -102,22 +109,18 @@ def launch(faults: Sequence[Fault], *options: str, with_servers: bool = False) -
         if with_servers:
             path.insert(0, str(ROOT / "tests/sglang/fake"))
             options = (*WITH_SERVERS, *options)
-        environment["PYTHONPATH"] = os.pathsep.join(path)
+        # every rank begins with `prepare`
+        (folder / "sitecustomize.py").write_text(START)
+        environment["PYTHONPATH"] = os.pathsep.join([name, *path])
+        environment[FOLDER], environment[FAULTS] = name, json.dumps(list(map(str, faults)))
         steps = 2 * len(faults) + 4
         values = [*OPTIONS, f"run.steps={steps}", f"run.dir={folder / 'run'}",
                   f"eval.data={folder / 'heldout.jsonl'}", *options]  # fmt: skip
-        torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2"
-        command = [
-            sys.executable,
-            *torchrun.split(),
-            __file__,
-            "rank",
-            str(folder),
-            json.dumps(list(map(str, faults))),
-        ]
+        config = "examples/arithmetic/config.yaml"
+        command = [sys.executable, "-m", "dapo", "train", config, "--nproc", "2", *values]
         with (folder / "printed").open("w") as out:
             launcher = subprocess.Popen(
-                [*command, *values], cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT,
+                command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT,
                 start_new_session=True,  # else a shell that ends sends SIGHUP to what is stopped
             )  # fmt: skip
         is_ended = _wait(folder, launcher, mark, len(faults))
@@ -152,7 +155,7 @@ def _wait(folder: Path, launcher: subprocess.Popen[bytes], mark: str, num_faults
                 _suspend(mark)
         if launcher.poll() is not None and not _marked(mark):
             return True
-        ranks = [command for command in _marked(mark).values() if "rank" in command[2:5]]
+        ranks = [command for command in _marked(mark).values() if command[1:4] == RANK]
         if fired and not ranks and launcher.poll() is None:
             launcher.send_signal(signal.SIGCONT)  # it may be the one that was stopped
         if time.monotonic() - since > (LONGEST if fired else 2 * LONGEST):
@@ -196,31 +199,35 @@ def is_even(response: str, answer: str) -> bool:
 # in a rank
 
 
-def rank(folder: Path, faults: list[str], options: list[str]) -> None:
-    """Train; the main rank brings the faults about."""
+def prepare() -> None:
+    """Let the main rank bring the faults about, and every rank keep its exit status."""
     from dapo import clock
-    from dapo.__main__ import end, main
     from dapo.reward.pool import Reward
 
-    number = int(os.environ["RANK"])
+    number, folder = int(os.environ["RANK"]), Path(os.environ[FOLDER])
+    this, end = os.getpid(), os._exit
+
+    def keep_and_end(status: int) -> None:
+        if os.getpid() == this:  # and not a process that it has forked
+            (folder / f"status-{number}").write_text(str(status))
+        end(status)
+
+    os._exit = keep_and_end  # type: ignore[assignment]
     (folder / f"pid-{number}").write_text(str(os.getpid()))
     if number == 0:
-        trigger = Trigger(folder, faults)
+        trigger = Trigger(folder, json.loads(os.environ[FAULTS]))
         enter, score = clock._enter, Reward.score
 
         def enter_and_fire(phase: str) -> None:
             enter(phase)
             trigger(phase)
 
-        def fire_and_score(self: Reward, pairs: Any) -> None:
+        def fire_and_score(self: Reward, *arguments: Any) -> None:
             trigger("scoring")
-            score(self, pairs)
+            score(self, *arguments)
 
         clock._enter = enter_and_fire
         Reward.score = fire_and_score  # type: ignore[method-assign]
-    status = main(["train", "examples/arithmetic/config.yaml", *options])
-    (folder / f"status-{number}").write_text(str(status))
-    end(status)
 
 
 class Trigger:
@@ -310,14 +317,10 @@ def report(results: list[tuple[Fault, Outcome, bool]]) -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["rank"]:
-        rank(Path(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4:])
-    else:
-        import record
+    import record
 
-        results = []
-        for result in measure(sys.argv[1:] or TARGETS):
-            results.append(result)
-            (record.RESULTS / "faults.md").write_text(
-                report(results)
-            )  # what there is, if this is ended early
+    results = []
+    for result in measure(sys.argv[1:] or TARGETS):
+        results.append(result)
+        # what there is, if this is ended early
+        (record.RESULTS / "faults.md").write_text(report(results))

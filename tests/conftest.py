@@ -47,6 +47,7 @@ SLOW = (  # start torchrun, a server, a browser or Triton's interpreter: not par
     "tests/test_servers_apart.py",
 )
 
+LONGEST = "tests/test_commands.py"  # seven minutes in one process
 
 TOGETHER = {  # file → what it shares with other files, in one process; every other file is on its own
     "tests/distributed/test_traces.py": "traces",
@@ -58,11 +59,15 @@ TOGETHER = {  # file → what it shares with other files, in one process; every 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark slow tests. They come first: no process waits long."""
+    """Mark slow tests. They come first, the longest file before all: no process waits long for the other."""
     for item in items:
         if item.nodeid.startswith(SLOW):
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+    def order(item: pytest.Item) -> tuple[bool, bool]:
+        return item.get_closest_marker("slow") is None, not item.nodeid.startswith(LONGEST)
+
+    items.sort(key=order)
 
 
 @pytest.hookimpl(optionalhook=True)
