@@ -45,7 +45,7 @@ ROOMS = {
     "engine": [
         f"dapo/engine/{name}.py" for name in ("generate", "endpoint", "client", "buckets", "checksums")
     ],
-    "run": [f"dapo/{name}.py" for name in ("checkpoint", "files", "mesh", "sampler", "config")],
+    "run": [f"dapo/{name}.py" for name in ("checkpoint", "files", "mesh", "sampler", "config/__init__")],
     "plan": ["dapo/plan/semantics.py"],
     "policy": ["dapo/policy/metrics.py", "dapo/policy/schedule.py"],
     "kernels": ["kernels/dapo_kernels/reference.py", "kernels/dapo_kernels/logits_torch.py"],
