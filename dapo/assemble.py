@@ -41,7 +41,7 @@ def make_sampler(
     mesh: Mesh,
     resumed: Path | None = None,
     is_interrupted: Callable[[], bool] = lambda: False,
-    on_progress: Callable[[str], None] = lambda text: None,
+    on_progress: Callable[[str, float], None] = lambda text, fraction: None,
 ) -> tuple[Sampler, dict[str, str]]:
     """Make every rank's Sampler. Collective; the parts that sample are on the main rank.
 
@@ -91,7 +91,7 @@ def make_rollouts(
     tokenizer: Any,
     prompts: PromptStream,
     is_interrupted: Callable[[], bool] = lambda: False,
-    on_progress: Callable[[str], None] = lambda text: None,
+    on_progress: Callable[[str, float], None] = lambda text, fraction: None,
 ) -> Rollouts:
     """Make the main rank's Rollouts, with the engine and the reward that the config names."""
     reward = Reward(  # first: an engine takes long to start

@@ -13,6 +13,7 @@ import pkgutil
 import resource
 import secrets
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -101,6 +102,8 @@ class Log:
             self.console.say(f"finished: {self.config.run.steps} steps in {self.path.parent}")
             places = {"model": self.path.with_name("hf")} | places
         self.console.say("   ".join(f"{name}: {path}" for name, path in places.items() if path.exists()))
+        if error is None:
+            self.console.say(f"next: dapo report {self.path.parent}")
         if self.unwritten and error is None:
             count = len(self.unwritten)
             raise StorageError(f"{self.path} cannot be written: its last {count} rows are missing")
@@ -233,44 +236,65 @@ def warn(text: str) -> None:
 
 
 class Console:
-    """Prints a row a step, and below it, on a terminal, the progress of the current step.
+    """Prints a row a step: on a terminal a table, with the progress of the current step below it; elsewhere
+    name=value pairs, for grep.
 
     A rank that reports neither prints nothing.
     """
 
     def __init__(self) -> None:
         import rich.console
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
         self.rich = rich.console.Console(highlight=False, soft_wrap=True)
-        self.status = self.rich.status("") if self.rich.is_terminal else None
         self.num_rows = 0
+        self.bar: Progress | None = None
+        if self.rich.is_terminal:
+            parts = SpinnerColumn(), BarColumn(bar_width=20), TextColumn("{task.description}", markup=False)
+            self.bar = Progress(*parts, console=self.rich, transient=True)
+            self.task = self.bar.add_task("", total=None)
 
-    def progress(self, text: str) -> None:
-        if self.status:
-            self.status.update(text)
-            self.status.start()  # does nothing if it is shown already
+    def progress(self, text: str, fraction: float | None = None) -> None:
+        """Show what the run does, and the `fraction` of it that is done, if that is known."""
+        if self.bar:
+            total = None if fraction is None else 1.0
+            self.bar.update(self.task, description=text, total=total, completed=fraction or 0.0)
+            self.bar.start()  # does nothing if it is shown already
 
     def say(self, text: str) -> None:
         self.rich.print(text, markup=False)
 
     def row(self, values: dict[str, float], steps: int, left: float) -> None:
-        """Print a step of `steps`, in 80 characters. `left` estimates the seconds until the last one ends."""
+        """Print a step of `steps`, on a terminal in 80 characters. `left` estimates the seconds to come."""
         if "eval/accuracy" in values:
             self.say(f"step {values['step']}: accuracy {values['eval/accuracy']:.3f} on held-out problems")
         if "rollout/accuracy" not in values:
             return
         columns = glossary.columns()
-        if self.num_rows % 20 == 0:
-            headers = [f"{column.header:>{column.width}}" for column in columns.values()]
-            self.say(" ".join([*headers, f"{'left':>6}"]))
-        self.num_rows += 1
-        cells = {name: column.text(values.get(name)) for name, column in columns.items()}
+        cells = {column.header: column.text(values.get(name)) for name, column in columns.items()}
         cells["step"] = f"{values['step']:.0f}/{steps}".rjust(columns["step"].width)
-        self.say(" ".join([*cells.values(), f"{duration(left):>6}"]))
+        cells["left"] = f"{duration(left):>6}"
+        if not self.rich.is_terminal:
+            self.say(" ".join(f"{header}={cell.strip()}" for header, cell in cells.items()))
+            return
+        if not self.num_rows:
+            self.say(_explained(columns))
+        if self.num_rows % 20 == 0:
+            self.say(" ".join(f"{header:>{len(cell)}}" for header, cell in cells.items()))
+        self.num_rows += 1
+        self.say(" ".join(cells.values()))
 
     def close(self) -> None:
-        if self.status:
-            self.status.stop()
+        if self.bar:
+            self.bar.stop()
+
+
+def _explained(columns: dict[str, glossary.Column]) -> str:
+    """Return what the headers stand for, in lines of 80 characters."""
+    titles = {metric.name: metric.curve or metric.name for metric in glossary.METRICS}
+    said = [f"{column.header}: {titles[name]}" for name, column in columns.items()]
+    said = [text for text in said if len(set(text.split(": "))) > 1]
+    return textwrap.fill(" · ".join([*said, "left: time left", "all: dapo metrics"]), 80)
 
 
 def duration(seconds: float) -> str:

@@ -44,7 +44,8 @@ class Rollouts:
     decode: Callable[[np.ndarray], str]  # token ids [n] → text
     stop_ids: tuple[int, ...]
     is_interrupted: Callable[[], bool] = lambda: False  # asked after every sample; True raises Interrupted
-    on_progress: Callable[[str], None] = lambda text: None  # called with a line: where the current step is
+    # called with a line, where the current step is, and the fraction of it that is done
+    on_progress: Callable[[str, float], None] = lambda text, fraction: None
 
     def __post_init__(self) -> None:
         rollout = self.config.rollout
@@ -104,8 +105,9 @@ class Rollouts:
         buffer = Buffer(rollout.prompts_per_step, rollout.dynamic_sampling)
         fresh: list[Prompt] = []
 
-        def position() -> str:
-            return f"step {step}: {len(buffer.kept)}/{buffer.capacity} groups"
+        def position() -> tuple[str, float]:
+            done, wanted = len(buffer.kept), buffer.capacity
+            return f"step {step}: {done}/{wanted} groups", done / wanted
 
         with self._sampling(
             rollout.group_size, self.sampling, position, self.config.engine.is_streaming
@@ -140,7 +142,7 @@ class Rollouts:
     ) -> list[Group]:
         """Return one scored group for each prompt, in order. `title` begins the progress line."""
         groups: list[Group] = []
-        with self._sampling(group_size, sampling, lambda: title) as sampler:
+        with self._sampling(group_size, sampling, lambda: (title, len(groups) / len(prompts))) as sampler:
             sampler.request([Group(first_group + i, prompt) for i, prompt in enumerate(prompts)])
             while not sampler.is_empty:
                 sampler.wait()
@@ -191,14 +193,19 @@ class Rollouts:
 
     @contextmanager
     def _sampling(
-        self, group_size: int, sampling: Sampling, position: Callable[[], str], is_streaming: bool = False
+        self,
+        group_size: int,
+        sampling: Sampling,
+        position: Callable[[], tuple[str, float]],
+        is_streaming: bool = False,
     ) -> Iterator[GroupSampler]:
         """A sampler over a stream of its own. Whatever is outstanding at the end of the block is aborted."""
 
         def on_sample(num_outstanding: int) -> None:
             if self.is_interrupted():
                 raise Interrupted
-            self.on_progress(f"{position()}, {num_outstanding} samples to come")
+            text, fraction = position()
+            self.on_progress(f"{text}, {num_outstanding} samples to come", fraction)
 
         sampler = GroupSampler(
             self.engine.stream(),

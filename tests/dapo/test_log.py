@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 from types import ModuleType
 from typing import ClassVar
@@ -61,7 +62,20 @@ def test_the_plot_is_a_picture_of_every_monitor_of_every_run_over_its_steps(tmp_
     assert width == 1320 and height > 600 and pixels.min() < 0.5 < pixels.max()
 
 
-HEADER = "   step   acc reward length kept asked entropy  clip↑ |grad|    gap   sec   left"
+HEADER = "   step   acc reward length kept asked entropy  clip↑ |grad|   gap  tok/s   left"
+ROW = {
+    "step": 3,
+    "rollout/accuracy": 0.42,
+    "rollout/reward": -0.123,
+    "rollout/length": 812.3,
+    "groups/kept": 16,
+    "groups/asked": 64,
+    "policy/entropy": 0.4321,
+    "policy/clip_high": 0.0012,
+    "policy/grad_norm": 0.123,
+    "policy/mismatch": 3e-6,
+    "perf/tokens_per_second": 123456,
+}
 
 
 def make_config_with_directory(tmp_path):
@@ -115,13 +129,44 @@ def test_a_row_holds_the_steps_values_times_and_memory(tmp_path, capsys):
     assert (log.path.parent / "curves.png").exists() and list((log.path.parent / "tensorboard").iterdir())
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "step 0: accuracy 0.500 on held-out problems"
-    assert lines[1] == HEADER and len(HEADER) == len(lines[2]) == 80
-    assert lines[2].startswith("    0/2 0.250 ") and lines[3].startswith("    1/2 0.750 ")
-    assert lines[2].endswith("    2m") and lines[3].endswith("    0s"), (
+    assert lines[1].startswith("step=0/2 acc=0.250 reward= ") and lines[2].startswith("step=1/2 acc=0.750 ")
+    assert lines[1].endswith(" left=2m") and lines[2].endswith(" left=0s"), (
         "the first step took 100 s, one is left"
     )
-    assert [len(line) for line in lines[2:4]] == [len(HEADER)] * 2
-    assert lines[4] == f"finished: 2 steps in {tmp_path / 'run'}"
+    assert lines[3] == f"finished: 2 steps in {tmp_path / 'run'}"
+    assert lines[-1] == f"next: dapo report {tmp_path / 'run'}"
+
+
+def plain(printed):
+    """Terminal's output without its colours and with what a carriage return overwrites removed."""
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", printed).splitlines()
+    return [line.rpartition("\r")[2] for line in lines]
+
+
+def test_on_a_terminal_rows_are_a_table_whose_headers_are_explained_once(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    console = Console()
+    for step in range(21):
+        console.row(ROW | {"step": step}, 40, 300)
+    lines = plain(capsys.readouterr().out)
+    explained = lines[: lines.index(HEADER)]
+    assert max(map(len, lines)) == len(HEADER) == 80
+    assert lines.count(HEADER) == 2, "every 20 rows"
+    assert lines[len(explained) + 1] == (
+        "   0/40 0.420 -0.123    812   16    64  0.4321 0.0012  0.123 3e-06 123456     5m"
+    )
+    for header in ("acc", "kept", "gap", "tok/s", "left"):
+        assert f"{header}: " in " ".join(explained)
+    assert not any("acc: " in line for line in lines[len(explained) :])
+
+
+def test_elsewhere_a_step_is_one_line_for_grep(capsys):
+    Console().row(ROW, 40, 300)
+    assert capsys.readouterr().out == (
+        "step=3/40 acc=0.420 reward=-0.123 length=812 kept=16 asked=64 entropy=0.4321 clip↑=0.0012 "
+        "|grad|=0.123 gap=3e-06 tok/s=123456 left=5m\n"
+    )
 
 
 def test_a_row_is_strict_json(tmp_path, capsys):
@@ -151,10 +196,12 @@ def test_a_terminal_shows_progress_below_the_rows_from_the_first_report_on(monke
     console = Console()
     console.close()
     assert capsys.readouterr().out == "", "a rank that reports no progress leaves the terminal alone"
-    console.progress("step 0: 1/4 groups")
-    console.progress("step 0: 2/4 groups")
+    console.progress("step 0: 1/4 groups", 0.25)
+    console.progress("step 0: 2/4 groups", 0.5)
     console.close()
-    assert "step 0: 2/4 groups" in capsys.readouterr().out
+    line = [line for line in plain(capsys.readouterr().out) if "groups" in line][-1]
+    assert line.endswith("step 0: 2/4 groups")
+    assert line.count("━") >= 19, "a bar of 20 characters"
 
 
 def test_a_log_that_resumes_says_from_where(tmp_path, capsys):
@@ -201,9 +248,10 @@ def test_at_the_end_it_says_where_everything_is(tmp_path, capsys):
     (tmp_path / "run/hf").mkdir()
     log(0, {"rollout/accuracy": 0.5})
     log.close()
-    assert capsys.readouterr().out.splitlines()[-2:] == [
+    assert capsys.readouterr().out.splitlines()[-3:] == [
         f"finished: 2 steps in {tmp_path}/run",
         f"model: {tmp_path}/run/hf   metrics: {log.path}   curves: {tmp_path}/run/curves.png",
+        f"next: dapo report {tmp_path}/run",
     ]
     log = make_log(tmp_path, 1)
     log.close(ZeroDivisionError, ZeroDivisionError(), None)

@@ -393,7 +393,7 @@ def test_who_is_waited_for_is_named(tmp_path):
     engine = make_engine(6, None, mixed=1.0)
     waiting = []
     rollouts = make_rollouts(
-        tmp_path, engine, STREAMING, on_progress=lambda text: waiting.append(rollouts.waiting())
+        tmp_path, engine, STREAMING, on_progress=lambda text, fraction: waiting.append(rollouts.waiting())
     )
     rollouts.collect(1)
     assert waiting[0] == f"group {1 << 20} (1 of 2 samples) and 3 groups after it; 7 outstanding"
