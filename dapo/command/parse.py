@@ -85,6 +85,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     metrics.add_argument(
         "names", nargs="*", metavar="NAME", help="only those whose name contains one of these"
     )
+    metrics.add_argument("--markdown", action="store_true", help="the page of the documentation, instead")
     init = commands.add_parser("init", help="write a commented config for a model and a data file")
     add = init.add_argument
     add("model", type=Path, help="Hugging Face directory")

@@ -122,6 +122,11 @@ def _options(args: argparse.Namespace) -> int:
 def _metrics(args: argparse.Namespace) -> int:
     from dapo.report import glossary
 
+    if args.names and args.markdown:
+        raise ConfigError(f"dapo metrics {' '.join(args.names)}: --markdown is of all metrics")
+    if args.markdown:
+        print(glossary.markdown(), end="")
+        return 0
     found = [each for each in glossary.METRICS if not args.names or any(n in each.name for n in args.names)]
     if not found:
         raise ConfigError(f"no metric is called {', '.join(args.names)}: see dapo metrics")

@@ -89,6 +89,41 @@ def monitors() -> list[Metric]:
     return sorted((metric for metric in METRICS if metric.monitor), key=lambda metric: metric.monitor)
 
 
+INTRODUCTION = """# Metrics
+
+A run writes each of these once a step to `metrics.jsonl`, to TensorBoard, and with `run.wandb_project` to Weights &
+Biases. `dapo metrics` prints them, `dapo metrics entropy clip` those with these words in their names. `<set>` is an
+evaluation set's name, `<phase>` a part of a step. [Reading the monitors](monitors.md) begins with the few that matter most.
+"""
+PARTS = {
+    "rollout": "Sampling",
+    "groups": "Dynamic sampling",
+    "policy": "Learning",
+    "reward": "The reward function",
+    "eval": "Evaluation",
+    "time": "Seconds",
+    "perf": "Speed and memory",
+}
+
+
+def markdown() -> str:
+    """Return docs/metrics.md."""
+    head = "| metric | unit | meaning | healthy | sick |\n" + "| --- " * 5 + "|"
+    parts = [INTRODUCTION]
+    for prefix, title in PARTS.items():
+        rows = [
+            f"| `{m.name}` | {_cell(m.unit)} | {_cell(m.meaning)} | {_cell(m.healthy)} | {_cell(m.sick)} |"
+            for m in METRICS
+            if m.name.startswith(f"{prefix}/")
+        ]
+        parts.append("\n".join([f"## {title}\n", head, *rows]) + "\n")
+    return "\n".join(parts)
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"(`[^`]*`)|<", lambda found: found[1] or "&lt;", text.replace("|", "\\|"))
+
+
 def described(names: Iterable[str]) -> dict[str, dict[str, str]]:
     """Return the page's texts for each metric of the table, and for the `names` that match a pattern."""
     entries = {name: find(name) for name in [*(metric.name for metric in METRICS), *names]}

@@ -136,6 +136,13 @@ def test_metrics_are_explained_all_or_by_a_part_of_their_name(capsys: Any) -> No
     assert "  sick: goes to 0" in blocks[0]
 
 
+def test_the_page_of_metrics_is_of_all(capsys: Any) -> None:
+    assert main(["metrics", "--markdown"]) == 0
+    assert capsys.readouterr().out == glossary.markdown()
+    assert main(["metrics", "lr", "--markdown"]) == 2
+    assert capsys.readouterr().err == "error: dapo metrics lr: --markdown is of all metrics\n"
+
+
 def test_a_metric_that_does_not_exist_is_refused(capsys: Any) -> None:
     assert main(["metrics", "nothing"]) == 2
     assert capsys.readouterr().err == "error: no metric is called nothing: see dapo metrics\n"

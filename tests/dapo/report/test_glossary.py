@@ -134,3 +134,13 @@ def test_a_metric_that_is_added_to_the_table_is_shown_everywhere(tmp_path, capsy
         "sick": "none",
     }
     assert glossary.monitors()[-1].title == "toys (toys)" and (tmp_path / "page.png").exists()
+
+
+def test_the_documentation_has_the_metrics_of_this_code() -> None:
+    remedy = "dapo metrics --markdown > docs/metrics.md"
+    text = glossary.markdown()
+    assert (ROOT / "docs/metrics.md").read_text() == text, remedy
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    names = [metric.name for metric in glossary.METRICS if metric.name != "step"]
+    assert sorted(row.split("`")[1] for row in rows) == sorted(names)
+    assert {row.replace("\\|", "").count("|") for row in rows} == {6}
