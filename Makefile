@@ -47,7 +47,7 @@ bench: $(VENV)/.ready
 # the documentation's site, in build/docs, by mkdocs-material in an environment of its own, outside the clone
 DOCS_VENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/dapo/docs
 docs: $(DOCS_VENV)/.ready
-	$(DOCS_VENV)/bin/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 
 $(DOCS_VENV)/.ready: constraints/docs.txt
 	$(PYTHON) -m venv $(DOCS_VENV)

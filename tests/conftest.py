@@ -43,6 +43,8 @@ SLOW = (  # start torchrun, a server, a browser or Triton's interpreter: not par
     "tests/fixtures/test_fixtures.py::test_a_run_of_then_goes_on_as_it_would_have",
     "tests/transformer_engine/",
     "tests/test_commands.py",
+    "tests/test_docs.py::test_the_python_page",
+    "tests/test_docs.py::test_a_closure",
     "tests/test_examples.py",
     "tests/test_servers_apart.py",
 )

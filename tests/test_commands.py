@@ -1,5 +1,5 @@
-"""Every command that a README shows, run as it stands, in its order, in a fresh copy of the repository; and
-what the quickstart leaves.
+"""Every command that a README or a page of docs/ shows, run as it stands, in its order, in a fresh copy of
+the repository; and what the quickstart leaves.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,9 +24,10 @@ from dapo.report import glossary
 from tests.dapo.plan.test_plan import write_model
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [
+READMES = [
     path.relative_to(ROOT) for path in [ROOT / "README.md", *sorted(ROOT.glob("examples/*/README.md"))]
 ]
+PAGES = [path.relative_to(ROOT) for path in sorted(ROOT.glob("docs/*.md"))]
 PREPARE, DOWNLOAD = ".venv/bin/python tools/prepare_data.py", ".venv/bin/hf download"
 DATA_SET = '--repo-type dataset --include "data/*" --local-dir .'
 NOT_RUN = {
@@ -43,6 +45,9 @@ NOT_RUN = {
     f"{PREPARE} data/dapo-math-17k.parquet --out data/prompts.parquet": "wants the data",
     f"{DOWNLOAD} BytedTsinghua-SIA/DAPO-Math-17k {DATA_SET}": "downloads it",
     f"{DOWNLOAD} BytedTsinghua-SIA/AIME-2024 {DATA_SET}": "downloads it",
+    "pip install --no-deps .": "installs into the reader's environment",
+    "make test-fast": "runs tests, as this one",
+    ".venv/bin/python my_run.py": "test_docs.py does; here two ranks run the same file",
 }
 EDITOR = """#!/bin/sh
 sed -i 's|train: .*|train: mine/my_data.jsonl|; s|  steps: .*|  steps: 1|' mine/config.yaml
@@ -105,6 +110,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     my["run"] |= {"dir": "runs/mine", "steps": 1}
     my["eval"] |= {"every": 100, "samples": 2}
     (folder / "my.yaml").write_text(yaml.safe_dump(my))
+    script, *_ = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/python.md").read_text(), re.M | re.S)
+    (folder / "my_run.py").write_text(script)
     (folder / "edit").write_text(EDITOR)
     (folder / "edit").chmod(0o755)
     return folder
@@ -207,11 +214,14 @@ def test_the_run_directory_holds_curves_config_model_and_semantics(quickstart: P
     ]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_commands_are_found_in_every_readme() -> None:
+    assert all(map(commands, READMES)), "none in one of them that is known by its program's name"
+    assert sum(bool(commands(page)) for page in PAGES) >= 8
+
+
+@pytest.mark.parametrize("document", [*READMES, *filter(commands, PAGES)], ids=str)
 def test_every_command_of_the_document_runs(document: Path, clone: Path, quickstart: Path) -> None:
-    found = commands(document)
-    assert found, "no commands in it, or none that this test knows by its program's name"
-    for command in found:
+    for command in commands(document):
         if command not in NOT_RUN:
             run(clone, command)
 

@@ -45,12 +45,14 @@ def test_a_page_links_to_what_is_there(page: Path) -> None:
 def test_every_page_is_in_the_menu_and_no_other() -> None:
     listed = re.findall(r"(\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(listed) == [page.name for page in PAGES]
-    assert yaml.safe_load((ROOT / "mkdocs.yml").read_text())["theme"]["font"] is False, "it loads from elsewhere"
+    assert yaml.safe_load((ROOT / "mkdocs.yml").read_text())["theme"]["font"] is False, (
+        "it loads from elsewhere"
+    )
 
 
 def test_a_file_outside_of_docs_becomes_a_page(tmp_path: Path) -> None:
     for name, text in {
-        "docs/a.md": "[code](../src/x.py) [b](b.md) [web](https://x.y) [part](#here)\n```\n[no](../no.md)\n```\n",
+        "docs/a.md": "[code](../src/x.py) [b](b.md) [web](https://x.y) [it](#a)\n```\n[no](../no.md)\n```\n",
         "docs/b.md": "![curves](../pictures/c.png)\n",
         "src/x.py": "x = 1\n",
         "more/README.md": "[a](../docs/a.md) [other](other.md)\n",
@@ -61,7 +63,7 @@ def test_a_file_outside_of_docs_becomes_a_page(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     assert site_files.outside(tmp_path) == ["src/x.py", "pictures/c.png"]
     text = site_files.relinked(tmp_path, "docs/a.md", (tmp_path / "docs/a.md").read_text())
-    assert text.startswith("[code](repository/src/x.py.md) [b](b.md) [web](https://x.y) [part](#here)\n")
+    assert text.startswith("[code](repository/src/x.py.md) [b](b.md) [web](https://x.y) [it](#a)\n")
     assert "[no](../no.md)" in text, "code is left alone"
     assert "````python\nx = 1\n" in site_files.shown(tmp_path, "src/x.py")
     (tmp_path / "docs/b.md").write_text("[more](../more)\n")
@@ -77,7 +79,7 @@ FILES = re.compile(r"\.(json|yaml|md)$")
 
 
 def options_in(page: Path) -> list[tuple[str, str, str]]:
-    """Options that a page names: option, further key, value. In tables of another trainer, the first column."""
+    """Options that a page names: option, further key, value. Of other trainers' tables, the first column."""
     text = page.read_text()
     if page.name == "coming_from.md":
         text = re.sub(r"^(\| [^|]*\|).*$", r"\1", text, flags=re.MULTILINE)
@@ -201,9 +203,11 @@ def test_a_closure_is_a_reward_without_workers(tmp_path: Path) -> None:
     lines = script.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("def "))
     end = next(i for i, line in enumerate(lines) if line.startswith("if __name__"))
-    (tmp_path / "my_run.py").write_text("\n".join([*lines[:start], closure, *lines[end:]]).replace(
-        "reward.function=my_run:short_and_right", 'reward.function=__main__:short", "reward.workers=0'
-    ))
+    (tmp_path / "my_run.py").write_text(
+        "\n".join([*lines[:start], closure, *lines[end:]]).replace(
+            "reward.function=my_run:short_and_right", 'reward.function=__main__:short", "reward.workers=0'
+        )
+    )
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     run_python("my_run.py", cwd=tmp_path)
     assert (tmp_path / "runs/python/hf/config.json").is_file()

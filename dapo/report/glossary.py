@@ -91,9 +91,10 @@ def monitors() -> list[Metric]:
 
 INTRODUCTION = """# Metrics
 
-A run writes each of these once a step to `metrics.jsonl`, to TensorBoard, and with `run.wandb_project` to Weights &
-Biases. `dapo metrics` prints them, `dapo metrics entropy clip` those with these words in their names. `<set>` is an
-evaluation set's name, `<phase>` a part of a step. [Reading the monitors](monitors.md) begins with the few that matter most.
+A run writes each of these once a step to `metrics.jsonl`, to TensorBoard, and with `run.wandb_project` to
+Weights & Biases. `dapo metrics` prints them, `dapo metrics entropy clip` those with these words in their
+names. `<set>` is an evaluation set's name, `<phase>` a part of a step. [Reading the monitors](monitors.md)
+begins with the few that matter most.
 """
 PARTS = {
     "rollout": "Sampling",
