@@ -109,11 +109,12 @@ PARTS = {
 
 def markdown() -> str:
     """Return docs/metrics.md."""
-    head = "| metric | unit | meaning | healthy | sick |\n" + "| --- " * 5 + "|"
+    head = "| metric, unit | meaning | healthy | sick |\n" + "| --- " * 4 + "|"
     parts = [INTRODUCTION]
     for prefix, title in PARTS.items():
         rows = [
-            f"| `{m.name}` | {_cell(m.unit)} | {_cell(m.meaning)} | {_cell(m.healthy)} | {_cell(m.sick)} |"
+            f"| `{m.name}`{f'<br>{_cell(m.unit)}' if m.unit else ''} | {_cell(m.meaning)} | "
+            f"{_cell(m.healthy)} | {_cell(m.sick)} |"
             for m in METRICS
             if m.name.startswith(f"{prefix}/")
         ]

@@ -143,4 +143,4 @@ def test_the_documentation_has_the_metrics_of_this_code() -> None:
     rows = [line for line in text.splitlines() if line.startswith("| `")]
     names = [metric.name for metric in glossary.METRICS if metric.name != "step"]
     assert sorted(row.split("`")[1] for row in rows) == sorted(names)
-    assert {row.replace("\\|", "").count("|") for row in rows} == {6}
+    assert {row.replace("\\|", "").count("|") for row in rows} == {5}
