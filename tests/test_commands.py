@@ -219,6 +219,13 @@ def test_commands_are_found_in_every_readme() -> None:
     assert sum(bool(commands(page)) for page in PAGES) >= 8
 
 
+def test_no_command_of_a_page_is_overlooked() -> None:
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.M | re.S)
+        lines = re.findall(r"^ {4}(?!(?:error|stalled): |# )(.*)$", text, re.M)
+        assert len(lines) == len(commands(page)), f"{page}: a program that is not known: {lines}"
+
+
 @pytest.mark.parametrize("document", [*READMES, *filter(commands, PAGES)], ids=str)
 def test_every_command_of_the_document_runs(document: Path, clone: Path, quickstart: Path) -> None:
     for command in commands(document):
