@@ -1,4 +1,4 @@
-"""What do the monitors show of a run that goes wrong? The quickstart's run, and five made sick on purpose.
+"""What do the monitors show of a run that goes wrong? The quickstart's run, and six made sick on purpose.
 
 python benchmarks/sick_runs.py [run.steps=40 …]
 """
@@ -39,11 +39,23 @@ RUNS = [
     Run("healthy", "nothing", "", "", lambda value: False),
     Run(
         "entropy collapse",
-        "optim.lr ten times as large, without Clip-Higher",
+        "one and the same answer is rewarded, whatever the problem",
         "policy/entropy",
-        "below 0.02 nats",
-        lambda value: value < 0.02,
-        ("optim.lr=2e-3", "objective.clip_high=0.2"),
+        "below 0.01 nats",
+        lambda value: value < 0.01,
+        (
+            "reward.function=sick_runs:is_constant",
+            "rollout.dynamic_sampling=false",
+            "rollout.max_empty_steps=99",
+        ),
+    ),
+    Run(
+        "too large a learning rate",
+        "optim.lr ten times as large",
+        "policy/entropy",
+        "above 0.11 nats",
+        lambda value: value > 0.11,
+        ("optim.lr=2e-3",),
     ),
     Run(
         "length runaway",
@@ -69,8 +81,8 @@ RUNS = [
         "wrong reward",
         "right, if the ground truth stands anywhere in the response; the right reward is the shadow",
         "reward/disagreement",
-        "above 0.2",
-        lambda value: value > 0.2,
+        "above 0.1",
+        lambda value: value > 0.1,
         (
             "reward.function=sick_runs:is_anywhere",
             "reward.shadow=[dapo.reward:is_correct]",
@@ -90,6 +102,10 @@ RUNS = [
 
 def is_long(response: str, answer: str) -> bool:
     return len(response) > 40
+
+
+def is_constant(response: str, answer: str) -> bool:
+    return response.strip() == "Answer: 5"
 
 
 def is_anywhere(response: str, answer: str) -> bool:
@@ -158,7 +174,7 @@ def plot(found: dict[str, list[dict[str, float]]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 3, figsize=(11, 5.6), layout="constrained")
+    figure, axes = plt.subplots(2, 4, figsize=(14, 5.6), layout="constrained")
     for run, axis in zip(RUNS[1:], axes.flat, strict=False):
         for name, colour in (("healthy", "tab:gray"), (run.name, "tab:red")):
             rows = [row for row in found[name] if run.metric in row]
@@ -175,9 +191,7 @@ def plot(found: dict[str, list[dict[str, float]]], path: Path) -> None:
     for name, rows in found.items():
         scores = [row for row in rows if "eval/accuracy" in row]
         axis.plot([row["step"] for row in scores], [row["eval/accuracy"] for row in scores], label=name)
-    axis.set(
-        title="accuracy on held-out problems, by the run's own reward", xlabel="step", ylabel="eval/accuracy"
-    )
+    axis.set(title="held-out problems, by its own reward", xlabel="step", ylabel="eval/accuracy")
     axis.title.set_fontsize(9)
     axis.legend(fontsize=7)
     figure.savefig(path, dpi=90)
@@ -203,7 +217,7 @@ def main(overrides: list[str]) -> None:
         alarm, fired = f"`{run.metric}` {run.alarm}", "never" if step is None else step
         rows.append([run.name, run.cause, alarm, fired, moved, usual, is_false])
     text = heading("Runs made sick on purpose, and the monitor that shows it")
-    text += "\nThe quickstart's run of 40 steps on one process, and five in which one thing is wrong. "
+    text += "\nThe quickstart's run of 40 steps on one process, and six in which one thing is wrong. "
     text += "The alarm is a limit of one metric; the healthy run's range stands beside it.\n\n"
     header = [
         "run",
