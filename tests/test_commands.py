@@ -45,7 +45,7 @@ NOT_RUN = {
     f"{PREPARE} data/dapo-math-17k.parquet --out data/prompts.parquet": "wants the data",
     f"{DOWNLOAD} BytedTsinghua-SIA/DAPO-Math-17k {DATA_SET}": "downloads it",
     f"{DOWNLOAD} BytedTsinghua-SIA/AIME-2024 {DATA_SET}": "downloads it",
-    ".venv/bin/dapo init path/to/model prompts.jsonl --out my.yaml": "my.yaml is there, a small run; test_init.py",
+    ".venv/bin/dapo init path/to/model prompts.jsonl --out my.yaml": "my.yaml is there; test_init.py",
     "pip install --no-deps .": "installs into the reader's environment",
     "make test-fast": "runs tests, as this one",
     ".venv/bin/python my_run.py": "test_docs.py does; here two ranks run the same file",

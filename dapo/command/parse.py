@@ -80,6 +80,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="MIB",
         help="size of dumped samples in the page; default 16",
     )
+    add(
+        "--serve",
+        type=int,
+        nargs="?",
+        const=8000,
+        metavar="PORT",
+        help="serve the page to this machine's browsers instead; it follows runs that go on; default 8000",
+    )
     commands.add_parser("doctor", help="look at this machine: what is there, what is wrong, the remedy")
     metrics = commands.add_parser("metrics", help="what every metric means, and when it is healthy or sick")
     metrics.add_argument(

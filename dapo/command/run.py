@@ -77,8 +77,11 @@ def _num_ranks(config: Config, asked: int | None) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from dapo.report import page
+    from dapo.report import page, serve
 
+    if args.serve is not None:
+        serve.serve(args.runs, args.samples, args.serve, lambda text: print(text, flush=True))
+        return 0
     made, warnings = page.write(args.runs, args.out, args.samples)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)

@@ -34,6 +34,7 @@ class Run:
     rows: list[dict[str, Any]]  # of metrics.jsonl
     options: dict[str, Any]  # of config.yaml: {"optim.lr": 1e-6}
     warnings: list[str]
+    num_samples: int = 0  # in the page
 
     @property
     def model(self) -> str | None:
@@ -53,17 +54,10 @@ def write(directories: Sequence[Path], out: Path | None, samples_mib: float) -> 
     Raises:
         ConfigError: a directory is not a run's, a dump is damaged, or `out` cannot be written.
     """
-    if not samples_mib >= 0:
-        raise ConfigError(f"--samples={samples_mib}: how many MiB of samples the page may hold, 0 for none")
     out = out or directories[0] / "report.html"
     if out.suffix == ".png" or out.is_dir():
         raise ConfigError(f"--out {out}: cannot be written: it is to be an HTML file; the PNG goes beside it")
-    runs = [read(directory, label) for directory, label in zip(directories, labels(directories), strict=True)]
-    budget = int(samples_mib * MIB / len(runs))
-    samples = [embed(run.directory, run.model, budget) for run in runs]
-    for run, embedded in zip(runs, samples, strict=True):
-        run.warnings += embedded.warnings
-    text = page(runs, samples)
+    text, runs = make(directories, samples_mib)
     try:
         partial = out.with_name(f".{out.name}.partial")
         partial.write_text(text, encoding="utf-8")
@@ -71,9 +65,22 @@ def write(directories: Sequence[Path], out: Path | None, samples_mib: float) -> 
         curves.plot({run.label: run.rows for run in runs}, out.with_suffix(".png"))
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from error
-    size, num_samples = len(text) / MIB, sum(embedded.num_samples for embedded in samples)
+    size, num_samples = len(text) / MIB, sum(run.num_samples for run in runs)
     made = f"{out} ({size:.1f} MiB, {num_samples} samples) and {out.with_suffix('.png').name}"
     return made, [warning for run in runs for warning in run.warnings]
+
+
+def make(directories: Sequence[Path], samples_mib: float) -> tuple[str, list[Run]]:
+    """Return the page and the runs that are in it; see `write`. Raise ConfigError."""
+    if not samples_mib >= 0:
+        raise ConfigError(f"--samples={samples_mib}: how many MiB of samples the page may hold, 0 for none")
+    runs = [read(directory, label) for directory, label in zip(directories, labels(directories), strict=True)]
+    budget = int(samples_mib * MIB / len(runs))
+    samples = [embed(run.directory, run.model, budget) for run in runs]
+    for run, embedded in zip(runs, samples, strict=True):
+        run.warnings += embedded.warnings
+        run.num_samples = embedded.num_samples
+    return page(runs, samples), runs
 
 
 def read(directory: Path, label: str) -> Run:
