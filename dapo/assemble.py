@@ -26,7 +26,7 @@ from dapo.model.shape import read_config, read_shape
 from dapo.model.tokenizer import check_vocabulary, differences, load_tokenizer, stop_ids
 from dapo.plan import semantics
 from dapo.policy.weight_files import hf_tensors, open_weights
-from dapo.reward.pool import Reward
+from dapo.reward.pool import Reward, what_is_read
 from dapo.rollout import evaluate
 from dapo.rollout.data_files import Summary
 from dapo.rollout.prompts import PromptStream, load_prompts, load_stream
@@ -76,13 +76,18 @@ def _record(config: Config, data: str, summaries: list[Summary]) -> dict[str, st
 
     `data` is the hash of the training prompts.
     """
-    for summary in summaries:
-        print(summary, flush=True)
+    _say(config, summaries)
     found, path = semantics.manifest(config, data), config.run.dir / "semantics.json"
     for change in semantics.changes(found, path):
         print(f"warning: {change}", file=sys.stderr, flush=True)
     table = [asdict(summary) for summary in summaries]
     return {path.name: semantics.dump(found), "data.json": json.dumps(table, indent=1, default=str)}
+
+
+def _say(config: Config, summaries: list[Summary]) -> None:
+    """Print what became of the data, and which answers the default reward reads."""
+    for line in filter(None, [*map(str, summaries), what_is_read(config.reward)]):
+        print(line, flush=True)
 
 
 def make_rollouts(
@@ -194,8 +199,7 @@ def evaluate_models(config: Config, mesh: Mesh, models: list[Path]) -> None:
     if config.engine.urls:
         for model in models:
             _check_served(config.policy.model, model)
-    for summary in loaded[0][1]:
-        print(summary)
+    _say(config, loaded[0][1])
     results: dict[str, dict[str, evaluate.Scores]] = {}
     rollouts = None
     try:

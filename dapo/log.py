@@ -86,6 +86,11 @@ class Log:
         for name, board in list(self.boards.items()):
             self._attempt(name, board.log, values, step)
         steps, done = self.config.run.steps, step + 1 - self.start
+        if step == self.start and "reward/no_answer" in values and not self.config.rollout.replay:
+            share = 1 - values["reward/no_answer"]
+            self.console.say(
+                f"step {step}: {share:.1%} of the responses hold an answer that the reward reads"
+            )
         self.console.row(values, steps, (now - self.began) / done * max(steps - step - 1, 0))
 
     def close(self, kind: Any = None, error: BaseException | None = None, trace: Any = None) -> None:

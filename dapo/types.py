@@ -6,7 +6,7 @@ p = tokens of a prompt, n = tokens of a response.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from signal import SIGINT
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -73,6 +73,14 @@ def token_fields(kind: type) -> dict[str, np.dtype]:
     return {f.name: np.dtype(f.metadata["dtype"]) for f in fields(kind) if "dtype" in f.metadata}
 
 
+class Origin(Protocol):
+    """Reads again what prompts were made of, when a reward function asks for it."""
+
+    def read(self, prompt: Prompt, names: Collection[str]) -> dict[str, Any]:
+        """Return, by name, at least what `names` has of row, prompt and messages: see reward.function."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A task and its ground truth. `index` is its row among the run's prompts, the same in every epoch."""
@@ -80,6 +88,7 @@ class Prompt:
     index: int
     tokens: np.ndarray  # int32 [p]
     answer: str
+    origin: Origin | None = field(default=None, compare=False, repr=False)  # None: read from a dump
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
     python tools/prepare_data.py dapo-math-17k.parquet [more.jsonl …] --out train.parquet [--skip-malformed]
 
 OUT is parquet or JSONL, by its name. Several files count as one. Writes OUT and, if there are any,
-OUT.conflicts.json: prompts whose copies disagree on the answer, which are left out.
+OUT.conflicts.json: prompts whose copies disagree on the answer, which are left out. OUT has prompts and
+ground truths only: a reward function that asks for the other columns of a row needs the original files.
 """
 
 from __future__ import annotations

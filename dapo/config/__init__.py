@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from dapo.config import plain_yaml
 from dapo.config.sections import (
+    DEFAULT_FUNCTION,
     UNSAID,
     ConfigError,
     Data,
@@ -28,6 +29,7 @@ from dapo.config.sections import (
 )
 
 __all__ = [
+    "DEFAULT_FUNCTION",
     "UNSAID",
     "Config",
     "ConfigError",
@@ -96,14 +98,18 @@ class Config(Section):
                 f"{self.data.max_prompt_length} + rollout.max_response_length={rollout.max_response_length} "
                 f"= {longest} tokens{padded}: raise it"
             )
-        names = [reward.function] if isinstance(reward.function, str) else reward.function
-        for name in [*names, *reward.shadow, *self.engine.urls]:
+        for name in [*reward.weights, *reward.shadow, *self.engine.urls]:
             if re.search("[@?#]", name.partition("://")[2]):
                 without_user = re.sub("://.*@", "://***@", name, flags=re.DOTALL)  # whatever stands there
                 raise ConfigError(
                     f"{without_user}: a URL is saved with the run, so it may hold no user, password or "
                     "query; a key for the server is in the environment: DAPO_REWARD_KEY or DAPO_ENGINE_KEY"
                 )
+        if reward.answer_format != "answer_line" and DEFAULT_FUNCTION not in reward.weights:
+            raise ConfigError(
+                f"reward.answer_format={reward.answer_format} is for {DEFAULT_FUNCTION}, which is not in "
+                f"reward.function={', '.join(reward.weights)}: leave it out"
+            )
         if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
             raise ConfigError(
                 f"parallel.virtual_pipeline={parallel.virtual_pipeline} with parallel.pipeline=1: one stage "

@@ -31,6 +31,7 @@ class ConfigError(ValueError):
         super().__init__(re.sub(r"(://[^\s'\"?#]*)[?#][^\s'\"]*", r"\1?***", without_user))
 
 
+DEFAULT_FUNCTION = "dapo.reward:is_correct"
 UNSAID = "unsaid"  # the source leaves it open: nothing departs from it
 
 
@@ -180,14 +181,23 @@ class Reward(Section):
     function: str | Annotated[dict[str, float], Field(min_length=1)] = example(
         "mine:reward",
         "http://127.0.0.1:8000/grade",
-        {"dapo.reward:is_correct": 1.0, "mine:format": 0.2},
-        default="dapo.reward:is_correct",
+        {DEFAULT_FUNCTION: 1.0, "mine:format": 0.2},
+        default=DEFAULT_FUNCTION,
     )
-    """module:name of f(response, answer) → bool, or a float that is correct above 0, as a grade of 0.1 is; it
-    sees these two texts and no other column. Or http://host:port/path, its key in the environment:
+    """module:name of f(response, answer) → bool, a float that is correct above correct_above, or a pair
+    (float, is it correct). By name it may take more: row (the row's other columns), prompt (its text, as the
+    model saw it), messages (of a chat, else None), truncated (was the response cut off).
+    Or http://host:port/path, which gets responses and answers only, its key in the environment:
     DAPO_REWARD_KEY. Or several with weights: the reward is their weighted sum, the first decides what is
-    correct. The default reads the last line with "Answer:", which prompts have to ask for, and nothing
-    else."""
+    correct. The default reads what answer_format says, and nothing else."""
+    correct_above: float = option(0.0, "grades from 0 to 1 pass at another mark")
+    """A float that a function returns means correct above this number; it is the reward as it is."""
+    answer_format: Literal["answer_line", "boxed", "either"] = option(
+        "answer_line", "the prompts ask for another form of the answer", verl="answer_line"
+    )
+    r"""What dapo.reward:is_correct reads of a response, so prompts have to ask for it. answer_line: the last
+    line with "Answer:". boxed: the last \boxed{…}. either: of these two the one on the later line, on one
+    line "Answer:"."""
     shadow: list[str] = example(["mine:stricter"], default=[])
     """Functions that change nothing: where they disagree is counted, and kept in run.dir/disputes.jsonl."""
     workers: Count = 4
@@ -202,6 +212,11 @@ class Reward(Section):
     """Eq. 13: a long response costs reward before it is cut off."""
     overlong_cache: Positive = 4096
     """L_cache of Eq. 13, tokens: the punishment grows over the last so many before L_max."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each function, by its name; the first decides what is correct."""
+        return {self.function: 1.0} if isinstance(self.function, str) else self.function
 
 
 class Objective(Section):

@@ -92,7 +92,7 @@ def choices(config: Config) -> list[Choice]:
         Choice("copies of a prompt", "left out", UNSAID, "kept",
                "the published file repeats its 17 thousand prompts a hundred times"),
         Choice("reward: right, wrong", "+1, −1", "+1, −1", "+1, −1", "Eq. 7"),
-        Choice("reward.function", ", ".join(_functions(config)), UNSAID,
+        Choice("reward.function", ", ".join(reward.weights), UNSAID,
                "the last 300 characters, compared as text", "integers are compared exactly, other answers as "
                "mathematics: fewer right answers are called wrong"),
         *option("reward."),
@@ -126,14 +126,9 @@ def diff(config: Config, source: Source) -> list[str]:
     ]
 
 
-def _functions(config: Config) -> list[str]:
-    function = config.reward.function
-    return [function] if isinstance(function, str) else list(function)
-
-
 def manifest(config: Config, data: str) -> dict[str, Any]:
     """Return what is kept with a run. `data`: the hash of its training prompts."""
-    functions = [*_functions(config), *config.reward.shadow]
+    functions = [*config.reward.weights, *config.reward.shadow]
     found = {name: stack.installed("dapo-rl" if name == "dapo" else name) for name in VERSIONED}
     versions = {name: version for name, version in found.items() if version}
     return {

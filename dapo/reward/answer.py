@@ -1,4 +1,4 @@
-r"""The check of an answer (Eq. 7): the last "Answer:" line counts.
+r"""The check of an answer (Eq. 7): the last "Answer:" line counts, or the last \boxed{…}.
 
 A response's answer and a ground truth are read by the same functions. A ground truth that is written as an
 integer requires one; anything else is compared as letters or as mathematics. What is not understood is wrong
@@ -11,6 +11,7 @@ import functools
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Literal
 
 from dapo.reward import units, values
 from dapo.reward.expressions import Tree
@@ -19,6 +20,8 @@ from dapo.reward.sentences import without_sentence
 from dapo.reward.statements import Statement, are_same, is_name, read
 from dapo.reward.tokens import FUNCTIONS, WRAPPERS, Ambiguous, Costly, Unreadable, check_size
 
+AnswerFormat = Literal["answer_line", "boxed", "either"]
+_BOX = re.compile(r"\\boxed *\{")
 _ANSWER = re.compile(r"(?<![a-z0-9])answer[*_]*\s*[:：]\}?(.*)", re.IGNORECASE)
 # what a chat template ends a message with: <|im_end|>, </s>, <end_of_turn>
 _END_MARK = re.compile(
@@ -92,24 +95,38 @@ class Reading:
     unit: str = ""
 
 
-def is_correct(response: str, answer: str) -> bool:
+def is_correct(response: str, answer: str, answer_format: AnswerFormat = "answer_line") -> bool:
     r"""True iff the last "Answer:" line holds `answer` and nothing else but markup, "name =" or a unit.
+
+    With another format, iff what `answer_of` finds does.
 
     An integer must be written as one: `is_correct("so …\n**Answer:** 034.", "34")` → True; "68/2", "34 or
     35", "35, 34" → False. An answer of letters is compared without regard to case. Any other is mathematics:
     `is_correct("Answer: 0.5", "\\frac12")` → True.
     """
-    given = answer_of(response)
+    given = answer_of(response, answer_format)
     return given is not None and _is_same(clean(given), *_ground_truth(answer))
 
 
-def answer_of(response: str) -> str | None:
-    """Return the text behind the last "Answer:" to the end of its line, unwrapped; None if there is none."""
+def answer_of(response: str, answer_format: AnswerFormat = "answer_line") -> str | None:
+    r"""Return the text behind the last "Answer:" to the end of its line, unwrapped; None if there is none.
+
+    boxed: what the last \boxed{…} holds; None also if it is not closed. either: the one on the later line; on
+    one line "Answer:", to which a box there belongs.
+    """
     for line in reversed(response.splitlines()):
-        match = _ANSWER.search(line)
+        match = None if answer_format == "boxed" else _ANSWER.search(line)
         if match:
             return unwrap(match.group(1)) or None
+        if answer_format != "answer_line" and _BOX.search(line):
+            return _last_box(response)
     return None
+
+
+def _last_box(response: str) -> str | None:
+    *_, (_, start) = (match.span() for match in _BOX.finditer(response))
+    end = _partners(response[start - 1 :]).get(0)
+    return None if end is None else unwrap(response[start : start - 1 + end]) or None
 
 
 def refusal_of(answer: str) -> str | None:

@@ -6,14 +6,21 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dapo import config, http
-from dapo.config import ConfigError
+from dapo.config import DEFAULT_FUNCTION, ConfigError
 from dapo.reward import remote
 from dapo.reward.overlong import soft_overlong_penalty
 from dapo.reward.worker import Failure, Function, Job, Reply, Verdict
 from dapo.reward.workers import Workers
 from dapo.types import Interrupted, Prompt, RewardError, Sample, StorageError
+
+READS = {
+    "answer_line": 'line with "Answer:"',
+    "boxed": r"\boxed{…}",
+    "either": r'line with "Answer:" or \boxed{…}',
+}
 
 
 @dataclass(eq=False)
@@ -37,9 +44,10 @@ class Reward:
 
     def __post_init__(self) -> None:
         reward = self.reward
-        self.weights = {reward.function: 1.0} if isinstance(reward.function, str) else reward.function
+        self.weights = reward.weights
         self.functions = [*self.weights, *reward.shadow]
         self.local = {name: self._import(name) for name in self.functions if not remote.is_remote(name)}
+        self.asked = {name for function in self.local.values() for name in function.extras}
         first = self.local.get(self.functions[0])
         self.answer_of = None if first is None else first.answer_of
         self.finds_answers = self.answer_of is not None
@@ -47,7 +55,7 @@ class Reward:
         self.workers: Workers | None = None
         if self.local and reward.workers:
             limits = reward.time_limit, reward.memory_limit
-            paths = [*self.local, *([self._is_same] if self._is_same else [])]
+            paths = [*map(self._path, self.local), *([self._is_same] if self._is_same else [])]
             self.workers = Workers(paths, reward.workers, *limits, self.is_interrupted)
         if len(self.local) < len(self.functions):
             http.require_connections(reward.workers)
@@ -62,23 +70,26 @@ class Reward:
     def score(self, pairs: Sequence[tuple[Prompt, Sample]]) -> None:
         """Set every sample's is_correct and reward.
 
-        True is worth +1, False −1; a number is worth itself, and means correct above 0.
+        True is worth +1, False −1; a number is worth itself, and means correct above
+        `reward.correct_above`; a pair says both.
 
         Raises:
-            RewardError: a function raised, or returned neither bool nor finite float; a remote one cannot be
-                reached.
+            RewardError: a function raised, or returned no such thing; a remote one cannot be reached; or data
+                that one asks for cannot be read again.
             Interrupted: the run is to stop. No sample has been marked.
         """
         replies = self._judge(pairs)
         verdicts = [self._checked(name, pairs, replies[name]) for name in self.functions]
+        grades = [list(map(self._grade, each)) for each in verdicts]
         first = replies[self.functions[0]]
         self.num_scored += len(first)
         self.num_undecided += first.count(None)
         self.num_without_answer += sum(reply is not None and reply.has_answer is False for reply in first)
         for i, (_, sample) in enumerate(pairs):
-            self._mark(sample, [each[i] for each in verdicts[: len(self.weights)]])
+            self._mark(sample, [each[i] for each in grades[: len(self.weights)]])
         for i, (prompt, sample) in enumerate(pairs if self.reward.shadow else []):
-            self._compare(prompt, sample, [each[i] for each in verdicts])
+            if any(each[i][1] != grades[0][i][1] for each in grades[len(self.weights) :]):
+                self._keep_disputed(prompt, sample, [each[i] for each in verdicts])
 
     def same(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
         """Say of each pair of answers whether they are one, by `is_same` of the first function's module, else
@@ -120,15 +131,22 @@ class Reward:
     def _judge(self, pairs: Sequence[tuple[Prompt, Sample]]) -> dict[str, list[Reply | None]]:
         """Return the reply of each function on each pair, by the function's name."""
         jobs = [Job(0, sample.text, prompt.answer) for prompt, sample in pairs]
+        extras = self._extras(pairs)
+        calls = {
+            name: [
+                job._replace(function=i, extras=tuple((extra, each[extra]) for extra in function.extras))
+                for job, each in zip(jobs, extras, strict=True)
+            ]
+            for i, (name, function) in enumerate(self.local.items())
+        }
         found: dict[str, list[Reply | None]] = {}
         if self.workers:
-            calls = [job._replace(function=i) for i in range(len(self.local)) for job in jobs]
-            replies = self.workers.judge(calls)
+            replies = self.workers.judge([job for of_function in calls.values() for job in of_function])
             for i, name in enumerate(self.local):
                 found[name] = replies[i * len(jobs) : (i + 1) * len(jobs)]
         else:
             for name, function in self.local.items():
-                found[name] = [self._call(function, job) for job in jobs]
+                found[name] = [self._call(function, job) for job in calls[name]]
         limits = self.reward.workers, self.reward.time_limit
         for url in filter(remote.is_remote, self.functions):
             name = f"{self._option(url)}={url}"
@@ -136,10 +154,20 @@ class Reward:
             found[url] = [Reply(verdict) for verdict in verdicts]
         return found
 
+    def _extras(self, pairs: Sequence[tuple[Prompt, Sample]]) -> list[dict[str, Any]]:
+        """Return what functions ask for beside response and answer, of each pair. A prompt is read once."""
+        of_prompts: dict[int, dict[str, Any]] = {}
+        wanted = self.asked - {"truncated"}
+        for prompt, _ in pairs if wanted else []:
+            if id(prompt) not in of_prompts:
+                assert prompt.origin, f"prompt {prompt.index} is not from a data file"
+                of_prompts[id(prompt)] = prompt.origin.read(prompt, wanted)
+        return [of_prompts.get(id(p), {}) | {"truncated": sample.is_truncated} for p, sample in pairs]
+
     def _call(self, function: Function, job: Job) -> Reply:
         if self.is_interrupted():
             raise Interrupted
-        return function.judge(job.response, job.answer)
+        return function.judge(job)
 
     def _checked(
         self, name: str, pairs: Sequence[tuple[Prompt, Sample]], replies: list[Reply | None]
@@ -150,24 +178,30 @@ class Reward:
             verdict = False if reply is None else reply.verdict
             if isinstance(verdict, Failure):
                 failed = f"{self._option(name)}={name} {verdict.what} for prompt {prompt.index}"
-                raise RewardError(f"{failed}; expected bool or finite float")
+                pair = "" if remote.is_remote(name) else ", or a pair (finite float, bool)"
+                raise RewardError(f"{failed}; expected bool or finite float{pair}")
             verdicts.append(verdict)
         return verdicts
 
-    def _mark(self, sample: Sample, verdicts: list[Verdict]) -> None:
+    def _grade(self, verdict: Verdict) -> tuple[float, bool]:
+        """Return what a verdict is worth, and whether it means correct."""
+        if isinstance(verdict, tuple):
+            return verdict
+        if isinstance(verdict, bool):
+            return 1.0 if verdict else -1.0, verdict
+        return verdict, verdict > self.reward.correct_above
+
+    def _mark(self, sample: Sample, grades: list[tuple[float, bool]]) -> None:
         if self.reward.truncated_is_wrong and sample.is_truncated:
-            verdicts = [min(verdicts[0], -1.0), *verdicts[1:]]
-        sample.is_correct = verdicts[0] > 0
-        values = [(1.0 if v else -1.0) if isinstance(v, bool) else v for v in verdicts]
-        sample.reward = sum(w * value for w, value in zip(self.weights.values(), values, strict=True))
+            grades = [(min(grades[0][0], -1.0), False), *grades[1:]]
+        sample.is_correct = grades[0][1]
+        sample.reward = sum(w * value for w, (value, _) in zip(self.weights.values(), grades, strict=True))
         if self.reward.soft_overlong_punishment:
             limits = self.max_response_length, self.reward.overlong_cache
             sample.reward += soft_overlong_penalty(sample.length, *limits)
 
-    def _compare(self, prompt: Prompt, sample: Sample, verdicts: list[Verdict]) -> None:
-        """Count the sample, and write it to `disputes`, if a shadow verifier contradicts the first one."""
-        if all((verdict > 0) == (verdicts[0] > 0) for verdict in verdicts[len(self.weights) :]):
-            return
+    def _keep_disputed(self, prompt: Prompt, sample: Sample, verdicts: list[Verdict]) -> None:
+        """Count the sample, and write it to `disputes`."""
         self.num_disputed += 1
         if self.disputes:
             row = {"prompt": prompt.index, "group": sample.group, "sample": sample.index}
@@ -181,9 +215,23 @@ class Reward:
 
     def _import(self, name: str) -> Function:
         try:
-            return Function(name)
+            return Function(self._path(name))
         except ValueError as error:
             raise ConfigError(f"{self._option(name)}={error}") from error
 
+    def _path(self, name: str) -> str:
+        """Return what to import for a function: the default one of another answer format has a module."""
+        answer_format = self.reward.answer_format
+        is_other = name == DEFAULT_FUNCTION and answer_format != "answer_line"
+        return f"dapo.reward.{answer_format}:is_correct" if is_other else name
+
     def _option(self, name: str) -> str:
         return "reward.function" if name in self.weights else "reward.shadow"
+
+
+def what_is_read(reward: config.Reward) -> str:
+    """Say which answers the default reward reads; nothing if it is not used."""
+    if DEFAULT_FUNCTION not in reward.weights:
+        return ""
+    form = READS[reward.answer_format]
+    return f"{DEFAULT_FUNCTION} reads the last {form} of a response: prompts have to ask for it"

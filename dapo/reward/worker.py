@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
+import inspect
 import os
 import reprlib
 import sys
@@ -14,7 +16,8 @@ from typing import Any, NamedTuple
 
 from dapo.watch import streams
 
-Verdict = bool | float
+Verdict = bool | float | tuple[float, bool]  # the pair: a reward, and whether it is correct
+EXTRAS = ("row", "prompt", "messages", "truncated")  # what a function may take by name: reward.function
 
 
 class Failure(NamedTuple):
@@ -29,6 +32,7 @@ class Job(NamedTuple):
     function: int
     response: str
     answer: str
+    extras: tuple[tuple[str, Any], ...] = ()  # (name, value) of what the function asks for
 
 
 class Reply(NamedTuple):
@@ -42,23 +46,27 @@ class Function:
     """A reward function and, if its module defines them, `answer_of`, which returns the answer found in a
     response, or None; and the path of `is_same`, which says whether two answers are one.
 
+    `extras` are the names of what it asks for beside response and answer.
+
     Raises:
-        ValueError: there is no such function.
+        ValueError: there is no such function, or it requires a parameter that nobody knows.
     """
 
     def __init__(self, path: str):
         self.call = import_function(path)
+        self.extras = _extras_of(self.call, path)
         module = path.partition(":")[0]
         answer_of = getattr(sys.modules[module], "answer_of", None)
         self.answer_of: Callable[[str], str | None] | None = answer_of if callable(answer_of) else None
         self.is_same = f"{module}:is_same" if hasattr(sys.modules[module], "is_same") else None
 
-    def judge(self, response: str, answer: str) -> Reply:
-        """Return the function's verdict as a bool or a finite float, or how it failed."""
+    def judge(self, job: Job) -> Reply:
+        """Return the function's verdict, or how it failed."""
         process = os.getpid()
         try:
-            verdict = checked(self.call(response, answer))
-            has_answer = None if self.answer_of is None else self.answer_of(response) is not None
+            extras = copy.deepcopy(dict(job.extras))  # calls share them, and the function may change them
+            verdict = checked(self.call(job.response, job.answer, **extras))
+            has_answer = None if self.answer_of is None else self.answer_of(job.response) is not None
         except (Exception, SystemExit) as error:  # noqa: BLE001  # the user's function may raise anything
             place = traceback.extract_tb(error.__traceback__)[-1]
             text = " ".join(str(error).split())[:300]
@@ -81,22 +89,49 @@ def serve(connection: Connection, paths: Sequence[str]) -> None:
         connection.send(None)
         while True:
             for job in connection.recv():
-                connection.send(functions[job.function].judge(job.response, job.answer))
+                connection.send(functions[job.function].judge(job))
 
 
 def checked(verdict: Any) -> Verdict | Failure:
-    """Return a verdict as a bool or a finite float; anything else as a failure: None → "returned None"."""
-    if getattr(verdict, "shape", None) == ():  # a scalar of NumPy or torch
-        verdict = verdict.item()
-    if isinstance(verdict, bool):
-        return verdict
+    """Return a verdict as a bool, a finite float, or a pair of both; anything else as a failure: None →
+    "returned None".
+    """
+    if isinstance(verdict, tuple) and len(verdict) == 2:
+        reward, is_correct = map(_checked_scalar, verdict)
+        if isinstance(reward, float) and isinstance(is_correct, bool):
+            return reward, is_correct
+    found = _checked_scalar(verdict)
+    return Failure(f"returned {reprlib.repr(verdict)}") if found is None else found
+
+
+def _checked_scalar(value: Any) -> bool | float | None:
+    """Return a bool or a finite number, which may be a scalar of NumPy or torch; None for anything else."""
+    if getattr(value, "shape", None) == ():
+        value = value.item()
+    if isinstance(value, bool):
+        return value
     # neither NaN nor an integer beyond floats
-    if isinstance(verdict, int | float) and abs(verdict) <= 1e308:
-        return float(verdict)
-    return Failure(f"returned {reprlib.repr(verdict)}")
+    return float(value) if isinstance(value, int | float) and abs(value) <= 1e308 else None
 
 
-def import_function(path: str) -> Callable[[str, str], Any]:
+def _extras_of(function: Callable[..., Any], path: str) -> tuple[str, ...]:
+    """Return which of EXTRAS a function has a parameter for. Raise ValueError if that is not all it needs."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a function in C need not say
+        return ()
+    parameters = signature.parameters.values()
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    extras = tuple(name for name in EXTRAS if name in named)
+    try:
+        signature.bind("", "", **dict.fromkeys(extras))
+    except TypeError as error:
+        expected = f"expected f(response, answer), and by name any of {', '.join(EXTRAS)}"
+        raise ValueError(f"{path}: {error}; {expected}") from None
+    return extras
+
+
+def import_function(path: str) -> Callable[..., Any]:
     """Import a function by its path, "dapo.reward:is_correct". Raise ValueError if there is none."""
     module, _, name = path.partition(":")
     try:

@@ -8,15 +8,17 @@ answers.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dapo.config import ConfigError
 from dapo.rollout.ground_truth import GroundTruths
-from dapo.rollout.parquet import RawRow, read_parquet, read_parquet_row
+from dapo.rollout.parquet import RawRow, read_parquet, read_parquet_rows
 from dapo.rollout.rows import BadRow, Messages, key_of, parse_json, prompt_and_answer
 
 
@@ -118,10 +120,19 @@ def distinct_rows(
     return files
 
 
-def read_row(path: Path, position: int) -> dict[str, Any]:
-    """Read one row again, with all its columns, as it stands in the file. `position` is Row.position."""
+def row_reader(path: Path, positions: np.ndarray) -> Callable[[int], dict[str, Any]]:
+    """Return a function that reads the i-th of a file's rows again, with all its columns, as it stands there.
+
+    A line of .jsonl is read each time. A row of .parquet costs its whole row group, so these rows are read
+    once and held in Arrow. `positions`: Row.position, int64, ascending.
+    """
     if path.suffix == ".parquet":
-        return read_parquet_row(path, position)
+        table = read_parquet_rows(path, positions)
+        return lambda i: dict(table.slice(i, 1).to_pylist()[0])
+    return lambda i: _read_line(path, int(positions[i]))
+
+
+def _read_line(path: Path, position: int) -> dict[str, Any]:
     with path.open("rb") as lines:
         lines.seek(position)
         return dict(json.loads(lines.readline()))

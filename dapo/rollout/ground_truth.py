@@ -11,7 +11,7 @@ from typing import Any
 from dapo import config
 from dapo.config import ConfigError
 from dapo.reward.remote import is_remote
-from dapo.reward.worker import import_function
+from dapo.reward.worker import Function
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class GroundTruths:
     @staticmethod
     def of(reward: config.Reward) -> GroundTruths:
         """Find what the module of the first function defines. Raise ConfigError if it cannot be imported."""
-        function = reward.function if isinstance(reward.function, str) else next(iter(reward.function))
+        function = next(iter(reward.weights))
         if is_remote(function):
             return GroundTruths(function)
         try:
-            import_function(function)
+            Function(function)
         except ValueError as error:
             raise ConfigError(f"reward.function={error}") from error
         module = vars(sys.modules[function.partition(":")[0]])

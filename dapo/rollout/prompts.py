@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,32 +12,54 @@ import numpy as np
 
 from dapo import config
 from dapo.config import ConfigError
-from dapo.rollout.data_files import Row, Summary, distinct_rows, read_row
+from dapo.rollout.data_files import Row, Summary, distinct_rows, row_reader
 from dapo.rollout.ground_truth import GroundTruths
 from dapo.rollout.render import NONE, Renderer
-from dapo.rollout.rows import BadRow, key_of
-from dapo.types import Prompt
+from dapo.rollout.rows import BadRow, key_of, prompt_and_answer
+from dapo.types import Prompt, RewardError, reason
 
 DEFAULT_REWARD = config.Reward()
 
 
 class RowTable:
-    """Finds the row of the data files that a prompt was made of. A row is read when it is asked for, never
-    held.
+    """The origin of prompts: finds the rows of the data files that they were made of, and reads them again.
 
     Args:
         files: path and row positions (int64, one a prompt) of each file, in the order of the prompts.
+        text_of: returns the text of token ids [p].
     """
 
-    def __init__(self, files: Sequence[tuple[Path, np.ndarray]] = ()):
-        self.paths = [path for path, _ in files]
+    def __init__(self, files: Sequence[tuple[Path, np.ndarray]], text_of: Callable[[np.ndarray], str]):
+        self.files, self.text_of = files, text_of
         self.ends = np.cumsum([len(positions) for _, positions in files])
-        self.positions = np.concatenate([np.empty(0, np.int64), *(positions for _, positions in files)])
+        self._readers: dict[int, Callable[[int], dict[str, Any]]] = {}  # of the files that were asked for
+
+    def read(self, prompt: Prompt, names: Collection[str]) -> dict[str, Any]:
+        """Return what a reward function asks for, by name. Raise RewardError if a row is lost."""
+        found: dict[str, Any] = {"prompt": self.text_of(prompt.tokens)} if "prompt" in names else {}
+        if {"row", "messages"} & set(names):
+            try:
+                row = self[prompt.index]
+                content, _ = prompt_and_answer(row, f"prompt {prompt.index}")
+            except (OSError, ValueError, LookupError) as error:
+                path = self.files[self._file_of(prompt.index)][0]
+                failed = f"data file {path} cannot be read again: {reason(error)}"
+                raise RewardError(f"{failed}; a reward function asks for its rows: restore it") from error
+            found["messages"] = None if isinstance(content, str) else content
+            known = {"prompt"} if "reward_model" in row else {"prompt", "answer"}
+            found["row"] = {name: row[name] for name in row if name not in known}
+        return found
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return all columns of prompt `index`'s first row, as they stand in the file."""
-        file = int(np.searchsorted(self.ends, index, side="right"))
-        return read_row(self.paths[file], int(self.positions[index]))
+        file = self._file_of(index)
+        path, positions = self.files[file]
+        if file not in self._readers:
+            self._readers[file] = row_reader(path, positions)
+        return self._readers[file](index - int(self.ends[file]) + len(positions))
+
+    def _file_of(self, index: int) -> int:
+        return int(np.searchsorted(self.ends, index, side="right"))
 
 
 class PromptStream:
@@ -47,7 +69,6 @@ class PromptStream:
         prompts: all of them; `prompts[i].index == i`.
         sources: (number of prompts, weight) of consecutive parts of `prompts`, mixed in proportion to their
             weights, each in its own epochs. None: one part.
-        rows: `rows[i]` is the row that prompts[i] was made of.
         data: a hash of what the prompts were made of; by default, of the prompts.
         dates: as Renderer's, that were written into the prompts.
     """
@@ -57,12 +78,10 @@ class PromptStream:
         prompts: list[Prompt],
         seed: int,
         sources: Sequence[tuple[int, float]] | None = None,
-        rows: RowTable | None = None,
         data: str = "",
         dates: Mapping[str, str] = NONE,
     ):
-        self.prompts, self.rows = prompts, rows or RowTable()
-        self.data, self.dates = data or digest(prompts), dates
+        self.prompts, self.data, self.dates = prompts, data or digest(prompts), dates
         self.returned: list[int] = []
         self.sources: list[_Source] = []
         start = 0
@@ -156,14 +175,13 @@ def load_stream(
     sources = None
     if isinstance(data.train, dict):
         sources = [(len(rows), weight) for rows, weight in zip(kept, data.train.values(), strict=True)]
-    positions = [np.array([row.position for row, _ in rows], np.int64) for rows in kept]
-    table = RowTable([(summary.path, at) for (summary, _), at in zip(files, positions, strict=True)])
-    every = [row for rows in kept for row in rows]
-    prompts = [Prompt(i, tokens, row.answer) for i, (row, tokens) in enumerate(every)]
+    prompts = _prompts(
+        [(summary.path, rows) for (summary, _), rows in zip(files, kept, strict=True)], renderer
+    )
     is_cut = any(summary.truncated for summary, _ in files)
     cut = f"{data.max_prompt_length} {data.too_long}" if is_cut else ""
-    data_digest = _digest_of_rows([row for row, _ in every], renderer, cut)
-    stream = PromptStream(prompts, seed, sources, table, data_digest, renderer.dates)
+    data_digest = _digest_of_rows([row for rows in kept for row, _ in rows], renderer, cut)
+    stream = PromptStream(prompts, seed, sources, data_digest, renderer.dates)
     return stream, [summary for summary, _ in files]
 
 
@@ -187,10 +205,18 @@ def load_prompts(
             unknown format, or no prompts.
     """
     [(summary, rows)] = distinct_rows([path], GroundTruths.of(reward), data.on_error == "skip")
-    kept = _tokenized(rows, Renderer(tokenizer, data.template_arguments, dates), data, summary)
+    renderer = Renderer(tokenizer, data.template_arguments, dates)
+    kept = _tokenized(rows, renderer, data, summary)
     if not kept:
         raise _no_prompts(summary, data)
-    return [Prompt(i, tokens, row.answer) for i, (row, tokens) in enumerate(kept)], summary
+    return _prompts([(path, kept)], renderer), summary
+
+
+def _prompts(files: list[tuple[Path, list[tuple[Row, np.ndarray]]]], renderer: Renderer) -> list[Prompt]:
+    """Number the prompts of files, given as rows and tokens, and note where they come from."""
+    positions = [(path, np.array([row.position for row, _ in rows], np.int64)) for path, rows in files]
+    table, every = RowTable(positions, renderer.text), [row for _, rows in files for row in rows]
+    return [Prompt(i, tokens, row.answer, table) for i, (row, tokens) in enumerate(every)]
 
 
 def digest(prompts: list[Prompt]) -> str:

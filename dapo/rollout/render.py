@@ -16,6 +16,8 @@ from dapo.config import ConfigError
 from dapo.rollout.rows import BadRow, Messages
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from dapo.rollout.data_files import Row
 
 # arguments of apply_chat_template that are not the template's
@@ -73,6 +75,10 @@ class Renderer:
         if not tokens:
             raise BadRow(f"{place}: the prompt is empty")
         return tokens
+
+    def text(self, tokens: np.ndarray) -> str:
+        """Return the text of a prompt's tokens, special ones included: what the model sees."""
+        return str(self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
     def fingerprint(self, rows: Sequence[Row]) -> bytes:
         """Return what else decides the tokens: template, arguments, and the tokens of samples."""

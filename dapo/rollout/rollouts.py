@@ -166,7 +166,8 @@ class Rollouts:
         """
         self.load_state_dict(read_state(directory))
         whole = {group.id: group for group in dump.read_groups(directory / "carried.parquet")}
-        self.carried = [whole.get(group.id, group) for group in self.carried]
+        for group in self.carried:
+            group.samples = whole[group.id].samples if group.id in whole else []
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state but for the samples of carried groups."""

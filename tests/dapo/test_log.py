@@ -169,6 +169,26 @@ def test_elsewhere_a_step_is_one_line_for_grep(capsys):
     )
 
 
+@pytest.mark.parametrize("start", [0, 3])
+def test_after_the_first_step_it_says_once_how_many_responses_had_an_answer(tmp_path, capsys, start):
+    log = make_log(tmp_path, start)
+    log(start, {"reward/no_answer": 0.875})
+    log(start + 1, {"reward/no_answer": 0.5})
+    log.close()
+    said, out = f"step {start}: 12.5% of the responses hold an answer", capsys.readouterr().out
+    assert said in out and out.count("hold an answer") == 1
+    log = make_log(tmp_path, 0)
+    log(0, {"reward/undecided": 0.0})
+    assert "hold an answer" not in capsys.readouterr().out, "its module finds none"
+
+
+def test_of_a_step_that_is_replayed_nothing_was_read(tmp_path, capsys):
+    config = make_config(tmp_path, f"rollout.replay={tmp_path}")
+    config.run.dir.mkdir()
+    Log(config, Console(), {}, 0)(0, {"reward/no_answer": 0.0})
+    assert "hold an answer" not in capsys.readouterr().out
+
+
 def test_a_row_is_strict_json(tmp_path, capsys):
     """A value that is no finite number is left out: no JSON reader but Python's takes NaN and Infinity."""
     log = make_log(tmp_path, 0)

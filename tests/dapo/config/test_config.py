@@ -335,6 +335,10 @@ def test_a_file_that_is_not_there_is_refused_by_name(tmp_path):
         ),
         (["reward.overlong_cache=20480"], ["overlong_cache=20480", "max_response_length=20480"]),
         (["run.keep_every=15"], ["keep_every=15", "save_every=10"]),
+        (
+            ["reward.answer_format=boxed", "reward.function=a:b"],
+            ["reward.answer_format=boxed is for dapo.reward:is_correct, which is not in reward.function=a:b"],
+        ),
     ],
 )
 def test_contradicting_options_are_refused_with_their_values(tmp_path, overrides, words):

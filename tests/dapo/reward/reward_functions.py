@@ -1,5 +1,6 @@
 """Reward functions for the tests. Workers import this file: nothing here may import torch."""
 
+import json
 import mmap
 import multiprocessing
 import os
@@ -150,6 +151,54 @@ def slow(response, answer):
 
 def one_or_two(response, answer):
     return response in ("1", "2")
+
+
+def evaluated(response, answer):
+    return eval(response)
+
+
+def pair(response, answer):
+    return float(response), response == answer
+
+
+def seeing(response, answer, row, prompt, *, messages, truncated=None, tolerance=0.1):
+    return json.loads(response) == [row, prompt, messages, truncated]
+
+
+def looking(response, answer, row, prompt, messages):
+    """Sees a chain sum of examples/arithmetic."""
+    assert (row, messages) == ({}, None) and prompt.endswith("=") and eval(prompt[:-1]) == int(answer)
+    return f"Answer: {answer}" in response
+
+
+def level(response, answer, row):
+    return row.pop("level") == response  # as a careless function may
+
+
+def unfinished(response, answer, truncated):
+    return truncated
+
+
+class Callable:
+    def __call__(self, response, answer, *more, prompt, **others):
+        return prompt == response
+
+
+called = Callable()
+by_position = eval("lambda response, answer, row, /: True")
+in_c = max
+
+
+def demanding(response, answer, tolerance):
+    return True
+
+
+def first_row(row, answer):
+    return True
+
+
+def alone(response):
+    return True
 
 
 NOT_A_FUNCTION = 3

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from dapo.watch.worker import descendants, memory
-from tests.dapo.reward.test_pool import FUNCTIONS, RIGHT, WRONG, is_running, reward, score
+from tests.dapo.reward.test_pool import FUNCTIONS, RIGHT, WRONG, is_running, score
 
-__all__ = ["reward"]  # a fixture
 ROOT = Path(__file__).parents[3]
 
 # a main process that scores one response with a function of the tests, then does as its last argument says

@@ -12,9 +12,7 @@ import pytest
 from dapo import clock, http
 from dapo.reward import remote
 from dapo.types import RewardError
-from tests.dapo.reward.test_pool import FUNCTIONS, RIGHT, WRONG, reward, score
-
-__all__ = ["reward"]  # a fixture
+from tests.dapo.reward.test_pool import FUNCTIONS, RIGHT, WRONG, score
 
 
 @pytest.fixture
@@ -84,6 +82,7 @@ def test_a_remote_function_that_fails_for_a_while_is_asked_again(reward, server)
         (lambda sent: {"a": 1}, "got dict"), (lambda sent: [True, None], "returned None for prompt 1"),
         (lambda sent: [float("nan"), 1], "returned nan for prompt 0"), (200, "is not JSON"),
         (b"[1e999, 1]", "returned inf for prompt 0"), (b'["\\ud800", 1]', r"returned '\\ud800' for prompt 0"),
+        (b"[[1.0, true], 1]", r"returned \[1.0, True\] for prompt 0; expected bool or finite float$"),
         (b"[" * 60_000, "is not JSON"), (b"\xff\xfe[1, 1]", "is not JSON"),
         (b"[" + b"1" * 5000 + b", 1]", "is not JSON"),
         (b" " * 66_000, "no answer in 6 attempts, the last: the answer is larger than 65,664 bytes"),
@@ -198,6 +197,13 @@ def test_remote_and_local_functions_work_together(reward, server):
         (True, 1.5),
         (False, -2.0),
     ]
+
+
+def test_a_remote_function_is_sent_nothing_that_another_asks_for(reward, server):
+    sent = []
+    url = server(lambda body: sent.append(body) or equal(body))
+    pool = reward("workers=0", f"function={url}", f"shadow=[{FUNCTIONS}:unfinished]")
+    assert score(pool, ["1"]) == [RIGHT] and sent == [{"responses": ["1"], "answers": ["1"]}]
 
 
 def test_a_later_attempt_has_what_is_left_of_the_time(monkeypatch):

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dapo.config import ConfigError
-from dapo.reward import is_correct, soft_overlong_penalty
-from dapo.reward.pool import Reward
+from dapo.reward import answer_of, boxed, either, is_correct, soft_overlong_penalty
+from dapo.reward.pool import Reward, what_is_read
 from dapo.types import RewardError
 from tests.conftest import make_config, make_prompt, make_sample
 
@@ -161,6 +161,80 @@ def test_no_response_takes_long_to_check(response):  # a quadratic pattern would
     start = time.process_time()
     assert is_correct(response, "34") == response.startswith("Answer: 34.")
     assert time.process_time() - start < 20
+
+
+# answer formats
+
+READ = {  # response → what is read in each format: the last line with "Answer:", the last box, either
+    "so 7": (None, None, None),
+    "Answer: 34": ("34", None, "34"),
+    r"so \boxed{34}.": (None, "34", "34"),
+    "Answer: 1\n" r"or \boxed{2}": ("1", "2", "2"),
+    r"\boxed{2}" "\nAnswer: 1\nThat was it.": ("1", "2", "1"),
+    r"Answer: $\boxed{34}$": ("34", "34", "34"),
+    r"Answer: 1, so \boxed{2}": (r"1, so \boxed{2}", "2", r"1, so \boxed{2}"),
+    r"\boxed{1} Answer: 2": ("2", "1", "2"),
+    r"\boxed{1}, \boxed{2}": (None, "2", "2"),
+    "Answer:\n" r"\boxed{3}": (None, "3", "3"),
+    r"\boxed{3}" "\nAnswer:": (None, "3", None),
+    r"\boxed {\frac{1}{2}} and } {": (None, r"\frac{1}{2}", r"\frac{1}{2}"),
+    r"\boxed{\text{a \} b}}": (None, r"a \} b", r"a \} b"),
+    r"{ \boxed{1} then \boxed{2": (None, None, None),
+    "\\boxed{1\n+1}": (None, "1\n+1", "1\n+1"),
+    r"\boxed{}": (None, None, None),
+    r"\boxed 5": (None, None, None),
+}
+
+
+@pytest.mark.parametrize(("response", "found"), READ.items())
+def test_each_format_reads_its_last_answer(response, found):
+    assert tuple(answer_of(response, name) for name in ("answer_line", "boxed", "either")) == found
+    assert (answer_of(response), boxed.answer_of(response), either.answer_of(response)) == found
+
+
+def test_an_answer_in_a_box_is_checked_as_one_on_a_line():
+    assert is_correct(r"so \boxed{0.5}", "1/2", answer_format="boxed") and boxed.is_correct(
+        r"\boxed{34}", "34"
+    )
+    assert not is_correct(r"so \boxed{0.5}", "1/2") and not boxed.is_correct("Answer: 34", "34")
+    assert either.is_correct("Answer: 34", "34") and either.is_correct(r"\boxed{34}", "34")
+
+
+@pytest.mark.parametrize(
+    "response",
+    [r"\boxed{" * 50_000, r"\boxed" + " " * 200_000, r"\boxed{" + "{" * 200_000, r"\boxed{7}" "\n" * 50_000],
+    ids=range(4),
+)
+def test_no_response_takes_long_to_find_a_box_in(response):
+    start = time.process_time()
+    assert not boxed.is_correct(response, "34") and not either.is_correct(response, "34")
+    assert time.process_time() - start < 20
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_default_reward_and_its_votes_read_the_answer_format(tmp_path, workers):
+    options = [f"reward.workers={workers}", "reward.answer_format=boxed"]
+    reward = Reward(make_config(tmp_path, *options).reward, 32)
+    pairs = [(make_prompt(), make_sample(text=text)) for text in (r"\boxed{1}", "Answer: 1", r"\boxed{2}")]
+    reward.score(pairs)
+    assert [sample.is_correct for _, sample in pairs] == [True, False, False]
+    assert reward.take_metrics()["reward/no_answer"] == 1 / 3
+    assert reward.answer_of(r"Answer: 2, \boxed{1}") == "1" and reward.same([("0.5", "1/2")]) == [True]
+    reward.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], 'dapo.reward:is_correct reads the last line with "Answer:" of a response: prompts have to ask'),
+        (["answer_format=boxed"], r"reads the last \boxed{…} of"),
+        (["answer_format=either"], r'reads the last line with "Answer:" or \boxed{…} of'),
+        (["function={'a:b': 1.0, 'dapo.reward:is_correct': 0.5}", "answer_format=boxed"], "boxed"),
+    ],
+)
+def test_which_answers_are_read_is_said(tmp_path, options, said):
+    assert said in what_is_read(make_config(tmp_path, *[f"reward.{option}" for option in options]).reward)
+    assert what_is_read(make_config(tmp_path, "reward.function=a:b").reward) == ""
 
 
 # Eq. 7 + Eq. 13

@@ -339,3 +339,5 @@ def test_several_files_are_one_without_copies_or_conflicts_between_them(tmp_path
 def test_a_reward_that_cannot_be_imported_is_refused_with_the_data() -> None:
     with pytest.raises(ConfigError, match=r"^reward\.function=nowhere:f"):
         GroundTruths.of(Reward(function="nowhere:f"))
+    with pytest.raises(ConfigError, match=r"^reward\.function=.*:demanding: .*'tolerance'; expected f\("):
+        GroundTruths.of(Reward(function="tests.dapo.reward.reward_functions:demanding"))

@@ -227,12 +227,14 @@ def test_the_eval_command_compares_models_on_several_sets(tmp_path: Path) -> Non
     command = [
         *[sys.executable, "-m", "dapo", "eval", "examples/arithmetic/config.yaml"],
         *[f"run.dir={tmp_path / 'run'}", "eval.samples=4", "eval.temperature=1e-4"],
+        "reward.shadow=[tests.dapo.reward.reward_functions:looking]",
         f"eval.data={{one: {tmp_path / 'repeated.jsonl'}, two: {tmp_path / 'repeated.jsonl'}}}",
         *["--model", str(BASE), "--model", str(second), "--model", str(third)],
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "36 rows, 12 prompts; left out: 24 copies" in done.stdout
+    assert done.stdout.count('reads the last line with "Answer:" of a response') == 1
     record = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert list(record["models"]) == [str(BASE), str(second), str(third)]
     assert record["comparisons"][str(second)]["one"]["difference"] < 0

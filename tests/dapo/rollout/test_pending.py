@@ -372,6 +372,8 @@ def test_what_is_carried_over_is_saved_and_loaded_to_the_bit(tmp_path):
     resumed = carrying(tmp_path, make_engine(7, 9))
     resumed.load(tmp_path)
     assert [contents(group) for group in resumed.carried] == [contents(group) for group in rollouts.carried]
+    own = resumed.prompts.prompts
+    assert all(group.prompt is own[group.prompt.index] for group in resumed.carried), "with its origin"
     assert any(group.samples for group in resumed.carried) and any(
         not group.samples for group in resumed.carried
     )

@@ -7,7 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from dapo.config import ConfigError, Data
+from dapo.rollout import parquet
 from dapo.rollout.prompts import PromptStream, digest, load_prompts, load_stream
+from dapo.types import RewardError
 from tests.conftest import make_prompt
 
 
@@ -19,6 +21,10 @@ class Tokenizer:
 
     def __call__(self, text, add_special_tokens=True):
         return {"input_ids": [ord(c) for c in text]}
+
+    def decode(self, tokens, skip_special_tokens=False, clean_up_tokenization_spaces=True):
+        assert not skip_special_tokens and not clean_up_tokenization_spaces
+        return "".join(map(chr, tokens))
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt):
         assert not tokenize and add_generation_prompt
@@ -360,7 +366,7 @@ def test_a_file_of_copies_alone_is_no_mistake_among_several_that_are_one(tmp_pat
     copies = write_lines(tmp_path / "b.jsonl", {"prompt": "x", "answer": 1})
     stream, summaries = load_stream(Data(train=[first, copies]), Tokenizer(), seed=0)
     assert [text_of(p) for p in stream.prompts] == ["x"] and [s.copies for s in summaries] == [0, 1]
-    assert stream.rows[0] == {"prompt": "x", "answer": 1}
+    assert stream.prompts[0].origin[0] == {"prompt": "x", "answer": 1}
 
 
 def test_weights_mix_files_evenly_whatever_their_sizes(tmp_path):
@@ -375,7 +381,8 @@ def test_weights_mix_files_evenly_whatever_their_sizes(tmp_path):
     assert [text_of(p) for p in resumed.take(60)] == [text_of(p) for p in stream.take(60)]
 
 
-def test_a_prompts_row_is_read_from_its_file_with_all_columns(tmp_path):
+def test_a_prompts_row_is_read_from_its_file_with_all_columns(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "BATCH", 4)
     lines = [{"prompt": f"q{i} ∫", "answer": i, "source": f"s{i}"} for i in range(3)]
     first = write_lines(tmp_path / "a.jsonl", lines[0], "", lines[0], lines[1], lines[2])
     rows = [dapo_math_row(i, f"question {i // 2}", str(i // 2)) for i in range(10)]
@@ -383,8 +390,77 @@ def test_a_prompts_row_is_read_from_its_file_with_all_columns(tmp_path):
     options = Data(train=[first, tmp_path / "b.parquet"], max_prompt_length=100)
     stream, _ = load_stream(options, Tokenizer(), seed=0)
     assert [prompt.index for prompt in stream.prompts] == list(range(8))
-    assert [stream.rows[i] for i in range(3)] == lines
-    assert [stream.rows[3 + i] for i in range(5)] == rows[::2]
+    table = stream.prompts[0].origin
+    assert [table[i] for i in range(3)] == lines
+    assert [table[3 + i] for i in (4, 0, 1, 2, 3)] == [*rows[8:9], *rows[:8:2]]
+
+
+CHAT = [{"role": "user", "content": "2+3="}]
+
+
+def read(prompt, *names):
+    return prompt.origin.read(prompt, names)
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.parquet"])
+def test_what_a_prompt_was_made_of_can_be_read_again(tmp_path, name):
+    """Of an evaluated set, too. Messages are those that the template was given."""
+    rows = [
+        {"prompt": [CHAT[0] | {"name": None}], "answer": "5", "level": 3, "tags": ["a", "b"]},
+        {"prompt": CHAT, "answer": "5", "level": 4, "tags": []},  # a copy: the first one's columns count
+        {"prompt": [{"role": "user", "content": "6="}], "answer": "6", "level": None, "tags": ["c"]},
+    ]
+    if name == "t.jsonl":
+        write_lines(tmp_path / name, *rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name)
+    [first, second], _ = load_prompts(tmp_path / name, Tokenizer(), Data(train="x", max_prompt_length=40))
+    assert read(first, "row", "messages", "prompt") == {
+        "row": {"level": 3, "tags": ["a", "b"]},
+        "messages": CHAT,
+        "prompt": "<user>2+3=<assistant>",
+    }
+    assert read(second, "row")["row"] == {"level": None, "tags": ["c"]}
+
+
+def test_text_has_no_messages_and_a_prompt_that_was_cut_is_what_the_model_saw(tmp_path):
+    row = dapo_math_row(0, "x") | {"prompt": "a long question", "answer": "the solution"}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "t.parquet")
+    [prompt], _ = load_prompts(tmp_path / "t.parquet", Tokenizer(), Data(train="x", max_prompt_length=8))
+    assert read(prompt, "prompt", "messages") == read(prompt, "row") | {
+        "prompt": "question",
+        "messages": None,
+    }
+    del row["prompt"]
+    assert read(prompt, "row")["row"] == row, "the ground truth is reward_model's"
+
+
+def test_only_what_is_asked_for_is_read(tmp_path):
+    path = write_lines(tmp_path / "t.jsonl", {"prompt": "q", "answer": 1})
+    [prompt], _ = load_prompts(path, Tokenizer(), Data(train="x"))
+    path.unlink()
+    assert read(prompt, "prompt") == {"prompt": "q"}
+
+
+@pytest.mark.parametrize("damage", ["gone", "other", "shorter"])
+@pytest.mark.parametrize("name", ["t.jsonl", "t.parquet"])
+def test_data_that_cannot_be_read_again_stops_the_run_in_one_line(tmp_path, name, damage):
+    path, rows = tmp_path / name, [{"prompt": p, "answer": "1"} for p in ("a", "b")]
+    pq.write_table(pa.Table.from_pylist(rows), path) if "parquet" in name else write_lines(path, *rows)
+    [_, prompt], _ = load_prompts(path, Tokenizer(), Data(train="x"))
+    if damage == "gone":
+        path.unlink()
+    elif damage == "other":
+        path.write_text("something else that is no row of any kind of data, and long enough")
+    elif "parquet" in name:
+        pq.write_table(pa.Table.from_pylist(rows[:1]), path)
+    else:
+        write_lines(path, rows[0])
+    with pytest.raises(
+        RewardError, match=rf"^data file .*{name} cannot be read again: .*restore it$"
+    ) as error:
+        read(prompt, "row")
+    assert "\n" not in str(error.value)
 
 
 def test_an_epoch_is_shuffled_once(monkeypatch):
