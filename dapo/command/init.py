@@ -27,6 +27,11 @@ from dapo.types import Prompt
 
 ANY_LENGTH = 2**30  # tokens
 SAMPLE = 500  # prompts whose text is looked at
+FORMATS = {
+    "answer_line": "answer:",
+    "boxed": "\\boxed",
+}  # reward.answer_format → what a prompt that asks for it has
+USUAL = 0.9  # share of prompts
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Seen:
     positions: int | None  # of the model; None: it does not say
     prompts: list[Prompt]
     summary: Summary
-    share_asking: float  # of prompts that ask for a line with "Answer:"
+    asking: dict[str, float]  # answer format → share of prompts that ask for it
 
     @property
     def lengths(self) -> np.ndarray:
@@ -62,7 +67,9 @@ def look(model: Path, data: Path) -> Seen:
     options = Data(train=file, max_prompt_length=ANY_LENGTH, too_long="drop", on_error="skip")
     prompts, summary = load_prompts(file, tokenizer, options)
     texts = [tokenizer.decode(prompt.tokens) for prompt in prompts[:SAMPLE]]
-    asking = sum("answer:" in text.lower() for text in texts) / len(texts)
+    asking = {
+        name: sum(mark in text.lower() for text in texts) / len(texts) for name, mark in FORMATS.items()
+    }
     return Seen(model, directory, data, shape, max_tokens(directory), prompts, summary, asking)
 
 
@@ -103,11 +110,12 @@ def _assumptions(seen: Seen) -> list[str]:
     lines = [
         "assumed   responses this long: raise rollout.max_response_length while rollout/truncated is high"
     ]
-    if seen.share_asking < 0.9:
-        asking = (
-            f'{seen.share_asking:.0%} of the prompts ask for a line with "Answer:", which the default reward'
+    if max(seen.asking.values()) < USUAL:
+        line, boxed = f"{seen.asking['answer_line']:.0%}", f"{seen.asking['boxed']:.0%}"
+        asked = f'{line} of the prompts ask for a line with "Answer:", {boxed} for \\boxed'
+        lines.append(
+            f"note      {asked}, which the default reward reads: ask for one, or name a reward.function"
         )
-        lines.append(f"note      {asking} reads: ask for it, or name your own reward.function")
     if seen.summary.skipped:
         lines.append("note      rows that cannot be used are left out: data.on_error")
     lines.append("note      no evaluation: name a file of held-out problems in eval.data")
@@ -117,6 +125,7 @@ def _assumptions(seen: Seen) -> list[str]:
 def _common(out: Path, seen: Seen, machine: Machine) -> list[Choice]:
     """Return the choices that do not depend on the layout."""
     lengths, num_prompts = seen.lengths, len(seen.prompts)
+    is_boxed = seen.asking["answer_line"] < USUAL <= seen.asking["boxed"]
     longest = min(-(-int(lengths.max()) // 16) * 16, seen.positions // 2 if seen.positions else ANY_LENGTH)
     is_cut = int((lengths > longest).sum())
     wanted, left = (256 if machine.is_cpu else 8192), (seen.positions or ANY_LENGTH) - longest
@@ -151,6 +160,7 @@ def _common(out: Path, seen: Seen, machine: Machine) -> list[Choice]:
             "reward.overlong_cache", max(response // 5, 1), "the last fifth costs reward, as in the paper"
         ),
         Choice("optim.prompts_per_minibatch", minibatch, f"{groups // minibatch} updates a step"),
+        *([Choice("reward.answer_format", "boxed", "as the prompts ask")] if is_boxed else []),
         Choice("policy.model", str(seen.model)),
         Choice("policy.tokens_per_microbatch", budget),
     ]

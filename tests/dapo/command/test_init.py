@@ -125,10 +125,13 @@ def test_rows_that_cannot_be_used_are_counted_and_left_out(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("text", "is_noted"), [('1+1= End with "Answer: x".', False), ("1+1=", True)], ids=["asked", "not asked"]
-)
-def test_prompts_that_do_not_ask_for_the_answer_s_line_are_noted(
-    text: str, is_noted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ("text", "answer_format", "is_noted"),
+    [('1+1= End with "Answer: x".', "answer_line", False), (r"1+1= Put it in \boxed{}.", "boxed", False),
+     (r'1+1= End with "Answer: \boxed{x}".', "answer_line", False), ("1+1=", "answer_line", True)],
+    ids=["line", "boxed", "both", "neither"],
+)  # fmt: skip
+def test_the_reward_reads_what_the_prompts_ask_for(
+    text: str, answer_format: str, is_noted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Tokenizer:  # the example's has no letters
         chat_template, eos_token_id = None, 1
@@ -141,8 +144,9 @@ def test_prompts_that_do_not_ask_for_the_answer_s_line_are_noted(
 
     monkeypatch.setattr(init, "load_tokenizer", lambda model: Tokenizer())
     monkeypatch.setattr(init, "check_vocabulary", lambda model, tokenizer: None)
-    _, lines = written(tmp_path, ARITHMETIC / "base", make_data(tmp_path, text), Machine("cpu", 1))
-    assert any("own reward.function" in line for line in lines) == is_noted
+    found, lines = written(tmp_path, ARITHMETIC / "base", make_data(tmp_path, text), Machine("cpu", 1))
+    assert found.reward.answer_format == answer_format
+    assert any("name a reward.function" in line for line in lines) == is_noted
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
