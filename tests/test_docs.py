@@ -192,7 +192,8 @@ def test_the_python_page_trains_a_step_with_its_own_reward(tmp_path: Path) -> No
     [script, *_] = blocks("python.md")
     (tmp_path / "my_run.py").write_text(script)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    run_python("my_run.py", cwd=tmp_path)
+    printed = run_python("my_run.py", cwd=tmp_path)
+    assert re.search(r"^after step 0: \d+% of the samples were correct$", printed, re.MULTILINE)
     [row, *_] = map(json.loads, (tmp_path / "runs/python/metrics.jsonl").read_text().splitlines())
     assert row["step"] == 0 and row["groups/asked"] > 0
     assert (tmp_path / "runs/python/hf/config.json").is_file()
@@ -203,11 +204,9 @@ def test_a_closure_is_a_reward_without_workers(tmp_path: Path) -> None:
     lines = script.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("def "))
     end = next(i for i, line in enumerate(lines) if line.startswith("if __name__"))
-    (tmp_path / "my_run.py").write_text(
-        "\n".join([*lines[:start], closure, *lines[end:]]).replace(
-            "reward.function=my_run:short_and_right", 'reward.function=__main__:short", "reward.workers=0'
-        )
-    )
+    script = "\n".join([*lines[:start], closure, *lines[end:]])
+    script = script.replace("run.tracker=my_run:EachStep", "reward.workers=0")
+    (tmp_path / "my_run.py").write_text(script.replace("my_run:short_and_right", "__main__:short"))
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     run_python("my_run.py", cwd=tmp_path)
     assert (tmp_path / "runs/python/hf/config.json").is_file()
