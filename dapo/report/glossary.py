@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Column(NamedTuple):
@@ -42,6 +42,7 @@ class Metric:
     column: Column | None
     curve: str  # title of its curve on the report page; "": among everything else that was measured
     monitor: int  # place in curves.png; 0: not there
+    band: tuple[float, float] | None = None  # healthy values, from and to
 
     def matches(self, name: str) -> bool:
         return re.fullmatch(re.sub("<[a-z]+>", ".+", self.name), name) is not None
@@ -62,10 +63,14 @@ class Metric:
 def parse(line: str) -> Metric:
     """Read one line of the table."""
     cells = [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
-    name, unit, meaning, healthy, sick, console, curve, monitor = cells
+    name, unit, meaning, healthy, sick, console, curve, monitor, band = cells
     place, header, form = console.replace("`", "").split() if console else (0, "", "")
     column = Column(int(place), header, form) if console else None
-    return Metric(name.strip("`"), unit, meaning, healthy, sick, column, curve, int(monitor or 0))
+    low, _, high = band.partition("..")
+    healthy_band = (float(low), float(high)) if band else None
+    return Metric(
+        name.strip("`"), unit, meaning, healthy, sick, column, curve, int(monitor or 0), healthy_band
+    )
 
 
 TABLE = Path(__file__).with_name("metrics.md")
@@ -126,11 +131,18 @@ def _cell(text: str) -> str:
     return re.sub(r"(`[^`]*`)|<", lambda found: found[1] or "&lt;", text.replace("|", "\\|"))
 
 
-def described(names: Iterable[str]) -> dict[str, dict[str, str]]:
+def described(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Return the page's texts for each metric of the table, and for the `names` that match a pattern."""
     entries = {name: find(name) for name in [*(metric.name for metric in METRICS), *names]}
     return {
-        name: {"curve": m.curve, "unit": m.unit, "meaning": m.meaning, "healthy": m.healthy, "sick": m.sick}
+        name: {
+            "curve": m.curve,
+            "unit": m.unit,
+            "meaning": m.meaning,
+            "healthy": m.healthy,
+            "sick": m.sick,
+            "band": m.band,
+        }
         for name, m in entries.items()
         if m and "<" not in name
     }

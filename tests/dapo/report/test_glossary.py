@@ -116,7 +116,9 @@ def test_the_table_is_read_without_torch():
 
 
 def test_a_metric_that_is_added_to_the_table_is_shown_everywhere(tmp_path, capsys, monkeypatch):
-    toy = parse("| `rollout/toys` | toys | Toys \\| a step. | some | none | 15 `toys` `6.2f` | toys | 7 |")
+    toy = parse(
+        "| `rollout/toys` | toys | Toys \\| a step. | some | none | 15 `toys` `6.2f` | toys | 7 | 0..2.5 |"
+    )
     monkeypatch.setattr(glossary, "METRICS", [*glossary.METRICS, toy])
     console = Console()
     console.row(make_row(0) | {"rollout/accuracy": 0.5, "rollout/toys": 2.5}, 40, 0)
@@ -132,6 +134,7 @@ def test_a_metric_that_is_added_to_the_table_is_shown_everywhere(tmp_path, capsy
         "meaning": "Toys | a step.",
         "healthy": "some",
         "sick": "none",
+        "band": [0.0, 2.5],
     }
     assert glossary.monitors()[-1].title == "toys (toys)" and (tmp_path / "page.png").exists()
 

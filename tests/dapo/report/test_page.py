@@ -153,12 +153,14 @@ sys.exit("torch" in sys.modules)
 # in a browser
 
 
-def open_page(file: Path, fragment: str = "", script: str = "") -> tuple[str, list[str]]:
+def open_page(file: Path, fragment: str = "", script: str = "", width: int = 1500) -> tuple[str, list[str]]:
     """The document after Chromium ran the page, with `script` at its end, and what Chromium complained of."""
     if script:
         file = Path(shutil.copy(file, file.with_suffix(".scripted.html")))
         file.write_text(file.read_text().replace("</body>", f"<script>{script}</script></body>"))
-    options = "--headless=new --no-sandbox --disable-gpu --window-size=1500,1000 --virtual-time-budget=10000"
+    options = (
+        f"--headless=new --no-sandbox --disable-gpu --window-size={width},1000 --virtual-time-budget=10000"
+    )
     outputs = f"--user-data-dir={file.parent / 'profile'} --enable-logging=stderr --dump-dom"
     command = [CHROMIUM, *options.split(), *outputs.split(), f"{file.as_uri()}#{fragment}"]
     done = subprocess.run(command, capture_output=True, timeout=120)
@@ -215,6 +217,47 @@ def test_each_curve_says_what_it_means_and_how_a_healthy_run_looks(tmp_path):
         assert metric.meaning in words(dom, "curves")
         assert f"healthy: {metric.healthy}\nsick: {metric.sick}" in dom
     assert "odd/metric" in words(dom, "others"), "what the glossary lacks is shown by its name"
+
+
+@in_a_browser
+def test_healthy_values_are_shaded_where_they_are_in_sight(tmp_path):
+    run = make_run(tmp_path / "run", steps=0)
+    rows = [
+        {"step": i, "policy/clip_high": 0.02 * i, "policy/entropy": 0.5, "rollout/truncated": 0.9}
+        for i in range(3)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page.write([run], tmp_path / "page.html", 0)
+    dom, complaints = open_page(tmp_path / "page.html")
+    assert complaints == []
+    panels = dom.split('class="panel card"')[1:]
+    shaded = {
+        re.search(r'class="title"[^>]*>([^<]*)<', panel)[1]: 'class="band"' in panel for panel in panels
+    }
+    assert {name for name, is_shaded in shaded.items() if is_shaded} == {"clipped high"}
+    assert "Shaded: healthy." in words(dom, "curves")
+    [panel] = [panel for panel in panels if 'class="band"' in panel]
+    rect = {
+        name: float(value)
+        for name, value in re.findall(
+            r'(y|height|width|x)="([\d.]+)"', re.search(r'<rect class="band"[^>]*>', panel)[0]
+        )
+    }
+    assert rect["height"] == pytest.approx(2 + 162 * 0.01 / (0.04 * 1.06), abs=1), (
+        "a hundredth of what is in sight"
+    )
+    assert rect["y"] + rect["height"] == pytest.approx(171, abs=1), "down to the axis"
+
+
+@in_a_browser
+@pytest.mark.parametrize("width", [390, 768, 1280])
+def test_the_page_fits_its_window(tmp_path, width):
+    page.write([make_run(tmp_path / "run")], tmp_path / "page.html", 1)
+    script = "document.body.dataset.width = document.documentElement.scrollWidth + ' ' + innerWidth;"
+    dom, complaints = open_page(tmp_path / "page.html", script=script, width=width)
+    assert complaints == []
+    content, window = map(int, re.search(r'data-width="(\d+) (\d+)"', dom).groups())
+    assert content <= window
 
 
 @in_a_browser
