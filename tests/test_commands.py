@@ -45,7 +45,8 @@ NOT_RUN = {
     f"{PREPARE} data/dapo-math-17k.parquet --out data/prompts.parquet": "wants the data",
     f"{DOWNLOAD} BytedTsinghua-SIA/DAPO-Math-17k {DATA_SET}": "downloads it",
     f"{DOWNLOAD} BytedTsinghua-SIA/AIME-2024 {DATA_SET}": "downloads it",
-    ".venv/bin/dapo init path/to/model prompts.jsonl --out my.yaml": "my.yaml is there; test_init.py",
+    ".venv/bin/dapo train 7b.yaml --nproc 4 optim.lr=2e-6": "wants eight GPUs",
+    ".venv/bin/dapo report runs/7b": "wants that run; others are reported",
     "pip install --no-deps .": "installs into the reader's environment",
     "make test-fast": "runs tests, as this one",
     ".venv/bin/python my_run.py": "test_docs.py does; here two ranks run the same file",
@@ -104,6 +105,10 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # make has nothing to install: it would point the environment at this copy
     (folder / ".venv/.ready").touch()
     (folder / "base").symlink_to("examples/arithmetic/base")
+    write_model(folder / "models/Qwen2.5-7B", "Qwen2.5-7B")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(ROOT / "examples/arithmetic/base" / name, folder / "models/Qwen2.5-7B")
+    shutil.copy(ROOT / "examples/arithmetic/data/train.jsonl", folder / "prompts.jsonl")
     (folder / "path/to/Qwen2.5-32B").mkdir(parents=True)
     write_model(folder / "path/to/Qwen2.5-32B", "Qwen2.5-32B")
     write_model(folder / "path/to/Qwen3-30B-A3B-Base", "Qwen3-30B-A3B")
@@ -248,3 +253,9 @@ def test_the_launch_script_trains_where_there_is_no_slurm(clone: Path) -> None:
 
 def test_from_clone_to_an_own_reward_in_at_most_eight_commands() -> None:
     assert len(commands(Path("examples/custom_reward/README.md"))) + 1 <= 8  # and git clone
+
+
+def test_from_clone_to_a_planned_launch_of_a_7b_in_at_most_six_commands() -> None:
+    found = commands(Path("README.md"))
+    [plan] = [place for place, command in enumerate(found) if "dapo plan 7b.yaml" in command]
+    assert found[0].startswith("git clone") and plan + 1 <= 6
