@@ -166,6 +166,13 @@ def test_brackets_are_read_40_deep_and_no_deeper(brackets):
     assert not is_correct("Answer: x = 1/2", nested(450))
 
 
+def test_what_is_too_deep_to_be_read_is_no_name():
+    for depth in (tokens.MAX_DEPTH, tokens.MAX_DEPTH + 1, 140):
+        opened, closed = "(" * depth, ")" * depth
+        assert is_correct(f"Answer: {opened}x{closed} = 34", "34") is (depth == tokens.MAX_DEPTH)
+        assert not is_correct(f"Answer: {opened}2x{closed} = 34", "34")
+
+
 PI = "3.14159265358979323846"
 
 
