@@ -142,7 +142,7 @@ def stale_tokens(sample: Sample, version: int) -> np.ndarray:
     return is_stale
 
 
-def build(sequences: list[_Sequence], parallel: Parallel, least: int = 1) -> Microbatch[np.ndarray]:
+def build(sequences: list[_Sequence], parallel: Parallel, least: int) -> Microbatch[np.ndarray]:
     """Pack the sequences, for all context ranks, into at least `least` tokens.
 
     A sequence is padded at its end, where causality hides it, so that context ranks can split it. The whole
@@ -150,7 +150,7 @@ def build(sequences: list[_Sequence], parallel: Parallel, least: int = 1) -> Mic
     in every collective.
     """
     lengths = [padded(s.length, parallel.sequence_multiple) for s in sequences]
-    padding = padded(max(sum(lengths), least, 1), parallel.pack_multiple) - sum(lengths)
+    padding = padded(max(sum(lengths), least), parallel.pack_multiple) - sum(lengths)
     lengths += [padding] if padding else []
     zeros: Any = {name: np.zeros(sum(lengths), dtype) for name, dtype in token_fields(Microbatch).items()}
     cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)

@@ -6,7 +6,17 @@ import re
 from dataclasses import dataclass
 
 from dapo.reward.expressions import Tree, parse
-from dapo.reward.tokens import CLOSING, OPENING, RELATIONS, SEPARATORS, Token, Unreadable, split, tokenize
+from dapo.reward.tokens import (
+    CLOSING,
+    OPENING,
+    RELATIONS,
+    SEPARATORS,
+    Costly,
+    Token,
+    Unreadable,
+    split,
+    tokenize,
+)
 from dapo.reward.values import at, bare, is_same, names_in, points_of, try_value
 
 # x, f(x), S_{10}, (x,y): what is only a name for the value behind "="
@@ -151,6 +161,8 @@ def is_name(text: str) -> bool:
         return True
     try:
         tree = bare(parse(tokenize(text)))
+    except Costly:
+        return False
     except Unreadable:
         return True  # words
     names = names_in(tree)

@@ -110,8 +110,7 @@ class Token(NamedTuple):
 
 
 def tokenize(text: str) -> list[Token]:
-    """Cut a text into tokens. Raise Costly where it is too long or too deep, Unreadable where it is odd."""
-    check_size(text)
+    """Cut a text into tokens. Raise Costly where there are too many, Unreadable where it is odd."""
     text = _FORMULA.sub("$", text)
     if text.count("$") % 2 or _SIDE_BY_SIDE.search(text):
         raise Unreadable("$")

@@ -78,7 +78,6 @@ class _Worker:
         if self.guardian.exitcode is None:
             self.guardian.kill()  # its worker dies with it
             self.guardian.join()
-        _running.discard(self)
         return self.guardian.exitcode == MEMORY_EXCEEDED
 
 

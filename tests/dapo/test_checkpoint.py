@@ -99,9 +99,11 @@ class FakeSampler:
 def policy(monkeypatch: pytest.MonkeyPatch) -> Any:
     def check(path: Path, shape: Any) -> None:
         assert path.name.startswith("step-") and shape.vocab_size
+        policy.checked = path
 
+    policy = FakePolicy()
     monkeypatch.setattr(checkpoint, "check_checkpoint", check)
-    return FakePolicy()
+    return policy
 
 
 def checkpoints_of(tmp_path: Path, *options: str) -> Checkpoints:
@@ -119,6 +121,7 @@ def resume(tmp_path: Path, policy: Any, *options: str) -> tuple[Checkpoints, int
     directory = found.find(policy.shape)
     step = found.load(policy, sampler)
     if directory:
+        assert policy.checked == directory, "that it is of this model"
         assert policy.loaded == directory / "policy" and sampler.loaded == directory
     return found, step
 
@@ -150,6 +153,15 @@ def test_a_checkpoint_that_is_still_being_written_is_finished_before_a_broken_po
     with pytest.raises(PolicyError):
         save(checkpoints, policy, 2)
     assert names(tmp_path) == ["step-000001"]
+
+
+def test_a_checkpoint_that_is_written_meanwhile_has_its_name_before_the_next_one_is_due(
+    tmp_path: Path, policy: Any
+) -> None:
+    checkpoints = checkpoints_of(tmp_path, "run.save_every=5", "run.async_save=true")
+    for step, whole in ((5, []), (6, ["step-000005"]), (7, ["step-000005"])):
+        checkpoints.maybe_save(step, policy, FakeSampler())
+        assert [name for name in names(tmp_path) if name.startswith("step-")] == whole
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,6 +53,9 @@ def test_the_parts_together_verify_every_file_once(tmp_path: Path) -> None:
         assert sum(said is not None for said in found) == 1
         assert files.damage(directory) == f"below/{i} is not what was written: its checksum differs"
         path.write_bytes(whole)
+    for i in (0, 4, 2):
+        (directory / "below" / f"{i}").unlink()
+    assert files.damage(directory) == "below/4 is missing", "of several, the largest is named"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": {"below/1": 21}}'])
@@ -78,7 +83,7 @@ def test_what_existed_is_replaced_only_if_it_may_be_and_only_by_a_whole_one(tmp_
         pytest.raises(ConfigError, match="exists and is not overwritten"),
         files.made_whole(tmp_path / "target", 10),
     ):
-        pass
+        pytest.fail("what is written would be in vain")
     with (
         pytest.raises(ZeroDivisionError),
         files.made_whole(tmp_path / "target", 10, may_replace=True) as partial,
@@ -96,6 +101,13 @@ def test_a_disk_that_is_too_small_is_an_error_with_both_numbers(tmp_path: Path) 
     with pytest.raises(StorageError, match=said), files.made_whole(tmp_path / "target", 2**50):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_may_be_filled_to_its_last_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
+    files.require_space(tmp_path, 2**30)
+    with pytest.raises(OSError, match=r"^1\.00 GiB are needed$"):
+        files.require_space(tmp_path, 2**30 + 1)
 
 
 def test_a_file_that_the_disk_begins_early_with_is_whole_and_its_sum_right(

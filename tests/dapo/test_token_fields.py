@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from dapo import types
+from dapo.config import ConfigError
 from dapo.learn import traces
 from dapo.learn.batch import Microbatch
 from dapo.rollout import dump
@@ -119,3 +120,10 @@ def test_a_dump_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"carried\.parquet cannot be written"):
         dump.write_groups(tmp_path / "carried.parquet", [make_group([1, 0])])
     assert [path.name for path in tmp_path.iterdir()] == ["carried.parquet"]
+
+
+def test_a_dump_that_is_damaged_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "carried.parquet"
+    path.write_bytes(b"PAR1\nand no more")
+    with pytest.raises(ConfigError, match=r"^.*carried\.parquet is damaged, or no dump of rollouts: .+$"):
+        dump.read_groups(path)

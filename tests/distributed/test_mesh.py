@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from dapo.mesh import Mesh
+from dapo.mesh import GPU_ENVIRONMENT, WITH_SERVERS, Mesh, set_gpu_environment
 from tests.distributed.launch import measured
 
 FAILED = ["FailedElsewhere", "'x'", None]
@@ -59,6 +61,23 @@ def test_a_rank_whose_store_has_ended_prints_its_error() -> None:
     mesh = object.__new__(Mesh)
     mesh._store, mesh._number = Ended(), 0
     assert mesh.is_first_to_fail()
+
+
+def test_another_rank_s_own_error_is_raised_there() -> None:
+    mesh = object.__new__(Mesh)
+    mesh.is_main = False
+    with pytest.raises(ZeroDivisionError):
+        mesh.together(lambda: 1 / 0)  # type: ignore[arg-type,return-value]
+
+
+def test_the_environment_of_gpus_is_set_where_it_is_not_set_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine: Any = SimpleNamespace(kind="sglang", weight_sync="broadcast")
+    monkeypatch.setattr(os, "environ", {})
+    set_gpu_environment()
+    assert os.environ == GPU_ENVIRONMENT
+    os.environ |= dict.fromkeys(GPU_ENVIRONMENT, "mine")
+    set_gpu_environment(engine)
+    assert os.environ == dict.fromkeys(GPU_ENVIRONMENT, "mine") | WITH_SERVERS
 
 
 def test_a_world_that_the_layout_does_not_divide_is_refused() -> None:

@@ -18,7 +18,7 @@ from aiohttp import web
 from dapo.engine import client, generate, sglang
 from dapo.types import EngineError, Interrupted, Prompt, Request, Sample, Sampling, WeightsLost
 from tests.sglang import fake_server as fake
-from tests.sglang.fake_engine import assert_answered, collect, stream_of, wait_for, within_limit
+from tests.sglang.fake_engine import LIMIT, assert_answered, collect, stream_of, wait_for, within_limit
 from tests.sglang.fake_server import FakeServer, requests, tokens_of
 
 
@@ -226,16 +226,19 @@ def test_of_two_servers_one_dies_midway_and_comes_back() -> None:
     assert len(servers[1].bodies) > before, "it is used again"
 
 
-def test_a_restarted_server_is_not_used_until_it_has_the_weights(capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("version", [0, 7])
+def test_a_restarted_server_is_not_used_until_it_has_the_weights(
+    version: int, capfd: pytest.CaptureFixture[str]
+) -> None:
     servers = FakeServer(seconds=0.02), FakeServer(seconds=0.02)
     with stream_of(*servers) as stream:
-        stream.engine.load_weights([], 7)
+        stream.engine.load_weights([], version)
         servers[1].version = "default"  # as after a restart
         wanted = requests(40)
         stream.submit(wanted)
         samples = collect(stream)
         assert_answered(samples, wanted)
-        assert {sample.versions for sample in samples} == {((7, 0, sample.length),) for sample in samples}
+        assert all(sample.versions == ((version, 0, sample.length),) for sample in samples)
         assert len(servers[1].bodies) <= 4, "its first answers showed it"
         stream.engine.load_weights([], 8)
         time.sleep(0.5)
@@ -505,6 +508,18 @@ def test_close_is_quick_with_requests_outstanding_aborts_them_and_may_be_called_
         stream.engine.close()
         assert stream.engine.servers.calls == ["close", "close"] and not stream.client.tasks
         assert len(server.aborted) == 4 and list(stream.completed()) == []
+
+
+def test_who_waits_for_samples_is_woken_by_a_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang, "CHECK_EVERY", 2 * LIMIT)
+    server = FakeServer(afterwards=fake.nothing)
+    with stream_of(server) as stream:
+        stream.submit(requests(3))
+        wait_for(lambda: len(server.bodies) == 3)
+        closing = threading.Timer(0.2, stream.engine.close)
+        closing.start()
+        assert collect(stream) == []
+        closing.join()
 
 
 def test_a_program_that_never_closes_the_engine_ends_all_the_same() -> None:

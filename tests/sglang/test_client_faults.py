@@ -13,7 +13,7 @@ from dapo import clock, http
 from dapo.config import Limits
 from dapo.engine import client
 from dapo.engine.client import Client
-from dapo.engine.endpoint import PROBE_TIMEOUT, Endpoint
+from dapo.engine.endpoint import PROBE_TIMEOUT, Endpoint, first_few
 
 STALL = 30.0
 
@@ -93,9 +93,9 @@ def test_requests_that_fail_together_are_one_fault() -> None:
 
 @pytest.mark.parametrize("num_faults", [1, 2, 4, 99])
 def test_a_server_is_asked_again_once_it_is_well_after_pauses_that_grow(
-    num_faults: int, monkeypatch: pytest.MonkeyPatch
+    num_faults: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    endpoint = make_endpoint(num_faults=num_faults, is_usable=False)
+    endpoint = make_endpoint(num_faults=num_faults, is_usable=False, fault="gone")
     own, done = make_client(endpoint)
     well, pauses = [True, False, False], list[float]()
 
@@ -112,6 +112,8 @@ def test_a_server_is_asked_again_once_it_is_well_after_pauses_that_grow(
     first = min(client.FIRST_PAUSE * 2 ** min(num_faults - 1, 10), client.LONGEST_PAUSE)
     assert pauses == [first, *(min(factor * first, client.LONGEST_PAUSE) for factor in (2, 4))]
     assert endpoint.is_usable and endpoint.usable_since > 0 and done == ["send"]
+    said = "http://a failed, 1 more responses asked there: gone", "http://a is asked again"
+    assert capfd.readouterr().err.splitlines() == [f"engine: {line}" for line in said]
 
 
 def test_a_server_that_left_meanwhile_is_not_asked_again() -> None:
@@ -236,3 +238,29 @@ def test_a_server_progresses_while_its_number_of_tokens_changes_and_it_runs_some
         return [await Endpoint.has_progressed(own) for _ in range(6)]  # type: ignore[arg-type]
 
     assert asyncio.run(main()) == [True, False, True, False, False, True]
+
+
+@pytest.mark.parametrize("dead", [(), ("http://w0",), ("http://w1",), ("http://w0", "http://w1")])
+def test_a_router_is_well_while_none_of_its_workers_is_dead(
+    dead: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def exchange(method: str, url: str, **options: Any) -> Any:
+        if url.startswith(dead):
+            raise http.NoAnswer("refused")
+        return SimpleNamespace(status=200, body=b"")
+
+    monkeypatch.setattr(http, "exchange", exchange)
+    workers = [SimpleNamespace(url=f"http://w{number}") for number in range(2)]
+    servers: Any = SimpleNamespace(workers=workers, key_of=lambda url: None)
+    assert asyncio.run(Endpoint("http://router", servers, 2.0).is_well(3)) is (not dead)
+
+
+def test_of_many_requests_the_first_eight_are_named() -> None:
+    names = list("abcdefghi")
+    assert first_few(names[:8]) == names[:8] and first_few(names) == [*names[:8], "…"]
+
+
+def test_before_its_first_request_a_client_waits_for_nothing() -> None:
+    servers: Any = SimpleNamespace(workers=[])
+    said = Client(servers, 4, Limits(STALL), 50).waiting()
+    assert said == "waiting for 0 responses; the last one came 0 s ago"

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from dapo import clock
 from dapo.policy import schedule
 from dapo.policy.schedule import InterleavedCommunicator
 
@@ -69,3 +70,44 @@ def test_what_is_not_due_is_not_taken() -> None:
     assert communicator._communicate_shapes(None, None, True, True) == ([10, 1, 64], [10, 1, 64])
     with pytest.raises(StopIteration):
         shapes(communicator, True, 8)
+
+
+def test_every_microbatch_is_a_heartbeat_and_has_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(forward_step_func: Any, data_iterator: Any, model: Any, **options: Any) -> list[Any]:
+        results = []
+        for _ in range(options["num_microbatches"]):
+            hidden, loss = forward_step_func(data_iterator[0], model[0])
+            total, num_tokens, result = loss(hidden)
+            assert not num_tokens.item(), "or the loss would be divided by it"
+            results.append((float(total), result))
+        return results
+
+    monkeypatch.setattr(schedule, "get_forward_backward_func", lambda: forward)
+    monkeypatch.setattr(schedule, "hidden_states", lambda model, config, microbatch: model(microbatch.tokens))
+    microbatches: Any = [SimpleNamespace(tokens=torch.full((length, 1, 1), 2.0)) for length in LENGTHS]
+    before = clock.progress()[0]
+    found = schedule.run(
+        [torch.nn.Identity()],
+        SimpleNamespace(),  # type: ignore[arg-type]
+        microbatches,
+        lambda microbatch, hidden: (hidden.sum(), len(microbatch.tokens)),
+        forward_only=True,
+    )
+    assert found == [(2.0 * length, length) for length in LENGTHS]
+    assert clock.progress()[0] - before == len(LENGTHS)
+
+
+@pytest.mark.parametrize(("sequence_parallel", "split"), [(True, 2), (False, 1)])
+def test_interleaved_stages_receive_what_a_tensor_rank_has(
+    sequence_parallel: bool, split: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = SimpleNamespace(pp=SimpleNamespace(rank=lambda: 1, size=lambda: 2))
+    known = SimpleNamespace(use_mpu_process_groups=lambda names: groups)
+    monkeypatch.setattr(schedule, "ProcessGroupCollection", known)
+    config: Any = SimpleNamespace(
+        virtual_pipeline_model_parallel_size=2, microbatch_group_size_per_vp_stage=2, hidden_size=64,
+        tensor_model_parallel_size=2, sequence_parallel=sequence_parallel,
+    )  # fmt: skip
+    options = schedule._interleaved(config, [10, 12, 14, 16])
+    assert options["pg_collection"] is groups
+    assert shapes(options["p2p_communicator"], True, 1) == [[10 // split, 1, 64]]

@@ -121,6 +121,8 @@ def test_a_million_digits_are_compared_exactly():
         ("10^{99999999999}", COSTLY),
         ("1e999999999", COSTLY),
         ("99999999!", COSTLY),
+        ("1000!", None),
+        ("1001!", COSTLY),
         (r"\binom{99999999}{4999999}", COSTLY),
         (r"e^{e^{e^{e^{e}}}}", COSTLY),
         ("x+" * 600 + "1", COSTLY),
@@ -162,6 +164,13 @@ def test_brackets_are_read_40_deep_and_no_deeper(brackets):
     assert not is_correct("Answer: x = " + nested(40 // levels + 1), "1/2")
     assert not is_correct("Answer: x = " + nested(450), "1/2")
     assert not is_correct("Answer: x = 1/2", nested(450))
+
+
+def test_what_is_too_deep_to_be_read_is_no_name():
+    for depth in (tokens.MAX_DEPTH, tokens.MAX_DEPTH + 1, 140):
+        opened, closed = "(" * depth, ")" * depth
+        assert is_correct(f"Answer: {opened}x{closed} = 34", "34") is (depth == tokens.MAX_DEPTH)
+        assert not is_correct(f"Answer: {opened}2x{closed} = 34", "34")
 
 
 PI = "3.14159265358979323846"
@@ -207,6 +216,7 @@ def test_rational_numbers_are_compared_exactly_but_for_the_noise_of_a_double(dec
         ("-2x > -4", "x < 2", True),
         ("-2x > -4", "x > 2", False),
         ("2x > 4", "x < 2", False),
+        (r"3\sqrt{x} > 3y", r"\sqrt{x} > y", True),
         ("x > 2y", "2y < x", True),
         ("x > 2y", r"2y \le x", False),
         ("3 > x > 1", "(1, 3)", True),

@@ -9,6 +9,7 @@ import pytest
 from dapo.reward import values
 from dapo.reward.answer import choice_of, is_same, read_mathematics, words_of
 from dapo.reward.tokens import Ambiguous, Costly, Unreadable
+from dapo.reward.units import unit_of
 
 UNREADABLE = [
     "x)", "1 +", "", "()", "[5]", "(5]", "[5)", r"\{1)", r"(1\}", "[0, 1", "(1, 2, 3]", "[1, 2, 3)", "|x",
@@ -128,7 +129,19 @@ def test_words_and_choices_are_short_texts() -> None:
         ("5 square feet", "5 ft^3", False),
         ("5 cubic feet", "5 ft^2", False),
         ("5 square feet", "5 ft", False),
+        ("5 square units", "5 ft^2", True),
+        ("5 ms", "5 ms", True),
+        ("5 ms", "5 m", False),
     ],
 )
 def test_powers_of_units_are_words_or_numbers(given: str, gold: str, expected: bool) -> None:
     assert is_same(given, gold) == expected
+
+
+def test_a_unit_is_a_short_text() -> None:
+    assert unit_of("e" * 120) == "e" * 120 and unit_of("e" * 121) is None
+
+
+def test_the_parts_of_a_union_have_no_order_whatever_their_brackets() -> None:
+    assert is_same(r"(1,2) \cup (3,4]", r"(3,4] \cup (1,2)")
+    assert not is_same(r"(1,2) \cup (3,4]", r"(3,4) \cup (1,2]")

@@ -14,6 +14,7 @@ import pytest
 from dapo.config import ConfigError, Reward
 from dapo.rollout.data_files import Row, Summary, distinct_rows
 from dapo.rollout.ground_truth import GroundTruths
+from dapo.rollout.rows import BadRow, prompt_and_answer
 
 DEFAULT = GroundTruths.of(Reward())
 CHAT = [{"role": "user", "content": "2+2"}]
@@ -192,6 +193,15 @@ def test_a_line_that_nobody_can_read_is_refused_or_skipped(
     assert all(word in str(error.value) for word in [f"{path}, line 2", *words]), error.value
     summary, rows = read(path, skip=True)
     assert [row.prompt for row in rows] == ["p", "r"] and (summary.rows, summary.skipped) == (3, 1)
+
+
+def test_a_prompt_that_is_nested_too_deeply_is_refused() -> None:
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    row = {"prompt": [{"role": "user", "content": "q", "more": nested}], "answer": "1"}
+    with pytest.raises(BadRow, match=r"^here: column 'prompt' is nested too deeply$"):
+        prompt_and_answer(row, "here")
 
 
 @pytest.mark.parametrize("is_simple", [True, False])

@@ -153,12 +153,12 @@ def test_scores_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
 def test_what_is_written_is_strict_json(tmp_path: Path) -> None:
     """Of one problem there is no interval: not an infinite one, which JSON has no word for."""
     results = {name: {"set": scores_of([[1, 0]])} for name in ("a", "b")}
-    evaluate.write(results, tmp_path / "run" / "eval.json")
+    evaluate.write(results, tmp_path / "above" / "run" / "eval.json")
 
     def refuse(name: str) -> None:
         raise AssertionError(name)
 
-    record = json.loads((tmp_path / "run" / "eval.json").read_text(), parse_constant=refuse)
+    record = json.loads((tmp_path / "above/run/eval.json").read_text(), parse_constant=refuse)
     assert record["models"]["a"]["set"]["mean_half_width"] is None
     assert record["comparisons"]["b"]["set"] == {"difference": 0.0, "half_width": None, "p_value": 1.0}
 

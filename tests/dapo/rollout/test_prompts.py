@@ -343,6 +343,11 @@ def test_malformed_rows_can_be_skipped_and_every_row_is_accounted_for(tmp_path):
     assert [text_of(p) for p in prompts] == ["a", "b"]
     assert (s.rows, s.prompts, s.copies, s.skipped, s.conflicting, s.dropped) == (9, 2, 1, 2, 2, 2)
     assert s.rows == s.prompts + s.copies + s.skipped + s.conflicting + s.dropped
+    options = Data(train=tmp_path / "t.jsonl", max_prompt_length=10, too_long="drop", on_error="skip")
+    stream, summaries = load_stream(options, Tokenizer(), seed=0)
+    assert [text_of(p) for p in stream.prompts] == ["a", "b"] and summaries == [s]
+    with pytest.raises(ConfigError, match=r"t\.jsonl, line 6: not JSON"):
+        load_stream(options.model_copy(update={"on_error": "stop"}), Tokenizer(), seed=0)
 
 
 def sources(tmp_path, **sizes):

@@ -116,6 +116,9 @@ def test_a_template_may_compare_its_argument_with_text() -> None:
 def test_a_template_may_be_one_of_several() -> None:
     template: Any = {"default": TEMPLATE, "tool_use": "{{ messages }}"}
     assert render([ASK], make_tokenizer(template), enable_thinking=False).endswith("[assistant](no)")
+    tokenizer = make_tokenizer(template | {"default": DATED})
+    chat = Renderer(tokenizer, {}, dates={"%d %b %Y": "09 May 2026"}).tokens([ASK], "here")
+    assert "09 May 2026" in tokenizer.decode(chat)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import pytest
 
+from dapo import clock
 from dapo.learn.advantages import ADVANTAGES, group_advantages
 from dapo.learn.objective import NORMALISERS
 from dapo.reward.pool import Reward
@@ -584,5 +585,13 @@ def test_the_engine_is_asked_before_weights_are_sent_and_gets_them_all(tmp_path,
         engine, "load_weights", lambda weights, version: calls.append((list(weights), version))
     )
     rollouts.prepare_weights(5)
+    before = clock.progress()[0]
     rollouts.load_weights([("a", 1), ("b", 2)], 5)
+    assert clock.progress()[0] - before == 4, "a heartbeat for each tensor, and the phase's two"
     assert calls == [5, ([("a", 1), ("b", 2)], 5)]
+
+
+def test_where_no_group_is_kept_none_is_stale(tmp_path):
+    rollouts = make_rollouts(tmp_path, ScriptedEngine(lambda _: "00"), "rollout.max_staleness=1")
+    metrics = rollouts.next_batch(3)[0].metrics
+    assert (metrics["rollout/staleness"], metrics["rollout/staleness_max"]) == (0, 0)
