@@ -128,9 +128,7 @@ MISTAKES = [
         "no chat template",
         prepare=rows({"prompt": [{"role": "user", "content": "1+1="}], "answer": "2"}),
     ),
-    Mistake(
-        "a layout that the model cannot have", "parallel.tensor=3 does not divide", ("parallel.tensor=3",)
-    ),
+    Mistake("a layout that the model cannot have", "parallel.tensor=3", ("parallel.tensor=3",)),
     Mistake("more ranks than the layout", "is not a multiple of", ("parallel.tensor=4",)),
     Mistake(
         "a step that is no multiple of its updates",
@@ -161,7 +159,7 @@ MISTAKES = [
             "engine.weight_sync=disk",
             "engine.stall_seconds=3",
         ),
-        status=1,
+        status=2,
     ),
     Mistake("no wandb", "wandb is not installed", ("run.wandb_project=mine",)),
     Mistake("a run directory that is a file", "run.dir=run.yaml", ("run.dir=run.yaml",)),
@@ -179,11 +177,11 @@ MISTAKES = [
         prepare=train_first(then=lambda f: shrink(f)),
     ),
     Mistake(
-        "damaged checkpoints", "checkpoint", ("run.steps=3",), status=1, prepare=train_first(then=damage)
+        "damaged checkpoints", "checkpoint", ("run.steps=3",), status=2, prepare=train_first(then=damage)
     ),
     Mistake("an option of Megatron's that is none", "policy.megatron", ("policy.megatron.adam_epss=1",)),
     Mistake("evaluation data that is not there", "held.jsonl does not exist", ("eval.data=held.jsonl",)),
-    Mistake("a full disk", "No space left", ("run.dir=small/run",), status=1, prepare=full_disk),
+    Mistake("a full disk", "cannot be written", ("run.dir=small/run",), status=1, prepare=full_disk),
 ]
 
 
@@ -191,7 +189,9 @@ def shrink(folder: Path) -> None:
     """Replace the model by one of another size."""
     import transformers
 
-    config = transformers.Qwen2Config.from_pretrained(folder / "model", num_hidden_layers=1)
+    config = transformers.Qwen2Config.from_pretrained(
+        folder / "model", num_hidden_layers=1, layer_types=["full_attention"]
+    )
     transformers.Qwen2ForCausalLM(config).save_pretrained(folder / "model")
 
 

@@ -84,7 +84,7 @@ class Log:
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         self._write_row(json.dumps(values, allow_nan=False) + "\n")
         for name, board in list(self.boards.items()):
-            self._attempt(name, board.log, values, step)
+            self._attempt(name, board.log, dict(values), step)  # a tracker may change its own
         steps, done = self.config.run.steps, step + 1 - self.start
         if step == self.start and "reward/no_answer" in values and not self.config.rollout.replay:
             share = 1 - values["reward/no_answer"]
@@ -133,13 +133,16 @@ class Log:
             curves.plot({self.path.parent.name: rows}, path)
 
     def _open(self, name: str, board: Callable[[Config, int], Board], start: int) -> None:
-        self.boards[name] = board(self.config, start)
+        made = board(self.config, start)
+        if missing := [method for method in ("log", "close") if not callable(getattr(made, method, None))]:
+            raise TypeError(f"what it returned has no {' and no '.join(missing)}")
+        self.boards[name] = made
 
     def _attempt(self, name: str, act: Callable[..., object], *args: Any) -> None:
         """Do what a run can do without. What fails is named once, and left out from then on."""
         try:
             act(*args)
-        except Exception as error:  # noqa: BLE001  # another's code and service: they may raise anything
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # another's code and service: anything
             self.boards.pop(name, None)
             warn(f"{name} failed: {reason(error)}; the run goes on without it")
 

@@ -58,7 +58,11 @@ class WeightsLost(EngineError):
 
 def reason(error: BaseException) -> str:
     """Return an error's message in one line; its kind if it has none: `MemoryError()` → "MemoryError"."""
-    return " ".join(str(error).split()) or type(error).__name__
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001  # of a user's own kind: it may raise anything
+        text = ""
+    return " ".join(text.split()) or type(error).__name__
 
 
 def per_token(dtype: Any) -> dict[str, Any]:

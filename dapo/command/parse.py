@@ -54,7 +54,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--model",
         action="append",
         type=Path,
-        help="Hugging Face directory, may be repeated; default policy.model",
+        help="Hugging Face directory or name on the hub, may be repeated; default policy.model",
     )
     plan = commands.add_parser(
         "plan", help="memory, time, layout and the meaning of the numbers, before a launch"
@@ -80,14 +80,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="MIB",
         help="size of dumped samples in the page; default 16",
     )
-    add(
-        "--serve",
-        type=int,
-        nargs="?",
-        const=8000,
-        metavar="PORT",
-        help="serve the page to this machine's browsers instead; it follows runs that go on; default 8000",
-    )
+    add("--serve", action="store_true", help="serve the page to this machine's browsers; it follows the runs")
+    add("--port", type=_port, default=8000, help="of --serve, 0 for a free one; default 8000")
     commands.add_parser("doctor", help="look at this machine: what is there, what is wrong, the remedy")
     metrics = commands.add_parser("metrics", help="what every metric means, and when it is healthy or sick")
     metrics.add_argument(
@@ -96,8 +90,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     metrics.add_argument("--markdown", action="store_true", help="the page of the documentation, instead")
     init = commands.add_parser("init", help="write a commented config for a model and a data file")
     add = init.add_argument
-    add("model", type=Path, help="Hugging Face directory")
-    add("data", type=Path, help=".jsonl of {prompt, answer}, or .parquet")
+    add("model", type=Path, help="Hugging Face directory, or a name on the hub")
+    add("data", type=Path, help=".jsonl of {prompt, answer}, or .parquet, or a name on the hub")
     add("--out", type=Path, default=Path("run.yaml"), help="the config; default run.yaml")
     add("--gpu", choices=GPUS, help="the device to plan for; default: this machine's")
     add("--gpus", type=_positive, metavar="N", help="how many; default: this machine's, or 8")
@@ -144,6 +138,12 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
         choices=["paper", "verl"],
         help="print where the config departs from it, and why one would, instead",
     )
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: 0 to 65535")
+    return int(text)
 
 
 def _positive(text: str) -> int:

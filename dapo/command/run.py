@@ -34,7 +34,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         ):
             return alone[args.command](args)
         config = load(args.config, args.overrides)
-        if local := hub.overrides(config, has_weights=args.command != "plan"):
+        needs = {"train": hub.EVERYTHING, "eval": {"weights", "eval"}, "plan": set[str]()}
+        if local := hub.overrides(config, needs[args.command]):
             config, argv = config.changed(local), [*argv, *local]  # ranks do not ask the hub again
         if args.command == "plan":
             return _plan(config, args)
@@ -79,8 +80,8 @@ def _num_ranks(config: Config, asked: int | None) -> int:
 def _report(args: argparse.Namespace) -> int:
     from dapo.report import page, serve
 
-    if args.serve is not None:
-        serve.serve(args.runs, args.samples, args.serve, lambda text: print(text, flush=True))
+    if args.serve:
+        serve.serve(args.runs, args.samples, args.port, lambda text: print(text, flush=True))
         return 0
     made, warnings = page.write(args.runs, args.out, args.samples)
     for warning in warnings:
@@ -101,6 +102,7 @@ def _init(args: argparse.Namespace) -> int:
     from dapo.command import init
 
     machine = init.machine_of(args.gpu, args.gpus)
+    init.check_new(args.out)  # before the work
     print("\n".join(init.write(args.out, init.look(args.model, args.data), machine)))
     return 0
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +24,36 @@ SNAPSHOT = re.compile(
 DESCRIPTION = ["*.json", "*.jinja", "*.txt", "*.model"]  # of a model: its shape, its tokenizer
 WEIGHTS = ["*.safetensors"]
 DATA = (".parquet", ".jsonl")
+EVERYTHING = frozenset({"weights", "train", "eval"})
+# a file's split, by a word in its name or its folders' names: train-00000-of-00005.parquet, en/test/0.jsonl
+TRAIN = re.compile(r"(?<![a-z])train(?![a-z])", re.IGNORECASE)
+OTHER = re.compile(r"(?<![a-z])(test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
 
 
-def overrides(config: Config, has_weights: bool = True) -> list[str]:
+def overrides(config: Config, needs: Set[str] = EVERYTHING) -> list[str]:
     """Fetch what a config names on the hub. Return the local paths as overrides, none if all is here.
 
     Args:
-        has_weights: False leaves a model's weights where they are.
+        needs: what is fetched, beside the model's shape and tokenizer: "weights", and "train" and "eval", the
+            data of both.
 
     Raises:
         ConfigError: there is neither such a path nor such a name, or it cannot be fetched.
     """
     train, evaluated = config.data.train, config.eval.data
-    paths: dict[str, Any] = {"policy.model": model(config.policy.model, has_weights)}
-    if isinstance(train, dict):
-        files = {path: data_files(path, "data.train") for path in train}
-        paths["data.train"] = {_one(files[path], path): weight for path, weight in train.items()}
-    elif isinstance(train, list):
-        paths["data.train"] = [file for path in train for file in data_files(path, "data.train")]
-    else:
-        found = data_files(train, "data.train")
-        paths["data.train"] = found[0] if len(found) == 1 else found
-    if isinstance(evaluated, dict):
-        paths["eval.data"] = {
-            name: _one(data_files(path, "eval.data"), path) for name, path in evaluated.items()
-        }
-    elif evaluated is not None:
-        paths["eval.data"] = _one(data_files(evaluated, "eval.data"), evaluated)
+    paths: dict[str, Any] = {"policy.model": model(config.policy.model, "weights" in needs)}
+    if "train" in needs:
+        if isinstance(train, dict):
+            paths["data.train"] = {data_file(path, "data.train"): weight for path, weight in train.items()}
+        elif isinstance(train, list):
+            paths["data.train"] = [file for path in train for file in data_files(path, "data.train")]
+        else:
+            found = data_files(train, "data.train")
+            paths["data.train"] = found[0] if len(found) == 1 else found
+    if "eval" in needs and evaluated is not None:
+        sets = evaluated if isinstance(evaluated, dict) else {"": evaluated}
+        files = {name: data_file(path, "eval.data") for name, path in sets.items()}
+        paths["eval.data"] = files if isinstance(evaluated, dict) else files[""]
     given = {"policy.model": config.policy.model, "data.train": train, "eval.data": evaluated}
     return [f"{key}={inline(_text(path))}" for key, path in paths.items() if path != given[key]]
 
@@ -89,32 +94,41 @@ def model(path: Path, has_weights: bool = True, option: str = "policy.model") ->
 
 
 def data_files(path: Path, option: str) -> list[Path]:
-    """Return a data file, or those of a data set of the hub: all, or the one that is named.
+    """Return a data file, or those of a data set of the hub: the one that is named, or its training split's;
+    for eval.data those of another split, if there is one.
 
     Raises:
         ConfigError: it cannot be fetched, or has no file that can be read.
     """
     if not (found := _parsed(path)):
         return [path]
-    what = f"{option}={path}"
-    patterns = [found["file"]] if found["file"] else [f"*{suffix}" for suffix in DATA]
-    folder = _fetch(found, "dataset", patterns, what)
-    if found["file"]:
-        return [folder / found["file"]]
-    files = sorted(file for file in folder.rglob("*") if file.suffix in DATA)
-    if train := [file for file in files if "train" in file.name]:
-        files = train
-    if not files:
-        raise ConfigError(f"{what}: no {' or '.join(DATA)} file in it")
-    return files
+    what, file = f"{option}={path}", found["file"]
+    if file and (".." in Path(file).parts or set(file) & set("*?[")):
+        raise ConfigError(f"{what}: {file} is no file's path in a data set")
+    folder = _fetch(found, "dataset", [file] if file else [f"*{suffix}" for suffix in DATA], what)
+    if file:
+        return [folder / file]
+    splits: dict[str, list[Path]] = {"train": [], "other": [], "none": []}
+    for each in sorted(each for each in folder.rglob("*") if each.suffix in DATA):
+        name = str(each.relative_to(folder))
+        splits["other" if OTHER.search(name) else "train" if TRAIN.search(name) else "none"].append(each)
+    is_training = option == "data.train"
+    first, second = ("train", "none") if is_training else ("other", "none")
+    if files := splits[first] or splits[second] or ([] if is_training else splits["train"]):
+        return files
+    there = ", ".join(each.name for each in splits["other"][:5]) or f"no {' or '.join(DATA)} file"
+    raise ConfigError(
+        f"{what}: it has no training data ({there}): name a file, as org/name:folder/file.parquet"
+    )
 
 
-def _one(files: list[Path], path: Path) -> Path:
+def data_file(path: Path, option: str) -> Path:
+    """Return the one file that `data_files` finds. Raise ConfigError if there are several."""
+    files = data_files(path, option)
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:5])
-        raise ConfigError(
-            f"{path} has {len(files)} files ({names}): name one, as org/name:folder/file.parquet"
-        )
+        several = f"{option}={path} has {len(files)} files ({names})"
+        raise ConfigError(f"{several}: name one, as org/name:folder/file.parquet")
     return files[0]
 
 
@@ -146,5 +160,8 @@ def _fetch(name: dict[str, Any], kind: str, patterns: list[str], what: str) -> P
         )
     except (OSError, HFValidationError, RevisionResolutionError) as error:
         neither = f"there is no such path, and the hub's {kind} of this name could not be fetched"
-        raise ConfigError(f"{what}: {neither} ({' '.join(str(error).split())[:160]})") from error
+        why = textwrap.shorten(str(error), 200, placeholder=" …")
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            why = "HF_HUB_OFFLINE is set, and it is not in the cache"
+        raise ConfigError(f"{what}: {neither} ({why})") from error
     return Path(folder)

@@ -65,6 +65,7 @@ def layout(common: list[Choice], model: Path, shape: ModelShape, machine: Machin
     """
     values = nested(common)
     longest = values["data"]["max_prompt_length"] + values["rollout"]["max_response_length"]
+    cause: ConfigError | None = None
     for candidate in _of_cpu(machine) if machine.is_cpu else _of_gpus(machine, shape, longest):
         try:
             config = Config.model_validate(
@@ -73,12 +74,20 @@ def layout(common: list[Choice], model: Path, shape: ModelShape, machine: Machin
             config.check()
             check_layout(shape, config)
             fits = make_plan(config, machine.gpu, candidate.ranks).fits
-        except ConfigError:
-            continue  # the model cannot be split so
+        except ConfigError as error:
+            cause = cause or error  # the model cannot be split so
+            continue
         if fits:
             return candidate
+        cause = ConfigError(f"{machine}: no layout fits: {_remedy(machine)}")
+    raise cause or ConfigError(f"{machine}: no layout fits: {_remedy(machine)}")
+
+
+def _remedy(machine: Machine) -> str:
+    if machine.is_cpu:
+        return "this machine has too little main memory; plan for GPUs with --gpu and --gpus"
     several = "examples/qwen2.5_32b_paper is a config for several machines"
-    raise ConfigError(f"no layout fits on {machine}: name more or larger ones by --gpus and --gpu; {several}")
+    return f"name more or larger ones by --gpus and --gpu; {several}"
 
 
 def _of_cpu(machine: Machine) -> Iterator[Layout]:
@@ -102,30 +111,26 @@ def _of_gpus(machine: Machine, shape: ModelShape, longest: int) -> Iterator[Layo
 
 
 def _engines(machine: Machine, shape: ModelShape, longest: int) -> Iterator[tuple[int, list[Choice]]]:
-    """Yield the trainer's ranks and the servers: on the other half of the GPUs, then on the trainer's."""
+    """Yield the trainer's ranks and the servers: on other GPUs, about half of all; then on the trainer's."""
     memory = HARDWARE[machine.gpu].memory * 2**30
     size = next((n for n in (1, 2, 4, 8) if 2 * num_parameters(shape) <= WEIGHTS * n * memory), MACHINE)
     kind = Choice("engine.kind", "sglang")
     arguments: Fields = {"context-length": longest} | ({"tp-size": size} if size > 1 else {})
-    if servers := (machine.count - machine.count // 2) // size if machine.count > 1 else 0:
+    powers = [1 << n for n in range(machine.count.bit_length())]
+    for ranks in sorted(powers, key=lambda n: (abs(2 * n - machine.count), -n)):
+        servers = (machine.count - ranks) // size
+        if servers < 1:
+            continue
         where = f"of {size} GPU{'s' * (size > 1)} each, after the trainer's"
         apart = arguments | {"mem-fraction-static": 0.85}
-        yield (
-            machine.count // 2,
-            [kind, Choice("engine.servers", servers, where), Choice("engine.sglang", apart)],
-        )
-    for fraction in FRACTIONS if machine.count >= size else ():
+        yield ranks, [kind, Choice("engine.servers", servers, where), Choice("engine.sglang", apart)]
+    ranks = powers[-1]
+    for fraction in FRACTIONS if ranks >= size else ():
         shared = arguments | {"enable-memory-saver": True, "mem-fraction-static": fraction}
         where = "on the trainer's GPUs"
-        yield (
-            machine.count,
-            [
-                kind,
-                Choice("engine.servers", machine.count // size, where),
-                Choice("engine.weight_sync", "tensor"),
-                Choice("engine.sglang", shared),
-            ],
-        )
+        servers = ranks // size
+        sync = Choice("engine.weight_sync", "tensor")
+        yield ranks, [kind, Choice("engine.servers", servers, where), sync, Choice("engine.sglang", shared)]
 
 
 def _savings(shape: ModelShape) -> list[Fields]:

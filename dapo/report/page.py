@@ -72,8 +72,7 @@ def write(directories: Sequence[Path], out: Path | None, samples_mib: float) -> 
 
 def make(directories: Sequence[Path], samples_mib: float) -> tuple[str, list[Run]]:
     """Return the page and the runs that are in it; see `write`. Raise ConfigError."""
-    if not samples_mib >= 0:
-        raise ConfigError(f"--samples={samples_mib}: how many MiB of samples the page may hold, 0 for none")
+    check_size(samples_mib)
     runs = [read(directory, label) for directory, label in zip(directories, labels(directories), strict=True)]
     budget = int(samples_mib * MIB / len(runs))
     samples = [embed(run.directory, run.model, budget) for run in runs]
@@ -81,6 +80,12 @@ def make(directories: Sequence[Path], samples_mib: float) -> tuple[str, list[Run
         run.warnings += embedded.warnings
         run.num_samples = embedded.num_samples
     return page(runs, samples), runs
+
+
+def check_size(samples_mib: float) -> None:
+    """Raise ConfigError if a page cannot hold so many MiB of samples."""
+    if not samples_mib >= 0:
+        raise ConfigError(f"--samples={samples_mib}: how many MiB of samples the page may hold, 0 for none")
 
 
 def read(directory: Path, label: str) -> Run:

@@ -50,15 +50,13 @@ def make_server(directories: Sequence[Path], samples_mib: float, port: int) -> T
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             known = {"/": lambda: live(directories, samples_mib), "/state": lambda: state(directories)}
-            host, _, _ = self.headers.get("Host", "").rpartition(":")
-            if (
-                host not in (HOST, "localhost") or self.path not in known
-            ):  # another name: another site's page asks
+            host, path = self.headers.get("Host", "").lower().split(":")[0], self.path.partition("?")[0]
+            if host not in (HOST, "localhost") or path not in known:  # another name: another site's page asks
                 self.send_error(404)
                 return
-            content = known[self.path]().encode()
+            content = known[path]().encode()
             self.send_response(200)
-            self.send_header("Content-Type", f"text/{'html' if self.path == '/' else 'plain'}; charset=utf-8")
+            self.send_header("Content-Type", f"text/{'html' if path == '/' else 'plain'}; charset=utf-8")
             self.send_header("Content-Length", str(len(content)))
             self.send_header("Cache-Control", "no-store")
             self.end_headers()
@@ -69,11 +67,12 @@ def make_server(directories: Sequence[Path], samples_mib: float, port: int) -> T
     try:
         return ThreadingHTTPServer((HOST, port), Handler)
     except OSError as error:
-        raise ConfigError(f"--serve {port}: {error.strerror}: name another port, or 0 for any") from error
+        raise ConfigError(f"--port {port}: {error.strerror}: name another one, or 0 for any") from error
 
 
 def serve(directories: Sequence[Path], samples_mib: float, port: int, say: Callable[[str], object]) -> None:
     """Serve until Ctrl-C."""
+    page.check_size(samples_mib)
     for directory in directories:
         if not directory.is_dir():
             raise ConfigError(f"{directory} is not a directory: name the run.dir of a run")

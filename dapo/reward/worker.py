@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+from dapo.types import reason
 from dapo.watch import streams
 
 Verdict = bool | float | tuple[float, bool]  # the pair: a reward, and whether it is correct
@@ -69,7 +70,7 @@ class Function:
             has_answer = None if self.answer_of is None else self.answer_of(job.response) is not None
         except (Exception, SystemExit) as error:  # noqa: BLE001  # the user's function may raise anything
             place = traceback.extract_tb(error.__traceback__)[-1]
-            text = " ".join(str(error).split())[:300]
+            text = reason(error)[:300]
             verdict = Failure(f"raised {type(error).__name__}: {text} ({place.filename}:{place.lineno})")
             has_answer = None
         if os.getpid() != process:  # a child that the function left behind: its parent has the verdict
@@ -84,7 +85,7 @@ def serve(connection: Connection, paths: Sequence[str]) -> None:
         try:
             functions = [Function(path) for path in paths]
         except (Exception, SystemExit) as error:  # noqa: BLE001  # the user's module may raise anything
-            connection.send(Failure(str(error)))
+            connection.send(Failure(reason(error)))
             return
         connection.send(None)
         while True:
@@ -120,7 +121,17 @@ def _extras_of(function: Callable[..., Any], path: str) -> tuple[str, ...]:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # a function in C need not say
         return ()
+    if (
+        inspect.isclass(function)
+        or inspect.iscoroutinefunction(function)
+        or inspect.isgeneratorfunction(function)
+    ):
+        raise ValueError(
+            f"{path} is a class, async, or a generator; expected a function that returns a verdict"
+        )
     parameters = signature.parameters.values()
+    if [p.name for p in parameters][:2] == ["answer", "response"]:
+        raise ValueError(f"{path} takes (answer, response), but is called as f(response, answer): swap them")
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     extras = tuple(name for name in EXTRAS if name in named)
     try:

@@ -143,7 +143,7 @@ def _rows(summary: Summary, truths: GroundTruths, skip_malformed: bool) -> Itera
     path = summary.path
     readers = {".jsonl": _read_jsonl, ".parquet": read_parquet}
     if not path.is_file():
-        raise ConfigError(f"data file {path} does not exist")
+        raise ConfigError(f"data file {path} {'is a folder' if path.is_dir() else 'does not exist'}")
     if path.suffix not in readers:
         raise ConfigError(f"data file {path}: expected .jsonl or .parquet")
     for raw in readers[path.suffix](path):

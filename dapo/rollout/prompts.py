@@ -242,7 +242,7 @@ def _digest_of_rows(rows: list[Row], renderer: Renderer, cut: str) -> str:
 
 def _no_prompts(summary: Summary, data: config.Data) -> ConfigError:
     lengths = f"data.max_prompt_length={data.max_prompt_length}, data.too_long={data.too_long}"
-    return ConfigError(f"{summary.path}: no prompts in it ({lengths})")
+    return ConfigError(f"{summary.path}: no prompts in it" + (f" ({lengths})" if summary.dropped else ""))
 
 
 def _tokenized(

@@ -495,6 +495,43 @@ def test_a_tracker_that_is_none_is_refused_before_the_run(tmp_path, path, said):
 STEP = 3
 
 
+class Unprintable(Exception):
+    def __str__(self):
+        raise RuntimeError("not even this")
+
+
+class Evil(Tracker):
+    error: BaseException = Unprintable()
+
+    def log(self, values, step):
+        values.clear()
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [Unprintable(), SystemExit(5)])
+def test_whatever_a_tracker_does_the_run_goes_on_and_keeps_its_values(tmp_path, monkeypatch, capsys, error):
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(Evil, "error", error)
+    log = Log(make_config(tmp_path, "run.tracker=tests.dapo.test_log:Evil"), Console(), {}, 0)
+    log(0, {"loss": 1.0, "rollout/accuracy": 0.5})
+    log.close()
+    printed = capsys.readouterr()
+    assert "tests.dapo.test_log:Evil failed: " in printed.err and "acc=0.500" in printed.out
+
+
+def make_nothing(config, start):
+    return None
+
+
+def test_a_tracker_without_its_methods_is_left_out_with_a_warning(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    log = Log(make_config(tmp_path, "run.tracker=tests.dapo.test_log:make_nothing"), Console(), {}, 0)
+    log(0, {"loss": 1.0})
+    log.close()
+    said = "make_nothing failed: what it returned has no log and no close; the run goes on without it\n"
+    assert capsys.readouterr().err.endswith(said)
+
+
 def test_a_wandb_that_is_not_installed_is_refused_before_the_run(tmp_path, monkeypatch):
     check_installed(make_config(tmp_path))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -55,19 +55,10 @@ def test_on_a_cpu_it_is_a_small_run_of_one_rank(tmp_path: Path) -> None:
 def test_what_is_said_stands_in_the_file_too(tmp_path: Path) -> None:
     _, lines = written(tmp_path, ARITHMETIC / "base", ARITHMETIC / "data/train.jsonl", Machine("cpu", 2))
     comments = [line[2:] for line in (tmp_path / "mine.yaml").read_text().splitlines() if line[:2] == "# "]
-    said = [
-        line for line in lines if line.startswith(("model", "data", "prompts", "machine", "assumed", "note"))
-    ]
+    said = lines[: next(i for i, line in enumerate(lines) if line.startswith("written"))]
     assert comments[1:] == said
-    assert [line.split()[0] for line in said] == [
-        "model",
-        "data",
-        "prompts",
-        "machine",
-        "assumed",
-        "note",
-        "note",
-    ]
+    kinds = ["model", "data", "prompts", "machine", "lengths", "layout", "note", "note"]
+    assert [line.split()[0] for line in said] == kinds
 
 
 @pytest.mark.parametrize(
@@ -77,6 +68,8 @@ def test_what_is_said_stands_in_the_file_too(tmp_path: Path) -> None:
         ("Qwen2.5-7B", Machine("h200", 8), 4, {"parallel.tensor": 2, "engine.servers": 4}),
         ("Qwen2.5-7B", Machine("h100", 1), 1, {"parallel.tensor": 1, "engine.weight_sync": "tensor"}),
         ("Qwen2.5-32B", Machine("h100", 8), 4, {"parallel.tensor": 4, "engine.servers": 2}),
+        ("Qwen2.5-7B", Machine("h100", 6), 4, {"parallel.tensor": 4, "engine.servers": 2}),
+        ("Qwen2.5-32B", Machine("h100", 7), 4, {"parallel.tensor": 4, "engine.servers": 1}),
         ("Qwen3-30B-A3B", Machine("h200", 8), 4, {"parallel.expert": 4, "engine.servers": 4}),
     ],
     ids=str,
@@ -97,12 +90,27 @@ def test_the_layout_fits(
 
 
 def test_a_few_long_prompts_do_not_take_the_model_s_positions(tmp_path: Path) -> None:
-    data = make_data(tmp_path, "1+1=", "2+2=", "1+" * 300 + "1=")
-    found, _ = written(tmp_path, ARITHMETIC / "base", data, Machine("cpu", 1))
+    data = make_data(tmp_path, "1+1=", *("1+" * 70 + f"{n}=" for n in range(9)), "1+" * 200 + "1=")
+    found, lines = written(tmp_path, ARITHMETIC / "base", data, Machine("cpu", 1))
     assert found.data.max_prompt_length == 256, "half of 512"
     assert found.data.too_long == "drop"
     assert found.data.max_prompt_length + found.rollout.max_response_length == 512
-    assert "1 prompts are longer" in (tmp_path / "mine.yaml").read_text()
+    assert found.rollout.prompts_per_step == 2, "a third of the ten that are left, as a power of two"
+    assert any("1 prompts of more than 256 tokens are left out" in line for line in lines)
+
+
+def test_a_single_prompt_that_is_far_longer_than_all_is_left_out(tmp_path: Path) -> None:
+    data = make_data(tmp_path, *(f"{n}+1=" for n in range(200)), "1+" * 100 + "1=")
+    found, lines = written(tmp_path, ARITHMETIC / "base", data, Machine("cpu", 1))
+    assert found.data.max_prompt_length == 16
+    assert any("1 prompts of more than 16 tokens are left out" in line for line in lines)
+
+
+@pytest.mark.parametrize("positions", [1, 3, 8])
+def test_a_model_without_room_for_most_prompts_is_refused(positions: int, tmp_path: Path) -> None:
+    model = make_model(tmp_path, "Qwen2.5-7B", max_position_embeddings=positions)
+    with pytest.raises(ConfigError, match="2 of 2 prompts are longer than half of the model's"):
+        init.look(model, make_data(tmp_path, "1+1=2+2=", "2+2=3+3="))
 
 
 @pytest.mark.parametrize(
@@ -121,14 +129,15 @@ def test_rows_that_cannot_be_used_are_counted_and_left_out(tmp_path: Path) -> No
     data.write_text(data.read_text() + "not JSON\n")
     found, lines = written(tmp_path, ARITHMETIC / "base", data, Machine("cpu", 1))
     assert found.data.on_error == "skip"
-    assert any("rows that cannot be used are left out" in line for line in lines)
+    assert any("1 rows cannot be used and are left out" in line for line in lines)
 
 
 @pytest.mark.parametrize(
     ("text", "answer_format", "is_noted"),
     [('1+1= End with "Answer: x".', "answer_line", False), (r"1+1= Put it in \boxed{}.", "boxed", False),
-     (r'1+1= End with "Answer: \boxed{x}".', "answer_line", False), ("1+1=", "answer_line", True)],
-    ids=["line", "boxed", "both", "neither"],
+     (r'1+1= End with "Answer: \boxed{x}".', "answer_line", False), ("1+1=", "answer_line", True),
+     ("1+1=\nAnswer: ", "answer_line", True), ("1+1= Put it in \\boxed{}.\nAnswer:", "boxed", False)],
+    ids=["line", "boxed", "both", "neither", "begun", "boxed and begun"],
 )  # fmt: skip
 def test_the_reward_reads_what_the_prompts_ask_for(
     text: str, answer_format: str, is_noted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -161,12 +170,24 @@ def test_a_model_that_is_too_large_is_refused_and_nothing_is_written(
     machine: Machine, tmp_path: Path
 ) -> None:
     seen = init.look(make_model(tmp_path, "Qwen2.5-32B"), make_data(tmp_path, "1+1="))
-    with pytest.raises(ConfigError, match=rf"no layout fits on {machine.count} × "):
+    with pytest.raises(ConfigError, match=rf"{machine.count} × .*no layout fits: name more"):
         init.write(tmp_path / "mine.yaml", seen, machine)
     assert not (tmp_path / "mine.yaml").exists()
 
 
+def test_a_folder_that_is_not_there_is_named_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"--out .*/none/mine\.yaml: there is no folder .*/none: make it first"
+    ):
+        init.check_new(tmp_path / "none/mine.yaml")
+
+
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"empty\.jsonl: no prompts in it$"):
+        (tmp_path / "empty.jsonl").touch()
+        init.look(ARITHMETIC / "base", tmp_path / "empty.jsonl")
+    with pytest.raises(ConfigError, match=r"data file .* is a folder"):
+        init.look(ARITHMETIC / "base", tmp_path)
     with pytest.raises(ConfigError, match="none: no config"):
         init.look(tmp_path / "none", make_data(tmp_path, "1+1="))
     with pytest.raises(ConfigError, match=r"none\.jsonl does not exist"):
@@ -176,10 +197,15 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("gpu", "count", "expected"),
     [("h100", None, Machine("h100", 8)), ("h200", 4, Machine("h200", 4)), ("cpu", 1, Machine("cpu", 1)),
-     (None, 1, Machine("cpu", 1))],
+     (None, None, Machine("cpu", 2))],
 )  # fmt: skip
 def test_the_machine_is_what_is_asked_for(gpu: str | None, count: int | None, expected: Machine) -> None:
     assert init.machine_of(gpu, count) == expected
+
+
+def test_gpus_that_are_not_there_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--gpus 8: there is none on this machine: name one with --gpu"):
+        init.machine_of(None, 8)
 
 
 def test_more_gpus_than_a_machine_has_are_refused() -> None:

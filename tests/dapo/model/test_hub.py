@@ -202,6 +202,62 @@ def test_a_data_set_s_training_files_are_several_files(tmp_path: Path, snapshot:
     assert hub.origins(changed) == {"data.train": [f"org/sums@{COMMIT}"] * 2}
 
 
+TRAINS, TEST = ["en/train/0.jsonl", "fr/train/0.jsonl"], ["en/test-0.jsonl"]
+SHARD, WORDS = ["train-00000-of-00002.parquet"], ["constraints.jsonl", "problems.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("names", "trained_on", "evaluated_on"),
+    [
+        ([*TRAINS, *TEST], TRAINS, TEST),
+        (WORDS, WORDS, WORDS),
+        ([*SHARD, "validation.parquet"], SHARD, ["validation.parquet"]),
+        (["data/test.parquet"], None, ["data/test.parquet"]),
+        (["latest.parquet"], ["latest.parquet"], ["latest.parquet"]),
+        (["train.jsonl"], ["train.jsonl"], ["train.jsonl"]),
+    ],
+    ids=lambda names: "+".join(names or ["none"]),
+)
+def test_a_split_is_a_word_of_a_file_s_path_and_no_test_is_trained_on(
+    names: list[str], trained_on: list[str] | None, evaluated_on: list[str], tmp_path: Path, snapshot: Path
+) -> None:
+    for name in names:
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).touch()
+
+    def found(option: str) -> list[str]:
+        return [str(path.relative_to(snapshot)) for path in hub.data_files(Path("org/sums"), option)]
+
+    assert found("eval.data") == evaluated_on
+    if trained_on is None:
+        with pytest.raises(ConfigError, match=r"it has no training data \(test.parquet\): name a file"):
+            found("data.train")
+    else:
+        assert found("data.train") == trained_on
+
+
+@pytest.mark.parametrize("name", ["org/sums:../../x.jsonl", "org/sums:*.jsonl", "org/sums:a/../../x.jsonl"])
+def test_a_file_of_a_data_set_lies_in_it(name: str, snapshot: Path) -> None:
+    with pytest.raises(ConfigError, match="is no file's path in a data set"):
+        hub.data_files(Path(name), "data.train")
+
+
+def test_only_what_is_needed_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, list[str]]] = []
+
+    def fetch(name: dict[str, str], kind: str, patterns: list[str], what: str) -> Path:
+        asked.append((kind, patterns))
+        (tmp_path / "train.jsonl").touch()
+        return tmp_path
+
+    monkeypatch.setattr(hub, "_fetch", fetch)
+    named = make_config(tmp_path, "policy.model=org/tiny", "data.train=org/a", "eval.data=org/b")
+    hub.overrides(named, needs=set())
+    assert asked == [("model", hub.DESCRIPTION)]
+    hub.overrides(named, needs={"weights", "eval"})
+    assert asked[1:] == [("model", [*hub.DESCRIPTION, *hub.WEIGHTS]), ("dataset", ["*.parquet", "*.jsonl"])]
+
+
 def test_lists_weights_and_sets_keep_their_form(tmp_path: Path, snapshot: Path) -> None:
     (snapshot / "data/only.jsonl").touch()
     only, here = snapshot / "data/only.jsonl", tmp_path / "train.jsonl"
@@ -233,7 +289,9 @@ def test_one_file_has_to_be_named_where_only_one_can_stand(
 
 
 def test_a_data_set_without_data_is_refused(tmp_path: Path, snapshot: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data.train=org/sums: no .parquet or .jsonl file in it"):
+    with pytest.raises(
+        ConfigError, match=r"org/sums: it has no training data \(no .parquet or .jsonl file\)"
+    ):
         hub.data_files(Path("org/sums"), "data.train")
 
 

@@ -74,13 +74,13 @@ def test_another_site_s_page_gets_nothing_through_a_name_of_its_own(served: tupl
 
 def test_a_port_that_is_taken_is_refused(served: tuple[Path, str]) -> None:
     port = int(served[1].rstrip("/").rpartition(":")[2])
-    with pytest.raises(ConfigError, match=f"--serve {port}: Address already in use: name another port"):
+    with pytest.raises(ConfigError, match=f"--port {port}: Address already in use: name another one"):
         serve.make_server([served[0]], 1.0, port)
 
 
 def test_the_command_serves_until_ctrl_c(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=3)
-    command = [sys.executable, "-m", "dapo", "report", str(run), "--serve", "0"]
+    command = [sys.executable, "-m", "dapo", "report", "--serve", str(run), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stderr
         url = process.stdout.readline().split()[0]

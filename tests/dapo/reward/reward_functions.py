@@ -202,3 +202,24 @@ def alone(response):
 
 
 NOT_A_FUNCTION = 3
+
+
+async def later(response, answer):
+    return True
+
+
+def one_by_one(response, answer):
+    yield True
+
+
+def swapped(answer, response):
+    return True
+
+
+class Unprintable(Exception):
+    def __str__(self):
+        raise RuntimeError("not even this")
+
+
+def evil(response, answer):
+    raise Unprintable

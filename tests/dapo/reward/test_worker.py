@@ -142,5 +142,21 @@ def test_a_function_that_needs_what_nobody_knows_is_refused_at_once(reward, opti
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("later", "async"), ("one_by_one", "generator"), ("Callable", "class"), ("swapped", "swap them")],
+)
+def test_what_would_return_no_verdict_is_refused_at_once(reward, name, what):
+    with pytest.raises(ConfigError, match=rf"^reward\.function={FUNCTIONS}:{name} .*{what}"):
+        reward(f"function={FUNCTIONS}:{name}", "shadow=[]")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_exception_that_cannot_be_printed_is_named_by_its_kind(reward, workers):
+    pool = reward(f"workers={workers}", f"function={FUNCTIONS}:evil", "shadow=[]")
+    with pytest.raises(RewardError, match=r"raised Unprintable: Unprintable \(.*reward_functions.py:\d+\)"):
+        score(pool, ["1"])
+
+
 def test_a_function_that_does_not_say_its_parameters_gets_two(reward):
     assert score(reward("workers=0", f"function={FUNCTIONS}:in_c", "shadow=[]"), []) == []
