@@ -197,7 +197,7 @@ class Reward(Section):
     )
     r"""What dapo.reward:is_correct reads of a response, so prompts have to ask for it. answer_line: the last
     line with "Answer:". boxed: the last \boxed{…}. either: of these two the one on the later line, on one
-    line "Answer:"."""
+    line "Answer:". One that is empty counts too: then there is no answer."""
     shadow: list[str] = example(["mine:stricter"], default=[])
     """Functions that change nothing: where they disagree is counted, and kept in run.dir/disputes.jsonl."""
     workers: Count = 4
