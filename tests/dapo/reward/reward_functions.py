@@ -136,7 +136,7 @@ def catastrophic(response, answer):
 
 
 def is_free_of_torch(response, answer):
-    return "torch" not in sys.modules and "dapo.types" not in sys.modules
+    return not {"torch", "numpy"} & sys.modules.keys()
 
 
 def process_id(response, answer):
