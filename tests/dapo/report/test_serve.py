@@ -81,12 +81,23 @@ def test_a_port_that_is_taken_is_refused(served: tuple[Path, str]) -> None:
 def test_the_command_serves_until_ctrl_c(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=3)
     command = [sys.executable, "-m", "dapo", "report", "--serve", str(run), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # tests that a shell has put into the background ignore Ctrl-C, and what they start does too
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
         assert process.stdout and process.stderr
         url = process.stdout.readline().split()[0]
         assert "<title>" in get(url)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 0 and not process.stderr.read()
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @in_a_browser
