@@ -122,6 +122,7 @@ def launch(faults: Sequence[Fault], *options: str, with_servers: bool = False) -
             launcher = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT,
                 start_new_session=True,  # else a shell that ends sends SIGHUP to what is stopped
+                preexec_fn=_default_signals,
             )  # fmt: skip
         is_ended = _wait(folder, launcher, mark, len(faults))
         fired = (folder / "fired").read_text().splitlines() if (folder / "fired").exists() else []
@@ -142,6 +143,12 @@ def launch(faults: Sequence[Fault], *options: str, with_servers: bool = False) -
             survivors=survivors,
             printed=printed,
         )  # fmt: skip
+
+
+def _default_signals() -> None:
+    """Undo nohup, and what a shell does to a process in the background."""
+    for name in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(name, signal.SIG_DFL)
 
 
 def _wait(folder: Path, launcher: subprocess.Popen[bytes], mark: str, num_faults: int) -> bool:

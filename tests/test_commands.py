@@ -7,7 +7,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +27,7 @@ READMES = [
     path.relative_to(ROOT) for path in [ROOT / "README.md", *sorted(ROOT.glob("examples/*/README.md"))]
 ]
 PAGES = [path.relative_to(ROOT) for path in sorted(ROOT.glob("docs/*.md"))]
+PAGES.sort(key=lambda page: page.name != "your_run.md")  # other pages show what it makes
 PREPARE, DOWNLOAD = ".venv/bin/python tools/prepare_data.py", ".venv/bin/hf download"
 DATA_SET = '--repo-type dataset --include "data/*" --local-dir .'
 NOT_RUN = {
@@ -49,7 +49,8 @@ NOT_RUN = {
     ".venv/bin/dapo report runs/7b": "wants that run; others are reported",
     "pip install --no-deps .": "installs into the reader's environment",
     "make test-fast": "runs tests, as this one",
-    ".venv/bin/python my_run.py": "test_docs.py does; here two ranks run the same file",
+    ".venv/bin/torchrun --nproc-per-node 2 my_run.py": "test_docs.py runs the file, on one rank",
+    ".venv/bin/python my_run.py": "test_docs.py does",
 }
 EDITOR = """#!/bin/sh
 sed -i 's|train: .*|train: mine/my_data.jsonl|; s|  steps: .*|  steps: 1|' mine/config.yaml
@@ -116,8 +117,6 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     my["run"] |= {"dir": "runs/mine", "steps": 1}
     my["eval"] |= {"every": 100, "samples": 2}
     (folder / "my.yaml").write_text(yaml.safe_dump(my))
-    script, *_ = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/python.md").read_text(), re.M | re.S)
-    (folder / "my_run.py").write_text(script)
     (folder / "edit").write_text(EDITOR)
     (folder / "edit").chmod(0o755)
     return folder
