@@ -53,7 +53,7 @@ ROOMS = {
 D = "tests/dapo"
 ROLLOUT = [f"{D}/rollout/test_{name}.py" for name in ("rollouts", "step", "pending")]
 PROMPTS = [f"{D}/rollout/test_{name}.py" for name in ("prompts", "data_files")]
-REWARD = [f"{D}/reward/test_{name}.py" for name in ("reward", "pool")]
+REWARD = [f"{D}/reward/test_{name}.py" for name in ("reward", "worker", "pool")]
 CLIENT = [f"tests/sglang/test_{name}.py" for name in ("generate", "client_faults", "client")]
 WEIGHTS = "tests/sglang/test_weight_faults.py::test_{}"
 BUCKETS = (
@@ -85,6 +85,7 @@ TESTS: dict[str, list[str]] = {
     "dapo/learn/packing.py": [f"{D}/learn/test_packing.py", f"{D}/learn/test_batch.py"],
     "dapo/learn/traces.py": [f"{D}/test_token_fields.py", f"{D}/learn/test_batch.py"],
     "dapo/watch/worker.py": [f"{D}/reward/test_guardian.py", *REWARD],
+    "dapo/reward/answer.py": [f"{D}/reward/test_answer.py", f"{D}/reward/test_reward.py"],
     "dapo/reward/overlong.py": REWARD,
     "dapo/reward/pool.py": REWARD,
     "dapo/reward/remote.py": [f"{D}/reward/test_remote.py", *REWARD],
