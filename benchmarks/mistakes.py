@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from record import heading, save, table
@@ -36,7 +36,6 @@ class Mistake:
     status: int = 2
     prepare: Callable[[Path], object] = lambda folder: None
     command: tuple[str, ...] = ()  # instead of train run.yaml
-    environment: dict[str, str] = field(default_factory=dict)
 
 
 def rows(*found: dict[str, object] | str) -> Callable[[Path], object]:
@@ -66,7 +65,7 @@ def train_first(*more: str, then: Callable[[Path], object] = lambda folder: None
     """Make a run of two steps, which the mistake meets."""
 
     def prepare(folder: Path) -> None:
-        done = run(folder, 1, ["train", "run.yaml", "run.steps=2", "run.save_every=1", *more], {})
+        done = run(folder, 1, ["train", "run.yaml", "run.steps=2", "run.save_every=1", *more])
         assert done.returncode == 0, done.stdout[-2000:]
         then(folder)
 
@@ -217,11 +216,9 @@ def prepared(mistake: Mistake) -> Iterator[Path]:
                 subprocess.run(["umount", str(folder / "small")], check=True)
 
 
-def run(
-    folder: Path, ranks: int, arguments: list[str], environment: dict[str, str]
-) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, ranks: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     more = ["--nproc", str(ranks)] if arguments[0] == "train" else []
     return subprocess.run(
         [sys.executable, "-m", "dapo", *arguments, *more],
@@ -238,7 +235,7 @@ def main(names: list[str]) -> bool:
             with prepared(mistake) as folder:
                 start = time.perf_counter()
                 arguments = list(mistake.command) or ["train", "run.yaml", *mistake.options]
-                done = run(folder, ranks, arguments, mistake.environment)
+                done = run(folder, ranks, arguments)
                 seconds = time.perf_counter() - start
                 last = (done.stdout.splitlines() or [""])[-1].replace(str(folder), "…")
             errors = sum(line.startswith("error: ") for line in done.stdout.splitlines())

@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dapo import config
 from dapo.report import glossary
+from tests.checkout import copy_repository
 from tests.dapo.plan.test_plan import write_model
 
 ROOT = Path(__file__).parents[1]
@@ -89,17 +90,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     is said to have.
     """
     folder = tmp_path_factory.mktemp("clone") / "dapo"
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "-co", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for name in filter(None, listed.stdout.split("\0")):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
+    copy_repository(folder)
     (folder / ".venv").mkdir()
     for entry in Path(sys.prefix).iterdir():
         if entry.name != ".ready":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -13,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.checkout import copy_repository
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -20,17 +21,7 @@ ROOT = Path(__file__).parents[1]
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with both, built from the files that git knows."""
     folder = tmp_path_factory.mktemp("built")
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "-co", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for name in filter(None, listed.stdout.split("\0")):
-        if name.partition("/")[0] not in ("tests", "benchmarks", "docs") and (ROOT / name).is_file():
-            (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / "source" / name)
+    copy_repository(folder / "source", without=("tests", "benchmarks", "docs"))
     build = "import setuptools.build_meta as b; b.build_wheel('..'); b.build_sdist('..')"
     done = subprocess.run(
         [sys.executable, "-c", build], cwd=folder / "source", capture_output=True, text=True

@@ -34,11 +34,6 @@ class Option:
     meaning: str
     sources: str  # "paper 16, verl 16", or empty
 
-    @property
-    def value(self) -> str:
-        """The default, or an example of what has to be given."""
-        return self.default if self.default is not None else self.examples[0]
-
 
 def options() -> list[Option]:
     """Return every option, in the order of sections.py."""

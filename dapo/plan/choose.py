@@ -63,13 +63,13 @@ def layout(common: list[Choice], model: Path, shape: ModelShape, machine: Machin
     Raises:
         ConfigError: none does.
     """
-    values = nested(common)
+    values = _nested(common)
     longest = values["data"]["max_prompt_length"] + values["rollout"]["max_response_length"]
     cause: ConfigError | None = None
     for candidate in _of_cpu(machine) if machine.is_cpu else _of_gpus(machine, shape, longest):
         try:
             config = Config.model_validate(
-                nested([*common, *candidate.choices, Choice("policy.model", str(model))])
+                _nested([*common, *candidate.choices, Choice("policy.model", str(model))])
             )
             config.check()
             check_layout(shape, config)
@@ -146,7 +146,7 @@ def _splits(ranks: int) -> list[tuple[int, int]]:
     return sorted(pairs, key=lambda pair: (pair[0] * pair[1], pair[1]))
 
 
-def nested(choices: Iterable[Choice]) -> dict[str, Any]:
+def _nested(choices: Iterable[Choice]) -> dict[str, Any]:
     """Return choices as a config's values, by section."""
     values: dict[str, Any] = {}
     for key, value, _ in choices:
