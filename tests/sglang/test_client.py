@@ -4,6 +4,7 @@ nothing hangs.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import subprocess
 import sys
@@ -332,11 +333,18 @@ def test_a_response_over_a_weight_update_says_which_version_wrote_which_tokens()
     request = next(request for request in requests(20) if len(tokens_of(request)) > 10)
     n = len(tokens_of(request))
     spans = [{"version": "3", "start": 0, "end": 4}, {"version": "4", "start": 4, "end": n}]
-    server.faults = [fake.changed(weight_versions=spans, weight_version="4")]
+    loading = threading.Event()
+
+    async def over_an_update(server: FakeServer, request: web.Request, body: dict) -> web.StreamResponse:
+        await asyncio.to_thread(loading.wait, LIMIT)
+        return web.json_response(fake.answer(body, weight_versions=spans))
+
+    server.faults = [over_an_update]
     with stream_of(server) as stream:
         stream.engine.load_weights([], 3)
         stream.submit([request])
         stream.engine.client.begin_load(4)
+        loading.set()
         [sample] = collect(stream)
     assert sample.versions == ((3, 0, 4), (4, 4, n))
 
