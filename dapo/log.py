@@ -9,7 +9,6 @@ import importlib.util
 import json
 import math
 import os
-import pkgutil
 import resource
 import secrets
 import sys
@@ -220,11 +219,17 @@ class WandB:
 
 def _tracker(config: Config) -> Callable[[Config, int], Board]:
     """Return what makes the tracker of run.tracker. Raise ConfigError."""
-    option = f"run.tracker={config.run.tracker}"
+    option, (module, colon, name) = (
+        f"run.tracker={config.run.tracker}",
+        str(config.run.tracker).partition(":"),
+    )
+    expected = "expected module:name, found on PYTHONPATH"
+    if not colon:
+        raise ConfigError(f"{option}: {expected}")
     try:
-        found = pkgutil.resolve_name(config.run.tracker or "")
-    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
-        raise ConfigError(f"{option}: {reason(error)}; expected module:name, found on PYTHONPATH") from error
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError, TypeError, SyntaxError) as error:
+        raise ConfigError(f"{option}: {reason(error)}; {expected}") from error
     if not callable(found):
         raise ConfigError(f"{option} is {type(found).__name__}; expected a class or a function")
     return found  # type: ignore[no-any-return]

@@ -23,11 +23,12 @@ from dapo.plan import choose
 from dapo.plan.choose import Choice, Machine
 from dapo.plan.time import HARDWARE, MACHINE
 from dapo.rollout.data_files import Summary
-from dapo.rollout.prompts import load_prompts
+from dapo.rollout.prompts import load_stream
 from dapo.types import Prompt
 
 ANY_LENGTH = 2**30  # tokens
 SAMPLE = 500  # prompts whose text is looked at
+FILES = 5  # of a data set that are listed
 
 
 def _asks_for_line(text: str) -> bool:
@@ -54,9 +55,8 @@ class Seen:
     shape: ModelShape
     positions: int | None  # of the model; None: it does not say
     prompts: list[Prompt]
-    summary: Summary
+    summaries: list[Summary]  # of each file
     asking: dict[str, float]  # answer format → share of prompts that ask for it
-
     longest: int  # tokens: data.max_prompt_length
 
     @property
@@ -73,6 +73,11 @@ class Seen:
     def num_kept(self) -> int:
         return len(self.prompts) - self.num_longer
 
+    @property
+    def num_skipped(self) -> int:
+        """Rows that cannot be used."""
+        return sum(summary.skipped for summary in self.summaries)
+
 
 def look(model: Path, data: Path) -> Seen:
     """Read both.
@@ -80,17 +85,20 @@ def look(model: Path, data: Path) -> Seen:
     Raises:
         ConfigError: one of them cannot be used.
     """
-    directory, file = hub.model(model, has_weights=False), hub.data_file(data, "data.train")
+    directory, paths = hub.model(model, has_weights=False), hub.data_files(data, "data.train")
     shape, tokenizer = read_shape(directory), load_tokenizer(directory)
     check_vocabulary(directory, tokenizer)
     tokenizer.model_max_length = ANY_LENGTH  # it would warn of long prompts
-    options = Data.model_construct(train=file, max_prompt_length=ANY_LENGTH, too_long="drop", on_error="skip")
-    prompts, summary = load_prompts(file, tokenizer, options)
+    options = Data.model_construct(
+        train=paths, max_prompt_length=ANY_LENGTH, too_long="drop", on_error="skip"
+    )
+    stream, summaries = load_stream(options, tokenizer, seed=0)
+    prompts = stream.prompts
     texts = [tokenizer.decode(prompts[i].tokens) for i in range(0, len(prompts), -(-len(prompts) // SAMPLE))]
     asking = {name: sum(map(asks, texts)) / len(texts) for name, asks in FORMATS.items()}
     positions = max_tokens(directory)
     longest = _longest(np.array([len(prompt.tokens) for prompt in prompts]), positions)
-    return Seen(model, directory, data, shape, positions, prompts, summary, asking, longest)
+    return Seen(model, directory, data, shape, positions, prompts, summaries, asking, longest)
 
 
 def _longest(lengths: np.ndarray, positions: int | None) -> int:
@@ -145,10 +153,21 @@ def _facts(seen: Seen, machine: Machine) -> list[str]:
     middle, most = int(np.median(lengths)), int(lengths.max())
     return [
         f"model     {seen.model}: {shape.model_type}, {num_parameters(shape):,} parameters{room}",
-        f"data      {str(seen.summary).replace(str(seen.summary.path), str(seen.data))}",
+        *(f"data      {line}" for line in _files(seen.data, seen.summaries)),
         f"prompts   half have at most {middle:,} tokens, the longest has {most:,}",
         f"machine   {machine}",
     ]
+
+
+def _files(data: Path, summaries: list[Summary]) -> list[str]:
+    """Return what is in a file, or in each of a data set's."""
+    texts = [str(summary).removeprefix(str(summary.path)) for summary in summaries]
+    if len(texts) == 1:
+        return [f"{data}{texts[0]}"]
+    names = [summary.path.name for summary in summaries]
+    lines = [f"  {name}{text}" for name, text in zip(names, texts, strict=True)]
+    more = [f"  and {len(lines) - FILES:,} more"] if len(lines) > FILES else []
+    return [f"{data}: {len(lines)} files", *lines[:FILES], *more]
 
 
 def _chosen(common: list[Choice], layout: choose.Layout) -> list[str]:
@@ -169,8 +188,8 @@ def _notes(seen: Seen) -> list[str]:
     if seen.num_longer:
         longer = f"{seen.num_longer:,} prompts of more than {seen.longest:,} tokens"
         lines.append(f"{longer} are left out: data.max_prompt_length, data.too_long")
-    if seen.summary.skipped:
-        lines.append(f"{seen.summary.skipped:,} rows cannot be used and are left out: data.on_error")
+    if seen.num_skipped:
+        lines.append(f"{seen.num_skipped:,} rows cannot be used and are left out: data.on_error")
     if max(seen.asking.values()) < USUAL:
         line, boxed = (f"{seen.asking[name]:.0%}" for name in ("answer_line", "boxed"))
         lines.append(
@@ -197,7 +216,7 @@ def _common(out: Path, seen: Seen, machine: Machine) -> list[Choice]:
         Choice("data.train", str(seen.data), f"prompts: {seen.num_kept:,}"),
         Choice("data.max_prompt_length", seen.longest, f"tokens; longer: {seen.num_longer:,} prompts"),
         Choice("data.too_long", "drop", "a prompt that is cut may have lost its question"),
-        Choice("data.on_error", "skip", f"rows: {seen.summary.skipped:,}"),
+        Choice("data.on_error", "skip", f"rows: {seen.num_skipped:,}"),
         Choice("rollout.prompts_per_step", groups, "groups that a step learns from"),
         Choice("rollout.group_size", 8 if machine.is_cpu else 16, "samples per prompt"),
         Choice("rollout.prompts_per_round", groups * (1 if machine.is_cpu else 3)),
@@ -214,7 +233,7 @@ def _common(out: Path, seen: Seen, machine: Machine) -> list[Choice]:
     ]
     is_wanted = {
         "data.too_long": seen.num_longer > 0,
-        "data.on_error": seen.summary.skipped > 0,
+        "data.on_error": seen.num_skipped > 0,
         "reward.answer_format": is_boxed,
         "optim.lr": num_parameters(seen.shape) < 1e8,
         "policy.dtype": machine.is_cpu,
@@ -259,8 +278,9 @@ def _here() -> tuple[str, int] | None:
 
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
+    name, size = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / 2**30
     for known in sorted(HARDWARE, key=len, reverse=True):  # h200 before h20
-        if known in name.lower():
+        if known in name.lower() and size > 0.95 * HARDWARE[known].memory:
             return known, min(torch.cuda.device_count(), MACHINE)
-    raise ConfigError(f"this machine's {name} is not known: name one like it with --gpu {'|'.join(HARDWARE)}")
+    here = f"this machine's {name} with {size:.1f} GiB"
+    raise ConfigError(f"{here} is not known: name one like it with --gpu {'|'.join(HARDWARE)}")

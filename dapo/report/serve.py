@@ -60,7 +60,10 @@ def make_server(directories: Sequence[Path], samples_mib: float, port: int) -> T
             self.send_header("Content-Length", str(len(content)))
             self.send_header("Cache-Control", "no-store")
             self.end_headers()
-            self.wfile.write(content)
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        do_HEAD = do_GET
 
         def log_message(self, *arguments: object) -> None: ...
 

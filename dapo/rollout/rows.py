@@ -35,11 +35,12 @@ class Number(float):
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text.
+    """Return the value of a JSON text; bytes are UTF-8.
 
     Raises:
         ValueError: it is not JSON, not UTF-8, nested too deeply, or an object has a key twice.
     """
+    text = text if isinstance(text, str) else text.decode("utf-8-sig")  # json would guess at UTF-16
     try:
         return json.loads(text, parse_float=Number, parse_int=_whole, object_pairs_hook=_object)
     except RecursionError:

@@ -485,6 +485,7 @@ def test_a_tracker_that_fails_is_left_out_and_named_once(tmp_path, capsys):
         ("tests.dapo.test_log:none", "has no attribute 'none'; expected module:name"),
         ("tests.dapo.test_log:STEP", "is int; expected a class or a function"),
         ("not a path", "expected module:name"),
+        ("tests.dapo.test_log.Tracker", "Tracker: expected module:name"),
     ],
 )
 def test_a_tracker_that_is_none_is_refused_before_the_run(tmp_path, path, said):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -132,6 +133,17 @@ def test_rows_that_cannot_be_used_are_counted_and_left_out(tmp_path: Path) -> No
     assert any("1 rows cannot be used and are left out" in line for line in lines)
 
 
+def test_a_data_set_of_several_files_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = make_data(tmp_path, *(f"{n}+1=" for n in range(6)))
+    second = first.with_name("more.jsonl")
+    second.write_text(json.dumps({"prompt": "77+1=", "answer": "78"}) + "\nnot JSON\n")
+    monkeypatch.setattr(init.hub, "data_files", lambda path, option: [first, second])
+    found, lines = written(tmp_path, ARITHMETIC / "base", Path("org/sums"), Machine("cpu", 1))
+    assert found.data.train == Path("org/sums") and found.data.on_error == "skip"
+    assert "data      org/sums: 2 files" in lines and "prompts: 7" in (tmp_path / "mine.yaml").read_text()
+    assert f"data        {first.name}: 6 rows, 6 prompts" in lines
+
+
 @pytest.mark.parametrize(
     ("text", "answer_format", "is_noted"),
     [('1+1= End with "Answer: x".', "answer_line", False), (r"1+1= Put it in \boxed{}.", "boxed", False),
@@ -213,26 +225,32 @@ def test_more_gpus_than_a_machine_has_are_refused() -> None:
         init.machine_of("h100", 9)
 
 
+def pretend_gpus(monkeypatch: pytest.MonkeyPatch, name: str, gib: float) -> None:
+    memory = SimpleNamespace(total_memory=int(gib * 2**30))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: name)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: memory)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+
+
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("name", "gib", "expected"),
     [
-        ("NVIDIA H200", "h200"),
-        ("NVIDIA H100 80GB HBM3", "h100"),
-        ("NVIDIA H20", "h20"),
-        ("NVIDIA B200", "b200"),
+        ("NVIDIA H200", 139.8, "h200"),
+        ("NVIDIA H100 80GB HBM3", 79.1, "h100"),
+        ("NVIDIA H20", 95.1, "h20"),
+        ("NVIDIA B200", 178.3, "b200"),
     ],
 )
 def test_this_machine_s_gpus_are_known_by_name(
-    name: str, expected: str, monkeypatch: pytest.MonkeyPatch
+    name: str, gib: float, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: name)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    pretend_gpus(monkeypatch, name, gib)
     assert init.machine_of(None, None) == Machine(expected, 4)
 
 
-def test_a_gpu_that_is_not_known_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Tesla T4")
-    with pytest.raises(ConfigError, match="this machine's Tesla T4 is not known"):
+@pytest.mark.parametrize(("name", "gib"), [("Tesla T4", 14.6), ("NVIDIA A100-SXM4-40GB", 39.4)])
+def test_a_gpu_that_is_not_known_is_named(name: str, gib: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpus(monkeypatch, name, gib)
+    with pytest.raises(ConfigError, match=f"this machine's {name} with {gib} GiB is not known"):
         init.machine_of(None, None)

@@ -49,6 +49,12 @@ def test_the_page_has_the_newest_step_each_time(served: tuple[Path, str]) -> Non
     assert "0.123456" in get(url)
 
 
+def test_a_check_of_the_address_gets_no_page(served: tuple[Path, str]) -> None:
+    request = urllib.request.Request(served[1], method="HEAD")
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        assert answer.status == 200 and answer.read() == b""
+
+
 def test_a_run_that_has_no_step_yet_is_waited_for(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     text = serve.live([tmp_path / "run"], 1.0)

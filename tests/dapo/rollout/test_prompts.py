@@ -134,10 +134,11 @@ def test_a_bad_line_is_refused_with_file_and_line(tmp_path, bad, words):
     assert all(word in str(error.value) for word in [f"{path}, line 3", *words]), error.value
 
 
-def test_a_line_that_is_not_utf8_is_refused_with_file_and_line(tmp_path):
+@pytest.mark.parametrize("line", [b'{"prompt": "\xff", "answer": "1"}', b"P\0K\0\xff\xfe", b"\x1f\x8b\0\0"])
+def test_a_line_that_is_not_utf8_is_refused_with_file_and_line(tmp_path, line):
     path = tmp_path / "t.jsonl"
-    path.write_bytes(b'{"prompt": "x", "answer": "1"}\n{"prompt": "\xff", "answer": "1"}\n')
-    with pytest.raises(ConfigError, match=r"t\.jsonl, line 2"):
+    path.write_bytes(b'{"prompt": "x", "answer": "1"}\n' + line + b"\n")
+    with pytest.raises(ConfigError, match=r"t\.jsonl, line 2: not JSON: 'utf-8' codec"):
         load(path)
 
 
