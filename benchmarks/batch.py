@@ -16,7 +16,7 @@ import numpy as np
 from record import heading, save, spread, table
 
 from dapo import config
-from dapo.learn.batch import plan
+from dapo.learn.batch import shares
 from dapo.learn.packing import ATTENTION_SPAN, pack
 from dapo.types import Group, Prompt, Sample
 
@@ -142,8 +142,8 @@ def main() -> None:
         path.write_text("run: {dir: r}\ndata: {train: t}\npolicy: {model: m}\n")
         sizes = [f"rollout.prompts_per_step={len(groups)}", f"rollout.group_size={GROUP_SIZE}"]
         run = config.load(path, sizes)
-    whole = seconds(lambda: plan(groups, run, args.ranks, {}), 3)
-    batches = plan(groups, run, args.ranks, {})
+    whole = seconds(lambda: list(shares(groups, run, args.ranks, {})), 3)
+    batches = [share.batch(run.parallel, 0) for share in shares(groups, run, args.ranks, {})]
     microbatches = [m for batch in batches for minibatch in batch.minibatches for m in minibatch]
     num_tokens = sum(len(m.tokens) for m in microbatches)
     num_real = sum(len(s.tokens) + PROMPT - 1 for g in groups for s in g.samples)

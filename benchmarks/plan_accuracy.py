@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -162,13 +163,14 @@ def worker(case: Case, model: Path) -> None:
     mesh = Mesh(config.parallel)
     before = held()
     policy = Policy(config, mesh)
-    batch = batches.plan(
+    shares = batches.shares(
         [make_group(SMALL, 1), make_group(case.tokens, case.microbatches * case.data)],
         config,
         mesh.data,
         metrics={},
-    )[mesh.shard]
-    batch = policy.place(batch)
+    )
+    share = next(islice(shares, mesh.data_rank, None))
+    batch = policy.place(share.batch(config.parallel, mesh.context_rank))
     assert len(batch.minibatches[1]) == case.microbatches
     policy.score(batch)
     for minibatch in batch.minibatches:

@@ -77,8 +77,8 @@ def measure(policy: Any, rollouts: Any, steps: int) -> tuple[dict[str, list[floa
 
 
 def profile(policy: Any, rollouts: Any) -> list[list[object]]:
-    [batch] = rollouts.next_batch(10_000)
-    placed = policy.place(batch)
+    [share] = rollouts.next_batch(10_000)
+    placed = policy.place(share.batch(rollouts.config.parallel, 0))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         policy.score(placed)
         for minibatch in placed.minibatches:

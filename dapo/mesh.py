@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import atexit
 import functools
+import hashlib
 import itertools
 import os
 import pickle
-from collections.abc import Callable, Sequence
+import socket
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -26,6 +30,8 @@ from dapo.config import ConfigError, Engine, Parallel
 from dapo.types import Stopped
 
 T = TypeVar("T")
+LARGE = 1 << 20  # bytes of an array that travels by itself
+MAX_PARTS = 32  # of a message
 CONTROL_TIMEOUT = timedelta(hours=24)  # how long ranks wait for the main rank's rollouts
 GPU_ENVIRONMENT = {  # what a process needs before it first uses CUDA; a value that is there already stays
     # sequence parallelism's gathers start before the products that they overlap with
@@ -87,6 +93,15 @@ def _connect(device: torch.device) -> tuple[Any, dist.ProcessGroup]:
     return store, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
 
 
+@functools.cache
+def _code() -> str:
+    """Return a hash of the code of dapo: ranks of other code may not understand what the main rank sends."""
+    state, folder = hashlib.blake2b(digest_size=6), Path(__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        state.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
+    return state.hexdigest()
+
+
 def is_lost(error: Exception) -> bool:
     """True if a collective failed because another rank's process has ended or cannot be reached."""
     by_peer = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
@@ -96,11 +111,11 @@ def is_lost(error: Exception) -> bool:
 class Mesh:
     """The ranks of this run: world = tensor × context × data × pipeline.
 
-    Tensor ranks are adjacent (Megatron's order tp-cp-dp-pp). A step's batch has one shard for each pair of
-    data and context rank; all tensor and pipeline ranks of the pair receive it.
+    Tensor ranks are adjacent (Megatron's order tp-cp-dp-pp). A step's batch has one share for each data rank;
+    all its tensor, context and pipeline ranks receive it.
 
     Raises:
-        ConfigError: the world size does not divide by tensor × pipeline × context.
+        ConfigError: the world size does not divide by tensor × pipeline × context, or ranks run other code.
     """
 
     _numbers = itertools.count()
@@ -110,39 +125,63 @@ class Mesh:
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.tensor, self.pipeline, self.context = parallel.tensor, parallel.pipeline, parallel.context
         self.data = parallel.data(self.world)
-        self.num_shards = self.data * self.context
-        self.shard = self.shard_of(self.rank)  # data rank × context + context rank
+        self.data_rank = self.data_rank_of(self.rank)
+        self.context_rank = self.rank // self.tensor % self.context
         self.is_main = self.rank == 0
         self.device = _device(int(os.environ.get("LOCAL_RANK", 0)))
         self._store, self.control = _connect(self.device)
         self._number = next(Mesh._numbers)  # the same on every rank
         self._num_received = 0  # bytes, by this rank's last `scatter`
+        self.check_same("the code of dapo", _code(), "install the same version on all machines")
 
-    def shard_of(self, rank: int) -> int:
-        """Number of the batch shard that the rank receives."""
-        return rank // self.tensor % self.num_shards
+    def check_same(self, what: str, value: str, remedy: str) -> None:
+        """Compare a value over all ranks. Raise ConfigError on every rank if they differ: which has what."""
+        number = int.from_bytes(hashlib.blake2b(value.encode(), digest_size=7).digest())
+        extremes = torch.tensor([number, -number])
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self.control)
+        if int(extremes.sum()) == 0:
+            return
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, (value, socket.gethostname()), group=self.control)
+        hosts = {v: list(dict.fromkeys(host for other, host in found if other == v)) for v, _ in found}
+        each = [f"{v} on {' '.join(names[:8])}{' …' * (len(names) > 8)}" for v, names in hosts.items()]
+        raise ConfigError(f"{what} is not the same on all ranks: {', '.join(each)}: {remedy}")
 
-    def scatter(self, function: Callable[..., Sequence[T]], *args: Any) -> T:
-        """Run `function` on the main rank. It returns `num_shards` shards; each rank receives its own only.
+    def data_rank_of(self, rank: int) -> int:
+        """Number of the share of a step's batch that the rank works on."""
+        return rank // (self.tensor * self.context) % self.data
+
+    def scatter(self, function: Callable[..., Iterable[T]], *args: Any) -> T:
+        """Run `function` on the main rank. It returns a share for each data rank, which all ranks of that one
+        receive.
+
+        A share is sent to one of its ranks, which passes it on; the next one is made meanwhile.
 
         Raises:
             Stopped: the function raised it; on every rank.
             FailedElsewhere: the function raised something else; the main rank has the exception itself.
         """
         if not self.is_main:
-            return cast(T, self._receive())
+            return cast(T, self._receive_share())
+        travelling: list[dist.Work] = []
+        mine: list[T] = []
+        count = 0
         try:
-            shards = function(*args)
+            for count, share in enumerate(function(*args), start=1):
+                mine = mine or [share]
+                message = _Message.of(share)
+                _wait(travelling)
+                travelling = self._pass_on(message, self._receivers(count - 1))
+            assert count == self.data, f"{count} shares for {self.data} data-parallel ranks"
         except BaseException as error:
             failure = FailedElsewhere(str(error), isinstance(error, ConfigError))
-            for rank in range(1, self.world):
-                self._send(error if isinstance(error, Stopped) else failure, rank)
+            message = _Message.of(error if isinstance(error, Stopped) else failure)
+            _wait(travelling)  # what nobody waits for may never arrive
+            for data_rank in range(count, self.data):
+                _wait(self._pass_on(message, self._receivers(data_rank)))
             raise
-        wanted = f"{self.data} data-parallel × {self.context} context ranks"
-        assert len(shards) == self.num_shards, f"{len(shards)} shards for {wanted}"
-        for rank in range(1, self.world):
-            self._send(shards[self.shard_of(rank)], rank)
-        return shards[0]
+        _wait(travelling)
+        return mine[0]
 
     def received(self) -> dict[str, float]:
         """Return metrics of the last `scatter`: bytes received by the rank with most, and by all. Collective.
@@ -156,7 +195,7 @@ class Mesh:
 
     def on_main(self, function: Callable[..., T], *args: Any) -> T:
         """Run `function` on the main rank and return its result on every rank. Raises as `scatter` does."""
-        return self.scatter(lambda: [function(*args)] * self.num_shards)
+        return self.scatter(lambda: [function(*args)] * self.data)
 
     def on_main_only(self, function: Callable[..., T], *args: Any) -> T | None:
         """Run `function` on the main rank, which keeps the result; the others get None. Raises as `scatter`
@@ -231,17 +270,75 @@ class Mesh:
         return PrefixStore(f"dapo/{name}/{self._number}", self._store.clone())
 
     def _send(self, value: Any, rank: int) -> None:
-        data = torch.frombuffer(bytearray(pickle.dumps(value, protocol=5)), dtype=torch.uint8)
-        dist.send(torch.tensor([len(data)]), rank, group=self.control)
-        dist.send(data, rank, group=self.control)
+        _wait(self._pass_on(_Message.of(value), [rank]))
 
-    def _receive(self, rank: int = 0) -> Any:
-        size = torch.zeros(1, dtype=torch.int64)
-        dist.recv(size, rank, group=self.control)
-        data = torch.empty(int(size), dtype=torch.uint8)
-        dist.recv(data, rank, group=self.control)
-        self._num_received = len(data)
-        value = pickle.loads(data.numpy().tobytes())
+    def _receive(self, rank: int) -> Any:
+        return self._message_from(rank).value()
+
+    def _receive_share(self) -> Any:
+        """Receive from the main rank or from the rank before in the tree, pass on, return the value."""
+        ranks = self._ranks_of(self.data_rank)
+        place = ranks.index(self.rank)
+        message = self._message_from(ranks[(place - 1) // 2] if place else 0)
+        self._num_received = sum(map(len, message.parts))
+        _wait(self._pass_on(message, ranks[2 * place + 1 : 2 * place + 3]))
+        value = message.value()
         if isinstance(value, BaseException):
             raise value
         return value
+
+    def _receivers(self, data_rank: int) -> list[int]:
+        """Return the ranks that the main rank sends a data rank's share to."""
+        return self._ranks_of(data_rank)[1:3] if data_rank == 0 else self._ranks_of(data_rank)[:1]
+
+    def _ranks_of(self, data_rank: int) -> list[int]:
+        """Return the ranks that receive a data rank's share: a tree, ranks 2i + 1 and 2i + 2 below rank i."""
+        return [rank for rank in range(self.world) if self.data_rank_of(rank) == data_rank]
+
+    def _pass_on(self, message: _Message, ranks: list[int]) -> list[dist.Work]:
+        """Begin to send; the message is kept until the works are done."""
+        sizes = torch.zeros(MAX_PARTS, dtype=torch.int64)
+        sizes[: len(message.parts)] = torch.tensor([len(part) for part in message.parts])
+        parts = [sizes, *message.parts]
+        return [
+            cast(dist.Work, dist.isend(part, rank, group=self.control)) for rank in ranks for part in parts
+        ]
+
+    def _message_from(self, rank: int) -> _Message:
+        sizes = torch.zeros(MAX_PARTS, dtype=torch.int64)
+        dist.recv(sizes, rank, group=self.control)
+        parts = [torch.empty(size, dtype=torch.uint8) for size in sizes.tolist() if size]
+        for part in parts:
+            dist.recv(part, rank, group=self.control)
+        return _Message(parts)
+
+
+@dataclass(frozen=True)
+class _Message:
+    """A value as bytes: its pickle, then its large arrays, which are not copied."""
+
+    parts: list[torch.Tensor]  # uint8, none of them empty
+
+    @classmethod
+    def of(cls, value: Any) -> _Message:
+        large: list[memoryview] = []
+
+        def is_small(buffer: pickle.PickleBuffer) -> bool:
+            memory = buffer.raw()
+            is_large = memory.nbytes >= LARGE and len(large) < MAX_PARTS - 1
+            if is_large:
+                large.append(memory)
+            return not is_large
+
+        head = bytearray(pickle.dumps(value, protocol=5, buffer_callback=is_small))
+        writable = [bytearray(memory) if memory.readonly else memory for memory in large]
+        return cls([torch.frombuffer(part, dtype=torch.uint8) for part in (head, *writable)])
+
+    def value(self) -> Any:
+        head, *large = (part.numpy().data for part in self.parts)
+        return pickle.loads(head, buffers=large)
+
+
+def _wait(works: list[dist.Work]) -> None:
+    for work in works:
+        work.wait()

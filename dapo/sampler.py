@@ -1,4 +1,4 @@
-"""Every rank's side of sampling: the weight sync, evaluation, and each rank's shard of the next batch."""
+"""Every rank's side of sampling: the weight sync, evaluation, and each rank's part of the next batch."""
 
 from __future__ import annotations
 
@@ -65,9 +65,10 @@ class Sampler:
 
     def next_batch(self, step: int) -> Batch:
         """Collect and plan the step's batch on the main rank (Algorithm 1, lines 4–9); return this rank's
-        shard.
+        part.
         """
-        batch = with_retries(lambda: self.mesh.scatter(lambda: self.rollouts.next_batch(step)), self._reload)
+        share = with_retries(lambda: self.mesh.scatter(lambda: self.rollouts.next_batch(step)), self._reload)
+        batch = share.batch(self.config.parallel, self.mesh.context_rank)
         batch.metrics |= self.mesh.received()
         return batch
 

@@ -48,7 +48,7 @@ def train(config: Config, mesh: Mesh) -> None:
             for step in range(step, config.run.steps):  # noqa: B020  # 1
                 sampler.load_weights(policy, version=step)  # 3: π_θold ← π_θ
                 scores = sampler.evaluate(step)
-                # 2, 4–9: the main rank samples, all get a shard
+                # 2, 4–9: the main rank samples, all get a share
                 batch = policy.place(sampler.next_batch(step))
                 # log π_θold, in the trainer's numerics and the updates' own packing
                 mismatch = policy.score(batch)

@@ -1,28 +1,30 @@
 """Groups → minibatches (one update each) → packed microbatches (one forward-backward each), balanced over
-data-parallel ranks.
+data-parallel ranks. The main rank plans and sends each rank its share; the ranks build their microbatches.
 
 T = tokens packed into a microbatch, S = sequences in it. With context parallelism every sequence is cut into
 2·context chunks of equal size and rank r has chunks r and 2·context − 1 − r (zig-zag: early tokens see few
 keys, late ones many, so each rank attends as much); T then counts the tokens of one context rank.
 
 A per-token field is declared once in each class that has it. A field of Sample that Microbatch declares under
-the same name is packed, sharded, sent to its rank and placed on the device without another line.
+the same name is sent to its rank, packed, sharded and placed on the device without another line.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, TypeVar
+from functools import cache
+from itertools import islice
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from dapo.config import Config, Parallel
 from dapo.learn.objective import token_weights
 from dapo.learn.packing import pack, padded
-from dapo.learn.traces import Location, chosen
+from dapo.learn.traces import Key, Location, chosen
 from dapo.model.passthrough import Passthrough
-from dapo.types import Group, Prompt, Sample, per_token, token_fields
+from dapo.types import Group, Sample, per_token, token_fields
 
 Array = TypeVar("Array")  # np.ndarray on the host, torch.Tensor on a rank's device
 
@@ -68,37 +70,130 @@ class Batch(Generic[Array]):
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@cache
+def sent_fields() -> dict[str, np.dtype]:
+    """Return name → dtype of the per-token fields of a response that its rank is sent: those of the sample
+    that a microbatch has too, and whether weights were stale.
+    """
+    built = token_fields(Microbatch)
+    return {n: d for n, d in token_fields(Sample).items() if n in built} | {"is_stale": built["is_stale"]}
+
+
+@dataclass(frozen=True, eq=False)
 class _Sequence:
-    prompt: Prompt
-    sample: Sample
+    """A sample after its prompt."""
+
+    prompt: np.ndarray  # int32 [p]
+    response: dict[str, np.ndarray]  # one of sent_fields → [n]
     token_weight: float
-    is_stale: np.ndarray  # bool [n]
-    is_dumped: bool
+    advantage: float
+    dumped: Key | None
 
     @property
     def length(self) -> int:
         """Number of tokens fed to the model: the last token predicts nothing."""
-        return len(self.prompt.tokens) + self.sample.length - 1
+        return len(self.prompt) + len(self.response["tokens"]) - 1
 
 
-def plan(
+@dataclass
+class Share:
+    """One data-parallel rank's part of a step as it travels to its ranks: 8 bytes a token, and nothing that
+    they can derive.
+
+    S = its sequences, in the order of its microbatches; P, R = tokens of their prompts, of their responses.
+    """
+
+    # minibatch → microbatch → its number of sequences, its least number of tokens
+    packs: list[list[tuple[int, int]]]
+    lengths: np.ndarray  # int32 [S, 2]: of prompt and response
+    weights: np.ndarray  # float32 [S, 2]: token weight and advantage
+    prompts: np.ndarray  # int32 [P]
+    responses: dict[str, np.ndarray]  # one of sent_fields → [R]; of bools the lengths of their runs
+    dumped: dict[int, Key]  # number of a sequence → its sample, if that is dumped
+    metrics: dict[str, float]
+
+    @classmethod
+    def of(cls, minibatches: list[list[Pack]], metrics: dict[str, float]) -> Share:
+        """Make a share of packs, which are given as minibatch → microbatch."""
+        sequences = [s for packs in minibatches for pack in packs for s in pack.sequences]
+        fields = sent_fields()
+        lengths = [(len(s.prompt), len(s.response["tokens"])) for s in sequences]
+        weights = [(s.token_weight, s.advantage) for s in sequences]
+        responses = {name: _joined([s.response[name] for s in sequences], d) for name, d in fields.items()}
+        return cls(
+            [[(len(pack.sequences), pack.least) for pack in packs] for packs in minibatches],
+            np.array(lengths, np.int32).reshape(-1, 2),
+            np.array(weights, np.float32).reshape(-1, 2),
+            _joined([s.prompt for s in sequences], np.dtype(np.int32)),
+            {name: _runs(a) if fields[name].kind == "b" else a for name, a in responses.items()},
+            {i: s.dumped for i, s in enumerate(sequences) if s.dumped},
+            metrics,
+        )
+
+    def batch(self, parallel: Parallel, rank: int) -> Batch[np.ndarray]:
+        """Return the batch of context rank `rank`."""
+        sequences = self._sequences()
+        minibatches = [
+            [
+                shard(build(list(islice(sequences, count)), parallel, least), rank, parallel.context)
+                for count, least in packs
+            ]
+            for packs in self.packs
+        ]
+        return Batch(minibatches, self.metrics)
+
+    def _sequences(self) -> Iterator[_Sequence]:
+        fields = sent_fields()
+        whole = {name: _values(a) if fields[name].kind == "b" else a for name, a in self.responses.items()}
+        prompt_end = end = 0
+        for i, (lengths, weights) in enumerate(
+            zip(self.lengths.tolist(), self.weights.tolist(), strict=True)
+        ):
+            prompt_start, prompt_end = prompt_end, prompt_end + lengths[0]
+            start, end = end, end + lengths[1]
+            response = {name: values[start:end] for name, values in whole.items()}
+            token_weight, advantage = weights
+            prompt = self.prompts[prompt_start:prompt_end]
+            yield _Sequence(prompt, response, token_weight, advantage, self.dumped.get(i))
+
+
+def _joined(arrays: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype), *arrays])
+
+
+def _runs(values: np.ndarray) -> np.ndarray:
+    """Return the lengths of runs of equal values, bool [n], int64: False first, of which there may be 0."""
+    edges = np.flatnonzero(values[1:] != values[:-1]) + 1
+    first = [0] if len(values) and values[0] else []
+    return np.diff(np.concatenate([[0], first, edges, [len(values)]]).astype(np.int64))
+
+
+def _values(runs: np.ndarray) -> np.ndarray:
+    """Return the values, bool [n], of `_runs`."""
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+
+
+class Pack(NamedTuple):
+    """A microbatch before it is built."""
+
+    sequences: list[_Sequence]
+    least: int  # tokens
+
+
+def shares(
     groups: list[Group], config: Config, num_ranks: int, metrics: dict[str, float], version: int = 0
-) -> list[Batch[np.ndarray]]:
-    """Return the step's work, one Batch per data-parallel rank and, within it, context rank.
+) -> Iterator[Share]:
+    """Plan the step's work, and return the share of each data-parallel rank, made when it is asked for.
 
     All have the same number of microbatches. `num_ranks`: number of data-parallel ranks; `version`: of the
     policy's weights. Minibatches are whole groups in request order.
     """
-    context = config.parallel.context
-    batches: list[Batch[np.ndarray]] = [Batch([], metrics) for _ in range(num_ranks * context)]
     dumped = {group.id for group in chosen(groups, config.rollout.dump_share)}
-    for minibatch in split(groups, config.optim.prompts_per_minibatch):
-        packs = packed(_sequences(minibatch, config, version, dumped), config, num_ranks)
-        for rank in range(num_ranks * context):
-            of_rank = packs[rank // context :: num_ranks]
-            batches[rank].minibatches.append([shard(m, rank % context, context) for m in of_rank])
-    return batches
+    minibatches = [
+        packed(_sequences(minibatch, config, version, dumped), config, num_ranks)
+        for minibatch in split(groups, config.optim.prompts_per_minibatch)
+    ]
+    return (Share.of([packs[rank::num_ranks] for packs in minibatches], metrics) for rank in range(num_ranks))
 
 
 def split(groups: list[Group], size: int) -> list[list[Group]]:
@@ -109,8 +204,8 @@ def split(groups: list[Group], size: int) -> list[list[Group]]:
     return [[groups[i] for i in part] for part in np.array_split(np.arange(len(groups)), num_updates)]
 
 
-def packed(sequences: list[_Sequence], config: Config, num_ranks: int) -> list[Microbatch[np.ndarray]]:
-    """Pack a minibatch into microbatches, unsharded. Data-parallel rank r has microbatches[r::num_ranks]."""
+def packed(sequences: list[_Sequence], config: Config, num_ranks: int) -> list[Pack]:
+    """Pack a minibatch into microbatches. Data-parallel rank r has packs[r::num_ranks]."""
     parallel = config.parallel
     lengths = [padded(s.length, parallel.sequence_multiple) for s in sequences]
     # the interleaved schedule needs a multiple of `pipeline` microbatches on each rank
@@ -122,13 +217,20 @@ def packed(sequences: list[_Sequence], config: Config, num_ranks: int) -> list[M
         sizes[:] = sizes.max(axis=1, keepdims=True)
     unit = parallel.pack_multiple * megatron.token_multiple
     least = [padded(max(size, 1), unit) for size in sizes.ravel().tolist()]
-    return [build([sequences[i] for i in b], parallel, n) for b, n in zip(bins, least, strict=True)]
+    return [Pack([sequences[i] for i in b], n) for b, n in zip(bins, least, strict=True)]
 
 
 def _sequences(minibatch: list[Group], config: Config, version: int, dumped: set[int]) -> list[_Sequence]:
     weights = token_weights(minibatch, config.objective.normaliser, config.objective.overlong_filtering)
+    own = sent_fields().keys() - {"is_stale"}
     return [
-        _Sequence(group.prompt, sample, weight, stale_tokens(sample, version), group.id in dumped)
+        _Sequence(
+            group.prompt.tokens,
+            {name: getattr(sample, name) for name in own} | {"is_stale": stale_tokens(sample, version)},
+            weight,
+            sample.advantage,
+            (sample.group, sample.index) if group.id in dumped else None,
+        )
         for group, group_weights in zip(minibatch, weights, strict=True)
         for sample, weight in zip(group.samples, group_weights, strict=True)
     ]
@@ -156,22 +258,20 @@ def build(sequences: list[_Sequence], parallel: Parallel, least: int) -> Microba
     cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
     microbatch = Microbatch(**zeros, cu_seqlens=cu_seqlens, longest=max(lengths))
     microbatch.positions[:] = np.concatenate([np.arange(n) for n in lengths])
-    sampled = token_fields(Sample).keys() & token_fields(Microbatch).keys() - {"tokens"}
     for start, sequence in zip(cu_seqlens, sequences, strict=False):
-        whole = np.concatenate([sequence.prompt.tokens, sequence.sample.tokens])
+        whole = np.concatenate([sequence.prompt, sequence.response["tokens"]])
         end = start + sequence.length
         microbatch.tokens[start:end] = whole[:-1]
         microbatch.targets[start:end] = whole[1:]
         # from the position that predicts the first response token
-        response = slice(start + len(sequence.prompt.tokens) - 1, end)
+        response = slice(start + len(sequence.prompt) - 1, end)
         microbatch.token_weights[response] = sequence.token_weight
-        microbatch.advantages[response] = sequence.sample.advantage
-        microbatch.is_stale[response] = sequence.is_stale
-        for name in sampled:
-            getattr(microbatch, name)[response] = getattr(sequence.sample, name)
-        if sequence.is_dumped:
-            sample = sequence.sample
-            microbatch.dumped.append(Location(sample.group, sample.index, response, 0, sample.length))
+        microbatch.advantages[response] = sequence.advantage
+        for name in sent_fields().keys() - {"tokens"}:
+            getattr(microbatch, name)[response] = sequence.response[name]
+        if sequence.dumped:
+            length = len(sequence.response["tokens"])
+            microbatch.dumped.append(Location(*sequence.dumped, response, 0, length))
     return microbatch
 
 

@@ -67,8 +67,8 @@ class Policy:
         self.transformer = transformer_config(self.shape, config)
         optimizer = optimizer_config(config, self.transformer)
         initialize_megatron(config.parallel)
-        shard = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-        assert shard == mesh.shard, "mesh and Megatron disagree on the ranks"
+        ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_context_parallel_rank()
+        assert ranks == (mesh.data_rank, mesh.context_rank), "mesh and Megatron disagree on the ranks"
         model_parallel_cuda_manual_seed(config.run.seed)
         self.tensor_group = parallel_state.get_tensor_model_parallel_group()
         self.is_last_stage = parallel_state.is_pipeline_last_stage()

@@ -17,7 +17,7 @@ from dapo.clock import heartbeat, timed
 from dapo.config import Config
 from dapo.learn import batch
 from dapo.learn.advantages import set_advantages
-from dapo.learn.batch import Batch
+from dapo.learn.batch import Share
 from dapo.reward.pool import Reward
 from dapo.rollout import dump
 from dapo.rollout.buffer import Buffer
@@ -68,8 +68,8 @@ class Rollouts:
         self.engine.load_weights(_with_heartbeats(weights), version)
 
     @timed("rollout")
-    def next_batch(self, step: int) -> list[Batch]:
-        """Return the step's batch in shards, one for each data-parallel and context rank.
+    def next_batch(self, step: int) -> Iterator[Share]:
+        """Return the step's batch in shares, one for each data-parallel rank.
 
         The batch has N mixed groups, or fewer at the cap (`rollout.at_cap`), scored and packed.
 
@@ -92,7 +92,7 @@ class Rollouts:
             raise
         metrics = buffer.ledger() | rewarded | self._staleness(buffer, step)
         kept = [] if rollout.only else buffer.kept
-        return batch.plan(kept, self.config, self.num_data_ranks, metrics, version=step)
+        return batch.shares(kept, self.config, self.num_data_ranks, metrics, version=step)
 
     def collect(self, step: int) -> Buffer:
         """Offer groups in request order until the buffer is full (lines 4–8), at most prompts_per_round ×

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from dapo import assemble
-from dapo.config import load
+from dapo.config import Config, load
+from dapo.learn.batch import shares
 from dapo.learn.traces import Trace
 from dapo.rollout import dump
 from dapo.sampler import RETRIES, Sampler, with_retries
@@ -117,11 +118,13 @@ def test_traces_that_cannot_be_written_are_named_and_the_step_is_over(
 class OneRank:
     """The mesh of a rank that is alone; `is_main` says whether it samples."""
 
+    context_rank = 0
+
     def __init__(self, is_main: bool = True):
         self.is_main = is_main
 
     def scatter(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return function(*arguments)[0]
+        return next(iter(function(*arguments)))
 
     def on_main(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments) if self.is_main else None
@@ -139,6 +142,8 @@ class OneRank:
 class Main:
     """The main rank's Rollouts: writes down what it is asked; `losses` says which call loses the weights."""
 
+    config: Config
+
     def __init__(self, losses: Sequence[str] = (), is_colocated: bool = False):
         self.losses = list(losses)
         self.engine = SimpleNamespace(is_colocated=is_colocated)
@@ -153,7 +158,7 @@ class Main:
                 self.losses.remove(name)
                 raise WeightsLost(name)
             if name == "next_batch":
-                return [SimpleNamespace(metrics={"rollout/reward": 0.5})]
+                return shares([], self.config, 1, {"rollout/reward": 0.5})
             return f"{name} was called"
 
         return call
@@ -176,6 +181,8 @@ def make_sampler(folder: Path, rollouts: Main | None, dump_share: float = 0.0) -
     config = load(str(CONFIG), [f"run.dir={folder}", f"rollout.dump_share={dump_share}"])
     mesh: Any = OneRank(rollouts is not None)
     main: Any = rollouts
+    if rollouts:
+        rollouts.config = config
     policy: Any = Policy()
     return Sampler(config, mesh, main, {}), policy
 

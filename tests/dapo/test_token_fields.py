@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import pickle
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -69,8 +70,11 @@ def test_a_new_field_of_a_sample_travels_to_the_device(
     monkeypatch.setattr(batch, "Microbatch", ToyMicrobatch)
     group = toy_group()
     found = []
-    for planned in batch.plan([group], make_config(tmp_path, f"parallel.context={context}"), 1, {}):
-        [[sent]] = pickle.loads(pickle.dumps(planned.minibatches))
+    config = make_config(tmp_path, f"parallel.context={context}")
+    monkeypatch.setitem(sys.modules, "dapo.learn.batch", batch)  # for pickle
+    [share] = batch.shares([group], config, 1, {})
+    for rank in range(context):
+        [[sent]] = pickle.loads(pickle.dumps(share)).batch(config.parallel, rank).minibatches
         placed = on_device(sent, torch.device("cpu"))
         assert placed.toy.dtype == torch.float16 and not placed.toy[~placed.loss_mask].any()
         found += placed.toy[placed.loss_mask].tolist()

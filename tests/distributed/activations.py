@@ -20,12 +20,13 @@ import transformers
 from torch.autograd.graph import saved_tensors_hooks
 
 from dapo import config as configs
-from dapo.learn import batch as batches
+from dapo.learn.batch import Batch, Microbatch
 from dapo.mesh import Mesh
 from dapo.plan.memory import Rank
 from dapo.policy.megatron import Policy
 from dapo.policy.schedule import hidden_states, on_device
 from dapo.types import Group, Prompt, Sample
+from tests.batches import batch_of_rank
 from tests.distributed.ranks import prepare_rank
 
 LENGTHS, PROMPT = (40, 75, 190, 60, 90, 120, 20, 200), 5
@@ -124,7 +125,7 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     )
     policy = Policy(config, mesh)
     rank = Rank(config, policy.shape, "cpu", mesh.data, stage=mesh.rank // (case.tensor * case.context))
-    batch = batches.plan([make_group()], config, mesh.data, metrics={})[mesh.shard]
+    batch = batch_of_rank(mesh, [make_group()], config, mesh.data, metrics={})
     [[microbatch]] = batch.minibatches
     ranks: list[Any] = [None] * mesh.world
     measured = {
@@ -157,7 +158,7 @@ def make_group() -> Group:
     return Group(0, Prompt(0, rng.integers(0, 250, PROMPT).astype(np.int32), "0"), samples)
 
 
-def kept(policy: Policy, rank: Rank, microbatch: batches.Microbatch) -> int:
+def kept(policy: Policy, rank: Rank, microbatch: Microbatch) -> int:
     """Bytes of all storages that the forward pass leaves for the backward pass, and of what it takes from and
     hands to its neighbours.
     """
@@ -181,7 +182,7 @@ def kept(policy: Policy, rank: Rank, microbatch: batches.Microbatch) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def kept_by_scoring(policy: Policy, batch: batches.Batch) -> int:
+def kept_by_scoring(policy: Policy, batch: Batch) -> int:
     """How many tensors autograd keeps of the log-probs' forward pass."""
     kept: list[torch.Size] = []
     with saved_tensors_hooks(lambda tensor: (kept.append(tensor.shape), tensor)[1], lambda tensor: tensor):

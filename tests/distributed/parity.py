@@ -23,7 +23,6 @@ from safetensors.torch import load_file
 
 from dapo import config as configs
 from dapo.engine.embedded import as_stored
-from dapo.learn import batch as batches
 from dapo.learn.advantages import set_advantages
 from dapo.learn.objective import token_weights
 from dapo.mesh import Mesh
@@ -31,6 +30,7 @@ from dapo.policy import metrics, schedule
 from dapo.policy.megatron import PlacedBatch, Policy, PolicyError
 from dapo.policy.schedule import get_forward_backward_func
 from dapo.types import Group, Prompt, Sample
+from tests.batches import batch_of_rank
 from tests.distributed.cases import CASES, FAULTS, Case
 from tests.distributed.ranks import prepare_rank
 
@@ -220,7 +220,7 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     policy, hf = Policy(config, mesh), HFTrainer(directory / "hf", config)
     inject(case.fault, policy)
     groups = make_groups(np.random.default_rng(3), case.stale)
-    planned = batches.plan(groups, config, mesh.data, metrics={}, version=VERSION)[mesh.shard]
+    planned = batch_of_rank(mesh, groups, config, mesh.data, metrics={}, version=VERSION)
     batch = policy.place(planned)
     result: dict[str, Any] = {"case": asdict(case), "microbatches": len(batch.minibatches[0])}
 

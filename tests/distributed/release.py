@@ -17,11 +17,11 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from dapo import config as configs
-from dapo.learn import batch as batches
 from dapo.mesh import Mesh
 from dapo.policy.megatron import Policy
 from dapo.policy.optimizer_state import parts
 from dapo.policy.torch_dist import Reader, Save
+from tests.batches import batch_of_rank
 from tests.distributed.launch import ROOT
 from tests.distributed.moves import OFFLOADED
 from tests.distributed.parity import GROUP_SIZE, GROUPS_PER_UPDATE, LR, NUM_UPDATES, make_groups, make_hf
@@ -88,8 +88,8 @@ def train(policy: Policy, directory: Path, is_released: bool) -> dict[str, Any]:
         if is_released:
             seen["held"].append(held_after_release(policy))
         seen["weights"].append(sum(float(weight.double().abs().sum()) for _, weight in policy.weights()))
-        shards = batches.plan(groups, policy.config, policy.mesh.data, metrics={}, version=2)
-        batch = policy.place(shards[policy.mesh.shard])
+        own = batch_of_rank(policy.mesh, groups, policy.config, policy.mesh.data, metrics={}, version=2)
+        batch = policy.place(own)
         policy.score(batch)
         seen["norms"] += [policy.update(minibatch)["grad_norm"] for minibatch in batch.minibatches]
     if is_released:

@@ -3,19 +3,55 @@
 from __future__ import annotations
 
 import os
+import socket
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from dapo.mesh import GPU_ENVIRONMENT, WITH_SERVERS, Mesh, set_gpu_environment
+from dapo.mesh import GPU_ENVIRONMENT, LARGE, MAX_PARTS, WITH_SERVERS, Mesh, set_gpu_environment
 from tests.distributed.launch import measured
 
 FAILED = ["FailedElsewhere", "'x'", None]
+HOST = socket.gethostname()
+OTHER_MOON = f"the moon is not the same on all ranks: m0 on {HOST}, m1 on {HOST}: look again"
+OTHER_CODE = (
+    f"the code of dapo is not the same on all ranks: code 0 on {HOST}, code 1 on {HOST}: install the same version "
+    "on all machines"
+)
+TOO_FEW = "1 shares for 2 data-parallel ranks"
+
+
+def large(share: int) -> list[Any]:
+    """The share as tests.distributed.mesh prints it."""
+    values = [100 * share + i for i in range(34)]
+    values[-1] += 1
+    return [f"share {share}", True, values, 0, [share, share + 1, share + 2]]
+
+
 EXPECTED: dict[str, list[Any]] = {
-    "layout": [[rank, 4, 2, 2, rank // 2, rank == 0] for rank in range(4)],
-    "shards of ranks": [[0, 0, 1, 1]] * 4,
+    "layout": [[rank, 4, 2, rank // 2, 0, rank == 0] for rank in range(4)],
+    "data ranks of ranks": [[0, 0, 1, 1]] * 4,
     "scatter": ["<0>", "<0>", "<1>" * 1000, "<1>" * 1000],
+    "same": [None] * 4,
+    "not the same": [["ConfigError", OTHER_MOON, None]] * 4,
+    "other code": [["ConfigError", OTHER_CODE, None]] * 4,
+    "large": [large(0), large(0), large(1), large(1)],
+    "in a tree": [large(0)] * 4,
+    "bug in a tree": [["EngineError", "server 5", None]] * 4,
+    # the ranks of the first share have it already
+    "bug late": [
+        ["KeyError", "'y'", None],
+        "the first",
+        ["FailedElsewhere", "'y'", None],
+        ["FailedElsewhere", "'y'", None],
+    ],
+    "too few": [
+        ["AssertionError", TOO_FEW, None],
+        "only one",
+        ["FailedElsewhere", TOO_FEW, None],
+        ["FailedElsewhere", TOO_FEW, None],
+    ],
     "on_main": [7] * 4,
     "on_main_only": [{"only": "here"}, None, None, None],
     # the signal travels with the exception
@@ -46,6 +82,13 @@ def test_bytes_received_are_those_of_the_last_scatter() -> None:
     assert ranks == [ranks[0]] * 4
     # two ranks received 3,000 characters, one received 3, the main rank nothing; pickled
     assert 3000 < most < 3100 and 2 * most < total < 2 * most + 100
+
+
+def test_a_share_reaches_each_rank_of_its_tree_once() -> None:
+    ranks = measured("tests.distributed.mesh", 4)["received in a tree"]["ranks"]
+    most, total = (ranks[0][f"perf/bytes_received{suffix}"] for suffix in ("_max", ""))
+    arrays = (MAX_PARTS + 2) * LARGE
+    assert arrays < most < arrays + 10_000 and total == 3 * most
 
 
 def test_exactly_one_rank_is_the_first_to_fail() -> None:

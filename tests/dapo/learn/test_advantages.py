@@ -1,7 +1,7 @@
 import numpy as np
 
 from dapo.learn.advantages import ADVANTAGES, group_advantages, set_advantages
-from dapo.learn.batch import plan
+from tests.batches import plan
 from tests.conftest import make_config, make_group
 
 

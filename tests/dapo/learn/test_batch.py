@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
-from dapo.learn.batch import BYTES_PER_TOKEN, Microbatch, plan
+from dapo.learn.batch import BYTES_PER_TOKEN, Microbatch
 from dapo.learn.traces import blank, merged
 from dapo.types import token_fields
+from tests.batches import plan
 from tests.conftest import make_config, make_group
 
 

@@ -11,10 +11,10 @@ import pytest
 
 from dapo.config import ConfigError
 from dapo.learn.batch import Batch
-from dapo.learn.batch import plan as plan_batch
 from dapo.model.shape import read_shape
 from dapo.plan.plan import Plan
 from dapo.policy import model
+from tests.batches import plan as plan_batch
 from tests.conftest import make_config
 from tests.dapo.learn.test_batch import random_groups
 from tests.dapo.model.models import plan_of, write_model

@@ -13,11 +13,11 @@ import torch.distributed as dist
 
 from dapo import config as configs
 from dapo import mesh as meshes
-from dapo.learn import batch as batches
 from dapo.learn.advantages import set_advantages
 from dapo.policy.megatron import PlacedBatch, Policy, PolicyError
 from dapo.policy.metrics import step_metrics
 from dapo.types import Group, Prompt, Sample
+from tests import batches
 
 ROOT = Path(__file__).parents[3]
 

@@ -22,6 +22,7 @@ from dapo.rollout.pending import num_to_request
 from dapo.rollout.prompts import PromptStream
 from dapo.rollout.rollouts import Rollouts
 from dapo.types import Interrupted, Prompt
+from tests.batches import next_batches
 from tests.conftest import make_config, make_group, make_prompt
 from tests.dapo.rollout import test_rollouts
 from tests.dapo.rollout.test_rollouts import NUM_PROMPTS, ScriptedEngine, asking_order, seeds_by_id
@@ -127,7 +128,7 @@ def test_streaming_makes_the_batches_of_whole_rounds(tmp_path, seed, per_round):
         num_data_ranks=2,
     )
     for step in range(4):
-        for batch, expected in zip(streaming.next_batch(step), rounds.next_batch(step), strict=True):
+        for batch, expected in zip(next_batches(streaming, step), next_batches(rounds, step), strict=True):
             assert without_timed(batch.metrics) == without_timed(expected.metrics)
             assert len(batch.minibatches) == len(expected.minibatches)
             for microbatches, expected_microbatches in zip(
@@ -328,7 +329,7 @@ def test_staleness_is_reported_in_steps(tmp_path):
     reported = []
     for step in range(3):
         rollouts.load_weights([], step)
-        [batch] = rollouts.next_batch(step)
+        [batch] = next_batches(rollouts, step)
         reported.append((batch.metrics["rollout/staleness"], batch.metrics["rollout/staleness_max"]))
         stale = [m.is_stale[m.loss_mask].mean() for microbatches in batch.minibatches for m in microbatches]
         assert any(stale) is (reported[-1][1] > 0)

@@ -12,6 +12,7 @@ from dapo.rollout.buffer import Buffer
 from dapo.rollout.prompts import PromptStream
 from dapo.rollout.rollouts import RolloutError, Rollouts
 from dapo.types import Interrupted, Request, Sample, StorageError
+from tests.batches import next_batches
 from tests.conftest import make_config, make_group, make_prompt
 
 NUM_PROMPTS = 40
@@ -199,7 +200,7 @@ def test_advantages_come_from_the_shaped_reward(tmp_path):
         ScriptedEngine(lambda prompt: "1100", length=lambda request: 24 + 2 * request.index),
         "rollout.group_size=4",
     )
-    [batch] = rollouts.next_batch(0)
+    [batch] = next_batches(rollouts, 0)
     advantages = {
         round(float(a), 4)
         for microbatches in batch.minibatches
@@ -223,7 +224,8 @@ def test_samples_that_finish_in_any_order_give_the_same_batch(tmp_path):
             i for i in asking_order(7) if engine.script(i) in ("10", "01")
         ][:4]
         assert all([sample.index for sample in group.samples] == [0, 1] for group in buffer.asked)
-        return make_rollouts(tmp_path, engine, "rollout.prompts_per_round=7", num_data_ranks=2).next_batch(0)
+        rollouts = make_rollouts(tmp_path, engine, "rollout.prompts_per_round=7", num_data_ranks=2)
+        return next_batches(rollouts, 0)
 
     in_order = sample(None)
     for order in range(5):
@@ -287,9 +289,8 @@ TWO_OF_TWELVE = ("10", "00", "00", "11", "01", *["00"] * 5, "11", "11")
 
 
 def test_at_the_cap_a_step_trains_on_fewer_groups(tmp_path):
-    [batch] = make_rollouts(
-        tmp_path, ScriptedEngine(by_place(*TWO_OF_TWELVE)), "rollout.at_cap=train"
-    ).next_batch(0)
+    engine = ScriptedEngine(by_place(*TWO_OF_TWELVE))
+    [batch] = next_batches(make_rollouts(tmp_path, engine, "rollout.at_cap=train"), 0)
     assert (batch.metrics["groups/kept"], len(batch.minibatches)) == (2, 1)
     assert sum(len(m.cu_seqlens) - 1 for m in batch.minibatches[0]) == 4
 
@@ -300,7 +301,7 @@ def test_at_the_cap_a_run_stops_with_the_shares_if_asked_to(tmp_path):
     with pytest.raises(
         RolloutError, match=f"max_rounds=3 .*{counts}.*reward.function=dapo.reward:is_correct"
     ):
-        rollouts.next_batch(0)
+        next_batches(rollouts, 0)
 
 
 def test_a_full_step_does_not_stop_a_run_that_stops_at_the_cap(tmp_path):
@@ -312,11 +313,11 @@ def test_empty_steps_train_nothing_and_stop_the_run_after_max_empty_steps(tmp_pa
         tmp_path, ScriptedEngine(lambda prompt: "11"), "rollout.max_empty_steps=3", num_data_ranks=2
     )
     for step in range(2):
-        assert [batch.minibatches for batch in rollouts.next_batch(step)] == [[], []]
+        assert [batch.minibatches for batch in next_batches(rollouts, step)] == [[], []]
     with pytest.raises(
         RolloutError, match=r"max_empty_steps=3 .*0 of 4 mixed .*100% all correct.* 0% all wrong"
     ):
-        rollouts.next_batch(2)
+        next_batches(rollouts, 2)
 
 
 def test_only_empty_steps_in_a_row_count_and_resuming_remembers_them(tmp_path):
@@ -325,11 +326,11 @@ def test_only_empty_steps_in_a_row_count_and_resuming_remembers_them(tmp_path):
     rollouts = make_rollouts(tmp_path, engine)
     for step in range(5):
         kind = next(kinds)
-        rollouts.next_batch(step)
+        next_batches(rollouts, step)
     resumed = make_rollouts(tmp_path, engine)
     resumed.load_state_dict(rollouts.state_dict())
     with pytest.raises(RolloutError):
-        resumed.next_batch(5)
+        next_batches(resumed, 5)
 
 
 def test_without_dynamic_sampling_one_round_of_n_groups_is_kept_whole(tmp_path):
@@ -343,9 +344,8 @@ def test_without_dynamic_sampling_one_round_of_n_groups_is_kept_whole(tmp_path):
 
 def test_without_dynamic_sampling_a_group_of_equal_rewards_has_no_gradient(tmp_path):
     engine = ScriptedEngine(by_place("00", "11", "10", "00"))
-    [batch] = make_rollouts(
-        tmp_path, engine, "rollout.dynamic_sampling=false", "rollout.at_cap=stop"
-    ).next_batch(0)
+    options = "rollout.dynamic_sampling=false", "rollout.at_cap=stop"
+    [batch] = next_batches(make_rollouts(tmp_path, engine, *options), 0)
     counts = {name: batch.metrics[f"groups/{name}"] for name in ("asked", "kept", "all_correct", "all_wrong")}
     assert counts == {"asked": 4, "kept": 4, "all_correct": 1, "all_wrong": 2}
     assert batch.metrics["rollout/no_gradient"] == 3 / 4
@@ -356,15 +356,15 @@ def test_without_dynamic_sampling_a_group_of_equal_rewards_has_no_gradient(tmp_p
 def test_without_dynamic_sampling_steps_without_a_gradient_stop_the_run_too(tmp_path):
     rollouts = make_rollouts(tmp_path, ScriptedEngine(lambda prompt: "00"), "rollout.dynamic_sampling=false")
     for step in range(2):
-        assert len(rollouts.next_batch(step)[0].minibatches) == 2
+        assert len(next_batches(rollouts, step)[0].minibatches) == 2
     with pytest.raises(RolloutError, match=r"max_empty_steps=3 .*0 of 4 mixed .* 100% all wrong"):
-        rollouts.next_batch(2)
+        next_batches(rollouts, 2)
 
 
 def test_lengths_that_are_punished_are_a_gradient_of_groups_all_correct(tmp_path):
     engine = ScriptedEngine(lambda prompt: "11", length=lambda request: 24 + 4 * request.index)
     rollouts = make_rollouts(tmp_path, engine, "rollout.dynamic_sampling=false")
-    [batch] = rollouts.next_batch(0)
+    [batch] = next_batches(rollouts, 0)
     assert batch.metrics["rollout/no_gradient"] == 0 and batch.metrics["groups/all_correct"] == 4
     assert rollouts.num_empty_steps == 0
 
@@ -377,10 +377,10 @@ def test_a_reward_that_decides_nothing_is_named_at_once(tmp_path, monkeypatch, k
     counts = {"reward/timeouts": 20, "reward/crashes": 4, "reward/undecided": undecided}
     monkeypatch.setattr(rollouts.reward, "take_metrics", lambda: counts)
     if not stops:
-        assert rollouts.next_batch(0)[0].metrics["reward/undecided"] == undecided
+        assert next_batches(rollouts, 0)[0].metrics["reward/undecided"] == undecided
         return
     with pytest.raises(RolloutError) as error:
-        rollouts.next_batch(0)
+        next_batches(rollouts, 0)
     assert str(error.value).startswith("reward.function=dapo.reward:is_correct decided about none")
     assert "20 calls ran past reward.time_limit=3.0, 4 ended their process" in str(error.value)
 
@@ -416,7 +416,7 @@ def test_interrupted_every_prompt_goes_back_and_the_step_can_be_made_anew(tmp_pa
     seen = iter(range(1, 1000))
     rollouts = make_rollouts(tmp_path, engine, is_interrupted=lambda: next(seen) >= after)
     with pytest.raises(Interrupted):
-        rollouts.next_batch(0)
+        next_batches(rollouts, 0)
     assert not engine.outstanding and engine.aborted <= {request.id for request in engine.submitted[-1]}
 
     again, untouched = ScriptedEngine(engine.script), ScriptedEngine(engine.script)
@@ -433,13 +433,13 @@ def test_a_resumed_run_asks_for_what_an_unbroken_one_would(tmp_path):
     script = by_place("10", "00", "10", "11", "10", "10")
     unbroken = ScriptedEngine(script)
     rollouts = make_rollouts(tmp_path, unbroken, "rollout.prompts_per_round=9")
-    rollouts.next_batch(0)
+    next_batches(rollouts, 0)
     state = rollouts.state_dict()
-    rollouts.next_batch(1)
+    next_batches(rollouts, 1)
     resumed = ScriptedEngine(script)
     rollouts = make_rollouts(tmp_path, resumed, "rollout.prompts_per_round=9")
     rollouts.load_state_dict(state)
-    rollouts.next_batch(1)
+    next_batches(rollouts, 1)
     assert resumed.asked() == unbroken.asked()[9:]
     assert seeds_by_id(resumed).items() <= seeds_by_id(unbroken).items()
 
@@ -489,7 +489,7 @@ def test_asked_is_kept_plus_all_correct_plus_all_wrong_plus_surplus(tmp_path, se
     rng = random.Random(seed)
     outcomes = [rng.choice(["00", "10", "01", "11"]) for _ in range(NUM_PROMPTS)]
     engine = ScriptedEngine(outcomes.__getitem__, order=seed)
-    [batch] = make_rollouts(tmp_path, engine, "rollout.prompts_per_round=5").next_batch(0)
+    [batch] = next_batches(make_rollouts(tmp_path, engine, "rollout.prompts_per_round=5"), 0)
     groups = {
         name.removeprefix("groups/"): count
         for name, count in batch.metrics.items()
@@ -518,7 +518,7 @@ def test_a_new_advantage_and_a_new_normaliser_are_an_entry_each(tmp_path, monkey
     rollouts = make_rollouts(tmp_path, ScriptedEngine(lambda prompt: "1000"), "rollout.group_size=4")
     objective = rollouts.config.objective.model_copy(update={"normaliser": "constant_length"})
     rollouts.config = rollouts.config.model_copy(update={"objective": objective})
-    [batch] = rollouts.next_batch(0)
+    [batch] = next_batches(rollouts, 0)
     packed = [microbatch for microbatches in batch.minibatches for microbatch in microbatches]
     advantages = {round(float(a), 4) for m in packed for a in m.advantages[m.loss_mask]}
     assert advantages == {2.0, round(-2 / 3, 4)}  # ±1 minus the mean of the other three
@@ -546,7 +546,7 @@ def test_a_dump_that_cannot_be_written_stops_the_run_with_its_prompts_back_in_th
     directory = tmp_path / "run/rollouts"
     break_disk(directory)
     with pytest.raises(StorageError, match=r"step-000000.parquet cannot be written, .* GiB free there: \w+"):
-        rollouts.next_batch(0)
+        next_batches(rollouts, 0)
     assert not list(directory.glob("*.partial")), "nothing half-written is left"
     assert len(engine.asked()) > 4, "groups of all kinds"
     again = [prompt.index for prompt in rollouts.prompts.take(len(engine.asked()))]
@@ -557,13 +557,13 @@ def test_replayed_groups_do_not_go_into_the_stream(tmp_path):
     first = make_rollouts(
         tmp_path, ScriptedEngine(lambda _: "10"), "rollout.dump_share=1.0", "run.dir=" + str(tmp_path / "a")
     )
-    first.next_batch(0)
+    next_batches(first, 0)
     replay = [f"rollout.replay={tmp_path / 'a/rollouts'}", "rollout.dump_share=1.0"]
     rollouts = make_rollouts(tmp_path, ScriptedEngine(lambda _: "10"), *replay)
     a_file_in_its_place(tmp_path / "run/rollouts")
     before = rollouts.prompts.state_dict()
     with pytest.raises(StorageError):
-        rollouts.next_batch(0)
+        next_batches(rollouts, 0)
     assert rollouts.prompts.state_dict() == before
 
 
@@ -593,5 +593,5 @@ def test_the_engine_is_asked_before_weights_are_sent_and_gets_them_all(tmp_path,
 
 def test_where_no_group_is_kept_none_is_stale(tmp_path):
     rollouts = make_rollouts(tmp_path, ScriptedEngine(lambda _: "00"), "rollout.max_staleness=1")
-    metrics = rollouts.next_batch(3)[0].metrics
+    metrics = next_batches(rollouts, 3)[0].metrics
     assert (metrics["rollout/staleness"], metrics["rollout/staleness_max"]) == (0, 0)

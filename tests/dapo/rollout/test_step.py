@@ -13,6 +13,7 @@ from dapo.rollout.buffer import Buffer
 from dapo.rollout.pending import GroupSampler, num_to_request
 from dapo.rollout.rollouts import RolloutError
 from dapo.types import Interrupted
+from tests.batches import next_batches
 from tests.conftest import make_prompt
 from tests.dapo.rollout.test_pending import make_engine
 from tests.dapo.rollout.test_rollouts import ScriptedEngine, by_place, make_rollouts, seeds_by_id
@@ -95,10 +96,10 @@ def test_calls_of_evaluation_are_counted_apart_from_those_of_training(tmp_path):
     evaluated = evaluate.metrics_at(0, rollouts, SETS)
     assert evaluated["eval/easy/undecided"] == 0 and evaluated["eval/hard/undecided"] == 2 / 12
     engine.script = lambda prompt: "1000"
-    [batch] = rollouts.next_batch(0)
+    [batch] = next_batches(rollouts, 0)
     assert batch.metrics["reward/undecided"] == 0, "evaluation's"
     engine.script = lambda prompt: "1009"
-    [batch] = rollouts.next_batch(1)
+    [batch] = next_batches(rollouts, 1)
     assert batch.metrics["reward/undecided"] == 1 / 4
 
 
@@ -149,7 +150,7 @@ def test_a_reward_whose_every_call_ends_its_process_is_named_after_the_first_ste
     options = (f"reward.function={function}", "reward.workers=2", "rollout.max_rounds=1")
     rollouts = make_rollouts(tmp_path, ScriptedEngine(lambda prompt: "10"), *options)
     with pytest.raises(RolloutError) as error:
-        rollouts.next_batch(0)
+        next_batches(rollouts, 0)
     rollouts.close()
     assert str(error.value).startswith(
         f"reward.function={function} decided about none of the step's 4 groups: "
@@ -160,7 +161,7 @@ def test_a_reward_whose_every_call_ends_its_process_is_named_after_the_first_ste
 def test_with_only_every_group_is_dumped_and_nothing_is_learnt(tmp_path):
     engine = ScriptedEngine(by_place("11", "10", "00", "01"))
     rollouts = make_rollouts(tmp_path, engine, "rollout.only=true", "rollout.prompts_per_round=12")
-    [batch] = rollouts.next_batch(3)
+    [batch] = next_batches(rollouts, 3)
     assert batch.minibatches == [] and batch.metrics["groups/kept"] == 4
     rows = pq.read_table(dump.path_of(tmp_path / "run" / "rollouts", 3)).to_pylist()
     assert len(rows) == 2 * batch.metrics["groups/asked"] == 24
@@ -179,7 +180,7 @@ def test_one_log_prob_that_is_not_finite_among_finite_ones_ends_the_run(tmp_path
 
     rollouts = make_rollouts(tmp_path, Damaged(lambda prompt: "00"), "rollout.max_rounds=10")
     with pytest.raises(RolloutError, match="prompt 5: the engine's log-probs are not finite"):
-        rollouts.next_batch(0)
+        next_batches(rollouts, 0)
 
 
 @pytest.mark.parametrize("replayed", [False, True])
@@ -204,7 +205,7 @@ def test_the_engine_releases_its_memory_once_a_step_when_all_samples_are_in(tmp_
 
 def test_closing_ends_the_engine_and_the_rewards_processes(tmp_path):
     rollouts = make_rollouts(tmp_path, ScriptedEngine(lambda prompt: "10"), "reward.workers=1")
-    rollouts.next_batch(0)
+    next_batches(rollouts, 0)
     closed, processes = [], [worker.guardian for worker in rollouts.reward.workers.workers]
     rollouts.engine.close = lambda: closed.append(True)
     assert processes and all(process.is_alive() for process in processes)
@@ -242,5 +243,5 @@ def test_while_streaming_as_many_groups_are_outstanding_as_probably_fill_the_buf
 
 def test_the_state_of_a_step_is_json(tmp_path):
     rollouts = make_rollouts(tmp_path, ScriptedEngine(lambda prompt: "00"))
-    rollouts.next_batch(0)
+    next_batches(rollouts, 0)
     assert json.loads(json.dumps(rollouts.state_dict(), allow_nan=False))["num_empty_steps"] == 1
