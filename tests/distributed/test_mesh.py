@@ -16,8 +16,8 @@ FAILED = ["FailedElsewhere", "'x'", None]
 HOST = socket.gethostname()
 OTHER_MOON = f"the moon is not the same on all ranks: m0 on {HOST}, m1 on {HOST}: look again"
 OTHER_CODE = (
-    f"the code of dapo is not the same on all ranks: code 0 on {HOST}, code 1 on {HOST}: install the same version "
-    "on all machines"
+    f"the code of dapo is not the same on all ranks: code 0 on {HOST}, code 1 on {HOST}: "
+    "install the same version on all machines"
 )
 TOO_FEW = "1 shares for 2 data-parallel ranks"
 
