@@ -148,7 +148,7 @@ class Rollout(Section):
     group_size: AtLeastTwo = option(16, "more samples find a mixed group more often, and cost more", both=16)
     """G: samples per prompt."""
     prompts_per_round: Positive = option(1536, "how far sampling runs ahead", verl=1536)
-    """Prompts asked for at a time, until N mixed groups are in; from servers as the groups come in."""
+    """With max_rounds, how many prompts a step may ask for; the embedded engine at most so many at a time."""
     max_rounds: Positive = option(10, "how long to look for mixed groups", verl=10)
     """Rounds of a step before it learns from fewer groups, or stops: at_cap."""
     dynamic_sampling: bool = option(True, "without it a step is cheaper and teaches less", both=True)
@@ -357,7 +357,7 @@ class Engine(Section):
     """The sampler: in process, or servers."""
 
     kind: Literal["embedded", "sglang"] = "embedded"
-    """embedded: Hugging Face generate in the main process, for small models. sglang: servers."""
+    """embedded: a Hugging Face model in the main process, for small ones. sglang: servers."""
     max_concurrent: Positive = 256
     """Samples generated together, by each server."""
     urls: list[str] = example(["http://node7:30000"], default=[])

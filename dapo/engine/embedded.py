@@ -1,7 +1,4 @@
-"""The engine without a server: Hugging Face `generate` in the main rank's process, for small models.
-
-B = samples generated together, V = vocabulary.
-"""
+"""The engine without a server: a Hugging Face model in the main rank's process, for small models."""
 
 from __future__ import annotations
 
@@ -11,16 +8,14 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
-from dapo.clock import heartbeat
 from dapo.config import ConfigError
+from dapo.engine.decoding import decode
 from dapo.types import Request, Sample, Sampling
 
 
@@ -40,7 +35,6 @@ class EmbeddedEngine:
             wrong = f"policy.model={model}: engine.kind=embedded cannot build it"
             raise ConfigError(f"{wrong}: {' '.join(str(error).split())}") from error
         self.model = built.to(device).eval()
-        self.model.generation_config = GenerationConfig()  # without the authors' repetition penalty, top_k, …
         self.device = device
         self.max_concurrent = max_concurrent
         self.version = -1  # of the weights; none are loaded
@@ -81,41 +75,21 @@ class EmbeddedEngine:
 
     def close(self) -> None: ...
 
-    @torch.no_grad()
     def generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
         """Generate one sample per request, all together. The caller holds the lock."""
-        longest = max(len(request.prompt.tokens) for request in requests)
-        prompts = np.zeros((len(requests), longest), np.int64)  # padded on the left
-        is_real = np.zeros_like(prompts)
-        for row, request in enumerate(requests):
-            start = longest - len(request.prompt.tokens)
-            prompts[row, start:] = request.prompt.tokens
-            is_real[row, start:] = 1
-        sampler = SeededSampling([request.seed for request in requests], sampling, longest)
-        out = self.model.generate(
-            torch.from_numpy(prompts).to(self.device),
-            attention_mask=torch.from_numpy(is_real).to(self.device),
-            logits_processor=LogitsProcessorList([sampler]),
-            generation_config=GenerationConfig(
-                do_sample=False,  # the processor has already drawn: greedy takes what it drew
-                max_new_tokens=sampling.max_tokens,
-                eos_token_id=list(sampling.stop_ids),
-                pad_token_id=sampling.stop_ids[0],
-            ),
-        )
-        tokens = out[:, longest:].to(torch.int32).cpu().numpy()
-        logprobs = torch.stack(sampler.logprobs, dim=1).cpu().numpy()  # [B, n]
-        return [self._sample(*row) for row in zip(requests, tokens, logprobs, strict=True)]
+        prompts, seeds = [r.prompt.tokens for r in requests], [r.seed for r in requests]
+        rows = zip(requests, *decode(self.model, prompts, seeds, sampling), strict=True)
+        return [self._sample(*row) for row in rows]
 
     def _sample(self, request: Request, tokens: np.ndarray, logprobs: np.ndarray) -> Sample:
-        """Cut at the first stop token, inclusive, and not at padding, which may be a stop token itself."""
+        """Cut at the first stop token, inclusive."""
         stops = np.flatnonzero(np.isin(tokens, request.sampling.stop_ids))
         length = int(stops[0]) + 1 if len(stops) else len(tokens)
         return Sample(
             group=request.group,
             index=request.index,
             tokens=tokens[:length].copy(),
-            behavior_logprobs=logprobs[:length].astype(np.float32),
+            behavior_logprobs=logprobs[:length].copy(),
             loss_mask=np.ones(length, bool),
             versions=((self.version, 0, length),),
             finish_reason="stop" if len(stops) else "length",
@@ -172,33 +146,3 @@ def as_stored(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tens
                 yield f"{layer}.experts.{i}.down_proj.weight", expert
         else:
             yield name, tensor
-
-
-class SeededSampling(LogitsProcessor):  # type: ignore[misc]
-    """Draws each row's next token with the row's own seed, so that a sample does not depend on its batch.
-
-    It keeps log softmax(logits / T) of the drawn token, before top_p, and leaves no other token to choose.
-    """
-
-    def __init__(self, seeds: list[int], sampling: Sampling, prompt_length: int):
-        generators = [np.random.Generator(np.random.Philox(key=seed)) for seed in seeds]
-        draws = [generator.random(sampling.max_tokens) for generator in generators]
-        self.uniforms = torch.from_numpy(np.stack(draws))  # float64 [B, max_tokens]
-        self.sampling = sampling
-        self.prompt_length = prompt_length
-        self.top_p = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
-        self.logprobs: list[Tensor] = []
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        heartbeat()
-        scaled = scores.float() / self.sampling.temperature  # [B, V]
-        logprobs = scaled.log_softmax(-1)
-        drawn_from = self.top_p(input_ids, scaled).log_softmax(-1) if self.top_p else logprobs
-        cumulative = drawn_from.double().exp().cumsum(-1)
-        position = input_ids.shape[1] - self.prompt_length
-        uniform = self.uniforms[:, position].to(scores.device)
-        # [B, 1], never a token of probability 0
-        token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)
-        token = token.clamp(max=scores.shape[-1] - 1)  # where u · total rounded up to the total
-        self.logprobs.append(logprobs.gather(-1, token)[:, 0])
-        return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)

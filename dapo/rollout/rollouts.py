@@ -237,19 +237,19 @@ class Rollouts:
         sampler.request([Group(first + i, prompt) for i, prompt in enumerate(prompts)])
 
     def _num_to_request(self, buffer: Buffer, pending: Pending) -> int:
-        """Number of groups to request now.
+        """Number of groups to request now: as many as the buffer will probably lack.
 
-        In rounds: a round whenever nothing is pending. Streaming: as many as the buffer will probably lack.
+        Streaming, that is asked after every group; otherwise when nothing is pending, and a round at most.
         """
-        rollout = self.config.rollout
+        rollout, is_streaming = self.config.rollout, self.config.engine.is_streaming
         if not rollout.dynamic_sampling:
             return rollout.prompts_per_step - pending.num_added
-        if self.config.engine.is_streaming:
-            lacking = buffer.capacity - len(buffer.kept) - pending.num_mixed
-            count = max(0, num_to_request(lacking, self._estimate_mixed(buffer)) - pending.num_unknown)
-        else:
-            count = 0 if pending.groups else rollout.prompts_per_round
-        return min(count, rollout.prompts_per_round * rollout.max_rounds - pending.num_added)
+        if pending.groups and not is_streaming:
+            return 0
+        lacking = buffer.capacity - len(buffer.kept) - pending.num_mixed
+        count = max(0, num_to_request(lacking, self._estimate_mixed(buffer)) - pending.num_unknown)
+        left = rollout.prompts_per_round * rollout.max_rounds - pending.num_added
+        return min(count, left if is_streaming else min(left, rollout.prompts_per_round))
 
     def _renewed(self, group: Group, step: int) -> Group:
         """Return the carried group, without samples if it is unfinished or too old. It keeps its seeds."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,6 +115,38 @@ def test_draws_follow_the_models_distribution(engine: EmbeddedEngine) -> None:
         assert (drawn[cut == 0] == 0).all()
 
 
+def test_a_layer_that_sees_a_window_and_one_that_sees_all_generate_as_the_model_says(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    config = transformers.Qwen2Config(
+        vocab_size=25,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=5,
+        layer_types=["full_attention", "sliding_attention"],
+        initializer_range=0.2,
+    )
+    model = transformers.Qwen2ForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    engine = EmbeddedEngine(tmp_path, torch.float32, torch.device("cpu"), max_concurrent=6)
+    engine.load_weights(model.state_dict().items(), version=7)
+    assert_logprobs_are_those_of(model, generate(engine, requests(3, Sampling(1.0, 12, (EOS,)))).values())
+
+
+def assert_logprobs_are_those_of(model: Any, samples: Iterable[Sample]) -> None:
+    """Samples of `requests(3, …)`, against one forward pass over each whole sequence."""
+    for sample, request in zip(samples, requests(3, Sampling(1.0, 12, (EOS,))), strict=True):
+        prompt = request.prompt.tokens
+        tokens = torch.from_numpy(np.concatenate([prompt, sample.tokens])).long()[None]
+        with torch.no_grad():
+            logprobs = model(tokens).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        expected = logprobs.gather(-1, torch.from_numpy(sample.tokens).long()[:, None])[:, 0]
+        np.testing.assert_allclose(sample.behavior_logprobs, expected.numpy(), atol=2e-5)
+
+
 def test_a_mixture_of_experts_takes_weights_as_its_files_have_them_and_generates_with_them(
     tmp_path: Path,
 ) -> None:
@@ -139,14 +172,7 @@ def test_a_mixture_of_experts_takes_weights_as_its_files_have_them_and_generates
     engine.load_weights(weights.items(), version=7)
     for name, parameter in model.named_parameters():
         assert torch.equal(engine.model.get_parameter(name), parameter), name
-    wanted = requests(3, Sampling(1.0, 12, (EOS,)))
-    for sample, request in zip(generate(engine, wanted).values(), wanted, strict=True):
-        prompt = request.prompt.tokens
-        tokens = torch.from_numpy(np.concatenate([prompt, sample.tokens])).long()[None]
-        with torch.no_grad():
-            logprobs = model(tokens).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        expected = logprobs.gather(-1, torch.from_numpy(sample.tokens).long()[:, None])[:, 0]
-        np.testing.assert_allclose(sample.behavior_logprobs, expected.numpy(), atol=2e-5)
+    assert_logprobs_are_those_of(model, generate(engine, requests(3, Sampling(1.0, 12, (EOS,)))).values())
     weights.pop("model.layers.0.mlp.experts.2.down_proj.weight")
     with pytest.raises(ConfigError, match=r"1 tensors are missing, first .*experts\.2\.down_proj"):
         engine.load_weights(weights.items(), version=8)
