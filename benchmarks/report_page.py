@@ -118,9 +118,10 @@ def write_run(
                 sample = make_sample(rng, corpus, tokenizer, group.id, index, length, index < num_correct)
                 group.samples.append(sample)
             buffer.offer(group)
-        dump.write(dump.path_of(rollouts, step), buffer, 1.0)
         traces = [trace(rng, sample) for group in buffer.kept for sample in group.samples]
-        dump.write_traces(dump.traces_path_of(rollouts, step), traces)
+        with dump.Writer() as writer:
+            writer.write(dump.path_of(rollouts, step), buffer, 1.0)
+            writer.write_traces(dump.traces_path_of(rollouts, step), traces)
 
 
 def make_sample(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from dapo.mesh import Mesh
 from dapo.policy.megatron import Policy
 from dapo.rollout import dump, evaluate
 from dapo.rollout.rollouts import Rollouts
-from dapo.types import Prompt, StorageError, WeightsLost
+from dapo.types import Prompt, WeightsLost
 
 R = TypeVar("R")
 RETRIES = 3  # of one step's sampling: servers that die more often than that are not restarted into health
@@ -73,17 +72,12 @@ class Sampler:
         return batch
 
     def write_traces(self, step: int, traces: list[Trace]) -> None:
-        """Write beside the step's dump what the updates saw of its tokens, if anything is dumped.
-
-        If that fails a warning says so: the step is over, and the next dump stops the run in good order.
-        """
+        """Write beside the step's dump what the updates saw of its tokens, if anything is dumped."""
         if self.config.rollout.dump_share:
             gathered = [trace for rank_traces in self.mesh.gather(traces) for trace in rank_traces]
-            path = dump.traces_path_of(self.config.run.dir / "rollouts", step)
-            try:
-                dump.write_traces(path, merged(gathered))
-            except StorageError as error:
-                print(f"warning: {error}", file=sys.stderr, flush=True)
+            if self.main:
+                path = dump.traces_path_of(self.config.run.dir / "rollouts", step)
+                self.main.dumps.write_traces(path, merged(gathered))
 
     def save(self, directory: Path) -> None:
         """Write what the next step depends on into `directory`. Main rank only."""

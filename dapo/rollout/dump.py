@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from dapo import files
 from dapo.config import ConfigError
 from dapo.learn.traces import Trace, chosen
 from dapo.rollout.buffer import Buffer
-from dapo.types import Group, Prompt, Sample, token_fields
+from dapo.types import Group, Prompt, Sample, StorageError, token_fields
 
 Rows = list[dict[str, Any]]
 KINDS = ("kept", "all_correct", "all_wrong", "surplus")
@@ -50,16 +53,62 @@ def traces_path_of(directory: Path, step: int) -> Path:
     return path_of(directory, step).with_suffix(TRACES)
 
 
-def write(path: Path, buffer: Buffer, fraction: float) -> None:
-    """Write a `fraction` of each kind's groups, a row a sample. The file appears whole or not at all.
+class Writer:
+    """Writes dumps in a thread, beside the step. A call waits for the one before, and raises what it met."""
 
-    Raises:
-        StorageError: it cannot be written.
-    """
-    with files.writing(path):
-        path.with_suffix(TRACES).unlink(missing_ok=True)  # of an earlier attempt at this step
-    groups = [(kind, group) for kind in KINDS for group in chosen(getattr(buffer, kind), fraction)]
-    _write(path, _rows(groups), COLUMNS)
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "dump")
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def write(self, path: Path, buffer: Buffer, fraction: float) -> None:
+        """Write a `fraction` of each kind's groups, a row a sample. The file appears whole or not at all.
+
+        Raises:
+            StorageError: it cannot be written, or the file before could not.
+        """
+        self.wait()
+        with files.writing(path):
+            path.with_suffix(TRACES).unlink(missing_ok=True)  # of an earlier attempt at this step
+        groups = [(kind, group) for kind in KINDS for group in chosen(getattr(buffer, kind), fraction)]
+        self._begin(path, _table_of(groups))
+
+    def write_traces(self, path: Path, traces: Iterable[Trace]) -> None:
+        """Write a row a sample, by (group, index) as in the step's dump, whole or not at all.
+
+        If that fails a warning says so: the step is over, and the next dump stops the run in good order.
+        """
+        self.wait()
+        self._begin(path, _traces_table(traces), _warned)
+
+    def wait(self) -> None:
+        """Wait until all is written. Raise StorageError if it was not."""
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
+
+    def close(self) -> None:
+        """Wait, and end the thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def _begin(self, path: Path, table: Any, write: Callable[[Path, Any], None] | None = None) -> None:
+        if len(table):
+            self._writing = self._thread.submit(write or _write, path, table)
+
+
+def _warned(path: Path, table: Any) -> None:
+    try:
+        _write(path, table)
+    except StorageError as error:
+        print(f"warning: {error}", file=sys.stderr, flush=True)
 
 
 def read(path: Path, capacity: int) -> Buffer:
@@ -77,19 +126,14 @@ def read(path: Path, capacity: int) -> Buffer:
 
 
 def write_groups(path: Path, groups: Sequence[Group]) -> None:
-    """Write the groups that have samples, a row a sample; no file if none has."""
-    _write(path, _rows([("carried", group) for group in groups]), COLUMNS)
+    """Write the groups that have samples, a row a sample; no file if none has. Raise StorageError."""
+    if len(table := _table_of([("carried", group) for group in groups])):
+        _write(path, table)
 
 
 def read_groups(path: Path) -> list[Group]:
     """Return the groups that `write_groups` was given, those with samples."""
     return [group for _, group in _groups(path)] if path.exists() else []
-
-
-def write_traces(path: Path, traces: Iterable[Trace]) -> None:
-    """Write a row a sample, by (group, index) as in the step's dump. It appears whole or not at all."""
-    ordered = sorted(traces, key=lambda trace: (trace.group, trace.index))
-    _write(path, [asdict(trace) for trace in ordered], TRACE_COLUMNS)
 
 
 def read_rows(path: Path, columns: Mapping[str, str], groups: Sequence[int] | None = None) -> Rows:
@@ -98,6 +142,12 @@ def read_rows(path: Path, columns: Mapping[str, str], groups: Sequence[int] | No
     Raises:
         ConfigError: the file is damaged, or was not written here.
     """
+    rows: Rows = _read(path, columns, groups).to_pylist()
+    return rows
+
+
+def _read(path: Path, columns: Mapping[str, str], groups: Sequence[int] | None = None) -> Any:
+    """Return an Arrow table. Raise ConfigError as `read_rows` does."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -108,26 +158,82 @@ def read_rows(path: Path, columns: Mapping[str, str], groups: Sequence[int] | No
             raise pa.ArrowInvalid(
                 f"columns {', '.join(table.column_names) or 'other than'} in place of {', '.join(columns)}"
             )
-        rows: Rows = table.to_pylist()
+        if any(kind == "string" for kind in columns.values()):
+            table.validate(full=True)  # text is UTF-8
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         said = " ".join(str(error).split())
         raise ConfigError(f"{path} is damaged, or no dump of rollouts: {said}") from None
-    return rows
+    return table
 
 
 def _groups(path: Path) -> list[tuple[str, Group]]:
-    """Return (kind, group) in the order in which they were written."""
+    """Return (kind, group) in the order in which they were written. Arrays are views of the columns."""
+    table = _read(path, COLUMNS)
+    values = {name: _values(table[name], kind) for name, kind in COLUMNS.items()}
+    values["versions"] = [tuple(map(tuple, versions)) for versions in values["versions"]]
     groups: dict[int, tuple[str, Group]] = {}
-    for row in read_rows(path, COLUMNS):
-        if row["group"] not in groups:
-            prompt = Prompt(row["prompt_index"], np.array(row["prompt_tokens"], np.int32), row["answer"])
-            groups[row["group"]] = row["kind"], Group(row["group"], prompt)
-        groups[row["group"]][1].samples.append(_sample(row))
+    for i, id in enumerate(values["group"]):
+        if id not in groups:
+            prompt = Prompt(*(values[name][i] for name in PROMPT))
+            groups[id] = values["kind"][i], Group(id, prompt)
+        groups[id][1].samples.append(Sample(**{name: values[name][i] for name in columns_of(Sample)}))
     return list(groups.values())
 
 
-def _rows(groups: Iterable[tuple[str, Group]]) -> Rows:
-    return [_row(kind, group, sample) for kind, group in groups for sample in group.samples]
+def _table_of(groups: Iterable[tuple[str, Group]]) -> Any:
+    rows = [(kind, group, sample) for kind, group in groups for sample in group.samples]
+    prompts = [group.prompt for _, group, _ in rows]
+    values: dict[str, list[Any]] = {
+        "kind": [kind for kind, _, _ in rows],
+        "prompt_index": [prompt.index for prompt in prompts],
+        "prompt_tokens": [prompt.tokens for prompt in prompts],
+        "answer": [prompt.answer for prompt in prompts],
+    }
+    values |= {name: [getattr(sample, name) for _, _, sample in rows] for name in columns_of(Sample)}
+    return _table(values | {"group": [group.id for _, group, _ in rows]}, COLUMNS)
+
+
+def _traces_table(traces: Iterable[Trace]) -> Any:
+    ordered = sorted(traces, key=lambda trace: (trace.group, trace.index))
+    return _table(
+        {name: [getattr(trace, name) for trace in ordered] for name in TRACE_COLUMNS}, TRACE_COLUMNS
+    )
+
+
+def _table(values: Mapping[str, list[Any]], columns: Mapping[str, str]) -> Any:
+    """Return an Arrow table. A row's list of numbers is an array, and all of a column's become one."""
+    import pyarrow as pa
+
+    schema = _schema(columns)
+    arrays = [
+        _list_array(values[name], schema.field(name).type)
+        if _is_list(kind)
+        else pa.array(values[name], schema.field(name).type)
+        for name, kind in columns.items()
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def _is_list(kind: str) -> bool:
+    return kind.startswith("[") and not kind.startswith("[[")
+
+
+def _list_array(rows: list[np.ndarray], kind: Any) -> Any:
+    import pyarrow as pa
+
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    whole = np.concatenate(rows) if rows else np.zeros(0)
+    return pa.ListArray.from_arrays(offsets, pa.array(whole, kind.value_type), type=kind)
+
+
+def _values(column: Any, kind: str) -> list[Any]:
+    """Return a column's values, the rows of lists as arrays over one memory."""
+    if not _is_list(kind):
+        values: list[Any] = column.to_pylist()
+        return values
+    whole = column.combine_chunks()
+    numbers, offsets = whole.values.to_numpy(zero_copy_only=False), whole.offsets.to_pylist()
+    return [numbers[start:end] for start, end in pairwise(offsets)]
 
 
 def _schema(columns: Mapping[str, str]) -> Any:
@@ -139,14 +245,11 @@ def _schema(columns: Mapping[str, str]) -> Any:
     return pa.schema([(name, kind_of(kind)) for name, kind in columns.items()])
 
 
-def _write(path: Path, rows: Rows, columns: Mapping[str, str]) -> None:
-    import pyarrow as pa
+def _write(path: Path, table: Any) -> None:
+    """Write a table. Raise StorageError."""
     import pyarrow.parquet as pq
 
-    if not rows:
-        return
     partial = path.with_suffix(".partial")
-    table = pa.Table.from_pylist(rows, schema=_schema(columns))
     with files.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -155,17 +258,3 @@ def _write(path: Path, rows: Rows, columns: Mapping[str, str]) -> None:
         except OSError:
             partial.unlink(missing_ok=True)
             raise
-
-
-def _row(kind: str, group: Group, sample: Sample) -> dict[str, Any]:
-    row = {name: getattr(sample, name) for name in columns_of(Sample)}
-    prompt = group.prompt
-    about = {"prompt_index": prompt.index, "prompt_tokens": prompt.tokens, "answer": prompt.answer}
-    return row | {"kind": kind, "group": group.id} | about
-
-
-def _sample(row: dict[str, Any]) -> Sample:
-    values = {name: row[name] for name in columns_of(Sample)}
-    values |= {name: np.array(row[name], dtype) for name, dtype in token_fields(Sample).items()}
-    values["versions"] = tuple((version, start, end) for version, start, end in row["versions"])
-    return Sample(**values)

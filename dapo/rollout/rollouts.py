@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +56,7 @@ class Rollouts:
         # estimate of the fraction of groups that are mixed; before any group: as configured
         self.mixed_fraction = min(1.0, rollout.prompts_per_step / rollout.prompts_per_round)
         self._samplers: list[GroupSampler] = []  # in use
+        self.dumps = dump.Writer()
 
     @timed("sync")
     def prepare_weights(self, version: int) -> None:
@@ -86,7 +87,7 @@ class Rollouts:
         set_advantages(buffer.kept)
         fraction = 1.0 if rollout.only else rollout.dump_share
         try:
-            dump.write(dump.path_of(self.config.run.dir / "rollouts", step), buffer, fraction)
+            self.dumps.write(dump.path_of(self.config.run.dir / "rollouts", step), buffer, fraction)
         except StorageError:
             self.prompts.put_back(group.prompt for group in buffer.decided if not replayed)
             raise
@@ -154,7 +155,12 @@ class Rollouts:
         return "; ".join([*(str(sampler.pending) for sampler in list(self._samplers)), self.engine.waiting()])
 
     def save(self, directory: Path) -> None:
-        """Write everything that the next step depends on into `directory`."""
+        """Write everything that the next step depends on into `directory`, once the dumps are written.
+
+        Raises:
+            StorageError: one of them could not be, or this cannot.
+        """
+        self.dumps.wait()
         (directory / "rollouts.json").write_text(json.dumps(self.state_dict()))
         dump.write_groups(directory / "carried.parquet", self.carried)
 
@@ -186,11 +192,11 @@ class Rollouts:
         self.carried = [Group(id, self.prompts.prompts[index]) for id, index in state["carried"]]
 
     def close(self) -> None:
-        """Stop the engine and the reward's processes."""
-        try:
-            self.engine.close()
-        finally:
-            self.reward.close()
+        """Stop the engine and the reward's processes; finish the dumps."""
+        with ExitStack() as closing:  # in reverse order, each also if another fails
+            closing.callback(self.dumps.close)
+            closing.callback(self.reward.close)
+            closing.callback(self.engine.close)
 
     @contextmanager
     def _sampling(

@@ -16,8 +16,7 @@ from dapo.learn.batch import shares
 from dapo.learn.traces import Trace
 from dapo.rollout import dump
 from dapo.sampler import RETRIES, Sampler, with_retries
-from dapo.types import EngineError, StorageError, WeightsLost
-from tests.conftest import make_config
+from dapo.types import EngineError, WeightsLost
 
 CONFIG = Path(__file__).parents[2] / "examples/arithmetic/config.yaml"
 
@@ -101,20 +100,6 @@ def test_an_evaluation_that_loses_its_servers_sends_its_model_again(monkeypatch:
     assert calls == ["load a, 0", "sample", "load a, 0", "sample"]
 
 
-def test_traces_that_cannot_be_written_are_named_and_the_step_is_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def full(path: Path, traces: list[Trace]) -> None:
-        raise StorageError(f"{path.name} cannot be written, 0.0 GiB free there")
-
-    monkeypatch.setattr(dump, "write_traces", full)
-    mesh = SimpleNamespace(gather=lambda value: [value])
-    sampler = Sampler(make_config(tmp_path, "rollout.dump_share=1.0"), mesh, None, {})  # type: ignore[arg-type]
-    sampler.write_traces(3, [])
-    said = "warning: step-000003.traces.parquet cannot be written, 0.0 GiB free there\n"
-    assert capsys.readouterr().err == said
-
-
 class OneRank:
     """The mesh of a rank that is alone; `is_main` says whether it samples."""
 
@@ -148,6 +133,7 @@ class Main:
         self.losses = list(losses)
         self.engine = SimpleNamespace(is_colocated=is_colocated)
         self.calls: list[Any] = []
+        self.dumps = dump.Writer()
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
@@ -259,7 +245,9 @@ def test_traces_are_written_beside_the_dump_if_there_is_one(tmp_path: Path) -> N
     make_sampler(tmp_path, Main(), dump_share=0.0)[0].write_traces(4, traces)
     assert list(tmp_path.iterdir()) == []
 
-    make_sampler(tmp_path, Main(), dump_share=0.5)[0].write_traces(4, traces)
+    rollouts = Main()
+    make_sampler(tmp_path, rollouts, dump_share=0.5)[0].write_traces(4, traces)
+    rollouts.dumps.close()
     [path] = (tmp_path / "rollouts").iterdir()
     assert path == dump.traces_path_of(tmp_path / "rollouts", 4)
     rows = dump.read_rows(path, dump.TRACE_COLUMNS)

@@ -108,13 +108,15 @@ def test_a_new_field_of_a_trace_is_recorded_and_merged(monkeypatch: pytest.Monke
 def test_dumps_are_read_and_written_as_by_earlier_versions(run: Path, tmp_path: Path) -> None:
     """The same columns in the same order, of the same types, with the same values."""
     for path in sorted((run / "rollouts").glob("step-??????.parquet")):
-        dump.write(tmp_path / path.name, dump.read(path, capacity=99), 1.0)
+        with dump.Writer() as writer:
+            writer.write(tmp_path / path.name, dump.read(path, capacity=99), 1.0)
         old, new = pq.read_table(path), pq.read_table(tmp_path / path.name)
         assert new.schema.equals(old.schema, check_metadata=True) and new.equals(old)
         assert len(old)
     for path in sorted((run / "rollouts").glob("*.traces.parquet")):
         rows = dump.read_rows(path, dump.TRACE_COLUMNS)
-        dump.write_traces(tmp_path / path.name, [traces.Trace(**row) for row in rows])
+        with dump.Writer() as writer:
+            writer.write_traces(tmp_path / path.name, [traces.Trace(**row) for row in rows])
         old, new = pq.read_table(path), pq.read_table(tmp_path / path.name)
         assert new.schema.equals(old.schema, check_metadata=True) and new.equals(old) and len(rows)
 

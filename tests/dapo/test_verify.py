@@ -38,7 +38,8 @@ def make(
         )
     buffer = Buffer(1, is_dynamic=True)
     buffer.kept.append(group)
-    dump.write(dump.path_of(directory / "rollouts", STEP), buffer, fraction=1.0)
+    with dump.Writer() as writer:
+        writer.write(dump.path_of(directory / "rollouts", STEP), buffer, fraction=1.0)
     (directory / "metrics.jsonl").write_text(
         json.dumps({"step": STEP, "policy/lr": lr, "policy/loss": loss}) + "\n"
     )

@@ -73,9 +73,10 @@ def make_run(
         buffer = Buffer(8, is_dynamic=True)
         for group in make_groups(step, tokenizer, list(responses)):
             buffer.offer(group)
-        dump.write(dump.path_of(rollouts, step), buffer, fraction=1.0)
         traces = [make_trace(sample) for group in buffer.kept for sample in group.samples]
-        dump.write_traces(dump.traces_path_of(rollouts, step), traces)
+        with dump.Writer() as writer:
+            writer.write(dump.path_of(rollouts, step), buffer, fraction=1.0)
+            writer.write_traces(dump.traces_path_of(rollouts, step), traces)
     return directory
 
 

@@ -90,7 +90,8 @@ def test_a_group_says_of_each_sample_what_the_dump_and_its_traces_say(tmp_path):
 def test_a_step_made_anew_has_lost_the_traces_of_the_attempt_before(tmp_path):
     rollouts = make_run(tmp_path / "run") / "rollouts"
     assert dump.traces_path_of(rollouts, 0).exists()
-    dump.write(dump.path_of(rollouts, 0), dump.read(dump.path_of(rollouts, 0), 8), fraction=1.0)
+    with dump.Writer() as writer:
+        writer.write(dump.path_of(rollouts, 0), dump.read(dump.path_of(rollouts, 0), 8), fraction=1.0)
     assert not dump.traces_path_of(rollouts, 0).exists()
 
 

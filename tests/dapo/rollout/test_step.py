@@ -162,6 +162,7 @@ def test_with_only_every_group_is_dumped_and_nothing_is_learnt(tmp_path):
     engine = ScriptedEngine(by_place("11", "10", "00", "01"))
     rollouts = make_rollouts(tmp_path, engine, "rollout.only=true", "rollout.prompts_per_round=12")
     [batch] = next_batches(rollouts, 3)
+    rollouts.dumps.close()
     assert batch.minibatches == [] and batch.metrics["groups/kept"] == 4
     rows = pq.read_table(dump.path_of(tmp_path / "run" / "rollouts", 3)).to_pylist()
     assert len(rows) == 2 * batch.metrics["groups/asked"] == 24
@@ -195,7 +196,9 @@ def test_the_engine_releases_its_memory_once_a_step_when_all_samples_are_in(tmp_
             self.done.append("released")
 
     if replayed:
-        make_rollouts(tmp_path, ScriptedEngine(lambda prompt: "10"), "rollout.dump_share=1.0").next_batch(0)
+        before = make_rollouts(tmp_path, ScriptedEngine(lambda prompt: "10"), "rollout.dump_share=1.0")
+        before.next_batch(0)
+        before.dumps.close()
     engine = Watched(lambda prompt: "10")
     engine.done = []
     options = [f"rollout.replay={tmp_path / 'run' / 'rollouts'}"] if replayed else []
