@@ -217,10 +217,10 @@ def run(form: str, num_servers: int, seed: int, directory: str) -> dict[str, flo
         "reward.workers=0",
         "reward.soft_overlong_punishment=false",
     ]
-    config = configs.load(
-        path,
-        [*options, *reward, f"engine.max_concurrent={SLOTS}", f"engine.servers={num_servers}", *overrides],
-    )
+    servers = [f"engine.max_concurrent={SLOTS}"]
+    if "engine.kind=sglang" in overrides:
+        servers.append(f"engine.servers={num_servers}")
+    config = configs.load(path, [*options, *reward, *servers, *overrides])
     population = Population(seed)
     engine = SimulatedServers(population, num_servers, is_redrawn)
     prompts = PromptStream([Prompt(i, np.array([i, 0], np.int32), "1") for i in range(NUM_PROMPTS)], seed)

@@ -193,10 +193,13 @@ def test_the_python_page_trains_a_step_with_its_own_reward(tmp_path: Path) -> No
     (tmp_path / "my_run.py").write_text(script)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     printed = run_python("my_run.py", cwd=tmp_path)
-    assert re.search(r"^after step 0: \d+% of the samples were correct$", printed, re.MULTILINE)
+    said = re.findall(r"^after step (\d+): \d+% of the samples were correct$", printed, re.MULTILINE)
+    assert said == ["0"]
     [row, *_] = map(json.loads, (tmp_path / "runs/python/metrics.jsonl").read_text().splitlines())
     assert row["step"] == 0 and row["groups/asked"] > 0
     assert (tmp_path / "runs/python/hf/config.json").is_file()
+    found = run_python("-c", "import my_run, sys; print('torch' in sys.modules)", cwd=tmp_path)
+    assert found == "False\n", "a reward's worker imports the page's script"
 
 
 def test_a_closure_is_a_reward_without_workers(tmp_path: Path) -> None:

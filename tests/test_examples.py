@@ -51,31 +51,47 @@ def test_a_launch_script_names_one_number_of_machines(path: Path) -> None:
     assert len(set(told)) <= 1, told
 
 
-def test_a_trainer_apart_is_given_its_servers_urls(tmp_path: Path) -> None:
-    """trainer.sh in a checkout of its own, whose torchrun and curl only say what they were called with."""
-    script = tmp_path / "examples/qwen2.5_7b/trainer.sh"
-    programs = tmp_path / ".venv/bin"  # the script takes these first
+APART = {
+    "PATH": "/usr/bin:/bin",
+    "HEAD": "node0",
+    "NODES": "2",
+    "NODE_RANK": "1",
+    "DAPO_ENGINE_KEY": "key",
+    "SERVERS": "node2:30000 node3:30001",
+}
+
+
+def launched(path: Path, folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in a checkout of its own, whose torchrun and curl only say what they were called with."""
+    script, programs = folder / path.relative_to(EXAMPLES.parent), folder / ".venv/bin"
     script.parent.mkdir(parents=True)
-    programs.mkdir(parents=True)
-    shutil.copy(EXAMPLES / "qwen2.5_7b/trainer.sh", script)
+    programs.mkdir(parents=True)  # the script takes these first
+    shutil.copy(path, script)
     shutil.copy(EXAMPLES / "environment.sh", script.parents[1])
     for name, body in {"torchrun": 'printf "%s\\n" "$@"', "curl": "true"}.items():
         (programs / name).write_text(f"#!/bin/sh\n{body}\n")
         (programs / name).chmod(0o755)
-    env = {
-        "PATH": "/usr/bin:/bin",
-        "HEAD": "node0",
-        "NODES": "2",
-        "NODE_RANK": "1",
-        "DAPO_ENGINE_KEY": "key",
-    }
-    env["SERVERS"] = "node2:30000 node3:30001"
-    told = subprocess.run(
-        [script, "optim.lr=2e-6"], env=env, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    path, *overrides = told[told.index("train") + 1 :]
+    command = ["bash", script, "optim.lr=2e-6"]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("own", [None, "my.yaml"])
+@pytest.mark.parametrize("path", TRAINERS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_a_trainers_script_takes_the_clones_programs_and_another_config(
+    path: Path, own: str | None, tmp_path: Path
+) -> None:
+    done = launched(path, tmp_path, **APART, **({"CONFIG": own} if own else {}))
+    trained, *overrides = done.stdout.partition("\ntrain\n")[2].splitlines()
+    assert trained == (own or f"examples/{path.parent.name}/config.yaml"), done.stderr
+    assert overrides[-1] == "optim.lr=2e-6"
+
+
+def test_a_trainer_apart_is_given_its_servers_urls(tmp_path: Path) -> None:
+    script = EXAMPLES / "qwen2.5_7b/trainer.sh"
+    given = launched(script, tmp_path / "given", **APART).stdout.splitlines()
+    path, *overrides = given[given.index("train") + 1 :]
     loaded = config.load(EXAMPLES.parent / path, overrides)
     assert loaded.engine.urls == ["http://node2:30000", "http://node3:30001"] and loaded.optim.lr == 2e-6
-    assert told[told.index("--node-rank") + 1] == "1"
-    del env["SERVERS"]
-    assert "SERVERS" in subprocess.run([script], env=env, capture_output=True, text=True).stderr
+    assert given[given.index("--node-rank") + 1] == "1"
+    without = {name: value for name, value in APART.items() if name != "SERVERS"}
+    assert "SERVERS" in launched(script, tmp_path / "without", **without).stderr

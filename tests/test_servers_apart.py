@@ -5,6 +5,7 @@ slurm.sbatch with one for SLURM.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -68,7 +69,12 @@ def server_at(script: subprocess.Popen, port: int) -> psutil.Process | None:
 
 
 def test_a_server_that_dies_takes_no_other_along_and_comes_back(tmp_path: Path) -> None:
-    write_command(tmp_path, "python", f'exec {sys.executable} "$@"')
+    copy, programs = tmp_path / "examples/qwen2.5_7b/server.sh", tmp_path / ".venv/bin"
+    copy.parent.mkdir(parents=True)
+    programs.mkdir(parents=True)
+    shutil.copy(SCRIPTS / "server.sh", copy)
+    write_command(programs, "python", f'exec {sys.executable} "$@"')
+    write_command(tmp_path, "python", "exit 9")  # of PATH: the clone's comes first
     (tmp_path / "model").mkdir()
     port = two_free_ports()
     env = os.environ | {
@@ -83,7 +89,7 @@ def test_a_server_that_dies_takes_no_other_along_and_comes_back(tmp_path: Path) 
         "TP": "2",
         "FIRST_PORT": str(port),
     }
-    command = [str(SCRIPTS / "server.sh"), "--mem-fraction-static", "0.85"]
+    command = [str(copy), "--mem-fraction-static", "0.85"]
     with open(tmp_path / "stderr", "w") as stderr:
         script = subprocess.Popen(command, env=env, stdout=stderr, stderr=stderr, start_new_session=True)
     try:

@@ -105,6 +105,11 @@ class Config(Section):
                     f"{without_user}: a URL is saved with the run, so it may hold no user, password or "
                     "query; a key for the server is in the environment: DAPO_REWARD_KEY or DAPO_ENGINE_KEY"
                 )
+        for option, value in self.engine.without_servers.items():
+            raise ConfigError(
+                f"engine.{option}={plain_yaml.shown(value)} is for servers, and "
+                f"engine.kind={self.engine.kind} has none: set engine.kind=sglang, or leave it out"
+            )
         if reward.answer_format != "answer_line" and DEFAULT_FUNCTION not in reward.weights:
             raise ConfigError(
                 f"reward.answer_format={reward.answer_format} is for {DEFAULT_FUNCTION}, which is not in "

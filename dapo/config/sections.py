@@ -19,6 +19,7 @@ Count = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(gt=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
+UpToOne = Annotated[float, Field(ge=0, le=1)]
 AboveZero = Annotated[float, Field(gt=0)]
 AtLeastTwo = Annotated[int, Field(ge=2, lt=2**31)]
 
@@ -167,7 +168,7 @@ class Rollout(Section):
     """Of sampling, and of the log-probs in the loss."""
     max_response_length: Positive = option(20480, "other tasks, other lengths", both=20480)
     """L_max of Eq. 13, tokens: a longer response is cut off."""
-    dump_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    dump_share: UpToOne = 0.0
     """Share of each step's groups that is kept in run.dir/rollouts as parquet."""
     only: bool = False
     """Write every step's batch and learn nothing."""
@@ -228,7 +229,7 @@ class Objective(Section):
     )  # fmt: skip
     """What each token's loss is divided by: the tokens of the minibatch, of its group (then a mean of
     groups), or of its sample (then a mean of samples, as GRPO)."""
-    clip_low: NonNegative = option(0.2, "a narrower or wider trust region downwards", both=0.2)
+    clip_low: UpToOne = option(0.2, "a narrower or wider trust region downwards", both=0.2)
     """ε_low: a ratio below 1 − clip_low has no gradient where the advantage is negative."""
     clip_high: NonNegative = option(
         0.28, "Clip-Higher: room for unlikely tokens keeps the entropy up", both=0.28
@@ -385,6 +386,13 @@ class Engine(Section):
     def limits(self) -> Limits:
         """Times without progress after which a run acts."""
         return Limits(self.stall_seconds)
+
+    @property
+    def without_servers(self) -> dict[str, Any]:
+        """Options that are set, by name, and are for servers, where there are none; values as in JSON."""
+        own = ("urls", "servers", "python", "sglang", "weight_sync", "bucket_mib", "verify_weights")
+        values = {} if self.kind == "sglang" else self.model_dump(mode="json", exclude_defaults=True)
+        return {name: values[name] for name in own if name in values}
 
     @property
     def is_streaming(self) -> bool:

@@ -18,6 +18,7 @@ leave() {
 }
 trap leave EXIT
 trap 'exit 143' TERM INT
+PATH="$(cd "$(dirname "$0")/../.." && pwd)/.venv/bin:$PATH"
 (umask 077 && printf 'api-key: "%s"\n' "$DAPO_ENGINE_KEY" >"$folder/server.yaml") # a command line can be read by everyone on the node
 
 serve() { # GPUS PORT [arguments of SGLang]

@@ -2,6 +2,7 @@
 # On every trainer node, with servers elsewhere: the nodes meet at HEAD, rank 0 runs there, and the servers are waited for.
 #   HEAD=node0 NODES=2 NODE_RANK=0 SERVERS="node2:30000 node2:30001 …" DAPO_ENGINE_KEY=… trainer.sh [section.key=value …]
 # run.dir, the model and the data must be on a file system that all trainer nodes share.
+# CONFIG=my.yaml, from the repository's root, trains another config.
 set -euo pipefail
 : "${HEAD:?the first trainer node}" "${NODES:?how many}" "${NODE_RANK:?which of them this is, from 0}" "${SERVERS:?host:port …}"
 : "${DAPO_ENGINE_KEY:?what the servers and the trainer share}"
@@ -20,4 +21,4 @@ for server in $SERVERS; do
 done
 
 exec torchrun --nnodes "$NODES" --node-rank "$NODE_RANK" --nproc-per-node "${GPUS:-8}" --master-addr "$HEAD" --master-port "${PORT:-29500}" \
-  -m dapo train examples/qwen2.5_7b/config.yaml engine.urls="[$(IFS=, && echo "${urls[*]}")]" engine.sglang={} "$@"
+  -m dapo train "${CONFIG:-examples/qwen2.5_7b/config.yaml}" engine.kind=sglang engine.urls="[$(IFS=, && echo "${urls[*]}")]" engine.sglang={} "$@"

@@ -6,11 +6,12 @@
 #SBATCH --exclusive
 # One torchrun agent a machine, eight ranks each. Under SLURM: sbatch launch.sh [section.key=value …]. Without it, on every machine:
 #   NODES=2 HEAD=first-machine bash launch.sh [section.key=value …]
-# From the root of the repository. The same command goes on where the run stopped. dapo and its environment are the ones on PATH.
+# From the root of the repository. The same command goes on where the run stopped. CONFIG=my.yaml trains another config.
 set -euo pipefail
 CONFIG=${CONFIG:-examples/qwen3_30b_a3b/config.yaml}
 NODES=${NODES:-$SLURM_NNODES}
 HEAD=${HEAD:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+PATH="$PWD/.venv/bin:$PATH"
 source examples/environment.sh
 
 command=(torchrun --nnodes "$NODES" --nproc-per-node "${GPUS:-8}" --rdzv-backend c10d --rdzv-endpoint "$HEAD:${PORT:-29500}"

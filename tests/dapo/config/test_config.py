@@ -3,7 +3,7 @@ from itertools import pairwise
 import pytest
 import yaml
 
-from dapo.config import ConfigError, Parallel, load
+from dapo.config import ConfigError, Engine, Parallel, load, plain_yaml
 from dapo.reward import soft_overlong_penalty
 from dapo.rollout import group_advantages
 from dapo.rollout.pending import sample_seed
@@ -236,7 +236,7 @@ def test_a_key_given_twice_in_an_override_is_refused(tmp_path):
 
 
 def test_merged_keys_may_be_set_again(tmp_path):
-    text = REQUIRED + "engine: {sglang: {<<: &a {x: 1, y: 2}, x: 3}}\n"
+    text = REQUIRED + "engine: {kind: sglang, sglang: {<<: &a {x: 1, y: 2}, x: 3}}\n"
     assert load_text(tmp_path, text).engine.sglang == {"x": 3, "y": 2}
 
 
@@ -259,6 +259,7 @@ def test_only_our_own_loader_reads_exponents_as_numbers():
         ("rollout.temperature=0", ["rollout.temperature=0"]),
         ("eval.top_p=1.1", ["eval.top_p=1.1"]),
         ("objective.dual_clip=1.0", ["objective.dual_clip=1.0"]),
+        ("objective.clip_low=1.5", ["objective.clip_low=1.5", "less than or equal to 1"]),
         ("objective.normaliser=mean", ["objective.normaliser='mean'", "group_token_mean"]),
         ("run.dir=null", ["run.dir=None"]),
         ("rollout=8", ["rollout=8"]),
@@ -347,6 +348,35 @@ def test_contradicting_options_are_refused_with_their_values(tmp_path, overrides
     assert all(word in str(error.value) for word in words), error.value
 
 
+OF_SERVERS = {
+    "urls": ["http://a:1"],
+    "servers": 2,
+    "python": "/opt/bin/python",
+    "sglang": {"tp-size": 2},
+    "weight_sync": "disk",
+    "bucket_mib": 64,
+    "verify_weights": True,
+}
+
+
+@pytest.mark.parametrize("option", OF_SERVERS)
+def test_an_option_of_servers_is_refused_without_servers(tmp_path, option):
+    value = OF_SERVERS[option]
+    override = f"engine.{option}={plain_yaml.inline(value)}"
+    with pytest.raises(ConfigError) as error:
+        load_text(tmp_path, REQUIRED, override)
+    assert str(error.value) == (
+        f"engine.{option}={value!r} is for servers, and engine.kind=embedded has none: "
+        "set engine.kind=sglang, or leave it out"
+    )
+    load_text(tmp_path, REQUIRED, override, "engine.kind=sglang")
+
+
+def test_the_options_of_servers_at_their_defaults_are_taken_without_servers(tmp_path):
+    values = {name: field.default for name, field in Engine.model_fields.items() if name in OF_SERVERS}
+    assert load_text(tmp_path, REQUIRED, f"engine={plain_yaml.inline(values)}").engine == Engine()
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -433,7 +463,8 @@ def test_no_error_of_a_config_shows_the_secret_of_a_url(tmp_path, url, override)
 
 
 def test_urls_without_a_secret_are_kept_as_they_are(tmp_path):
-    config = make_config(tmp_path, "reward.function=http://host:1/score", "engine.urls=['https://[::1]:2/']")
+    servers = ["engine.kind=sglang", "engine.urls=['https://[::1]:2/']"]
+    config = make_config(tmp_path, "reward.function=http://host:1/score", *servers)
     assert (config.reward.function, config.engine.urls) == ("http://host:1/score", ["https://[::1]:2/"])
 
 
