@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
 from itertools import pairwise
@@ -19,6 +19,8 @@ from dapo.rollout.buffer import Buffer
 from dapo.types import Group, Prompt, Sample, StorageError, token_fields
 
 Rows = list[dict[str, Any]]
+Columns = Mapping[str, str]  # name → type
+Values = dict[str, list[Any]]  # of columns, by name
 KINDS = ("kept", "all_correct", "all_wrong", "surplus")
 TRACES = ".traces.parquet"
 TYPES = {  # a field's annotation → its column; [x]: a list of x
@@ -76,7 +78,7 @@ class Writer:
         with files.writing(path):
             path.with_suffix(TRACES).unlink(missing_ok=True)  # of an earlier attempt at this step
         groups = [(kind, group) for kind in KINDS for group in chosen(getattr(buffer, kind), fraction)]
-        self._begin(path, _table_of(groups))
+        self._begin(path, _values_of(groups), COLUMNS)
 
     def write_traces(self, path: Path, traces: Iterable[Trace]) -> None:
         """Write a row a sample, by (group, index) as in the step's dump, whole or not at all.
@@ -84,7 +86,9 @@ class Writer:
         If that fails a warning says so: the step is over, and the next dump stops the run in good order.
         """
         self.wait()
-        self._begin(path, _traces_table(traces), _warned)
+        ordered = sorted(traces, key=lambda trace: (trace.group, trace.index))
+        values = {name: [getattr(trace, name) for trace in ordered] for name in TRACE_COLUMNS}
+        self._begin(path, values, TRACE_COLUMNS, is_needed=False)
 
     def wait(self) -> None:
         """Wait until all is written. Raise StorageError if it was not."""
@@ -99,16 +103,18 @@ class Writer:
         finally:
             self._thread.shutdown()
 
-    def _begin(self, path: Path, table: Any, write: Callable[[Path, Any], None] | None = None) -> None:
-        if len(table):
-            self._writing = self._thread.submit(write or _write, path, table)
+    def _begin(self, path: Path, values: Values, columns: Columns, is_needed: bool = True) -> None:
+        """Begin to write. The values are the dump's own, the arrays among them do not change any more."""
 
+        def write() -> None:
+            try:
+                _write(path, values, columns)
+            except StorageError as error:
+                if is_needed:
+                    raise
+                print(f"warning: {error}", file=sys.stderr, flush=True)
 
-def _warned(path: Path, table: Any) -> None:
-    try:
-        _write(path, table)
-    except StorageError as error:
-        print(f"warning: {error}", file=sys.stderr, flush=True)
+        self._writing = self._thread.submit(write)
 
 
 def read(path: Path, capacity: int) -> Buffer:
@@ -127,8 +133,7 @@ def read(path: Path, capacity: int) -> Buffer:
 
 def write_groups(path: Path, groups: Sequence[Group]) -> None:
     """Write the groups that have samples, a row a sample; no file if none has. Raise StorageError."""
-    if len(table := _table_of([("carried", group) for group in groups])):
-        _write(path, table)
+    _write(path, _values_of([("carried", group) for group in groups]), COLUMNS)
 
 
 def read_groups(path: Path) -> list[Group]:
@@ -136,7 +141,7 @@ def read_groups(path: Path) -> list[Group]:
     return [group for _, group in _groups(path)] if path.exists() else []
 
 
-def read_rows(path: Path, columns: Mapping[str, str], groups: Sequence[int] | None = None) -> Rows:
+def read_rows(path: Path, columns: Columns, groups: Sequence[int] | None = None) -> Rows:
     """Return the rows, only those of `groups` if given, with `columns` of COLUMNS or TRACE_COLUMNS.
 
     Raises:
@@ -146,7 +151,7 @@ def read_rows(path: Path, columns: Mapping[str, str], groups: Sequence[int] | No
     return rows
 
 
-def _read(path: Path, columns: Mapping[str, str], groups: Sequence[int] | None = None) -> Any:
+def _read(path: Path, columns: Columns, groups: Sequence[int] | None = None) -> Any:
     """Return an Arrow table. Raise ConfigError as `read_rows` does."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -180,27 +185,20 @@ def _groups(path: Path) -> list[tuple[str, Group]]:
     return list(groups.values())
 
 
-def _table_of(groups: Iterable[tuple[str, Group]]) -> Any:
+def _values_of(groups: Iterable[tuple[str, Group]]) -> Values:
     rows = [(kind, group, sample) for kind, group in groups for sample in group.samples]
     prompts = [group.prompt for _, group, _ in rows]
-    values: dict[str, list[Any]] = {
+    values: Values = {
         "kind": [kind for kind, _, _ in rows],
         "prompt_index": [prompt.index for prompt in prompts],
         "prompt_tokens": [prompt.tokens for prompt in prompts],
         "answer": [prompt.answer for prompt in prompts],
     }
     values |= {name: [getattr(sample, name) for _, _, sample in rows] for name in columns_of(Sample)}
-    return _table(values | {"group": [group.id for _, group, _ in rows]}, COLUMNS)
+    return values | {"group": [group.id for _, group, _ in rows]}
 
 
-def _traces_table(traces: Iterable[Trace]) -> Any:
-    ordered = sorted(traces, key=lambda trace: (trace.group, trace.index))
-    return _table(
-        {name: [getattr(trace, name) for trace in ordered] for name in TRACE_COLUMNS}, TRACE_COLUMNS
-    )
-
-
-def _table(values: Mapping[str, list[Any]], columns: Mapping[str, str]) -> Any:
+def _table(values: Values, columns: Columns) -> Any:
     """Return an Arrow table. A row's list of numbers is an array, and all of a column's become one."""
     import pyarrow as pa
 
@@ -236,7 +234,7 @@ def _values(column: Any, kind: str) -> list[Any]:
     return [numbers[start:end] for start, end in pairwise(offsets)]
 
 
-def _schema(columns: Mapping[str, str]) -> Any:
+def _schema(columns: Columns) -> Any:
     import pyarrow as pa
 
     def kind_of(name: str) -> Any:
@@ -245,11 +243,13 @@ def _schema(columns: Mapping[str, str]) -> Any:
     return pa.schema([(name, kind_of(kind)) for name, kind in columns.items()])
 
 
-def _write(path: Path, table: Any) -> None:
-    """Write a table. Raise StorageError."""
+def _write(path: Path, values: Values, columns: Columns) -> None:
+    """Write a row for each of the values, and no file if there are none. Raise StorageError."""
     import pyarrow.parquet as pq
 
-    partial = path.with_suffix(".partial")
+    if not values["group"]:
+        return
+    table, partial = _table(values, columns), path.with_suffix(".partial")
     with files.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,9 +36,9 @@ def test_the_step_goes_on_while_a_dump_is_written_and_the_next_one_waits(
 ) -> None:
     may_write, write, order = Event(), dump._write, []
 
-    def slow(path: Path, table: object) -> None:
+    def slow(path: Path, *arguments: Any) -> None:
         assert may_write.wait(30)
-        write(path, table)
+        write(path, *arguments)
         order.append(path.name)
 
     monkeypatch.setattr(dump, "_write", slow)

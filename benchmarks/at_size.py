@@ -1,0 +1,253 @@
+"""What a step of the paper's size costs the main rank, without a model: packing, scatter, dump, replay.
+
+512 groups of 16 samples, 71.6 million tokens, for 128 ranks (tensor 8, data 16), and an eighth and a half of
+that: what grows faster than the tokens shows in the exponents.
+
+python benchmarks/at_size.py [fraction …]
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from record import heading, save, table
+
+from dapo import config
+from dapo.config import Parallel
+from dapo.learn.batch import shares, split
+from dapo.learn.packing import largest_differencing, pack, padded
+from dapo.mesh import Mesh
+from dapo.rollout import dump
+from dapo.rollout.buffer import Buffer
+from dapo.types import Group, Prompt, Sample
+
+GROUPS, GROUP_SIZE, PROMPT, LONGEST = 512, 16, 256, 20_480
+TOKENS = 71_600_000  # of the whole step, prompts included
+DATA, TENSOR = 16, 8
+# the main rank's own two ranks of its tree, and one rank of every other share
+RECEIVERS = 2 + DATA - 1
+
+
+def make_groups(fraction: float) -> list[Group]:
+    """Responses of lognormal lengths, as many tokens as this fraction of the step has."""
+    rng = np.random.default_rng(0)
+    count = round(GROUPS * fraction)
+    drawn = rng.lognormal(0, 0.8, count * GROUP_SIZE)
+    low, high = 1.0, 1e6
+    for _ in range(60):  # the scale at which the lengths, cut off, have the wanted sum
+        scale = (low + high) / 2
+        lengths = np.clip(drawn * scale, 1, LONGEST).astype(int)
+        total = lengths.sum() + len(lengths) * PROMPT
+        low, high = (scale, high) if total < TOKENS * fraction else (low, scale)
+    groups = []
+    for g, row in enumerate(lengths.reshape(count, GROUP_SIZE)):
+        prompt = Prompt(g, rng.integers(0, 150_000, PROMPT, dtype=np.int32), "1")
+        samples = [make_sample(rng, g, i, int(n)) for i, n in enumerate(row)]
+        groups.append(Group(g, prompt, samples))
+    return groups
+
+
+def make_sample(rng: np.random.Generator, group: int, index: int, length: int) -> Sample:
+    return Sample(
+        group=group,
+        index=index,
+        tokens=rng.integers(0, 150_000, length, dtype=np.int32),
+        behavior_logprobs=-rng.exponential(0.5, length).astype(np.float32),
+        loss_mask=np.ones(length, bool),
+        versions=((0, 0, length),),
+        finish_reason="stop",
+        is_correct=index % 2 == 0,
+        reward=float(index % 2 == 0),
+        advantage=1.0 - 2 * (index % 2),
+    )
+
+
+def make_config(fraction: float, directory: Path) -> config.Config:
+    path = directory / "run.yaml"
+    path.write_text("run: {dir: r}\ndata: {train: t}\npolicy: {model: m, tokens_per_microbatch: 32768}\n")
+    groups = round(GROUPS * fraction)
+    return config.load(
+        path,
+        [f"rollout.prompts_per_step={groups}", f"optim.prompts_per_minibatch={max(1, groups // 16)}"],
+    )
+
+
+class Measured:
+    """Seconds, CPU seconds of all threads and bytes of memory above the level before, of a block."""
+
+    seconds = cpu = memory = 0.0
+
+
+@contextmanager
+def measured() -> Iterator[Measured]:
+    found, before = Measured(), resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    start, cpu = time.perf_counter(), time.process_time()
+    yield found
+    found.seconds, found.cpu = time.perf_counter() - start, time.process_time() - cpu
+    found.memory = resident("VmHWM") - before
+
+
+def resident(name: str) -> float:
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
+    return float(line.split()[1]) * 1024
+
+
+class Cluster(Mesh):
+    """The main rank's connections in a world of 128: nobody else is there, and nobody passes anything on."""
+
+    def __init__(self) -> None:
+        super().__init__(Parallel(tensor=1))
+        self.data = DATA
+        self.data_rank = self.data_rank_of(self.rank)
+
+    def data_rank_of(self, rank: int) -> int:
+        return max(0, rank - 2)
+
+
+def receive(mesh: Mesh) -> None:
+    """Receive what the main rank sends, until it sends None."""
+    while mesh.scatter(lambda: []) is not None:
+        pass
+
+
+@contextmanager
+def cluster() -> Iterator[Mesh]:
+    """The main rank's mesh, with a process for each rank that it sends to."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    os.environ["WORLD_SIZE"] = str(RECEIVERS + 1)
+    children = []
+    for rank in range(1, RECEIVERS + 1):
+        if (pid := os.fork()) == 0:
+            os.environ["RANK"] = str(rank)
+            receive(Cluster())
+            os._exit(0)
+        children.append(pid)
+    os.environ["RANK"] = "0"
+    mesh = Cluster()
+    try:
+        yield mesh
+        mesh.scatter(lambda: [None] * DATA)
+    finally:
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def packing(groups: list[Group], run: config.Config) -> dict[str, float]:
+    """Bins beyond the fewest that tokens allow, and the heaviest bin's cost above Karmarkar and Karp's."""
+    budget, more, worst = run.policy.tokens_per_microbatch, 0, 0.0
+    with measured() as cost:
+        for minibatch in split(groups, run.optim.prompts_per_minibatch):
+            lengths = [len(g.prompt.tokens) + s.length - 1 for g in minibatch for s in g.samples]
+            bins = pack(lengths, budget, DATA)
+            fewest = padded(max(-(-sum(lengths) // budget), sum(2 * n > budget for n in lengths)), DATA)
+            more += len(bins) - fewest
+            weights = [n + n**2 / 32_768 for n in lengths]
+            heaviest = max(sum(weights[i] for i in b) for b in bins)
+            free = max(sum(weights[i] for i in b) for b in largest_differencing(weights, len(bins)))
+            worst = max(worst, heaviest / free - 1)
+    return {
+        "packing and Karmarkar–Karp once more, s": cost.cpu,
+        "bins too many": more,
+        "heaviest bin above Karmarkar–Karp's, %": 100 * worst,
+    }
+
+
+def scatter(groups: list[Group], run: config.Config, mesh: Mesh) -> dict[str, float]:
+    sent = 0
+    pass_on = mesh._pass_on
+
+    def counted(message: Any, ranks: list[int]) -> Any:
+        nonlocal sent
+        sent += len(ranks) * sum(map(len, message.parts))
+        return pass_on(message, ranks)
+
+    mesh._pass_on = counted  # type: ignore[method-assign]
+    with measured() as cost:
+        share = mesh.scatter(lambda: shares(groups, run, DATA, {}))
+    mesh._pass_on = pass_on  # type: ignore[method-assign]
+    del share
+    return {
+        "plan and scatter, s": cost.seconds,
+        "plan and scatter, CPU s": cost.cpu,
+        "sent, GB": sent / 1e9,
+        "its memory, GB": cost.memory / 1e9,
+    }
+
+
+def dumping(groups: list[Group], directory: Path) -> dict[str, float]:
+    buffer = Buffer(len(groups), is_dynamic=True)
+    for group in groups:
+        buffer.offer(group)
+    path = dump.path_of(directory, 0)
+    with dump.Writer() as writer:
+        with measured() as step:
+            writer.write(path, buffer, 1.0)
+        with measured() as aside:
+            writer.wait()
+    with measured() as replay:
+        again = dump.read(path, len(groups))
+    num_bytes = sum(
+        s.tokens.nbytes + s.behavior_logprobs.nbytes + s.loss_mask.nbytes
+        for g in again.kept
+        for s in g.samples
+    )
+    return {
+        "dump in the step, s": step.seconds,
+        "dump aside, s": aside.seconds,
+        "dump's memory, GB": (step.memory + aside.memory) / 1e9,
+        "replay, s": replay.seconds,
+        "replay's memory, of the samples' bytes": replay.memory / num_bytes,
+    }
+
+
+def measure(fraction: float, mesh: Mesh) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as directory:
+        run, groups = make_config(fraction, Path(directory)), make_groups(fraction)
+        tokens = sum(len(g.prompt.tokens) + s.length for g in groups for s in g.samples)
+        found = {"tokens, million": tokens / 1e6} | packing(groups, run) | scatter(groups, run, mesh)
+        return found | dumping(groups, Path(directory))
+
+
+def exponent(sizes: list[float], values: list[float]) -> str:
+    """Slope of the values over the sizes, both as logarithms."""
+    if len(sizes) < 2 or min(values) <= 0.005 or "%" in str(values):
+        return ""
+    return f"{np.polyfit(np.log(sizes), np.log(values), 1)[0]:.2f}"
+
+
+def main(fractions: list[float]) -> None:
+    with cluster() as mesh:
+        found = [measure(fraction, mesh) for fraction in fractions]
+    sizes = [each["tokens, million"] for each in found]
+    rows = []
+    for name in found[0]:
+        values = [each[name] for each in found]
+        grows = "" if "%" in name or "of the" in name else exponent(sizes, values)
+        rows.append([name, *[f"{value:.3g}" for value in values], grows])
+    text = heading("A step of the paper's size on the main rank, without a model")
+    text += f"""
+{GROUPS} groups of {GROUP_SIZE} samples, 128 ranks (tensor {TENSOR}, data {DATA}). Scatter has one real
+sender and a process for each rank that it sends to. Memory is the peak above what was there before, the samples.
+Exponents: growth with the tokens.
+
+"""
+    text += table(["", *[f"{fraction:g} of a step" for fraction in fractions], "exponent"], rows)
+    save("at_size.md", text)
+
+
+if __name__ == "__main__":
+    main([float(argument) for argument in sys.argv[1:]] or [1 / 8, 1 / 2, 1.0])
