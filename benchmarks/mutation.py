@@ -43,7 +43,8 @@ ROOMS = {
     "learn": ["dapo/learn/*.py"],
     "reward": ["dapo/reward/*.py"],
     "engine": [
-        f"dapo/engine/{name}.py" for name in ("generate", "endpoint", "client", "buckets", "checksums")
+        f"dapo/engine/{name}.py"
+        for name in ("generate", "endpoint", "client", "buckets", "checksums", "decoding")
     ],
     "run": [f"dapo/{name}.py" for name in ("checkpoint", "files", "mesh", "sampler", "config/__init__")],
     "plan": ["dapo/plan/semantics.py"],
@@ -70,7 +71,7 @@ CHECKSUMS = (
 TESTS: dict[str, list[str]] = {
     "dapo/rollout/buffer.py": ROLLOUT,
     "dapo/rollout/data_files.py": [*PROMPTS[::-1], f"{D}/rollout/test_evaluate.py"],
-    "dapo/rollout/dump.py": [f"{D}/test_token_fields.py", *ROLLOUT, f"{D}/report/test_samples.py"],
+    "dapo/rollout/dump.py": [f"{D}/rollout/test_dump.py", f"{D}/test_token_fields.py", *ROLLOUT, f"{D}/report/test_samples.py"],
     "dapo/rollout/evaluate.py": [f"{D}/rollout/test_evaluate.py", f"{D}/rollout/test_step.py"],
     "dapo/rollout/ground_truth.py": [*PROMPTS[::-1], f"{D}/rollout/test_evaluate.py"],
     "dapo/rollout/parquet.py": [*PROMPTS, f"{D}/rollout/test_step.py"],
@@ -94,6 +95,7 @@ TESTS: dict[str, list[str]] = {
     "dapo/engine/buckets.py": [WEIGHTS.format(name) for name in BUCKETS],
     "dapo/engine/checksums.py": [WEIGHTS.format(name) for name in CHECKSUMS],
     "dapo/engine/client.py": CLIENT,
+    "dapo/engine/decoding.py": [f"{D}/engine/test_embedded.py"],
     "dapo/engine/endpoint.py": [*CLIENT, "tests/sglang/test_listener.py"],
     "dapo/engine/generate.py": CLIENT,
     "dapo/checkpoint.py": [f"{D}/test_checkpoint.py"],
