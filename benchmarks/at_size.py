@@ -241,7 +241,7 @@ def main(fractions: list[float]) -> None:
     text = heading("A step of the paper's size on the main rank, without a model")
     text += f"""
 {GROUPS} groups of {GROUP_SIZE} samples, 128 ranks (tensor {TENSOR}, data {DATA}). Scatter has one real
-sender and a process for each rank that it sends to. Memory is the peak above the samples that were there before.
+sender and a process for each rank that it sends to. Memory is the peak above the samples that were there.
 Exponents: growth with the tokens.
 
 """

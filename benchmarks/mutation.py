@@ -71,7 +71,12 @@ CHECKSUMS = (
 TESTS: dict[str, list[str]] = {
     "dapo/rollout/buffer.py": ROLLOUT,
     "dapo/rollout/data_files.py": [*PROMPTS[::-1], f"{D}/rollout/test_evaluate.py"],
-    "dapo/rollout/dump.py": [f"{D}/rollout/test_dump.py", f"{D}/test_token_fields.py", *ROLLOUT, f"{D}/report/test_samples.py"],
+    "dapo/rollout/dump.py": [
+        f"{D}/rollout/test_dump.py",
+        f"{D}/test_token_fields.py",
+        *ROLLOUT,
+        f"{D}/report/test_samples.py",
+    ],
     "dapo/rollout/evaluate.py": [f"{D}/rollout/test_evaluate.py", f"{D}/rollout/test_step.py"],
     "dapo/rollout/ground_truth.py": [*PROMPTS[::-1], f"{D}/rollout/test_evaluate.py"],
     "dapo/rollout/parquet.py": [*PROMPTS, f"{D}/rollout/test_step.py"],
