@@ -227,7 +227,7 @@ def test_no_command_of_a_page_is_overlooked() -> None:
 def test_every_command_of_the_document_runs(document: Path, clone: Path, quickstart: Path) -> None:
     for command in commands(document):
         if command not in NOT_RUN:
-            run(clone, command)
+            run(clone, command.replace("--nproc 8", "--nproc 2"))  # a rank for each GPU there; two cores here
 
 
 def test_the_launch_script_trains_where_there_is_no_slurm(clone: Path) -> None:
