@@ -30,6 +30,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 SOURCES = ("dapo", "kernels", "tools", "examples")
 OURS = {"dapo", "dapo_kernels", "task", *(path.stem for path in (ROOT / "tools").glob("*.py"))}
+ELSEWHERE = {"mkdocs"}  # the documentation has an environment of its own
 COMPILED = "transformer-engine-torch"  # against the installed torch, by nvcc: left to a machine with a GPU
 ENGINE = "transformer_engine.pytorch.fp8"
 MEGATRON = "--no-deps", "--ignore-requires-python", "megatron-core==0.19.2"  # on Python 3.11
@@ -72,7 +73,7 @@ def imported() -> dict[str, set[str]]:
     for path in sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*.py")):
         for module, name in imports_of(ast.parse(path.read_text())):
             top = module.split(".")[0]
-            if top not in sys.stdlib_module_names and top not in OURS:
+            if top not in sys.stdlib_module_names | OURS | ELSEWHERE:
                 found[module] |= {name} - {""}
     return found
 
