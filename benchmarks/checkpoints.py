@@ -142,7 +142,7 @@ def main(trials: int) -> None:
         cells.append([name, spread(walls, 2), ratios[0], spread(cpus, 2), ratios[1]])
     text = heading("Saving and resuming beside raw writing and reading")
     text += f"""
-{count / 1e6:.0f} million parameters in float32, {num_bytes / 2**30:.2f} GiB, {num_bytes / count:.1f} bytes a parameter.
+{count / 1e6:.0f} million float32 parameters, {num_bytes / 2**30:.2f} GiB: {num_bytes / count:.1f} bytes each.
 Median (min–max) of {trials} interleaved trials; ratios are of the same trial.
 
 """

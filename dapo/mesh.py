@@ -97,7 +97,7 @@ def _connect(device: torch.device) -> tuple[Any, dist.ProcessGroup]:
 def _code() -> str:
     """Return a hash of the code of dapo: ranks of other code may not understand what the main rank sends."""
     state, folder = hashlib.blake2b(digest_size=6), Path(__file__).parent
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted(folder.rglob("[!.]*.py")):  # an editor's files are hidden
         state.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
     return state.hexdigest()
 
@@ -159,25 +159,27 @@ class Mesh:
 
         Raises:
             Stopped: the function raised it; on every rank.
-            FailedElsewhere: the function raised something else; the main rank has the exception itself.
+            FailedElsewhere: the function raised something else; the main rank has the exception itself. Of a
+                function that fails after its first shares, their ranks do not hear.
         """
         if not self.is_main:
             return cast(T, self._receive_share())
         travelling: list[dist.Work] = []
         mine: list[T] = []
-        count = 0
+        sent = 0  # shares
         try:
-            for count, share in enumerate(function(*args), start=1):
+            for share in function(*args):
                 mine = mine or [share]
                 message = _Message.of(share)
                 _wait(travelling)
-                travelling = self._pass_on(message, self._receivers(count - 1))
-            assert count == self.data, f"{count} shares for {self.data} data-parallel ranks"
+                travelling = self._pass_on(message, self._receivers(sent))
+                sent += 1
+            assert sent == self.data, f"{sent} shares for {self.data} data-parallel ranks"
         except BaseException as error:
             failure = FailedElsewhere(str(error), isinstance(error, ConfigError))
             message = _Message.of(error if isinstance(error, Stopped) else failure)
             _wait(travelling)  # what nobody waits for may never arrive
-            for data_rank in range(count, self.data):
+            for data_rank in range(sent, self.data):
                 _wait(self._pass_on(message, self._receivers(data_rank)))
             raise
         _wait(travelling)
@@ -186,7 +188,7 @@ class Mesh:
     def received(self) -> dict[str, float]:
         """Return metrics of the last `scatter`: bytes received by the rank with most, and by all. Collective.
 
-        The main rank has its shard already.
+        The main rank receives nothing.
         """
         return {
             "perf/bytes_received_max": self.max(self._num_received),

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, TopPLogitsWarper
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dapo.clock import heartbeat
 from dapo.types import Sampling
 
+CUT = (DynamicLayer, DynamicSlidingWindowLayer)  # rows of these layers of a cache can be taken
 LEAST_OPEN = 0.75  # of a batch's rows: below it those that have ended are taken out, which copies the cache
 
 
@@ -39,13 +40,15 @@ def decode(
         out = model(tokens, attention_mask=is_real, position_ids=positions, **named)
         return cast(Tensor, out.logits[:, -1])
 
-    # every prompt once; then a row of its cache for each of its responses
-    distinct, owners = _distinct(prompts)
+    # every prompt once; then a row of its cache for each of its responses, where all its layers can be cut so
+    is_cut = all(type(layer) in CUT for layer in cache.layers)
+    distinct, owners = _distinct(prompts) if is_cut else (list(prompts), list(range(len(prompts))))
     fed, is_real = (array.to(device) for array in _padded(distinct))
     positions = (is_real.long().cumsum(-1) - 1).clamp(min=0)  # [P, L]
     logits = logits_of(fed, is_real, positions)
     owner = torch.tensor(owners, device=device)
-    cache.batch_select_indices(owner)
+    if is_cut:
+        cache.batch_select_indices(owner)
     logits, position = logits[owner], positions[owner, -1:]  # [B, V], [B, 1]
     # a mask with all its dimensions is taken as it is, which saves its making; but it would serve all layers
     is_full = all(type(layer) is DynamicLayer for layer in cache.layers)
@@ -67,7 +70,7 @@ def decode(
         num_open = int(is_open.sum())
         if not num_open or step + 1 == limit:
             break
-        if num_open < LEAST_OPEN * len(rows):
+        if is_cut and num_open < LEAST_OPEN * len(rows):
             kept = is_open.nonzero()[:, 0]
             cache.batch_select_indices(kept)
             rows, token, is_seen, position, is_open = (

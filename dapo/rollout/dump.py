@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +23,7 @@ Columns = Mapping[str, str]  # name → type
 Values = dict[str, list[Any]]  # of columns, by name
 KINDS = ("kept", "all_correct", "all_wrong", "surplus")
 TRACES = ".traces.parquet"
+MOST = 2**30  # numbers in a column of a table: offsets are int32
 TYPES = {  # a field's annotation → its column; [x]: a list of x
     "int": "int64",
     "float": "double",
@@ -56,11 +57,11 @@ def traces_path_of(directory: Path, step: int) -> Path:
 
 
 class Writer:
-    """Writes dumps in a thread, beside the step. A call waits for the one before, and raises what it met."""
+    """Writes dumps in a thread, beside the step, in order. `check` says what failed."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "dump")
-        self._writing: Future[None] | None = None
+        self._begun: list[Future[None]] = []  # since the last check
 
     def __enter__(self) -> Writer:
         return self
@@ -69,37 +70,43 @@ class Writer:
         self.close()
 
     def write(self, path: Path, buffer: Buffer, fraction: float) -> None:
-        """Write a `fraction` of each kind's groups, a row a sample. The file appears whole or not at all.
+        """Begin to write a `fraction` of each kind's groups, a row a sample. The file appears whole or not at
+        all.
 
         Raises:
-            StorageError: it cannot be written, or the file before could not.
+            StorageError: its directory cannot be written to.
         """
-        self.wait()
         with files.writing(path):
             path.with_suffix(TRACES).unlink(missing_ok=True)  # of an earlier attempt at this step
         groups = [(kind, group) for kind in KINDS for group in chosen(getattr(buffer, kind), fraction)]
         self._begin(path, _values_of(groups), COLUMNS)
 
     def write_traces(self, path: Path, traces: Iterable[Trace]) -> None:
-        """Write a row a sample, by (group, index) as in the step's dump, whole or not at all.
+        """Begin to write a row a sample, by (group, index) as in the step's dump, whole or not at all.
 
-        If that fails a warning says so: the step is over, and the next dump stops the run in good order.
+        If that fails a warning says so: the step is over.
         """
-        self.wait()
         ordered = sorted(traces, key=lambda trace: (trace.group, trace.index))
         values = {name: [getattr(trace, name) for trace in ordered] for name in TRACE_COLUMNS}
         self._begin(path, values, TRACE_COLUMNS, is_needed=False)
 
-    def wait(self) -> None:
-        """Wait until all is written. Raise StorageError if it was not."""
-        writing, self._writing = self._writing, None
-        if writing:
+    def settle(self) -> None:
+        """Wait until nothing is being written."""
+        wait(self._begun)
+
+    def check(self) -> None:
+        """Wait. Raise StorageError, once, if a dump could not be written."""
+        begun, self._begun = self._begun, []
+        wait(begun)
+        for writing in begun:
             writing.result()
 
     def close(self) -> None:
-        """Wait, and end the thread."""
+        """Wait, and end the thread. What ended the run is more than a dump that failed: that is a warning."""
         try:
-            self.wait()
+            self.check()
+        except StorageError as error:
+            _warn(error)
         finally:
             self._thread.shutdown()
 
@@ -112,9 +119,13 @@ class Writer:
             except StorageError as error:
                 if is_needed:
                     raise
-                print(f"warning: {error}", file=sys.stderr, flush=True)
+                _warn(error)
 
-        self._writing = self._thread.submit(write)
+        self._begun.append(self._thread.submit(write))
+
+
+def _warn(error: StorageError) -> None:
+    print(f"warning: {error}", file=sys.stderr, flush=True)
 
 
 def read(path: Path, capacity: int) -> Buffer:
@@ -198,18 +209,21 @@ def _values_of(groups: Iterable[tuple[str, Group]]) -> Values:
     return values | {"group": [group.id for _, group, _ in rows]}
 
 
-def _table(values: Values, columns: Columns) -> Any:
-    """Return an Arrow table. A row's list of numbers is an array, and all of a column's become one."""
+def _tables(values: Values, columns: Columns) -> Iterator[Any]:
+    """Yield Arrow tables of about MOST numbers in a column at most. A row's list of numbers is an array, and
+    all of a table's become one.
+    """
     import pyarrow as pa
 
-    schema = _schema(columns)
-    arrays = [
-        _list_array(values[name], schema.field(name).type)
-        if _is_list(kind)
-        else pa.array(values[name], schema.field(name).type)
-        for name, kind in columns.items()
-    ]
-    return pa.Table.from_arrays(arrays, schema=schema)
+    schema, lists = _schema(columns), [values[name] for name, kind in columns.items() if _is_list(kind)]
+    sizes = np.array([max(map(len, row)) for row in zip(*lists, strict=True)], np.int64)
+    parts = np.flatnonzero(np.diff(np.cumsum(sizes) // MOST, prepend=0)).tolist()
+    for start, end in pairwise([0, *(i for i in parts if i), len(sizes)]):
+        arrays = [
+            (_list_array if _is_list(kind) else pa.array)(values[name][start:end], schema.field(name).type)
+            for name, kind in columns.items()
+        ]
+        yield pa.Table.from_arrays(arrays, schema=schema)
 
 
 def _is_list(kind: str) -> bool:
@@ -229,9 +243,11 @@ def _values(column: Any, kind: str) -> list[Any]:
     if not _is_list(kind):
         values: list[Any] = column.to_pylist()
         return values
-    whole = column.combine_chunks()
-    numbers, offsets = whole.values.to_numpy(zero_copy_only=False), whole.offsets.to_pylist()
-    return [numbers[start:end] for start, end in pairwise(offsets)]
+    rows = []
+    for chunk in column.chunks:
+        numbers, offsets = chunk.values.to_numpy(zero_copy_only=False), chunk.offsets.to_pylist()
+        rows += [numbers[start:end] for start, end in pairwise(offsets)]
+    return rows
 
 
 def _schema(columns: Columns) -> Any:
@@ -249,11 +265,13 @@ def _write(path: Path, values: Values, columns: Columns) -> None:
 
     if not values["group"]:
         return
-    table, partial = _table(values, columns), path.with_suffix(".partial")
+    partial, options = path.with_suffix(".partial"), {"compression": "zstd", "write_page_checksum": True}
     with files.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
+            with pq.ParquetWriter(partial, _schema(columns), **options) as file:
+                for table in _tables(values, columns):
+                    file.write_table(table)
             partial.rename(path)
         except OSError:
             partial.unlink(missing_ok=True)

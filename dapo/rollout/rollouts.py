@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GROUPS_PER_STEP = 1 << 20  # group id = step × this + the place in request order: unique in a run
+LEAST_MIXED = 1e-6  # of the estimate, which divides
 PRIOR = 16  # groups: how much the estimate of the mixed fraction remembers of earlier steps
 
 
@@ -77,7 +78,9 @@ class Rollouts:
         Raises:
             RolloutError: at_cap is "stop" and the cap was reached, or too many steps had no mixed group.
             Stopped: the run is to stop; prompts of an unfinished collection are back in the stream.
+            StorageError: an earlier step's dump could not be written; nothing is sampled.
         """
+        self.dumps.check()
         rollout = self.config.rollout
         replayed = rollout.replay and dump.read(dump.path_of(rollout.replay, step), rollout.prompts_per_step)
         buffer = replayed or self.collect(step)
@@ -88,6 +91,8 @@ class Rollouts:
         fraction = 1.0 if rollout.only else rollout.dump_share
         try:
             self.dumps.write(dump.path_of(self.config.run.dir / "rollouts", step), buffer, fraction)
+            if rollout.only:  # the dump is the step
+                self.dumps.check()
         except StorageError:
             self.prompts.put_back(group.prompt for group in buffer.decided if not replayed)
             raise
@@ -155,12 +160,10 @@ class Rollouts:
         return "; ".join([*(str(sampler.pending) for sampler in list(self._samplers)), self.engine.waiting()])
 
     def save(self, directory: Path) -> None:
-        """Write everything that the next step depends on into `directory`, once the dumps are written.
-
-        Raises:
-            StorageError: one of them could not be, or this cannot.
+        """Write everything that the next step depends on into `directory`, when nothing else is being
+        written.
         """
-        self.dumps.wait()
+        self.dumps.settle()
         (directory / "rollouts.json").write_text(json.dumps(self.state_dict()))
         dump.write_groups(directory / "carried.parquet", self.carried)
 
@@ -274,7 +277,8 @@ class Rollouts:
 
     def _estimate_mixed(self, buffer: Buffer) -> float:
         """Fraction of groups that are mixed: this step's, averaged with PRIOR groups of the steps before."""
-        return (len(buffer.kept) + PRIOR * self.mixed_fraction) / (len(buffer.decided) + PRIOR)
+        found = (len(buffer.kept) + PRIOR * self.mixed_fraction) / (len(buffer.decided) + PRIOR)
+        return max(found, LEAST_MIXED)
 
     def _stop_if_nothing_is_learned(self, buffer: Buffer, rewarded: dict[str, float]) -> None:
         """Raise RolloutError without a group to learn from if the reward decided nothing, or after too many

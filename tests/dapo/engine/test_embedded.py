@@ -115,24 +115,35 @@ def test_draws_follow_the_models_distribution(engine: EmbeddedEngine) -> None:
         assert (drawn[cut == 0] == 0).all()
 
 
-def test_a_layer_that_sees_a_window_and_one_that_sees_all_generate_as_the_model_says(tmp_path: Path) -> None:
+SIZES = dict(
+    vocab_size=25,
+    hidden_size=32,
+    intermediate_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.2,
+)
+WINDOW = dict(use_sliding_window=True, sliding_window=5, layer_types=["full_attention", "sliding_attention"])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        transformers.Qwen2Config(**SIZES, **WINDOW),
+        transformers.Lfm2Config(**SIZES, layer_types=["conv", "full_attention"]),
+    ],
+    ids=["a window", "a state"],
+)
+def test_layers_that_do_not_see_all_keys_generate_as_the_model_says(tmp_path: Path, shape: Any) -> None:
     torch.manual_seed(3)
-    config = transformers.Qwen2Config(
-        vocab_size=25,
-        hidden_size=32,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        use_sliding_window=True,
-        sliding_window=5,
-        layer_types=["full_attention", "sliding_attention"],
-        initializer_range=0.2,
-    )
-    model = transformers.Qwen2ForCausalLM(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(shape).eval()
     model.save_pretrained(tmp_path)
     engine = EmbeddedEngine(tmp_path, torch.float32, torch.device("cpu"), max_concurrent=6)
-    engine.load_weights(model.state_dict().items(), version=7)
+    weights = dict(model.state_dict())
+    if shape.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    engine.load_weights(weights.items(), version=7)
     assert_logprobs_are_those_of(model, generate(engine, requests(3, Sampling(1.0, 12, (EOS,)))).values())
 
 

@@ -1,4 +1,4 @@
-"""Dumps are written beside the step, one at a time, and what fails is said by the next call."""
+"""Dumps are written beside the step, in order, and what fails is said when it is asked for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from threading import Event
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from dapo.learn.traces import Trace, blank
@@ -31,7 +32,7 @@ def no_room(path: Path) -> None:
     path.with_suffix(".partial").symlink_to("/dev/full")
 
 
-def test_the_step_goes_on_while_a_dump_is_written_and_the_next_one_waits(
+def test_the_step_goes_on_while_dumps_are_written_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_write, write, order = Event(), dump._write, []
@@ -45,34 +46,40 @@ def test_the_step_goes_on_while_a_dump_is_written_and_the_next_one_waits(
     first, second = (dump.path_of(tmp_path, step) for step in range(2))
     with dump.Writer() as writer:
         writer.write(first, make_buffer(1), 1.0)
+        writer.write(second, make_buffer(2), 1.0)
         assert not first.exists(), "it is written aside"
         may_write.set()
-        writer.write(second, make_buffer(2), 1.0)
-        assert first.exists(), "one at a time"
-        writer.wait()
-        assert second.exists()
-        writer.wait()
+        writer.settle()
+        assert first.exists() and second.exists()
+        writer.check()
     assert order == [first.name, second.name]
 
 
-def test_what_failed_is_raised_once_by_the_next_call(tmp_path: Path) -> None:
+def test_what_failed_is_raised_once_when_it_is_asked_for(tmp_path: Path) -> None:
     first, second = (dump.path_of(tmp_path, step) for step in range(2))
     no_room(first)
     with dump.Writer() as writer:
         writer.write(first, make_buffer(1), 1.0)
+        writer.write_traces(dump.traces_path_of(tmp_path, 0), traces_of(1))  # the step goes on
+        writer.settle()
         with pytest.raises(StorageError, match=r"step-000000\.parquet cannot be written"):
-            writer.write(second, make_buffer(2), 1.0)
-        assert list(tmp_path.iterdir()) == []
+            writer.check()
+        assert [path.name for path in tmp_path.iterdir()] == ["step-000000.traces.parquet"]
+        writer.check()
         writer.write(second, make_buffer(2), 1.0)
-    assert [path.name for path in tmp_path.iterdir()] == [second.name]
+    assert second.exists()
 
 
-def test_the_end_says_it_too_and_the_thread_has_ended(tmp_path: Path) -> None:
-    no_room(dump.path_of(tmp_path, 0))
+def test_at_the_end_a_failure_is_a_warning_and_the_thread_has_ended(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = dump.path_of(tmp_path, 0)
+    no_room(path)
     writer = dump.Writer()
-    writer.write(dump.path_of(tmp_path, 0), make_buffer(1), 1.0)
-    with pytest.raises(StorageError, match=r"step-000000\.parquet cannot be written"):
-        writer.close()
+    writer.write(path, make_buffer(1), 1.0)
+    writer.close()
+    error = capfd.readouterr().err
+    assert error.startswith(f"warning: {path} cannot be written") and error.count("\n") == 1
     with pytest.raises(RuntimeError, match="after shutdown"):
         writer.write(dump.path_of(tmp_path, 1), make_buffer(1), 1.0)
 
@@ -85,10 +92,29 @@ def test_traces_that_cannot_be_written_are_a_warning(
     with dump.Writer() as writer:
         writer.write_traces(path, traces_of(2, 1))
         writer.write_traces(dump.traces_path_of(tmp_path, 4), traces_of(2, 1))
+        writer.check()
     error = capfd.readouterr().err
     assert error.startswith(f"warning: {path} cannot be written") and error.count("\n") == 1
     rows = dump.read_rows(dump.traces_path_of(tmp_path, 4), dump.TRACE_COLUMNS)
     assert [row["group"] for row in rows] == [1, 2]
+
+
+@pytest.mark.parametrize("most", [1, 8, 9, 24, 25, 2**30])
+def test_a_dump_of_more_numbers_than_an_offset_counts_is_cut(
+    most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dump, "MOST", most)
+    path, buffer = dump.path_of(tmp_path, 0), make_buffer(7, 3, 5)
+    with dump.Writer() as writer:
+        writer.write(path, buffer, 1.0)
+    file = pq.ParquetFile(path)
+    rows = [file.read_row_group(i)["tokens"].to_pylist() for i in range(file.num_row_groups)]
+    assert all(sum(map(len, row)) <= max(most + 5, 5) for row in rows)
+    assert (len(rows) > 1) is (most <= 24)
+    again = dump.read(path, 3)
+    assert [s.tokens.tolist() for g in again.kept for s in g.samples] == [
+        s.tokens.tolist() for g in buffer.kept for s in g.samples
+    ]
 
 
 def test_nothing_is_written_of_nothing(tmp_path: Path) -> None:

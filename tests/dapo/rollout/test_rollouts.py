@@ -1,3 +1,4 @@
+import json
 import random
 from collections.abc import Callable, Iterable
 
@@ -536,34 +537,35 @@ def no_room(directory):
     (directory / "step-000000.partial").symlink_to("/dev/full")
 
 
-@pytest.mark.parametrize("break_disk", [a_file_in_its_place, no_room])
-def test_a_dump_that_cannot_be_written_stops_the_run_with_its_prompts_back_in_the_stream(
-    tmp_path, break_disk
-):
+@pytest.mark.parametrize(
+    ("break_disk", "only"), [(a_file_in_its_place, False), (a_file_in_its_place, True), (no_room, True)]
+)
+def test_a_step_whose_dump_cannot_be_written_is_given_back(tmp_path, break_disk, only):
     script = ["10", "11", "01", "00"]
     engine = ScriptedEngine(lambda prompt: script[prompt // 6 % 4])
-    rollouts = make_rollouts(tmp_path, engine, "rollout.dump_share=1.0")
+    rollouts = make_rollouts(tmp_path, engine, "rollout.dump_share=1.0", f"rollout.only={only}")
     directory = tmp_path / "run/rollouts"
     break_disk(directory)
     with pytest.raises(StorageError, match=r"step-000000.parquet cannot be written, .* GiB free there: \w+"):
-        for step in range(2):  # the next step meets what the thread that writes has met
-            num_before = len(engine.asked())
-            next_batches(rollouts, step)
+        next_batches(rollouts, 0)
     assert not list(directory.glob("*.partial")), "nothing half-written is left"
-    of_step = engine.asked()[num_before:]
-    assert len(of_step) > 4, "groups of all kinds"
-    again = [prompt.index for prompt in rollouts.prompts.take(len(of_step))]
-    assert sorted(again) == sorted(of_step)
+    assert len(engine.asked()) > 4, "groups of all kinds"
+    again = [prompt.index for prompt in rollouts.prompts.take(len(engine.asked()))]
+    assert sorted(again) == sorted(engine.asked())
 
 
-def test_a_checkpoint_waits_for_the_dumps_and_is_none_without_them(tmp_path):
-    rollouts = make_rollouts(tmp_path, ScriptedEngine(lambda _: "10"), "rollout.dump_share=1.0")
+def test_a_dump_that_failed_beside_a_step_stops_the_run_before_the_next_one_and_costs_no_checkpoint(tmp_path):
+    engine = ScriptedEngine(lambda _: "10")
+    rollouts = make_rollouts(tmp_path, engine, "rollout.dump_share=1.0")
     no_room(tmp_path / "run/rollouts")
     next_batches(rollouts, 0)
+    rollouts.save(tmp_path)
+    num_asked, state = len(engine.asked()), rollouts.state_dict()
     with pytest.raises(StorageError, match=r"step-000000.parquet cannot be written"):
-        rollouts.save(tmp_path)
-    assert not (tmp_path / "rollouts.json").exists()
-    rollouts.save(tmp_path)  # it is said once
+        next_batches(rollouts, 1)
+    assert len(engine.asked()) == num_asked and rollouts.state_dict() == state
+    assert json.loads((tmp_path / "rollouts.json").read_text()) == state
+    next_batches(rollouts, 1)  # it is said once
     rollouts.close()
 
 
