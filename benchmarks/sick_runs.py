@@ -187,6 +187,7 @@ def plot(found: dict[str, list[dict[str, float]]], path: Path) -> None:
         if run.metric == "policy/mismatch":
             axis.set_yscale("log")
         axis.legend(fontsize=8)
+    axes.flat[-2].axis("off")
     axis = axes.flat[-1]
     for name, rows in found.items():
         scores = [row for row in rows if "eval/accuracy" in row]
