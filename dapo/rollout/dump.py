@@ -90,7 +90,7 @@ class Writer:
         values = {name: [getattr(trace, name) for trace in ordered] for name in TRACE_COLUMNS}
         self._begin(path, values, TRACE_COLUMNS, is_needed=False)
 
-    def settle(self) -> None:
+    def finish(self) -> None:
         """Wait until nothing is being written."""
         wait(self._begun)
 

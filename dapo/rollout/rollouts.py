@@ -163,7 +163,7 @@ class Rollouts:
         """Write everything that the next step depends on into `directory`, when nothing else is being
         written.
         """
-        self.dumps.settle()
+        self.dumps.finish()
         (directory / "rollouts.json").write_text(json.dumps(self.state_dict()))
         dump.write_groups(directory / "carried.parquet", self.carried)
 

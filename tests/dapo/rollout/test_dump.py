@@ -49,7 +49,7 @@ def test_the_step_goes_on_while_dumps_are_written_in_order(
         writer.write(second, make_buffer(2), 1.0)
         assert not first.exists(), "it is written aside"
         may_write.set()
-        writer.settle()
+        writer.finish()
         assert first.exists() and second.exists()
         writer.check()
     assert order == [first.name, second.name]
@@ -61,7 +61,7 @@ def test_what_failed_is_raised_once_when_it_is_asked_for(tmp_path: Path) -> None
     with dump.Writer() as writer:
         writer.write(first, make_buffer(1), 1.0)
         writer.write_traces(dump.traces_path_of(tmp_path, 0), traces_of(1))  # the step goes on
-        writer.settle()
+        writer.finish()
         with pytest.raises(StorageError, match=r"step-000000\.parquet cannot be written"):
             writer.check()
         assert [path.name for path in tmp_path.iterdir()] == ["step-000000.traces.parquet"]
