@@ -61,7 +61,8 @@ def measure(policy: Any, rollouts: Any, steps: int) -> tuple[dict[str, list[floa
 
     for step in range(steps + WARM_UP):
         sync, _ = clocked(lambda step=step: rollouts.load_weights(policy.weights(), step))
-        sampling, [batch] = clocked(rollouts.next_batch, step)
+        sampling, [share] = clocked(lambda step=step: list(rollouts.next_batch(step)))
+        batch = share.batch(rollouts.config.parallel, 0)
         placed = policy.place(batch)
         old, _ = clocked(policy.score, placed)
         updates = [clocked(policy.update, minibatch)[0] for minibatch in placed.minibatches]
