@@ -32,6 +32,7 @@ PAGES = [path.relative_to(ROOT) for path in sorted(ROOT.glob("docs/*.md"))]
 PAGES.sort(key=lambda page: page.name != "your_run.md")  # other pages show what it makes
 PREPARE, DOWNLOAD = ".venv/bin/python tools/prepare_data.py", ".venv/bin/hf download"
 DATA_SET = '--repo-type dataset --include "data/*" --local-dir .'
+DOCTOR = ".venv/bin/dapo doctor"  # what is wrong with this machine is right to say
 NOT_RUN = {
     'pip install -c constraints/python3.12.txt -e ".[dev,sglang]"': "downloads 11 GB; `make env-check` does",
     'pip install -c constraints/python3.12.txt --no-build-isolation -e ".[gpu]"': "compiles for a GPU",
@@ -131,7 +132,8 @@ def run(clone: Path, command: str) -> None:
         text=True,
         timeout=1200,
     )
-    assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}"
+    is_fine = done.returncode == 0 or (command == DOCTOR and done.stdout.endswith(" to mend\n"))
+    assert is_fine, f"{command}\n{done.stdout[-4000:]}"
 
 
 @pytest.fixture(scope="module")
