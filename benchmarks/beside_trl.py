@@ -239,7 +239,7 @@ def main(seeds: int, steps: int) -> None:
     text += f"""
 TRL {trl.__version__}, transformers {transformers.__version__}. {seeds} seeds, {steps} steps of
 16 prompts × 8 samples and four updates. Median (min–max) over seeds, without the first {WARM_UP} steps;
-ratios are of the same seed. “Equal work” takes 16 groups a step, as TRL does; “as configured” samples until 16 are
+ratios are of the same seed. “Equal work” takes 16 groups a step, as TRL does; “as configured” until 16 are
 mixed. A token with signal is in a group in which some samples are right and some are not. Accuracy is mean@4
 on 200 problems.
 
