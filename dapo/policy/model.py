@@ -21,7 +21,7 @@ from dapo.model.passthrough import Passthrough
 from dapo.model.shape import ModelShape
 from dapo.policy.cpu import has_transformer_engine
 from dapo.policy.layers import layer_spec
-from dapo.policy.rope import inverse_frequencies, softmax_scale
+from dapo.policy.rope import PackedRotary, inverse_frequencies, softmax_scale
 from dapo.types import reason
 
 PLAIN = (bool, int, float, str)  # types of Megatron's fields that are checked here
@@ -102,7 +102,7 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=has_transformer_engine(),
         persist_layer_norm=False,
     )
     if shape.num_experts:
@@ -211,4 +211,7 @@ def _build_chunk(shape: ModelShape, config: TransformerConfig, chunk: int | None
             parameter.allreduce = False
     # Megatron computes one kind of llama3's only, and another softmax for yarn's
     model.rotary_pos_emb.inv_freq = inverse_frequencies(shape)
+    if not config.apply_rope_fusion:
+        ranks = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+        model.rotary_pos_emb = PackedRotary(inverse_frequencies(shape), *ranks)
     return model

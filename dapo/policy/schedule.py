@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from dapo.clock import heartbeat
 from dapo.learn.batch import Microbatch
+from dapo.policy.rope import describe_pack
 from dapo.types import token_fields
 
 R = TypeVar("R")
@@ -39,10 +39,8 @@ def hidden_states(
     model: torch.nn.Module, config: TransformerConfig, microbatch: Microbatch[Tensor]
 ) -> Tensor:
     """Run a stage's model over a microbatch: [T, 1, H]."""
-    cu, longest = microbatch.cu_seqlens, microbatch.longest
-    packed = PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=cu, cu_seqlens_kv=cu, max_seqlen_q=longest, max_seqlen_kv=longest
-    )
+    of_pack = microbatch.cu_seqlens, microbatch.longest, microbatch.positions
+    packed = describe_pack(*of_pack, config.context_parallel_size, config.apply_rope_fusion)
     # Megatron's 16-bit wrapper would widen the hidden states
     keep_dtype = {"fp32_output": False} if config.bf16 else {}
     tokens, positions = microbatch.tokens[None], microbatch.positions[None]

@@ -6,17 +6,21 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dapo.config import ConfigError
+from dapo.learn.batch import shard
 from dapo.model.rope import Yarn
 from dapo.model.shape import read_shape
-from dapo.policy.rope import inverse_frequencies, softmax_scale
+from dapo.policy.rope import PackedRotary, describe_pack, inverse_frequencies, softmax_scale
+from tests.dapo.policy.test_layers import microbatch_of
 
 SIZES = {
     "model_type": "qwen2", "vocab_size": 100, "hidden_size": 256, "intermediate_size": 64,
@@ -141,3 +145,34 @@ def test_a_rope_that_is_not_understood_is_refused_by_name(
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
         read_shape(write_model(tmp_path, **fields))
+
+
+@pytest.mark.parametrize("context", [1, 2, 3])
+@pytest.mark.parametrize("chunks", [[1], [2, 5, 1, 3]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pack_is_rotated_at_once_as_megatron_rotates_sequence_after_sequence(
+    context: int, chunks: list[int], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+
+    torch.manual_seed(0)
+    frequencies = inverse_frequencies(read_shape(write_model(tmp_path, rope_theta=1e4)))
+    cu_seqlens = np.cumsum([0, *(2 * context * n for n in chunks)]).astype(np.int32)
+    everything = microbatch_of(np.arange(cu_seqlens[-1]), cu_seqlens)
+    whole = torch.cat([torch.arange(length) for length in np.diff(cu_seqlens)])
+    config: Any = SimpleNamespace(apply_rope_fusion=False, rotary_interleaved=False)
+    for rank in range(context):
+        positions = whole[torch.from_numpy(shard(everything, rank, context).tokens)]
+        group: Any = SimpleNamespace(size=lambda: context, rank=lambda rank=rank: rank)
+        query = torch.randn(len(positions), 3, 2 * len(frequencies), dtype=dtype)
+        cu, longest = torch.from_numpy(cu_seqlens), int(np.diff(cu_seqlens).max())
+        angles = torch.outer(torch.arange(longest).float(), frequencies).repeat(1, 2)[:, None, None]
+        expected = apply_rotary_pos_emb(query, angles, config, cu_seqlens=cu, cp_group=group)
+        pack = describe_pack(cu, longest, positions, context, is_fused=False)
+        rotary = PackedRotary(frequencies, rank, context)
+        ours = rotary(rotary.get_rotary_seq_len(None, None, None, None, pack), packed_seq=True, cp_group=None)
+        found = apply_rotary_pos_emb(query, ours, config, cu_seqlens=pack.cu_seqlens_q_padded, cp_group=group)
+        assert found.dtype == dtype and torch.equal(found, expected)
+        fused = describe_pack(cu, longest, positions, context, is_fused=True)
+        assert fused.cu_seqlens_q_padded is None and fused.cu_seqlens_q is cu
+        assert (fused.qkv_format, fused.max_seqlen_q) == ("thd", longest)
