@@ -16,6 +16,7 @@ from typing import Literal
 from dapo.reward import units, values
 from dapo.reward.expressions import Tree
 from dapo.reward.notation import is_notation
+from dapo.reward.quantities import is_denied
 from dapo.reward.sentences import without_sentence
 from dapo.reward.statements import Statement, are_same, is_name, read
 from dapo.reward.tokens import FUNCTIONS, WRAPPERS, Ambiguous, Costly, Unreadable, check_size
@@ -23,10 +24,11 @@ from dapo.reward.tokens import FUNCTIONS, WRAPPERS, Ambiguous, Costly, Unreadabl
 AnswerFormat = Literal["answer_line", "boxed", "either"]
 _BOX = re.compile(r"\\boxed *\{")
 _ANSWER = re.compile(r"(?<![a-z0-9])answer[*_]*\s*[:：]\}?(.*)", re.IGNORECASE)
-# what a chat template ends a message with: <|im_end|>, </s>, <end_of_turn>
+# what a chat template ends a message with: <|im_end|>, </s>, <end_of_turn>, <turn|>, [|endofturn|], [e~[
 _END_MARK = re.compile(
-    r"(?:<[|｜][^<>|｜\s]{1,40}[|｜]>|</?s>|<(?:eo[a-z]|bos|pad|(?:end|start)_of_\w{1,20}|reserved_[0-9]+)>"
-    r"|</[a-z_]{1,20}>|\[(?:/INST|EOS|UNUSED_TOKEN_[0-9]+)\])$",
+    r"(?:<[|｜][^<>|｜\s]{1,40}[|｜]>|<[a-z_]{3,20}[|｜]>|<[|｜][a-z_]{3,20}>|\[[|｜][a-z_]{3,20}[|｜]\]|</?s>"
+    r"|<(?:eo[a-z]|bos|pad|(?:end|start)_?of_?[a-z]\w{0,19}|_(?:end|start)|(?:reserved|extra_id)_[0-9]+)>"
+    r"|</[a-z_]{1,20}>|\[(?:/INST|EOS|UNUSED_TOKEN_[0-9]+|(?:end|start)_of_\w{1,20})\]|\[e~\[|\]~!?b[\[\]])$",
     re.IGNORECASE,
 )
 _MAX_END_MARKS = 8
@@ -60,6 +62,7 @@ _JOINS = re.compile(
 
 _ARGUMENTS = re.compile(r"\([a-zA-Z](?:, ?[a-zA-Z])+\)")  # gcd(a, b)
 
+_SEVERAL = re.compile(r"\b(?:or|and)\b|[,;]")
 _NAMED = re.compile(r"\\?[A-Za-z]\w*\s*=")
 _WRAPPED = re.compile(rf"\\(?:{'|'.join(WRAPPERS)})\s*\{{([^{{}}]*)\}}")
 _TEXT = re.compile(rf"{_WRAPPED.pattern}|[~$]|\\[ ,;:!]|\\q?quad")
@@ -79,9 +82,10 @@ _UNIT_START = re.compile(
 )
 _MAX_UNIT_STARTS = 8
 
-_NO_VALUES = frozenset(("nan", "null", "n/a", "<na>"))
+_NO_VALUES = frozenset(("nan", "null", "n/a", "n.a", "n.a.", "<na>", "tbd"))
+_IMAGE = re.compile(r"!\[.*\]\(.*\)|\[(?:image|img)\]|<(?:image|img)>", re.IGNORECASE)  # in Markdown
 _FILE = re.compile(
-    r"\.(?:png|jpe?g|gif|bmp|webp|avif|hei[cf]|svg|tiff?|pdf|docx?|xlsx?|txt|tex|md|html?|json|jsonl|csv|npy"
+    r"\.(?:png|jpe?g|gif|bmp|webp|avif|hei[cf]|svgz?|e?ps|tiff?|pdf|docx?|xlsx?|txt|tex|md|html?|json|jsonl|csv|npy"
     r"|parquet|zip|gz|mp[34]|wav)$",
     re.IGNORECASE,
 )
@@ -139,9 +143,10 @@ def refusal_of(answer: str) -> str | None:
     text = clean(_last_part(answer))
     if not text:
         return "is blank"
-    if text.casefold() in _NO_VALUES or text in ("None", "NA", "NaT"):
+    bare = text.strip("-+[]")
+    if bare.casefold() in _NO_VALUES or bare in ("None", "NA", "NaT"):
         return "is not a value"
-    if _FILE.search(text):
+    if _FILE.search(text) or _IMAGE.fullmatch(text):
         return "is the name of a file"
     if stated_integer(text) or choice_of(text) or words_of(text):
         return None
@@ -229,7 +234,9 @@ def unwrap(text: str) -> str:
 
 def _without_end_marks(text: str) -> str:
     for _ in range(_MAX_END_MARKS):
-        match = text.endswith((">", "]")) and _END_MARK.search(text, max(0, len(text) - _END_MARK_LENGTH))
+        match = text.endswith((">", "]", "[")) and _END_MARK.search(
+            text, max(0, len(text) - _END_MARK_LENGTH)
+        )
         if not match:
             break
         text = text[: match.start()].rstrip()
@@ -268,9 +275,12 @@ def _is_same(given: str, gold: str, integer: tuple[str, str] | None) -> bool:
     if words:
         return words_of(given.strip("() ")) == words
     try:
-        return _is_same_mathematics(read_mathematics(given), read_mathematics(gold))
+        if not _is_same_mathematics(read_mathematics(given), read_mathematics(gold)):
+            return False
     except Unreadable:
         return False
+    names = (_SEVERAL.split(part)[-1] for part in given.split("=")[:-1])
+    return "=" in gold or not any(map(is_denied, names))  # twice x = 1/2
 
 
 def _literal(text: str) -> str:

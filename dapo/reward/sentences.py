@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from dapo.reward.quantities import DENIALS
 from dapo.reward.statements import is_name
 
 _PREAMBLE = re.compile(
@@ -21,15 +22,6 @@ _SENTENCE = re.compile(
 )
 _FORMULA = re.compile(r"\$([^$]*)\$|\\\((.*?)\\\)")
 _WORDS = re.compile(r"(?:[A-Za-z]+(?:['’-][A-Za-z]+)*(?:,? +|,?$))*")
-# words of a subject that deny or doubt what follows, or name another quantity than the one that is asked for
-_DENIALS = re.compile(
-    r"^when\b|\b(?:not|never|nor|neither|either|no|none|nobody|nothing|wrong|incorrect|false|if|unless|whether|or|than"
-    r"|else|other|another|guess|suppose|assum\w+|maybe|perhaps|possibly|probably|about|twice|double|triple|half"
-    r"|root|logarithm|reciprocal|negative|inverse|opposite|minus|isn|aren|wasn|weren|doesn|don|without|except"
-    r"|cannot|can|could|would|might|may|should|(?:square|cube|factorial|percent|fraction|complement|log|third"
-    r"|fourth|quarter|fifth|sixth|tenth|hundredth)s? of)\b",
-    re.IGNORECASE,
-)
 
 
 def without_sentence(text: str) -> str:
@@ -49,4 +41,4 @@ def without_sentence(text: str) -> str:
 def _is_subject(text: str) -> bool:
     formulas = [first or second for first, second in _FORMULA.findall(text)]
     words = _FORMULA.sub("", text).strip()
-    return bool(_WORDS.fullmatch(words)) and not _DENIALS.search(words) and all(map(is_name, formulas))
+    return bool(_WORDS.fullmatch(words)) and not DENIALS.search(words) and all(map(is_name, formulas))

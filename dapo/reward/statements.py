@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from dapo.reward.expressions import Tree, parse
+from dapo.reward.quantities import has_operation, has_short_word, is_denied
 from dapo.reward.tokens import (
     CLOSING,
     OPENING,
@@ -20,7 +21,8 @@ from dapo.reward.tokens import (
 from dapo.reward.values import at, bare, is_same, names_in, points_of, try_value
 
 # x, f(x), S_{10}, (x,y): what is only a name for the value behind "="
-_NAME = r"\(?(?:\\(?![dtc]?frac|sqrt|d?binom))?[A-Za-z]+(?:_?[{}A-Za-z0-9',]*)(?:\([A-Za-z0-9,]*\))?\)?"
+_NO_NAME = r"(?!\\?(?:[dtc]?frac|sqrt|[dt]?binom)(?![a-z]))"
+_NAME = rf"\(?{_NO_NAME}\\?[A-Za-z]+(?:_?[{{}}A-Za-z0-9',]*)(?:\([A-Za-z0-9,]*\))?\)?"
 
 
 @dataclass(frozen=True)
@@ -153,10 +155,12 @@ def _is_same_statement(given: Statement, gold: Statement, is_named: bool) -> boo
 
 
 def is_name(text: str) -> bool:
-    """True if `text` may name the value behind "=": x, f(2), m + n, 25 + 9; not 2x, x^2 or y - 1.
+    """True if `text` may name the value behind "=": x, f(2), m + n, 25 + 9; not 2x, x^2, y - 1 or twice.
 
     Those are sides of an equation, which is no answer: x^2 - 5x + 6 = 0 does not answer 0.
     """
+    if is_denied(text) or (has_short_word(text) and has_operation(text)):
+        return False
     if re.fullmatch(_NAME, text):
         return True
     try:
@@ -164,7 +168,7 @@ def is_name(text: str) -> bool:
     except Costly:
         return False
     except Unreadable:
-        return True  # words
+        return not has_operation(text)  # words
     names = names_in(tree)
     is_rounded = tree[0] == "floor" or (tree[0] == "negative" and tree[1][0] == "floor")  # ⌊x⌋, ⌈x⌉
     is_application = tree[0] in ("function", "abs") or (tree[0] == "product" and tree[1][0] == "name")

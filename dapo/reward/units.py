@@ -20,12 +20,16 @@ _NOT_UNITS = """
     incorrect false right left at to from until except without with within excluding including no yes only
     inverse reciprocal conjugate complement prime repeating recurring binary hex octal decimal otherwise
     ish some something lot bit little few fails works doubled tripled halved reversed rounded truncated
-    too loss losses basis permille
+    too loss losses basis permille mille never myriad myriads kilo mega giga tera milli micro nano pico centi
+    deci hecto deca ones twos threes fours fives sixes sevens eights nines tens elevens twelves twenties
+    thirties forties fifties sixties seventies eighties nineties millionth millionths billionth billionths
+    trillionth trillionths
 """
 # some of them in their place: ordered pairs, positive integers, prime numbers
 _FACTORS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _NOT_FIRST = frozenset(("pair", "pairs"))
 _NOT_LAST = frozenset(("positive", "negative", "prime", "binary", "right"))
+_GLUED = re.compile(r"(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt)[abcmnpqt-z])+")  # cosx; not logs
 _ORDINALS = (
     "eleven twelf thirteen fourteen fifteen sixteen seventeen eighteen nineteen twentie thirtie fortie"
 )
@@ -181,7 +185,7 @@ def _short(word: str) -> str:
 
 def _is_unit_name(word: str, is_attached: bool) -> bool:
     lower = word.lower()
-    if lower in _NOT_UNIT_WORDS or word == "Mg":
+    if lower in _NOT_UNIT_WORDS or word == "Mg" or _GLUED.fullmatch(word):
         return False
     if word > "\u2e80":  # Chinese, Japanese, Korean
         return True

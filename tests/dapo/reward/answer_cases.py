@@ -10,6 +10,8 @@ wrong even where one of them is right.
 
 from typing import NamedTuple
 
+from tests.dapo.reward.more_answer_cases import MORE
+
 TEXT = r"""
 # an integer in markup
 + 34 ¦ Answer: 34
@@ -594,36 +596,6 @@ TEXT = r"""
 + \text{all } n \ge 3 ¦ Answer: all $n \ge 3$
 + 34 ¦ Answer: 34</s></answer>
 - 34 ¦ Answer: 35</answer>
-# data sets' own ground truths
-+ 18 ¦ Answer: The total cost is \$18.
-+ 18 ¦ Answer: Janet makes \$18 per day.
-+ 34 ¦ Answer: 34 ordered pairs
-+ 34 ¦ Answer: 34 positive integers
-+ 34 ¦ Answer: $\gcd(a,b) = 34$
-+ 34 ¦ Answer: $\lfloor x \rfloor = 34$
-+ 34 ¦ <answer>Answer: 34</answer>
-- 34 ¦ Answer: 34 fails
-- 34 ¦ Answer: 34...
-- 34 ¦ Answer: $\sqrt{x} = 34$
-+ \{1,2,3\} ¦ Answer: {3, 2, 1}
-+ (-\infty,\infty) ¦ Answer: $\mathbb{R}$
-+ 3 \text{ hours } 20 \text{ minutes} ¦ Answer: 3 hours 20 minutes
-- 3 hours 20 minutes ¦ Answer: 3 hours 30 minutes
-+ B ¦ Answer: The correct answer is (B).
-+ 12 ¦ Answer: The answer is therefore 12.
-- 12 ¦ Answer: He paid \$12 too much.
-- 12 ¦ Answer: 12 loss
-- 7 ¦ Answer: Either it is 7
-- 7 ¦ Answer: The value of $\sqrt{x}$ is 7.
-- 12 m/s ¦ Answer: 12 m
-- 12 ¦ Answer: 12 basis points
-+ 2516_8 ¦ Answer: $2516_{8}$
-- 2516_8 ¦ Answer: $2516_9$
-- 2516_8 ¦ Answer: $2516$
-+ \begin{cases} x & x>0 \\ 0 & x<0 \end{cases} ¦ Answer: $\begin{cases} x & x>0 \\ 0 & x<0 \end{cases}$
-- \begin{cases} x & x>0 \\ 0 & x<0 \end{cases} ¦ Answer: $\begin{cases} x & x>0 \\ 1 & x<0 \end{cases}$
-+ H2O ¦ Answer: H2O
-- H2O ¦ Answer: H2O2
 """
 
 
@@ -646,4 +618,4 @@ def _read(text: str) -> list[Case]:
     return cases
 
 
-CASES = _read(TEXT)
+CASES = _read(TEXT + MORE.lstrip())

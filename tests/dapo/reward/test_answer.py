@@ -110,6 +110,12 @@ def test_a_million_digits_are_compared_exactly():
         ("/tmp/figure 34", UNREAD),
         ("34\0 x", UNREAD),
         ("all x of 34 " * 40, UNREAD),
+        *((text, "is not a value") for text in ("-nan", "+NaN", "[None]", "[NA]", "TBD", "n.a.", "N.A.")),
+        *(
+            (text, "is the name of a file")
+            for text in ("plot.eps", "a.ps", "a.svgz", "![](a.png)", "[image]")
+        ),
+        *((text, None) for text in ("none", "Na", "image", "-1", "[1,2]", "[0,1)", "34 ps", "x < 5")),
         ("figure.heic", "is the name of a file"),
         ("", "is blank"),
         (" \n", "is blank"),
