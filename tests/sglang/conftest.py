@@ -4,7 +4,6 @@ or two to start.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -85,8 +84,7 @@ def sglang_server(
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder for a run, whose servers are the stand-in's; it serves as their model, too."""
     # a Transformer Engine without its compiled part ends real servers, and they are refused
-    hidden = [str(HIDDEN)] if importlib.util.find_spec("transformer_engine") else []
-    path = [str(FAKE), *hidden, str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    path = [str(FAKE), str(HIDDEN), str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(KEY_VARIABLE, raising=False)

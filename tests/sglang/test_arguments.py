@@ -85,7 +85,7 @@ def test_a_python_without_sglang_is_named(monkeypatch: pytest.MonkeyPatch, tmp_p
     with pytest.raises(
         ConfigError, match=r"engine.python=.* has no SGLang that works: .*PackageNotFoundError"
     ):
-        known_arguments(sys.executable, has_cuda=False)
+        known_arguments(f"{sys.base_prefix}/bin/python3", has_cuda=False)  # no environment's
     with pytest.raises(ConfigError, match=r"engine.python=.*nowhere: No such file"):
         known_arguments(str(tmp_path / "nowhere"), has_cuda=False)
 
