@@ -51,6 +51,15 @@ def test_a_launch_script_names_one_number_of_machines(path: Path) -> None:
     assert len(set(told)) <= 1, told
 
 
+def test_scripts_call_servers_without_a_proxy() -> None:
+    lines = [line.strip() for path in SCRIPTS for line in path.read_text().splitlines()]
+    calls = [line for line in lines if re.search(r"\bcurl\b", line)]
+    assert calls and all("--noproxy '*'" in call for call in calls)
+    for path in SCRIPTS:
+        if "sglang.launch_server" in path.read_text():
+            assert "\nexport no_proxy='*' NO_PROXY='*'" in path.read_text(), path
+
+
 APART = {
     "PATH": "/usr/bin:/bin",
     "HEAD": "node0",
