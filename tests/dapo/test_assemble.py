@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dapo.assemble import _check_served, _weights
+from dapo.assemble import _check_served, _own_fields, _weights
 from dapo.config import ConfigError, Engine
 from dapo.engine.embedded import EmbeddedEngine
 from dapo.mesh import set_gpu_environment
+from dapo.model.tokenizer import load_tokenizer
 
 BASE = Path(__file__).parents[2] / "examples/arithmetic/base"
 NORM = "model.norm.weight"
@@ -79,6 +80,11 @@ def test_servers_of_another_model_are_not_sent_weights_that_mean_something_else(
     other_end = changed(tmp_path / "other_end", eos_token_id=7)
     with pytest.raises(ConfigError, match="in stop tokens: evaluate it on servers of its own"):
         _check_served(BASE, other_end)
+
+
+def test_what_is_the_models_own_is_known_of_it() -> None:
+    fields = _own_fields(BASE, load_tokenizer(BASE))
+    assert fields["vocab_size"] == 25 and fields["stop_ids"]
 
 
 @pytest.mark.parametrize(
