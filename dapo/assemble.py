@@ -122,6 +122,7 @@ def _own_fields(model: Path, tokenizer: Any) -> dict[str, Any]:
     return {
         "decode": lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
         "stop_ids": stop_ids(model, tokenizer),
+        "vocab_size": read_config(model).get("vocab_size"),
     }
 
 

@@ -24,6 +24,7 @@ from dapo.config import ConfigError
 from dapo.types import StorageError, reason
 
 MANIFEST = "manifest.json"
+UNSUMMED = {"step", "model", "files"}  # keys of a manifest of version 0.1.0, which has no checksum
 SHORT_TMPDIRS = ("/tmp", "/var/tmp", "/dev/shm")
 Sum = tuple[int, int]  # bytes, CRC-32
 BLOCK = 2**20
@@ -111,12 +112,14 @@ def write_manifest(directory: Path, sums: dict[str, Sum], about: dict[str, Any])
 def read_manifest(directory: Path) -> dict[str, Any]:
     """Read manifest.json. Raise OSError if there is none, ValueError if it is damaged itself.
 
-    Manifests of version 0.1.0 have no checksum.
+    Manifests of version 0.1.0 have no checksum, and no other keys than theirs.
     """
     manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     sums = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(sums, dict) or not all(isinstance(s, list) and len(s) == 2 for s in sums.values()):
         raise ValueError("it does not list files with size and checksum")
+    if "checksum" not in manifest and not manifest.keys() <= UNSUMMED:
+        raise ValueError("it is not what was written: it has no checksum")
     if (checksum := manifest.pop("checksum", None)) not in (None, _checksum(manifest)):
         raise ValueError(f"it is not what was written: its checksum is not {checksum}")
     return manifest  # type: ignore[no-any-return]
@@ -222,7 +225,8 @@ def run_directory(directory: Path) -> Iterator[None]:
     Raises:
         ConfigError: another process holds it; or the directory cannot be written.
     """
-    is_new, path = not directory.exists(), directory / "lock"
+    made = [path for path in (directory, *directory.parents) if not path.exists()]  # the innermost first
+    path = directory / "lock"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -234,9 +238,10 @@ def run_directory(directory: Path) -> Iterator[None]:
             yield
         finally:
             with suppress(OSError):
-                if is_new and list(directory.iterdir()) == [path]:  # what was refused leaves no trace
+                if made and list(directory.iterdir()) == [path]:  # what was refused leaves no trace
                     path.unlink()
-                    directory.rmdir()
+                    for each in made:
+                        each.rmdir()  # raises OSError if it is not empty
     finally:
         os.close(descriptor)
 

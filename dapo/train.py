@@ -40,10 +40,10 @@ def train(config: Config, mesh: Mesh) -> None:
         opened.callback(sampler.close)
         policy = Policy(config, mesh)  # π_θ
         step = checkpoints.load(policy, sampler)
+        opened.callback(make_recorder(config, mesh, sampler).close)
         # all that can be refused has been: now the run's record is written
         log = make_log(config, mesh, console, record, step)
         opened.push(log.close)
-        opened.callback(make_recorder(config, mesh, sampler).close)
         try:
             for step in range(step, config.run.steps):  # noqa: B020  # 1
                 sampler.load_weights(policy, version=step)  # 3: π_θold ← π_θ

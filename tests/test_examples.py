@@ -51,6 +51,15 @@ def test_a_launch_script_names_one_number_of_machines(path: Path) -> None:
     assert len(set(told)) <= 1, told
 
 
+def test_scripts_call_servers_without_a_proxy() -> None:
+    lines = [line.strip() for path in SCRIPTS for line in path.read_text().splitlines()]
+    calls = [line for line in lines if re.search(r"\bcurl\b", line)]
+    assert calls and all("--noproxy '*'" in call for call in calls)
+    for path in SCRIPTS:
+        if "sglang.launch_server" in path.read_text():
+            assert "\nexport no_proxy='*' NO_PROXY='*'" in path.read_text(), path
+
+
 APART = {
     "PATH": "/usr/bin:/bin",
     "HEAD": "node0",
@@ -62,13 +71,16 @@ APART = {
 
 
 def launched(path: Path, folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run a script in a checkout of its own, whose torchrun and curl only say what they were called with."""
+    """Run a script in a checkout of its own, whose programs only say what they were called with, and
+    on stderr how long torchrun would leave the ranks to save.
+    """
     script, programs = folder / path.relative_to(EXAMPLES.parent), folder / ".venv/bin"
     script.parent.mkdir(parents=True)
     programs.mkdir(parents=True)  # the script takes these first
     shutil.copy(path, script)
     shutil.copy(EXAMPLES / "environment.sh", script.parents[1])
-    for name, body in {"torchrun": 'printf "%s\\n" "$@"', "curl": "true"}.items():
+    says = 'printf "%s\\n" "$@"; echo "seconds to save: $TORCH_ELASTIC_SHUTDOWN_TIMEOUT" >&2'
+    for name, body in {"torchrun": says, "dapo": says, "curl": "true"}.items():
         (programs / name).write_text(f"#!/bin/sh\n{body}\n")
         (programs / name).chmod(0o755)
     command = ["bash", script, "optim.lr=2e-6"]
@@ -81,9 +93,22 @@ def test_a_trainers_script_takes_the_clones_programs_and_another_config(
     path: Path, own: str | None, tmp_path: Path
 ) -> None:
     done = launched(path, tmp_path, **APART, **({"CONFIG": own} if own else {}))
-    trained, *overrides = done.stdout.partition("\ntrain\n")[2].splitlines()
+    trained, *overrides = f"\n{done.stdout}".partition("\ntrain\n")[2].splitlines()
     assert trained == (own or f"examples/{path.parent.name}/config.yaml"), done.stderr
     assert overrides[-1] == "optim.lr=2e-6"
+    assert int(done.stderr.partition("seconds to save: ")[2]) >= 120
+
+
+def test_make_leaves_ranks_as_long_to_save() -> None:
+    makefile = (EXAMPLES.parent / "Makefile").read_text()
+    seconds = re.search(r"^export TORCH_ELASTIC_SHUTDOWN_TIMEOUT \?= (\d+)$", makefile, re.MULTILINE)
+    assert seconds and int(seconds[1]) >= 120
+
+
+def test_on_one_machine_dapo_launches_the_ranks_itself(tmp_path: Path) -> None:
+    """Its last line is then the error's."""
+    given = launched(EXAMPLES / "qwen2.5_7b/launch.sh", tmp_path, **APART).stdout.splitlines()
+    assert given[0] == "train" and given[given.index("--nproc") + 1] == "4"
 
 
 def test_a_trainer_apart_is_given_its_servers_urls(tmp_path: Path) -> None:

@@ -71,6 +71,22 @@ def test_a_file_fits_the_eye(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= (650 if path in TESTS else 450)
 
 
+OTHERS_PACKAGE = re.compile(r"pip install .*\bdapo(\[|$|[\s\"'`:;,])", re.MULTILINE)
+
+
+def test_nobody_is_sent_to_the_package_index_for_another_projects_dapo() -> None:
+    """This distribution is dapo-rl."""
+    assert OTHERS_PACKAGE.search("run pip install dapo") and OTHERS_PACKAGE.search(
+        "pip install -U 'dapo[gpu]'"
+    )
+    assert not OTHERS_PACKAGE.search("pip install dapo-rl")
+    folders = [path for folder in ("dapo", "docs", "examples") for path in (ROOT / folder).rglob("*")]
+    endings = {".py", ".md", ".sh", ".sbatch", ".html", ".yaml"}
+    texts = [ROOT / "README.md", *(path for path in folders if path.suffix in endings)]
+    assert len(texts) > 100
+    assert [path for path in texts if OTHERS_PACKAGE.search(path.read_text())] == []
+
+
 def test_the_loop_fits_a_screen() -> None:
     tree = ast.parse((ROOT / "dapo/train.py").read_text())
     [train] = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train"]

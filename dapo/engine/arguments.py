@@ -20,6 +20,7 @@ from dapo.engine.control import KEY_VARIABLE
 from dapo.engine.process import LOOPBACK, last_error
 from dapo.plan import stack
 
+PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 IMPORT_TIMEOUT = 300.0  # seconds for SGLang to be imported
 OURS = {  # argument that engine.sglang may not set → what to do instead
     "model-path": "set policy.model",
@@ -159,9 +160,17 @@ def gpu_sets(servers: int, options: dict[str, Any], sees_main: bool = False) -> 
 
 
 def child_environment(has_cuda: bool, key: str | None = None) -> dict[str, str]:
-    """Return our environment without torchrun's variables: a server would take our rank for its own."""
+    """Return our environment for a server or a router, without what must not reach it.
+
+    These are torchrun's variables, as a server would take our rank for its own, and proxies, which would be
+    sent prompts and key: servers are called without any, by each other too.
+    """
     torchrun = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(torchrun)}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(torchrun) and name.lower() not in PROXIES
+    }
     # a health check must not generate a token: during a sync none is generated
     environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
     if key:

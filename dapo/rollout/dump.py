@@ -128,18 +128,28 @@ def _warn(error: StorageError) -> None:
     print(f"warning: {error}", file=sys.stderr, flush=True)
 
 
-def read(path: Path, capacity: int) -> Buffer:
+def read(path: Path, capacity: int, vocab_size: int | None = None) -> Buffer:
     """Return the buffer that `write` was given, as far as it was written.
 
     Raises:
-        ConfigError: no such file, or it is not a dump.
+        ConfigError: no such file, or it is not a dump, or it has token ids that are not below `vocab_size`.
     """
     if not path.exists():
         raise ConfigError(f"rollout.replay: {path} does not exist; run fewer steps, or dump more")
     buffer = Buffer(capacity, is_dynamic=True)
     for kind, group in _groups(path):
+        for tokens in (group.prompt.tokens, *(sample.tokens for sample in group.samples)):
+            _check_tokens(tokens, vocab_size, path)
         getattr(buffer, kind).append(group)
     return buffer
+
+
+def _check_tokens(tokens: np.ndarray, vocab_size: int | None, path: Path) -> None:
+    """Raise ConfigError if a token has no row in the policy's vocabulary. None: its size is not known."""
+    wrong = tokens[(tokens < 0) | (tokens >= vocab_size)] if vocab_size is not None else tokens[:0]
+    if wrong.size:
+        has = f"token id {wrong[0]}, where the policy's vocabulary has {vocab_size}"
+        raise ConfigError(f"rollout.replay: {path}: {has}: a dump of another model?")
 
 
 def write_groups(path: Path, groups: Sequence[Group]) -> None:

@@ -44,6 +44,7 @@ class Rollouts:
     reward: Reward
     decode: Callable[[np.ndarray], str]  # token ids [n] → text
     stop_ids: tuple[int, ...]
+    vocab_size: int | None  # the model's; None: not known
     is_interrupted: Callable[[], bool] = lambda: False  # asked after every sample; True raises Interrupted
     # called with a line, where the current step is, and the fraction of it that is done
     on_progress: Callable[[str, float], None] = lambda text, fraction: None
@@ -79,10 +80,11 @@ class Rollouts:
             RolloutError: at_cap is "stop" and the cap was reached, or too many steps had no mixed group.
             Stopped: the run is to stop; prompts of an unfinished collection are back in the stream.
             StorageError: an earlier step's dump could not be written; nothing is sampled.
+            ConfigError: the dump to replay cannot be used.
         """
         self.dumps.check()
         rollout = self.config.rollout
-        replayed = rollout.replay and dump.read(dump.path_of(rollout.replay, step), rollout.prompts_per_step)
+        replayed = self._replayed(step)
         buffer = replayed or self.collect(step)
         self.engine.release_memory()
         rewarded = self.reward.take_metrics()
@@ -99,6 +101,13 @@ class Rollouts:
         metrics = buffer.ledger() | rewarded | self._staleness(buffer, step)
         kept = [] if rollout.only else buffer.kept
         return batch.shares(kept, self.config, self.num_data_ranks, metrics, version=step)
+
+    def _replayed(self, step: int) -> Buffer | None:
+        """Return the step's buffer as rollout.replay has it, None where nothing is replayed."""
+        rollout = self.config.rollout
+        if not rollout.replay:
+            return None
+        return dump.read(dump.path_of(rollout.replay, step), rollout.prompts_per_step, self.vocab_size)
 
     def collect(self, step: int) -> Buffer:
         """Offer groups in request order until the buffer is full (lines 4–8), at most prompts_per_round ×

@@ -14,6 +14,9 @@ ROLES = {"system", "developer", "user", "assistant", "tool"}
 # how a message, or a list of them, begins that was written into a text column; and what else it has
 _MESSAGES = re.compile(r"""\s*\[?\s*\{\s*["'](?:role|content)["']\s*:""")
 _FIELDS = re.compile(r"""\s*\[?\s*\{\s*["'](?=.*["']role["']\s*:)(?=.*["']content["']\s*:)""", re.DOTALL)
+# other formats of messages, which are refused whether a column holds them or their text
+_FROM = re.compile(r"""\s*\[?\s*\{\s*(?=["'])(?=.*["']from["']\s*:)(?=.*["']value["']\s*:)""", re.DOTALL)
+_LISTS = re.compile(r"""\s*\{\s*["'](?:messages|conversations)["']\s*:\s*\[""")
 _SHORT_EXPONENT = re.compile(r"[-+.0-9]+[eE][-+]?[0-9]{1,3}")
 
 Messages = list[dict[str, Any]]
@@ -109,7 +112,7 @@ def _prompt(prompt: Any, place: str) -> str | Messages:
     if isinstance(prompt, str):
         if not prompt.strip():
             raise BadRow(f"{place}: the prompt is empty")
-        if not (_MESSAGES.match(prompt) or _FIELDS.match(prompt)):
+        if not any(pattern.match(prompt) for pattern in (_MESSAGES, _FIELDS, _FROM, _LISTS)):
             return prompt
         prompt = _json_column(prompt, "prompt", place)
     if not isinstance(prompt, list) or not prompt or not all(isinstance(part, dict) for part in prompt):

@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 PATH="$PWD/.venv/bin:$PATH"
 source examples/environment.sh
-exec torchrun --standalone --nproc-per-node "${TRAINER_GPUS:-4}" -m dapo train "${CONFIG:-examples/qwen2.5_7b/config.yaml}" "$@"
+exec dapo train "${CONFIG:-examples/qwen2.5_7b/config.yaml}" --nproc "${TRAINER_GPUS:-4}" "$@"

@@ -6,6 +6,7 @@
 set -euo pipefail
 : "${MODEL:?the Hugging Face directory that the trainer starts from}" "${DAPO_ENGINE_KEY:?what the servers and the trainer share}"
 gpus=${GPUS:-8} tp=${TP:-1} first_port=${FIRST_PORT:-30000}
+export no_proxy='*' NO_PROXY='*' # a proxy would be sent prompts and key by the server's own calls
 export SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION=0 # healthy also while weights arrive, when nothing is generated
 
 folder=$(mktemp -d)

@@ -14,7 +14,7 @@ urls=()
 for server in $SERVERS; do
   urls+=("http://$server")
   patience=$((SECONDS + ${PATIENCE:-1800}))
-  until curl --silent --fail --output /dev/null --max-time 5 "http://$server/health"; do
+  until curl --noproxy '*' --silent --fail --output /dev/null --max-time 5 "http://$server/health"; do
     ((SECONDS < patience)) || { echo "no server at $server" >&2 && exit 1; }
     sleep 5
   done

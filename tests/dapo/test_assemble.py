@@ -5,16 +5,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dapo.assemble import _check_served, _weights
-from dapo.config import ConfigError, Engine
+from dapo.assemble import _check_served, _own_fields, _weights, evaluate_models, make_sampler
+from dapo.config import Config, ConfigError, Engine
 from dapo.engine.embedded import EmbeddedEngine
 from dapo.mesh import set_gpu_environment
+from dapo.model.tokenizer import load_tokenizer
+from dapo.train import _enter
+from tests.conftest import make_config
 
 BASE = Path(__file__).parents[2] / "examples/arithmetic/base"
 NORM = "model.norm.weight"
@@ -79,6 +86,45 @@ def test_servers_of_another_model_are_not_sent_weights_that_mean_something_else(
     other_end = changed(tmp_path / "other_end", eos_token_id=7)
     with pytest.raises(ConfigError, match="in stop tokens: evaluate it on servers of its own"):
         _check_served(BASE, other_end)
+
+
+MAIN: Any = SimpleNamespace(is_main=True, on_main_only=lambda make: make(), device=torch.device("cpu"))
+
+
+def train(config: Config) -> None:
+    """Do what `dapo train` does on the main rank before the policy is built."""
+    with ExitStack() as opened:
+        _enter(config, opened)
+        make_sampler(config, MAIN)
+
+
+def evaluate(config: Config) -> None:
+    evaluate_models(config, MAIN, [config.policy.model])
+
+
+@pytest.mark.parametrize("command", [train, evaluate])
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ({"max_position_embeddings": 47}, "=32 are 48 positions, and policy.model="),
+        ({"vocab_size": 20}, "config.json a vocab_size of 20: use the model's own tokenizer"),
+    ],
+)
+def test_a_model_too_short_or_of_fewer_tokens_is_refused(
+    command: Callable[[Config], None], field: dict[str, int], said: str, tmp_path: Path
+) -> None:
+    weights = {"model.embed_tokens.weight": torch.ones(20, 64)} if "vocab_size" in field else None
+    model = changed(tmp_path / "other", weights, **field)
+    data = BASE.parent / "data/heldout.jsonl"
+    config = make_config(tmp_path, f"policy.model={model}", f"eval.data={data}", f"data.train={data}")
+    with pytest.raises(ConfigError) as error:
+        command(config)
+    assert said in str(error.value)
+
+
+def test_what_is_the_models_own_is_known_of_it() -> None:
+    fields = _own_fields(BASE, load_tokenizer(BASE))
+    assert fields["vocab_size"] == 25 and fields["stop_ids"]
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,17 @@ def test_a_manifest_knows_when_it_is_damaged_itself(tmp_path: Path) -> None:
     assert files.damage(path.parent) is None
 
 
+def test_a_manifest_whose_checksum_is_called_otherwise_is_damaged(tmp_path: Path) -> None:
+    """A bit is changed in the key's name and the quotes around it."""
+    path = make(tmp_path / "d") / files.MANIFEST
+    whole = path.read_bytes()
+    start = whole.index(b'"checksum"')
+    for i in range(start, start + len(b'"checksum"')):
+        for bit in range(8):
+            path.write_bytes(whole[:i] + bytes([whole[i] ^ 1 << bit]) + whole[i + 1 :])
+            assert files.damage(path.parent) is not None, (i - start, bit)
+
+
 def test_a_manifest_of_version_0_1_0_has_no_checksum_and_is_read(tmp_path: Path) -> None:
     path = make(tmp_path / "d") / files.MANIFEST
     manifest = json.loads(path.read_text())
@@ -249,6 +260,22 @@ def test_a_run_directory_belongs_to_one_process_until_it_ends_however_it_ends(tm
     assert (run / "lock").read_text().split()[1] == str(holder.pid), "the killed one's name is left"
     with files.run_directory(run):
         assert (run / "lock").read_text().split()[1] == str(os.getpid())
+
+
+def test_a_run_that_is_refused_leaves_none_of_the_directories_it_made(tmp_path: Path) -> None:
+    for mine in (None, "other", "c/other"):
+        with pytest.raises(ZeroDivisionError), files.run_directory(tmp_path / "a/b/c/run"):
+            if mine:
+                (tmp_path / "a/b" / mine).mkdir(parents=True)
+            raise ZeroDivisionError
+        left = {path.relative_to(tmp_path) for path in tmp_path.rglob("*")}
+        kept = Path("a/b", mine) if mine else Path()
+        assert left == {kept, *kept.parents} - {Path()}
+        shutil.rmtree(tmp_path / "a", ignore_errors=True)
+    (tmp_path / "a/b").mkdir(parents=True)
+    with pytest.raises(ZeroDivisionError), files.run_directory(tmp_path / "a/b/c/run"):
+        raise ZeroDivisionError
+    assert (tmp_path / "a/b").is_dir() and not (tmp_path / "a/b/c").exists()
 
 
 def test_a_run_that_is_refused_leaves_no_directory(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from signal import SIGHUP, SIGTERM
 from types import SimpleNamespace
@@ -214,6 +215,28 @@ def test_output_that_cannot_be_written_is_dropped(shell: str, error: str, tmp_pa
     assert done.returncode == 7
     assert done.stderr.strip() == error
     assert int((tmp_path / "number").read_text()) > 2, "a file has the number of a closed stream"
+
+
+@pytest.mark.parametrize("shell", ["{} | head -1", "{} >&-", "PYTHONIOENCODING=ascii {} > /dev/null"])
+def test_a_command_whose_output_nobody_reads_is_done(shell: str) -> None:
+    command = shell.format(f"{sys.executable} -m dapo metrics")
+    done = subprocess.run(
+        ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True, timeout=100
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_tmpdir_too_long_for_sockets_is_replaced_before_a_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / ("x" * 145)
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert run_with(monkeypatch, ConfigError("the end")) == 2
+    warning, error = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: TMPDIR={folder} has ") and error == "error: the end"
+    assert len(os.environ["TMPDIR"]) < 20
 
 
 SCORES = """

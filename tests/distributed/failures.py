@@ -266,6 +266,14 @@ def run_exists(directory: Path) -> list[str]:
 
 
 @case
+def stalls_are_a_file(directory: Path) -> list[str]:
+    """Refused by every rank, after all that the main rank alone refuses."""
+    (directory / "run").mkdir(parents=True)
+    (directory / "run" / "stalls").write_text(MINE)
+    return [f"run.dir={directory / 'run'}"]
+
+
+@case
 def missing_shard(directory: Path) -> list[str]:
     options = broken_model(directory, lambda config, weights: None)
     (directory / "model.safetensors").rename(directory / "model-00001-of-00002.safetensors")

@@ -106,6 +106,7 @@ SAYS = {  # what went wrong → words that must be in the line
     "reward_path_of_a_file": ["reward.function=path.py:f", "expected module:name"],
     "reward_in_no_package": ["reward.function=rw.kwargs", "expected module:name"],
     "reward_of_the_main_module": ["reward.function=__main__:f", "expected module:name"],
+    "stalls_are_a_file": ["run.dir: ", "stalls cannot be written: File exists"],
     "run_exists": ["run.resume=never", "already holds a run"],
 }
 

@@ -193,3 +193,11 @@ def test_a_server_does_not_take_the_trainers_place_for_its_own(monkeypatch: pyte
         monkeypatch.setenv(name, value)
     assert not theirs.keys() & child_environment(has_cuda=True).keys()
     assert "PATH" in child_environment(has_cuda=True)
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "https_proxy", "all_proxy"])
+def test_servers_and_routers_know_of_no_proxy(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be sent prompts and key, by a router to its servers or by a server to itself."""
+    for each in (name, name.upper(), name.capitalize()):
+        monkeypatch.setenv(each, "http://proxy:3128")
+    assert not [each for each in child_environment(has_cuda=True) if each.lower() == name]

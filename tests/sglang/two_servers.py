@@ -124,7 +124,9 @@ def make_rollouts(config: Config) -> tuple[Rollouts, list[str]]:
     prompts = [Prompt(i, np.full(8, 2 + i, np.int32), "1") for i in range(2 * GROUPS)]
     reward = Reward(config.reward.model_copy(update={"workers": 0}), config.rollout.max_response_length)
     stream = PromptStream(prompts, 1)
-    return Rollouts(config, 1, engine, stream, reward, lambda tokens: " ".join(map(str, tokens)), (1,)), said
+    return Rollouts(
+        config, 1, engine, stream, reward, lambda tokens: " ".join(map(str, tokens)), (1,), None
+    ), said
 
 
 def collect(rollouts: Rollouts, step: int) -> dict[str, Any]:

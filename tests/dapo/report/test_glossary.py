@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from dapo.log import Console
 from dapo.report import curves, glossary, page
@@ -147,3 +148,11 @@ def test_the_documentation_has_the_metrics_of_this_code() -> None:
     names = [metric.name for metric in glossary.METRICS if metric.name != "step"]
     assert sorted(row.split("`")[1] for row in rows) == sorted(names)
     assert {row.replace("\\|", "").count("|") for row in rows} == {5}
+
+
+def test_monitors_are_drawn_over_steps(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    curves.plot({"run": [{"step": 0, "reward/mean": 0.5}]}, tmp_path / "page.png")
+    assert {axes.get_xlabel() for axes in drawn[0].axes} == {"step"}
+    assert '<option value="step">steps</option>' in (ROOT / "dapo/report/page.html").read_text()

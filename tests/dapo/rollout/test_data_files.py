@@ -324,7 +324,27 @@ def test_messages_in_a_text_column_that_cannot_be_read_are_refused(
         read(write(tmp_path / name, {"prompt": text, "answer": "4"}))
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", '[{"x": 1}]', "{", '"role": "user"', '["role"]'])
+@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([{"from": "human", "value": "hi"}], "chat role None is not known"),
+        ([{"value": "hi", "weight": 1, "from": "human"}], "chat role None is not known"),
+        ({"messages": CHAT}, "column 'prompt' is dict"),
+        ({"conversations": [{"from": "human", "value": "hi"}]}, "column 'prompt' is dict"),
+    ],
+)
+def test_messages_of_other_formats_are_refused_in_a_text_column_too(
+    tmp_path: Path, messages: Any, said: str, as_text: bool
+) -> None:
+    prompt = json.dumps(messages) if as_text else messages
+    with pytest.raises(ConfigError, match=rf"t\.jsonl, line 1: {said}"):
+        read(write(tmp_path / "t.jsonl", {"prompt": prompt, "answer": "1"}))
+
+
+@pytest.mark.parametrize(
+    "text", ['{"value": 3} is what?', "[1, 2]", '[{"x": 1}]', "{", '"role": "user"', '["role"]']
+)
 def test_other_text_in_brackets_is_text(tmp_path: Path, text: str) -> None:
     assert pairs(read(write(tmp_path / "t.jsonl", {"prompt": text, "answer": "4"}))[1]) == [(text, "4")]
 

@@ -165,7 +165,7 @@ def test_streaming_from_a_real_model_makes_the_batches_of_whole_rounds(tmp_path)
         engine = EmbeddedEngine(BASE, torch.float32, torch.device("cpu"), max_concurrent=20)
         engine.load_weights(load_file(BASE / "model.safetensors").items(), version=0)
         reward = Reward(config.reward.model_copy(update={"workers": 0}), 24)
-        rollouts = Rollouts(config, 1, engine, PromptStream(prompts, 1), reward, decode, (1,))
+        rollouts = Rollouts(config, 1, engine, PromptStream(prompts, 1), reward, decode, (1,), None)
         return [rollouts.collect(step).kept for step in range(2)]
 
     in_rounds, streamed = steps(), steps(STREAMING)

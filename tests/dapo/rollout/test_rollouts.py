@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from dapo import clock
+from dapo.config import ConfigError
 from dapo.learn.advantages import ADVANTAGES, group_advantages
 from dapo.learn.objective import NORMALISERS
 from dapo.reward.pool import Reward
+from dapo.rollout import dump
 from dapo.rollout.buffer import Buffer
 from dapo.rollout.prompts import PromptStream
 from dapo.rollout.rollouts import RolloutError, Rollouts
@@ -17,6 +19,7 @@ from tests.batches import next_batches
 from tests.conftest import make_config, make_group, make_prompt
 
 NUM_PROMPTS = 40
+VOCABULARY = 5000  # beyond make_prompt's
 
 
 class ScriptedEngine:
@@ -106,6 +109,7 @@ def make_rollouts(tmp_path, engine, *overrides, num_data_ranks=1, **callbacks) -
         reward,
         decode=lambda tokens: f"Answer: {tokens[-1]}",
         stop_ids=(7,),
+        vocab_size=VOCABULARY,
         **callbacks,
     )
 
@@ -582,6 +586,27 @@ def test_replayed_groups_do_not_go_into_the_stream(tmp_path):
     with pytest.raises(StorageError):
         next_batches(rollouts, 0)
     assert rollouts.prompts.state_dict() == before
+
+
+@pytest.mark.parametrize("place", ["prompt", "response"])
+@pytest.mark.parametrize("token", [-1, VOCABULARY - 1, VOCABULARY])
+def test_a_dump_of_another_vocabulary_is_refused_before_the_policy_sees_it(tmp_path, place, token):
+    group = make_group([1, 0])
+    for sample in group.samples:
+        sample.tokens = np.full(4, 7, np.int32)
+    changed = group.prompt.tokens if place == "prompt" else group.samples[1].tokens
+    changed[-1] = token
+    path = dump.path_of(tmp_path / "other", 0)
+    buffer = Buffer(1, is_dynamic=True)
+    buffer.offer(group)
+    with dump.Writer() as writer:
+        writer.write(path, buffer, 1.0)
+    rollouts = make_rollouts(tmp_path, ScriptedEngine(lambda _: "10"), f"rollout.replay={path.parent}")
+    if 0 <= token < VOCABULARY:
+        assert rollouts._replayed(0) is not None
+        return
+    with pytest.raises(ConfigError, match=rf"^rollout.replay: {path}: token id {token}, where the policy's "):
+        next_batches(rollouts, 0)
 
 
 def test_the_reward_is_closed_although_the_engine_failed_to(tmp_path, monkeypatch):
