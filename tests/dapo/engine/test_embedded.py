@@ -165,17 +165,7 @@ def test_a_mixture_of_experts_takes_weights_as_its_files_have_them_and_generates
     experts = dict(
         num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True, head_dim=8
     )
-    sizes = dict(
-        vocab_size=25,
-        hidden_size=32,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    model = transformers.Qwen3MoeForCausalLM(
-        transformers.Qwen3MoeConfig(**sizes, **experts, initializer_range=0.2)
-    ).eval()
+    model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SIZES, **experts)).eval()
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     assert "model.layers.1.mlp.experts.3.gate_proj.weight" in weights, "one by one in files, fused in memory"
