@@ -237,7 +237,9 @@ def main(names: list[str]) -> bool:
                 arguments = list(mistake.command) or ["train", "run.yaml", *mistake.options]
                 done = run(folder, ranks, arguments)
                 seconds = time.perf_counter() - start
-                last = (done.stdout.splitlines() or [""])[-1].replace(str(folder), "…")
+                last = (
+                    (done.stdout.splitlines() or [""])[-1].replace(str(folder), "…").replace(f"{ROOT}/", "")
+                )
             errors = sum(line.startswith("error: ") for line in done.stdout.splitlines())
             good = last.startswith("error: ") and mistake.words in last
             good = (
