@@ -104,6 +104,11 @@ class Layer:
         return ATTENTION_PADDING * (b * (2 * q + 2 * kv) + 4 * heads) + 8
 
     @property
+    def angles(self) -> int:
+        """Bytes of the rotary angles, which recomputed layers share; the fused kernel's are a sequence's."""
+        return 0 if self.backend == "transformer_engine" else 4 * self.shape.head_dim * self.context
+
+    @property
     def core_attention_inputs(self) -> float:
         """Bytes of q and k after RoPE, and of the fused q, k, v, of which v is a view."""
         return self.value_bytes * (2 * self.q + 3 * self.kv)

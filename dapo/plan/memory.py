@@ -173,6 +173,7 @@ class Rank:
             kept = layers / unit * layer.stream
             if self.megatron.recompute_method == "block":  # the first layers, each by itself
                 kept = unit * layer.stream + (layers - unit) * layer.everything
+            kept += layer.angles
         if self._recomputes_mlp:
             kept -= layers * layer.mlp
         if self.megatron.recomputes("core_attn"):

@@ -10,7 +10,7 @@
 set -euo pipefail
 CONFIG=${CONFIG:-examples/qwen2.5_32b_paper/config.yaml}
 NODES=${NODES:-$SLURM_NNODES}
-HEAD=${HEAD:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+HEAD=${HEAD:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)}
 PATH="$PWD/.venv/bin:$PATH"
 source examples/environment.sh
 
