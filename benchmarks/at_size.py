@@ -197,7 +197,7 @@ def dumping(groups: list[Group], directory: Path) -> dict[str, float]:
         with measured() as step:
             writer.write(path, buffer, 1.0)
         with measured() as aside:
-            writer.wait()
+            writer.finish()
     with measured() as replay:
         again = dump.read(path, len(groups))
     num_bytes = sum(
