@@ -28,6 +28,7 @@ from dapo.config import ConfigError
 from dapo.files import Sum
 from dapo.mesh import Mesh
 from dapo.model.shape import ModelShape
+from dapo.policy.chunks import Damaged
 from dapo.policy.megatron import Policy
 from dapo.policy.torch_dist import Save
 from dapo.policy.weight_files import check_checkpoint
@@ -55,6 +56,7 @@ class Checkpoints:
         self.run, self.mesh = run, mesh
         self.root = run.dir / "checkpoints"
         self.newest: int | None = None  # step of the newest whole checkpoint, as `find` found it
+        self._candidates: list[int] = []  # steps that have one, the newest first, without the damaged ones
         self.saved = -1  # the step last saved or loaded, or being saved
         self._unfinished: tuple[Save, ModelShape] | None = None  # the checkpoint that is being saved
 
@@ -67,6 +69,7 @@ class Checkpoints:
                 checkpoints is whole, or the chosen one is not; the run has done more than run.steps steps; or
                 the checkpoint is of another model.
         """
+        self._candidates = self.mesh.on_main(self._steps_to_try)
         self.newest = self._newest_whole()
         if self.newest is None:
             return None
@@ -76,11 +79,20 @@ class Checkpoints:
     def load(self, policy: Policy, sampler: Stateful) -> int:
         """Restore the checkpoint that `find` found. Return the step to continue with; 0 if there is none.
 
+        If its tensors prove damaged when they are read, the one before it is restored.
+
         Raises:
-            ConfigError: it holds NaN, or the data has changed under the run.
+            ConfigError: it holds NaN, or the data has changed under the run; or no checkpoint is whole.
         """
+        while self.newest is not None:
+            try:
+                policy.load(self._path(self.newest) / "policy")
+                break
+            except Damaged as error:
+                self._pass_over(self.newest, str(error))
+                self.newest = self._newest_whole()
+                self.mesh.on_main(self._check, self.newest, policy.shape)
         if self.newest is not None:
-            policy.load(self._path(self.newest) / "policy")
             sampler.load(self._path(self.newest))
             self.saved = self.newest
         self.mesh.on_main(self._tidy)
@@ -162,23 +174,30 @@ class Checkpoints:
         return sorted((int(name[1]) for name in names if name), reverse=True)
 
     def _newest_whole(self) -> int | None:
-        """Return the newest step whose checkpoint is whole. Every rank verifies a part of its files."""
-        steps = self.mesh.on_main(self._steps_to_try)
-        for step in steps:
+        """Return the newest step whose checkpoint is whole, as far as its manifest says. Every rank verifies
+        a part of its files; tensors have checksums of their own.
+        """
+        while self._candidates:
+            step = self._candidates[0]
             found = self.mesh.gather(files.damage(self._path(step), self.mesh.rank, self.mesh.world))
             damage = self.mesh.on_main(lambda found=found: next(filter(None, found), None))
             if damage is None:
-                return int(step)
-            if step == steps[-1]:
-                remedy = "restore one, or choose another run.dir to begin anew"
-                tried = f"no checkpoint below {self.root} is whole; the last one tried, {self._path(step)},"
-                if isinstance(self.run.resume, int):
-                    tried = f"run.resume={step}: {self._path(step)}"
-                    remedy = f"choose another step, or restore it; {self._known()}"
-                raise ConfigError(f"{tried} is damaged ({damage}): {remedy}")
-            if self.mesh.is_main:
-                _warn(f"checkpoint {self._path(step)} is damaged ({damage}): using the one before it")
+                return step
+            self._pass_over(step, damage)
         return None
+
+    def _pass_over(self, step: int, damage: str) -> None:
+        """Drop a damaged checkpoint from the candidates. Raise ConfigError if no other is left."""
+        self._candidates.remove(step)
+        if not self._candidates:
+            remedy = "restore one, or choose another run.dir to begin anew"
+            tried = f"no checkpoint below {self.root} is whole; the last one tried, {self._path(step)},"
+            if isinstance(self.run.resume, int):
+                tried = f"run.resume={step}: {self._path(step)}"
+                remedy = f"choose another step, or restore it; {self._known()}"
+            raise ConfigError(f"{tried} is damaged ({damage}): {remedy}")
+        if self.mesh.is_main:
+            _warn(f"checkpoint {self._path(step)} is damaged ({damage}): using the one before it")
 
     def _steps_to_try(self) -> list[int]:
         steps, resume = self._steps(), self.run.resume

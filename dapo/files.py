@@ -1,7 +1,8 @@
 """Directories that appear whole or not at all, and in which later damage is found.
 
 Each is written under a hidden name and renamed when everything is on the disk. manifest.json lists size and
-CRC-32 of every file and has a checksum of its own, which reveals damage by disks and copies, not forgery.
+CRC-32 of every file and has a checksum of its own, which reveals damage by disks and copies, not forgery. Of
+files whose parts have checksums, which are compared when they are read, it lists the size.
 """
 
 from __future__ import annotations
@@ -26,31 +27,31 @@ from dapo.types import StorageError, reason
 MANIFEST = "manifest.json"
 UNSUMMED = {"step", "model", "files"}  # keys of a manifest of version 0.1.0, which has no checksum
 SHORT_TMPDIRS = ("/tmp", "/var/tmp", "/dev/shm")
-Sum = tuple[int, int]  # bytes, CRC-32
+Sum = tuple[int, int | None]  # bytes, CRC-32; None: the file has checksums of its own parts
 BLOCK = 2**20
 # characters: a path of a socket may have 107, of which multiprocessing adds 33 and SGLang 13
 LONGEST_TMPDIR = 107 - 33
 EARLY = 64 * 2**20  # bytes of a file that go to the disk together, before the file is complete
 
 
-class SummedFile:
-    """A file that computes its checksum while it is written, so that nothing is read again."""
+class ChunkFile:
+    """A file for torch.save's archives, which have checksums of their own."""
 
     def __init__(self, path: Path):
         self._file = open(path, "wb", buffering=BLOCK)  # noqa: SIM115  # until close
-        self.sum: Sum = (0, 0)
         self.error: OSError | None = None  # torch.save turns a full disk into errors of its own
+        self._size = 0
         self._begun = 0  # the disk has begun to write the bytes before this one
 
     def write(self, data: bytes | memoryview) -> int:
         view = memoryview(data)
         try:
             self._file.write(view)
-            self._begin_writing(self.sum[0] + view.nbytes)
+            self._begin_writing(self._size + view.nbytes)
         except OSError as error:
             self.error = error
             raise
-        self.sum = self.sum[0] + view.nbytes, zlib.crc32(view, self.sum[1])
+        self._size += view.nbytes
         return view.nbytes
 
     def _begin_writing(self, end: int) -> None:
@@ -66,7 +67,7 @@ class SummedFile:
         self._begun = end
 
     def tell(self) -> int:
-        return self.sum[0]
+        return self._size
 
     def flush(self) -> None:
         pass  # once, at the end
@@ -92,7 +93,7 @@ def write_at(file: FileIO, data: memoryview, place: int) -> None:
         data, place = data[written:], place + written
 
 
-def sum_of(path: Path) -> Sum:
+def sum_of(path: Path) -> tuple[int, int]:
     """Read a file, and return its size and CRC-32."""
     size, crc, block = 0, 0, memoryview(bytearray(BLOCK))
     with open(path, "rb", buffering=0) as file:
@@ -151,7 +152,8 @@ def file_damage(directory: Path, name: str, sum: Sum) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} of {size} bytes"
-        return None if sum_of(path)[1] == crc else f"{name} is not what was written: its checksum differs"
+        is_whole = crc is None or sum_of(path)[1] == crc
+        return None if is_whole else f"{name} is not what was written: its checksum differs"
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
 

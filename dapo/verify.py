@@ -13,11 +13,12 @@ from dapo.config import ConfigError
 from dapo.engine.embedded import as_stored
 from dapo.model.shape import ModelShape
 from dapo.model.tokenizer import load_tokenizer
-from dapo.policy.torch_dist import Reader
+from dapo.policy.chunks import Reader
 from dapo.policy.weight_files import hf_tensors, open_weights
 from dapo.report import curves
 from dapo.rollout import dump
 
+MAIN = "optimizer.state.param."
 SAMPLED = {  # seeds are made of run.seed, group and index
     "batches: groups, samples, prompts": ("kind", "group", "index", "prompt_index"),
     "draws: tokens, versions, rewards": ("tokens", "versions", "reward", "advantage"),
@@ -67,10 +68,13 @@ def runs(a: Path, b: Path, first: int, end: int) -> Iterator[Finding]:
 def policies(a: Path, b: Path) -> Iterator[Finding]:
     """Compare the tensors of two checkpoints of any layouts, without rows that only pad a vocabulary."""
     x, y = Reader(a), Reader(b)
-    missing = x.sizes.keys() ^ y.sizes.keys()
-    yield Finding("tensors, by name", len(x.sizes), len(missing) / len(x.sizes))
+    here, there = _names(x), _names(y)
+    missing = set(here) ^ set(there)
+    yield Finding("tensors, by name", len(here), len(missing) / len(here))
     for what in ("parameters", "main parameters", "moments"):
-        names = [name for name in x.sizes if _kind(name) == what and name not in missing]
+        names = [name for name in here if _kind(name) == what and name not in missing]
+        if not names and what == "main parameters":
+            continue  # of a float32 model
         squares = torch.zeros(2, dtype=torch.float64)  # of the difference, and of the first run's values
         for name in names:
             num_rows = min(x.sizes[name][0], y.sizes[name][0])
@@ -83,7 +87,14 @@ def policies(a: Path, b: Path) -> Iterator[Finding]:
 def _kind(name: str) -> str:
     if not name.startswith("optimizer."):
         return "parameters"
-    return "main parameters" if name.startswith("optimizer.state.param.") else "moments"
+    return "main parameters" if name.startswith(MAIN) else "moments"
+
+
+def _names(reader: Reader) -> list[str]:
+    """Return the names of a checkpoint's tensors, without main parameters that repeat float32 parameters."""
+    mains = {name: name.removeprefix(MAIN) for name in reader.sizes if name.startswith(MAIN)}
+    copies = {main for main, name in mains.items() if reader.dtype(name) == torch.float32}
+    return [name for name in reader.sizes if name not in copies]
 
 
 def tokens_of(text: Path, models: list[Path], shape: ModelShape) -> torch.Tensor:

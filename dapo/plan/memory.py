@@ -261,7 +261,8 @@ class Rank:
         """Bytes of main memory while a checkpoint is written in the background: this rank's shard of it."""
         if not self.config.run.async_save:
             return 0
-        return 12 * self.owned_parameters + self.value_bytes * self.parameters // self.copies
+        own = 8 if self.value_bytes == 4 else 12  # float32 parameters are their own main parameters
+        return own * self.owned_parameters + self.value_bytes * self.parameters // self.copies
 
     @property
     def main_memory(self) -> int:

@@ -30,7 +30,7 @@ from dapo.learn.objective import importance
 from dapo.learn.traces import Key, Trace, record
 from dapo.mesh import Mesh
 from dapo.model.shape import read_shape
-from dapo.policy import cpu, metrics, schedule, torch_dist, weight_files
+from dapo.policy import chunks, cpu, metrics, schedule, torch_dist, weight_files
 from dapo.policy.layout import initialize_megatron
 from dapo.policy.memory import UpdateMemory
 from dapo.policy.metrics import Sums
@@ -93,6 +93,7 @@ class Policy:
         if ddp.overlap_grad_reduce:
             no_sync = [model.no_sync for model in self.models]
             self.transformer.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        self._saving: torch_dist.Save | None = None  # it reads parameters and optimizer state
         self._traces: dict[Key, Trace] = {}  # of the tokens that this rank reports
 
     @timed("old_logprobs")
@@ -154,6 +155,7 @@ class Policy:
         self.optimizer.prepare_grads()
         if not math.isfinite(norm := self.optimizer.get_grad_norm()):  # Megatron would take the step
             raise PolicyError(f"the gradient's norm is {norm}: {NOT_TAKEN}")
+        self._detach_save()
         self.scheduler.step(1)  # before the update: the first one has the first warm-up value, not lr 0
         _, grad_norm, _ = self.optimizer.step()
         return sums | {"taken": 1.0, "grad_norm": float(grad_norm), "lr": self.scheduler.get_lr({})}
@@ -190,6 +192,7 @@ class Policy:
 
         The next update takes it again. Until then weights can be sent and checkpoints be saved.
         """
+        self._detach_save()
         self.memory.release()
         self._give_back()
 
@@ -229,13 +232,29 @@ class Policy:
         copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
         tensors, _ = self._sharded_state()
         others = {"optimizer": group_settings(self.optimizer), "num_updates": self.scheduler.num_steps}
-        return torch_dist.Save(tensors | others, directory, copies, self.mesh.barrier)
+        self._saving = torch_dist.Save(tensors | others, directory, copies, self.mesh.barrier)
+        return self._saving
+
+    @timed("checkpoint")
+    def _detach_save(self) -> None:
+        """Let a checkpoint that is being written have its own copy of what is about to change."""
+        if self._saving:
+            self._saving.detach()
+            self._saving = None
 
     def load(self, directory: Path) -> None:
-        """Restore what `save` planned, in any layout. Raise ConfigError if a parameter is not finite."""
+        """Restore what `save` planned, in any layout.
+
+        Raises:
+            Damaged: the files are not what was written; what the policy holds now is of no use.
+            ConfigError: a parameter is not finite.
+        """
         now = [{key: group[key] for key in SETTINGS} for group in self.optimizer.param_groups]
-        tensors, own = self._sharded_state()
-        state = torch_dist.load(tensors, directory)
+        tensors, own = self._sharded_state(chunks.Reader(directory))
+        state, damage = torch_dist.load(tensors, directory)
+        damages = self.mesh.gather(damage)
+        if damage := self.mesh.on_main(lambda: next(filter(None, damages), None)):
+            raise chunks.Damaged(damage)
         for i, chunk in enumerate(self.chunks):
             missing, unexpected = chunk.load_state_dict(state["model"][f"chunk{i}"], strict=False)
             lacking = [name for name in missing if EXTRA_STATE not in name]
@@ -271,14 +290,17 @@ class Policy:
             wd_incr_style="constant",
         )
 
-    def _sharded_state(self) -> tuple[dict[str, Any], OwnState]:
-        """Return this rank's parts of a checkpoint's tensors; and, of those, the optimizer's."""
+    def _sharded_state(self, saved: chunks.Reader | None = None) -> tuple[dict[str, Any], OwnState]:
+        """Return this rank's parts of a checkpoint's tensors; and, of those, the optimizer's.
+
+        `saved`: the checkpoint that is to be read; None: one is to be written.
+        """
         metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
         model = {}
         for i, chunk in enumerate(self.chunks):
             entries = chunk.sharded_state_dict(metadata=metadata).items()
             model[f"chunk{i}"] = {name: entry for name, entry in entries if EXTRA_STATE not in name}
-        own = OwnState(self.optimizer, model)
+        own = OwnState(self.optimizer, model, saved)
         return {"model": model, "state": own.boxes}, own
 
     def _score(self, microbatch: PlacedMicrobatch, hidden: Tensor) -> tuple[Tensor, Tensor]:

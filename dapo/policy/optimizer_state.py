@@ -2,7 +2,8 @@
 tensor, and reads it in place.
 
 Megatron's distributed optimizer gives each data-parallel rank a flat range of each parameter; the rank keeps
-that range's main parameter and moments. Megatron's own form for any layout (fully_reshardable) gathers all of
+that range's main parameter and moments. A float32 parameter is its own main parameter, and is saved once.
+Megatron's own form for any layout (fully_reshardable) gathers all of
 them on every rank first: 12 bytes a parameter, and more on the way. Names and offsets are the same, so each
 reads what the other wrote.
 """
@@ -21,14 +22,18 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
 
+from dapo.policy.chunks import Reader
+
 Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
 
 
 class OwnState:
     """The part of an optimizer's state that this rank owns."""
 
-    def __init__(self, optimizer: Any, model: dict[str, Any]):
-        """`model`: the model's sharded state dict, which locates each parameter in the whole."""
+    def __init__(self, optimizer: Any, model: dict[str, Any], saved: Reader | None = None):
+        """`model`: the model's sharded state dict, which locates each parameter in the whole; `saved`: the
+        checkpoint that is to be read, None to write one.
+        """
         locations = {entry.data: entry for entry in nested_values(model) if isinstance(entry, Sharded)}
         self._parts = parts(optimizer)
         boxes: list[ShardedTensor] = []
@@ -37,10 +42,19 @@ class OwnState:
         for part in self._parts:
             initialize(part)
             for param, start in _ranges(part):
-                state = _state(part, param)
+                state, pieces = _state(part, param), _pieces(locations[param])
+                prefixes = {name: f"optimizer.state.{name}." for name in state}
+                if param.dtype == torch.float32:
+                    if saved and saved.dtype(pieces[0].key) != torch.float32:
+                        state["param"] = state["param"].clone()  # the parameter is read too, rounded
+                    else:
+                        state["param"] = param.detach().view(-1)[start:][: len(state["param"])]
+                        del prefixes["param"]
+                elif saved and prefixes["param"] + pieces[0].key not in saved.sizes:
+                    prefixes["param"] = ""  # the parameters are float32 there
                 self._owned.append((part, param, state))
                 instance = part.distributed_optimizer_instance_id
-                boxes += _boxes_of(param, locations[param], start, state, instance)
+                boxes += _boxes_of(param, pieces, start, state, prefixes, instance)
         self.boxes = {str(i): box for i, box in enumerate(boxes)}  # views of the state
 
     def take(self) -> None:
@@ -80,25 +94,37 @@ def boxes(start: int, end: int, shape: tuple[int, ...]) -> Iterator[tuple[tuple[
             start = stop
 
 
+def _pieces(whole: Sharded) -> list[ShardedTensor]:
+    """Return a parameter's tensors in a checkpoint: the MLP's first matrix is two there, gate and up."""
+    return [whole] if isinstance(whole, ShardedTensor) else list(nested_values(whole.build()))
+
+
 def _boxes_of(
-    param: Tensor, whole: Sharded, start: int, state: dict[str, Tensor], instance: int
+    param: Tensor,
+    pieces: list[ShardedTensor],
+    start: int,
+    state: dict[str, Tensor],
+    prefixes: dict[str, str],
+    instance: int,
 ) -> Iterator[ShardedTensor]:
-    """Cut the state from offset `start` of the flat parameter, of which `whole` is the entry, into boxes."""
+    """Cut the state from offset `start` of the flat parameter, of which `pieces` are the entries, into boxes.
+
+    `prefixes`: by name of the state, what comes before the parameter's name in a checkpoint.
+    """
     end = start + len(state["param"])
-    # the MLP's first matrix is two tensors in a checkpoint, gate and up
-    for piece in [whole] if isinstance(whole, ShardedTensor) else nested_values(whole.build()):
+    for piece in pieces:
         assert piece.data.untyped_storage().data_ptr() == param.untyped_storage().data_ptr()
         assert piece.data.is_contiguous()
         begin = piece.data.storage_offset() - param.storage_offset()
         first = max(start, begin)
         axes = (1,) * piece.prepend_axis_num  # layers, experts
         for offset, size in boxes(first - begin, min(end - begin, piece.data.numel()), piece.local_shape):
-            for name, tensor in state.items():
-                data = tensor[first - start :][: prod(size)].view(*axes, *size)
+            for name, prefix in prefixes.items():
+                data = state[name][first - start :][: prod(size)].view(*axes, *size)
                 begins = zip(piece.global_offset, (*[0] * len(axes), *offset), strict=True)
                 yield replace(
                     piece,
-                    key=f"optimizer.state.{name}.{piece.key}",
+                    key=prefix + piece.key,
                     data=data,
                     dtype=data.dtype,
                     local_shape=tuple(data.shape),

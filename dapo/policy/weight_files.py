@@ -27,7 +27,7 @@ from dapo.config import ConfigError
 from dapo.model.files import EMBEDDING, HEAD, open_safetensors, read_dtypes, read_tensor, read_tied
 from dapo.model.names import Dimensions, Entry, table
 from dapo.model.shape import ModelShape, read_config
-from dapo.policy import torch_dist
+from dapo.policy import chunks
 from dapo.policy.weights import StoredWeights, from_shards, to_shard
 
 T = TypeVar("T")
@@ -85,7 +85,7 @@ class MegatronWeights:
         wanted = files.read_manifest(directory)["files"].get(name, (0, 0))
         if damage := files.file_damage(directory, name, wanted):
             raise ConfigError(f"{directory}: damaged: {damage}")
-        self._reader = torch_dist.Reader(directory / "policy")
+        self._reader = chunks.Reader(directory / "policy")
         sizes = self._reader.sizes
         self.sizes = {name: sizes[name] for name in sizes if not name.startswith("optimizer.")}
         self.optimizer_sizes = {name: sizes[name] for name in sizes if name not in self.sizes}
@@ -105,6 +105,9 @@ class MegatronWeights:
     def dtype(self) -> torch.dtype:
         """The dtype of all tensors. Raise ConfigError if they are of several."""
         return _only_dtype(self.directory, {name: self._reader.dtype(name) for name in self.sizes})
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self._reader.dtype(name)
 
     def read(self, entry: Entry) -> list[Tensor]:
         """See StoredWeights."""
@@ -187,6 +190,8 @@ def check_checkpoint(directory: Path, shape: ModelShape) -> None:
         for key, wanted in weights.sizes.items():
             name = f"optimizer.state.{part}.{key}"
             found = weights.optimizer_sizes.get(name)
+            if found is None and part == "param" and weights.dtype_of(key) == torch.float32:
+                continue  # the parameter is its own main parameter
             if found is None:
                 remedy = f"no run can resume from it; policy.model={directory} starts one"
                 raise ConfigError(f"{directory}: tensor {name} is missing: {remedy}")
@@ -340,7 +345,7 @@ def save_megatron(
     with files.made_whole(target, total) as partial:
         carry_over(source, partial, dtype)
         (partial / "policy").mkdir()
-        writer = torch_dist.Writer(partial / "policy", shard_bytes)
+        writer = chunks.Writer(partial / "policy", shard_bytes)
 
         def convert(part: Iterator[tuple[int, Entry]]) -> None:
             for number, entry in part:

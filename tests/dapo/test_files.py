@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,14 +31,14 @@ def make(directory: Path) -> Path:
     return directory
 
 
-def test_a_file_is_summed_up_while_it_is_written(tmp_path: Path) -> None:
-    file = files.SummedFile(tmp_path / "file")
-    for part in (b"one", memoryview(b"-two-"), b"", b"x" * 3_000_000):
-        file.write(part)
-    assert file.tell() == 3_000_008
-    file.close()
-    data = (tmp_path / "file").read_bytes()
-    assert file.sum == (len(data), zlib.crc32(data)) == files.sum_of(tmp_path / "file")
+def test_of_a_file_whose_parts_have_checksums_the_size_is_compared(tmp_path: Path) -> None:
+    (tmp_path / "parts").write_bytes(b"12345")
+    files.write_manifest(tmp_path, {"parts": (5, None)}, {"step": 7})
+    assert files.damage(tmp_path) is None
+    (tmp_path / "parts").write_bytes(b"12355")
+    assert files.damage(tmp_path) is None
+    (tmp_path / "parts").write_bytes(b"1234")
+    assert files.damage(tmp_path) == "parts has 4 of 5 bytes"
 
 
 def test_the_parts_together_verify_every_file_once(tmp_path: Path) -> None:
@@ -110,7 +109,7 @@ def test_a_disk_may_be_filled_to_its_last_byte(tmp_path: Path, monkeypatch: pyte
         files.require_space(tmp_path, 2**30 + 1)
 
 
-def test_a_file_that_the_disk_begins_early_with_is_whole_and_its_sum_right(
+def test_a_file_that_the_disk_begins_early_with_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "EARLY", 1000)
@@ -120,12 +119,12 @@ def test_a_file_that_the_disk_begins_early_with_is_whole_and_its_sum_right(
         os, "posix_fadvise", lambda fd, at, size, how: begun.append((at, size)) or advise(fd, at, size, how)
     )
     data = np.random.default_rng(0).bytes(10_000)
-    file = files.SummedFile(tmp_path / "file")
+    file = files.ChunkFile(tmp_path / "file")
     for start in range(0, len(data), 300):
         file.write(data[start : start + 300])
     file.close()
     assert (tmp_path / "file").read_bytes() == data
-    assert file.sum == files.sum_of(tmp_path / "file")
+    assert file.tell() == 10_000
     assert begun == [(start, 1200) for start in range(0, 9600, 1200)]  # end to end, each once
 
 
@@ -391,7 +390,7 @@ def test_no_file_stays_open(tmp_path):
             files.made_whole(tmp_path / f"new{number}", 10) as partial,
         ):
             (partial / "a").write_text("some")
-            file = files.SummedFile(partial / "b")
+            file = files.ChunkFile(partial / "b")
             file.write(b"more")
             file.close()
         files.sum_of(tmp_path / f"new{number}/b")

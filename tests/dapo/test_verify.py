@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dapo import verify
-from dapo.policy import torch_dist
+from dapo.policy import chunks
 from dapo.rollout import dump
 from dapo.rollout.buffer import Buffer
 from dapo.types import Group, Prompt, Sample
@@ -46,7 +46,7 @@ def make(
     checkpoint = directory / "checkpoints" / "step-000004"
     (checkpoint / "policy").mkdir(parents=True)
     (checkpoint / "rollouts.json").write_text('{"drawn": [8]}')
-    writer = torch_dist.Writer(checkpoint / "policy", 2**20)
+    writer = chunks.Writer(checkpoint / "policy", 2**20)
     for name, tensor in tensors.items():
         writer.write(name, tensor)
     writer.close()
@@ -56,9 +56,8 @@ def make(
 def tensors() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     return {
-        prefix + "norm.weight": torch.randn(8)
-        for prefix in ("", *(f"optimizer.state.{x}." for x in ("param", "exp_avg", "exp_avg_sq")))
-    }
+        f"optimizer.state.{name}.norm.weight": torch.randn(8) for name in ("param", "exp_avg", "exp_avg_sq")
+    } | {"norm.weight": torch.randn(8).bfloat16()}
 
 
 def findings(a: Path, b: Path) -> dict[str, float]:
@@ -84,7 +83,7 @@ def test_a_copy_is_the_same(tmp_path: Path) -> None:
                 '{"drawn": [9]}'
             ),
         ),
-        ("parameters", lambda path: make(path, tensors() | {"norm.weight": torch.zeros(8)})),
+        ("parameters", lambda path: make(path, tensors() | {"norm.weight": torch.zeros(8).bfloat16()})),
         (
             "main parameters",
             lambda path: make(path, tensors() | {"optimizer.state.param.norm.weight": torch.zeros(8)}),
@@ -103,3 +102,11 @@ def test_each_difference_is_found_where_it_is(
     change(tmp_path / "b")
     found = findings(run, tmp_path / "b")
     assert {name for name, gap in found.items() if gap > 0} == {what}
+
+
+def test_main_parameters_that_an_older_checkpoint_repeats_make_no_difference(tmp_path: Path) -> None:
+    """Those of float32 parameters were written twice."""
+    once = {name: t.float() for name, t in tensors().items() if not name.startswith(verify.MAIN)}
+    twice = once | {verify.MAIN + "norm.weight": once["norm.weight"]}
+    found = findings(make(tmp_path / "a", once), make(tmp_path / "b", twice))
+    assert "main parameters" not in found and set(found.values()) == {0.0}

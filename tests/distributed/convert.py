@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from dapo import config as configs
 from dapo import files
 from dapo.mesh import Mesh
+from dapo.policy import chunks
 from dapo.policy.megatron import Policy
 from tests.distributed.launch import ROOT
 from tests.distributed.parity import make_hf
@@ -91,17 +92,18 @@ def run(model: str, is_tied: bool, dtype: str, directory: Path, mesh: Mesh) -> d
     theirs = dist_checkpointing.load(wanted, str(megatron / "policy"))
     is_read_alike = all(torch.equal(theirs[name], ours[name]) for name in ours if name in theirs)
 
-    gate, write = threading.Event(), files.SummedFile.write
-    files.SummedFile.write = lambda self, data: gate.wait() and write(self, data)  # type: ignore[method-assign, assignment]
+    gate, write = threading.Event(), files.ChunkFile.write
+    files.ChunkFile.write = lambda self, data: gate.wait() and write(self, data)  # type: ignore[method-assign, assignment]
     saving = policy.save(checkpoint / "policy")
     saving.start(in_background=True)
+    saving.detach()
     is_early = saving.is_written()
     with torch.no_grad():
         for param in policy.chunks[0].parameters():
             param.zero_()  # training goes on
     gate.set()
     sums = mesh.gather(saving.finish())
-    files.SummedFile.write = write  # type: ignore[method-assign]
+    files.ChunkFile.write = write  # type: ignore[method-assign]
 
     def to_hf() -> int:
         files.write_manifest(
@@ -118,7 +120,7 @@ def run(model: str, is_tied: bool, dtype: str, directory: Path, mesh: Mesh) -> d
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in stored(back).values()}),
         "back": is_equal(stored(hf), stored(back)),
         "early": bool(mesh.max(is_early)),
-        "damage": files.damage(checkpoint),
+        "damage": files.damage(checkpoint) or chunks.Reader(checkpoint / "policy").damage(),
         "left": [path.name for path in directory.iterdir() if path.name.startswith(".")],
     }
 

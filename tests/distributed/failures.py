@@ -31,7 +31,7 @@ from dapo.config import Parallel
 from dapo.mesh import Mesh
 from dapo.model.names import table
 from dapo.model.shape import read_shape
-from dapo.policy import torch_dist
+from dapo.policy import chunks
 from dapo.policy.weight_files import open_weights
 from dapo.policy.weights import to_shard
 from tests.distributed.launch import ROOT
@@ -305,7 +305,7 @@ def checkpoint(
     tensors = {prefix + name: tensor for prefix in ("", *STATE) for name, tensor in entries.items()}
     if change:
         change(tensors)
-    writer = torch_dist.Writer(step / "policy", 2**30)
+    writer = chunks.Writer(step / "policy", 2**30)
     for name, tensor in tensors.items():
         counts = (shape.num_layers,) if ".layers." in name else ()
         for place in product(*map(range, counts)):

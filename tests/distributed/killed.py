@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 
 from dapo.__main__ import end, main
-from dapo.files import SummedFile
+from dapo.files import ChunkFile
 
-close = SummedFile.close
+close = ChunkFile.close
 
 
-def close_never_the_second_time(self: SummedFile) -> None:
+def close_never_the_second_time(self: ChunkFile) -> None:
     global closed
     closed += 1
     if closed == 2:
@@ -29,5 +29,5 @@ def close_never_the_second_time(self: SummedFile) -> None:
 
 closed = 0
 if __name__ == "__main__":
-    SummedFile.close = close_never_the_second_time  # type: ignore[method-assign]
+    ChunkFile.close = close_never_the_second_time  # type: ignore[method-assign]
     end(main(["train", "examples/arithmetic/config.yaml", f"run.dir={sys.argv[1]}", *sys.argv[2:]]))

@@ -18,9 +18,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from dapo import config as configs
 from dapo.mesh import Mesh
+from dapo.policy.chunks import Reader
 from dapo.policy.megatron import Policy
 from dapo.policy.optimizer_state import parts
-from dapo.policy.torch_dist import Reader, Save
+from dapo.policy.torch_dist import Save
 from tests.batches import batch_of_rank
 from tests.distributed.launch import ROOT
 from tests.distributed.moves import OFFLOADED

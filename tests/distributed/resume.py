@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from dapo import config as configs
 from dapo.mesh import Mesh
-from dapo.policy.torch_dist import Reader
+from dapo.policy.chunks import Reader
 from dapo.train import train
 from tests.distributed.launch import ROOT
 from tests.distributed.ranks import prepare_rank
@@ -202,8 +202,8 @@ def main(out: str) -> None:
 
 
 def optimizer_in(checkpoint: Path) -> dict[str, Any]:
-    """Return how often the optimizer's numbers were written, their bytes by file, and if the main parameters
-    equal the parameters.
+    """Return how often the optimizer's numbers were written, their bytes by file, and if there are main
+    parameters where parameters are 16-bit, equal to them, and none where they are float32.
     """
     directory = checkpoint / "policy"
     found, reader = FileSystemReader(directory).read_metadata(), Reader(directory)
@@ -225,15 +225,19 @@ def optimizer_in(checkpoint: Path) -> dict[str, Any]:
     return {
         "times": sorted(times),
         "bytes": sorted(written.values()),
-        "wanted": 12 * sum(math.prod(reader.sizes[name]) for name in params),
-        "main": all(
-            is_main(reader.read(f"optimizer.state.param.{name}"), reader.read(name)) for name in params
+        "wanted": sum(
+            math.prod(reader.sizes[name]) * (8 if reader.dtype(name) == torch.float32 else 12)
+            for name in params
         ),
+        "main": all(has_right_main(reader, name) for name in params),
     }
 
 
-def is_main(main: torch.Tensor, param: torch.Tensor) -> bool:
-    return main.dtype == torch.float32 and torch.equal(main.to(param.dtype), param)
+def has_right_main(reader: Reader, name: str) -> bool:
+    param, main = reader.read(name), f"optimizer.state.param.{name}"
+    if param.dtype == torch.float32:
+        return main not in reader.sizes
+    return reader.dtype(main) == torch.float32 and torch.equal(reader.read(main).to(param.dtype), param)
 
 
 def cut_short(checkpoint: Path) -> None:
@@ -242,9 +246,12 @@ def cut_short(checkpoint: Path) -> None:
 
 
 def flip_a_bit(checkpoint: Path) -> None:
-    path = checkpoint / "policy" / "__1_0.distcp"  # the second rank's; any rank may verify it
+    """In the middle of the second rank's largest chunk."""
+    path = checkpoint / "policy" / "__1_0.distcp"
+    found = FileSystemReader(checkpoint / "policy").read_metadata().storage_data.values()
+    chunk = max((c for c in found if c.relative_path == path.name), key=lambda chunk: chunk.length)
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[chunk.offset + chunk.length // 2] ^= 1
     path.write_bytes(data)
 
 

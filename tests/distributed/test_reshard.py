@@ -22,9 +22,11 @@ def test_every_tensor_lies_where_megatron_writes_it(result: dict[str, Any]) -> N
 def test_another_layout_restores_every_tensor_to_the_bit(result: dict[str, Any]) -> None:
     found = {finding["what"]: finding for finding in result["restored"]}
     assert all(finding["gap"] == 0 for finding in found.values()), found
-    assert (
-        found["main parameters"]["count"] == found["parameters"]["count"] == found["moments"]["count"] / 2 > 8
-    )
+    assert found["parameters"]["count"] == found["moments"]["count"] / 2 > 8
+    if is_bfloat16(result["name"].split(" → ")[0]):
+        assert found["main parameters"]["count"] == found["parameters"]["count"]
+    else:
+        assert "main parameters" not in found
     assert result["padding"] == 0.0, "rows that pad the vocabulary hold something"
     assert result["settings"], "updates, steps, learning rates or weight decays differ"
 

@@ -37,7 +37,7 @@ def planted() -> Iterator[None]:
         wrap(broadcast.Broadcast, "_broadcast", _broadcast_from_cpu)
         wrap(Policy, "place", _add_of_two_gpus)
         wrap(broadcast.Broadcast, "_finish", _finish_and_ask)
-        wrap(torch_dist._Writer, "_write", _write_on_the_first_gpu)
+        wrap(torch_dist._File, "write", _write_on_the_first_gpu)
         stack.enter_context(mock.patch.object(torch.cuda, "empty_cache", lambda: None))
         yield
 
@@ -82,6 +82,6 @@ def _finish_and_ask(real: Any, transport: Any, group: Any) -> None:
         work.is_success()
 
 
-def _write_on_the_first_gpu(real: Any, writer: Any) -> Any:
+def _write_on_the_first_gpu(real: Any, *args: Any) -> Any:
     with mock.patch.object(torch.cuda, "set_device", lambda device: None):
-        return real(writer)
+        return real(*args)

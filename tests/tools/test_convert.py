@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from dapo.model.names import table
 from dapo.model.shape import read_shape
-from dapo.policy import torch_dist, weight_files
+from dapo.policy import chunks, weight_files
 from dapo.policy.weight_files import open_weights
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -147,7 +147,7 @@ def flip_a_bit(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (flip_a_bit, "damaged"),
+        (flip_a_bit, "is not what was written"),
         (lambda path: path.write_bytes(path.read_bytes()[:-2000]), "cut short"),
         (lambda path: path.unlink(), "missing"),
     ],
@@ -251,14 +251,14 @@ def changed_megatron(directory: Path, change: Callable[[str, torch.Tensor], torc
     """What the base policy is as a Megatron directory, but for its tensors, which are as `change` has them;
     None: left out.
     """
-    write = torch_dist.Writer.write
+    write = chunks.Writer.write
 
-    def write_changed(self: torch_dist.Writer, name: str, tensor: torch.Tensor, *place: Any) -> None:
+    def write_changed(self: chunks.Writer, name: str, tensor: torch.Tensor, *place: Any) -> None:
         if (changed := change(name, tensor)) is not None:
             write(self, name, changed, *place)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_dist.Writer, "write", write_changed)
+        patch.setattr(chunks.Writer, "write", write_changed)
         assert hf_to_megatron.main([str(BASE), str(directory)]) == 0
     return directory
 

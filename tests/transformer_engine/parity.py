@@ -23,7 +23,7 @@ from dapo import verify  # noqa: E402
 from dapo.mesh import Mesh  # noqa: E402
 from dapo.model.names import table  # noqa: E402
 from dapo.model.shape import read_shape  # noqa: E402
-from dapo.policy import torch_dist  # noqa: E402
+from dapo.policy import chunks  # noqa: E402
 from dapo.policy.megatron import Policy  # noqa: E402
 from dapo.policy.weight_files import HFWeights  # noqa: E402
 from dapo.policy.weights import from_shards  # noqa: E402
@@ -74,7 +74,7 @@ def saved(root: Path) -> dict[str, Any]:
     names = [kind.__name__ for kind in kinds if any("transformer_engine" in str(c) for c in kind.__mro__)]
     save(policy, mesh, root)
     shape = read_shape(root / "hf")
-    reader, theirs = torch_dist.Reader(root / "policy"), HFWeights(root / "hf", shape)
+    reader, theirs = chunks.Reader(root / "policy"), HFWeights(root / "hf", shape)
     wrong = []
     for entry in table(shape, is_fused=True):
         ours = from_shards(entry, [reader.read(entry.key, entry.place)], shape)

@@ -16,8 +16,9 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from dapo.config import ConfigError
+from dapo.policy.chunks import Reader, read_metadata
 from dapo.policy.megatron import Policy
-from dapo.policy.torch_dist import ONLY_DATA, Reader, read_metadata
+from dapo.policy.torch_dist import ONLY_DATA
 from tests.dapo.policy.test_megatron import config, shared  # noqa: F401  # fixtures
 
 
