@@ -98,7 +98,7 @@ class Run(Section):
     keep_every: Positive | None = example(50, default=None)
     """Checkpoints of every so many steps are kept too. A multiple of save_every."""
     async_save: bool = False
-    """Checkpoints are written while training goes on, from a copy in main memory."""
+    """Checkpoints are written while training goes on; an update first copies what is not written yet."""
     wandb_project: str | None = example("dapo", default=None)
     """Metrics also go to this project of Weights & Biases."""
     tracker: str | None = example("mine:Tracker", default=None)

@@ -15,6 +15,7 @@ from dapo import checkpoint, files
 from dapo.checkpoint import CheckpointError, Checkpoints, superseded
 from dapo.config import ConfigError
 from dapo.model.shape import read_shape
+from dapo.policy.chunks import Damaged
 from dapo.policy.megatron import PolicyError
 from dapo.types import StorageError, reason
 from tests.conftest import make_config
@@ -77,11 +78,13 @@ class FakePolicy:
         def finish() -> dict[str, Any]:
             if self.late_failure:
                 raise self.late_failure
-            return {}
+            return {"policy/tensors": (4, None)}
 
         return SimpleNamespace(num_bytes=4, start=start, is_written=lambda: True, finish=finish)
 
     def load(self, directory: Path) -> None:
+        if (directory / "tensors").read_text() == "sore":
+            raise Damaged(f"{directory / 'tensors'} is not what was written: the checksum of x differs")
         assert (directory / "tensors").read_text() == "some"
         self.loaded = directory
 
@@ -316,6 +319,30 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
     assert step == 1
     warned = capsys.readouterr().err
     assert "step-000002 is damaged (rollouts.json" in warned and "using the one before it" in warned
+
+
+def test_tensors_that_prove_damaged_when_they_are_read_are_those_of_the_checkpoint_before(
+    tmp_path: Path, policy: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(checkpoints_of(tmp_path, "run.keep_checkpoints=3"), policy, 1, 2, 3)
+    for step in (2, 3):
+        (tmp_path / f"run/checkpoints/step-00000{step}/policy/tensors").write_text("sore")
+    found, sampler = checkpoints_of(tmp_path), FakeSampler()
+    found.find(policy.shape)
+    assert found.newest == 3
+    assert found.load(policy, sampler) == 1
+    one = tmp_path / "run/checkpoints/step-000001"
+    assert policy.loaded == one / "policy" and sampler.loaded == policy.checked == one
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2 and "tensors is not what was written" in warnings[0]
+    assert "step-000002 is damaged" in warnings[1] and "using the one before it" in warnings[1]
+    found = checkpoints_of(tmp_path, "run.resume=2")
+    found.find(policy.shape)
+    with pytest.raises(
+        ConfigError, match=r"^run.resume=2: .* is damaged \(.*choose another step, or restore it"
+    ):
+        found.load(policy, sampler)
+    assert names(tmp_path) == ["step-000001", "step-000002", "step-000003"]
 
 
 def test_a_checkpoint_for_which_there_is_no_room_is_not_begun(
