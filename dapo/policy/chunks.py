@@ -255,7 +255,7 @@ class Reader:
 
 
 class _Piece(NamedTuple):
-    """What a chunk has of a box, and where to put it."""
+    """The part of a box that a chunk has, and where to put it."""
 
     chunk: ChunkStorageMetadata
     source: tuple[slice, ...]  # within the chunk
