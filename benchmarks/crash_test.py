@@ -183,7 +183,7 @@ def crash(
         finally:
             launched.kill()
         for step in steps_of(run):
-            damage = files.damage(run / "checkpoints" / _name(step))
+            damage = damage_of(run / "checkpoints" / _name(step))
             if damage and step != newest(run):
                 continue  # an old one, half deleted
             assert damage is None, f"checkpoint {step} was published damaged: {damage}"
@@ -252,8 +252,17 @@ def steps_of(run: Path) -> list[int]:
 
 def sums_of(run: Path, step: int) -> dict[str, Any]:
     """Return size and checksum of a checkpoint's files, except torch's table of contents: it is random."""
-    sums = files.read_manifest(run / "checkpoints" / _name(step))["files"]
-    return {name: sums[name] for name in sums if name != "policy/.metadata"}
+    directory = run / "checkpoints" / _name(step)
+    sums = files.read_manifest(directory)["files"]
+    whole = {name: sum if sum[1] else [*files.sum_of(directory / name)] for name, sum in sums.items()}
+    return {name: whole[name] for name in whole if name != "policy/.metadata"}
+
+
+def damage_of(checkpoint: Path) -> str | None:
+    """Read all of a checkpoint. Return what is damaged, or None."""
+    from dapo.policy.chunks import Reader  # Megatron takes seconds to import
+
+    return files.damage(checkpoint) or Reader(checkpoint / "policy").damage()
 
 
 def rows(run: Path) -> list[dict[str, Any]]:

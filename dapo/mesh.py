@@ -27,6 +27,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from dapo.config import ConfigError, Engine, Parallel
+from dapo.joining import join
 from dapo.types import Stopped
 
 T = TypeVar("T")
@@ -83,6 +84,7 @@ def _connect(device: torch.device) -> tuple[Any, dist.ProcessGroup]:
     for name, value in alone.items():
         os.environ.setdefault(name, value)
     store, rank, world = next(iter(rendezvous("env://")))
+    store = join(store, rank, world)
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -7,26 +7,49 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from contextlib import suppress
 from typing import Any
 
 import psutil
 
+from dapo.command.restart import Restarts
 from dapo.types import reason
 from dapo.watch import last_line
 from dapo.watch.last_line import LOST, Ending
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+CHECK_EVERY = 0.25  # seconds between two looks for a signal
 
 
-def launch(argv: list[str], num_ranks: int) -> int:
-    """Run `python -m dapo *argv` on `num_ranks` ranks. Return the exit status, the first failure's."""
+def launch(argv: list[str], num_ranks: int, restarts: Restarts) -> int:
+    """Run `python -m dapo *argv` on `num_ranks` ranks, again after a failure if `restarts` says so.
+
+    Return the exit status, the first failure's.
+    """
     signals = _forward_signals()
-    try:
-        ending = _launch(argv, num_ranks, signals)
-    except KeyboardInterrupt:  # no rank was there yet
-        ending = Ending("interrupted; not saved", 128 + signals[0])
-    return last_line.say(*ending) if ending else 0
+    while True:
+        try:
+            ending = _launch(argv, num_ranks, signals)
+        except KeyboardInterrupt:  # no rank was there yet
+            ending = Ending("interrupted; not saved", 128 + signals[0])
+        if ending is None:
+            return 0
+        pause, line = restarts.after(ending)
+        if pause is None:
+            return last_line.say(line, ending.status, ending.is_echo)
+        print(line, file=sys.stderr, flush=True)
+        if _is_interrupted(signals, pause):
+            return last_line.say("interrupted before it started again", 128 + signals[0])
+
+
+def _is_interrupted(signals: list[int], seconds: float) -> bool:
+    """Wait. Return True at once when a signal comes."""
+    end = time.monotonic() + seconds
+    with suppress(KeyboardInterrupt):  # `forward` finds no ranks
+        while not signals and time.monotonic() < end:
+            time.sleep(CHECK_EVERY)
+    return bool(signals)
 
 
 def _launch(argv: list[str], num_ranks: int, signals: list[int]) -> Ending | None:

@@ -47,6 +47,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="N",
         help="ranks on this machine; default: as few as the layout takes",
     )
+    train.add_argument(
+        "--restarts",
+        type=_not_negative,
+        default=0,
+        metavar="N",
+        help="times that a run that has failed starts again from its newest checkpoint; default 0",
+    )
     evaluate = commands.add_parser(
         "eval", help="evaluate models on the config's eval.data; compare with the first"
     )
@@ -143,6 +150,12 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
 def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is no port: 0 to 65535")
+    return int(text)
+
+
+def _not_negative(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
     return int(text)
 
 

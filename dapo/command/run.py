@@ -11,6 +11,7 @@ from pathlib import Path
 from dapo import files
 from dapo.command import launch
 from dapo.command.parse import version
+from dapo.command.restart import Restarts
 from dapo.config import Config, ConfigError, Parallel, load
 from dapo.model import hub
 from dapo.plan import semantics, stack
@@ -45,16 +46,19 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         if args.command == "eval":
             models = [hub.model(path, option="--model") for path in args.model or []]
             return _run(config, models or [config.policy.model])
-        num_ranks = _num_ranks(config, args.nproc)
-        if "RANK" not in os.environ:
-            ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
-            print(f"dapo {version()}: {args.config} → {config.run.dir}, {ranks}", flush=True)
-        return _run(config, None) if num_ranks == 1 else launch.launch(argv, num_ranks)
+        num_ranks = _num_ranks(config, args.nproc, args.restarts)
+        if "RANK" in os.environ:
+            return _run(config, None)
+        ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
+        print(f"dapo {version()}: {args.config} → {config.run.dir}, {ranks}", flush=True)
+        if num_ranks == 1 and not args.restarts:
+            return _run(config, None)
+        return launch.launch(argv, num_ranks, Restarts(config.run.dir, args.restarts))
     except ConfigError as error:
         return _fail(error, last_line.is_first_here())
 
 
-def _num_ranks(config: Config, asked: int | None) -> int:
+def _num_ranks(config: Config, asked: int | None, restarts: int) -> int:
     """Return how many ranks this process is to launch; 1: it is the only one, or one of torchrun's.
 
     Raises:
@@ -65,6 +69,9 @@ def _num_ranks(config: Config, asked: int | None) -> int:
         if asked not in (None, of_launcher):
             here = f"RANK={os.environ['RANK']} says that this is one of a launcher's {of_launcher} ranks"
             raise ConfigError(f"--nproc {asked}: {here}: leave --nproc out, or unset RANK")
+        if restarts and not last_line.is_launched():
+            remedy = "give torchrun --max-restarts, or unset RANK"
+            raise ConfigError(f"--restarts {restarts}: this is a rank of another launcher: {remedy}")
         return 1
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
         if (tasks := os.environ.get(name, "1")) != "1":
@@ -188,7 +195,7 @@ def _run(config: Config, models: list[Path] | None) -> int:
         return status
     except (ConfigError, CheckpointError, PolicyError, RolloutError) as error:
         is_first = mesh.is_first_to_fail() if mesh else last_line.is_first_here()
-        return _fail(error, is_first, is_users=isinstance(error, ConfigError))
+        return _fail(error, is_first, isinstance(error, ConfigError), isinstance(error, RolloutError))
     except Exception as error:  # noqa: BLE001  # a bug: its traceback is kept once, not once a rank
         if mesh and is_lost(error):
             return _lost() if mesh.is_first_to_fail() else 1
@@ -211,7 +218,7 @@ def _stop(stop: Stopped, config: Config, is_saying: bool) -> int:
     return last_line.say(line, status) if is_saying else status
 
 
-def _fail(error: Exception, is_saying: bool, is_users: bool = True) -> int:
+def _fail(error: Exception, is_saying: bool, is_users: bool = True, is_final: bool = False) -> int:
     """Say the error in one line, if this rank is to. Return the exit status."""
     status = 2 if is_users else 1
-    return last_line.say(f"error: {reason(error)}", status) if is_saying else status
+    return last_line.say(f"error: {reason(error)}", status, is_final=is_final) if is_saying else status

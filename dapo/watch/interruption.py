@@ -1,4 +1,4 @@
-"""The wish to stop: SIGINT, SIGTERM or SIGHUP at any rank."""
+"""The wish to stop: SIGINT, SIGTERM, SIGHUP or SIGUSR1 at any rank."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch._C._distributed_c10d import Store
 
 from dapo.types import Interrupted
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 CHECK_EVERY = 1.0  # seconds between two checks of the store by the main rank
 
 

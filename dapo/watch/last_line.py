@@ -20,11 +20,12 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun's, of each rank
 
 
 class Ending(NamedTuple):
-    """Says how a rank has ended. `is_echo`: only because another one did."""
+    """Says how a rank has ended. `is_echo`: because another one did; `is_final`: it would end so again."""
 
     line: str
     status: int
     is_echo: bool = False
+    is_final: bool = False
 
 
 def keep_in(folder: str) -> Path:
@@ -34,12 +35,12 @@ def keep_in(folder: str) -> Path:
     return path
 
 
-def say(line: str, status: int, is_echo: bool = False) -> int:
+def say(line: str, status: int, is_echo: bool = False, is_final: bool = False) -> int:
     """Print the line, or leave it to the launcher, if that is still there. Return the status."""
-    path = Path(os.environ.get(KEPT, "none"))
-    if path.stem == str(os.getppid()):
+    if is_launched():
+        path = Path(os.environ[KEPT])
         with suppress(OSError), path.open("a", encoding="utf-8") as file:  # no folder, or a full disk
-            file.write(json.dumps([line, status, is_echo]) + "\n")
+            file.write(json.dumps([line, status, is_echo, is_final]) + "\n")
             return status
     with suppress(OSError, ValueError):  # nobody reads stderr any more
         print(line, file=sys.stderr, flush=True)
@@ -55,10 +56,14 @@ def said(path: Path) -> list[Ending]:
     return endings
 
 
+def is_launched() -> bool:
+    """True if this process is a rank that `dapo train` has launched and still watches."""
+    return Path(os.environ.get(KEPT, "none")).stem == str(os.getppid())
+
+
 def is_orphan() -> bool:
     """True if this process was launched by a `dapo train` that has ended."""
-    path = os.environ.get(KEPT)
-    return path is not None and "RANK" in os.environ and Path(path).stem != str(os.getppid())
+    return KEPT in os.environ and "RANK" in os.environ and not is_launched()
 
 
 def is_first_here() -> bool:

@@ -72,7 +72,7 @@ SAYS = {  # what went wrong → words that must be in the line
         "decoder.final_layernorm.weight has shape (65,)",
         "(64,)",
     ],
-    "checkpoint_without_optimizer": ["step-000001", "optimizer.state.param.", "missing", "policy.model="],
+    "checkpoint_without_optimizer": ["step-000001", "optimizer.state.exp_avg.", "missing", "policy.model="],
     "checkpoint_with_a_wrong_moment": [
         "optimizer.state.exp_avg_sq.decoder.final_layernorm.weight has shape (65,)",
         "(64,)",

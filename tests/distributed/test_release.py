@@ -14,7 +14,7 @@ def test_updates_and_checkpoints_are_the_same_to_the_bit(case: str) -> None:
     for seen in ("norms", "weights"):
         assert result["kept"][seen] == result["released"][seen]
     assert result["kept"]["weights"][0] != result["kept"]["weights"][1], "nothing was learnt"
-    assert result["differ"] == [] and result["tensors"] >= 40, "a save reads what was released"
+    assert result["differ"] == [] and result["tensors"] >= 30, "a save reads what was released"
 
 
 @pytest.mark.parametrize("case", CASES)
