@@ -46,7 +46,7 @@ def fewest(lengths: list[int], budget: int) -> int:
     """
     k = np.arange(1, 16)
     points = ((k[:, None] + 1) * lengths - 1) // budget
-    return max(-(-sum(lengths) // budget), *(-(-points.sum(1) // k)).tolist())
+    return max(-(-sum(lengths) // budget), int((-(-points.sum(1) // k)).max()))
 
 
 def fit(lengths: list[int], weights: list[float], budget: int, num_bins: int) -> Bins | None:
@@ -71,7 +71,7 @@ def least_weight(lengths: list[int], weights: list[float], budget: int, num_bins
     tokens, weight = (np.cumsum([0.0, *np.array(x)[order]]) for x in (lengths, weights))
     j = np.arange(1, sum(2 * n > budget for n in lengths) + 1)
     beside = np.interp(tokens[-1 - j] - (num_bins - j) * budget, tokens, weight)
-    return max([weight[-1] / num_bins, *((weight[-1] - weight[-1 - j] + beside) / j).tolist()])
+    return float(max(weight[-1] / num_bins, *((weight[-1] - weight[-1 - j] + beside) / j), 0))
 
 
 def exchange(bins: Bins, sizes: np.ndarray, limits: np.ndarray) -> bool:
