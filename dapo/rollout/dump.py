@@ -24,6 +24,7 @@ Values = dict[str, list[Any]]  # of columns, by name
 KINDS = ("kept", "all_correct", "all_wrong", "surplus")
 TRACES = ".traces.parquet"
 MOST = 2**30  # numbers in a column of a table: offsets are int32
+ROWS, PAGE = 16, 2**20  # rows decoded, and bytes read, at a time
 TYPES = {  # a field's annotation → its column; [x]: a list of x
     "int": "int64",
     "float": "double",
@@ -168,41 +169,48 @@ def read_rows(path: Path, columns: Columns, groups: Sequence[int] | None = None)
     Raises:
         ConfigError: the file is damaged, or was not written here.
     """
-    rows: Rows = _read(path, columns, groups).to_pylist()
-    return rows
+    return [row for batch in _batches(path, columns, groups) for row in batch.to_pylist()]
 
 
-def _read(path: Path, columns: Columns, groups: Sequence[int] | None = None) -> Any:
-    """Return an Arrow table. Raise ConfigError as `read_rows` does."""
+def _batches(path: Path, columns: Columns, groups: Sequence[int] | None = None) -> Iterator[Any]:
+    """Yield Arrow record batches of ROWS rows, read page by page. Raise ConfigError as `read_rows` does."""
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    filters = None if groups is None else [("group", "in", groups)]
+    options = {"page_checksum_verification": True, "buffer_size": PAGE, "pre_buffer": False}
     try:
-        table = pq.read_table(path, columns=list(columns), filters=filters, page_checksum_verification=True)
-        if not table.schema.equals(_schema(columns)):
-            raise pa.ArrowInvalid(
-                f"columns {', '.join(table.column_names) or 'other than'} in place of {', '.join(columns)}"
+        with pq.ParquetFile(path, **options) as file:
+            found = sorted(
+                (field for field in file.schema_arrow if field.name in columns),
+                key=lambda field: list(columns).index(field.name),
             )
-        if any(kind == "string" for kind in columns.values()):
-            table.validate(full=True)  # text is UTF-8
+            if not pa.schema(found).equals(_schema(columns)):
+                names = ", ".join(field.name for field in found)
+                raise pa.ArrowInvalid(f"columns {names or 'other than'} in place of {', '.join(columns)}")
+            missing = file.metadata.num_rows
+            for batch in file.iter_batches(ROWS, columns=list(columns), use_threads=False):
+                batch.validate(full=True)  # text is UTF-8
+                missing -= len(batch)
+                yield batch if groups is None else batch.filter(pc.field("group").isin(groups))
+            if missing:  # a page's header is damaged: to Arrow the column ends there
+                raise pa.ArrowInvalid(f"{missing} of {file.metadata.num_rows} rows are missing")
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         said = " ".join(str(error).split())
         raise ConfigError(f"{path} is damaged, or no dump of rollouts: {said}") from None
-    return table
 
 
 def _groups(path: Path) -> list[tuple[str, Group]]:
-    """Return (kind, group) in the order in which they were written. Arrays are views of the columns."""
-    table = _read(path, COLUMNS)
-    values = {name: _values(table[name], kind) for name, kind in COLUMNS.items()}
-    values["versions"] = [tuple(map(tuple, versions)) for versions in values["versions"]]
+    """Return (kind, group) in the order in which they were written. Arrays are views of a batch's columns."""
     groups: dict[int, tuple[str, Group]] = {}
-    for i, id in enumerate(values["group"]):
-        if id not in groups:
-            prompt = Prompt(*(values[name][i] for name in PROMPT))
-            groups[id] = values["kind"][i], Group(id, prompt)
-        groups[id][1].samples.append(Sample(**{name: values[name][i] for name in columns_of(Sample)}))
+    for batch in _batches(path, COLUMNS):
+        values = {name: _values(batch[name], kind) for name, kind in COLUMNS.items()}
+        values["versions"] = [tuple(map(tuple, versions)) for versions in values["versions"]]
+        for i, id in enumerate(values["group"]):
+            if id not in groups:
+                prompt = Prompt(*(values[name][i] for name in PROMPT))
+                groups[id] = values["kind"][i], Group(id, prompt)
+            groups[id][1].samples.append(Sample(**{name: values[name][i] for name in columns_of(Sample)}))
     return list(groups.values())
 
 
@@ -249,15 +257,14 @@ def _list_array(rows: list[np.ndarray], kind: Any) -> Any:
 
 
 def _values(column: Any, kind: str) -> list[Any]:
-    """Return a column's values, the rows of lists as arrays over one memory."""
+    """Return a column's values, the rows of lists as arrays over one memory, which is not Arrow's: that holds
+    on to what it has decoded from.
+    """
     if not _is_list(kind):
         values: list[Any] = column.to_pylist()
         return values
-    rows = []
-    for chunk in column.chunks:
-        numbers, offsets = chunk.values.to_numpy(zero_copy_only=False), chunk.offsets.to_pylist()
-        rows += [numbers[start:end] for start, end in pairwise(offsets)]
-    return rows
+    numbers, offsets = column.flatten().to_numpy(zero_copy_only=False).copy(), column.offsets.to_pylist()
+    return [numbers[start - offsets[0] : end - offsets[0]] for start, end in pairwise(offsets)]
 
 
 def _schema(columns: Columns) -> Any:

@@ -7,9 +7,11 @@ from threading import Event
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dapo.config import ConfigError
 from dapo.learn.traces import Trace, blank
 from dapo.rollout import dump
 from dapo.rollout.buffer import Buffer
@@ -145,3 +147,68 @@ def test_what_is_read_is_what_was_written_without_a_copy_of_each_sample(tmp_path
     assert first.tokens.base is not None and np.shares_memory(
         first.tokens.base, second.tokens.base if second.tokens.base is not None else second.tokens
     )
+
+
+def test_replay_decodes_a_part_at_a_time_and_keeps_nothing_else(tmp_path: Path) -> None:
+    """Of one group of rows, as all dumps are that have fewer than 2^30 tokens."""
+    rng, buffer = np.random.default_rng(0), Buffer(8, is_dynamic=True)
+    for id in range(8):
+        group = make_group([1, 0] * 8, [8_000] * 16, id=id)
+        for sample in group.samples:
+            sample.tokens[:] = rng.integers(0, 150_000, sample.length)
+        buffer.offer(group)
+    path = dump.path_of(tmp_path, 0)
+    with dump.Writer() as writer:
+        writer.write(path, buffer, 1.0)
+    assert pq.ParquetFile(path).num_row_groups == 1
+
+    usual, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(pool)
+    try:
+        again = dump.read(path, 8)
+    finally:
+        pa.set_memory_pool(usual)
+    samples = [sample for group in again.kept for sample in group.samples]
+    held, most = pool.bytes_allocated(), pool.max_memory()
+    assert [len(group.samples) for group in again.kept] == [16] * 8
+    assert all(
+        np.array_equal(found.tokens, sample.tokens)
+        for group, expected in zip(again.kept, buffer.kept, strict=True)
+        for found, sample in zip(group.samples, expected.samples, strict=True)
+    )
+    num_bytes = sum(s.tokens.nbytes + s.behavior_logprobs.nbytes + s.loss_mask.nbytes for s in samples)
+    del again, samples
+    assert held == 0 and most < 0.8 * num_bytes
+
+
+def test_groups_are_whole_wherever_the_rows_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, buffer = dump.path_of(tmp_path, 0), make_buffer(7, 3, 5)
+    with dump.Writer() as writer:
+        writer.write(path, buffer, 1.0)
+    rows = dump.read_rows(path, dump.COLUMNS)
+    for number in (1, 3, 4, 5):
+        monkeypatch.setattr(dump, "ROWS", number)
+        again = dump.read(path, 3)
+        assert [(g.id, [s.tokens.tolist() for s in g.samples]) for g in again.kept] == [
+            (g.id, [s.tokens.tolist() for s in g.samples]) for g in buffer.kept
+        ]
+        assert dump.read_rows(path, dump.COLUMNS) == rows
+        assert dump.read_rows(path, dump.COLUMNS, [5, 7]) == [row for row in rows if row["group"] != 3]
+
+
+def test_a_damaged_byte_of_a_page_or_of_its_header_is_found(tmp_path: Path) -> None:
+    path = dump.path_of(tmp_path, 0)
+    with dump.Writer() as writer:
+        writer.write(path, make_buffer(7, 3), 1.0)
+    file, content = pq.ParquetFile(path), path.read_bytes()
+    columns = [file.metadata.row_group(0).column(i) for i in range(file.metadata.num_columns)]
+    for column in columns:
+        header = column.data_page_offset
+        end = (column.dictionary_page_offset or header) + column.total_compressed_size
+        # the page's kind: at one that Arrow does not know it takes the column to end
+        for position in (header + 1, end - 1):
+            damaged = bytearray(content)
+            damaged[position] ^= 1
+            path.write_bytes(damaged)
+            with pytest.raises(ConfigError, match="is damaged, or no dump of rollouts"):
+                dump.read(path, 2)
