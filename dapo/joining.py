@@ -89,6 +89,6 @@ def _are_there(store: Store, keys: list[str]) -> bool:
 def _refuse(ranks: list[int]) -> None:
     named = ", ".join(map(str, ranks[:MOST_NAMED])) + ", …" * (len(ranks) > MOST_NAMED)
     raise ConfigError(
-        f"rank {named} did not join within {TIMEOUT:.0f} s: start every machine, with the same HEAD, whose port "
-        "all of them can reach"
+        f"rank {named} did not join within {TIMEOUT:.0f} s: start every machine, with the same HEAD, and see "
+        "that all of them can reach its port"
     )
