@@ -14,17 +14,19 @@ import json
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from dapo import files
+from dapo.clock import heartbeat
 from dapo.config import ConfigError
 from dapo.model.files import EMBEDDING, HEAD, open_safetensors, read_dtypes, read_tensor, read_tied
 from dapo.model.names import Dimensions, Entry, table
@@ -35,6 +37,8 @@ from dapo.policy.weights import StoredWeights, from_shards, to_shard
 T = TypeVar("T")
 Named = Iterator[tuple[str, Tensor]]  # with Hugging Face names
 SHARD_BYTES = 4 * 2**30  # size of a written file
+EXPORT = "export.json"  # of a directory that a run has exported: see exports.py
+NONE: Mapping[str, bytes] = MappingProxyType({})
 THREADS = 2  # with two, reading, checking, rearranging and writing take about as long as the disk
 SAFETENSORS_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 OF_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")  # in a tensor's name
@@ -265,11 +269,12 @@ def save_hf(
     *,
     shard_bytes: int = SHARD_BYTES,
     may_replace: bool = False,
+    beside: Mapping[str, bytes] = NONE,
 ) -> None:
     """Write a Hugging Face directory: the table's tensors in its order; config, tokenizer etc. from `source`.
 
-    `tensors`: all of them, in any order; a thread for each iterator, or this thread for a single one. The
-    directory appears whole or not at all.
+    `tensors`: all of them, in any order; a thread for each iterator, or this thread for a single one.
+    `beside`: other files. The directory appears whole or not at all.
 
     Raises:
         ConfigError: `target` exists and may not be replaced, or the disk has no room.
@@ -299,12 +304,15 @@ def save_hf(
         def write(part: Named) -> None:
             for name, tensor in part:
                 written.pop(name).write(name, tensor)
+                heartbeat()
 
         _in_threads(write, tensors)
         assert not written, f"not in `tensors`: {sorted(written)}"
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": places}
             (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        for name, content in beside.items():
+            (partial / name).write_bytes(content)
 
 
 class _Safetensors:
@@ -417,7 +425,7 @@ def _in_threads(work: Callable[[Iterator[T]], None], parts: Sequence[Iterator[T]
 def carry_over(source: Path, target: Path, dtype: torch.dtype) -> None:
     """Copy config.json, with the new dtype, and the tokenizer, generation config and the like."""
     for path in source.iterdir():
-        is_ours = path.name == files.MANIFEST or path.name.endswith(".index.json")
+        is_ours = path.name in (files.MANIFEST, EXPORT) or path.name.endswith(".index.json")
         if path.is_file() and path.suffix in {".json", ".txt", ".model", ".jinja"} and not is_ours:
             shutil.copy2(path, target / path.name)
     config = read_config(target)
