@@ -161,6 +161,7 @@ def unattended(nodes: int, kills: int, seed: int, directory: Path) -> dict[str, 
     final, expected = ((each / "hf/model.safetensors").read_bytes() for each in (killed, whole))
     assert final == expected, "the final parameters differ"
     assert rows(killed) == rows(whole), "the metrics differ"
+    replaced = f"{job.replaced} nodes, {job.requeued} times all"
     return {
         "struck": Counter(struck), "requeued": job.requeued, "steps": total, "lost": lost, "back": back,
         "others": others, "ratio": ideal / seconds, "start": _start_seconds(whole), "newest": newest(killed),

@@ -63,7 +63,9 @@ def make_sampler(
         if resumed:
             prompts.load_state_dict(saved)
         record = _record(config, prompts.data, summaries + set_summaries)
-        rollouts = make_rollouts(config, mesh, tokenizer, prompts, is_interrupted, on_progress)
+        reward = make_reward(config, is_interrupted)
+        evaluate.check_best(config.run.keep_best, sets, reward)
+        rollouts = make_rollouts(config, mesh, tokenizer, prompts, reward, is_interrupted, on_progress)
         return Sampler(config, mesh, rollouts, sets), record
 
     set_gpu_environment(config.engine)
@@ -90,21 +92,22 @@ def _say(config: Config, summaries: list[Summary]) -> None:
         print(line, flush=True)
 
 
+def make_reward(config: Config, is_interrupted: Callable[[], bool] = lambda: False) -> Reward:
+    """Make the Reward that the config names, and its processes. Raise ConfigError if it cannot be used."""
+    disputes, longest = config.run.dir / "disputes.jsonl", config.rollout.max_response_length
+    return Reward(config.reward, longest, disputes, is_interrupted)
+
+
 def make_rollouts(
     config: Config,
     mesh: Mesh,
     tokenizer: Any,
     prompts: PromptStream,
+    reward: Reward,
     is_interrupted: Callable[[], bool] = lambda: False,
     on_progress: Callable[[str, float], None] = lambda text, fraction: None,
 ) -> Rollouts:
-    """Make the main rank's Rollouts, with the engine and the reward that the config names."""
-    reward = Reward(  # first: an engine takes long to start
-        config.reward,
-        config.rollout.max_response_length,
-        config.run.dir / "disputes.jsonl",
-        is_interrupted,
-    )
+    """Make the main rank's Rollouts, with the engine that the config names."""
     return Rollouts(
         config,
         mesh.data,
@@ -212,7 +215,8 @@ def evaluate_models(config: Config, mesh: Mesh, models: list[Path]) -> None:
             if rollouts:
                 rollouts = replace(rollouts, config=own, **_own_fields(model, tokenizer))
             else:
-                rollouts = make_rollouts(own, mesh, tokenizer, PromptStream([], config.run.seed))
+                none = PromptStream([], config.run.seed)
+                rollouts = make_rollouts(own, mesh, tokenizer, none, make_reward(own))
             results[str(model)] = _evaluate(rollouts, sets)
             for name, scores in results[str(model)].items():
                 print(f"{model}  {name}: {scores}", flush=True)

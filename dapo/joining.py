@@ -10,16 +10,14 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from contextlib import suppress
-from datetime import timedelta
+from collections.abc import Iterator
 
 from torch._C._distributed_c10d import PrefixStore, Store
-from torch.distributed import DistStoreError
 
 from dapo.config import ConfigError
 
 TIMEOUT = 600.0  # seconds for all ranks to be there
-CHECK_EVERY = timedelta(seconds=0.5)  # whether a rank has been started again meanwhile
+FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.2  # seconds between two looks at the store, doubled each time
 MOST_NAMED = 8  # ranks
 
 
@@ -42,53 +40,46 @@ def join(store: Store, rank: int, world: int) -> Store:
 
 def _gather(store: Store, name: str, world: int, deadline: float) -> int:
     ranks = range(1, world)
-    _await(store, [f"name/{rank}" for rank in ranks], deadline)
-    names: list[str] = []
-    number = -1
-    while True:
-        found = [name, *(store.get(f"name/{rank}").decode() for rank in ranks)]
-        if found != names:
-            names, number = found, store.add("numbers", 1)
-            store.set("members", json.dumps([number, names]))
-        answers = [f"answer/{number}/{rank}" for rank in ranks]
-        if _are_there(store, answers):
-            store.set(f"go/{number}", "")
-            return int(number)
-        if time.monotonic() > deadline:
-            _refuse([rank for rank, key in zip(ranks, answers, strict=True) if not store.check([key])])
+    names, number = list[str](), -1
+    for _ in _looks(deadline):
+        missing = [rank for rank in ranks if not store.check([f"name/{rank}"])] if number < 0 else []
+        if not missing:
+            found = [name, *(store.get(f"name/{rank}").decode() for rank in ranks)]
+            if found != names:
+                names, number = found, int(store.add("numbers", 1))
+                store.set("members", json.dumps([number, names]))
+            missing = [rank for rank in ranks if not store.check([f"answer/{number}/{rank}"])]
+            if not missing:
+                store.set(f"go/{number}", "")
+                return number
+    raise _absent(missing)
 
 
 def _follow(store: Store, rank: int, name: str, deadline: float) -> int:
-    while True:
-        if _are_there(store, ["members"]):
-            number, names = json.loads(store.get("members"))
-            if names[rank : rank + 1] == [name]:
+    answered = -1
+    for _ in _looks(deadline):
+        if not store.check(["members"]):
+            continue
+        number, names = json.loads(store.get("members"))
+        if names[rank : rank + 1] == [name]:  # else they are of earlier ranks
+            if number != answered:
                 store.set(f"answer/{number}/{rank}", "")
-                if _are_there(store, [f"go/{number}"]):
-                    return int(number)
-            else:  # of earlier ranks
-                time.sleep(CHECK_EVERY.total_seconds())
-        if time.monotonic() > deadline:
-            _refuse([0])
+                answered = number
+            if store.check([f"go/{number}"]):
+                return int(number)
+    raise _absent([0])
 
 
-def _await(store: Store, keys: list[str], deadline: float) -> None:
-    while not _are_there(store, keys):
-        if time.monotonic() > deadline:
-            _refuse([rank for rank, key in enumerate(keys, start=1) if not store.check([key])])
+def _looks(deadline: float) -> Iterator[None]:
+    """Yield at once, then after pauses, until the deadline."""
+    pause = FIRST_PAUSE
+    while time.monotonic() < deadline:
+        yield
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
 
 
-def _are_there(store: Store, keys: list[str]) -> bool:
-    """Wait CHECK_EVERY at most. Return True if all keys are there."""
-    with suppress(DistStoreError):
-        store.wait(keys, CHECK_EVERY)
-        return True
-    return False
-
-
-def _refuse(ranks: list[int]) -> None:
+def _absent(ranks: list[int]) -> ConfigError:
     named = ", ".join(map(str, ranks[:MOST_NAMED])) + ", …" * (len(ranks) > MOST_NAMED)
-    raise ConfigError(
-        f"rank {named} did not join within {TIMEOUT:.0f} s: start every machine, with the same HEAD, and see "
-        "that all of them can reach its port"
-    )
+    remedy = "start every machine, with the same HEAD, and see that all of them can reach its port"
+    return ConfigError(f"rank {named} did not join within {TIMEOUT:.0f} s: {remedy}")

@@ -15,6 +15,7 @@ from dapo.log import Console, Log, SilentLog, check_installed, warn
 from dapo.mesh import Mesh
 from dapo.model.layout import check_layout, check_length
 from dapo.model.shape import ModelShape, read_shape
+from dapo.policy.exports import export
 from dapo.policy.megatron import Policy
 from dapo.policy.metrics import step_metrics
 from dapo.policy.weight_files import open_weights
@@ -48,6 +49,7 @@ def train(config: Config, mesh: Mesh) -> None:
             for step in range(step, config.run.steps):  # noqa: B020  # 1
                 sampler.load_weights(policy, version=step)  # 3: π_θold ← π_θ
                 scores = sampler.evaluate(step)
+                export(step, policy, scores)
                 # 2, 4–9: the main rank samples, all get a share
                 batch = policy.place(sampler.next_batch(step))
                 # log π_θold, in the trainer's numerics and the updates' own packing
@@ -59,8 +61,8 @@ def train(config: Config, mesh: Mesh) -> None:
                 checkpoints.maybe_save(step + 1, policy, sampler)
             step = config.run.steps
             sampler.load_weights(policy, version=step)
-            log(step, sampler.evaluate(step))
-            policy.save_hf(config.run.dir / "hf")
+            log(step, scores := sampler.evaluate(step))
+            export(step, policy, scores)
         except Stopped as stop:
             checkpoints.save(step, policy, sampler)
             stop.is_saved = True

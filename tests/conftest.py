@@ -39,6 +39,7 @@ SLOW = (  # start torchrun, a server, a browser or Triton's interpreter: not par
     "tests/kernels/test_kernel_report.py",
     "tests/kernels/test_tensor_parallel.py",
     "tests/tools/test_convert.py",
+    "tests/tools/test_megatron_lm.py",
     "tests/tools/test_verify_resume.py",
     "tests/fixtures/test_fixtures.py::test_a_run_of_then_goes_on_as_it_would_have",
     "tests/transformer_engine/",

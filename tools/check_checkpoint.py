@@ -1,8 +1,9 @@
 """Compare two models, each a Hugging Face directory or a Megatron checkpoint of any layout.
 
-    python tools/check_checkpoint.py A B [--text TEXT.txt] [--tolerance 0]
+    python tools/check_checkpoint.py A B [--text TEXT.txt] [--tolerance 0] [--model MODEL]
 
-The exit status is 1 if they differ, 2 if one cannot be used.
+MODEL has the config and the tokenizer of a checkpoint that does not show whose they are. The exit status is 1
+if the models differ, 2 if one cannot be used.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from megatron_to_hf import model_of
+from hf_to_megatron import model_of
 
 from dapo.config import ConfigError
 from dapo.model.shape import ModelShape, read_shape
@@ -21,9 +22,9 @@ from dapo.policy.weight_files import hf_tensors, open_weights
 from dapo.verify import logprobs, tokens_of
 
 
-def compare(models: list[Path], text: Path | None, tolerance: float) -> float:
-    """Print the differences. Return the largest one of a value."""
-    described = [model_of(path) for path in models]
+def compare(models: list[Path], text: Path | None, tolerance: float, model: Path | None = None) -> float:
+    """Print the differences. Return the largest one of a value. `model`: see --model."""
+    described = [model_of(path, model) for path in models]
     shape = common_shape(*map(read_shape, described))
     tokens = tokens_of(text, described, shape) if text else None
     worst = 0.0
@@ -58,9 +59,10 @@ def main(argv: list[str]) -> int:
     add("models", nargs=2, type=Path, metavar="MODEL")
     add("--text", type=Path, help="a file: compare the log-probs of its tokens")
     add("--tolerance", type=float, default=0.0, help="on tensors and log-probs; 0: bit for bit")
+    add("--model", type=Path, help="Hugging Face directory of a checkpoint that is in no run directory")
     args = parser.parse_args(argv)
     try:
-        return int(compare(args.models, args.text, args.tolerance) > args.tolerance)
+        return int(compare(args.models, args.text, args.tolerance, args.model) > args.tolerance)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,9 +1,11 @@
 """Convert a Hugging Face directory to a Megatron distributed checkpoint that any layout loads.
 
-    python tools/hf_to_megatron.py MODEL TARGET [--dtype bfloat16] [--shard-size 4GiB]
+    python tools/hf_to_megatron.py SOURCE TARGET [--dtype bfloat16] [--shard-size 4GiB] [--megatron-lm]
 
-One process, tensor by tensor. TARGET has policy/ (torch_dist), manifest.json, and MODEL's config, tokenizer
-and generation config: `policy.model=TARGET` starts a run.
+One process, tensor by tensor. SOURCE may be a checkpoint as well: a run's, or Megatron-LM's with --model.
+TARGET has policy/ (torch_dist), manifest.json, and SOURCE's config, tokenizer and generation config:
+`policy.model=TARGET` starts a run. With --megatron-lm it has release/ and
+latest_checkpointed_iteration.txt instead: Megatron-LM starts from --load TARGET.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from dapo import config
 from dapo.config import ConfigError
 from dapo.model.shape import read_shape
 from dapo.policy.weight_files import open_weights, save_megatron
@@ -28,6 +32,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     add, dtypes = made.add_argument, ["bfloat16", "float16", "float32"]
     add("source", type=Path)
     add("target", type=Path, help="must not exist; appears whole or not at all")
+    add("--model", type=Path, help="Hugging Face directory: config.json, tokenizer; its weights are not read")
     add("--dtype", choices=dtypes, help="of the written tensors; default: the source's")
     add("--shard-size", type=num_bytes, default="4GiB", help="largest written file, such as 500MiB or 4GiB")
     return made
@@ -41,15 +46,49 @@ def num_bytes(text: str) -> int:
     return int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]])
 
 
-def convert(
-    args: argparse.Namespace, model_of: Callable[[argparse.Namespace], Path], save: Callable[..., None]
-) -> int:
+def model_of(checkpoint: Path, otherwise: Path | None = None) -> Path:
+    """Return the Hugging Face directory that a checkpoint's config and tokenizer come from.
+
+    `otherwise`: that of a checkpoint that does not show it.
+
+    Raises:
+        ConfigError: none is known.
+    """
+    run = checkpoint.resolve().parent.parent / "config.yaml"
+    if (checkpoint / "config.json").is_file():
+        return checkpoint
+    if run.is_file():
+        return _model_of_run(run)
+    if otherwise:
+        return otherwise
+    raise ConfigError(
+        f"{checkpoint} is in no run directory and has no config.json: its model is not known; "
+        "name it with --model"
+    )
+
+
+def _model_of_run(path: Path) -> Path:
+    """Return policy.model of a run's config.yaml: a relative one from the run's start, or from here.
+
+    Where it was started is seen from run.dir, if that is relative, too.
+    """
+    loaded = config.load(path)
+    folder, model = loaded.run.dir.parts, loaded.policy.model
+    is_seen = not loaded.run.dir.is_absolute() and path.parent.parts[-len(folder) :] == folder
+    started = path.parents[len(folder)] if is_seen else Path()
+    for base in (started, Path()):
+        if (base / model).is_dir():
+            return base / model
+    raise ConfigError(f"policy.model={model} of {path} is not there; name it with --model")
+
+
+def convert(args: argparse.Namespace, save: Callable[..., None]) -> int:
     """Call `save(weights, shape, dtype, model, target, shard_bytes=…)` with the weights of args.source.
 
     Return the exit status: 2 if what was asked for cannot be used, 1 if the disk fails; an error is one line.
     """
     try:
-        model = model_of(args)
+        model = args.model or model_of(args.source)
         shape = read_shape(model)
         weights = open_weights(args.source, shape)
         dtype = getattr(torch, args.dtype) if args.dtype else weights.dtype
@@ -61,7 +100,10 @@ def convert(
 
 
 def main(argv: list[str]) -> int:
-    return convert(parser(__doc__).parse_args(argv), lambda args: args.source, save_megatron)
+    arguments = parser(__doc__)
+    arguments.add_argument("--megatron-lm", action="store_true", help="write what Megatron-LM itself loads")
+    args = arguments.parse_args(argv)
+    return convert(args, partial(save_megatron, for_megatron_lm=args.megatron_lm))
 
 
 if __name__ == "__main__":

@@ -99,6 +99,11 @@ class Run(Section):
     """Checkpoints of every so many steps are kept too. A multiple of save_every."""
     async_save: bool = False
     """Checkpoints are written while training goes on; an update first copies what is not written yet."""
+    export_every: Positive | None = example(50, default=None)
+    """Steps between exports of the model: run.dir/hf-step-000050 and so on, like run.dir/hf at the end. They
+    stay until you remove them."""
+    keep_best: str | None = example("eval/aime/mean", default=None)
+    """A metric of evaluation: the model is exported to run.dir/hf-best whenever it is larger than ever."""
     wandb_project: str | None = example("dapo", default=None)
     """Metrics also go to this project of Weights & Biases."""
     tracker: str | None = example("mine:Tracker", default=None)

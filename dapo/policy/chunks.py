@@ -29,6 +29,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -170,16 +171,31 @@ class Reader:
             where = self._metadata.storage_data[MetadataIndex(name)]
             path = self.directory / where.relative_path
             try:
-                with open(path, "rb") as file:
-                    file.seek(where.offset)
-                    content = io.BytesIO(file.read(where.length))
-                with zipfile.ZipFile(content) as entries:
+                with zipfile.ZipFile(io.BytesIO(self._object(where))) as entries:
                     is_damaged = entries.testzip() is not None
             except (*UNREADABLE, OSError):
                 is_damaged = True
             if is_damaged:
                 return f"{path} is not what was written: {name} cannot be read"
         return None
+
+    def common_state(self) -> bytes | None:
+        """Return the archive of torch.save that holds what is no tensor and of no rank; None: there is none.
+
+        Raises:
+            Damaged: its file is missing or cannot be read.
+        """
+        path = self.directory / "common.pt"
+        where = self._metadata.storage_data.get(MetadataIndex("common_state/shard_0_1"))
+        try:
+            return path.read_bytes() if path.exists() else self._object(where) if where else None
+        except OSError as error:
+            raise Damaged(f"{self.directory}: what is no tensor cannot be read: {reason(error)}") from error
+
+    def _object(self, where: _StorageInfo) -> bytes:
+        with open(self.directory / where.relative_path, "rb") as file:
+            file.seek(where.offset)
+            return file.read(where.length)
 
     def damage(self) -> str | None:
         """Read everything. Return what is damaged, or None."""
@@ -331,15 +347,28 @@ class Writer:
         known.chunks.append(ChunkStorageMetadata(offsets, tensor.shape))
         self._storage[MetadataIndex(name, offsets)] = _StorageInfo(file_name, start, file.tell() - start)
 
-    def close(self) -> None:
-        """Finish the files and write .metadata, without which there is no checkpoint."""
+    def write_object(self, name: str, value: Any, index: Index, counts: Index) -> None:
+        """Write object `index` of those that Megatron calls `name`: there are `counts` of them."""
+        key = f"{name}/shard_{'.'.join(map(str, index))}_{'.'.join(map(str, counts))}"
+        file_name, file = self._file_of(0, 0)
+        start = file.tell()
+        torch.save([value], file)  # type: ignore[arg-type]
+        self._metadata[key] = BytesStorageMetadata()
+        self._storage[MetadataIndex(key)] = _StorageInfo(file_name, start, file.tell() - start)
+
+    def close(self, common: dict[str, Any] | None = None) -> None:
+        """Finish the files and write .metadata, without which there is no checkpoint.
+
+        `common`: what is no tensor; all versions of Megatron-core read it from a file of its own.
+        """
         for part in list(self._files):
             self._end_file(part)
         for closed in self._closed:
             closed.result()
         for known in self._metadata.values():
-            known.chunks.sort(key=lambda chunk: tuple(chunk.offsets))
-        torch.save({}, self.directory / "common.pt")
+            if isinstance(known, TensorStorageMetadata):
+                known.chunks.sort(key=lambda chunk: tuple(chunk.offsets))
+        torch.save(common or {}, self.directory / "common.pt")
         metadata = Metadata(self._metadata, storage_data=self._storage)
         (self.directory / ".metadata").write_bytes(pickle.dumps(metadata))
         save_config(CheckpointingConfig("torch_dist", 1), str(self.directory))

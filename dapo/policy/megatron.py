@@ -7,7 +7,7 @@ hidden size, V = vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -203,14 +203,15 @@ class Policy:
         self.mesh.barrier()
 
     @timed("export")
-    def save_hf(self, target: Path) -> None:
-        """Write the model as a Hugging Face directory, which appears whole or not at all."""
-        weights, dtype, source = self.weights(), self.transformer.params_dtype, self.config.policy.model
+    def save_hf(self, target: Path, beside: Mapping[str, bytes] = weight_files.NONE) -> None:
+        """Write the model as a Hugging Face directory, `beside` it other files: whole or not at all."""
+        weights = self.weights()
+        about = self.shape, self.transformer.params_dtype, self.config.policy.model
 
         def write() -> None:
             try:
                 if self.mesh.is_main:
-                    weight_files.save_hf([weights], self.shape, dtype, source, target, may_replace=True)
+                    weight_files.save_hf([weights], *about, target, may_replace=True, beside=beside)
             finally:
                 for _ in weights:  # every rank drains them, even if the disk has failed
                     pass

@@ -2,7 +2,8 @@
 
 Both are streamed: reading takes the name table's entries; writing holds one tensor at a time, in each thread.
 A Hugging Face directory has config.json, *.safetensors and a tokenizer. A Megatron directory has policy/ in
-torch_dist and manifest.json; one that hf_to_megatron.py made also has config.json and a tokenizer.
+torch_dist and manifest.json, and Megatron-LM's what megatron_lm.py says; those that hf_to_megatron.py made
+also have config.json and a tokenizer.
 """
 
 from __future__ import annotations
@@ -10,31 +11,37 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from dapo import files
+from dapo.clock import heartbeat
 from dapo.config import ConfigError
 from dapo.model.files import EMBEDDING, HEAD, open_safetensors, read_dtypes, read_tensor, read_tied
 from dapo.model.names import Dimensions, Entry, table
 from dapo.model.shape import ModelShape, read_config
-from dapo.policy import chunks
+from dapo.policy import chunks, megatron_lm
 from dapo.policy.weights import StoredWeights, from_shards, to_shard
 
 T = TypeVar("T")
 Named = Iterator[tuple[str, Tensor]]  # with Hugging Face names
 SHARD_BYTES = 4 * 2**30  # size of a written file
+EXPORT = "export.json"  # of a directory that a run has exported: see exports.py
+NONE: Mapping[str, bytes] = MappingProxyType({})
 THREADS = 2  # with two, reading, checking, rearranging and writing take about as long as the disk
 SAFETENSORS_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+OF_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")  # in a tensor's name
 DTYPES = (*SAFETENSORS_DTYPE, torch.float64)  # that are read; others are quantized
 
 
@@ -44,7 +51,7 @@ def open_weights(directory: Path, shape: ModelShape) -> HFWeights | MegatronWeig
     Raises:
         ConfigError: none there; or a tensor is missing or has no place in this architecture.
     """
-    is_megatron = (directory / "policy").is_dir()
+    is_megatron = (directory / "policy").is_dir() or megatron_lm.find(directory) is not None
     return MegatronWeights(directory, shape) if is_megatron else HFWeights(directory, shape)
 
 
@@ -75,19 +82,20 @@ class HFWeights:
 
 
 class MegatronWeights:
-    """A distributed checkpoint of any layout, read as the table's entries. Optimizer state is not read."""
+    """A distributed checkpoint of any layout, ours or Megatron-LM's, read as the table's entries.
+
+    Optimizer state is not read.
+    """
 
     def __init__(self, directory: Path, shape: ModelShape):
         self.directory, self.shape = directory, shape
-        check_model(directory, shape)
-        # the file is a pickle: damage in it could do anything; the tensors are verified as they are read
-        name = "policy/.metadata"
-        wanted = files.read_manifest(directory)["files"].get(name, (0, 0))
-        if damage := files.file_damage(directory, name, wanted):
-            raise ConfigError(f"{directory}: damaged: {damage}")
-        self._reader = chunks.Reader(directory / "policy")
+        if folder := megatron_lm.find(directory):
+            self._reader = chunks.Reader(folder)
+            megatron_lm.check_arguments(self._reader, shape)
+        else:
+            self._reader = _our_reader(directory, shape)
         sizes = self._reader.sizes
-        self.sizes = {name: sizes[name] for name in sizes if not name.startswith("optimizer.")}
+        self.sizes = {name: sizes[name] for name in sizes if not OF_OPTIMIZER.match(name)}
         self.optimizer_sizes = {name: sizes[name] for name in sizes if name not in self.sizes}
         self._entries = {entry.hf: entry for entry in table(shape, is_fused=True)}
         expected = {entry.key: entry for entry in self._entries.values()}
@@ -114,6 +122,17 @@ class MegatronWeights:
         entry = self._entries[entry.hf]  # with the name that checkpoints use
         tensors = from_shards(entry, [self._reader.read(entry.key, entry.place)], self.shape)
         return _checked(self.directory, entry, tensors)
+
+
+def _our_reader(directory: Path, shape: ModelShape) -> chunks.Reader:
+    """Open a directory with a manifest. Raise ConfigError if it is damaged or of another model."""
+    check_model(directory, shape)
+    # the file is a pickle: damage in it could do anything; the tensors are verified as they are read
+    name = "policy/.metadata"
+    wanted = files.read_manifest(directory)["files"].get(name, (0, 0))
+    if damage := files.file_damage(directory, name, wanted):
+        raise ConfigError(f"{directory}: damaged: {damage}")
+    return chunks.Reader(directory / "policy")
 
 
 def _counts(entry: Entry, shape: ModelShape) -> Dimensions:
@@ -250,11 +269,12 @@ def save_hf(
     *,
     shard_bytes: int = SHARD_BYTES,
     may_replace: bool = False,
+    beside: Mapping[str, bytes] = NONE,
 ) -> None:
     """Write a Hugging Face directory: the table's tensors in its order; config, tokenizer etc. from `source`.
 
-    `tensors`: all of them, in any order; a thread for each iterator, or this thread for a single one. The
-    directory appears whole or not at all.
+    `tensors`: all of them, in any order; a thread for each iterator, or this thread for a single one.
+    `beside`: other files. The directory appears whole or not at all.
 
     Raises:
         ConfigError: `target` exists and may not be replaced, or the disk has no room.
@@ -284,12 +304,15 @@ def save_hf(
         def write(part: Named) -> None:
             for name, tensor in part:
                 written.pop(name).write(name, tensor)
+                heartbeat()
 
         _in_threads(write, tensors)
         assert not written, f"not in `tensors`: {sorted(written)}"
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": places}
             (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        for name, content in beside.items():
+            (partial / name).write_bytes(content)
 
 
 class _Safetensors:
@@ -333,31 +356,47 @@ def save_megatron(
     target: Path,
     *,
     shard_bytes: int = SHARD_BYTES,
+    for_megatron_lm: bool = False,
 ) -> None:
     """Write a Megatron directory that any layout can load: weights, and config etc. from `source`.
 
-    It appears whole or not at all.
+    `for_megatron_lm`: as Megatron-LM wants it. It appears whole or not at all.
 
     Raises:
         ConfigError: as `save_hf`.
     """
-    total = sum(entry.size for entry in table(shape, is_fused=True)) * dtype.itemsize
+    entries = table(shape, is_fused=True)
+    total = sum(entry.size for entry in entries) * dtype.itemsize
     with files.made_whole(target, total) as partial:
         carry_over(source, partial, dtype)
-        (partial / "policy").mkdir()
-        writer = chunks.Writer(partial / "policy", shard_bytes)
+        folder = partial / (megatron_lm.RELEASE if for_megatron_lm else "policy")
+        writer = _write_chunks(weights, shape, dtype, folder, shard_bytes)
+        if for_megatron_lm:
+            for name, index, counts in megatron_lm.extra_states(entries, shape):
+                writer.write_object(name, megatron_lm.EMPTY, index, counts)
+            writer.close(megatron_lm.common_state(shape))
+            (partial / megatron_lm.TRACKER).write_text(megatron_lm.RELEASE)
+        else:
+            writer.close()
+            sums = {f"policy/{name}": size for name, size in writer.sums.items()}
+            files.write_manifest(partial, sums, {"model": asdict(shape)})
 
-        def convert(part: Iterator[tuple[int, Entry]]) -> None:
-            for number, entry in part:
-                tensors = [tensor for _, tensor in hf_tensors(weights, shape, dtype, [entry])]
-                whole = to_shard(entry, tensors, shape, 0, 1)
-                writer.write(entry.key, whole, entry.place, _counts(entry, shape), number)
 
-        _in_threads(convert, [zip(itertools.repeat(i), part) for i, part in enumerate(parts(shape))])
-        writer.close()
-        files.write_manifest(
-            partial, {f"policy/{name}": s for name, s in writer.sums.items()}, {"model": asdict(shape)}
-        )
+def _write_chunks(
+    weights: StoredWeights, shape: ModelShape, dtype: torch.dtype, directory: Path, shard_bytes: int
+) -> chunks.Writer:
+    """Write all tensors into a new directory. Return the writer, which is to be closed."""
+    directory.mkdir()
+    writer = chunks.Writer(directory, shard_bytes)
+
+    def convert(part: Iterator[tuple[int, Entry]]) -> None:
+        for number, entry in part:
+            tensors = [tensor for _, tensor in hf_tensors(weights, shape, dtype, [entry])]
+            whole = to_shard(entry, tensors, shape, 0, 1)
+            writer.write(entry.key, whole, entry.place, _counts(entry, shape), number)
+
+    _in_threads(convert, [zip(itertools.repeat(i), part) for i, part in enumerate(parts(shape))])
+    return writer
 
 
 def _in_threads(work: Callable[[Iterator[T]], None], parts: Sequence[Iterator[T]]) -> None:
@@ -386,7 +425,7 @@ def _in_threads(work: Callable[[Iterator[T]], None], parts: Sequence[Iterator[T]
 def carry_over(source: Path, target: Path, dtype: torch.dtype) -> None:
     """Copy config.json, with the new dtype, and the tokenizer, generation config and the like."""
     for path in source.iterdir():
-        is_ours = path.name == files.MANIFEST or path.name.endswith(".index.json")
+        is_ours = path.name in (files.MANIFEST, EXPORT) or path.name.endswith(".index.json")
         if path.is_file() and path.suffix in {".json", ".txt", ".model", ".jinja"} and not is_ours:
             shutil.copy2(path, target / path.name)
     config = read_config(target)

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dapo.report import glossary
 
@@ -36,7 +36,7 @@ def rounded(value: Any) -> float | None:
     return float(f"{value:.6g}") if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def plot(runs: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
+def plot(runs: Mapping[str, list[dict[str, Any]]], path: Path | IO[bytes]) -> None:
     """Plot the paper's monitors over steps as a PNG. `runs`: name in the legend → rows."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from dapo.clock import timed
+from dapo.config import ConfigError
 from dapo.files import write_text, writing
 from dapo.reward.pool import Reward
 from dapo.rollout.rollouts import Rollouts
@@ -81,6 +82,20 @@ def metrics_at(step: int, rollouts: Rollouts, sets: dict[str, list[Prompt]]) -> 
         }
         metrics |= {key: value for key, value in found.items() if value is not None}
     return metrics
+
+
+def check_best(metric: str | None, sets: Iterable[str], reward: Reward) -> None:
+    """Check run.keep_best.
+
+    Raises:
+        ConfigError: `metrics_at` returns no such metric, or less of it is better.
+    """
+    kinds = ("mean", "pass") if reward.answer_of is None else ("mean", "majority", "pass")
+    known = [f"eval/{name}/{kind}" for name in sets for kind in kinds]
+    if metric is not None and not known:
+        raise ConfigError(f"run.keep_best={metric}, but nothing is evaluated: set eval.data")
+    if metric not in (None, "eval/accuracy", *known):
+        raise ConfigError(f"run.keep_best={metric}: expected one of eval/accuracy, {', '.join(known)}")
 
 
 def run(rollouts: Rollouts, sets: dict[str, list[Prompt]], title: str) -> dict[str, Scores]:

@@ -122,6 +122,16 @@ def test_a_model_too_short_or_of_fewer_tokens_is_refused(
     assert said in str(error.value)
 
 
+def test_a_metric_that_evaluation_will_not_have_is_refused_at_start(tmp_path: Path) -> None:
+    data = BASE.parent / "data/heldout.jsonl"
+    files = [f"policy.model={BASE}", f"eval.data={data}", f"data.train={data}"]
+    config = make_config(tmp_path, *files, "run.keep_best=eval/aime/mean", "reward.workers=0")
+    said = "run.keep_best=eval/aime/mean: expected one of eval/accuracy, eval/heldout/mean, eval/heldout/maj"
+    with pytest.raises(ConfigError, match=said):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_is_the_models_own_is_known_of_it() -> None:
     fields = _own_fields(BASE, load_tokenizer(BASE))
     assert fields["vocab_size"] == 25 and fields["stop_ids"]

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from dapo import config as configs
+from dapo import files
 from dapo.mesh import Mesh
 from dapo.policy.chunks import Reader
 from dapo.train import train
@@ -135,8 +136,10 @@ def rows(directory: Path) -> list[dict[str, Any]]:
 
 
 def unscored(directory: Path) -> list[dict[str, Any]]:
-    """Return the rows without what the reward counts: a replay scores nothing."""
-    return [{k: v for k, v in row.items() if not k.startswith("reward/")} for row in rows(directory)]
+    """Return the rows without what the reward counts: a replay scores nothing, and here evaluates nothing."""
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("reward/", "eval/"))} for row in rows(directory)
+    ]
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -149,12 +152,23 @@ def is_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def replay(directory: Path) -> dict[str, Any]:
     """Sample now and learn later, from what was dumped; and save before anything was learnt."""
-    run(directory / "sampled", "run.steps=2", "rollout.dump_share=1.0")
+    base, few = ROOT / "examples/arithmetic", directory.parent / "few.jsonl"
+    problems = (base / "data/heldout.jsonl").read_text().splitlines(keepends=True)[:8]
+    Mesh(configs.Parallel(tensor=1)).on_main(files.write_text, few, "".join(problems))
+    exported = ["run.export_every=1", f"eval.data={few}", "eval.every=1", "run.keep_best=eval/few/mean"]
+    run(directory / "sampled", "run.steps=2", "rollout.dump_share=1.0", *exported)
     run(directory / "replayed", "run.steps=2", f"rollout.replay={directory / 'sampled' / 'rollouts'}")
     run(directory / "later", "run.steps=1", "rollout.only=true")
     first = rows(directory / "sampled")[0]
+    values = [row["eval/few/mean"] for row in rows(directory / "sampled")]
+    models = [base / "base", *(directory / f"sampled/{name}" for name in ("hf-step-000001", "hf"))]
+    best = models[values.index(max(values))]
     return {
         "name": "replay",
+        "values": values,
+        "best": is_equal(weights(directory / "sampled/hf-best"), weights(best)),
+        "last": is_equal(weights(directory / "sampled/hf-step-000002"), weights(models[2])),
+        "first": [is_equal(weights(models[1]), weights(models[i])) for i in (0, 2)],
         "rows": unscored(directory / "sampled") == unscored(directory / "replayed"),
         "weights": is_equal(weights(directory / "sampled" / "hf"), weights(directory / "replayed" / "hf")),
         "dumped_only": [row.get("policy/loss") for row in rows(directory / "later")] == [None, None],

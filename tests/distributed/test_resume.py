@@ -14,6 +14,13 @@ def test_learning_from_dumped_rollouts_equals_the_run_that_dumped_them() -> None
     assert result["checkpoints"] == ["step-000001"], "a run that has not learnt yet can be saved"
 
 
+def test_two_ranks_export_the_model_of_each_step_and_the_best() -> None:
+    result = measured("tests.distributed.resume", 2, forked)["replay"]
+    assert result["last"] and result["first"] == [False, False]
+    assert len(set(result["values"])) > 1, "no model is better than another, so nothing was tested"
+    assert result["best"]
+
+
 LAYOUTS = {  # how its newest checkpoint was damaged → what the warning says
     "data-parallel": "rollouts.json has ",
     "tensor-parallel": "policy/__1_0.distcp is not what was written",

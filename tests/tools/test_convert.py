@@ -542,7 +542,7 @@ def test_the_model_of_a_run_is_found_from_another_directory(
     for place in (tmp_path / "project", folder, tmp_path):
         monkeypatch.chdir(place)
         if run == "runs/x" or place == tmp_path / "project":
-            assert megatron_to_hf.model_of(checkpoint).resolve() == tmp_path / "project/models/base"
+            assert hf_to_megatron.model_of(checkpoint).resolve() == tmp_path / "project/models/base"
         else:
             said = refusal(megatron_to_hf, checkpoint, tmp_path / "out", capsys=capsys)
             assert "policy.model=models/base" in said and "--model" in said

@@ -31,6 +31,9 @@ from tests.distributed import parity  # noqa: E402
 from tests.distributed.launch import ROOT  # noqa: E402
 from tests.distributed.resume import leave  # noqa: E402
 
+sys.path.insert(0, str(ROOT / "tools"))
+import hf_to_megatron  # noqa: E402
+
 CASES = (  # biases, norms of q and k, a tied embedding, experts; split over ranks in every way but by context
     "tp2pp1dp1-qwen2-tied-b64-token_mean",
     "tp2pp1dp1-qwen3-bfloat16-b64-token_mean",
@@ -67,11 +70,12 @@ def moved(root: Path) -> list[dict[str, Any]]:
 
 
 def saved(root: Path) -> dict[str, Any]:
-    """Save a model with experts, and read it as tools do; also list its kinds of layers."""
+    """Save a model with experts, and read it as tools do; read what they write; list its kinds of layers."""
     Mesh(configs.Parallel(tensor=2)).on_main(parity.make_hf, "qwen3_moe", False, root / "hf")
     policy, mesh = make_policy(root, f"policy.model={root / 'hf'}", "parallel.expert=2")
     kinds = {type(module) for module in policy.chunks[0].modules()}
     names = [kind.__name__ for kind in kinds if any("transformer_engine" in str(c) for c in kind.__mro__)]
+    found = exported(policy, mesh, root)
     save(policy, mesh, root)
     shape = read_shape(root / "hf")
     reader, theirs = chunks.Reader(root / "policy"), HFWeights(root / "hf", shape)
@@ -80,7 +84,21 @@ def saved(root: Path) -> dict[str, Any]:
         ours = from_shards(entry, [reader.read(entry.key, entry.place)], shape)
         if not all(map(torch.equal, ours, theirs.read(entry))):
             wrong.append(entry.key)
-    return {"wrong": wrong, "kinds": sorted(names)}
+    return {"wrong": wrong, "kinds": sorted(names), "exported": found}
+
+
+def exported(policy: Policy, mesh: Mesh, root: Path) -> int:
+    """Load what tools write for Megatron-LM, as it does: with the modules' states. Return the number of
+    parameters; -1: one of them differs.
+    """
+    from megatron.core import dist_checkpointing
+
+    mesh.on_main(hf_to_megatron.main, [str(root / "hf"), str(root / "exported"), "--megatron-lm"])
+    wanted = policy.chunks[0].sharded_state_dict()
+    assert sum("._extra_state" in name for name in wanted) > 20, wanted.keys()
+    found = dist_checkpointing.load(wanted, str(root / "exported/release"))
+    params = dict(policy.chunks[0].named_parameters())
+    return len(params) if all(torch.equal(found[name], params[name]) for name in params) else -1
 
 
 def main(out: str) -> None:

@@ -54,6 +54,7 @@ def test_a_checkpoint_of_the_plain_layers_goes_through_them_unchanged() -> None:
 def test_a_checkpoint_of_theirs_is_read_by_tools() -> None:
     found = result("saved")
     assert not found["wrong"]
+    assert found["exported"] > 20, "Megatron-LM would read other weights"
     assert {
         "RMSNorm",
         "TEColumnParallelGroupedLinear",
