@@ -4,8 +4,8 @@ killed, and what do the kills cost?
 python benchmarks/unattended.py [kills, default 20] [seed, default 0] [machine | nodes | both, default both]
 
 machine: `dapo train --restarts`; SIGKILL to one rank. nodes: two torchrun agents with --max-restarts, one
-rank each; SIGKILL to a rank, to an agent, or to all of a node, also that of the main rank. When an agent has
-ended, and the other one by itself, the job is started again by the same command, as schedulers do.
+rank each; SIGKILL to a rank, to an agent, or to all of a node, also that of the main rank. An agent that has
+ended is started again, as schedulers do; if it had the agents' store, all are, once the others have ended.
 """
 
 from __future__ import annotations
@@ -35,30 +35,38 @@ LAUNCH = "import dapo.command.restart as r, dapo.__main__ as m; r.FIRST_PAUSE = 
 
 
 class Job:
-    """What a scheduler starts and keeps running: one launcher a node."""
+    """What a scheduler starts and keeps running: a launcher a node. The first node's has the others' store."""
 
     def __init__(self, nodes: int, options: list[str], log: Path):
         self.nodes, self.options, self.log = nodes, options, log
-        self.requeued = -1
+        self.replaced = 0  # nodes
+        self.requeued = -1  # times that all nodes were started
+        self.launchers: list[psutil.Popen] = []
         self._start()
 
     def _start(self) -> None:
         self.requeued += 1
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+            self.port = free.getsockname()[1]
+        self.launchers = [self._launch()]
+        deadline = time.monotonic() + TIMEOUT
+        while self.nodes > 1 and socket.socket().connect_ex(("127.0.0.1", self.port)):
+            assert time.monotonic() < deadline and self.launchers[0].poll() is None, self.log.read_text()
+            time.sleep(0.1)
+        self.launchers += [self._launch() for _ in range(1, self.nodes)]
+
+    def _launch(self) -> psutil.Popen:
         dapo = ["train", "examples/arithmetic/config.yaml", *self.options]
         if self.nodes == 1:
             command = [sys.executable, "-c", LAUNCH, *dapo, "--nproc", "2", "--restarts", "100"]
         else:
-            agent = ["-m", "torch.distributed.run", *RDZV.split(), "--rdzv-endpoint", f"127.0.0.1:{port}"]
+            endpoint = f"--rdzv-endpoint=127.0.0.1:{self.port}"
+            agent = ["-m", "torch.distributed.run", *RDZV.split(), endpoint]
             command = [sys.executable, *agent, "-m", "dapo", *dapo]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "20"}
         with self.log.open("a") as out:
-            self.launchers = [
-                psutil.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
-                for _ in range(self.nodes)
-            ]
+            return psutil.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
 
     def ranks(self) -> list[psutil.Process]:
         """Return the ranks' processes, by rank; none while there are too few."""
@@ -89,8 +97,14 @@ class Job:
         return f"{what} {whose}" if what != "rank" else ("main rank" if victim == 0 else "other rank")
 
     def look_after(self) -> float:
-        """Start the job again if a launcher has failed. Return the seconds that the others took to end."""
-        if all(launcher.poll() in (None, 0) for launcher in self.launchers):
+        """Start again what has failed. Return the seconds that nodes took to end without the first one."""
+        failed = [i for i, launcher in enumerate(self.launchers) if launcher.poll() not in (None, 0)]
+        if failed and 0 not in failed:
+            self.replaced += len(failed)
+            for i in failed:
+                self.launchers[i] = self._launch()
+            return 0.0
+        if not failed:
             return 0.0
         begun = time.monotonic()
         _, alive = psutil.wait_procs(self.launchers, timeout=TIMEOUT)
@@ -163,7 +177,7 @@ def unattended(nodes: int, kills: int, seed: int, directory: Path) -> dict[str, 
     assert rows(killed) == rows(whole), "the metrics differ"
     replaced = f"{job.replaced} nodes, {job.requeued} times all"
     return {
-        "struck": Counter(struck), "requeued": job.requeued, "steps": total, "lost": lost, "back": back,
+        "struck": Counter(struck), "requeued": replaced, "steps": total, "lost": lost, "back": back,
         "others": others, "ratio": ideal / seconds, "start": _start_seconds(whole), "newest": newest(killed),
     }  # fmt: skip
 
