@@ -35,7 +35,7 @@ LAUNCH = "import dapo.command.restart as r, dapo.__main__ as m; r.FIRST_PAUSE = 
 
 
 class Job:
-    """What a scheduler starts and keeps running: a launcher a node. The first node's has the others' store."""
+    """What a scheduler keeps running: a launcher a node. The first node's has the store of all."""
 
     def __init__(self, nodes: int, options: list[str], log: Path):
         self.nodes, self.options, self.log = nodes, options, log
