@@ -145,3 +145,41 @@ def test_a_job_gives_trainers_and_servers_their_nodes_and_ends_with_the_trainer(
     ]
     assert {"#SBATCH --exclusive", "#SBATCH --ntasks-per-node=1"} <= set(directives)
     assert any(line.startswith("#SBATCH --cpus-per-task=") for line in directives)
+
+
+SRUN = """
+[[ "$*" == *server.sh* ]] && exec sleep 60
+trap 'exit 1' TERM  # as torchrun ends
+touch "$LOGS/trains"
+for ((i = 0; i < 100; i++)); do sleep 0.1; [ -e "$LOGS/fails" ] && exit 1; done
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "restarts", "state", "is_queued"),
+    [
+        ("USR1", "9", "RUNNING", True),  # the time is up: whatever happened before
+        ("fails", "2", "RUNNING", True),
+        ("fails", "3", "RUNNING", False),
+        ("TERM", "0", "COMPLETING", False),  # somebody cancels it
+    ],
+)
+def test_a_job_whose_time_is_up_or_that_failed_is_queued_again(
+    tmp_path: Path, how: str, restarts: str, state: str, is_queued: bool
+) -> None:
+    write_command(tmp_path, "scontrol", """echo "$*" >>"$LOGS/asked"; printf 'n%s\\n' 0 1 2 3""")
+    write_command(tmp_path, "squeue", f"echo {state}")
+    write_command(tmp_path, "srun", SRUN)
+    env = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "LOGS": str(tmp_path), "SLURM_JOB_NODELIST": "n[0-3]",
+        "SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": restarts,
+    }  # fmt: skip
+    job = subprocess.Popen(["bash", SCRIPTS / "slurm.sbatch"], cwd=ROOT, env=env)
+    until((tmp_path / "trains").exists)
+    if how == "fails":
+        (tmp_path / "fails").touch()
+    else:
+        job.send_signal(getattr(signal, f"SIG{how}"))
+    assert job.wait(30) == 1
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert ("requeue 77" in asked) is is_queued
