@@ -16,7 +16,6 @@ import torch
 from dapo_kernels import Head, Objective, Tokens
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -88,7 +87,7 @@ class Policy:
         self.optimizer = get_megatron_optimizer(optimizer, self.models)
         self.memory = UpdateMemory(self.models, self.optimizer, mesh.device)
         self.scheduler = self._make_scheduler()
-        self.transformer.finalize_model_grads_func = finalize_model_grads
+        self.transformer.finalize_model_grads_func = schedule.sum_grads
         self.transformer.grad_scale_func = self.optimizer.scale_loss
         if ddp.overlap_grad_reduce:
             no_sync = [model.no_sync for model in self.models]
