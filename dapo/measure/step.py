@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import resource
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -82,17 +84,31 @@ def learning_flops(shape: ModelShape, tokens: float, attended: float) -> float:
     return PASSES * tokens * forward_flops(shape, 2 * attended)
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Return the dense bf16 FLOP/s of a GPU's data sheet; None for a CPU, and where it is not known."""
+def gpu_of(device: torch.device) -> str | None:
+    """Return the key of a GPU in HARDWARE; None for a CPU, and where it is not known."""
     if device.type != "cuda":
         return None
     memory = torch.cuda.get_device_properties(device).total_memory / GIB
-    gpu = known_gpu(torch.cuda.get_device_name(device), memory)
+    return known_gpu(torch.cuda.get_device_name(device), memory)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the dense bf16 FLOP/s of a GPU's data sheet; None for a CPU, and where it is not known."""
+    gpu = gpu_of(device)
     return HARDWARE[gpu].flops if gpu else None
 
 
+def forget_peak_memory() -> None:
+    """Let `peak_memory_gib` begin anew with what is held now, where the system can."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_gib() -> float:
-    """Most GiB that this process has used since it started: allocated by torch on a GPU, else resident."""
+    """Most GiB that this process has used: allocated by torch on a GPU, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -35,7 +35,7 @@ from dapo.policy.memory import UpdateMemory
 from dapo.policy.metrics import Sums
 from dapo.policy.model import build_model, optimizer_config, split_passthrough, transformer_config
 from dapo.policy.optimizer_state import OwnState, group_settings
-from dapo.policy.weights import Weights
+from dapo.policy.weights import StoredWeights, Weights
 from dapo.types import token_fields
 
 PlacedBatch = Batch[Tensor]
@@ -54,11 +54,13 @@ class PolicyError(RuntimeError):
 class Policy:
     """The trained model. Every method is collective: all ranks call it together.
 
+    `weights`: what it begins with; None: those of policy.model.
+
     Raises:
         ConfigError: the model directory or the layout cannot be used; the message says what to change.
     """
 
-    def __init__(self, config: Config, mesh: Mesh):
+    def __init__(self, config: Config, mesh: Mesh, weights: StoredWeights | None = None):
         self.config, self.mesh = config, mesh
         if mesh.device.type == "cpu":
             cpu.return_freed_memory()
@@ -77,7 +79,7 @@ class Policy:
         _, _, ddp_fields = split_passthrough(config.policy.megatron)
         self.chunks = [chunk.to(mesh.device) for chunk in build_model(self.shape, self.transformer)]
         self._weights = Weights(self.chunks, self.shape)
-        self._weights.load(weight_files.open_weights(config.policy.model, self.shape))
+        self._weights.load(weights or weight_files.open_weights(config.policy.model, self.shape))
         ddp_fields = dict(use_distributed_optimizer=True, grad_reduce_in_fp32=True) | ddp_fields
         ddp = DistributedDataParallelConfig(**ddp_fields)
         modules = self.chunks
