@@ -17,6 +17,9 @@ import torch
 
 from dapo.command.bench import Row, _out_of_memory_explained
 from dapo.config import ConfigError
+from dapo.model.names import table
+from dapo.model.shape import read_shape
+from dapo.policy.weights import RandomWeights
 
 ROOT = Path(__file__).parents[3]
 PHASES = ["sync", "old_logprobs", "update", "save", "load"]
@@ -38,9 +41,9 @@ def test_the_phases_of_a_step_are_measured_without_weights_data_and_engine(
 ) -> None:
     done = bench(tmp_path, "--nproc", str(ranks), "--mean-length", "40")
     assert done.returncode == 0, done.stderr
-    table = re.findall(r"^(\w+) +([\d.e-]+) +([\d.e-]+|–) +([\d.e-]+) +([\d.e-]+|–)$", done.stdout, re.M)
-    assert [row[0] for row in table] == PHASES
-    assert [row[0] for row in table if row[2] != "–"] == ["old_logprobs", "update"]
+    rows = re.findall(r"^(\w+) +([\d.e-]+) +([\d.e-]+|–) +([\d.e-]+) +([\d.e-]+|–)$", done.stdout, re.M)
+    assert [row[0] for row in rows] == PHASES
+    assert [row[0] for row in rows if row[2] != "–"] == ["old_logprobs", "update"]
     assert f"data {ranks}\n" in done.stdout and "128 samples of 40 tokens, 4 updates" in done.stdout
     found = json.loads((tmp_path / "run/bench.json").read_text())
     assert (found["world"], found["mean_length"], found["mfu"]) == (ranks, 40, None)
@@ -72,3 +75,15 @@ def test_the_slowest_rank_counts_and_the_first_step_does_not() -> None:
     assert row.usual == 3.0
     assert str(row).split() == ["update", "3", "2.5", "0.5", "–"]
     assert Row("save", [[2.0]], [0.5], None, None).usual == 2.0
+
+
+def test_random_weights_have_the_models_shapes_and_are_the_same_on_every_rank() -> None:
+    entries = table(read_shape(ROOT / "examples/arithmetic/base"), is_fused=True)
+    first, other = (RandomWeights(torch.bfloat16) for _ in range(2))
+    for entry in entries:
+        tensors = first.read(entry)
+        assert [tuple(tensor.shape) for tensor in tensors] == list(entry.shapes)
+        assert all(map(torch.equal, tensors, other.read(entry)))
+        for tensor in tensors:
+            rows = tensor if tensor.dim() > 1 else tensor[None]
+            assert tensor.dtype == torch.bfloat16 and len(rows.unique(dim=0)) == len(rows)
