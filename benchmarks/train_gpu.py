@@ -29,7 +29,7 @@ from record import heading, keep, table
 
 from dapo import config
 from dapo.assemble import make_sampler
-from dapo.log import peak_memory_gib
+from dapo.measure.step import peak_memory_gib
 from dapo.mesh import Mesh
 from dapo.policy.megatron import Policy
 from dapo.policy.metrics import step_metrics

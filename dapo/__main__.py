@@ -1,4 +1,4 @@
-"""The command line: dapo train, eval, plan, report, init, config, metrics, doctor.
+"""The command line: dapo train, eval, bench, plan, report, init, config, metrics, doctor.
 
 Exit status: 0 done · 1 something broke · 2 the command, the config or the data are refused · 128 + N stopped
 by signal N.

@@ -10,10 +10,12 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Range = Callable[[str], AbstractContextManager[object]]
 
 _lock = threading.Lock()
 _seconds: defaultdict[str, float] = defaultdict(float)
@@ -21,6 +23,7 @@ _heartbeats = 0
 _waits = 0
 _phases: dict[int, list[str]] = {}  # thread id → the phases it is in, innermost last
 _listeners: list[Callable[[str], None]] = []
+_range: Range = nullcontext  # a phase's name → what its calls are put into
 
 
 def heartbeat() -> None:
@@ -60,6 +63,12 @@ def forget(listener: Callable[[str], None]) -> None:
     _listeners[:] = [other for other in _listeners if other != listener]
 
 
+def put_into(range: Range = nullcontext) -> None:
+    """Put the calls of every phase into `range(phase)`, from now on: a profiler shows them as ranges."""
+    global _range
+    _range = range
+
+
 def timed(phase: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Add the wall time of every call to `phase`. A phase inside another counts in both."""
 
@@ -71,7 +80,8 @@ def timed(phase: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             start = time.perf_counter()
             _enter(phase)
             try:
-                return function(*args, **kwargs)
+                with _range(phase):
+                    return function(*args, **kwargs)
             finally:
                 _leave(phase, time.perf_counter() - start)
 

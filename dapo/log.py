@@ -9,7 +9,6 @@ import importlib.util
 import json
 import math
 import os
-import resource
 import secrets
 import sys
 import textwrap
@@ -21,8 +20,13 @@ from typing import Any, Protocol
 
 from dapo import clock, files
 from dapo.config import Config, ConfigError
+from dapo.measure.profile import Profiler
+from dapo.measure.step import Meter
+from dapo.mesh import Mesh
 from dapo.report import curves, glossary
 from dapo.types import Interrupted, StorageError, reason
+
+SLOW = 1.5  # × the ranks' mean time is worth a line
 
 
 class Board(Protocol):
@@ -67,18 +71,12 @@ class Log:
         if start:
             console.say(f"going on from step {start} of {config.run.steps} in {config.run.dir}")
         self.start, self.began = start, time.perf_counter()
-        self.last = self.began
+        self.slow: set[float] = set()  # ranks that were said to be slow
         clock.listen(console.progress)
-        clock.take()
 
     def __call__(self, step: int, values: dict[str, float]) -> None:
-        """Record one step, with the seconds and the memory it took."""
-        now = time.perf_counter()
-        measured = {"time/step": now - self.last, "perf/peak_memory_gib": peak_memory_gib()}
-        values = {"step": step} | values | clock.take() | measured
-        self.last = now
-        if "rollout/tokens" in values:
-            values["perf/tokens_per_second"] = values["rollout/tokens"] / values["time/step"]
+        """Record one step."""
+        values = {"step": step} | values
         # JSON has no word for the others, and no board a place
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         self._write_row(json.dumps(values, allow_nan=False) + "\n")
@@ -90,7 +88,9 @@ class Log:
             self.console.say(
                 f"step {step}: {share:.1%} of the responses hold an answer that the reward reads"
             )
-        self.console.row(values, steps, (now - self.began) / done * max(steps - step - 1, 0))
+        self._say_slowest(step, values)
+        left = (time.perf_counter() - self.began) / done * max(steps - step - 1, 0)
+        self.console.row(values, steps, left)
 
     def close(self, kind: Any = None, error: BaseException | None = None, trace: Any = None) -> None:
         """Write what is left to write; say where everything is. `error` ended the run, None: it is done."""
@@ -111,6 +111,14 @@ class Log:
         if self.unwritten and error is None:
             count = len(self.unwritten)
             raise StorageError(f"{self.path} cannot be written: its last {count} rows are missing")
+
+    def _say_slowest(self, step: int, values: dict[str, float]) -> None:
+        """Name, once, a rank that computes far longer than the others, who wait for it."""
+        rank, times = values.get("perf/slowest_rank", 0), values.get("perf/imbalance", 1.0)
+        if times > SLOW and rank not in self.slow:
+            self.slow.add(rank)
+            text = f"rank {rank:.0f} computes its updates {times:.1f} times as long as the ranks' mean"
+            self.console.say(f"step {step}: {text}")
 
     def _write_row(self, row: str) -> None:
         """Append the row, after those that could not be appended before."""
@@ -160,12 +168,29 @@ def _rows_before(path: Path, start: int) -> str:
     return rows
 
 
-class SilentLog:
-    """Records nothing: it stands in for the Log on all ranks but the main one."""
+class RankLog:
+    """Every rank's end of a step: all measure it together, some profile it, the main rank records it."""
 
-    def __call__(self, step: int, values: dict[str, float]) -> None: ...
+    def __init__(self, config: Config, mesh: Mesh, console: Console, record: dict[str, str], start: int):
+        """See Log. Write the run's record and begin. Collective."""
+        self.profiler = Profiler(config.run, mesh, warn)
+        self.log = mesh.on_main_only(Log, config, console, record, start)
+        self.meter = Meter(config, mesh)
+        self.profiler.begin(start)
 
-    def close(self, *_: object) -> None: ...
+    def __call__(self, step: int, values: dict[str, float]) -> None:
+        """End the step. Collective."""
+        self.profiler.end()
+        values = self.meter.measured(values)
+        if self.log:
+            self.log(step, values)
+        self.profiler.begin(step + 1)
+
+    def close(self, *ending: Any) -> None:
+        """See Log."""
+        self.profiler.close()
+        if self.log:
+            self.log.close(*ending)
 
 
 class TensorBoard:
@@ -319,12 +344,3 @@ def duration(seconds: float) -> str:
         return f"{minutes}m"
     hours = minutes // 60
     return f"{hours}h{minutes % 60:02}m" if hours < 24 else f"{hours // 24}d{hours % 24:02}h"
-
-
-def peak_memory_gib() -> float:
-    """Most GiB that this process has used since it started: allocated by torch on a GPU, else resident."""
-    import torch  # takes seconds: a report reads and plots metrics without it
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -11,7 +11,7 @@ from dapo.assemble import make_sampler
 from dapo.checkpoint import Checkpoints
 from dapo.config import Config
 from dapo.files import run_directory
-from dapo.log import Console, Log, SilentLog, check_installed, warn
+from dapo.log import Console, RankLog, check_installed, warn
 from dapo.mesh import Mesh
 from dapo.model.layout import check_layout, check_length
 from dapo.model.shape import ModelShape, read_shape
@@ -43,7 +43,7 @@ def train(config: Config, mesh: Mesh) -> None:
         step = checkpoints.load(policy, sampler)
         opened.callback(make_recorder(config, mesh, sampler).close)
         # all that can be refused has been: now the run's record is written
-        log = make_log(config, mesh, console, record, step)
+        log = RankLog(config, mesh, console, record, step)
         opened.push(log.close)
         try:
             for step in range(step, config.run.steps):  # noqa: B020  # 1
@@ -67,13 +67,6 @@ def train(config: Config, mesh: Mesh) -> None:
             checkpoints.save(step, policy, sampler)
             stop.is_saved = True
             raise
-
-
-def make_log(
-    config: Config, mesh: Mesh, console: Console, record: dict[str, str], start: int
-) -> Log | SilentLog:
-    """Write the run's record and begin to log, on the main rank. Collective."""
-    return mesh.on_main_only(Log, config, console, record, start) or SilentLog()
 
 
 def make_recorder(config: Config, mesh: Mesh, sampler: Sampler) -> Recorder:

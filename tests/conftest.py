@@ -21,6 +21,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 
 SLOW = (  # start torchrun, a server, a browser or Triton's interpreter: not part of `make test-fast`
     "tests/benchmarks/test_gpu_check.py::test_the_rehearsal",
+    "tests/dapo/command/test_bench.py::test_the_phases",
+    "tests/dapo/command/test_bench.py::test_what_cannot",
     "tests/dapo/model/test_hub.py::test_a_run_of_names",
     "tests/dapo/model/test_hub.py::test_a_plan_needs",
     "tests/dapo/model/test_hub.py::test_init_looks",

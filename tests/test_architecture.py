@@ -24,7 +24,7 @@ FLOORS = [
     {"learn"},
     {"reward", "plan"},
     {"rollout"},
-    {"report"},
+    {"report", "measure"},
     {"engine", "policy"},
     {"checkpoint", "log", "recorder", "verify"},
     {"sampler"},

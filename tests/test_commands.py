@@ -49,6 +49,7 @@ NOT_RUN = {
     f"{DOWNLOAD} BytedTsinghua-SIA/DAPO-Math-17k {DATA_SET}": "downloads it",
     f"{DOWNLOAD} BytedTsinghua-SIA/AIME-2024 {DATA_SET}": "downloads it",
     ".venv/bin/dapo train 7b.yaml --nproc 4 optim.lr=2e-6": "wants eight GPUs",
+    ".venv/bin/dapo bench 7b.yaml --nproc 4": "wants eight GPUs; another config is measured",
     ".venv/bin/dapo report runs/7b": "wants that run; others are reported",
     "pip install --no-deps .": "installs into the reader's environment",
     "make test-fast": "runs tests, as this one",

@@ -21,7 +21,7 @@ from dapo.model.shape import ModelShape, max_tokens, read_shape
 from dapo.model.tokenizer import check_vocabulary, load_tokenizer
 from dapo.plan import choose
 from dapo.plan.choose import Choice, Machine
-from dapo.plan.time import HARDWARE, MACHINE
+from dapo.plan.time import HARDWARE, MACHINE, known_gpu
 from dapo.rollout.data_files import Summary
 from dapo.rollout.prompts import load_stream
 from dapo.types import Prompt
@@ -279,8 +279,7 @@ def _here() -> tuple[str, int] | None:
     if not torch.cuda.is_available():
         return None
     name, size = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / 2**30
-    for known in sorted(HARDWARE, key=len, reverse=True):  # h200 before h20
-        if known in name.lower() and size > 0.95 * HARDWARE[known].memory:
-            return known, min(torch.cuda.device_count(), MACHINE)
+    if known := known_gpu(name, size):
+        return known, min(torch.cuda.device_count(), MACHINE)
     here = f"this machine's {name} with {size:.1f} GiB"
     raise ConfigError(f"{here} is not known: name one like it with --gpu {'|'.join(HARDWARE)}")

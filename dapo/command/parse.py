@@ -42,12 +42,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "train", help="run Algorithm 1, from the run's newest checkpoint if there is one"
     )
     train.add_argument(
-        "--nproc",
-        type=_positive,
-        metavar="N",
-        help="ranks on this machine; default: as few as the layout takes",
-    )
-    train.add_argument(
         "--restarts",
         type=_not_negative,
         default=0,
@@ -63,11 +57,29 @@ def parse(argv: list[str]) -> argparse.Namespace:
         type=Path,
         help="Hugging Face directory or name on the hub, may be repeated; default policy.model",
     )
+    bench = commands.add_parser(
+        "bench", help="measure the layout, without weights, data and engine, beside what plan says"
+    )
+    bench.add_argument("--steps", type=_positive, default=3, metavar="N", help="default 3")
+    for command in (train, bench):
+        command.add_argument(
+            "--nproc",
+            type=_positive,
+            metavar="N",
+            help="ranks on this machine; default: as few as the layout takes",
+        )
     plan = commands.add_parser(
         "plan", help="memory, time, layout and the meaning of the numbers, before a launch"
     )
     _add_plan(plan)
-    for command in (train, evaluate, plan):
+    for command in (plan, bench):
+        command.add_argument(
+            "--mean-length",
+            type=int,
+            metavar="N",
+            help="tokens of a sample, for the times; default half of the longest",
+        )
+    for command in (train, evaluate, bench, plan):
         command.add_argument("config", help="YAML file; every option: dapo config")
         command.add_argument("overrides", nargs="*", metavar="section.key=value", help="later wins")
     report = commands.add_parser(
@@ -127,12 +139,6 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="processes, one a device; default tensor × pipeline × context",
-    )
-    add(
-        "--mean-length",
-        type=int,
-        metavar="N",
-        help="tokens of a sample, for the times; default half of the longest",
     )
     add("--transformer-engine", action="store_true", help="with its layers instead of the plain ones")
     add(

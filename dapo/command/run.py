@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 from dapo import files
 from dapo.command import launch
@@ -19,6 +18,8 @@ from dapo.plan.plan import describe, make_plan
 from dapo.types import Interrupted, Stopped, reason
 from dapo.watch import last_line
 from dapo.watch.rank import guard
+
+NONE: set[str] = set()  # of what is on the hub
 
 
 def run(args: argparse.Namespace, argv: list[str]) -> int:
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         ):
             return alone[args.command](args)
         config = load(args.config, args.overrides)
-        needs = {"train": hub.EVERYTHING, "eval": {"weights", "eval"}, "plan": set[str]()}
+        needs = {"train": hub.EVERYTHING, "eval": {"weights", "eval"}, "bench": NONE, "plan": NONE}
         if local := hub.overrides(config, needs[args.command]):
             config, argv = config.changed(local), [*argv, *local]  # ranks do not ask the hub again
         if args.command == "plan":
@@ -45,15 +46,17 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         files.shorten_tmpdir(os.environ.get("LOCAL_RANK", "0") == "0")
         if args.command == "eval":
             models = [hub.model(path, option="--model") for path in args.model or []]
-            return _run(config, models or [config.policy.model])
-        num_ranks = _num_ranks(config, args.nproc, args.restarts)
+            args.model = models or [config.policy.model]
+            return _run(config, args)
+        restarts = getattr(args, "restarts", 0)
+        num_ranks = _num_ranks(config, args.nproc, restarts)
         if "RANK" in os.environ:
-            return _run(config, None)
+            return _run(config, args)
         ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
         print(f"dapo {version()}: {args.config} → {config.run.dir}, {ranks}", flush=True)
-        if num_ranks == 1 and not args.restarts:
-            return _run(config, None)
-        return launch.launch(argv, num_ranks, Restarts(config.run.dir, args.restarts))
+        if num_ranks == 1 and not restarts:
+            return _run(config, args)
+        return launch.launch(argv, num_ranks, Restarts(config.run.dir, restarts))
     except ConfigError as error:
         return _fail(error, last_line.is_first_here())
 
@@ -159,8 +162,8 @@ def _plan(config: Config, args: argparse.Namespace) -> int:
     return 0 if plan.fits else 1
 
 
-def _run(config: Config, models: list[Path] | None) -> int:
-    """Train; or evaluate `models`, if there are any."""
+def _run(config: Config, args: argparse.Namespace) -> int:
+    """Train, evaluate or measure."""
     guard(config.engine.limits.exit)
     if last_line.is_orphan():
         return 1  # nobody waits for it any more
@@ -170,19 +173,23 @@ def _run(config: Config, models: list[Path] | None) -> int:
     set_gpu_environment(config.engine)  # importing the policy asks for devices
     from dapo.assemble import evaluate_models
     from dapo.checkpoint import CheckpointError
+    from dapo.command.bench import bench
     from dapo.policy.megatron import PolicyError
     from dapo.rollout.pending import RolloutError
     from dapo.train import train
 
     mesh = None
     try:
-        if models is None:
+        if args.command == "train":
             mesh = Mesh(config.parallel)
             train(config, mesh)
+        elif args.command == "bench":
+            mesh = Mesh(config.parallel)
+            bench(config, mesh, args.steps, args.mean_length)
         else:
             mesh = Mesh(Parallel(tensor=1))
             with files.run_directory(config.run.dir) if mesh.is_main else nullcontext():
-                evaluate_models(config, mesh, models)
+                evaluate_models(config, mesh, args.model)
             if mesh.is_main:
                 print(f"scores: {config.run.dir / 'eval.json'}")
         return 0

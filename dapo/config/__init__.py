@@ -77,6 +77,10 @@ class Config(Section):
                 f"run.keep_every={run.keep_every} is not a multiple of run.save_every={run.save_every}: "
                 "nothing is saved then"
             )
+        if too_late := [step for step in run.profile.steps if step >= run.steps]:
+            raise ConfigError(
+                f"run.profile.steps={too_late}: run.steps={run.steps} ends before; the first step is 0"
+            )
         if rollout.prompts_per_step % minibatch:
             raise ConfigError(
                 f"rollout.prompts_per_step={rollout.prompts_per_step} is not a multiple of "

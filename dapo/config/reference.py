@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from textwrap import wrap
 from typing import Any
@@ -39,17 +40,26 @@ def options() -> list[Option]:
     """Return every option, in the order of sections.py."""
     definitions = Config.model_json_schema()["$defs"]
     return [
-        Option(
-            f"{section}.{name}",
+        option
+        for section, field in Config.model_fields.items()
+        for option in _options_below(section, field.annotation.__name__, definitions)  # type: ignore[union-attr]
+    ]
+
+
+def _options_below(prefix: str, kind: str, definitions: dict[str, Any]) -> Iterator[Option]:
+    """Yield the options of a section, and of sections in it."""
+    for name, schema in definitions[kind]["properties"].items():
+        if inner := schema.get("$ref"):
+            yield from _options_below(f"{prefix}.{name}", inner.rpartition("/")[2], definitions)
+            continue
+        yield Option(
+            f"{prefix}.{name}",
             kind_of(schema),
             inline(schema["default"]) if "default" in schema else None,
             [inline(value) for value in schema.get("examples", [])],
             " ".join(schema["description"].split()),
             _sources(schema),
         )
-        for section, field in Config.model_fields.items()
-        for name, schema in definitions[field.annotation.__name__]["properties"].items()  # type: ignore[union-attr]
-    ]
 
 
 def kind_of(schema: dict[str, Any]) -> str:

@@ -79,6 +79,16 @@ class Section(BaseModel):
     )
 
 
+class Profile(Section):
+    """Traces of chosen steps by torch's profiler, for ui.perfetto.dev."""
+
+    steps: list[Count] = example([3], default=[])
+    """Steps that are recorded, in run.dir/profile. Such a step is slower, and its trace may have hundreds of
+    MB."""
+    ranks: list[Count] = [0]
+    """Ranks that record them. On a GPU each also keeps its memory's history, as a pickle."""
+
+
 class Run(Section):
     """The run itself: its directory, its length, what it saves."""
 
@@ -109,6 +119,8 @@ class Run(Section):
     tracker: str | None = example("mine:Tracker", default=None)
     """module:name of another tracker: called with (config, start), it returns an object with
     log(values, step) and close(status), as in dapo/log.py. It cannot end the run."""
+    profile: Profile = Profile()
+    """Which steps are recorded by torch's profiler, and by which ranks."""
 
 
 class Data(Section):

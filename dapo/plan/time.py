@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from math import ceil
 
@@ -44,6 +45,16 @@ HARDWARE = {
     # one core a process, float32; its memory is this machine's, shared by all processes
     "cpu": Hardware("CPU core", 60e9, 0.5, MAIN_MEMORY, 0.7, 8e9, 2e9, 1e9),
 }
+
+
+def known_gpu(name: str, memory: float) -> str | None:
+    """Return the key in HARDWARE of a GPU with so many GiB; None: it is not there.
+
+    `name`: as CUDA has it: `known_gpu("NVIDIA H200", 139.8)` → "h200". Cards of other forms are slower.
+    """
+    words = re.findall(r"\w+", name.lower())
+    known = [key for key in words if key in HARDWARE and memory > 0.95 * HARDWARE[key].memory]
+    return known[0] if known and not {"pcie", "nvl"} & set(words) else None
 
 
 @dataclass(frozen=True)
@@ -119,7 +130,7 @@ class Time:
         return (4 * self.rank.grads + 2 * self.rank.optimizer) / self.hardware.bandwidth
 
 
-def forward_flops(shape: ModelShape, length: int, faster: float = 1.0) -> float:
+def forward_flops(shape: ModelShape, length: float, faster: float = 1.0) -> float:
     """Return the FLOPs of one token's forward pass in a sequence of `length`: two for each weight it uses.
 
     A token attends to half of the sequence on average, in two products. Those of the layers' matrices, which

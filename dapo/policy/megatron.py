@@ -16,7 +16,6 @@ import torch
 from dapo_kernels import Head, Objective, Tokens
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -36,7 +35,7 @@ from dapo.policy.memory import UpdateMemory
 from dapo.policy.metrics import Sums
 from dapo.policy.model import build_model, optimizer_config, split_passthrough, transformer_config
 from dapo.policy.optimizer_state import OwnState, group_settings
-from dapo.policy.weights import Weights
+from dapo.policy.weights import StoredWeights, Weights
 from dapo.types import token_fields
 
 PlacedBatch = Batch[Tensor]
@@ -55,11 +54,13 @@ class PolicyError(RuntimeError):
 class Policy:
     """The trained model. Every method is collective: all ranks call it together.
 
+    `weights`: what it begins with; None: those of policy.model.
+
     Raises:
         ConfigError: the model directory or the layout cannot be used; the message says what to change.
     """
 
-    def __init__(self, config: Config, mesh: Mesh):
+    def __init__(self, config: Config, mesh: Mesh, weights: StoredWeights | None = None):
         self.config, self.mesh = config, mesh
         if mesh.device.type == "cpu":
             cpu.return_freed_memory()
@@ -78,7 +79,7 @@ class Policy:
         _, _, ddp_fields = split_passthrough(config.policy.megatron)
         self.chunks = [chunk.to(mesh.device) for chunk in build_model(self.shape, self.transformer)]
         self._weights = Weights(self.chunks, self.shape)
-        self._weights.load(weight_files.open_weights(config.policy.model, self.shape))
+        self._weights.load(weights or weight_files.open_weights(config.policy.model, self.shape))
         ddp_fields = dict(use_distributed_optimizer=True, grad_reduce_in_fp32=True) | ddp_fields
         ddp = DistributedDataParallelConfig(**ddp_fields)
         modules = self.chunks
@@ -88,7 +89,7 @@ class Policy:
         self.optimizer = get_megatron_optimizer(optimizer, self.models)
         self.memory = UpdateMemory(self.models, self.optimizer, mesh.device)
         self.scheduler = self._make_scheduler()
-        self.transformer.finalize_model_grads_func = finalize_model_grads
+        self.transformer.finalize_model_grads_func = schedule.sum_grads
         self.transformer.grad_scale_func = self.optimizer.scale_loss
         if ddp.overlap_grad_reduce:
             no_sync = [model.no_sync for model in self.models]

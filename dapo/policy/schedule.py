@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
@@ -19,7 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from dapo.clock import heartbeat
+from dapo.clock import heartbeat, timed
 from dapo.learn.batch import Microbatch
 from dapo.policy.rope import describe_pack
 from dapo.types import token_fields
@@ -82,6 +83,19 @@ def run(
         forward_only=forward_only,
         **(_interleaved(config, lengths) if len(models) > 1 else {}),
     )
+
+
+def sum_grads(*args: Any, **kwargs: Any) -> None:
+    """Do what Megatron does when all gradients of this rank are computed: sum them over ranks.
+
+    The phase holds the wait for slower ranks, and nothing that this rank has still to compute.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
+    _finalize(*args, **kwargs)
+
+
+_finalize = timed("reduce")(finalize_model_grads)
 
 
 def _interleaved(config: TransformerConfig, lengths: list[int]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from math import prod
 from typing import Protocol
 
 import torch
@@ -12,7 +13,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from dapo.model.layout import padded_vocab
-from dapo.model.names import Entry, table
+from dapo.model.names import Dimensions, Entry, table
 from dapo.model.shape import ModelShape
 from dapo.policy.cpu import has_transformer_engine
 
@@ -60,6 +61,25 @@ class StoredWeights(Protocol):
     def read(self, entry: Entry) -> list[Tensor]:
         """Return the entry's Hugging Face tensors. Raise ConfigError on a wrong shape or value."""
         ...
+
+
+class RandomWeights:
+    """Weights that nobody has learnt, for measurements of a model of which only the sizes are there."""
+
+    def __init__(self, dtype: torch.dtype):
+        # of a prime length: each row of a matrix begins elsewhere. Drawing every value would take minutes
+        drawn = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0))
+        self._values = (0.02 * drawn).to(dtype)
+
+    def read(self, entry: Entry) -> list[Tensor]:
+        """See StoredWeights."""
+        return [self._make(name, dimensions) for name, dimensions in zip(entry.hf, entry.shapes, strict=True)]
+
+    def _make(self, name: str, dimensions: Dimensions) -> Tensor:
+        if name.endswith("norm.weight"):
+            return self._values.new_ones(dimensions)
+        size = prod(dimensions)
+        return self._values.repeat(-(-size // len(self._values)))[:size].view(dimensions)
 
 
 class Weights:

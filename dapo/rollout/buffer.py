@@ -81,6 +81,7 @@ class Buffer:
         rejected, decided = self.all_correct + self.all_wrong, self.decided
         samples = _samples(decided)
         lengths = [sample.length for sample in samples]
+        learnt = [len(group.prompt.tokens) + s.length - 1 for group in self.kept for s in group.samples]
         return {
             "groups/asked": len(self.asked),
             "groups/kept": len(self.kept),
@@ -96,6 +97,8 @@ class Buffer:
             "rollout/length_kept": _mean([sample.length for sample in _samples(self.kept)]),
             "rollout/length_turned_away": _mean([sample.length for sample in _samples(rejected)]),
             "rollout/tokens": sum(sample.length for sample in _samples(self.asked)),
+            "rollout/tokens_learnt": sum(learnt),
+            "rollout/attended": sum(n * n for n in learnt) / (2 * sum(learnt) or 1),
             "perf/groups_aborted": self.num_aborted,
         }
 

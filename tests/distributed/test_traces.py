@@ -28,6 +28,22 @@ def test_a_run_that_dumps_nothing_traces_nothing() -> None:
     assert not measured("tests.distributed.traces", 2, forked)["nothing"]["is_dumped"]
 
 
+def test_a_step_is_recorded_by_the_rank_that_is_named() -> None:
+    profile = measured("tests.distributed.traces", 2, forked)["a part"]["profile"]
+    assert list(profile) == ["step-000000-rank-1.json.gz"]
+    ranges = set(profile["step-000000-rank-1.json.gz"])
+    assert {"old_logprobs", "update", "reduce"} <= ranges and "rollout" not in ranges, "the main rank's"
+
+
+def test_a_step_has_the_seconds_of_both_ranks() -> None:
+    took = measured("tests.distributed.traces", 2, forked)["data-parallel"]["took"]
+    for phase in ("old_logprobs", "update", "reduce"):
+        least, mean, most = (took[f"time/{phase}{end}"] for end in ("_min", "", "_max"))
+        assert 0 < least < most and mean == pytest.approx((least + most) / 2)
+    assert took["perf/tokens_per_second_per_rank"] == took["perf/tokens_per_second"] / 2
+    assert took["perf/slowest_rank"] in (0, 1) and 1 <= took["perf/imbalance"] <= 2
+
+
 def test_a_rank_receives_its_own_shard_only() -> None:
     """Of the same samples the other tensor rank needs all, the other data-parallel rank half."""
     (all_of_it, total), (shard, of_both) = (

@@ -6,6 +6,7 @@ beside what they should say.
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 from pathlib import Path
@@ -35,7 +36,12 @@ LAYOUTS = {
     "pipeline-parallel": ["parallel.pipeline=2"],
     "context-parallel": ["parallel.tensor=1", "parallel.context=2"],
     "interleaved": ["parallel.tensor=1", "parallel.pipeline=2", "parallel.virtual_pipeline=2"],
-    "a part": ["parallel.tensor=2", "rollout.dump_share=0.25"],
+    "a part": [
+        "parallel.tensor=2",
+        "rollout.dump_share=0.25",
+        "run.profile.steps=[0]",
+        "run.profile.ranks=[1]",
+    ],
     "nothing": ["parallel.tensor=2", "rollout.dump_share=0"],
 }
 
@@ -86,12 +92,20 @@ def read(config: configs.Config) -> dict[str, Any]:
     logged = [metrics["policy/clip_low"], metrics["policy/clip_high"]]
     result["received"] = [metrics["perf/bytes_received_max"], metrics["perf/bytes_received"]]
     result["numbers"] = numbers(config.run.dir)
+    result["took"] = {name: value for name, value in metrics.items() if name.startswith(("time/", "perf/"))}
+    result["profile"] = {path.name: ranges(path) for path in config.run.dir.glob("profile/*")}
     return result | {
         "mismatch": mismatch,
         "wrong_flags": wrong,
         "fractions": (counts[1:] / counts[0]).tolist(),
         "logged": logged,
     }
+
+
+def ranges(trace: Path) -> list[str]:
+    """Return what a profiler's trace has around operations: phases, collectives."""
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    return sorted({event["name"] for event in events if event.get("cat") == "user_annotation"})
 
 
 def main(out: str) -> None:

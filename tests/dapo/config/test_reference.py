@@ -24,8 +24,10 @@ def test_every_option_explains_itself(option: reference.Option) -> None:
 
 @pytest.mark.parametrize("option", OPTIONS.values(), ids=OPTIONS)
 def test_every_value_that_is_shown_is_accepted(option: reference.Option) -> None:
-    section, name = option.name.split(".")
-    kind = Config.model_fields[section].annotation
+    *sections, name = option.name.split(".")
+    kind = Config
+    for section in sections:
+        kind = kind.model_fields[section].annotation
     required = {"dir": "d", "train": "t", "model": "m"}
     for value in map(plain_yaml.load, filter(None, [option.default, *option.examples])):
         given = {key: each for key, each in required.items() if key in kind.model_fields} | {name: value}
@@ -42,6 +44,7 @@ def test_every_value_that_is_shown_is_accepted(option: reference.Option) -> None
         ("objective.dual_clip", "number > 1 or null", "null", "paper null, verl 10.0"),
         ("data.train", "path or list, each path or mapping to number > 0", None, ""),
         ("policy.megatron", "mapping", "{}", ""),
+        ("run.profile.ranks", "list, each whole number ≥ 0", "[0]", ""),
         ("engine.verify_weights", "true or false", "false", ""),
     ],
 )

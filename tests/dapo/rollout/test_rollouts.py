@@ -481,6 +481,8 @@ def test_the_ledger_accounts_for_every_group_and_token():
         "rollout/length_kept": (3 + 4 + 6 + 7) / 4,
         "rollout/length_turned_away": (1 + 2 + 9 + 9 + 5 + 32) / 6,
         "rollout/tokens": 100,
+        "rollout/tokens_learnt": 5 + 6 + 8 + 9,
+        "rollout/attended": (5**2 + 6**2 + 8**2 + 9**2) / 2 / 28,
         "perf/groups_aborted": 0,
     }
 

@@ -1,0 +1,1 @@
+"""Measures what a step takes: seconds of all ranks, throughput, traces."""
