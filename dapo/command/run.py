@@ -61,7 +61,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         return _fail(error, last_line.is_first_here())
 
 
-def _num_ranks(config: Config, asked: int | None, restarts: int) -> int:
+def _num_ranks(config: Config, asked: int | None, restarts: int = 0) -> int:
     """Return how many ranks this process is to launch; 1: it is the only one, or one of torchrun's.
 
     Raises:
