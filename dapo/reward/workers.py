@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import multiprocessing
 import os
 import sys
 import time
@@ -18,6 +17,7 @@ from dapo import clock
 from dapo.config import ConfigError
 from dapo.reward.worker import Failure, Job, Reply, serve
 from dapo.types import Interrupted, RewardError
+from dapo.watch import forked
 from dapo.watch.worker import MEMORY_EXCEEDED, guard
 
 JOBS_PER_MESSAGE = 16
@@ -27,10 +27,8 @@ CHECK_EVERY = 0.25  # seconds between two checks for an interruption
 END_TIMEOUT = 5.0  # seconds for a guardian to end its worker
 SUSPENDED = 1.0  # seconds that a wait takes too long if this process was stopped, and its workers with it
 
-# workers are forks of a process that has neither threads, nor CUDA, nor torch
-_context = multiprocessing.get_context("forkserver")
 # imported before the fork, so that the import takes no part of a call's timeout
-_context.set_forkserver_preload(["dapo.watch.worker", "dapo.reward.worker", "dapo.reward", "mpmath"])
+forked.context.set_forkserver_preload(["dapo.watch.worker", "dapo.reward.worker", "dapo.reward", "mpmath"])
 
 
 class _Worker:
@@ -40,24 +38,16 @@ class _Worker:
     """
 
     def __init__(self, functions: list[str], max_bytes: int, num_failed_before: int):
-        self.connection, theirs = _context.Pipe()
+        self.connection, theirs = forked.context.Pipe()
         arguments = (serve, theirs, functions, os.getpid(), max_bytes)
-        self.guardian = _context.Process(target=guard, args=arguments, name="reward")
-        self._start()
+        self.guardian = forked.context.Process(target=guard, args=arguments, name="reward")
+        forked.start(self.guardian)
         theirs.close()
         self.num_failed_before = num_failed_before  # starts in a row, before this one
         self.is_ready = False
         self.todo: deque[int] = deque()  # numbers of the jobs it was sent; it is doing the first
         self.deadline = time.monotonic() + IMPORT_TIMEOUT
         _running.add(self)
-
-    def _start(self) -> None:
-        for _ in range(50):
-            with contextlib.suppress(ConnectionError, EOFError):
-                self.guardian.start()
-                return
-            time.sleep(0.1)  # the fork server was killed a moment ago, and multiprocessing takes it for alive
-        self.guardian.start()
 
     @property
     def is_busy(self) -> bool:
