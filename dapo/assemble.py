@@ -23,10 +23,10 @@ from dapo.mesh import Mesh, set_gpu_environment
 from dapo.model.files import stored_weights
 from dapo.model.layout import check_length
 from dapo.model.shape import read_config, read_shape
-from dapo.model.tokenizer import check_vocabulary, differences, load_tokenizer, stop_ids
+from dapo.model.tokenizer import check_vocabulary, decoder_json, differences, load_tokenizer, stop_ids
 from dapo.plan import semantics
 from dapo.policy.weight_files import hf_tensors, open_weights
-from dapo.reward.pool import Reward, what_is_read
+from dapo.reward.pool import Decoder, Reward, what_is_read
 from dapo.rollout import evaluate
 from dapo.rollout.data_files import Summary
 from dapo.rollout.prompts import PromptStream, load_prompts, load_stream
@@ -104,6 +104,7 @@ def make_rollouts(
         config.rollout.max_response_length,
         config.run.dir / "disputes.jsonl",
         is_interrupted,
+        _decoder(tokenizer),
     )
     return Rollouts(
         config,
@@ -120,10 +121,15 @@ def make_rollouts(
 def _own_fields(model: Path, tokenizer: Any) -> dict[str, Any]:
     """Return the fields of Rollouts that belong to the model."""
     return {
-        "decode": lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
         "stop_ids": stop_ids(model, tokenizer),
         "vocab_size": read_config(model).get("vocab_size"),
     }
+
+
+def _decoder(tokenizer: Any) -> Decoder:
+    return Decoder(
+        lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)), decoder_json(tokenizer)
+    )
 
 
 def make_engine(config: Config, mesh: Mesh, is_interrupted: Callable[[], bool]) -> Engine:
@@ -210,6 +216,7 @@ def evaluate_models(config: Config, mesh: Mesh, models: list[Path]) -> None:
                 rollouts.close()
                 rollouts = None
             if rollouts:
+                rollouts.reward.decode_with(_decoder(tokenizer))
                 rollouts = replace(rollouts, config=own, **_own_fields(model, tokenizer))
             else:
                 rollouts = make_rollouts(own, mesh, tokenizer, PromptStream([], config.run.seed))

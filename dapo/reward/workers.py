@@ -10,6 +10,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 
@@ -37,9 +38,9 @@ class _Worker:
     It is no daemon, because those may have no children, and a function may use multiprocessing itself.
     """
 
-    def __init__(self, functions: list[str], max_bytes: int, num_failed_before: int):
+    def __init__(self, functions: list[str], tokenizer: str | None, max_bytes: int, num_failed_before: int):
         self.connection, theirs = forked.context.Pipe()
-        arguments = (serve, theirs, functions, os.getpid(), max_bytes)
+        arguments = (partial(serve, tokenizer=tokenizer), theirs, functions, os.getpid(), max_bytes)
         self.guardian = forked.context.Process(target=guard, args=arguments, name="reward")
         forked.start(self.guardian)
         theirs.close()
@@ -88,7 +89,7 @@ class Workers:
     """Calls reward functions in up to `count` processes, which start when there is work for them.
 
     A process that exceeds `timeout` seconds in a call, or dies in it, or needs more than `memory` GiB with
-    what it started, is replaced.
+    what it started, is replaced. `tokenizer` is the JSON of a tokenizers.Tokenizer, for jobs of token ids.
     """
 
     def __init__(
@@ -98,8 +99,10 @@ class Workers:
         timeout: float,
         memory: float,
         is_interrupted: Callable[[], bool],
+        tokenizer: str | None = None,
     ):
         self.functions = functions
+        self.tokenizer = tokenizer
         self.count = count
         self.timeout = timeout
         self.memory = memory
@@ -111,16 +114,19 @@ class Workers:
         self.num_crashes = 0
         forkserver.ensure_running()
 
-    def judge(self, jobs: Sequence[Job]) -> list[Reply | None]:
+    def judge(self, jobs: Sequence[Job], together: int = 1) -> list[Reply | None]:
         """Return one reply a job, in order; None if the call exceeded its timeout or ended its process.
 
+        As many jobs in a row as `together` says go to one worker.
+
         Raises:
-            ConfigError: the functions cannot be imported in a worker.
+            ConfigError: the functions cannot be imported, or the tokenizer loaded, in a worker.
             RewardError: workers end while they import them.
             Interrupted: the run is to stop.
         """
         replies: list[Reply | None] = [None] * len(jobs)
         size = min(JOBS_PER_MESSAGE, -(-len(jobs) // self.count)) or 1
+        size = -(-size // together) * together
         numbers = range(len(jobs))
         waiting = deque(deque(numbers[first : first + size]) for first in numbers[::size])
         try:
@@ -154,7 +160,8 @@ class Workers:
         wanted = min(self.count, sum(bool(worker.todo) for worker in self.workers) + len(waiting))
         while len(self.workers) < wanted:
             max_bytes = int(self.memory * 2**30)
-            self.workers.append(_Worker(self.functions, max_bytes, self.num_failed_starts))
+            arguments = self.functions, self.tokenizer, max_bytes, self.num_failed_starts
+            self.workers.append(_Worker(*arguments))
         for worker in self.workers:
             if not worker.is_busy and waiting:
                 worker.todo = waiting.popleft()
@@ -169,7 +176,7 @@ class Workers:
                 if isinstance(message, Reply):
                     replies[worker.todo.popleft()] = message
                 elif message is not None:
-                    raise ConfigError(f"reward.function={message.what}")
+                    raise ConfigError(message.what)
                 worker.is_ready = True
                 self.num_failed_starts = 0
                 worker.deadline = time.monotonic() + self.timeout
