@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.record import heading, save, spread, table
 from dapo import config as configs
-from dapo.reward.pool import Reward
+from dapo.reward.pool import Decoder, Reward
 from dapo.rollout import pending
 from dapo.rollout.buffer import Buffer
 from dapo.rollout.pending import GroupSampler, Pending, num_to_request
@@ -224,9 +224,9 @@ def run(form: str, num_servers: int, seed: int, directory: str) -> dict[str, flo
     population = Population(seed)
     engine = SimulatedServers(population, num_servers, is_redrawn)
     prompts = PromptStream([Prompt(i, np.array([i, 0], np.int32), "1") for i in range(NUM_PROMPTS)], seed)
-    rollouts = kind(
-        config, 1, engine, prompts, Reward(config.reward, MAX_LENGTH), lambda tokens: str(tokens[-1]), (1,)
-    )
+    decoder = Decoder(lambda tokens: str(tokens[-1]))
+    scoring = Reward(config.reward, MAX_LENGTH, decoder=decoder)
+    rollouts = kind(config, 1, engine, prompts, scoring, (1,), None)
     kept: list[Group] = []
     turns, ages = 0, []
     for step in range(NUM_STEPS):

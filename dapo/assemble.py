@@ -23,10 +23,10 @@ from dapo.mesh import Mesh, set_gpu_environment
 from dapo.model.files import stored_weights
 from dapo.model.layout import check_length
 from dapo.model.shape import read_config, read_shape
-from dapo.model.tokenizer import check_vocabulary, differences, load_tokenizer, stop_ids
+from dapo.model.tokenizer import check_vocabulary, decoder_json, differences, load_tokenizer, stop_ids
 from dapo.plan import semantics
 from dapo.policy.weight_files import hf_tensors, open_weights
-from dapo.reward.pool import Reward, what_is_read
+from dapo.reward.pool import Decoder, Reward, what_is_read
 from dapo.rollout import evaluate
 from dapo.rollout.data_files import Summary
 from dapo.rollout.prompts import PromptStream, load_prompts, load_stream
@@ -63,7 +63,7 @@ def make_sampler(
         if resumed:
             prompts.load_state_dict(saved)
         record = _record(config, prompts.data, summaries + set_summaries)
-        reward = make_reward(config, is_interrupted)
+        reward = make_reward(config, tokenizer, is_interrupted)
         evaluate.check_best(config.run.keep_best, sets, reward)
         rollouts = make_rollouts(config, mesh, tokenizer, prompts, reward, is_interrupted, on_progress)
         return Sampler(config, mesh, rollouts, sets), record
@@ -92,10 +92,10 @@ def _say(config: Config, summaries: list[Summary]) -> None:
         print(line, flush=True)
 
 
-def make_reward(config: Config, is_interrupted: Callable[[], bool] = lambda: False) -> Reward:
+def make_reward(config: Config, tokenizer: Any, is_interrupted: Callable[[], bool] = lambda: False) -> Reward:
     """Make the Reward that the config names, and its processes. Raise ConfigError if it cannot be used."""
     disputes, longest = config.run.dir / "disputes.jsonl", config.rollout.max_response_length
-    return Reward(config.reward, longest, disputes, is_interrupted)
+    return Reward(config.reward, longest, disputes, is_interrupted, _decoder(tokenizer))
 
 
 def make_rollouts(
@@ -123,10 +123,15 @@ def make_rollouts(
 def _own_fields(model: Path, tokenizer: Any) -> dict[str, Any]:
     """Return the fields of Rollouts that belong to the model."""
     return {
-        "decode": lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
         "stop_ids": stop_ids(model, tokenizer),
         "vocab_size": read_config(model).get("vocab_size"),
     }
+
+
+def _decoder(tokenizer: Any) -> Decoder:
+    return Decoder(
+        lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)), decoder_json(tokenizer)
+    )
 
 
 def make_engine(config: Config, mesh: Mesh, is_interrupted: Callable[[], bool]) -> Engine:
@@ -213,10 +218,11 @@ def evaluate_models(config: Config, mesh: Mesh, models: list[Path]) -> None:
                 rollouts.close()
                 rollouts = None
             if rollouts:
+                rollouts.reward.decode_with(_decoder(tokenizer))
                 rollouts = replace(rollouts, config=own, **_own_fields(model, tokenizer))
             else:
                 none = PromptStream([], config.run.seed)
-                rollouts = make_rollouts(own, mesh, tokenizer, none, make_reward(own))
+                rollouts = make_rollouts(own, mesh, tokenizer, none, make_reward(own, tokenizer))
             results[str(model)] = _evaluate(rollouts, sets)
             for name, scores in results[str(model)].items():
                 print(f"{model}  {name}: {scores}", flush=True)

@@ -27,9 +27,9 @@ from dapo.config import Limits
 from dapo.engine import generate
 from dapo.engine.endpoint import Endpoint, Job, Servers, first_few
 from dapo.engine.generate import UNKNOWN_VERSION, BadAnswer
+from dapo.engine.intake import Intake
 from dapo.types import EngineError, Request, Sample
 
-RETRIED = {408, 429, 500, 502, 503, 504}  # HTTP: not now; any other status but 200 is a refusal
 MAX_ATTEMPTS = 8  # for one response
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds that a server is left alone, doubled at each further failure
 ABORT_TIMEOUT = 10.0  # seconds
@@ -67,6 +67,7 @@ class Client:
         self.tasks: set[asyncio.Task[None]] = set()
         self.aborts: set[asyncio.Task[None]] = set()  # those of the tasks that abort requests at a server
         self.abort_slots = asyncio.Semaphore(NUM_ABORTS)
+        self.intake = Intake(self.vocab_size, self.max_concurrent * len(self.servers.workers))
 
     def add(self, jobs: list[Job]) -> None:
         """Send these as soon as a server has room."""
@@ -97,6 +98,7 @@ class Client:
         return "\n".join(lines)
 
     async def open(self) -> None:
+        await self.intake.open()
         self._spawn(self._watch())
         await self.update_endpoints()
 
@@ -124,6 +126,7 @@ class Client:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.intake.close()
 
     def _outstanding(self) -> Iterator[Job]:
         yield from self.ready
@@ -170,8 +173,7 @@ class Client:
 
     async def _attempt(self, job: Job, endpoint: Endpoint, rid: str) -> None:
         try:
-            answer = await self._post(endpoint, job.request, rid)
-            sample = generate.read(answer, job.request, rid, self.vocab_size)
+            sample = await self._ask(endpoint, job.request, rid)
             self._check_versions(job, sample)
         except (http.NoAnswer, BadAnswer) as error:
             self._note_fault(endpoint, str(error), job.sent_at)
@@ -185,18 +187,9 @@ class Client:
         endpoint.outstanding.pop(rid, None)
         self._send()
 
-    async def _post(self, endpoint: Endpoint, request: Request, rid: str) -> bytes:
-        body = generate.body(request, rid)
-        key, limit = self.servers.key_of(endpoint.url), generate.max_bytes(request)
-        url = endpoint.url + "/generate"
-        status, answer = await http.exchange("POST", url, body, key=key, max_bytes=limit)
-        if status in RETRIED:
-            raise BadAnswer(f"{status} {http.one_line(answer)}")
-        if status != 200:
-            size = f"{len(request.prompt.tokens)} tokens of prompt, max_tokens {request.sampling.max_tokens}"
-            refused = f"{endpoint.url} refused request {request.id} ({size})"
-            raise EngineError(f"{refused}: {status} {http.one_line(answer)}")
-        return answer
+    async def _ask(self, endpoint: Endpoint, request: Request, rid: str) -> Sample:
+        body, asked = generate.body(request, rid), generate.asked(request, rid)
+        return await self.intake.ask(endpoint.url, body, self.servers.key_of(endpoint.url), asked)
 
     def _check_versions(self, job: Job, sample: Sample) -> None:
         """Raise BadAnswer if other weights wrote it: the server was restarted, or missed a sync."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
@@ -26,6 +27,34 @@ LEAST, LARGEST = -1e4, 0.01
 
 class BadAnswer(Exception):
     """The answer is no response to the request. It may be sent again, preferably to another server."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The part of a request, sent as `rid`, that its answer is checked against."""
+
+    rid: str
+    group: int
+    index: int
+    num_prompt_tokens: int
+    max_tokens: int
+    stop_ids: tuple[int, ...]
+
+    @property
+    def id(self) -> str:
+        """The request's own id."""
+        return f"{self.group}.{self.index}"
+
+    @property
+    def max_bytes(self) -> int:
+        """Most bytes that an answer may have."""
+        return OTHER_BYTES + BYTES_PER_TOKEN * self.max_tokens
+
+
+def asked(request: Request, rid: str) -> Asked:
+    prompt, sampling = request.prompt, request.sampling
+    size = len(prompt.tokens), sampling.max_tokens
+    return Asked(rid, request.group, request.index, *size, sampling.stop_ids)
 
 
 def body(request: Request, rid: str) -> bytes:
@@ -64,15 +93,10 @@ def body(request: Request, rid: str) -> bytes:
     )
 
 
-def max_bytes(request: Request) -> int:
-    """Return the most bytes that an answer to the request may have."""
-    return OTHER_BYTES + BYTES_PER_TOKEN * request.sampling.max_tokens
+def read(answer: bytes, asked: Asked, vocab_size: int) -> Sample:
+    """Return the sample in the body of an answer with status 200.
 
-
-def read(answer: bytes, request: Request, rid: str, vocab_size: int) -> Sample:
-    """Return the sample in the body of an answer with status 200 to what was sent as `rid`.
-
-    Raise BadAnswer if it is not one response to this request, or aborted, or tokens and log-probs do not
+    Raise BadAnswer if it is not one response to what was asked, or aborted, or tokens and log-probs do not
     match or cannot be; EngineError if the server always ends such a response too early: another EOS, or too
     little room.
     """
@@ -98,13 +122,13 @@ def read(answer: bytes, request: Request, rid: str, vocab_size: int) -> Sample:
         answered, num_prompt_tokens = meta["id"], meta["prompt_tokens"]
     except (ValueError, TypeError, KeyError, IndexError, OverflowError, AttributeError) as error:
         raise BadAnswer(f"no answer of SGLang: {type(error).__name__}: {error}") from None
-    if answered != rid:
+    if answered != asked.rid:
         raise BadAnswer(f"the answer to another request, {str(answered)[:80]!r}")
-    if num_prompt_tokens != len(request.prompt.tokens):
-        expected = f"not of the {len(request.prompt.tokens)} that were sent"
+    if num_prompt_tokens != asked.num_prompt_tokens:
+        expected = f"not of the {asked.num_prompt_tokens} that were sent"
         raise BadAnswer(f"the answer to a prompt of {str(num_prompt_tokens)[:20]} tokens, {expected}")
-    if not 0 < len(output_ids) <= request.sampling.max_tokens:
-        raise BadAnswer(f"{len(output_ids)} tokens, expected 1 to {request.sampling.max_tokens}")
+    if not 0 < len(output_ids) <= asked.max_tokens:
+        raise BadAnswer(f"{len(output_ids)} tokens, expected 1 to {asked.max_tokens}")
     if len(tokens) != len(output_ids):
         raise BadAnswer(f"{len(tokens)} log-probs for {len(output_ids)} tokens")
     if (tokens != output_ids).any():
@@ -121,10 +145,10 @@ def read(answer: bytes, request: Request, rid: str, vocab_size: int) -> Sample:
     if logprobs.min() < LEAST or logprobs.max() > LARGEST:
         wrong = logprobs[(logprobs < LEAST) | (logprobs > LARGEST)][0]
         raise BadAnswer(f"a log-prob of {wrong:g}, which no drawn token has")
-    length, finish_reason = _end(tokens, reason, request)
+    length, finish_reason = _end(tokens, reason, asked)
     return Sample(
-        group=request.group,
-        index=request.index,
+        group=asked.group,
+        index=asked.index,
         tokens=tokens[:length].astype(np.int32),
         behavior_logprobs=logprobs[:length].astype(np.float32),
         loss_mask=np.ones(length, bool),
@@ -142,23 +166,22 @@ def _of_types(values: Any, *types: type) -> list[Any]:
     return values
 
 
-def _end(tokens: np.ndarray, reason: Any, request: Request) -> tuple[int, FinishReason]:
+def _end(tokens: np.ndarray, reason: Any, asked: Asked) -> tuple[int, FinishReason]:
     """Return length and finish reason: a response ends at the first of our stop ids, inclusive."""
     if reason not in ("stop", "length"):
         raise BadAnswer(f"an unknown finish reason {reason!r}")
-    sampling = request.sampling
-    stops = np.flatnonzero(np.any([tokens == stop for stop in sampling.stop_ids], axis=0))
+    stops = np.flatnonzero(np.any([tokens == stop for stop in asked.stop_ids], axis=0))
     if len(stops):
         return int(stops[0]) + 1, "stop"
-    if len(tokens) == sampling.max_tokens:
+    if len(tokens) == asked.max_tokens:
         return len(tokens), "length"
     if reason == "length":
-        cut = f"response {request.id} was cut off after {len(tokens)} of {sampling.max_tokens} tokens"
+        cut = f"response {asked.id} was cut off after {len(tokens)} of {asked.max_tokens} tokens"
         remedy = "raise its context-length or max-total-tokens, or lower rollout.max_response_length"
         raise EngineError(f"{cut}: the server has no room for more; {remedy}")
-    ended = f"response {request.id} ended at token id {tokens[-1]}, which is not among the policy's stop ids"
+    ended = f"response {asked.id} ended at token id {tokens[-1]}, which is not among the policy's stop ids"
     remedy = "name it as eos_token_id in the model's generation_config.json"
-    raise EngineError(f"{ended} {sampling.stop_ids}: {remedy}")
+    raise EngineError(f"{ended} {asked.stop_ids}: {remedy}")
 
 
 def _versions(meta: dict[str, Any], length: int) -> tuple[tuple[int, int, int], ...]:

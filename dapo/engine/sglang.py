@@ -33,7 +33,6 @@ class SGLangEngine:
         self.sync = sync
         self.is_interrupted = is_interrupted
         self.client = Client(servers, max_concurrent, limits, vocab_size)
-        http.require_connections(max_concurrent * len(servers.workers))
         http.wait(self.client.open())
 
     @property

@@ -16,6 +16,7 @@ NO_EFFECT = {
     "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "initializer_range",
     "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id",
 }  # fmt: skip
+CLEANS_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 
 
 def load_tokenizer(model: Path) -> Any:
@@ -29,6 +30,25 @@ def load_tokenizer(model: Path) -> Any:
     if not tokenizer(string.printable, add_special_tokens=False)["input_ids"]:
         raise ConfigError(f"{wrong}: it makes no tokens of text")
     return tokenizer
+
+
+def decoder_json(tokenizer: Any) -> str | None:
+    """Return the JSON of a tokenizers.Tokenizer whose `decode` gives the same text as the tokenizer's own.
+
+    None if the tokenizer does more than that.
+    """
+    kind, fast = type(tokenizer), transformers.PreTrainedTokenizerFast
+    if not issubclass(kind, fast) or kind.decode is not fast.decode or kind._decode is not fast._decode:
+        return None
+    backend = tokenizer.backend_tokenizer
+    # transformers leaves a text of BPE as it is, unless another option says so, which older ones do not have
+    is_left = type(backend.model).__name__ == "BPE" and not getattr(tokenizer, CLEANS_BPE, True)
+    if tokenizer.clean_up_tokenization_spaces and not is_left:
+        return None
+    try:
+        return str(backend.to_str())
+    except Exception:  # noqa: BLE001  # tokenizers raises it itself, where a part of it is written in Python
+        return None
 
 
 def check_vocabulary(model: Path, tokenizer: Any) -> None:

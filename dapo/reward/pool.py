@@ -6,9 +6,10 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dapo import config, http
+from dapo.clock import heartbeat
 from dapo.config import DEFAULT_FUNCTION, ConfigError
 from dapo.reward import remote
 from dapo.reward.overlong import soft_overlong_penalty
@@ -16,11 +17,25 @@ from dapo.reward.worker import Failure, Function, Job, Reply, Verdict
 from dapo.reward.workers import Workers
 from dapo.types import Interrupted, Prompt, RewardError, Sample, StorageError
 
+if TYPE_CHECKING:
+    import numpy as np
+
 READS = {
     "answer_line": 'line with "Answer:"',
     "boxed": r"\boxed{…}",
     "either": r'line with "Answer:" or \boxed{…}',
 }
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Makes the text of a response's token ids [n]: `here` in this process.
+
+    Workers do it by `tokenizer`, the JSON of a tokenizers.Tokenizer that gives the same text, if any does.
+    """
+
+    here: Callable[[np.ndarray], str]
+    tokenizer: str | None = None
 
 
 @dataclass(eq=False)
@@ -30,6 +45,8 @@ class Reward:
     A call that does not return within `reward.time_limit`, or that ends its process, counts as wrong. Shadow
     verifiers mark nothing: a sample on which one of them contradicts `is_correct` is written to `disputes`,
     a JSONL file.
+
+    Without a `decoder`, samples have their text already; else they get it, from a worker if one can.
 
     Counts begin anew with each `take_metrics`: evaluation takes its own, so that training's hold no others.
 
@@ -41,6 +58,7 @@ class Reward:
     max_response_length: int
     disputes: Path | None = None
     is_interrupted: Callable[[], bool] = lambda: False
+    decoder: Decoder | None = None
 
     def __post_init__(self) -> None:
         reward = self.reward
@@ -56,7 +74,8 @@ class Reward:
         if self.local and reward.workers:
             limits = reward.time_limit, reward.memory_limit
             paths = [*map(self._path, self.local), *([self._is_same] if self._is_same else [])]
-            self.workers = Workers(paths, reward.workers, *limits, self.is_interrupted)
+            tokenizer = self.decoder.tokenizer if self.decoder else None
+            self.workers = Workers(paths, reward.workers, *limits, self.is_interrupted, tokenizer)
         if len(self.local) < len(self.functions):
             http.require_connections(reward.workers)
         self._reset_counts()
@@ -67,8 +86,15 @@ class Reward:
         self.num_without_answer = 0
         self.num_disputed = 0
 
+    def decode_with(self, decoder: Decoder) -> None:
+        """Decode with another model's tokenizer from now on."""
+        self.decoder = decoder
+        if self.workers and self.workers.tokenizer != decoder.tokenizer:
+            self.workers.close()
+            self.workers.tokenizer = decoder.tokenizer
+
     def score(self, pairs: Sequence[tuple[Prompt, Sample]]) -> None:
-        """Set every sample's is_correct and reward.
+        """Set every sample's is_correct and reward, and its text.
 
         True is worth +1, False −1; a number is worth itself, and means correct above
         `reward.correct_above`; a pair says both.
@@ -129,30 +155,51 @@ class Reward:
             self.workers.close()
 
     def _judge(self, pairs: Sequence[tuple[Prompt, Sample]]) -> dict[str, list[Reply | None]]:
-        """Return the reply of each function on each pair, by the function's name."""
-        jobs = [Job(0, sample.text, prompt.answer) for prompt, sample in pairs]
-        extras = self._extras(pairs)
-        calls = {
-            name: [
-                job._replace(function=i, extras=tuple((extra, each[extra]) for extra in function.extras))
-                for job, each in zip(jobs, extras, strict=True)
-            ]
-            for i, (name, function) in enumerate(self.local.items())
-        }
-        found: dict[str, list[Reply | None]] = {}
+        """Return the reply of each function on each pair, by the function's name. Samples get their text."""
+        is_decoded_there = bool(self.workers and self.workers.tokenizer)
+        if not is_decoded_there:
+            self._decode([sample for _, sample in pairs])
+        functions = list(self.local.values())
+        count = len(functions)
+        calls: list[Job] = []
+        for (prompt, sample), extras in zip(pairs, self._extras(pairs), strict=True):
+            text, tokens = ("", sample.tokens.tobytes()) if is_decoded_there else (sample.text, b"")
+            for i, function in enumerate(functions):
+                asked = tuple((name, extras[name]) for name in function.extras)
+                calls.append(Job(i, text, prompt.answer, asked, tokens))
+        replies: list[Reply | None]
         if self.workers:
-            replies = self.workers.judge([job for of_function in calls.values() for job in of_function])
-            for i, name in enumerate(self.local):
-                found[name] = replies[i * len(jobs) : (i + 1) * len(jobs)]
+            replies = self.workers.judge(calls, together=count)
         else:
-            for name, function in self.local.items():
-                found[name] = [self._call(function, job) for job in calls[name]]
+            replies = [self._call(functions[job.function], job) for job in calls]
+        if is_decoded_there:
+            self._take_texts([sample for _, sample in pairs], replies)
+        found = {name: replies[i::count] for i, name in enumerate(self.local)}
+        jobs = [Job(0, sample.text, prompt.answer) for prompt, sample in pairs]
         limits = self.reward.workers, self.reward.time_limit
         for url in filter(remote.is_remote, self.functions):
             name = f"{self._option(url)}={url}"
             verdicts = remote.judge(name, url, jobs, *limits, is_interrupted=self.is_interrupted)
             found[url] = [Reply(verdict) for verdict in verdicts]
         return found
+
+    def _decode(self, samples: Sequence[Sample]) -> None:
+        """Set the samples' text in this process."""
+        if not self.decoder:
+            return
+        for sample in samples:
+            if self.is_interrupted():
+                raise Interrupted
+            sample.text = self.decoder.here(sample.tokens)
+            heartbeat()
+
+    def _take_texts(self, samples: Sequence[Sample], replies: Sequence[Reply | None]) -> None:
+        """Set the samples' text as the first function's replies have it; without one this process decodes."""
+        for sample, reply in zip(samples, replies[:: len(self.local)], strict=True):
+            if reply and reply.text is not None:
+                sample.text = reply.text
+            else:
+                self._decode([sample])
 
     def _extras(self, pairs: Sequence[tuple[Prompt, Sample]]) -> list[dict[str, Any]]:
         """Return what functions ask for beside response and answer, of each pair. A prompt is read once."""

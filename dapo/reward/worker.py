@@ -34,13 +34,18 @@ class Job(NamedTuple):
     response: str
     answer: str
     extras: tuple[tuple[str, Any], ...] = ()  # (name, value) of what the function asks for
+    tokens: bytes = b""  # int32, in place of the response: decode them first
 
 
 class Reply(NamedTuple):
-    """The answer to a job: `has_answer` is None where the function's module defines no `answer_of`."""
+    """The answer to a job: `has_answer` is None where the function's module defines no `answer_of`.
+
+    `text` is what the job's tokens were decoded to, in replies of the first function.
+    """
 
     verdict: Verdict | Failure
     has_answer: bool | None = None
+    text: str | None = None
 
 
 class Function:
@@ -78,19 +83,44 @@ class Function:
         return Reply(verdict, has_answer)
 
 
-def serve(connection: Connection, paths: Sequence[str]) -> None:
-    """Import the functions, send None, then reply to each list of jobs until the other side closes."""
+def serve(connection: Connection, paths: Sequence[str], tokenizer: str | None = None) -> None:
+    """Import the functions, send None, then reply to each list of jobs until the other side closes.
+
+    `tokenizer`, the JSON of a tokenizers.Tokenizer, decodes their tokens, once if they follow each other.
+    """
     streams.keep_open()  # a function may print
     with contextlib.suppress(EOFError, OSError):
         try:
             functions = [Function(path) for path in paths]
         except (Exception, SystemExit) as error:  # noqa: BLE001  # the user's module may raise anything
-            connection.send(Failure(reason(error)))
+            connection.send(Failure(f"reward.function={reason(error)}"))
+            return
+        try:
+            decode = None if tokenizer is None else _decoder(tokenizer)
+        except Exception as error:  # noqa: BLE001  # tokenizers raises it itself
+            connection.send(
+                Failure(f"policy.model: no reward worker can load its tokenizer: {reason(error)}")
+            )
             return
         connection.send(None)
+        tokens, text = b"", ""
         while True:
             for job in connection.recv():
-                connection.send(functions[job.function].judge(job))
+                if decode and job.tokens:
+                    if job.tokens != tokens:
+                        tokens, text = job.tokens, decode(job.tokens)
+                    job = job._replace(response=text)
+                reply = functions[job.function].judge(job)
+                is_first = job.tokens and job.function == 0
+                connection.send(reply._replace(text=text) if is_first else reply)
+
+
+def _decoder(tokenizer: str) -> Callable[[bytes], str]:
+    """Return what makes text of token ids, without special tokens."""
+    from tokenizers import Tokenizer  # nothing else here needs it
+
+    loaded = Tokenizer.from_str(tokenizer)
+    return lambda tokens: loaded.decode(memoryview(tokens).cast("i").tolist(), skip_special_tokens=True)
 
 
 def checked(verdict: Any) -> Verdict | Failure:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import multiprocessing
 import os
 import sys
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 
@@ -18,6 +18,7 @@ from dapo import clock
 from dapo.config import ConfigError
 from dapo.reward.worker import Failure, Job, Reply, serve
 from dapo.types import Interrupted, RewardError
+from dapo.watch import forked
 from dapo.watch.worker import MEMORY_EXCEEDED, guard
 
 JOBS_PER_MESSAGE = 16
@@ -27,10 +28,8 @@ CHECK_EVERY = 0.25  # seconds between two checks for an interruption
 END_TIMEOUT = 5.0  # seconds for a guardian to end its worker
 SUSPENDED = 1.0  # seconds that a wait takes too long if this process was stopped, and its workers with it
 
-# workers are forks of a process that has neither threads, nor CUDA, nor torch
-_context = multiprocessing.get_context("forkserver")
 # imported before the fork, so that the import takes no part of a call's timeout
-_context.set_forkserver_preload(["dapo.watch.worker", "dapo.reward.worker", "dapo.reward", "mpmath"])
+forked.context.set_forkserver_preload(["dapo.watch.worker", "dapo.reward.worker", "dapo.reward", "mpmath"])
 
 
 class _Worker:
@@ -39,25 +38,17 @@ class _Worker:
     It is no daemon, because those may have no children, and a function may use multiprocessing itself.
     """
 
-    def __init__(self, functions: list[str], max_bytes: int, num_failed_before: int):
-        self.connection, theirs = _context.Pipe()
-        arguments = (serve, theirs, functions, os.getpid(), max_bytes)
-        self.guardian = _context.Process(target=guard, args=arguments, name="reward")
-        self._start()
+    def __init__(self, functions: list[str], tokenizer: str | None, max_bytes: int, num_failed_before: int):
+        self.connection, theirs = forked.context.Pipe()
+        arguments = (partial(serve, tokenizer=tokenizer), theirs, functions, os.getpid(), max_bytes)
+        self.guardian = forked.context.Process(target=guard, args=arguments, name="reward")
+        forked.start(self.guardian)
         theirs.close()
         self.num_failed_before = num_failed_before  # starts in a row, before this one
         self.is_ready = False
         self.todo: deque[int] = deque()  # numbers of the jobs it was sent; it is doing the first
         self.deadline = time.monotonic() + IMPORT_TIMEOUT
         _running.add(self)
-
-    def _start(self) -> None:
-        for _ in range(50):
-            with contextlib.suppress(ConnectionError, EOFError):
-                self.guardian.start()
-                return
-            time.sleep(0.1)  # the fork server was killed a moment ago, and multiprocessing takes it for alive
-        self.guardian.start()
 
     @property
     def is_busy(self) -> bool:
@@ -98,7 +89,7 @@ class Workers:
     """Calls reward functions in up to `count` processes, which start when there is work for them.
 
     A process that exceeds `timeout` seconds in a call, or dies in it, or needs more than `memory` GiB with
-    what it started, is replaced.
+    what it started, is replaced. `tokenizer` is the JSON of a tokenizers.Tokenizer, for jobs of token ids.
     """
 
     def __init__(
@@ -108,8 +99,10 @@ class Workers:
         timeout: float,
         memory: float,
         is_interrupted: Callable[[], bool],
+        tokenizer: str | None = None,
     ):
         self.functions = functions
+        self.tokenizer = tokenizer
         self.count = count
         self.timeout = timeout
         self.memory = memory
@@ -121,16 +114,19 @@ class Workers:
         self.num_crashes = 0
         forkserver.ensure_running()
 
-    def judge(self, jobs: Sequence[Job]) -> list[Reply | None]:
+    def judge(self, jobs: Sequence[Job], together: int = 1) -> list[Reply | None]:
         """Return one reply a job, in order; None if the call exceeded its timeout or ended its process.
 
+        As many jobs in a row as `together` says go to one worker.
+
         Raises:
-            ConfigError: the functions cannot be imported in a worker.
+            ConfigError: the functions cannot be imported, or the tokenizer loaded, in a worker.
             RewardError: workers end while they import them.
             Interrupted: the run is to stop.
         """
         replies: list[Reply | None] = [None] * len(jobs)
         size = min(JOBS_PER_MESSAGE, -(-len(jobs) // self.count)) or 1
+        size = -(-size // together) * together
         numbers = range(len(jobs))
         waiting = deque(deque(numbers[first : first + size]) for first in numbers[::size])
         try:
@@ -164,7 +160,8 @@ class Workers:
         wanted = min(self.count, sum(bool(worker.todo) for worker in self.workers) + len(waiting))
         while len(self.workers) < wanted:
             max_bytes = int(self.memory * 2**30)
-            self.workers.append(_Worker(self.functions, max_bytes, self.num_failed_starts))
+            arguments = self.functions, self.tokenizer, max_bytes, self.num_failed_starts
+            self.workers.append(_Worker(*arguments))
         for worker in self.workers:
             if not worker.is_busy and waiting:
                 worker.todo = waiting.popleft()
@@ -179,7 +176,7 @@ class Workers:
                 if isinstance(message, Reply):
                     replies[worker.todo.popleft()] = message
                 elif message is not None:
-                    raise ConfigError(f"reward.function={message.what}")
+                    raise ConfigError(message.what)
                 worker.is_ready = True
                 self.num_failed_starts = 0
                 worker.deadline = time.monotonic() + self.timeout

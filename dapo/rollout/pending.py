@@ -116,7 +116,6 @@ class GroupSampler:
 
     stream: Stream  # where samples are requested; no one else uses it
     reward: Reward
-    decode: Callable[[np.ndarray], str]  # token ids [n] → text
     run_seed: int
     group_size: int
     sampling: Sampling
@@ -184,7 +183,6 @@ class GroupSampler:
     def _receive(self, sample: Sample) -> None:
         prompt = self.pending.unfinished[sample.group].prompt
         self._check(sample, prompt)
-        sample.text = self.decode(sample.tokens)
         self.pending.receive(sample)
         heartbeat()
         self.on_sample(self.pending.num_outstanding)

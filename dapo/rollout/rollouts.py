@@ -42,7 +42,6 @@ class Rollouts:
     engine: Engine
     prompts: PromptStream
     reward: Reward
-    decode: Callable[[np.ndarray], str]  # token ids [n] → text
     stop_ids: tuple[int, ...]
     vocab_size: int | None  # the model's; None: not known
     is_interrupted: Callable[[], bool] = lambda: False  # asked after every sample; True raises Interrupted
@@ -229,7 +228,6 @@ class Rollouts:
         sampler = GroupSampler(
             self.engine.stream(),
             self.reward,
-            self.decode,
             run_seed=self.config.run.seed,
             group_size=group_size,
             sampling=sampling,

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from dapo.engine import client, generate, sglang
+from dapo.engine import client, sglang
+from dapo.engine.endpoint import Job
 from dapo.types import EngineError, Interrupted, Prompt, Request, Sample, Sampling, WeightsLost
 from tests.sglang import fake_server as fake
 from tests.sglang.fake_engine import LIMIT, assert_answered, collect, stream_of, wait_for, within_limit
@@ -557,10 +558,10 @@ import time; time.sleep(0.5)
 
 
 def test_an_error_of_our_own_in_the_loop_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(answer: bytes, request: Request, rid: str, vocab_size: int) -> Sample:
+    def broken(own: client.Client, job: Job, sample: Sample) -> None:
         raise ZeroDivisionError("a fault of the client")
 
-    monkeypatch.setattr(generate, "read", broken)
+    monkeypatch.setattr(client.Client, "_check_versions", broken)
     server = FakeServer()
     with stream_of(server) as stream:
         stream.submit(requests(2))

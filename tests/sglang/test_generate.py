@@ -34,7 +34,7 @@ def answer(tokens: list[int], reason: Any = None, request: Request = REQUEST, **
 
 
 def read(answer: bytes, request: Request = REQUEST) -> Sample:
-    return generate.read(answer, request, RID, VOCAB)
+    return generate.read(answer, generate.asked(request, RID), VOCAB)
 
 
 def test_a_request_sets_everything_that_a_server_could_decide_by_itself() -> None:
@@ -250,4 +250,4 @@ def test_an_answer_may_have_the_bytes_of_its_tokens_and_little_more(count: int) 
     exact = len(
         answer([VOCAB - 1] * count, output_token_logprobs=[[-123.45678901234567, 151_642, None]] * count)
     )
-    assert exact < generate.max_bytes(request) < 2**21 + 50 * exact
+    assert exact < generate.asked(request, RID).max_bytes < 2**21 + 50 * exact

@@ -188,7 +188,8 @@ def test_an_aborted_response_comes_back_in_part_and_is_no_sample(
     shape, sglang_server, long_responses
 ) -> None:
     server, sampling = sglang_server.server, Sampling(1.0, shape.context // 2, shape.stop_ids)
-    body = json.loads(generate.body(requests(1, shape, sampling)[0], "partial;"))
+    [request] = requests(1, shape, sampling)
+    body, asked = json.loads(generate.body(request, "partial;")), generate.asked(request, "partial;")
     answers: list[dict[str, Any]] = []
     asking = threading.Thread(target=lambda: answers.append(server.post("/generate", body, timeout=LIMIT)))
     asking.start()
@@ -204,7 +205,7 @@ def test_an_aborted_response_comes_back_in_part_and_is_no_sample(
         < sampling.max_tokens
     )
     with pytest.raises(BadAnswer, match="aborted by the server"):
-        generate.read(json.dumps(answer).encode(), requests(1, shape, sampling)[0], "partial;", VOCAB)
+        generate.read(json.dumps(answer).encode(), asked, VOCAB)
 
 
 def test_a_long_response_is_no_stall(

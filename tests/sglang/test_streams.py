@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from dapo import http
 from dapo.engine.sglang import SGLangStream
 from dapo.types import EngineError, Interrupted, Request, Sample, Sampling
 from tests.sglang import fake_server as fake
@@ -25,13 +24,6 @@ def ask(stream: SGLangStream, wanted: list[Request]) -> list[Sample]:
         if left:
             stream.submit(left.pop(0))
     return samples
-
-
-def test_an_engine_needs_a_connection_for_every_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    needed: list[int] = []
-    monkeypatch.setattr(http, "require_connections", needed.append)
-    with stream_of(FakeServer(), FakeServer(), max_concurrent=5):
-        assert needed == [10]
 
 
 def test_two_streams_in_two_threads_each_get_only_their_own_samples() -> None:

@@ -29,7 +29,7 @@ from dapo.engine import generate
 from dapo.engine.control import Server
 from dapo.engine.fleet import Fleet
 from dapo.engine.sglang import SGLangEngine, SGLangStream
-from dapo.reward.pool import Reward
+from dapo.reward.pool import Decoder, Reward
 from dapo.rollout.prompts import PromptStream
 from dapo.rollout.rollouts import Rollouts
 from dapo.types import EngineError, Prompt, Request, Sample
@@ -122,11 +122,13 @@ def make_rollouts(config: Config) -> tuple[Rollouts, list[str]]:
     engine.servers.say = said.append  # type: ignore[attr-defined]
     engine.stream = lambda: Seen(engine)  # type: ignore[method-assign]
     prompts = [Prompt(i, np.full(8, 2 + i, np.int32), "1") for i in range(2 * GROUPS)]
-    reward = Reward(config.reward.model_copy(update={"workers": 0}), config.rollout.max_response_length)
+    reward = Reward(
+        config.reward.model_copy(update={"workers": 0}),
+        config.rollout.max_response_length,
+        decoder=Decoder(lambda tokens: " ".join(map(str, tokens))),
+    )
     stream = PromptStream(prompts, 1)
-    return Rollouts(
-        config, 1, engine, stream, reward, lambda tokens: " ".join(map(str, tokens)), (1,), None
-    ), said
+    return Rollouts(config, 1, engine, stream, reward, (1,), None), said
 
 
 def collect(rollouts: Rollouts, step: int) -> dict[str, Any]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import tokenizers
+import transformers
 
 from dapo.config import ConfigError
-from dapo.model.tokenizer import check_vocabulary, load_tokenizer, stop_ids
+from dapo.model.tokenizer import CLEANS_BPE, check_vocabulary, decoder_json, load_tokenizer, stop_ids
 
 BASE = Path(__file__).parents[3] / "examples/arithmetic/base"
 
@@ -91,3 +95,104 @@ def test_every_end_that_the_files_name_ends_a_response(tmp_path: Path) -> None:
     assert stop_ids(model, load_tokenizer(model)) == (1, 5, 7)
     (model / "generation_config.json").unlink()
     assert stop_ids(model, load_tokenizer(model)) == (1,)
+
+
+# text in another process
+
+
+TEXT = [
+    "It's 3 . 5 , isn't it ? <s> Überall Größe 你好 🙂 ! \\n\\n  x = 1",
+    "do n't stop . </s> we 've won",
+] * 3
+
+
+def trained(kind: str) -> tokenizers.Tokenizer:
+    """A small tokenizer of each kind that models have."""
+    special = ["<unk>", "<s>", "</s>"]
+    if kind == "BPE":
+        made = tokenizers.Tokenizer(tokenizers.models.BPE())
+        made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = tokenizers.decoders.ByteLevel()
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        trainer: Any = tokenizers.trainers.BpeTrainer(
+            vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        )
+    elif kind == "Unigram":
+        made = tokenizers.Tokenizer(tokenizers.models.Unigram())
+        made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+        made.decoder = tokenizers.decoders.Metaspace()
+        trainer = tokenizers.trainers.UnigramTrainer(
+            vocab_size=90, special_tokens=special, unk_token="<unk>", show_progress=False
+        )
+    else:
+        made = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="<unk>"))
+        made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        made.decoder = tokenizers.decoders.WordPiece(cleanup=False)
+        trainer = tokenizers.trainers.WordPieceTrainer(
+            vocab_size=120, special_tokens=special, show_progress=False
+        )
+    made.train_from_iterator(TEXT, trainer)
+    return made
+
+
+def as_loaded(folder: Path, kind: str, **options: Any) -> Any:
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=trained(kind), bos_token="<s>", eos_token="</s>", **options
+    )
+    fast.add_special_tokens({"pad_token": "<pad>"})  # saved in one of two files
+    fast.add_tokens(["<think>", "ab cd"])
+    fast.save_pretrained(folder)
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("cleans", [False, True])
+@pytest.mark.parametrize("kind", ["BPE", "Unigram", "WordPiece", "example"])
+def test_a_text_is_the_same_wherever_it_is_decoded_or_not_decoded_elsewhere(
+    kind: str, cleans: bool, tmp_path: Path
+) -> None:
+    option = {"clean_up_tokenization_spaces": cleans}
+    example = kind == "example"
+    tokenizer = load_tokenizer(BASE) if example else as_loaded(tmp_path, kind, **option)
+    if cleans and kind in ("Unigram", "WordPiece"):
+        ids = tokenizer("a . b")["input_ids"]
+        assert tokenizer.decode(ids) != tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
+        assert decoder_json(tokenizer) is None
+        return
+    found = decoder_json(tokenizer)
+    assert found
+    elsewhere = tokenizers.Tokenizer.from_str(found)
+    rng, size = np.random.default_rng(0), len(tokenizer) + 5  # a model may have more rows
+    own = [tokenizer(text)["input_ids"] for text in TEXT[:2]]
+    for ids in [[], list(range(size)), *own, *rng.integers(0, size, (200, 40)).tolist()]:
+        text = tokenizer.decode(np.array(ids, np.int32), skip_special_tokens=True)
+        assert elsewhere.decode(ids, skip_special_tokens=True) == text
+
+
+def test_a_tokenizer_that_decodes_in_its_own_way_is_left_to_it(tmp_path: Path) -> None:
+    class Shouting(transformers.PreTrainedTokenizerFast):  # type: ignore[misc]
+        def _decode(self, *given: Any, **named: Any) -> str:
+            return str(super()._decode(*given, **named)).upper()
+
+    class Cutting(transformers.PreTrainedTokenizerFast):  # type: ignore[misc]
+        def decode(self, *given: Any, **named: Any) -> str:
+            return str(super().decode(*given, **named))[:1]
+
+    assert decoder_json(Shouting(tokenizer_object=trained("BPE"))) is None
+    assert decoder_json(Cutting(tokenizer_object=trained("BPE"))) is None
+    corrupting = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=trained("BPE"), clean_up_tokenization_spaces=True, **{CLEANS_BPE: True}
+    )
+    assert corrupting.decode(corrupting("a .")["input_ids"]) == "a."
+    assert decoder_json(corrupting) is None
+
+
+def test_one_with_a_part_written_in_python_is_left_to_this_process() -> None:
+    class Own:
+        def pre_tokenize(self, text: Any) -> None: ...
+
+    made = trained("BPE")
+    made.pre_tokenizer = tokenizers.pre_tokenizers.PreTokenizer.custom(Own())
+    assert decoder_json(transformers.PreTrainedTokenizerFast(tokenizer_object=trained("BPE")))
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=trained("BPE"))
+    fast.backend_tokenizer.pre_tokenizer = made.pre_tokenizer
+    assert decoder_json(fast) is None

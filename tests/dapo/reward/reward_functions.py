@@ -84,6 +84,10 @@ def dying(response, answer):
     os._exit(9)
 
 
+def dying_at_2(response, answer):
+    return os._exit(1) if response == "2" else response == answer
+
+
 def forked(response, answer):
     """Returns twice: in this process and in a child, which the first does not wait for."""
     os.fork()

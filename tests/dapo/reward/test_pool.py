@@ -74,6 +74,18 @@ def test_work_is_shared_by_as_many_processes_as_asked_for_and_never_done_here(re
     assert len(ids) == 3 and os.getpid() not in ids
 
 
+def test_jobs_that_belong_together_are_done_by_one_process():
+    pool, seen = Workers([f"{FUNCTIONS}:process_id"], 3, 60.0, 4.0, is_interrupted=lambda: False), set()
+    for _ in range(100):
+        ids = [reply.verdict for reply in pool.judge([Job(0, "", "")] * 40, together=5)]
+        assert all(len({*ids[i : i + 5]}) == 1 for i in range(0, 40, 5))
+        seen |= {*ids}
+        if len(seen) == 3:
+            break
+    assert len(seen) == 3
+    pool.close()
+
+
 def test_without_workers_functions_are_called_in_this_process(reward):
     assert score(reward("workers=0", f"function={FUNCTIONS}:process_id"), ["x"]) == [(True, os.getpid())]
 

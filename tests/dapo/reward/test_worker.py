@@ -124,7 +124,7 @@ def test_nothing_is_read_that_no_function_asks_for(reward, name):
 def test_a_worker_is_sent_only_what_its_function_asks_for(reward, monkeypatch):
     both = json.dumps({f"{FUNCTIONS}:unfinished": 1.0, f"{FUNCTIONS}:long_bool": 0.5})
     pool, sent = reward("workers=1", f"function={both}"), []
-    monkeypatch.setattr(pool.workers, "judge", lambda jobs: sent.extend(jobs) or [None] * len(jobs))
+    monkeypatch.setattr(pool.workers, "judge", lambda jobs, together: sent.extend(jobs) or [None] * len(jobs))
     score(pool, ["1"])
     assert [(job.function, job.extras) for job in sent] == [(0, (("truncated", False),)), (1, ())]
 

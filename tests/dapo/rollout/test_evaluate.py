@@ -217,11 +217,24 @@ def reversed_ids(directory: Path, weights: dict[str, torch.Tensor]) -> Path:
     return directory
 
 
+def swapped_ids(directory: Path, weights: dict[str, torch.Tensor]) -> Path:
+    """The base policy in which 1 and 2 have each other's token id: nothing in its config shows it."""
+    shutil.copytree(BASE, directory)
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    ids = tokenizer["model"]["vocab"]
+    ids["1"], ids["2"] = ids["2"], ids["1"]
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    embedding = weights["model.embed_tokens.weight"].clone()
+    embedding[[ids["1"], ids["2"]]] = embedding[[ids["2"], ids["1"]]]
+    save_file(weights | {"model.embed_tokens.weight": embedding}, directory / "model.safetensors")
+    return directory
+
+
 def test_the_eval_command_compares_models_on_several_sets(tmp_path: Path) -> None:
-    """Each with its own tokenizer, stop tokens and sizes: the third is the first in other clothes."""
+    """Each with its own tokenizer, stop tokens and sizes: the last two are the first in other clothes."""
     weights = load_file(BASE / "model.safetensors")
     second = worse(tmp_path / "worse", weights)
-    third = reversed_ids(tmp_path / "reversed", weights)
+    others = swapped_ids(tmp_path / "swapped", weights), reversed_ids(tmp_path / "reversed", weights)
     rows = (ROOT / "examples/arithmetic/data/heldout.jsonl").read_text().splitlines()[:12]
     (tmp_path / "repeated.jsonl").write_text("\n".join(rows * 3))
     command = [
@@ -229,16 +242,18 @@ def test_the_eval_command_compares_models_on_several_sets(tmp_path: Path) -> Non
         *[f"run.dir={tmp_path / 'run'}", "eval.samples=4", "eval.temperature=1e-4"],
         "reward.shadow=[tests.dapo.reward.reward_functions:looking]",
         f"eval.data={{one: {tmp_path / 'repeated.jsonl'}, two: {tmp_path / 'repeated.jsonl'}}}",
-        *["--model", str(BASE), "--model", str(second), "--model", str(third)],
+        *["--model", str(BASE), "--model", str(second)],
+        *[word for other in others for word in ("--model", str(other))],
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "36 rows, 12 prompts; left out: 24 copies" in done.stdout
     assert done.stdout.count('reads the last line with "Answer:" of a response') == 1
     record = json.loads((tmp_path / "run" / "eval.json").read_text())
-    assert list(record["models"]) == [str(BASE), str(second), str(third)]
+    assert list(record["models"]) == [str(BASE), str(second), *map(str, others)]
     assert record["comparisons"][str(second)]["one"]["difference"] < 0
     assert f"{second} against {BASE}  two:" in done.stdout
-    assert record["models"][str(third)] == record["models"][str(BASE)]
+    for other in others:
+        assert record["models"][str(other)] == record["models"][str(BASE)]
     scores = record["models"][str(BASE)]["one"]
     assert 0 < scores["mean"] == scores["majority"] and scores["length"] < 64 and scores["truncated"] < 1

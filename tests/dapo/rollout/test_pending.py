@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from dapo.engine.embedded import EmbeddedEngine
-from dapo.reward.pool import Reward
+from dapo.reward.pool import Decoder, Reward
 from dapo.rollout import pending
 from dapo.rollout.pending import num_to_request
 from dapo.rollout.prompts import PromptStream
@@ -157,15 +157,14 @@ def test_streaming_from_a_real_model_makes_the_batches_of_whole_rounds(tmp_path)
         "rollout.max_response_length=24",
     ]
 
-    def decode(tokens):
-        return tokenizer.decode(tokens, skip_special_tokens=True)
+    decoder = Decoder(lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True))
 
     def steps(*more):
         config = make_config(tmp_path, *options, *more)
         engine = EmbeddedEngine(BASE, torch.float32, torch.device("cpu"), max_concurrent=20)
         engine.load_weights(load_file(BASE / "model.safetensors").items(), version=0)
-        reward = Reward(config.reward.model_copy(update={"workers": 0}), 24)
-        rollouts = Rollouts(config, 1, engine, PromptStream(prompts, 1), reward, decode, (1,), None)
+        reward = Reward(config.reward.model_copy(update={"workers": 0}), 24, decoder=decoder)
+        rollouts = Rollouts(config, 1, engine, PromptStream(prompts, 1), reward, (1,), None)
         return [rollouts.collect(step).kept for step in range(2)]
 
     in_rounds, streamed = steps(), steps(STREAMING)

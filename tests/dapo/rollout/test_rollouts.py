@@ -9,7 +9,7 @@ from dapo import clock
 from dapo.config import ConfigError
 from dapo.learn.advantages import ADVANTAGES, group_advantages
 from dapo.learn.objective import NORMALISERS
-from dapo.reward.pool import Reward
+from dapo.reward.pool import Decoder, Reward
 from dapo.rollout import dump
 from dapo.rollout.buffer import Buffer
 from dapo.rollout.prompts import PromptStream
@@ -100,14 +100,14 @@ def make_rollouts(tmp_path, engine, *overrides, num_data_ranks=1, **callbacks) -
     """
     config = make_config(tmp_path, *overrides)
     prompts = PromptStream([make_prompt(i) for i in range(NUM_PROMPTS)], seed=5)
-    reward = Reward(config.reward, config.rollout.max_response_length)
+    decoder = Decoder(lambda tokens: f"Answer: {tokens[-1]}")
+    reward = Reward(config.reward, config.rollout.max_response_length, decoder=decoder)
     return Rollouts(
         config,
         num_data_ranks,
         engine,
         prompts,
         reward,
-        decode=lambda tokens: f"Answer: {tokens[-1]}",
         stop_ids=(7,),
         vocab_size=VOCABULARY,
         **callbacks,
