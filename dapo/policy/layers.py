@@ -16,7 +16,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
@@ -26,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from dapo.policy.cpu import has_transformer_engine
+from dapo.policy.rope import Pack, rotate
 
 MAX_PADDING = 0.25  # fraction of a padded batch of sequences
 
@@ -47,7 +47,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class PackedAttention(MegatronModule):  # type: ignore[misc]
-    """Causal attention within each packed sequence, with grouped KV heads.
+    """Rotation, and causal attention within each packed sequence, with grouped KV heads.
 
     The constructor is that of Transformer Engine's module. Context ranks split each sequence as batch.shard
     does: every rank gathers all keys and values and attends from its own tokens; the gradients of keys and
@@ -62,8 +62,9 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         self.context = pg_collection.cp
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
-                packed_seq_params: PackedSeqParams, **_: Any) -> Tensor:  # fmt: skip
-        """query [T, h, d], key and value [T, g, d] → [T, h·d]."""
+                packed_seq_params: Pack, **_: Any) -> Tensor:  # fmt: skip
+        """query [T, h, d], key and value [T, g, d] → [T, h·d]. Queries and keys are rotated first."""
+        query, key = rotate(query, packed_seq_params), rotate(key, packed_seq_params)
         queries = keys = cu = packed_seq_params.cu_seqlens_q
         if self.context.size() > 1:
             # [context·T, 2g, d]
