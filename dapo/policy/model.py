@@ -212,5 +212,5 @@ def _build_chunk(shape: ModelShape, config: TransformerConfig, chunk: int | None
     # Megatron computes one kind of llama3's only, and another softmax for yarn's
     model.rotary_pos_emb.inv_freq = inverse_frequencies(shape)
     if not has_transformer_engine():
-        model.rotary_pos_emb = PackedRotary(inverse_frequencies(shape))
+        model.rotary_pos_emb = PackedRotary(inverse_frequencies(shape), config.params_dtype)
     return model

@@ -21,13 +21,14 @@ class Pack(PackedSeqParams):  # type: ignore[misc]
     """Megatron's description of a pack, with the position of each token in its own sequence."""
 
     positions: Tensor | None = None  # int64 [T]
-    turns: tuple[Tensor, Tensor] | None = None  # each token's, float32 [T, 1, d]: see `rotate`
+    turns: tuple[Tensor, Tensor] | None = None  # each token's, [T, 1, d]: see `rotate`
 
 
 def describe_pack(cu_seqlens: Tensor, longest: int, positions: Tensor) -> Pack:
     """Describe a pack of sequences, cu_seqlens int32 [S + 1] over all context ranks."""
-    lengths = dict(max_seqlen_q=longest, max_seqlen_kv=longest)
-    return Pack("thd", cu_seqlens, cu_seqlens, **lengths, positions=positions)
+    return Pack(
+        "thd", cu_seqlens, cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest, positions=positions
+    )
 
 
 class PackedRotary(torch.nn.Module):
@@ -35,10 +36,10 @@ class PackedRotary(torch.nn.Module):
     what Megatron would rotate sequence after sequence, in Python.
     """
 
-    def __init__(self, frequencies: Tensor):
-        """`frequencies`: inverse_frequencies."""
+    def __init__(self, frequencies: Tensor, dtype: torch.dtype):
+        """`frequencies`: inverse_frequencies; `dtype`: of queries and keys."""
         super().__init__()
-        self.frequencies = frequencies
+        self.frequencies, self.dtype = frequencies, dtype
 
     def get_rotary_seq_len(
         self, inference: object, decoder: object, hidden: object, config: object, pack: Pack
@@ -51,14 +52,14 @@ class PackedRotary(torch.nn.Module):
         assert pack.positions is not None
         self.frequencies = self.frequencies.to(pack.positions.device)
         angles = torch.outer(pack.positions.float(), self.frequencies)  # [T, d/2]
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
         pack.turns = torch.cat((cos, cos), dim=1)[:, None], torch.cat((-sin, sin), dim=1)[:, None]
 
 
 def rotate(x: Tensor, pack: Pack) -> Tensor:
     """Rotate each token's heads by its angles: x [T, h, d], in which pair i is (x[…, i], x[…, i + d/2])."""
     assert pack.turns is not None
-    cos, sin = (turn.to(x.dtype) for turn in pack.turns)
+    cos, sin = pack.turns
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((second, first), dim=-1) * sin
 

@@ -29,7 +29,7 @@ def test_each_sequence_attends_to_itself_only(lengths: list[int]) -> None:
     query, key, value = (torch.randn(total, h, 8, requires_grad=True) for h in (4, 2, 2))
     cu_seqlens = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
     pack = describe_pack(cu_seqlens, max(lengths), torch.cat([torch.arange(n) for n in lengths]))
-    PackedRotary(torch.tensor([1.0, 0.3, 0.1, 0.01]))(pack, packed_seq=True, cp_group=None)
+    PackedRotary(torch.tensor([1.0, 0.3, 0.1, 0.01]), torch.float32)(pack, packed_seq=True, cp_group=None)
     out = attention(query, key, value, None, packed_seq_params=pack)
     turned = rotate(query, pack), rotate(key, pack), value
     expected = torch.cat([attend(*parts) for parts in zip(*(x.split(lengths) for x in turned), strict=True)])

@@ -170,7 +170,7 @@ def test_a_pack_is_rotated_at_once_as_megatron_rotates_sequence_after_sequence(
         expected = apply_rotary_pos_emb(query, angles, config, cu_seqlens=cu, cp_group=group)
         pack = describe_pack(cu, longest, positions)
         assert (pack.qkv_format, pack.max_seqlen_q) == ("thd", longest) and pack.cu_seqlens_q is cu
-        rotary = PackedRotary(frequencies)
+        rotary = PackedRotary(frequencies, dtype)
         given = rotary.get_rotary_seq_len(None, None, None, None, pack)
         assert rotary(given, packed_seq=True, cp_group=None) is None, "Megatron has nothing to rotate by"
         found = rotate(query, pack)
