@@ -37,21 +37,21 @@ def main(steps: int) -> None:
         sampler, _ = make_sampler(config, mesh)
         rollouts = sampler.rollouts
         policy = Policy(config, mesh)
-        seconds, samples = measure(policy, rollouts, steps)
+        seconds = measure(policy, rollouts, steps)
     rows = [[phase, spread(values)] for phase, values in seconds.items()]
     text = heading("Step time: the arithmetic recipe on one process")
     text += (
         f"\nCPU seconds, median (min–max) of {steps} steps after {WARM_UP}; OMP threads 1; 16 groups of 8 "
         "samples, 4 updates a step.\n\n"
     )
-    text += table(["phase", "CPU s"], rows) + f"\nSamples per generation round: {samples}.\n\n"
+    text += table(["phase", "CPU s"], rows) + "\n"
     text += "## Costliest operators of one step's policy part\n\nSelf CPU time, torch.profiler.\n\n" + table(
         ["operator", "calls", "ms"], profile(policy, rollouts)
     )
     save("step_time_cpu.md", text)
 
 
-def measure(policy: Any, rollouts: Any, steps: int) -> tuple[dict[str, list[float]], int]:
+def measure(policy: Any, rollouts: Any, steps: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = defaultdict(list)
 
     def clocked(function: Callable[..., T], *args: Any) -> tuple[float, T]:
@@ -67,14 +67,13 @@ def measure(policy: Any, rollouts: Any, steps: int) -> tuple[dict[str, list[floa
         old, _ = clocked(policy.score, placed)
         updates = [clocked(policy.update, minibatch)[0] for minibatch in placed.minibatches]
         if step >= WARM_UP and len(updates) == 4:
-            rounds = batch.metrics["groups/asked"] / rollouts.config.rollout.prompts_per_round
+            groups = batch.metrics["groups/asked"] / rollouts.config.rollout.prompts_per_step
             seconds["weights to the engine"].append(sync)
-            seconds["generation, per round"].append(sampling / rounds)
+            seconds["generation, per 16 groups"].append(sampling / groups)
             seconds["old log-probs"].append(old)
             seconds["4 updates"].append(sum(updates))
             seconds["policy: old log-probs + 4 updates"].append(old + sum(updates))
-    rollout = rollouts.config.rollout
-    return seconds, rollout.prompts_per_round * rollout.group_size
+    return seconds
 
 
 def profile(policy: Any, rollouts: Any) -> list[list[object]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -16,6 +17,7 @@ from transformers import DynamicCache, TopPLogitsWarper
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dapo.clock import heartbeat
+from dapo.engine import one_token
 from dapo.types import Sampling
 
 CUT = (DynamicLayer, DynamicSlidingWindowLayer)  # rows of these layers of a cache can be taken
@@ -52,7 +54,7 @@ def decode(
     logits, position = logits[owner], positions[owner, -1:]  # [B, V], [B, 1]
     # a mask with all its dimensions is taken as it is, which saves its making; but it would serve all layers
     is_full = all(type(layer) is DynamicLayer for layer in cache.layers)
-    length = is_real.shape[1]
+    feed = partial(one_token.logits, model, cache) if is_full and one_token.is_known(model) else logits_of
     is_seen = torch.cat([is_real[owner], is_real.new_ones(len(owners), limit)], dim=1)  # [B, L + max_tokens]
 
     draws = [np.random.Generator(np.random.Philox(key=seed)).random(limit) for seed in seeds]
@@ -73,19 +75,17 @@ def decode(
         if is_cut and num_open < LEAST_OPEN * len(rows):
             kept = is_open.nonzero()[:, 0]
             cache.batch_select_indices(kept)
-            rows, token, is_seen, position, is_open = (
-                x[kept] for x in (rows, token, is_seen, position, is_open)
-            )
+            of_rows = (x[kept] for x in (rows, token, is_seen, position, is_open))
+            rows, token, is_seen, position, is_open = of_rows
         position = position + 1
-        seen = is_seen[:, : length + step + 1]
-        logits = logits_of(token[:, None], seen[:, None, None] if is_full else seen, position)
+        seen = is_seen[:, : fed.shape[1] + step + 1]
+        logits = feed(token[:, None], seen[:, None, None] if is_full else seen, position)
     return tokens.cpu().numpy(), logprobs.cpu().numpy()
 
 
 def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Draw each row's token, [B], by inversion at its uniform number, float64 [B].
-
-    Return log softmax(logits / T) of it too, as it is before top_p.
+    """Draw each row's token, [B], by inversion at its uniform number, float64 [B]; return log softmax(logits
+    / T) of it too, as it is before top_p.
     """
     scaled = logits.float() / sampling.temperature  # [B, V]
     logprobs = scaled.log_softmax(-1)

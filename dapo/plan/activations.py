@@ -100,25 +100,28 @@ class Layer:
             return b * (1 + 2 * self.keys) * q + 4 * heads
         if self.context > 1:
             return self.keys * (b * (2 * q + 2 * kv) + 4 * heads)  # queries are padded to the keys' length
-        # q, k, v, output; the place of each row
-        return ATTENTION_PADDING * (b * (2 * q + 2 * kv) + 4 * heads) + 8
+        return ATTENTION_PADDING * (b * (2 * q + 2 * kv) + 4 * heads)  # q, k, v, output
 
     @property
-    def angles(self) -> int:
-        """Bytes of the rotary angles, which recomputed layers share; the fused kernel's are a sequence's."""
-        return 0 if self.backend == "transformer_engine" else 4 * self.shape.head_dim * self.context
+    def turns(self) -> int:
+        """Bytes of cos and sin that rotate the token in all layers; the fused kernel's are a sequence's."""
+        return 0 if self.backend == "transformer_engine" else 2 * self.value_bytes * self.shape.head_dim
 
     @property
     def core_attention_inputs(self) -> float:
-        """Bytes of q and k after RoPE, and of the fused q, k, v, of which v is a view."""
-        return self.value_bytes * (2 * self.q + 3 * self.kv)
+        """Bytes of q, k and v. v is a view of the fused q, k, v; so is k, if it comes from no norm and, with
+        Transformer Engine, from no RoPE.
+        """
+        is_view = self.backend != "transformer_engine" and not self.shape.has_qk_norm
+        return self.value_bytes * (2 * self.q + (2 if is_view else 3) * self.kv)
 
     @property
     def attention(self) -> float:
         """Bytes of attention with its norms of q and k, without the norm before it."""
         b, q, kv, width = self.value_bytes, self.q, self.kv, self.shape.head_dim
-        # the projection's input; cos and sin, for q and for k
-        kept = b * q + 4 * b * width + self.core_attention
+        kept = b * q + self.core_attention  # and the projection's input
+        if self.backend == "transformer_engine":
+            kept += 4 * b * width  # cos and sin, for q and for k
         if self.shape.has_qk_norm:
             kept += self._norm(q, q // width) + self._norm(kv, kv // width)
             if b == 4:

@@ -173,12 +173,11 @@ class Rank:
             kept = layers / unit * layer.stream
             if self.megatron.recompute_method == "block":  # the first layers, each by itself
                 kept = unit * layer.stream + (layers - unit) * layer.everything
-            kept += layer.angles
         if self._recomputes_mlp:
             kept -= layers * layer.mlp
         if self.megatron.recomputes("core_attn"):
             kept -= layers * (layer.core_attention - layer.core_attention_inputs)
-        return kept * self.tokens
+        return (kept + layer.turns) * self.tokens
 
     @property
     def _recomputes_mlp(self) -> bool:

@@ -16,7 +16,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
@@ -26,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from dapo.policy.cpu import has_transformer_engine
+from dapo.policy.rope import Pack, rotate
 
 MAX_PADDING = 0.25  # fraction of a padded batch of sequences
 
@@ -47,7 +47,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class PackedAttention(MegatronModule):  # type: ignore[misc]
-    """Causal attention within each packed sequence, with grouped KV heads.
+    """Rotation, and causal attention within each packed sequence, with grouped KV heads.
 
     The constructor is that of Transformer Engine's module. Context ranks split each sequence as batch.shard
     does: every rank gathers all keys and values and attends from its own tokens; the gradients of keys and
@@ -62,8 +62,9 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         self.context = pg_collection.cp
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
-                packed_seq_params: PackedSeqParams, **_: Any) -> Tensor:  # fmt: skip
-        """query [T, h, d], key and value [T, g, d] → [T, h·d]."""
+                packed_seq_params: Pack, **_: Any) -> Tensor:  # fmt: skip
+        """query [T, h, d], key and value [T, g, d] → [T, h·d]. Queries and keys are rotated first."""
+        query, key = rotate(query, packed_seq_params), rotate(key, packed_seq_params)
         queries = keys = cu = packed_seq_params.cu_seqlens_q
         if self.context.size() > 1:
             # [context·T, 2g, d]
@@ -103,13 +104,13 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
 
     def _padded(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Attend in batches of sequences of like length, padded at the end, where causality hides it."""
-        parts, batches = [], padded_batches(tuple(cu_seqlens.tolist()), query.device)
-        for indices, is_real in batches:
-            q, k, v = (x[indices].transpose(1, 2) for x in (query, key, value))  # [S, h or g, longest, d]
-            parts.append(self._causal(q, k, v).transpose(1, 2)[is_real])
-        # position of each computed row in the pack
-        order = torch.cat([indices[is_real] for indices, is_real in batches])
-        return torch.cat(parts)[order.argsort()]
+        parts, (batches, places) = [], padded_batches(tuple(cu_seqlens.tolist()), query.device)
+        for indices in batches:
+            # index_select copies whole rows, in a fifth of the time that x[indices] takes
+            rows = (x.index_select(0, indices.flatten()) for x in (query, key, value))
+            q, k, v = (x.unflatten(0, indices.shape).transpose(1, 2) for x in rows)  # [S, h or g, longest, d]
+            parts.append(self._causal(q, k, v).transpose(1, 2).flatten(0, 1))
+        return torch.cat(parts).index_select(0, places)
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [S, h, n, d], key and value [S, g, n, d] → [S, h, n, d]."""
@@ -148,11 +149,11 @@ def key_runs(cu_seqlens: Tensor, num_tokens: int, rank: int, context: int) -> Ru
 
 
 @functools.lru_cache(maxsize=16)
-def padded_batches(cu_seqlens: tuple[int, ...], device: torch.device) -> list[tuple[Tensor, Tensor]]:
+def padded_batches(cu_seqlens: tuple[int, ...], device: torch.device) -> tuple[list[Tensor], Tensor]:
     """Batch packed sequences of like length, each batch padded by at most MAX_PADDING of it.
 
-    Returns per batch: indices in the pack, int64 [S, longest], where padding repeats a sequence's last; and
-    True where they are no padding, bool [S, longest].
+    Returns per batch indices in the pack, int64 [S, longest], where padding repeats a sequence's last; and
+    each of the pack's tokens' place among all batches' rows laid one after another, int64 [T].
     """
     starts, lengths = np.array(cu_seqlens[:-1]), np.diff(cu_seqlens)
     batches: list[list[int]] = []
@@ -162,13 +163,15 @@ def padded_batches(cu_seqlens: tuple[int, ...], device: torch.device) -> list[tu
             batches[-1] = joined
         else:
             batches.append([i])
-    padded = []
+    padded, places, offset = [], np.zeros(cu_seqlens[-1], np.int64), 0
     for batch in batches:
         steps = np.arange(lengths[batch[0]])
         indices = starts[batch, None] + np.minimum(steps, lengths[batch, None] - 1)
         is_real = steps < lengths[batch, None]
-        padded.append((torch.from_numpy(indices).to(device), torch.from_numpy(is_real).to(device)))
-    return padded
+        places[indices[is_real]] = offset + np.flatnonzero(is_real)
+        offset += indices.size
+        padded.append(torch.from_numpy(indices).to(device))
+    return padded, torch.from_numpy(places).to(device)
 
 
 def layer_spec(

@@ -211,7 +211,6 @@ def _build_chunk(shape: ModelShape, config: TransformerConfig, chunk: int | None
             parameter.allreduce = False
     # Megatron computes one kind of llama3's only, and another softmax for yarn's
     model.rotary_pos_emb.inv_freq = inverse_frequencies(shape)
-    if not config.apply_rope_fusion:
-        ranks = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
-        model.rotary_pos_emb = PackedRotary(inverse_frequencies(shape), *ranks)
+    if not has_transformer_engine():
+        model.rotary_pos_emb = PackedRotary(inverse_frequencies(shape), config.params_dtype)
     return model

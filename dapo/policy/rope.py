@@ -1,13 +1,12 @@
-"""The rotary embedding: frequencies, the angles of a pack's tokens, and what stretching does to attention.
+"""The rotary embedding: frequencies, the rotation of a pack's tokens, and what stretching does to attention.
 
-d = head size, T = packed tokens of a context rank.
+d = head size, h = heads, T = packed tokens of a context rank.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -22,46 +21,47 @@ class Pack(PackedSeqParams):  # type: ignore[misc]
     """Megatron's description of a pack, with the position of each token in its own sequence."""
 
     positions: Tensor | None = None  # int64 [T]
+    turns: tuple[Tensor, Tensor] | None = None  # each token's, [T, 1, d]: see `rotate`
 
 
-def describe_pack(cu_seqlens: Tensor, longest: int, positions: Tensor, context: int, is_fused: bool) -> Pack:
-    """Describe a pack of sequences, cu_seqlens int32 [S + 1] over all context ranks.
-
-    Without the fused kernel Megatron rotates sequence after sequence, in Python: PackedRotary gives every
-    token its angles, so for that the pack is one sequence. It is counted on the host, where nothing waits.
-    """
-    lengths: dict[str, Any] = dict(max_seqlen_q=longest, max_seqlen_kv=longest)
-    if not is_fused:
-        whole = torch.tensor([0, len(positions) * context], dtype=torch.int32)
-        lengths |= dict(cu_seqlens_q_padded=whole, cu_seqlens_kv_padded=whole)
-    return Pack("thd", cu_seqlens, cu_seqlens, **lengths, positions=positions)
+def describe_pack(cu_seqlens: Tensor, longest: int, positions: Tensor) -> Pack:
+    """Describe a pack of sequences, cu_seqlens int32 [S + 1] over all context ranks."""
+    return Pack(
+        "thd", cu_seqlens, cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest, positions=positions
+    )
 
 
 class PackedRotary(torch.nn.Module):
-    """Stands in for Megatron's rotary embedding, and gives each token of a pack its angles."""
+    """Stands in for Megatron's rotary embedding, and gives a pack its turns: PackedAttention rotates at once
+    what Megatron would rotate sequence after sequence, in Python.
+    """
 
-    def __init__(self, frequencies: Tensor, rank: int, context: int):
-        """`frequencies`: inverse_frequencies; `rank` of `context` ranks."""
+    def __init__(self, frequencies: Tensor, dtype: torch.dtype):
+        """`frequencies`: inverse_frequencies; `dtype`: of queries and keys."""
         super().__init__()
-        self.frequencies, self.rank, self.context = frequencies, rank, context
+        self.frequencies, self.dtype = frequencies, dtype
 
-    def get_rotary_seq_len(self, inference: Any, decoder: Any, hidden: Any, config: Any, pack: Pack) -> Any:
-        """Return what Megatron hands to `forward`: the positions, int64 [T], in place of a length."""
-        return pack.positions
+    def get_rotary_seq_len(
+        self, inference: object, decoder: object, hidden: object, config: object, pack: Pack
+    ) -> Pack:
+        """Return what Megatron hands to `forward`: the pack, in place of a length."""
+        return pack
 
-    def forward(self, positions: Tensor, packed_seq: bool, cp_group: Any) -> Tensor:
-        """Return angles, float32 [context · T, 1, 1, d].
+    def forward(self, pack: Pack, packed_seq: bool, cp_group: object) -> None:
+        """Set pack.turns. Return nothing for Megatron to rotate by."""
+        assert pack.positions is not None
+        self.frequencies = self.frequencies.to(pack.positions.device)
+        angles = torch.outer(pack.positions.float(), self.frequencies)  # [T, d/2]
+        cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        pack.turns = torch.cat((cos, cos), dim=1)[:, None], torch.cat((-sin, sin), dim=1)[:, None]
 
-        Megatron takes this rank's two halves out of them, as of one sequence; the rest is not read.
-        """
-        self.frequencies = self.frequencies.to(positions.device)
-        angles = torch.outer(positions.float(), self.frequencies).repeat(1, 2)[:, None, None]
-        if self.context == 1:
-            return angles
-        first, second = angles.chunk(2)
-        parts = [torch.zeros_like(first)] * (2 * self.context)
-        parts[self.rank], parts[-1 - self.rank] = first, second
-        return torch.cat(parts)
+
+def rotate(x: Tensor, pack: Pack) -> Tensor:
+    """Rotate each token's heads by its angles: x [T, h, d], in which pair i is (x[…, i], x[…, i + d/2])."""
+    assert pack.turns is not None
+    cos, sin = pack.turns
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((second, first), dim=-1) * sin
 
 
 def inverse_frequencies(shape: ModelShape) -> Tensor:

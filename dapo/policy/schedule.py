@@ -40,8 +40,7 @@ def hidden_states(
     model: torch.nn.Module, config: TransformerConfig, microbatch: Microbatch[Tensor]
 ) -> Tensor:
     """Run a stage's model over a microbatch: [T, 1, H]."""
-    of_pack = microbatch.cu_seqlens, microbatch.longest, microbatch.positions
-    packed = describe_pack(*of_pack, config.context_parallel_size, config.apply_rope_fusion)
+    packed = describe_pack(microbatch.cu_seqlens, microbatch.longest, microbatch.positions)
     # Megatron's 16-bit wrapper would widen the hidden states
     keep_dtype = {"fp32_output": False} if config.bf16 else {}
     tokens, positions = microbatch.tokens[None], microbatch.positions[None]

@@ -28,7 +28,7 @@ def without_signals(path: str, *arguments: Any) -> None:
 
     They reach the process that started it too, which decides. Imported late: an import takes a while.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     module, _, name = path.partition(":")
     getattr(importlib.import_module(module), name)(*arguments)

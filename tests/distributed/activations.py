@@ -177,8 +177,16 @@ def kept(policy: Policy, rank: Rank, microbatch: Microbatch) -> int:
             len(microbatch.tokens), 1, SHAPE["hidden_size"], dtype=dtype, requires_grad=True
         )
         policy.chunks[0].set_input_tensor(keep(received))
+
+    def keep_turns(rotary: torch.nn.Module, given: Any, result: None) -> None:
+        """They live with the pack, of which recomputed layers read them again."""
+        for turn in given[0].turns:
+            keep(turn)
+
+    hook = policy.chunks[0].rotary_pos_emb.register_forward_hook(keep_turns)
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         keep(hidden_states(policy.models[0], policy.transformer, placed))
+    hook.remove()
     return sum(storage.nbytes() for storage in storages.values())
 
 

@@ -14,7 +14,10 @@ import transformers
 from safetensors.torch import load_file
 
 from dapo.config import ConfigError
+from dapo.engine import one_token
+from dapo.engine.decoding import decode
 from dapo.engine.embedded import EmbeddedEngine
+from dapo.model.shape import ARCHITECTURES
 from dapo.types import Prompt, Request, Sample, Sampling
 
 BASE = Path(__file__).parents[3] / "examples/arithmetic/base"
@@ -145,6 +148,36 @@ def test_layers_that_do_not_see_all_keys_generate_as_the_model_says(tmp_path: Pa
         weights.pop("lm_head.weight", None)
     engine.load_weights(weights.items(), version=7)
     assert_logprobs_are_those_of(model, generate(engine, requests(3, Sampling(1.0, 12, (EOS,)))).values())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_one_token_a_row_is_computed_as_transformers_would_to_the_bit(
+    monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    torch.manual_seed(3)
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True)
+    sizes = SIZES | dict(head_dim=8, sliding_window=None) | (experts if "moe" in architecture else {})
+    shape = transformers.AutoConfig.for_model(architecture, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(shape, attn_implementation="sdpa").eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "norm.weight")):  # else 0 and 1: they would change nothing
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    wanted = requests(3, Sampling(1.0, 12, (EOS,)))
+    prompts, seeds = [r.prompt.tokens for r in wanted], [r.seed for r in wanted]
+    calls: list[int] = []
+    whole = type(model).forward
+
+    def counted(self: Any, tokens: torch.Tensor, **named: Any) -> Any:
+        calls.append(tokens.shape[1])
+        return whole(self, tokens, **named)
+
+    monkeypatch.setattr(one_token, "is_known", lambda model: False)
+    tokens, logprobs = decode(model, prompts, seeds, wanted[0].sampling)
+    monkeypatch.undo()
+    monkeypatch.setattr(model, "forward", counted.__get__(model))
+    found_tokens, found = decode(model, prompts, seeds, wanted[0].sampling)
+    assert len(calls) == 1, "transformers' own forward pass is for the prompts"
+    assert found_tokens.tolist() == tokens.tolist() and found.tobytes() == logprobs.tobytes()
 
 
 def assert_logprobs_are_those_of(model: Any, samples: Iterable[Sample]) -> None:

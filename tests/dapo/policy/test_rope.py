@@ -19,7 +19,7 @@ from dapo.config import ConfigError
 from dapo.learn.batch import shard
 from dapo.model.rope import Yarn
 from dapo.model.shape import read_shape
-from dapo.policy.rope import PackedRotary, describe_pack, inverse_frequencies, softmax_scale
+from dapo.policy.rope import PackedRotary, describe_pack, inverse_frequencies, rotate, softmax_scale
 from tests.dapo.policy.test_layers import microbatch_of
 
 SIZES = {
@@ -168,11 +168,10 @@ def test_a_pack_is_rotated_at_once_as_megatron_rotates_sequence_after_sequence(
         cu, longest = torch.from_numpy(cu_seqlens), int(np.diff(cu_seqlens).max())
         angles = torch.outer(torch.arange(longest).float(), frequencies).repeat(1, 2)[:, None, None]
         expected = apply_rotary_pos_emb(query, angles, config, cu_seqlens=cu, cp_group=group)
-        pack = describe_pack(cu, longest, positions, context, is_fused=False)
-        rotary = PackedRotary(frequencies, rank, context)
-        ours = rotary(rotary.get_rotary_seq_len(None, None, None, None, pack), packed_seq=True, cp_group=None)
-        found = apply_rotary_pos_emb(query, ours, config, cu_seqlens=pack.cu_seqlens_q_padded, cp_group=group)
+        pack = describe_pack(cu, longest, positions)
+        assert (pack.qkv_format, pack.max_seqlen_q) == ("thd", longest) and pack.cu_seqlens_q is cu
+        rotary = PackedRotary(frequencies, dtype)
+        given = rotary.get_rotary_seq_len(None, None, None, None, pack)
+        assert rotary(given, packed_seq=True, cp_group=None) is None, "Megatron has nothing to rotate by"
+        found = rotate(query, pack)
         assert found.dtype == dtype and torch.equal(found, expected)
-        fused = describe_pack(cu, longest, positions, context, is_fused=True)
-        assert fused.cu_seqlens_q_padded is None and fused.cu_seqlens_q is cu
-        assert (fused.qkv_format, fused.max_seqlen_q) == ("thd", longest)

@@ -56,7 +56,7 @@ def test_hidden_states_keep_their_dtype(is_bfloat16: bool) -> None:
 
     cu, positions = torch.tensor([0, 4], dtype=torch.int32), torch.arange(4)
     microbatch: Any = SimpleNamespace(cu_seqlens=cu, longest=4, tokens=positions + 50, positions=positions)
-    config: Any = SimpleNamespace(bf16=is_bfloat16, context_parallel_size=1, apply_rope_fusion=True)
+    config: Any = SimpleNamespace(bf16=is_bfloat16)
     schedule.hidden_states(model, config, microbatch)  # type: ignore[arg-type]
     assert asked["tokens"].tolist() == [[50, 51, 52, 53]] and asked["positions"].tolist() == [[0, 1, 2, 3]]
     assert asked["mask"] is None and asked["packed_seq_params"].max_seqlen_q == 4
