@@ -52,7 +52,7 @@ def renew() -> None:
 
 
 def main(rank: int, launcher: int, mark: str, seconds: float) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGCONT)  # if it is stopped, the rank's end wakes it
     if _is_orphaned(rank, launcher):
