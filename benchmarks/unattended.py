@@ -10,7 +10,6 @@ ended is started again, as schedulers do; if it had the agents' store, all are, 
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -23,7 +22,7 @@ from collections import Counter
 from pathlib import Path
 
 import psutil
-from crash_test import OPTIONS, ROOT, newest, rows
+from crash_test import OPTIONS, ROOT, rows
 from record import heading, save, spread, table
 
 SAVE_EVERY = 3
@@ -178,7 +177,7 @@ def unattended(nodes: int, kills: int, seed: int, directory: Path) -> dict[str, 
     replaced = f"{job.replaced} nodes, {job.requeued} times all"
     return {
         "struck": Counter(struck), "requeued": replaced, "steps": total, "lost": lost, "back": back,
-        "others": others, "ratio": ideal / seconds, "start": _start_seconds(whole), "newest": newest(killed),
+        "others": others, "ratio": ideal / seconds,
     }  # fmt: skip
 
 
@@ -192,12 +191,6 @@ def _wait_for_a_new_step(
             others.append(waited)
         time.sleep(0.05)
     return steps(run)
-
-
-def _start_seconds(run: Path) -> float:
-    """Return the seconds from a run's launch to its first step, by its own record."""
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return float(found[0].get("perf/seconds", found[0].get("time/step", 0.0)))
 
 
 def main(kills: str = "20", seed: str = "0", which: str = "both") -> None:

@@ -30,3 +30,18 @@ def test_a_run_that_is_killed_ten_times_is_the_run_that_nobody_killed(tmp_path: 
     assert any(kill["left"] for kill in kills), "a save was hit in the middle"
     assert any(not kill["left"] for kill in kills), "and what lies between two saves"
     assert found["compared"] >= 10 and found["steps"] > kills[-1]["newest"]
+
+
+def test_a_run_that_loses_a_rank_starts_again_by_itself_and_is_the_run_that_nobody_killed(
+    tmp_path: Path,
+) -> None:
+    """benchmarks/unattended.py in small: `dapo train --restarts`."""
+    call = "import sys, pathlib, unattended; print(unattended.unattended(1, 1, 0, pathlib.Path(sys.argv[1])))"
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", call, str(tmp_path)],
+        cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:]
+    log = (tmp_path / "log").read_text()
+    assert "was ended by SIGKILL" in log and "; starting again in 0 s, 1 of 100" in log
