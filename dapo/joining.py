@@ -49,10 +49,10 @@ def _gather(store: Store, name: str, world: int, deadline: float) -> int:
                 names, number = found, int(store.add("numbers", 1))
                 store.set("members", json.dumps([number, names]))
             missing = [rank for rank in ranks if not store.check([f"answer/{number}/{rank}"])]
-            if not missing:
+            if not missing and names[1:] == [store.get(f"name/{rank}").decode() for rank in ranks]:
                 store.set(f"go/{number}", "")
                 return number
-    raise _absent(missing)
+    raise _absent(f"rank {_first_few(missing)} did")
 
 
 def _follow(store: Store, rank: int, name: str, deadline: float) -> int:
@@ -67,7 +67,7 @@ def _follow(store: Store, rank: int, name: str, deadline: float) -> int:
                 answered = number
             if store.check([f"go/{number}"]):
                 return int(number)
-    raise _absent([0])
+    raise _absent("not all ranks" if store.check(["name/0"]) else "rank 0 did")
 
 
 def _looks(deadline: float) -> Iterator[None]:
@@ -79,7 +79,11 @@ def _looks(deadline: float) -> Iterator[None]:
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
-def _absent(ranks: list[int]) -> ConfigError:
-    named = ", ".join(map(str, ranks[:MOST_NAMED])) + ", …" * (len(ranks) > MOST_NAMED)
+def _first_few(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:MOST_NAMED])) + ", …" * (len(ranks) > MOST_NAMED)
+
+
+def _absent(who: str) -> ConfigError:
     remedy = "start every machine, with the same HEAD, and see that all of them can reach its port"
-    return ConfigError(f"rank {named} did not join within {TIMEOUT:.0f} s: {remedy}")
+    did = f"{who} joined" if who.startswith("not") else f"{who} not join"
+    return ConfigError(f"{did} within {TIMEOUT:.0f} s: {remedy}")

@@ -13,12 +13,11 @@ from dapo.config import ConfigError
 from dapo.engine.embedded import as_stored
 from dapo.model.shape import ModelShape
 from dapo.model.tokenizer import load_tokenizer
-from dapo.policy.chunks import Reader
+from dapo.policy.chunks import MAIN, Reader
 from dapo.policy.weight_files import hf_tensors, open_weights
 from dapo.report import curves
 from dapo.rollout import dump
 
-MAIN = "optimizer.state.param."
 SAMPLED = {  # seeds are made of run.seed, group and index
     "batches: groups, samples, prompts": ("kind", "group", "index", "prompt_index"),
     "draws: tokens, versions, rewards": ("tokens", "versions", "reward", "advantage"),

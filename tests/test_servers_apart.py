@@ -156,7 +156,7 @@ for ((i = 0; i < 100; i++)); do sleep 0.1; [ -e "$LOGS/fails" ] && exit 1; done
 
 
 @pytest.mark.parametrize(
-    ("how", "restarts", "state", "is_queued"),
+    ("how", "failures", "state", "is_queued"),
     [
         ("USR1", "9", "RUNNING", True),  # the time is up: whatever happened before
         ("fails", "2", "RUNNING", True),
@@ -165,16 +165,19 @@ for ((i = 0; i < 100; i++)); do sleep 0.1; [ -e "$LOGS/fails" ] && exit 1; done
     ],
 )
 def test_a_job_whose_time_is_up_or_that_failed_is_queued_again(
-    tmp_path: Path, how: str, restarts: str, state: str, is_queued: bool
+    tmp_path: Path, how: str, failures: str, state: str, is_queued: bool
 ) -> None:
+    for name in ("examples", ".venv"):  # what is written lies beside it
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "slurm-77.failures").write_text("a date\n" * int(failures))
     write_command(tmp_path, "scontrol", """echo "$*" >>"$LOGS/asked"; printf 'n%s\\n' 0 1 2 3""")
     write_command(tmp_path, "squeue", f"echo {state}")
     write_command(tmp_path, "srun", SRUN)
     env = os.environ | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}", "LOGS": str(tmp_path), "SLURM_JOB_NODELIST": "n[0-3]",
-        "SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": restarts,
+        "SLURM_JOB_ID": "77",
     }  # fmt: skip
-    job = subprocess.Popen(["bash", SCRIPTS / "slurm.sbatch"], cwd=ROOT, env=env)
+    job = subprocess.Popen(["bash", SCRIPTS / "slurm.sbatch"], cwd=tmp_path, env=env)
     until((tmp_path / "trains").exists)
     if how == "fails":
         (tmp_path / "fails").touch()

@@ -30,7 +30,7 @@ def launch(argv: list[str], num_ranks: int, restarts: Restarts) -> int:
     signals = _forward_signals()
     while True:
         try:
-            ending = _launch(argv, num_ranks, signals)
+            ending = _launch([*argv, *restarts.overrides()], num_ranks, signals)
         except KeyboardInterrupt:  # no rank was there yet
             ending = Ending("interrupted; not saved", 128 + signals[0])
         if ending is None:

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         print(f"dapo {version()}: {args.config} → {config.run.dir}, {ranks}", flush=True)
         if num_ranks == 1 and not restarts:
             return _run(config, args)
-        return launch.launch(argv, num_ranks, Restarts(config.run.dir, restarts))
+        return launch.launch(argv, num_ranks, Restarts(config.run, restarts))
     except ConfigError as error:
         return _fail(error, last_line.is_first_here())
 

@@ -42,6 +42,8 @@ from dapo.files import ChunkFile, Sum
 from dapo.types import reason
 
 Index = tuple[int, ...]
+STATE = "optimizer.state."  # what begins the names of an optimizer's tensors
+MAIN = STATE + "param."  # of a 16-bit parameter's float32 values
 Ranges = list[tuple[int, int]]
 MOST_THREADS = 4  # of a rank that write or read
 # what zipfile raises where it finds no archive, or a strange one

@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch import Tensor
 
-from dapo.policy.chunks import Reader
+from dapo.policy.chunks import MAIN, STATE, Reader
 
 Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
 
@@ -43,14 +43,11 @@ class OwnState:
             initialize(part)
             for param, start in _ranges(part):
                 state, pieces = _state(part, param), _pieces(locations[param])
-                prefixes = {name: f"optimizer.state.{name}." for name in state}
+                prefixes = {name: f"{STATE}{name}." for name in state}
                 if param.dtype == torch.float32:
-                    if saved and saved.dtype(pieces[0].key) != torch.float32:
-                        state["param"] = state["param"].clone()  # the parameter is read too, rounded
-                    else:
-                        state["param"] = param.detach().view(-1)[start:][: len(state["param"])]
-                        del prefixes["param"]
-                elif saved and prefixes["param"] + pieces[0].key not in saved.sizes:
+                    state["param"] = param.detach().view(-1)[start:][: len(state["param"])]
+                    del prefixes["param"]
+                elif saved and MAIN + pieces[0].key not in saved.sizes:
                     prefixes["param"] = ""  # the parameters are float32 there
                 self._owned.append((part, param, state))
                 instance = part.distributed_optimizer_instance_id

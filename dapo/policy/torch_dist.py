@@ -11,14 +11,16 @@ import pickle
 import re
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -39,7 +41,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from dapo.config import ConfigError
 from dapo.files import ChunkFile, Sum
 from dapo.mesh import FailedElsewhere
-from dapo.policy.chunks import Box, Damaged, Reader, no_use, num_threads, on_cpu
+from dapo.policy.chunks import MAIN, Box, Damaged, Reader, no_use, num_threads, on_cpu
 from dapo.types import reason
 
 ONLY_DATA = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load reads tensors and plain values, whoever calls it
@@ -143,12 +145,11 @@ class _Writer(FileSystemWriterAsync):  # type: ignore[misc]
         threads.shutdown(wait=False)
 
     def detach(self) -> None:
-        for file in self.files:
-            file.detach()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        for file in self.files:
-            file.go_on()
+        with ExitStack() as paused:
+            for file in self.files:
+                paused.enter_context(file.detaching())
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
 
     def is_written(self) -> bool:
         return all(writing.done() for writing in self._writing)
@@ -199,14 +200,13 @@ class _File:
         self.sum = file.tell(), None
         return results
 
-    def detach(self) -> None:
-        """Begin to copy the tensors that are not yet written. `go_on` once the copies are there."""
-        self._lock.acquire()
-        self._todo = deque((item, _in_main_memory(data)) for item, data in self._todo)
-        self._in_hand.wait()
-
-    def go_on(self) -> None:
-        self._lock.release()
+    @contextmanager
+    def detaching(self) -> Iterator[None]:
+        """Begin to copy the tensors that are not yet written. At the block's end the copies must be there."""
+        with self._lock:
+            self._todo = deque((item, _in_main_memory(data)) for item, data in self._todo)
+            self._in_hand.wait()
+            yield
 
     def _take(self) -> tuple[Item, threading.Event] | None:
         with self._lock:
@@ -266,9 +266,16 @@ class _LoadStrategy(TorchDistLoadShardedStrategy):  # type: ignore[misc]
         self.damage: str | None = None
 
     def load(self, sharded_state_dict: Any, checkpoint_dir: Path, async_strategy: str = "mcore") -> Any:
-        boxes = [Box(t.key, t.global_offset, t.data.detach()) for t in nested_values(sharded_state_dict)]
+        found = list(nested_values(sharded_state_dict))
+        boxes = [Box(self._key(t), t.global_offset, t.data.detach()) for t in found]
         try:
             self.reader.fill(boxes)
         except Damaged as error:
             self.damage = str(error)
         return dict_list_map_outplace(lambda tensor: tensor.data, sharded_state_dict)
+
+    def _key(self, tensor: ShardedTensor) -> str:
+        """Return the name that a tensor has there: a float32 parameter's exact values, if it was 16-bit."""
+        key, main = str(tensor.key), MAIN + str(tensor.key)
+        is_rounded = tensor.data.dtype == torch.float32 and main in self.reader.sizes
+        return main if is_rounded and self.reader.dtype(key) != torch.float32 else key
