@@ -11,10 +11,10 @@ from __future__ import annotations
 import functools
 import io
 import itertools
-import mmap
 import os
 import pickle
 import struct
+import threading
 import zipfile
 import zlib
 from collections import Counter
@@ -24,6 +24,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
@@ -161,8 +162,9 @@ class Reader:
                 pieces.setdefault((box.name, tuple(piece.chunk.offsets)), []).append(piece)
         in_order = sorted(pieces.items(), key=lambda item: self._place(*item[0]))
         num_bytes = sum(box.out.nbytes for box in boxes)
+        memory = _Memory()
         with ThreadPoolExecutor(num_threads(num_bytes), thread_name_prefix="checkpoint") as threads:
-            for done in [threads.submit(self._copy, name, parts) for (name, _), parts in in_order]:
+            for done in [threads.submit(self._copy, name, parts, memory) for (name, _), parts in in_order]:
                 done.result()
 
     def damaged_object(self) -> str | None:
@@ -237,25 +239,24 @@ class Reader:
         where = self._metadata.storage_data[MetadataIndex(name, torch.Size(offsets))]
         return where.relative_path, where.offset
 
-    def _copy(self, name: str, pieces: list[_Piece]) -> None:
+    def _copy(self, name: str, pieces: list[_Piece], memory: _Memory) -> None:
         device = pieces[0].out.device
         if device.type == "cuda":  # a new thread would open a context on the first GPU
             torch.cuda.set_device(device)
-        chunk = self._chunk(name, pieces[0].chunk)
+        chunk = self._chunk(name, pieces[0].chunk, memory)
         for piece in pieces:
             piece.out.copy_(chunk[piece.source])
 
-    def _chunk(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
-        """Map a chunk, without a copy. torch.save's archive is not compressed; its CRC-32 is checked."""
+    def _chunk(self, name: str, chunk: ChunkStorageMetadata, memory: _Memory | None = None) -> Tensor:
+        """Read a chunk; in a thread's `memory` it lasts until that thread reads the next one.
+
+        torch.save's archive is not compressed; its CRC-32 is checked.
+        """
         where = self._metadata.storage_data[MetadataIndex(name, chunk.offsets)]
         path = self.directory / where.relative_path
-        start = where.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-        length = where.offset + where.length - start
         try:
-            with open(path, "rb") as file:
-                mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
-                mapped.madvise(mmap.MADV_WILLNEED)
-                archive = _Slice(mapped, where.offset - start, where.length)
+            data = _read(path, where.offset, where.length, memory)
+            archive = _Archive(data)
             with zipfile.ZipFile(archive) as entries:  # type: ignore[arg-type]
                 [entry] = [info for info in entries.infolist() if info.filename.endswith("/data/0")]
                 with entries.open(entry):  # checks the entry's own header
@@ -263,13 +264,36 @@ class Reader:
         except (*UNREADABLE, OSError) as error:
             cause = f"missing, cut short or damaged at {name}: {reason(error)}"
             raise Damaged(f"{path} is not what was written: {cause}") from error
-        begin = archive.start + entry.header_offset + 30
+        begin = entry.header_offset + 30
         begin += sum(struct.unpack("<HH", header[26:30]))  # lengths of the name and of the extra field
-        if zlib.crc32(memoryview(mapped)[begin : begin + entry.file_size]) != entry.CRC:
+        if zlib.crc32(data[begin : begin + entry.file_size]) != entry.CRC:
             raise Damaged(f"{path} is not what was written: the checksum of {name} differs")
         dtype = self.dtype(name)
         count = entry.file_size // dtype.itemsize
-        return torch.frombuffer(mapped, dtype=dtype, count=count, offset=begin).view(*chunk.sizes)
+        return torch.frombuffer(data, dtype=dtype, count=count, offset=begin).view(*chunk.sizes)
+
+
+class _Memory(threading.local):
+    """A thread's memory for chunks, one after another: new memory costs as much as reading."""
+
+    data = np.empty(0, np.uint8)
+
+
+def _read(path: Path, offset: int, length: int, memory: _Memory | None) -> memoryview:
+    """Read a part of a file, into memory of its own or a thread's. Raise OSError or EOFError if that fails:
+    with mapped memory it would end the process.
+    """
+    memory = memory or _Memory()
+    if len(memory.data) < length:
+        memory.data = np.empty(length, np.uint8)
+    data = rest = memory.data[:length].data
+    with open(path, "rb", buffering=0) as file:
+        while rest:
+            count = os.preadv(file.fileno(), [rest], offset + length - len(rest))
+            if not count:
+                raise EOFError(f"it ends {len(rest)} bytes too early")
+            rest = rest[count:]
+    return data
 
 
 class _Piece(NamedTuple):
@@ -295,25 +319,23 @@ def _full_size(box: Box) -> Index:
     return (*[1] * (len(box.offsets) - box.out.dim()), *box.out.shape)
 
 
-class _Slice:
-    """A part of mapped memory, as a file for zipfile."""
+class _Archive:
+    """Memory as a file for zipfile, which copies what it reads and no more."""
 
-    def __init__(self, mapped: mmap.mmap, start: int, length: int):
-        self.mapped = mapped
-        self.start = start
-        self.length = length
+    def __init__(self, data: memoryview):
+        self.data = data
         self.offset = 0
 
     def bytes_at(self, offset: int, size: int) -> bytes:
-        return self.mapped[self.start + offset : self.start + min(offset + size, self.length)]
+        return bytes(self.data[offset : offset + size])
 
     def read(self, size: int = -1) -> bytes:
-        data = self.bytes_at(self.offset, self.length if size < 0 else size)
-        self.offset += len(data)
-        return data
+        found = self.bytes_at(self.offset, len(self.data) if size < 0 else size)
+        self.offset += len(found)
+        return found
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        self.offset = offset + (0, self.offset, self.length)[whence]
+        self.offset = offset + (0, self.offset, len(self.data))[whence]
         return self.offset
 
     def tell(self) -> int:
