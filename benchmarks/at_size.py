@@ -4,6 +4,7 @@
 that: what grows faster than the tokens shows in the exponents.
 
 python benchmarks/at_size.py [fraction …]
+python benchmarks/at_size.py intake [responses]: how fast the intake process takes in answers of that length
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from record import heading, save, table
+import rollout_client as client
+from record import heading, save, spread, table
 
 from dapo import config
 from dapo.config import Parallel
@@ -36,6 +39,7 @@ from dapo.types import Group, Prompt, Sample
 GROUPS, GROUP_SIZE, PROMPT, LONGEST = 512, 16, 256, 20_480
 TOKENS = 71_600_000  # of the whole step, prompts included
 DATA, TENSOR = 16, 8
+CONCURRENT, RUNS = 300, 3  # requests outstanding, and repetitions, of the intake
 # the main rank's own two ranks of its tree, and one rank of every other share
 RECEIVERS = 2 + DATA - 1
 
@@ -285,5 +289,72 @@ the bins that their tokens need. So it is measured once more with budgets of whi
     save("at_size.md", text)
 
 
+def take_in(port: int, num_responses: int, is_busy: bool) -> client.Seconds:
+    """Return the seconds for as many responses of LONGEST tokens, while CONCURRENT are outstanding.
+
+    The intake process has core 0. This process, whose main thread counts if it `is_busy`, and the server
+    share core 1; the server has precedence, as if it were elsewhere.
+    """
+    engine = client.make_engine([port], CONCURRENT)
+    os.sched_setaffinity(client.intake_of(engine), {0})
+    stream = engine.stream()
+    times: list[client.Seconds] = []
+
+    def take() -> None:
+        for number, sample in enumerate(stream.completed()):
+            assert sample.length == LONGEST
+            if number in (CONCURRENT, CONCURRENT + num_responses):  # while as many are outstanding
+                times.append(client.seconds(engine))
+
+    taking = threading.Thread(target=take)
+    stream.submit(client.make_request(i, LONGEST) for i in range(num_responses + 2 * CONCURRENT))
+    taking.start()
+    counted = 0
+    while is_busy and taking.is_alive():
+        for _ in range(1000):
+            counted += 1
+    taking.join()
+    engine.close()
+    return times[1] - times[0]
+
+
+def intake(num_responses: int) -> None:
+    os.sched_setaffinity(0, {1})
+    _pipes, [port] = client.start_servers(1, LONGEST)
+    forkserver.ensure_running()  # the intake process is as nice as this one is now
+    os.nice(10)
+    take_in(port, CONCURRENT, False)  # warm
+    found: dict[bool, list[client.Seconds]] = {False: [], True: []}
+    for _ in range(RUNS):
+        for is_busy, runs in found.items():
+            runs.append(take_in(port, num_responses, is_busy))
+    millions = num_responses * LONGEST / 1e6
+    rows = [
+        [
+            "busy in Python" if is_busy else "idle",
+            spread([millions / run.wall for run in runs], 2),
+            spread([millions / run.intake for run in runs], 2),
+            spread([100 * run.intake / run.wall for run in runs], 0),
+            "" if is_busy else spread([1000 * run.trainer / num_responses for run in runs], 2),
+        ]
+        for is_busy, runs in found.items()
+    ]
+    num_bytes = len(client.make_answer(0, LONGEST)) / LONGEST
+    text = heading("The intake process at the paper's size")
+    text += f"""
+{num_responses} answers of {LONGEST} tokens, {num_bytes:.0f} bytes a token,
+{CONCURRENT} outstanding, from one server process that sends answers made beforehand. The intake process is
+pinned to one core. The trainer, its main thread idle or counting in Python, has the other one, together with
+the server, which has precedence. Median (range) of {RUNS}, in turns.
+
+"""
+    columns = ["the trainer's main thread", "million tokens/s", "million tokens per CPU second of the intake",
+               "the intake's share of its core, %", "the trainer's CPU ms per answer"]  # fmt: skip
+    save("at_size_intake.md", text + table(columns, rows))
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["intake"]:
+        intake(*map(int, sys.argv[2:] or [600]))
+        sys.exit()
     main([float(argument) for argument in sys.argv[1:]] or [1 / 8, 1 / 2, 1.0])

@@ -1,5 +1,5 @@
-"""How many tokens one trainer process takes in per second of its CPU time, through the engine of SGLang
-servers.
+"""How many tokens the engine of SGLang servers takes in per second of CPU time: of the trainer, and of the
+intake process.
 
 Servers are processes of their own that send answers made beforehand. 1,000 requests are outstanding at a
 time, responses have 4,096 tokens.
@@ -19,18 +19,19 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, ClassVar
+from typing import ClassVar
 from unittest.mock import patch
 
 import numpy as np
 import orjson
+import psutil
 from record import heading, save, spread, table
 
 from dapo import http
 from dapo.config import Limits
-from dapo.engine import generate
+from dapo.engine import generate, intake
 from dapo.engine.control import Server
 from dapo.engine.sglang import SGLangEngine
 from dapo.types import Prompt, Request, Sample, Sampling
@@ -39,33 +40,34 @@ TOKENS, CONCURRENT, SERVERS, RUNS = 4096, 1000, 2, 3
 VOCABULARY, STOP = 151_936, 151_643
 PROMPT = Prompt(0, np.arange(200, dtype=np.int32), "")
 RID = b"0123abcd-0.0-0;"  # a server puts the request's in its place
-REQUEST = Request(0, 0, PROMPT, 0, Sampling(1.0, TOKENS, (STOP,)))
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 
 
-def make_answer(seed: int) -> bytes:
+def make_request(index: int, tokens: int) -> Request:
+    return Request(index // 16, index % 16, PROMPT, index, Sampling(1.0, tokens, (STOP,)))
+
+
+def make_answer(seed: int, tokens: int = TOKENS) -> bytes:
     """As SGLang 0.5.23 answers: float32 log-probs written as doubles, ids of a vocabulary of 152 k, the text
     of the response.
     """
     rng = np.random.default_rng(seed)
-    ids = rng.integers(0, STOP, TOKENS).tolist()
-    logprobs = (-rng.exponential(0.5, TOKENS)).astype(np.float32).tolist()
+    ids = rng.integers(0, STOP, tokens).tolist()
+    logprobs = (-rng.exponential(0.5, tokens)).astype(np.float32).tolist()
     meta = {
         "id": RID.decode(),
-        "finish_reason": {"type": "length", "length": TOKENS},
+        "finish_reason": {"type": "length", "length": tokens},
         "prompt_tokens": 200,
         "weight_version": "1",
         "num_retractions": 0,
         "input_token_logprobs": [],
         "output_token_logprobs": [[logprob, id, None] for logprob, id in zip(logprobs, ids, strict=True)],
-        "completion_tokens": TOKENS,
+        "completion_tokens": tokens,
         "cached_tokens": 0,
-        "weight_versions": [{"version": "1", "start": 0, "end": TOKENS}],
+        "weight_versions": [{"version": "1", "start": 0, "end": tokens}],
         "e2e_latency": 60.5,
     }
-    return orjson.dumps({"text": "word " * TOKENS, "output_ids": ids, "meta_info": meta})
-
-
-HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    return orjson.dumps({"meta_info": meta, "output_ids": ids, "text": "word " * tokens})
 
 
 class Answering(asyncio.Protocol):
@@ -73,7 +75,7 @@ class Answering(asyncio.Protocol):
     later.
     """
 
-    answers: ClassVar[list[bytes]] = []
+    answers: ClassVar[list[tuple[bytes, memoryview]]] = []  # before and behind the request's id
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport, self.received = transport, b""
@@ -83,14 +85,18 @@ class Answering(asyncio.Protocol):
         head, separator, rest = self.received.partition(b"\r\n\r\n")
         if separator and len(rest) >= _content_length(head):
             self.received = b""
+            if head.startswith(b"GET"):  # a look at its health
+                self.transport.write(HEAD % 0)  # type: ignore[attr-defined]
+                return
             rid = orjson.loads(rest)["rid"].encode()
             asyncio.get_running_loop().call_later(random.uniform(0.5, 1.5), self._answer, rid)
 
     def _answer(self, rid: bytes) -> None:
         if not self.transport.is_closing():
-            body = random.choice(self.answers).replace(RID, rid, 1)
-            self.transport.write(HEAD % len(body))  # type: ignore[attr-defined]
-            self.transport.write(body)  # type: ignore[attr-defined]
+            before, after = random.choice(self.answers)
+            head = HEAD % (len(before) + len(rid) + len(after))
+            self.transport.write(head + before + rid)  # type: ignore[attr-defined]
+            self.transport.write(after)  # type: ignore[attr-defined]
 
 
 def _content_length(head: bytes) -> int:
@@ -100,9 +106,11 @@ def _content_length(head: bytes) -> int:
     return 0
 
 
-def serve(pipe: Connection) -> None:
+def serve(pipe: Connection, tokens: int) -> None:
     """A process: sends its port, ends when the pipe is closed."""
-    Answering.answers = [make_answer(seed) for seed in range(16)]
+    for answer in [make_answer(seed, tokens) for seed in range(16)]:
+        start = answer.index(RID)
+        Answering.answers.append((answer[:start], memoryview(answer)[start + len(RID) :]))
 
     async def run() -> None:
         server = await asyncio.get_running_loop().create_server(Answering, "127.0.0.1", 0, backlog=2048)
@@ -121,8 +129,20 @@ def _until_closed(pipe: Connection) -> None:
         return
 
 
+def start_servers(count: int, tokens: int) -> tuple[list[Connection], list[int]]:
+    """Return pipes, which end servers when they are closed, and ports."""
+    context = multiprocessing.get_context("spawn")
+    pipes, ports = [], []
+    for _ in range(count):
+        ours, theirs = context.Pipe()
+        context.Process(target=serve, args=(theirs, tokens), daemon=True).start()
+        pipes.append(ours)
+        ports.append(ours.recv())
+    return pipes, ports
+
+
 def read_answer(answer: bytes) -> Sample:
-    return generate.read(answer, REQUEST, RID.decode(), VOCABULARY)
+    return generate.read(answer, generate.asked(make_request(0, TOKENS), RID.decode()), VOCABULARY)
 
 
 class Bare:
@@ -153,29 +173,58 @@ class Bare:
     def close(self) -> None: ...
 
 
-def through_engine(ports: list[int], num_responses: int) -> tuple[float, float]:
-    """Return CPU and wall seconds of the engine, from `submit` to the last sample."""
+@dataclass(frozen=True)
+class Seconds:
+    """CPU seconds of this process and of the intake process, and wall seconds; at a time, or in between."""
+
+    trainer: float
+    intake: float
+    wall: float
+
+    def __sub__(self, other: Seconds) -> Seconds:
+        return Seconds(self.trainer - other.trainer, self.intake - other.intake, self.wall - other.wall)
+
+
+def make_engine(ports: list[int], concurrent: int) -> SGLangEngine:
     servers = Bare(ports)
-    engine = SGLangEngine(servers, servers, CONCURRENT // len(ports), Limits(300.0), VOCABULARY)
+    engine = SGLangEngine(servers, servers, concurrent // len(ports), Limits(300.0), VOCABULARY)
     engine.load_weights([], 1)
+    return engine
+
+
+def intake_of(engine: SGLangEngine) -> int:
+    """Return the id of the intake process."""
+    process = engine.client.intake.process
+    assert process and process.process.pid
+    return process.process.pid
+
+
+def seconds(engine: SGLangEngine) -> Seconds:
+    times = psutil.Process(intake_of(engine)).cpu_times()
+    return Seconds(time.process_time(), times.user + times.system, time.perf_counter())
+
+
+def through_engine(ports: list[int], num_responses: int) -> Seconds:
+    """Return the seconds of the engine from `submit` to the last sample."""
+    engine = make_engine(ports, CONCURRENT)
     stream = engine.stream()
-    wanted = [replace(REQUEST, group=i // 16, index=i % 16, seed=i) for i in range(num_responses)]
-    cpu, wall = time.process_time(), time.perf_counter()
+    wanted = [make_request(i, TOKENS) for i in range(num_responses)]
+    before = seconds(engine)
     stream.submit(wanted)
     num_tokens = sum(sample.length for sample in stream.completed())
-    taken = time.process_time() - cpu, time.perf_counter() - wall
+    taken = seconds(engine) - before
     assert num_tokens == num_responses * TOKENS
     engine.close()
     return taken
 
 
-def parsing_alone(num_responses: int, make: Callable[[bytes], object]) -> tuple[float, float]:
-    """Return CPU and wall seconds of `make` on as many answers, without HTTP."""
+def parsing_alone(num_responses: int, make: Callable[[bytes], object]) -> float:
+    """Return CPU seconds of `make` on as many answers, without HTTP."""
     answers = [make_answer(seed) for seed in range(16)]
-    cpu, wall = time.process_time(), time.perf_counter()
+    cpu = time.process_time()
     for i in range(num_responses):
         make(answers[i % 16])
-    return time.process_time() - cpu, time.perf_counter() - wall
+    return time.process_time() - cpu
 
 
 def orjson_and_numpy(answer: bytes) -> tuple[np.ndarray, np.ndarray]:
@@ -184,67 +233,59 @@ def orjson_and_numpy(answer: bytes) -> tuple[np.ndarray, np.ndarray]:
     return np.array([e[0] for e in entries], np.float32), np.array([e[1] for e in entries], np.int32)
 
 
-async def read_in_chunks(response: Any) -> bytes:
-    """Read the body piece by piece, as it arrives: in place of http._read."""
-    return b"".join([chunk async for chunk in response.content.iter_any()])
-
-
 def main(num_responses: int, profiled: bool) -> None:
-    context = multiprocessing.get_context("spawn")
-    pipes, ports = [], []
-    for _ in range(SERVERS):
-        ours, theirs = context.Pipe()
-        context.Process(target=serve, args=(theirs,), daemon=True).start()
-        pipes.append(ours)
-        ports.append(ours.recv())
+    _pipes, ports = start_servers(SERVERS, TOKENS)
     if profiled:
-        return profile_loop(ports, num_responses)
+        return profile_intake(ports, num_responses)
     through_engine(ports, CONCURRENT)  # warm
-    engine, unpaused, chunks, reading, least = [], [], [], [], []
+    engine, reading, unpaused, least = [], [], [], []
     for _ in range(RUNS):
         engine.append(through_engine(ports, num_responses))
-        with patch.object(generate, "_collector_paused", nullcontext):
-            unpaused.append(through_engine(ports, num_responses))
-        with patch.object(http, "_read", read_in_chunks):
-            chunks.append(through_engine(ports, num_responses))
         reading.append(parsing_alone(num_responses, read_answer))
+        with patch.object(generate, "_collector_paused", nullcontext):
+            unpaused.append(parsing_alone(num_responses, read_answer))
         least.append(parsing_alone(num_responses, orjson_and_numpy))
     rows = [
-        ["the engine: HTTP, checks, samples", engine],
-        ["the same, Python's garbage collector not paused while an answer is parsed", unpaused],
-        ["the same, bodies taken piece by piece (`iter_any`), not at once (`read`)", chunks],
+        ["the engine, the intake process: HTTP, checks", [run.intake for run in engine]],
+        ["the engine, the trainer's process: requests, samples", [run.trainer for run in engine]],
         ["`generate.read` alone, without HTTP", reading],
+        ["the same, Python's garbage collector not paused while an answer is parsed", unpaused],
         ["orjson and numpy alone, nothing checked, collector not paused", least],
     ]
     text = heading("Taking in responses from SGLang servers")
     size = f"{len(make_answer(0)) / 1024:.0f} KiB"
     text += (
         f"\n{num_responses} responses of {TOKENS} tokens with log-probs ({size} each), {CONCURRENT} requests "
-        f"outstanding, {SERVERS} server processes on the same machine, which answer in 0.5 to 1.5 s. "
-        f"CPU time of the trainer's process, all its threads; median (range) of {RUNS}, in turns.\n\n"
+        f"outstanding, {SERVERS} server processes on the same machine, which answer in 0.5 to 1.5 s: "
+        f"{spread([run.wall for run in engine], 1)} s. CPU time of a process, all its threads; median "
+        f"(range) of {RUNS}, in turns.\n\n"
     )
     millions = num_responses * TOKENS / 1e6
-    columns = ["", "million tokens per CPU second", "wall seconds"]
     text += table(
-        columns,
-        [
-            [name, spread([millions / cpu for cpu, _ in runs], 2), spread([wall for _, wall in runs], 1)]
-            for name, runs in rows
-        ],
+        ["", "million tokens per CPU second"],
+        [[name, spread([millions / cpu for cpu in runs], 2)] for name, runs in rows],
     )
     save("rollout_client.md", text)
 
 
-def profile_loop(ports: list[int], num_responses: int) -> None:
-    """Print where the loop's thread spends its time."""
+def profile_intake(ports: list[int], num_responses: int) -> None:
+    """Print where the time of the intake process goes, by doing its work in this one."""
     profile = cProfile.Profile()
 
-    async def switch(turn: Callable[[], None]) -> None:
-        turn()
+    async def ask(index: int, slots: asyncio.Semaphore) -> None:
+        request, rid = make_request(index, TOKENS), f"0123abcd-{index};"
+        async with slots:
+            url = f"http://127.0.0.1:{ports[index % len(ports)]}"
+            body, asked = generate.body(request, rid), generate.asked(request, rid)
+            await intake.fetch(intake.Ask(index, url, body, None, asked), VOCABULARY)
 
-    http.wait(switch(profile.enable))
-    print(through_engine(ports, num_responses))
-    http.wait(switch(profile.disable))
+    async def ask_all() -> None:
+        slots = asyncio.Semaphore(CONCURRENT)
+        profile.enable()
+        await asyncio.gather(*(ask(index, slots) for index in range(num_responses)))
+        profile.disable()
+
+    http.wait(ask_all())
     pstats.Stats(profile).sort_stats("tottime").print_stats(25)
 
 

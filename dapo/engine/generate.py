@@ -114,10 +114,11 @@ def read(answer: bytes, asked: Asked, vocab_size: int) -> Sample:
             # [(log-prob, id, None)], of log_softmax(logits / temperature), before top_p
             entries = meta.pop("output_token_logprobs")
             logprobs = np.array(_of_types([entry[0] for entry in entries], float, int, NoneType), np.float64)
-            tokens = np.array(_of_types([entry[1] for entry in entries], int), np.int64)
+            ids = _of_types([entry[1] for entry in entries], int)
             del entries
-        output_ids = np.array(_of_types(parsed["output_ids"], int), np.int64)
-        versions = _versions(meta, len(tokens))
+        output_ids = _of_types(parsed["output_ids"], int)
+        tokens = np.array(output_ids, np.int64)
+        versions = _versions(meta, len(ids))
         matched = meta["finish_reason"].get("matched")
         answered, num_prompt_tokens = meta["id"], meta["prompt_tokens"]
     except (ValueError, TypeError, KeyError, IndexError, OverflowError, AttributeError) as error:
@@ -129,9 +130,9 @@ def read(answer: bytes, asked: Asked, vocab_size: int) -> Sample:
         raise BadAnswer(f"the answer to a prompt of {str(num_prompt_tokens)[:20]} tokens, {expected}")
     if not 0 < len(output_ids) <= asked.max_tokens:
         raise BadAnswer(f"{len(output_ids)} tokens, expected 1 to {asked.max_tokens}")
-    if len(tokens) != len(output_ids):
-        raise BadAnswer(f"{len(tokens)} log-probs for {len(output_ids)} tokens")
-    if (tokens != output_ids).any():
+    if len(ids) != len(output_ids):
+        raise BadAnswer(f"{len(ids)} log-probs for {len(output_ids)} tokens")
+    if ids != output_ids:
         raise BadAnswer("log-probs of other tokens than output_ids")
     if tokens.min() < 0 or tokens.max() >= vocab_size:
         wrong = tokens[(tokens < 0) | (tokens >= vocab_size)][0]
