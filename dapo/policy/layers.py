@@ -27,7 +27,8 @@ from torch import Tensor
 from dapo.policy.cpu import has_transformer_engine
 from dapo.policy.rope import Pack, rotate
 
-MAX_PADDING = 0.25  # fraction of a padded batch of sequences
+MAX_PADDING = 0.25  # fraction of a batch of sequences that are padded to the longest
+KEYS_AT_ONCE = 16  # of torch's attention on a CPU; the rest it takes one by one: 8 take longer than 16
 
 
 class RMSNorm(torch.nn.Module):
@@ -150,7 +151,8 @@ def key_runs(cu_seqlens: Tensor, num_tokens: int, rank: int, context: int) -> Ru
 
 @functools.lru_cache(maxsize=16)
 def padded_batches(cu_seqlens: tuple[int, ...], device: torch.device) -> tuple[list[Tensor], Tensor]:
-    """Batch packed sequences of like length, each batch padded by at most MAX_PADDING of it.
+    """Batch packed sequences of like length, each batch padded by at most MAX_PADDING of it, and then to a
+    multiple of KEYS_AT_ONCE that is near.
 
     Returns per batch indices in the pack, int64 [S, longest], where padding repeats a sequence's last; and
     each of the pack's tokens' place among all batches' rows laid one after another, int64 [T].
@@ -165,7 +167,9 @@ def padded_batches(cu_seqlens: tuple[int, ...], device: torch.device) -> tuple[l
             batches.append([i])
     padded, places, offset = [], np.zeros(cu_seqlens[-1], np.int64), 0
     for batch in batches:
-        steps = np.arange(lengths[batch[0]])
+        longest = int(lengths[batch[0]])
+        left_over = longest % KEYS_AT_ONCE
+        steps = np.arange(longest - left_over + KEYS_AT_ONCE if 2 * left_over >= KEYS_AT_ONCE else longest)
         indices = starts[batch, None] + np.minimum(steps, lengths[batch, None] - 1)
         is_real = steps < lengths[batch, None]
         places[indices[is_real]] = offset + np.flatnonzero(is_real)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dapo.learn.batch import Microbatch, shard
-from dapo.policy.layers import MAX_PADDING, PackedAttention, RMSNorm, key_runs, padded_batches
+from dapo.policy.layers import KEYS_AT_ONCE, MAX_PADDING, PackedAttention, RMSNorm, key_runs, padded_batches
 from dapo.policy.rope import PackedRotary, describe_pack, rotate
 from dapo.types import token_fields
 from tests.conftest import attend
@@ -75,7 +75,13 @@ def test_padded_batches_hold_every_place_once_with_little_padding(lengths: list[
     first = {token: place for place, token in reversed(list(enumerate(laid)))}  # the others are padding
     assert [first.pop(token) for token in range(sum(lengths))] == places.tolist() and not first
     for indices in batches:
-        assert 1 - len(indices.unique()) / indices.numel() <= MAX_PADDING
+        counts = [len(row.unique()) for row in indices]
+        assert 1 - sum(counts) / (len(counts) * max(counts)) <= MAX_PADDING
+        num_columns = indices.shape[1]
+        if num_columns > max(counts):
+            assert num_columns % KEYS_AT_ONCE == 0 and 2 * (num_columns - max(counts)) <= KEYS_AT_ONCE
+        else:
+            assert 2 * (num_columns % KEYS_AT_ONCE) < KEYS_AT_ONCE
 
 
 def test_norm_equals_hugging_face() -> None:
