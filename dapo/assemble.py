@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from dapo.engine.embedded import EmbeddedEngine
 from dapo.engine.fleet import make_servers
 from dapo.engine.sglang import SGLangEngine
 from dapo.engine.weight_sync import make_sync
+from dapo.files import run_directory
+from dapo.log import check_installed, warn
 from dapo.mesh import Mesh, set_gpu_environment
-from dapo.model.files import stored_weights
-from dapo.model.layout import check_length
-from dapo.model.shape import read_config, read_shape
+from dapo.model.files import fingerprints, stored_weights
+from dapo.model.layout import check_layout, check_length
+from dapo.model.shape import ModelShape, read_config, read_shape
 from dapo.model.tokenizer import check_vocabulary, decoder_json, differences, load_tokenizer, stop_ids
 from dapo.plan import semantics
 from dapo.policy.weight_files import hf_tensors, open_weights
@@ -34,6 +37,31 @@ from dapo.rollout.render import NONE
 from dapo.rollout.rollouts import Rollouts, read_state
 from dapo.sampler import Sampler, with_retries
 from dapo.types import Engine, Prompt
+
+
+def enter(config: Config, mesh: Mesh, opened: ExitStack) -> ModelShape:
+    """Compare what all ranks read, read the model's sizes, lock the run directory. Collective.
+
+    The data is not compared: only the main rank reads it.
+
+    Raises:
+        ConfigError, FailedElsewhere: ranks differ in config or model, or the run cannot work.
+    """
+    mesh.check_same(config.in_common(), "start all machines with the same config and overrides")
+    mesh.check_same(fingerprints(config.policy.model), "copy the same model to all machines")
+    return mesh.on_main(_enter, config, opened)
+
+
+def _enter(config: Config, opened: ExitStack) -> ModelShape:
+    for warning in config.warnings():
+        warn(warning)
+    shape = read_shape(config.policy.model)
+    check_layout(shape, config)
+    check_length(config)
+    open_weights(config.policy.model, shape)
+    check_installed(config)
+    opened.enter_context(run_directory(config.run.dir))
+    return shape
 
 
 def make_sampler(

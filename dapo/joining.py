@@ -7,7 +7,6 @@ number, and use the store below it.
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ MOST_NAMED = 8  # ranks
 def join(store: Store, rank: int, world: int) -> Store:
     """Return the part of the store that only these ranks use. All of them call this, each at its start.
 
-    Each rank writes a name of its own. The main rank reads them, publishes them under a new number, and
+    Each rank writes a name of its own. The main rank reads them, publishes a new number under each, and
     begins anew if one changes before every rank has answered to that number.
 
     Raises:
@@ -34,39 +33,41 @@ def join(store: Store, rank: int, world: int) -> Store:
     name = uuid.uuid4().hex
     store.set(f"name/{rank}", name)
     deadline = time.monotonic() + TIMEOUT
-    number = _gather(store, name, world, deadline) if rank == 0 else _follow(store, rank, name, deadline)
+    number = _gather(store, world, deadline) if rank == 0 else _follow(store, rank, name, deadline)
     return PrefixStore(f"dapo/{number}", store)
 
 
-def _gather(store: Store, name: str, world: int, deadline: float) -> int:
-    ranks = range(1, world)
-    names, number = list[str](), -1
+def _gather(store: Store, world: int, deadline: float) -> int:
+    # keys are asked for together: at a thousand ranks one after the other would take a second
+    ranks, names, number = range(1, world), list[bytes](), -1
+    keys = missing = [f"name/{rank}" for rank in ranks]
     for _ in _looks(deadline):
-        missing = [rank for rank in ranks if not store.check([f"name/{rank}"])] if number < 0 else []
-        if not missing:
-            found = [name, *(store.get(f"name/{rank}").decode() for rank in ranks)]
-            if found != names:
-                names, number = found, int(store.add("numbers", 1))
-                store.set("members", json.dumps([number, names]))
-            missing = [rank for rank in ranks if not store.check([f"answer/{number}/{rank}"])]
-            if not missing and names[1:] == [store.get(f"name/{rank}").decode() for rank in ranks]:
-                store.set(f"go/{number}", "")
-                return number
-    raise _absent(f"rank {_first_few(missing)} did")
+        if not store.check(keys):
+            continue
+        found = store.multi_get(keys)
+        if found != names:  # or a rank has been started again
+            names, number = found, int(store.add("numbers", 1))
+            published = [f"number/{name.decode()}" for name in names]
+            store.multi_set(published, [str(number)] * len(names))  # type: ignore[attr-defined]
+            missing = [f"answer/{number}/{rank}" for rank in ranks]
+        elif store.check(missing):
+            store.set(f"go/{number}", "")
+            return number
+    absent = [rank for rank, key in zip(ranks, missing, strict=True) if not store.check([key])]
+    raise _absent(f"rank {_first_few(absent)} did")
 
 
 def _follow(store: Store, rank: int, name: str, deadline: float) -> int:
     answered = -1
     for _ in _looks(deadline):
-        if not store.check(["members"]):
+        if not store.check([f"number/{name}"]):
             continue
-        number, names = json.loads(store.get("members"))
-        if names[rank : rank + 1] == [name]:  # else they are of earlier ranks
-            if number != answered:
-                store.set(f"answer/{number}/{rank}", "")
-                answered = number
-            if store.check([f"go/{number}"]):
-                return int(number)
+        number = int(store.get(f"number/{name}"))
+        if number != answered:
+            store.set(f"answer/{number}/{rank}", "")
+            answered = number
+        if store.check([f"go/{number}"]):
+            return number
     raise _absent("not all ranks" if store.check(["name/0"]) else "rank 0 did")
 
 

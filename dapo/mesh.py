@@ -12,8 +12,9 @@ import hashlib
 import itertools
 import os
 import pickle
+import resource
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sized
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,6 +34,7 @@ from dapo.types import Stopped
 T = TypeVar("T")
 LARGE = 1 << 20  # bytes of an array that travels by itself
 MAX_PARTS = 32  # of a message
+MOST_NAMED = 8  # machines, values and options in one line
 CONTROL_TIMEOUT = timedelta(hours=24)  # how long ranks wait for the main rank's rollouts
 GPU_ENVIRONMENT = {  # what a process needs before it first uses CUDA; a value that is there already stays
     # sequence parallelism's gathers start before the products that they overlap with
@@ -79,6 +81,10 @@ def _device(local_rank: int) -> torch.device:
 @functools.cache
 def _connect(device: torch.device) -> tuple[Any, dist.ProcessGroup]:
     """Join the other ranks, once per process. Return the store they share, and the control group."""
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS has a lower limit than the hard one
+        # each group of gloo connects every rank with every other
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     # without torchrun
     alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in alone.items():
@@ -102,6 +108,21 @@ def _code() -> str:
     for path in sorted(folder.rglob("[!.]*.py")):  # an editor's files are hidden
         state.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
     return state.hexdigest()
+
+
+def _which(what: str, found: list[tuple[dict[str, str], str]]) -> str:
+    """Say which machines have which value: "1 on a b, 2 on c"."""
+    hosts = dict[str, dict[str, None]]()
+    for values, host in found:
+        hosts.setdefault(values[what], {})[host] = None
+    each = [
+        f"{value} on {' '.join(list(names)[:MOST_NAMED])}{_and_more(names)}" for value, names in hosts.items()
+    ]
+    return ", ".join(each[:MOST_NAMED]) + _and_more(each)
+
+
+def _and_more(names: Sized) -> str:
+    return " …" if len(names) > MOST_NAMED else ""
 
 
 def is_lost(error: Exception) -> bool:
@@ -134,20 +155,26 @@ class Mesh:
         self._store, self.control = _connect(self.device)
         self._number = next(Mesh._numbers)  # the same on every rank
         self._num_received = 0  # bytes, by this rank's last `scatter`
-        self.check_same("the code of dapo", _code(), "install the same version on all machines")
+        self.check_same({"the code of dapo": _code()}, "install the same version on all machines")
 
-    def check_same(self, what: str, value: str, remedy: str) -> None:
-        """Compare a value over all ranks. Raise ConfigError on every rank if they differ: which has what."""
-        number = int.from_bytes(hashlib.blake2b(value.encode(), digest_size=7).digest())
-        extremes = torch.tensor([number, -number])
+    def check_same(self, values: Mapping[str, str], remedy: str) -> None:
+        """Compare values over all ranks, which have the same names for them in the same order. Collective.
+
+        Raises:
+            ConfigError: some differ; on every rank, with the machines that have each value.
+        """
+        hashes = [hashlib.blake2b(value.encode(), digest_size=7).digest() for value in values.values()]
+        numbers = torch.tensor([int.from_bytes(each) for each in hashes])
+        extremes = torch.stack([numbers, -numbers])
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self.control)
-        if int(extremes.sum()) == 0:
+        unlike = [what for what, spread in zip(values, extremes.sum(0).tolist(), strict=True) if spread]
+        if not unlike:
             return
         found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, (value, socket.gethostname()), group=self.control)
-        hosts = {v: list(dict.fromkeys(host for other, host in found if other == v)) for v, _ in found}
-        each = [f"{v} on {' '.join(names[:8])}{' …' * (len(names) > 8)}" for v, names in hosts.items()]
-        raise ConfigError(f"{what} is not the same on all ranks: {', '.join(each)}: {remedy}")
+        mine = {what: values[what] for what in unlike[:MOST_NAMED]}, socket.gethostname()
+        dist.all_gather_object(found, mine, group=self.control)
+        differences = (f"{what} is not the same on all ranks: {_which(what, found)}" for what in mine[0])
+        raise ConfigError(f"{'; '.join(differences)}{_and_more(unlike)}: {remedy}")
 
     def data_rank_of(self, rank: int) -> int:
         """Number of the share of a step's batch that the rank works on."""
@@ -297,7 +324,9 @@ class Mesh:
 
     def _ranks_of(self, data_rank: int) -> list[int]:
         """Return the ranks that receive a data rank's share: a tree, ranks 2i + 1 and 2i + 2 below rank i."""
-        return [rank for rank in range(self.world) if self.data_rank_of(rank) == data_rank]
+        block = self.tensor * self.context  # ranks that are adjacent
+        firsts = range(data_rank * block, self.world, self.data * block)  # of each pipeline stage
+        return [first + i for first in firsts for i in range(block)]
 
     def _pass_on(self, message: _Message, ranks: list[int]) -> list[dist.Work]:
         """Begin to send; the message is kept until the works are done."""

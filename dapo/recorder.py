@@ -152,10 +152,10 @@ class Recorder:
 
     def _all_states(self) -> list[State]:
         keys = [f"states/{rank}" for rank in range(self.world)]
-        return [
-            State(*json.loads(self.store.get(key))) if self.store.check([key]) else State(0, "?")
-            for key in keys
-        ]
+        # two requests, not two a rank: every rank asks
+        there = keys if self.store.check(keys) else [key for key in keys if self.store.check([key])]
+        found = dict(zip(there, self.store.multi_get(there), strict=True))
+        return [State(*json.loads(found[key])) if key in found else State(0, "?") for key in keys]
 
     def _frozen(self, states: list[State]) -> set[int]:
         """Return the ranks whose recorders have not checked for a third of a stall."""

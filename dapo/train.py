@@ -7,18 +7,14 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from dapo.assemble import make_sampler
+from dapo.assemble import enter, make_sampler
 from dapo.checkpoint import Checkpoints
 from dapo.config import Config
-from dapo.files import run_directory
-from dapo.log import Console, RankLog, check_installed, warn
+from dapo.log import Console, RankLog
 from dapo.mesh import Mesh
-from dapo.model.layout import check_layout, check_length
-from dapo.model.shape import ModelShape, read_shape
 from dapo.policy.exports import export
 from dapo.policy.megatron import Policy
 from dapo.policy.metrics import step_metrics
-from dapo.policy.weight_files import open_weights
 from dapo.recorder import Recorder
 from dapo.sampler import Sampler
 from dapo.types import Stopped
@@ -36,7 +32,7 @@ def train(config: Config, mesh: Mesh) -> None:
     with ExitStack() as opened:  # closed in reverse order, each also if another fails
         opened.callback(is_interrupted.close)
         opened.callback(console.close)
-        resumed = checkpoints.find(mesh.on_main(_enter, config, opened))
+        resumed = checkpoints.find(enter(config, mesh, opened))
         sampler, record = make_sampler(config, mesh, resumed, is_interrupted, console.progress)  # π_θold
         opened.callback(sampler.close)
         policy = Policy(config, mesh)  # π_θ
@@ -73,16 +69,3 @@ def make_recorder(config: Config, mesh: Mesh, sampler: Sampler) -> Recorder:
     """Start the watch for stalls: stacks go to <run.dir>/stalls."""
     stalls, store = config.run.dir / "stalls", mesh.store("stalls")
     return Recorder(stalls, config.engine.limits, mesh.rank, mesh.world, store, sampler.waiting)
-
-
-def _enter(config: Config, opened: ExitStack) -> ModelShape:
-    """Read the model's sizes, then lock the run directory. Raise ConfigError if the run cannot work."""
-    for warning in config.warnings():
-        warn(warning)
-    shape = read_shape(config.policy.model)
-    check_layout(shape, config)
-    check_length(config)
-    open_weights(config.policy.model, shape)
-    check_installed(config)
-    opened.enter_context(run_directory(config.run.dir))
-    return shape

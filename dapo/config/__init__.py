@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,10 @@ __all__ = [
     "load",
     "nearest",
 ]
+
+
+# options that may differ by machine: paths; ranks compare what the model's files hold
+PATHS = {"run.dir", "data.train", "rollout.replay", "policy.model", "engine.python", "eval.data"}
 
 
 class Config(Section):
@@ -148,6 +153,12 @@ class Config(Section):
             ConfigError: a key or value is not valid, or two options contradict each other.
         """
         return _validated(self.model_dump(mode="json"), overrides, "config")
+
+    def in_common(self) -> dict[str, str]:
+        """Return what all ranks of a run must have alike, as JSON: `{"optim.lr": "1e-06", …}`."""
+        sections = self.model_dump(mode="json")
+        values = {f"{name}.{key}": value for name in sections for key, value in sections[name].items()}
+        return {name: json.dumps(value) for name, value in values.items() if name not in PATHS}
 
     def dump(self) -> str:
         """Return the resolved config as YAML, which `load` reads back to an equal Config."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -13,8 +14,10 @@ from torch import Tensor
 from dapo.config import ConfigError
 from dapo.model.shape import read_config
 
+WEIGHTS = {".safetensors", ".distcp"}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # config.json says the same, and every model computes it from there
+SAMPLE = 1 << 16  # bytes, of each of three places in a file of weights
 INERT = re.compile(r"(?:^|\.)rotary_emb\.inv_freq$")
 
 
@@ -49,6 +52,39 @@ def open_safetensors(directory: Path) -> dict[str, Path]:
             raise ConfigError(f"{directory}: {both}: remove one of them, or add an index that names one")
         found.update(dict.fromkeys(sorted(names), path))
     return {name: path for name, path in found.items() if not INERT.search(name)}
+
+
+def fingerprints(directory: Path) -> dict[str, str]:
+    """Return hashes of a model's config.json and of its weights; "not there" of what is not there.
+
+    Of the weights: names and sizes of the files, and bytes from each one's beginning, middle and end, so that
+    a model of any size takes milliseconds. Also of a directory that Megatron wrote.
+    """
+    config = directory / "config.json"
+    weights = [path for path in sorted(directory.rglob("*")) if path.suffix in WEIGHTS]
+    return {
+        "the hash of policy.model's config.json": _hash([config.read_bytes()] if config.is_file() else []),
+        "the hash of policy.model's weights": _hash(
+            part for path in weights for part in _sample(path, str(path.relative_to(directory)))
+        ),
+    }
+
+
+def _sample(path: Path, name: str) -> Iterator[bytes]:
+    size = path.stat().st_size
+    yield f"{name}\0{size}\0".encode()
+    with path.open("rb") as file:
+        for place in (0, size // 2, max(0, size - SAMPLE)):
+            file.seek(place)
+            yield file.read(SAMPLE)
+
+
+def _hash(parts: Iterable[bytes]) -> str:
+    state, is_there = hashlib.blake2b(digest_size=6), False
+    for part in parts:
+        state.update(part)
+        is_there = True
+    return state.hexdigest() if is_there else "not there"
 
 
 def _indexed(index: Path) -> dict[str, str]:

@@ -61,9 +61,11 @@ class Interruption:
             self.since = time.monotonic()
 
     def _watch(self) -> None:
+        poll = select.poll()  # select() takes no descriptor above 1023, and a large mesh has more sockets
+        poll.register(self._read, select.POLLIN)
         try:
             while True:
-                ready, _, _ = select.select([self._read], [], [], CHECK_EVERY if self.is_main else None)
+                ready = poll.poll(1000 * CHECK_EVERY if self.is_main else None)
                 numbers = self._read.recv(64) if ready else b""
                 if 0 in numbers:  # `close` sent it
                     return

@@ -15,12 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dapo.assemble import _check_served, _own_fields, _weights, evaluate_models, make_sampler
+from dapo.assemble import _check_served, _own_fields, _weights, enter, evaluate_models, make_sampler
 from dapo.config import Config, ConfigError, Engine
 from dapo.engine.embedded import EmbeddedEngine
 from dapo.mesh import set_gpu_environment
 from dapo.model.tokenizer import load_tokenizer
-from dapo.train import _enter
 from tests.conftest import make_config
 
 BASE = Path(__file__).parents[2] / "examples/arithmetic/base"
@@ -88,13 +87,19 @@ def test_servers_of_another_model_are_not_sent_weights_that_mean_something_else(
         _check_served(BASE, other_end)
 
 
-MAIN: Any = SimpleNamespace(is_main=True, on_main_only=lambda make: make(), device=torch.device("cpu"))
+MAIN: Any = SimpleNamespace(
+    is_main=True,
+    check_same=lambda values, remedy: None,
+    on_main=lambda function, *args: function(*args),
+    on_main_only=lambda make: make(),
+    device=torch.device("cpu"),
+)
 
 
 def train(config: Config) -> None:
     """Do what `dapo train` does on the main rank before the policy is built."""
     with ExitStack() as opened:
-        _enter(config, opened)
+        enter(config, MAIN, opened)
         make_sampler(config, MAIN)
 
 

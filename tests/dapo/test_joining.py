@@ -42,6 +42,22 @@ def test_a_rank_that_is_started_again_meanwhile_joins_in_place_of_the_one_before
     assert all(each.check(["here"]) for each in now)
 
 
+def test_a_rank_that_is_started_again_after_it_was_seen_is_seen_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its first process had written its name and not yet answered, when the main rank read it."""
+    monkeypatch.setattr(joining, "TIMEOUT", 20.0)
+    store = HashStore()
+    store.set("dapo/joining/name/1", "of a process that has ended")
+    with ThreadPoolExecutor(1) as threads:
+        main = threads.submit(joining.join, store, 0, 2)
+        while not store.check(["dapo/joining/numbers"]):
+            time.sleep(0.01)
+        other = joining.join(store, 1, 2)
+    main.result().set("here", "")
+    assert other.check(["here"])
+
+
 @pytest.mark.parametrize(
     ("ranks", "missing"),
     [([0, 2], "(rank 1, 3 did not join|not all ranks joined)"), ([1, 2, 3], "rank 0 did not join")],

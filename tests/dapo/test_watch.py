@@ -40,11 +40,14 @@ subprocess.run([sys.executable, "-c", sys.argv[1], *sys.argv[2:]])
 """
 # waits in C code, as in a collective, and prints what the interruption knows then
 INTERRUPTED = """
-import os, sys, threading, time
+import os, resource, sys, threading, time
 import torch.distributed as dist
 from dapo.types import Interrupted
 from dapo.watch.interruption import Interruption
 store = dist.HashStore()
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+others = [os.dup(0) for _ in range(1100)]  # as a mesh of many ranks has them
 num_open = len(os.listdir("/proc/self/fd"))
 is_interrupted = Interruption(store, is_main=False)
 

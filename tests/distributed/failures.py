@@ -440,6 +440,32 @@ def offloaded_in_another_way(directory: Path) -> list[str]:
 
 
 @case
+def other_config(directory: Path) -> list[str]:
+    return ["optim.warmup_steps={rank}", "policy.megatron.num_layers_in_first_pipeline_stage={rank}"]
+
+
+@case
+def other_model(directory: Path) -> list[str]:
+    """The same sizes and names, other weights."""
+    broken_model(directory / "0", lambda config, weights: None)
+    broken_model(directory / "1", lambda config, weights: weights["model.norm.weight"].add_(1))
+    return [f"policy.model={directory}/{{rank}}"]
+
+
+@case
+def other_config_json(directory: Path) -> list[str]:
+    broken_model(directory / "0", lambda config, weights: None)
+    broken_model(directory / "1", lambda config, weights: config.update(rope_theta=500000.0))
+    return [f"policy.model={directory}/{{rank}}"]
+
+
+@case
+def no_model_on_one_machine(directory: Path) -> list[str]:
+    broken_model(directory / "0", lambda config, weights: None)
+    return [f"policy.model={directory}/{{rank}}"]
+
+
+@case
 def too_little_disk(directory: Path) -> list[str]:
     return ["run.steps=1"]  # see `attempt`: 100 kB are free
 
@@ -505,6 +531,7 @@ def main(out: str) -> None:
         is_own = any(option.startswith("run.dir=") for option in options)
         run = root / name / "run" if is_own else root / f"{name}-run"
         mesh.on_main(leave_record, run)
+        options = [option.replace("{rank}", str(mesh.rank)) for option in options]  # they may differ
         mine = attempt(options, root / f"{name}-run")
         ranks: list[Any] = [None] * mesh.world
         torch.distributed.all_gather_object(ranks, mine)

@@ -28,6 +28,10 @@ def outcome(call: Callable[[], Any]) -> Any:
         return [type(error).__name__, str(error), getattr(error, "signal", None)]
 
 
+def sky(mesh: Mesh) -> dict[str, str]:
+    return {"the sun": "up", "the moon": f"m{mesh.rank // 2}", "the tide": f"t{mesh.rank % 2}"}
+
+
 def raise_error(error: Exception) -> Any:
     raise error
 
@@ -89,8 +93,8 @@ def main(out: str) -> None:
         "on_main_only": outcome(lambda: mesh.on_main_only(lambda: {"only": "here"})),
         "interrupted": outcome(lambda: mesh.on_main(raise_error, Interrupted())),
         "engine": outcome(lambda: mesh.on_main(raise_error, EngineError("server 3"))),
-        "same": outcome(lambda: mesh.check_same("the moon", "full", "look again")),
-        "not the same": outcome(lambda: mesh.check_same("the moon", f"m{mesh.rank // 2}", "look again")),
+        "same": outcome(lambda: mesh.check_same({"the moon": "full"}, "look again")),
+        "not the same": outcome(lambda: mesh.check_same(sky(mesh), "look again")),
         "large": outcome(lambda: arrays_of(mesh.scatter(large_shares))),
         "in a tree": outcome(lambda: arrays_of(tree.scatter(lambda: [next(large_shares())]))),
         "received in a tree": outcome(tree.received),

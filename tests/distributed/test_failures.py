@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,8 @@ import pytest
 
 from tests.distributed.failures import MINE, RECORD
 from tests.distributed.launch import ROOT, measured, torchrun
+
+HOST = socket.gethostname()
 
 SAYS = {  # what went wrong → words that must be in the line
     "world_size": ["world size 2", "parallel.tensor=4", "launch 4"],
@@ -107,6 +110,17 @@ SAYS = {  # what went wrong → words that must be in the line
     "reward_in_no_package": ["reward.function=rw.kwargs", "expected module:name"],
     "reward_of_the_main_module": ["reward.function=__main__:f", "expected module:name"],
     "stalls_are_a_file": ["run.dir: ", "stalls cannot be written: File exists"],
+    "other_config": [
+        f"optim.warmup_steps is not the same on all ranks: 0 on {HOST}, 1 on {HOST}; policy.megatron is not",
+        "start all machines with the same config",
+    ],
+    "other_model": [
+        "the hash of policy.model's weights is not the same",
+        f" on {HOST}, ",
+        "copy the same model",
+    ],
+    "other_config_json": ["the hash of policy.model's config.json is not the same", "copy the same model"],
+    "no_model_on_one_machine": ["the hash of policy.model's config.json is not", f"not there on {HOST}"],
     "run_exists": ["run.resume=never", "already holds a run"],
 }
 

@@ -14,7 +14,10 @@ from tests.distributed.launch import measured
 
 FAILED = ["FailedElsewhere", "'x'", None]
 HOST = socket.gethostname()
-OTHER_MOON = f"the moon is not the same on all ranks: m0 on {HOST}, m1 on {HOST}: look again"
+OTHER_MOON = (
+    f"the moon is not the same on all ranks: m0 on {HOST}, m1 on {HOST}; "
+    f"the tide is not the same on all ranks: t0 on {HOST}, t1 on {HOST}: look again"
+)
 OTHER_CODE = (
     f"the code of dapo is not the same on all ranks: code 0 on {HOST}, code 1 on {HOST}: "
     "install the same version on all machines"

@@ -3,7 +3,7 @@ from itertools import pairwise
 import pytest
 import yaml
 
-from dapo.config import ConfigError, Engine, Parallel, load, plain_yaml
+from dapo.config import PATHS, ConfigError, Engine, Parallel, load, plain_yaml
 from dapo.reward import soft_overlong_penalty
 from dapo.rollout import group_advantages
 from dapo.rollout.pending import sample_seed
@@ -473,3 +473,16 @@ def test_rounds_that_can_just_hold_a_steps_prompts_are_enough(tmp_path):
     assert make_config(tmp_path, *sizes, "rollout.max_rounds=3").rollout.max_rounds == 3
     with pytest.raises(ConfigError, match=r"max_rounds=2"):
         make_config(tmp_path, *sizes, "rollout.max_rounds=2")
+
+
+def test_ranks_have_all_options_in_common_but_for_paths(tmp_path):
+    def common(*overrides):
+        return load_text(tmp_path, REQUIRED, *overrides).in_common()
+
+    before = common()
+    assert before["optim.lr"] == "1e-06" and before["optim.betas"] == "[0.9, 0.999]"
+    paths = ["run.dir=/b", "data.train=/b", "policy.model=/b", "eval.data=/b", "rollout.replay=/b"]
+    assert common(*paths, "engine.kind=sglang", "engine.python=/b") == before | {"engine.kind": '"sglang"'}
+    config = load_text(tmp_path, REQUIRED)
+    options = {f"{section}.{key}" for section, values in config for key in type(values).model_fields}
+    assert set(before) == options - PATHS and options > PATHS

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from dapo.config import ConfigError
-from dapo.model.files import open_safetensors, read_tensor, stored_weights
+from dapo.model.files import SAMPLE, fingerprints, open_safetensors, read_tensor, stored_weights
 
 
 def write(directory, **files):
@@ -91,3 +91,29 @@ def test_another_head_of_a_tied_model_is_refused_and_of_an_untied_one_read(tmp_p
 def test_frequencies_that_config_json_implies_are_left_out(tmp_path, name):
     write(tmp_path, model={"x": 1.0, name: 1.0})
     assert list(open_safetensors(tmp_path)) == ["x"]
+
+
+def test_models_that_differ_in_config_names_sizes_or_sampled_bytes_have_other_fingerprints(tmp_path):
+    def found():
+        return tuple(fingerprints(tmp_path).values())
+
+    assert found() == ("not there", "not there")
+    (tmp_path / "config.json").write_text("{}")
+    weights = bytearray(10 * SAMPLE)
+    (tmp_path / "a.safetensors").write_bytes(weights)
+    config, first = found()
+    assert found() == (config, first)
+    (tmp_path / "config.json").write_text("{ }")
+    assert found()[0] != config and found()[1] == first
+    seen = {first}
+    for place in (0, 5 * SAMPLE, 10 * SAMPLE - 1):
+        weights[place] = 1
+        (tmp_path / "a.safetensors").write_bytes(weights)
+        seen.add(found()[1])
+    (tmp_path / "a.safetensors").write_bytes(weights[: 9 * SAMPLE])
+    seen.add(found()[1])
+    (tmp_path / "a.safetensors").rename(tmp_path / "b.safetensors")
+    seen.add(found()[1])
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "__0_0.distcp").write_bytes(b"")
+    assert len(seen | {found()[1]}) == 7
