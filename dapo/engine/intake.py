@@ -2,7 +2,7 @@
 trainer's.
 
 The trainer sends what to ask over a socket and receives samples, 9 bytes a token. Both directions carry
-frames: 8 bytes of length and a pickled list of messages, as many as there are when the one before has left.
+frames of lists of messages, as many as there are when the one before has left.
 """
 
 from __future__ import annotations
@@ -16,20 +16,19 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 from dapo import http
 from dapo.engine import generate
 from dapo.engine.generate import Asked, BadAnswer
 from dapo.types import EngineError, Sample, Stopped, reason
-from dapo.watch import forked, streams
+from dapo.watch import forked, frames, streams
 
 RETRIED = {408, 429, 500, 502, 503, 504}  # HTTP: not now; any other status but 200 is a refusal
 MAX_DEATHS = 3  # in a row, of processes that took in no answer
-LENGTH = 8  # bytes of a frame that hold its length
 END_TIMEOUT = 5.0  # seconds for the process to end
 
 
@@ -196,7 +195,7 @@ class _Process:
     def _read_until_it_ends(self) -> str:
         """Pass answers on. Return how the process ended."""
         loop = http.loop()
-        for answers in _messages(self.socket):
+        for answers in frames.messages(self.socket):
             loop.call_soon_threadsafe(self.on_answers, self, answers)
         self.process.kill()
         self.process.join()
@@ -208,7 +207,7 @@ class _Process:
                 messages = [self.outbox.get()]
                 while not self.outbox.empty():
                     messages.append(self.outbox.get())
-                self.socket.sendall(_frame(messages))
+                self.socket.sendall(frames.frame(messages))
 
 
 def serve(theirs: socket.socket, vocab_size: int, num_connections: int) -> None:
@@ -239,8 +238,8 @@ class _Server:
     async def _receive(self, reader: asyncio.StreamReader) -> None:
         with suppress(asyncio.IncompleteReadError, OSError):
             while True:
-                head = await reader.readexactly(LENGTH)
-                for message in pickle.loads(await reader.readexactly(_length(head))):
+                head = await reader.readexactly(frames.LENGTH)
+                for message in pickle.loads(await reader.readexactly(frames.length(head))):
                     self._take(message)
 
     def _take(self, message: Ask | int) -> None:
@@ -269,7 +268,7 @@ class _Server:
                 await self.has_answers.wait()
                 self.has_answers.clear()
                 answers, self.answers = self.answers, []
-                writer.write(_frame(answers))
+                writer.write(frames.frame(answers))
                 await writer.drain()
 
 
@@ -285,32 +284,3 @@ async def fetch(ask: Ask, vocab_size: int) -> Sample:
         refused = f"{ask.url} refused request {asked.id} ({size})"
         raise EngineError(f"{refused}: {status} {http.one_line(answer)}")
     return generate.read(answer, asked, vocab_size)
-
-
-def _messages(connection: socket.socket) -> Iterator[list[Any]]:
-    """Yield what whole frames hold until the other side closes, or ends."""
-    with suppress(OSError):
-        while (head := _exactly(connection, LENGTH)) and (text := _exactly(connection, _length(head))):
-            yield pickle.loads(text)
-
-
-def _exactly(connection: socket.socket, size: int) -> bytearray:
-    """Return the next `size` bytes, none if the end comes before.
-
-    The kernel waits for all of them: each time that it returned earlier, the lock would have to be won again,
-    from a trainer that is busy.
-    """
-    received = bytearray(size)
-    rest = memoryview(received)
-    while rest and (count := connection.recv_into(rest, 0, socket.MSG_WAITALL)):
-        rest = rest[count:]
-    return bytearray() if rest else received
-
-
-def _frame(messages: list[Any]) -> bytes:
-    text = pickle.dumps(messages, protocol=5)
-    return len(text).to_bytes(LENGTH, "little") + text
-
-
-def _length(head: bytes | bytearray) -> int:
-    return int.from_bytes(head, "little")

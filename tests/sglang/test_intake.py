@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from dapo.engine import client, intake
+from dapo.engine import client
 from dapo.engine.sglang import SGLangStream
 from dapo.types import EngineError, Sampling, Stopped
-from dapo.watch import forked
+from dapo.watch import forked, frames
 from tests.sglang import fake_server as fake
 from tests.sglang.fake_engine import assert_answered, collect, stream_of, wait_for
 from tests.sglang.fake_server import FakeServer, requests
@@ -254,12 +254,12 @@ def test_a_fault_of_its_own_reaches_the_caller_with_its_traceback() -> None:
             collect(stream)
 
 
-@pytest.mark.parametrize("kept", [0, 3, intake.LENGTH, -1])
+@pytest.mark.parametrize("kept", [0, 3, frames.LENGTH, -1])
 def test_a_frame_that_is_cut_off_is_none(kept: int) -> None:
-    frame = intake._frame([(1, "all of it")])
+    frame = frames.frame([(1, "all of it")])
     for text, whole in ((frame, [[(1, "all of it")]]), (frame[:kept], [])):
         ours, theirs = socket.socketpair()
         theirs.sendall(frame + text)
         theirs.close()
-        assert list(intake._messages(ours)) == [[(1, "all of it")], *whole]
+        assert list(frames.messages(ours)) == [[(1, "all of it")], *whole]
         ours.close()
