@@ -96,7 +96,14 @@ class Intake:
             process.fail(http.NoAnswer("the intake process was closed"))
 
     def _start(self) -> None:
-        self.process = _Process(self.arguments, self._receive, self._replace)
+        try:
+            self.process = _Process(self.arguments, self._receive, self._replace)
+        except (OSError, RuntimeError) as error:  # no file descriptor or thread is left
+            self._stop(f"the intake process could not be started: {reason(error)}")
+
+    def _stop(self, failure: str) -> None:
+        self.failure = failure
+        self.is_ready.set()
 
     def _receive(self, process: _Process, answers: list[Answer]) -> None:
         """Hand out answers; a list without any says that the process runs."""
@@ -120,11 +127,10 @@ class Intake:
         self.num_deaths += 1
         if self.num_deaths < MAX_DEATHS:
             print(f"engine: the intake process {how}; starting it again", file=sys.stderr, flush=True)
-            self._start()
             process.fail(http.NoAnswer(f"the intake process {how}"))
+            self._start()
         else:
-            self.failure = f"the intake process {how}, as did {MAX_DEATHS - 1} before it without an answer"
-            self.is_ready.set()
+            self._stop(f"the intake process {how}, as did {MAX_DEATHS - 1} before it without an answer")
             process.fail(EngineError(self.failure))
 
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import forkserver
@@ -148,6 +149,26 @@ def test_one_that_cannot_be_started_is_an_error_of_one_line(monkeypatch: pytest.
     said = r"^the intake process could not be started: \[Errno 11\] Resource unavailable, as did 2"
     with pytest.raises(EngineError, match=said), stream_of(FakeServer()):
         pass
+
+
+@pytest.mark.parametrize("missing", ["socket.socketpair", "threading.Thread.start"])
+def test_one_that_cannot_be_started_again_is_an_error(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    def fail(*given: Any) -> None:
+        if missing == "socket.socketpair" or given[0].name.startswith("intake"):
+            raise RuntimeError("there is none\nleft")
+        start(*given)
+
+    start = threading.Thread.start
+    server = FakeServer(afterwards=fake.nothing)
+    with stream_of(server) as stream:
+        stream.submit(requests(3))
+        wait_for(lambda: server.num_asked == 3)
+        monkeypatch.setattr(f"dapo.engine.intake.{missing}", fail)
+        os.kill(pid_of(stream), signal.SIGKILL)
+        with pytest.raises(
+            EngineError, match=r"^the intake process could not be started: there is none left$"
+        ):
+            collect(stream)
 
 
 def test_closing_the_engine_ends_it_in_the_middle_of_requests() -> None:
