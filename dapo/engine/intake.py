@@ -156,11 +156,10 @@ class _Process:
         self.process = forked.context.Process(
             target=forked.without_signals, args=called, name="intake", daemon=True
         )
-        atexit.register(self.end)  # before multiprocessing's own function, which was registered earlier
         self.writer = threading.Thread(target=self._write, name="intake writer", daemon=True)
         self.reader = threading.Thread(target=self._run, args=(theirs,), name="intake reader", daemon=True)
-        self.writer.start()
         self.reader.start()
+        atexit.register(self.end)  # before multiprocessing's own function, which was registered earlier
 
     def end(self) -> None:
         """End it and wait until it has ended. A fork of the trainer does nothing."""
@@ -178,11 +177,19 @@ class _Process:
         self.asked.clear()
 
     def _run(self, theirs: socket.socket) -> None:
-        how = self._start(theirs) or self._read_until_it_ends()
+        how = ""
+        try:
+            how = self._start(theirs) or self._read_until_it_ends()
+        except Exception as error:  # noqa: BLE001  # whatever it was, nobody may wait for answers any more
+            how = f"failed: {reason(error)}"
+        if self.process.pid:
+            self.process.kill()
+            self.process.join()
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
-        self.outbox.put(-1)  # wakes the writer, which ends
-        self.writer.join()
+        if self.writer.is_alive():
+            self.outbox.put(-1)  # wakes it, and it ends
+            self.writer.join()
         self.socket.close()
         atexit.unregister(self.end)
         if self.is_wanted:
@@ -191,6 +198,7 @@ class _Process:
     def _start(self, theirs: socket.socket) -> str:
         """Return why it cannot be started, "" if it was."""
         try:
+            self.writer.start()
             forked.start(self.process)
         except (OSError, EOFError, RuntimeError) as error:
             return f"could not be started: {reason(error)}"

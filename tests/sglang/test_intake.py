@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import resource
 import signal
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing import forkserver
 from pathlib import Path
@@ -169,6 +170,27 @@ def test_one_that_cannot_be_started_again_is_an_error(monkeypatch: pytest.Monkey
             EngineError, match=r"^the intake process could not be started: there is none left$"
         ):
             collect(stream)
+
+
+def test_one_that_sends_what_cannot_be_read_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def read(connection: socket.socket) -> Iterator[Any]:
+        for number, message in enumerate(messages(connection)):
+            if number == 2 and not failed:
+                failed.append(True)
+                raise pickle.UnpicklingError("invalid\nload key")
+            yield message
+
+    messages, failed = frames.messages, list[bool]()
+    monkeypatch.setattr(frames, "messages", read)
+    wanted = requests(8)
+    with stream_of(FakeServer(), max_concurrent=2) as stream:
+        pid = pid_of(stream)
+        stream.submit(wanted)
+        assert_answered(collect(stream), wanted)
+        assert failed and not is_running(pid)
+    assert "the intake process failed: invalid load key; starting it again\n" in capfd.readouterr().err
 
 
 def test_closing_the_engine_ends_it_in_the_middle_of_requests() -> None:
