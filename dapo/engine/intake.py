@@ -18,8 +18,9 @@ import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from queue import SimpleQueue
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from dapo import http
 from dapo.engine import generate
@@ -42,7 +43,7 @@ class Ask(NamedTuple):
     asked: Asked
 
 
-Answer = tuple[int, Sample | Exception]  # the number of what was asked, and what came of it
+Answer = tuple[int, Sample | Exception | None]  # what came of an Ask, by its number; None: it was cancelled
 
 
 class Intake:
@@ -67,7 +68,10 @@ class Intake:
             raise EngineError(self.failure)
 
     async def ask(self, url: str, body: bytes, key: str | None, asked: Asked) -> Sample:
-        """Return the sample that the server at `url` answers with. Cancelled, it closes the connection.
+        """Return the sample that the server at `url` answers with.
+
+        Cancelled, it closes the connection, and ends once nothing will be sent to the server any more.
+        Cancelled again, it ends at once.
 
         Raises:
             NoAnswer: as `http.exchange` does, or the process has ended.
@@ -79,14 +83,18 @@ class Intake:
         if process is None:
             raise EngineError(self.failure or "the intake process was closed")
         number = next(self.numbers)
-        future: asyncio.Future[Sample] = asyncio.get_running_loop().create_future()
-        process.asked[number] = future
+        loop = asyncio.get_running_loop()
+        process.asked[number] = future = loop.create_future()
         process.outbox.put(Ask(number, url, body, key, asked))
         try:
-            return await future
-        finally:
-            if process.asked.pop(number, None):
+            return await future  # type: ignore[no-any-return]
+        except asyncio.CancelledError:
+            if number in process.asked:
+                process.asked[number] = ended = loop.create_future()
                 process.outbox.put(number)
+                with suppress(Exception):  # whatever came of it
+                    await ended
+            raise
 
     async def close(self) -> None:
         """End the process, and with it whatever it is asking. A second call does nothing."""
@@ -108,7 +116,7 @@ class Intake:
     def _receive(self, process: _Process, answers: list[Answer]) -> None:
         """Hand out answers; a list without any says that the process runs."""
         self.is_ready.set()
-        if answers:
+        if any(outcome is not None for _, outcome in answers):
             self.num_deaths = 0
         for number, outcome in answers:
             future = process.asked.pop(number, None)
@@ -146,7 +154,7 @@ class _Process:
         on_answers: Callable[[_Process, list[Answer]], None],
         on_end: Callable[[_Process, str], None],
     ):
-        self.asked: dict[int, asyncio.Future[Sample]] = {}  # by number
+        self.asked: dict[int, asyncio.Future[Any]] = {}  # by number, until it is answered
         self.outbox = SimpleQueue[Ask | int]()
         self.on_answers, self.on_end = on_answers, on_end
         self.owner = os.getpid()
@@ -236,7 +244,7 @@ class _Server:
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
-        self.tasks: dict[int, asyncio.Task[None]] = {}  # by number of what is asked
+        self.tasks: dict[int, asyncio.Task[Sample | Exception]] = {}  # by number of what is asked
         self.answers: list[Answer] = []  # to be sent
         self.has_answers = asyncio.Event()
         self.has_answers.set()  # the first list, without any, says that the process runs
@@ -258,20 +266,23 @@ class _Server:
 
     def _take(self, message: Ask | int) -> None:
         if isinstance(message, Ask):
-            self.tasks[message.number] = asyncio.create_task(self._answer(message))
-        elif message in self.tasks:
-            self.tasks.pop(message).cancel()
+            task = self.tasks[message.number] = asyncio.create_task(self._outcome(message))
+            # a callback: a task that is cancelled before it begins runs nothing of its own
+            task.add_done_callback(partial(self._answer, message.number))
+        elif message in self.tasks:  # else its answer is on its way
+            self.tasks[message].cancel()
 
-    async def _answer(self, ask: Ask) -> None:
-        outcome: Sample | Exception
+    async def _outcome(self, ask: Ask) -> Sample | Exception:
         try:
-            outcome = await fetch(ask, self.vocab_size)
+            return await fetch(ask, self.vocab_size)
         except (http.NoAnswer, BadAnswer, Stopped) as error:
-            outcome = error
+            return error
         except Exception:  # noqa: BLE001  # a bug: its traceback is for the trainer
-            outcome = RuntimeError(f"in the intake process:\n{traceback.format_exc()}")
-        self.tasks.pop(ask.number, None)
-        self.answers.append((ask.number, outcome))
+            return RuntimeError(f"in the intake process:\n{traceback.format_exc()}")
+
+    def _answer(self, number: int, task: asyncio.Task[Sample | Exception]) -> None:
+        del self.tasks[number]
+        self.answers.append((number, None if task.cancelled() else task.result()))
         self.has_answers.set()
 
     async def _send(self, writer: asyncio.StreamWriter) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pickle
 import re
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing import forkserver
@@ -20,6 +22,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from dapo import http
 from dapo.engine import client
 from dapo.engine.sglang import SGLangStream
 from dapo.types import EngineError, Sampling, Stopped
@@ -101,6 +104,41 @@ def test_what_is_aborted_closes_its_connection() -> None:
         wait_for(lambda: server.num_asked == 4)
         stream.abort(["0.0", "1.1"])
         wait_for(lambda: server.num_asked == 2)
+
+
+def test_an_abort_does_not_overtake_its_request() -> None:
+    server = FakeServer(afterwards=fake.nothing)
+    with stream_of(server) as stream:
+        os.kill(pid_of(stream), signal.SIGSTOP)
+        try:
+            stream.submit(requests(1))
+            wait_for(lambda: bool(stream.client.endpoints[0].outstanding))
+            stream.abort()
+            wait_for(lambda: bool(stream.client.aborts))
+            known = asyncio.run_coroutine_threadsafe(stream.client.finish_aborts(), http.loop())
+            time.sleep(0.5)
+            assert not known.done() and not server.aborted
+        finally:
+            os.kill(pid_of(stream), signal.SIGCONT)
+        known.result(30)
+        assert len(server.aborted) == 1 and server.num_asked == 0
+        seen = len(server.bodies)
+        server.afterwards = fake.well
+        wanted = requests(1)
+        stream.submit(wanted)
+        assert_answered(collect(stream), wanted)
+        assert len(server.bodies) == seen + 1
+
+
+def test_an_abort_does_not_wait_long_for_a_process_that_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "ABORT_TIMEOUT", 0.2)
+    server = FakeServer(afterwards=fake.nothing)
+    with stream_of(server) as stream:
+        os.kill(pid_of(stream), signal.SIGSTOP)
+        stream.submit(requests(1))
+        wait_for(lambda: bool(stream.client.endpoints[0].outstanding))
+        stream.abort()
+        wait_for(lambda: len(server.aborted) == 1)
 
 
 def test_after_its_death_it_is_started_again_and_asks_again(capfd: pytest.CaptureFixture[str]) -> None:
