@@ -83,11 +83,11 @@ class Function:
         return Reply(verdict, has_answer)
 
 
-def serve(connection: socket.socket, paths: Sequence[str], tokenizer: str | None = None) -> None:
+def serve(connection: socket.socket, paths: Sequence[str]) -> None:
     """Import the functions, send None, then reply to each list of jobs until the other side closes.
 
-    `tokenizer`, the JSON of a tokenizers.Tokenizer, decodes their tokens, once if they follow each other.
-    None is sent then, too: decoding takes none of a call's time.
+    What comes before the jobs is None or the JSON of a tokenizers.Tokenizer, which decodes their tokens, once
+    if they follow each other. None is sent then, too: decoding takes none of a call's time.
     """
     streams.keep_open()  # a function may print
 
@@ -100,6 +100,8 @@ def serve(connection: socket.socket, paths: Sequence[str], tokenizer: str | None
         except (Exception, SystemExit) as error:  # noqa: BLE001  # the user's module may raise anything
             send(Failure(f"reward.function={reason(error)}"))
             return
+        received = frames.messages(connection)
+        tokenizer: str | None = next(received, None)
         try:
             decode = None if tokenizer is None else _decoder(tokenizer)
         except Exception as error:  # noqa: BLE001  # tokenizers raises it itself
@@ -107,7 +109,7 @@ def serve(connection: socket.socket, paths: Sequence[str], tokenizer: str | None
             return
         send(None)
         tokens, text = b"", ""
-        for jobs in frames.messages(connection):
+        for jobs in received:
             for job in jobs:
                 if decode and job.tokens:
                     if job.tokens != tokens:

@@ -10,7 +10,6 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
 from multiprocessing import forkserver
 
 from dapo import clock
@@ -41,15 +40,20 @@ class _Worker:
     def __init__(self, functions: list[str], tokenizer: str | None, max_bytes: int, num_failed_before: int):
         ours, theirs = socket.socketpair()
         self.channel = Channel(ours)
-        arguments = (partial(serve, tokenizer=tokenizer), theirs, functions, os.getpid(), max_bytes)
+        arguments = (serve, theirs, functions, os.getpid(), max_bytes)
         self.guardian = forked.context.Process(target=guard, args=arguments, name="reward")
         forked.start(self.guardian)
         theirs.close()
+        self.channel.send(tokenizer)  # no argument: those must be taken before `start` returns, and are kept
         self.num_failed_before = num_failed_before  # starts in a row, before this one
         self.is_ready = False
         self.todo: deque[int] = deque()  # numbers of the jobs it was sent; it is doing the first
-        self.deadline = time.monotonic() + IMPORT_TIMEOUT
+        self.begin()
         _running.add(self)
+
+    def begin(self) -> None:
+        """Give it time to import, while somebody waits: it is sent the tokenizer meanwhile."""
+        self.deadline = time.monotonic() + IMPORT_TIMEOUT
 
     @property
     def is_busy(self) -> bool:
@@ -125,6 +129,9 @@ class Workers:
             RewardError: workers end while they import them.
             Interrupted: the run is to stop.
         """
+        for worker in self.workers:
+            if not worker.is_ready:
+                worker.begin()
         replies: list[Reply | None] = [None] * len(jobs)
         size = min(JOBS_PER_MESSAGE, -(-len(jobs) // self.count)) or 1
         size = -(-size // together) * together

@@ -140,6 +140,15 @@ def test_a_worker_that_takes_no_jobs_is_late(reward):
     assert within_limit(lambda: score(pool, [large, large], large)) == [WRONG, RIGHT]
 
 
+def test_a_worker_that_has_not_imported_yet_has_time_while_somebody_waits(reward):
+    pool = reward("workers=1", f"function={FUNCTIONS}:graded")
+    begun = []
+    pool.workers.workers = [SimpleNamespace(is_ready=False, todo=[], begin=lambda: begun.append(True))]
+    pool.workers.judge([])
+    pool.workers.workers = []
+    assert begun == [True]
+
+
 def test_with_each_message_the_time_for_the_next_one_begins():
     pool = Workers([f"{FUNCTIONS}:graded"], 1, 60.0, 4.0, is_interrupted=lambda: False)
     late = SimpleNamespace(channel=SimpleNamespace(receive=lambda: [None]), is_ready=True, deadline=0.0)
