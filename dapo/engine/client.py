@@ -247,12 +247,20 @@ class Client:
         self.ready = deque(job for job in self.ready if job.is_wanted)
         silent = set[str]()
         for job in jobs:
-            if job.task and not job.task.done() and job.endpoint:
+            if not job.task or job.task.done() or not job.endpoint:
+                continue
+            if job.endpoint.outstanding.pop(job.rid, None):  # else it is being aborted
                 job.task.cancel()
-                job.endpoint.outstanding.pop(job.rid, None)
-                task = self._spawn(self._abort_at(job.endpoint, job.rid, silent))
+                task = self._spawn(self._abort(job.task, job.endpoint, job.rid, silent))
                 self.aborts.add(task)
                 task.add_done_callback(self.aborts.discard)
+
+    async def _abort(
+        self, attempt: asyncio.Task[None], endpoint: Endpoint, rid: str, silent: set[str]
+    ) -> None:
+        """Abort it at the server once the attempt has ended: the request must not come after its abort."""
+        await asyncio.wait([attempt], timeout=ABORT_TIMEOUT)
+        await self._abort_at(endpoint, rid, silent)
 
     async def _abort_at(self, endpoint: Endpoint, rid: str, silent: set[str]) -> None:
         """Abort `rid` at the server, or at every worker behind a router, but not at those that are `silent`.

@@ -2,7 +2,7 @@
 trainer's.
 
 The trainer sends what to ask over a socket and receives samples, 9 bytes a token. Both directions carry
-frames: 8 bytes of length and a pickled list of messages, as many as there are when the one before has left.
+frames of lists of messages, as many as there are when the one before has left.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, NamedTuple, NoReturn
 
@@ -25,11 +26,10 @@ from dapo import http
 from dapo.engine import generate
 from dapo.engine.generate import Asked, BadAnswer
 from dapo.types import EngineError, Sample, Stopped, reason
-from dapo.watch import forked, streams
+from dapo.watch import forked, frames, streams
 
 RETRIED = {408, 429, 500, 502, 503, 504}  # HTTP: not now; any other status but 200 is a refusal
 MAX_DEATHS = 3  # in a row, of processes that took in no answer
-LENGTH = 8  # bytes of a frame that hold its length
 END_TIMEOUT = 5.0  # seconds for the process to end
 
 
@@ -43,7 +43,7 @@ class Ask(NamedTuple):
     asked: Asked
 
 
-Answer = tuple[int, Sample | Exception]  # the number of what was asked, and what came of it
+Answer = tuple[int, Sample | Exception | None]  # what came of an Ask, by its number; None: it was cancelled
 
 
 class Intake:
@@ -68,7 +68,10 @@ class Intake:
             raise EngineError(self.failure)
 
     async def ask(self, url: str, body: bytes, key: str | None, asked: Asked) -> Sample:
-        """Return the sample that the server at `url` answers with. Cancelled, it closes the connection.
+        """Return the sample that the server at `url` answers with.
+
+        Cancelled, it closes the connection, and ends once nothing will be sent to the server any more.
+        Cancelled again, it ends at once.
 
         Raises:
             NoAnswer: as `http.exchange` does, or the process has ended.
@@ -80,14 +83,18 @@ class Intake:
         if process is None:
             raise EngineError(self.failure or "the intake process was closed")
         number = next(self.numbers)
-        future: asyncio.Future[Sample] = asyncio.get_running_loop().create_future()
-        process.asked[number] = future
+        loop = asyncio.get_running_loop()
+        process.asked[number] = future = loop.create_future()
         process.outbox.put(Ask(number, url, body, key, asked))
         try:
-            return await future
-        finally:
-            if process.asked.pop(number, None):
+            return await future  # type: ignore[no-any-return]
+        except asyncio.CancelledError:
+            if number in process.asked:
+                process.asked[number] = ended = loop.create_future()
                 process.outbox.put(number)
+                with suppress(Exception):  # whatever came of it
+                    await ended
+            raise
 
     async def close(self) -> None:
         """End the process, and with it whatever it is asking. A second call does nothing."""
@@ -97,12 +104,19 @@ class Intake:
             process.fail(http.NoAnswer("the intake process was closed"))
 
     def _start(self) -> None:
-        self.process = _Process(self.arguments, self._receive, self._replace)
+        try:
+            self.process = _Process(self.arguments, self._receive, self._replace)
+        except (OSError, RuntimeError) as error:  # no file descriptor or thread is left
+            self._stop(f"the intake process could not be started: {reason(error)}")
+
+    def _stop(self, failure: str) -> None:
+        self.failure = failure
+        self.is_ready.set()
 
     def _receive(self, process: _Process, answers: list[Answer]) -> None:
         """Hand out answers; a list without any says that the process runs."""
         self.is_ready.set()
-        if answers:
+        if any(outcome is not None for _, outcome in answers):
             self.num_deaths = 0
         for number, outcome in answers:
             future = process.asked.pop(number, None)
@@ -121,11 +135,10 @@ class Intake:
         self.num_deaths += 1
         if self.num_deaths < MAX_DEATHS:
             print(f"engine: the intake process {how}; starting it again", file=sys.stderr, flush=True)
-            self._start()
             process.fail(http.NoAnswer(f"the intake process {how}"))
+            self._start()
         else:
-            self.failure = f"the intake process {how}, as did {MAX_DEATHS - 1} before it without an answer"
-            self.is_ready.set()
+            self._stop(f"the intake process {how}, as did {MAX_DEATHS - 1} before it without an answer")
             process.fail(EngineError(self.failure))
 
 
@@ -141,7 +154,7 @@ class _Process:
         on_answers: Callable[[_Process, list[Answer]], None],
         on_end: Callable[[_Process, str], None],
     ):
-        self.asked: dict[int, asyncio.Future[Sample]] = {}  # by number
+        self.asked: dict[int, asyncio.Future[Any]] = {}  # by number, until it is answered
         self.outbox = SimpleQueue[Ask | int]()
         self.on_answers, self.on_end = on_answers, on_end
         self.owner = os.getpid()
@@ -151,11 +164,10 @@ class _Process:
         self.process = forked.context.Process(
             target=forked.without_signals, args=called, name="intake", daemon=True
         )
-        atexit.register(self.end)  # before multiprocessing's own function, which was registered earlier
         self.writer = threading.Thread(target=self._write, name="intake writer", daemon=True)
         self.reader = threading.Thread(target=self._run, args=(theirs,), name="intake reader", daemon=True)
-        self.writer.start()
         self.reader.start()
+        atexit.register(self.end)  # before multiprocessing's own function, which was registered earlier
 
     def end(self) -> None:
         """End it and wait until it has ended. A fork of the trainer does nothing."""
@@ -173,11 +185,19 @@ class _Process:
         self.asked.clear()
 
     def _run(self, theirs: socket.socket) -> None:
-        how = self._start(theirs) or self._read_until_it_ends()
+        how = ""
+        try:
+            how = self._start(theirs) or self._read_until_it_ends()
+        except Exception as error:  # noqa: BLE001  # whatever it was, nobody may wait for answers any more
+            how = f"failed: {reason(error)}"
+        if self.process.pid:
+            self.process.kill()
+            self.process.join()
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
-        self.outbox.put(-1)  # wakes the writer, which ends
-        self.writer.join()
+        if self.writer.is_alive():
+            self.outbox.put(-1)  # wakes it, and it ends
+            self.writer.join()
         self.socket.close()
         atexit.unregister(self.end)
         if self.is_wanted:
@@ -186,6 +206,7 @@ class _Process:
     def _start(self, theirs: socket.socket) -> str:
         """Return why it cannot be started, "" if it was."""
         try:
+            self.writer.start()
             forked.start(self.process)
         except (OSError, EOFError, RuntimeError) as error:
             return f"could not be started: {reason(error)}"
@@ -196,7 +217,7 @@ class _Process:
     def _read_until_it_ends(self) -> str:
         """Pass answers on. Return how the process ended."""
         loop = http.loop()
-        for answers in _messages(self.socket):
+        for answers in frames.messages(self.socket):
             loop.call_soon_threadsafe(self.on_answers, self, answers)
         self.process.kill()
         self.process.join()
@@ -208,7 +229,7 @@ class _Process:
                 messages = [self.outbox.get()]
                 while not self.outbox.empty():
                     messages.append(self.outbox.get())
-                self.socket.sendall(_frame(messages))
+                self.socket.sendall(frames.frame(messages))
 
 
 def serve(theirs: socket.socket, vocab_size: int, num_connections: int) -> None:
@@ -223,7 +244,7 @@ class _Server:
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
-        self.tasks: dict[int, asyncio.Task[None]] = {}  # by number of what is asked
+        self.tasks: dict[int, asyncio.Task[Sample | Exception]] = {}  # by number of what is asked
         self.answers: list[Answer] = []  # to be sent
         self.has_answers = asyncio.Event()
         self.has_answers.set()  # the first list, without any, says that the process runs
@@ -239,26 +260,29 @@ class _Server:
     async def _receive(self, reader: asyncio.StreamReader) -> None:
         with suppress(asyncio.IncompleteReadError, OSError):
             while True:
-                head = await reader.readexactly(LENGTH)
-                for message in pickle.loads(await reader.readexactly(_length(head))):
+                head = await reader.readexactly(frames.LENGTH)
+                for message in pickle.loads(await reader.readexactly(frames.length(head))):
                     self._take(message)
 
     def _take(self, message: Ask | int) -> None:
         if isinstance(message, Ask):
-            self.tasks[message.number] = asyncio.create_task(self._answer(message))
-        elif message in self.tasks:
-            self.tasks.pop(message).cancel()
+            task = self.tasks[message.number] = asyncio.create_task(self._outcome(message))
+            # a callback: a task that is cancelled before it begins runs nothing of its own
+            task.add_done_callback(partial(self._answer, message.number))
+        elif message in self.tasks:  # else its answer is on its way
+            self.tasks[message].cancel()
 
-    async def _answer(self, ask: Ask) -> None:
-        outcome: Sample | Exception
+    async def _outcome(self, ask: Ask) -> Sample | Exception:
         try:
-            outcome = await fetch(ask, self.vocab_size)
+            return await fetch(ask, self.vocab_size)
         except (http.NoAnswer, BadAnswer, Stopped) as error:
-            outcome = error
+            return error
         except Exception:  # noqa: BLE001  # a bug: its traceback is for the trainer
-            outcome = RuntimeError(f"in the intake process:\n{traceback.format_exc()}")
-        self.tasks.pop(ask.number, None)
-        self.answers.append((ask.number, outcome))
+            return RuntimeError(f"in the intake process:\n{traceback.format_exc()}")
+
+    def _answer(self, number: int, task: asyncio.Task[Sample | Exception]) -> None:
+        del self.tasks[number]
+        self.answers.append((number, None if task.cancelled() else task.result()))
         self.has_answers.set()
 
     async def _send(self, writer: asyncio.StreamWriter) -> None:
@@ -269,7 +293,7 @@ class _Server:
                 await self.has_answers.wait()
                 self.has_answers.clear()
                 answers, self.answers = self.answers, []
-                writer.write(_frame(answers))
+                writer.write(frames.frame(answers))
                 await writer.drain()
 
 
@@ -285,32 +309,3 @@ async def fetch(ask: Ask, vocab_size: int) -> Sample:
         refused = f"{ask.url} refused request {asked.id} ({size})"
         raise EngineError(f"{refused}: {status} {http.one_line(answer)}")
     return generate.read(answer, asked, vocab_size)
-
-
-def _messages(connection: socket.socket) -> Iterator[list[Any]]:
-    """Yield what whole frames hold until the other side closes, or ends."""
-    with suppress(OSError):
-        while (head := _exactly(connection, LENGTH)) and (text := _exactly(connection, _length(head))):
-            yield pickle.loads(text)
-
-
-def _exactly(connection: socket.socket, size: int) -> bytearray:
-    """Return the next `size` bytes, none if the end comes before.
-
-    The kernel waits for all of them: each time that it returned earlier, the lock would have to be won again,
-    from a trainer that is busy.
-    """
-    received = bytearray(size)
-    rest = memoryview(received)
-    while rest and (count := connection.recv_into(rest, 0, socket.MSG_WAITALL)):
-        rest = rest[count:]
-    return bytearray() if rest else received
-
-
-def _frame(messages: list[Any]) -> bytes:
-    text = pickle.dumps(messages, protocol=5)
-    return len(text).to_bytes(LENGTH, "little") + text
-
-
-def _length(head: bytes | bytearray) -> int:
-    return int.from_bytes(head, "little")

@@ -6,6 +6,7 @@ import string
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import transformers
 
 from dapo.config import ConfigError
@@ -46,9 +47,16 @@ def decoder_json(tokenizer: Any) -> str | None:
     if tokenizer.clean_up_tokenization_spaces and not is_left:
         return None
     try:
-        return str(backend.to_str())
+        described = str(backend.to_str())
     except Exception:  # noqa: BLE001  # tokenizers raises it itself, where a part of it is written in Python
         return None
+    elsewhere = tokenizers.Tokenizer.from_str(described)
+    for id in tokenizer.added_tokens_decoder:  # the model's files may disagree about which are special
+        if elsewhere.decode([id], skip_special_tokens=True) != tokenizer.decode(
+            [id], skip_special_tokens=True
+        ):
+            return None
+    return described
 
 
 def check_vocabulary(model: Path, tokenizer: Any) -> None:

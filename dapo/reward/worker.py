@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib
 import inspect
 import os
 import reprlib
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from dapo.types import reason
-from dapo.watch import streams
+from dapo.watch import frames, streams
 
 Verdict = bool | float | tuple[float, bool]  # the pair: a reward, and whether it is correct
 EXTRAS = ("row", "prompt", "messages", "truncated")  # what a function may take by name: reward.function
@@ -83,36 +83,42 @@ class Function:
         return Reply(verdict, has_answer)
 
 
-def serve(connection: Connection, paths: Sequence[str], tokenizer: str | None = None) -> None:
+def serve(connection: socket.socket, paths: Sequence[str]) -> None:
     """Import the functions, send None, then reply to each list of jobs until the other side closes.
 
-    `tokenizer`, the JSON of a tokenizers.Tokenizer, decodes their tokens, once if they follow each other.
+    What comes before the jobs is None or the JSON of a tokenizers.Tokenizer, which decodes their tokens, once
+    if they follow each other. None is sent then, too: decoding takes none of a call's time.
     """
     streams.keep_open()  # a function may print
-    with contextlib.suppress(EOFError, OSError):
+
+    def send(message: Reply | Failure | None) -> None:
+        connection.sendall(frames.frame(message))
+
+    with suppress(OSError):  # the other side has ended
         try:
             functions = [Function(path) for path in paths]
         except (Exception, SystemExit) as error:  # noqa: BLE001  # the user's module may raise anything
-            connection.send(Failure(f"reward.function={reason(error)}"))
+            send(Failure(f"reward.function={reason(error)}"))
             return
+        received = frames.messages(connection)
+        tokenizer: str | None = next(received, None)
         try:
             decode = None if tokenizer is None else _decoder(tokenizer)
         except Exception as error:  # noqa: BLE001  # tokenizers raises it itself
-            connection.send(
-                Failure(f"policy.model: no reward worker can load its tokenizer: {reason(error)}")
-            )
+            send(Failure(f"policy.model: no reward worker can load its tokenizer: {reason(error)}"))
             return
-        connection.send(None)
+        send(None)
         tokens, text = b"", ""
-        while True:
-            for job in connection.recv():
+        for jobs in received:
+            for job in jobs:
                 if decode and job.tokens:
                     if job.tokens != tokens:
                         tokens, text = job.tokens, decode(job.tokens)
+                        send(None)
                     job = job._replace(response=text)
                 reply = functions[job.function].judge(job)
                 is_first = job.tokens and job.function == 0
-                connection.send(reply._replace(text=text) if is_first else reply)
+                send(reply._replace(text=text) if is_first else reply)
 
 
 def _decoder(tokenizer: str) -> Callable[[bytes], str]:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import os
+import socket
 import sys
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
 from multiprocessing import forkserver
-from multiprocessing.connection import wait
 
 from dapo import clock
 from dapo.config import ConfigError
 from dapo.reward.worker import Failure, Job, Reply, serve
 from dapo.types import Interrupted, RewardError
 from dapo.watch import forked
+from dapo.watch.frames import Channel, wait
 from dapo.watch.worker import MEMORY_EXCEEDED, guard
 
 JOBS_PER_MESSAGE = 16
@@ -39,16 +38,22 @@ class _Worker:
     """
 
     def __init__(self, functions: list[str], tokenizer: str | None, max_bytes: int, num_failed_before: int):
-        self.connection, theirs = forked.context.Pipe()
-        arguments = (partial(serve, tokenizer=tokenizer), theirs, functions, os.getpid(), max_bytes)
+        ours, theirs = socket.socketpair()
+        self.channel = Channel(ours)
+        arguments = (serve, theirs, functions, os.getpid(), max_bytes)
         self.guardian = forked.context.Process(target=guard, args=arguments, name="reward")
         forked.start(self.guardian)
         theirs.close()
+        self.channel.send(tokenizer)  # no argument: those must be taken before `start` returns, and are kept
         self.num_failed_before = num_failed_before  # starts in a row, before this one
         self.is_ready = False
         self.todo: deque[int] = deque()  # numbers of the jobs it was sent; it is doing the first
-        self.deadline = time.monotonic() + IMPORT_TIMEOUT
+        self.begin()
         _running.add(self)
+
+    def begin(self) -> None:
+        """Give it time to import, while somebody waits: it is sent the tokenizer meanwhile."""
+        self.deadline = time.monotonic() + IMPORT_TIMEOUT
 
     @property
     def is_busy(self) -> bool:
@@ -59,11 +64,11 @@ class _Worker:
     def has_ended(self) -> bool:
         """True if it ended while it had nothing to do."""
         is_idle = self.is_ready and not self.todo
-        return is_idle and (self.connection.poll() or not self.guardian.is_alive())
+        return is_idle and (bool(wait([self.channel], 0.0)) or not self.guardian.is_alive())
 
     def end(self) -> bool:
         """End it and all that it started. Return True if it was being ended for its memory."""
-        self.connection.close()
+        self.channel.close()
         self.guardian.terminate()
         self.guardian.join(END_TIMEOUT)
         if self.guardian.exitcode is None:
@@ -124,6 +129,9 @@ class Workers:
             RewardError: workers end while they import them.
             Interrupted: the run is to stop.
         """
+        for worker in self.workers:
+            if not worker.is_ready:
+                worker.begin()
         replies: list[Reply | None] = [None] * len(jobs)
         size = min(JOBS_PER_MESSAGE, -(-len(jobs) // self.count)) or 1
         size = -(-size // together) * together
@@ -137,9 +145,11 @@ class Workers:
                 self._assign(waiting, jobs)
                 ready = self._wait()
                 for worker in list(self.workers):
-                    if worker.connection in ready:
-                        self._receive(worker, replies, waiting)
-                    elif worker.is_busy and time.monotonic() > worker.deadline:
+                    if worker.channel in ready:
+                        self._receive(worker, replies)
+                    if worker.channel.has_ended:
+                        self._replace(worker, waiting, is_late=False)
+                    elif worker.is_busy and time.monotonic() > worker.deadline:  # a part of a reply is none
                         self._replace(worker, waiting, is_late=True)
         finally:
             # after an error: verdicts of these jobs must not be taken for those of later ones
@@ -165,23 +175,19 @@ class Workers:
         for worker in self.workers:
             if not worker.is_busy and waiting:
                 worker.todo = waiting.popleft()
-                with contextlib.suppress(OSError):  # it died while idle: the next read finds that out
-                    worker.connection.send([jobs[number] for number in worker.todo])
+                worker.channel.send([jobs[number] for number in worker.todo])
                 worker.deadline = time.monotonic() + self.timeout
 
-    def _receive(self, worker: _Worker, replies: list[Reply | None], waiting: deque[deque[int]]) -> None:
-        try:
-            while worker.connection.poll():
-                message: Reply | Failure | None = worker.connection.recv()
-                if isinstance(message, Reply):
-                    replies[worker.todo.popleft()] = message
-                elif message is not None:
-                    raise ConfigError(message.what)
-                worker.is_ready = True
-                self.num_failed_starts = 0
-                worker.deadline = time.monotonic() + self.timeout
-        except (EOFError, OSError):
-            self._replace(worker, waiting, is_late=False)
+    def _receive(self, worker: _Worker, replies: list[Reply | None]) -> None:
+        """Take the messages that have come whole. With each the time for the next one begins."""
+        for message in worker.channel.receive():
+            if isinstance(message, Reply):
+                replies[worker.todo.popleft()] = message
+            elif isinstance(message, Failure):
+                raise ConfigError(message.what)
+            worker.is_ready = True
+            self.num_failed_starts = 0
+            worker.deadline = time.monotonic() + self.timeout
 
     def _replace(self, worker: _Worker, waiting: deque[deque[int]], is_late: bool) -> None:
         is_too_large = worker.end()
@@ -208,14 +214,14 @@ class Workers:
             ended = f"a call of {', '.join(self.functions)} needed more than {limit} and was ended"
             print(f"warning: {ended}; such calls count as wrong and as crashes", file=sys.stderr, flush=True)
 
-    def _wait(self) -> set[object]:
-        """Wait for a message, the first deadline or the next check. Return the connections with a message."""
+    def _wait(self) -> list[Channel]:
+        """Wait for a message, the first deadline or the next check. Return the channels that have some."""
         deadlines = [worker.deadline for worker in self.workers if worker.is_busy]
         start = time.monotonic()
         seconds = min(max(0.0, min(deadlines) - start) + 0.001, CHECK_EVERY)
-        ready = wait([worker.connection for worker in self.workers], seconds)
+        ready = wait([worker.channel for worker in self.workers], seconds)
         excess = time.monotonic() - start - seconds
         if excess > SUSPENDED:  # a job that was stopped as a whole goes on: no call has used that time
             for worker in self.workers:
                 worker.deadline += excess
-        return set(ready)
+        return ready

@@ -12,10 +12,10 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from multiprocessing.connection import Connection
 from typing import NoReturn
 
 from dapo.watch.rank import has_ended, open_process
@@ -27,10 +27,10 @@ _SIGNALS = {signal.SIGTERM, signal.SIGCHLD}  # blocked, and waited for: no handl
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-Serve = Callable[[Connection, Sequence[str]], None]
+Serve = Callable[[socket.socket, Sequence[str]], None]
 
 
-def guard(serve: Serve, connection: Connection, paths: Sequence[str], main: int, max_bytes: int) -> None:
+def guard(serve: Serve, connection: socket.socket, paths: Sequence[str], main: int, max_bytes: int) -> None:
     """Run a worker, which calls `serve(connection, paths)`, until it or process `main` has ended.
 
     End it, and exit with MEMORY_EXCEEDED, once it needs more than `max_bytes` of memory.
@@ -59,7 +59,7 @@ def guard(serve: Serve, connection: Connection, paths: Sequence[str], main: int,
     sys.exit(status)
 
 
-def _work(serve: Serve, connection: Connection, paths: Sequence[str], guardian: int) -> NoReturn:
+def _work(serve: Serve, connection: socket.socket, paths: Sequence[str], guardian: int) -> NoReturn:
     status = 1
     try:
         if os.getppid() == guardian:  # else it ended before its end could become this process's

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import pickle
 import re
 import resource
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing import forkserver
 from pathlib import Path
@@ -18,10 +22,11 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from dapo.engine import client, intake
+from dapo import http
+from dapo.engine import client
 from dapo.engine.sglang import SGLangStream
 from dapo.types import EngineError, Sampling, Stopped
-from dapo.watch import forked
+from dapo.watch import forked, frames
 from tests.sglang import fake_server as fake
 from tests.sglang.fake_engine import assert_answered, collect, stream_of, wait_for
 from tests.sglang.fake_server import FakeServer, requests
@@ -101,6 +106,41 @@ def test_what_is_aborted_closes_its_connection() -> None:
         wait_for(lambda: server.num_asked == 2)
 
 
+def test_an_abort_does_not_overtake_its_request() -> None:
+    server = FakeServer(afterwards=fake.nothing)
+    with stream_of(server) as stream:
+        os.kill(pid_of(stream), signal.SIGSTOP)
+        try:
+            stream.submit(requests(1))
+            wait_for(lambda: bool(stream.client.endpoints[0].outstanding))
+            stream.abort()
+            wait_for(lambda: bool(stream.client.aborts))
+            known = asyncio.run_coroutine_threadsafe(stream.client.finish_aborts(), http.loop())
+            time.sleep(0.5)
+            assert not known.done() and not server.aborted
+        finally:
+            os.kill(pid_of(stream), signal.SIGCONT)
+        known.result(30)
+        assert len(server.aborted) == 1 and server.num_asked == 0
+        seen = len(server.bodies)
+        server.afterwards = fake.well
+        wanted = requests(1)
+        stream.submit(wanted)
+        assert_answered(collect(stream), wanted)
+        assert len(server.bodies) == seen + 1
+
+
+def test_an_abort_does_not_wait_long_for_a_process_that_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "ABORT_TIMEOUT", 0.2)
+    server = FakeServer(afterwards=fake.nothing)
+    with stream_of(server) as stream:
+        os.kill(pid_of(stream), signal.SIGSTOP)
+        stream.submit(requests(1))
+        wait_for(lambda: bool(stream.client.endpoints[0].outstanding))
+        stream.abort()
+        wait_for(lambda: len(server.aborted) == 1)
+
+
 def test_after_its_death_it_is_started_again_and_asks_again(capfd: pytest.CaptureFixture[str]) -> None:
     streams: list[SGLangStream] = []
     server = FakeServer([fake.well, killing(streams)], seconds=0.02)
@@ -148,6 +188,47 @@ def test_one_that_cannot_be_started_is_an_error_of_one_line(monkeypatch: pytest.
     said = r"^the intake process could not be started: \[Errno 11\] Resource unavailable, as did 2"
     with pytest.raises(EngineError, match=said), stream_of(FakeServer()):
         pass
+
+
+@pytest.mark.parametrize("missing", ["socket.socketpair", "threading.Thread.start"])
+def test_one_that_cannot_be_started_again_is_an_error(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    def fail(*given: Any) -> None:
+        if missing == "socket.socketpair" or given[0].name.startswith("intake"):
+            raise RuntimeError("there is none\nleft")
+        start(*given)
+
+    start = threading.Thread.start
+    server = FakeServer(afterwards=fake.nothing)
+    with stream_of(server) as stream:
+        stream.submit(requests(3))
+        wait_for(lambda: server.num_asked == 3)
+        monkeypatch.setattr(f"dapo.engine.intake.{missing}", fail)
+        os.kill(pid_of(stream), signal.SIGKILL)
+        with pytest.raises(
+            EngineError, match=r"^the intake process could not be started: there is none left$"
+        ):
+            collect(stream)
+
+
+def test_one_that_sends_what_cannot_be_read_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def read(connection: socket.socket) -> Iterator[Any]:
+        for number, message in enumerate(messages(connection)):
+            if number == 2 and not failed:
+                failed.append(True)
+                raise pickle.UnpicklingError("invalid\nload key")
+            yield message
+
+    messages, failed = frames.messages, list[bool]()
+    monkeypatch.setattr(frames, "messages", read)
+    wanted = requests(8)
+    with stream_of(FakeServer(), max_concurrent=2) as stream:
+        pid = pid_of(stream)
+        stream.submit(wanted)
+        assert_answered(collect(stream), wanted)
+        assert failed and not is_running(pid)
+    assert "the intake process failed: invalid load key; starting it again\n" in capfd.readouterr().err
 
 
 def test_closing_the_engine_ends_it_in_the_middle_of_requests() -> None:
@@ -254,12 +335,12 @@ def test_a_fault_of_its_own_reaches_the_caller_with_its_traceback() -> None:
             collect(stream)
 
 
-@pytest.mark.parametrize("kept", [0, 3, intake.LENGTH, -1])
+@pytest.mark.parametrize("kept", [0, 3, frames.LENGTH, -1])
 def test_a_frame_that_is_cut_off_is_none(kept: int) -> None:
-    frame = intake._frame([(1, "all of it")])
+    frame = frames.frame([(1, "all of it")])
     for text, whole in ((frame, [[(1, "all of it")]]), (frame[:kept], [])):
         ours, theirs = socket.socketpair()
         theirs.sendall(frame + text)
         theirs.close()
-        assert list(intake._messages(ours)) == [[(1, "all of it")], *whole]
+        assert list(frames.messages(ours)) == [[(1, "all of it")], *whole]
         ours.close()

@@ -186,6 +186,31 @@ def test_a_tokenizer_that_decodes_in_its_own_way_is_left_to_it(tmp_path: Path) -
     assert decoder_json(corrupting) is None
 
 
+@pytest.mark.parametrize("is_special", [True, False])
+def test_files_that_disagree_about_a_special_token_are_left_to_this_process(
+    is_special: bool, tmp_path: Path
+) -> None:
+    made = trained("BPE")
+    made.add_special_tokens(["<think>"])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
+    fast.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    fields = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = {
+        str(id): {"content": token.content, "special": is_special or token.content != "<think>", **fields}
+        for id, token in made.get_added_tokens_decoder().items()
+    }
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": added}))
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer("<think>a</think>")["input_ids"]
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    found = decoder_json(tokenizer)
+    if found is None:
+        assert not is_special
+    else:
+        assert tokenizers.Tokenizer.from_str(found).decode(ids, skip_special_tokens=True) == text
+
+
 def test_one_with_a_part_written_in_python_is_left_to_this_process() -> None:
     class Own:
         def pre_tokenize(self, text: Any) -> None: ...

@@ -80,6 +80,17 @@ def obedient(response, answer):
     return response == answer
 
 
+def cut_off(response, answer):
+    """Hangs for "hang", after a part of what may be a reply has left."""
+    if response == "hang":
+        frame = sys._getframe()
+        while frame.f_code.co_name != "serve":
+            frame = frame.f_back
+        os.write(frame.f_locals["connection"].fileno(), bytes([0, 0, 1, 0, 0, 0, 0, 0, 0]))
+        time.sleep(600)
+    return response == answer
+
+
 def dying(response, answer):
     os._exit(9)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from dapo.reward import remote, worker
 from dapo.reward.pool import Decoder, Reward
 from dapo.reward.worker import Job
 from dapo.types import Interrupted, Prompt, Sample
+from dapo.watch import forked, frames
 from tests.conftest import make_config, make_prompt, make_sample
 from tests.dapo.reward.test_reward import FUNCTIONS
 
@@ -126,19 +128,16 @@ def test_several_functions_are_sent_one_text(
     assert {row["response"] for row in rows} == ({"2"} if num_samples > 1 else set())
 
 
-class Wire:
-    """A connection that brings these jobs, and keeps what is sent."""
-
-    def __init__(self, *messages: list[Job]):
-        self.messages, self.sent = list(messages), list[Any]()
-
-    def send(self, message: Any) -> None:
-        self.sent.append(message)
-
-    def recv(self) -> list[Job]:
-        if not self.messages:
-            raise EOFError
-        return self.messages.pop(0)
+def served(messages: list[Any], functions: list[str]) -> list[Any]:
+    """What `serve` sends when it is sent these messages."""
+    ours, theirs = socket.socketpair()
+    with ours:
+        for message in messages:
+            ours.sendall(frames.frame(message))
+        ours.shutdown(socket.SHUT_WR)
+        with theirs:
+            worker.serve(theirs, functions)
+        return list(frames.messages(ours))
 
 
 def test_a_worker_decodes_a_response_once_for_all_functions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,10 +151,10 @@ def test_a_worker_decodes_a_response_once_for_all_functions(monkeypatch: pytest.
     monkeypatch.setattr(worker.streams, "keep_open", lambda: None)
     given = (("", b"1"), ("", b"2"), ("", b"2"), ("3", b""))
     jobs = [Job(function, text, "1", (), tokens) for text, tokens in given for function in (0, 1)]
-    wire: Any = Wire(jobs[:4], jobs[4:])
-    worker.serve(wire, [f"{FUNCTIONS}:long_bool", f"{FUNCTIONS}:graded"], "{}")
-    assert wire.sent[0] is None and decoded == [b"1", b"2"]
-    texts, verdicts = zip(*[(reply.text, reply.verdict) for reply in wire.sent[1:]], strict=True)
+    sent = served(["{}", jobs[:4], jobs[4:]], [f"{FUNCTIONS}:long_bool", f"{FUNCTIONS}:graded"])
+    assert decoded == [b"1", b"2"]
+    assert [i for i, reply in enumerate(sent) if reply is None] == [0, 1, 4], "at the start, and once decoded"
+    texts, verdicts = zip(*[(reply.text, reply.verdict) for reply in sent if reply], strict=True)
     assert texts == ("1", None, "2", None, "2", None, None, None)
     assert verdicts == (True, 1.0, False, 2.0, False, 2.0, False, 3.0)
 
@@ -197,6 +196,22 @@ def test_another_model_s_tokenizer_decodes_from_then_on(make: Make) -> None:
         pool.score(pairs)
         assert texts_of(pairs) == expected
         assert [sample.is_correct for _, sample in pairs] == [text == "1" for text in expected]
+
+
+def test_a_tokenizer_larger_than_what_a_socket_holds_is_no_argument_of_a_process(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(process: Any) -> None:
+        assert " " * 100 not in repr((process._target, process._args, process._kwargs))
+        started.append(process)
+        original(process)
+
+    original, started = forked.start, list[Any]()
+    monkeypatch.setattr(forked, "start", start)
+    large = " " * 2**22 + (THERE.tokenizer or "")
+    pairs = pairs_of(["1", "2"])
+    make(Decoder(nowhere, large), "workers=1", f"function={FUNCTIONS}:long_bool").score(pairs)
+    assert started and texts_of(pairs) == ["1", "2"]
 
 
 def test_workers_go_on_with_the_tokenizer_they_have(make: Make) -> None:

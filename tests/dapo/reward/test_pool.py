@@ -5,8 +5,8 @@ import json
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver
-from multiprocessing.connection import wait
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +17,7 @@ from dapo.reward import remote, workers
 from dapo.reward.worker import Job
 from dapo.reward.workers import Workers
 from dapo.types import Interrupted, RewardError, StorageError
+from dapo.watch.frames import wait
 from dapo.watch.worker import descendants
 from tests.conftest import make_prompt, make_sample
 from tests.dapo.reward import reward_functions
@@ -34,6 +35,15 @@ def score(reward, texts, answer="1"):
     ]
     reward.score(pairs)
     return [(sample.is_correct, sample.reward) for _, sample in pairs]
+
+
+def within_limit(work):
+    """Run `work` in a thread, for at most a minute: nothing takes so long, but nothing may hang either."""
+    pool = ThreadPoolExecutor()
+    try:
+        return pool.submit(work).result(60)
+    finally:
+        pool.shutdown(wait=False)
 
 
 RIGHT, WRONG = (True, 1.0), (False, -1.0)
@@ -106,6 +116,45 @@ def test_a_call_that_never_returns_is_wrong_within_the_limit_and_the_others_keep
     assert time.perf_counter() - start < 60, "the call would never have returned"
     metrics = pool.take_metrics()
     assert (metrics["reward/timeouts"], metrics["reward/crashes"]) == ((0, 1) if text == "die" else (1, 0))
+
+
+def test_a_worker_that_stands_still_in_the_middle_of_a_reply_is_late(reward):
+    pool = reward("workers=1", f"function={FUNCTIONS}:cut_off", "time_limit=1.0")
+    assert within_limit(lambda: score(pool, ["1", "hang", "1", "2"])) == [RIGHT, WRONG, RIGHT, WRONG]
+    assert pool.take_metrics() == counts(1, 0, 1 / 4)
+
+
+def test_a_part_of_a_reply_keeps_no_interruption_off(reward):
+    calls = iter([False] * 20)
+    pool = reward("workers=1", f"function={FUNCTIONS}:cut_off", is_interrupted=lambda: next(calls, True))
+    with pytest.raises(Interrupted):
+        within_limit(lambda: score(pool, ["hang"]))
+
+
+def test_a_worker_that_takes_no_jobs_is_late(reward):
+    pool = reward("workers=1", f"function={FUNCTIONS}:obedient", "time_limit=1.0")
+    assert score(pool, ["1"]) == [RIGHT]
+    for pid in descendants(pool.workers.workers[0].guardian.pid):
+        os.kill(pid, signal.SIGSTOP)
+    large = "1" + " " * 2**23  # more than a socket holds
+    assert within_limit(lambda: score(pool, [large, large], large)) == [WRONG, RIGHT]
+
+
+def test_a_worker_that_has_not_imported_yet_has_time_while_somebody_waits(reward):
+    pool = reward("workers=1", f"function={FUNCTIONS}:graded")
+    begun = []
+    pool.workers.workers = [SimpleNamespace(is_ready=False, todo=[], begin=lambda: begun.append(True))]
+    pool.workers.judge([])
+    pool.workers.workers = []
+    assert begun == [True]
+
+
+def test_with_each_message_the_time_for_the_next_one_begins():
+    pool = Workers([f"{FUNCTIONS}:graded"], 1, 60.0, 4.0, is_interrupted=lambda: False)
+    late = SimpleNamespace(channel=SimpleNamespace(receive=lambda: [None]), is_ready=True, deadline=0.0)
+    start = time.monotonic()
+    pool._receive(late, [])
+    assert late.deadline >= start + 60.0, "decoding takes none of a call's time"
 
 
 def test_a_worker_that_was_killed_from_outside_between_two_steps_is_replaced(reward):
