@@ -189,6 +189,7 @@ class _File:
                     if data.is_cuda:  # a new thread would open a context on the first GPU
                         torch.cuda.set_device(data.device)
                     data = on_cpu(data, copy=in_background)
+                taken = None  # the tensor's memory may be given back now
                 in_hand.set()
                 form = SerializationFormat.TORCH_SAVE
                 results.append(_write_item(transforms, file, data, item, self.path.name, form))  # type: ignore[arg-type]
