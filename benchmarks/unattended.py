@@ -131,7 +131,13 @@ def unattended(nodes: int, kills: int, seed: int, directory: Path) -> dict[str, 
     """Kill a run of so many nodes so often. Raise AssertionError if it is not the run that nobody killed."""
     chance, killed, whole = random.Random(seed), directory / "killed", directory / "whole"
     log, total = directory / "log", kills * STEPS_BETWEEN + 2 * STEPS_BETWEEN
-    common = [*OPTIONS, f"run.save_every={SAVE_EVERY}", f"run.steps={total}", "run.keep_checkpoints=2"]
+    common = [
+        *OPTIONS,
+        "rollout.max_empty_steps=1000",
+        f"run.save_every={SAVE_EVERY}",
+        f"run.steps={total}",
+        "run.keep_checkpoints=2",
+    ]
     start = time.monotonic()
     job = Job(nodes, [*common, f"run.dir={killed}"], log)
     struck: list[str] = []
