@@ -209,8 +209,8 @@ def main(kills: str = "20", seed: str = "0", which: str = "both") -> None:
                 found[name] = unattended(nodes, int(kills), int(seed), Path(directory))
     text = heading("A run that is killed at random moments and starts again without a person")
     text += f"""
-{kills} kills each; a checkpoint every {SAVE_EVERY} steps; final parameters and metrics are equal to those of
-the run that nobody killed, to the bit. The ratio is the undisturbed run's seconds, of one start and
+SIGKILL at random moments; a checkpoint every {SAVE_EVERY} steps; final parameters and metrics are equal to
+those of the run that nobody killed, to the bit. The ratio is the undisturbed run's seconds, of one start and
 tiny steps, over the killed run's: a cluster's is 1 − (kills × (half a save interval + one start)) / its time.
 
 """
