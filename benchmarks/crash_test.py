@@ -39,7 +39,7 @@ OPTIONS = [  # small steps, each of them saved
     "run.save_every=1", "eval.data=null", "reward.workers=0", "rollout.prompts_per_step=4",
     "rollout.prompts_per_round=4", "rollout.max_response_length=24", "reward.overlong_cache=8",
     "optim.prompts_per_minibatch=2", "optim.lr=5e-5", "optim.warmup_steps=5", "optim.weight_decay=0.1",
-    "rollout.max_staleness=1",
+    "rollout.max_staleness=1", "rollout.max_empty_steps=100000",
 ]  # fmt: skip
 LONGEST = 2.0  # seconds from resuming to a kill that is aimed at no save
 # of a checkpoint that is being written: the first file, the largest, the last

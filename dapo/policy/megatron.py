@@ -237,12 +237,11 @@ class Policy:
         self._saving = torch_dist.Save(tensors | others, directory, copies, self.mesh.barrier)
         return self._saving
 
-    @timed("checkpoint")
     def _detach_save(self) -> None:
         """Let a checkpoint that is being written have its own copy of what is about to change."""
-        if self._saving:
+        if self._saving and not self._saving.is_written():
             self._saving.detach()
-            self._saving = None
+        self._saving = None
 
     def load(self, directory: Path) -> None:
         """Restore what `save` planned, in any layout.

@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.api import CheckpointException, _wrap_exceptio
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
+from dapo.clock import timed
 from dapo.config import ConfigError
 from dapo.files import ChunkFile, Sum
 from dapo.mesh import FailedElsewhere
@@ -83,6 +84,7 @@ class Save:
         if not in_background:
             self._writer.wait()
 
+    @timed("checkpoint")
     def detach(self) -> None:
         """Copy to main memory what is not written yet: then the tensors may change."""
         self._writer.detach()
