@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 from typing import Protocol
 
 import numpy as np
@@ -26,12 +27,13 @@ from dapo import config, files
 from dapo.clock import timed
 from dapo.config import ConfigError
 from dapo.files import Sum
-from dapo.mesh import Mesh
+from dapo.mesh import FailedElsewhere, Mesh
 from dapo.model.shape import ModelShape
 from dapo.policy.chunks import Damaged
-from dapo.policy.megatron import Policy
+from dapo.policy.megatron import Policy, PolicyError
 from dapo.policy.torch_dist import Save
 from dapo.policy.weight_files import check_checkpoint
+from dapo.rollout.pending import RolloutError
 from dapo.types import StorageError, reason
 
 
@@ -127,6 +129,18 @@ class Checkpoints:
                 saving.start(in_background=not wait)
             self.saved, self._unfinished = step, (saving, policy.shape)
         if wait:
+            self._finish()
+
+    @timed("checkpoint")
+    def close(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """After an error that all ranks have, give the checkpoint that is being saved its name.
+
+        Raises:
+            CheckpointError: the disk is full or fails.
+        """
+        if isinstance(error, PolicyError | RolloutError | FailedElsewhere):
             self._finish()
 
     def _finish(self) -> None:

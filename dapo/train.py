@@ -41,13 +41,13 @@ def train(config: Config, mesh: Mesh) -> None:
         # all that can be refused has been: now the run's record is written
         log = RankLog(config, mesh, console, record, step)
         opened.push(log.close)
+        opened.push(checkpoints.close)
         try:
             for step in range(step, config.run.steps):  # noqa: B020  # 1
                 sampler.load_weights(policy, version=step)  # 3: π_θold ← π_θ
                 scores = sampler.evaluate(step)
                 export(step, policy, scores)
-                # 2, 4–9: the main rank samples, all get a share
-                batch = policy.place(sampler.next_batch(step))
+                batch = policy.place(sampler.next_batch(step))  # 2, 4–9: the main rank samples for all
                 # log π_θold, in the trainer's numerics and the updates' own packing
                 mismatch = policy.score(batch)
                 updates = [policy.update(minibatch) for minibatch in batch.minibatches]  # 10–11: Eq. 8

@@ -251,6 +251,11 @@ def nothing_correct(directory: Path) -> list[str]:
 
 
 @case
+def nothing_correct_while_saving(directory: Path) -> list[str]:
+    return [*nothing_correct(directory), "run.steps=3", "run.save_every=1", "run.async_save=true"]
+
+
+@case
 def cap_reached(directory: Path) -> list[str]:
     return [
         "reward.function=tests.distributed.failures:always_wrong",

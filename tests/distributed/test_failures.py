@@ -51,6 +51,7 @@ SAYS = {  # what went wrong → words that must be in the line
     "reward_not_importable": ["reward.function=dapo.reward:is_rihgt"],
     "reward_returns_nan": ["returned nan", "prompt"],
     "policy_destroyed": ["not finite", "checkpoint"],
+    "nothing_correct_while_saving": ["0 of 4 mixed groups", "100% all wrong"],
     "nothing_correct": ["0 of 4 mixed groups", "100% all wrong"],
     "cap_reached": ["rollout.max_rounds=1", "0 of 4 mixed groups"],
     "missing_shard": ["model-00002-of-00002.safetensors is missing", "model.safetensors.index.json"],
@@ -127,7 +128,8 @@ SAYS = {  # what went wrong → words that must be in the line
 
 BROKEN = {"policy_destroyed", "nothing_correct", "cap_reached", "too_little_disk", "disk_full"}
 SAVED = {"reward_returns_nan"}
-BROKEN |= SAVED
+ENDED_WHILE_SAVING = "nothing_correct_while_saving"  # all ranks give the checkpoint its name before they end
+BROKEN |= SAVED | {ENDED_WHILE_SAVING}
 
 
 @pytest.mark.parametrize("name", SAYS)
@@ -139,6 +141,10 @@ def test_bad_input_is_one_clear_line_and_every_rank_stops(name: str) -> None:
     assert all(word in lines[0] for word in ["error: ", *SAYS[name]]), lines[0]
     if name in SAVED:
         assert "; saved in" in lines[0] and any("step-000000" in path for path in result["left"])
+        return
+    if name == ENDED_WHILE_SAVING:
+        assert any("step-000001/manifest.json" in path for path in result["left"]), result["left"]
+        assert not any("partial" in path for path in result["left"])
         return
     assert result["left"] == [], "something was left half-written"
     assert not result["has_run_code"]
