@@ -135,7 +135,7 @@ class Checkpoints:
     def close(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """After an error that all ranks have, give the checkpoint that is being saved its name.
+        """Give the checkpoint that is being saved its name, if the run ends by an error that all ranks have.
 
         Raises:
             CheckpointError: the disk is full or fails.
