@@ -119,6 +119,22 @@ class Config(Section):
                 f"engine.{option}={plain_yaml.shown(value)} is for servers, and "
                 f"engine.kind={self.engine.kind} has none: set engine.kind=sglang, or leave it out"
             )
+        if rollout.forecast_floor == 0:
+            raise ConfigError(
+                "rollout.forecast_floor=0: a prompt that is forecast to be no use would never come back, "
+                "even if the forecast is wrong; choose one above 0"
+            )
+        if rollout.first_wave >= rollout.group_size:
+            raise ConfigError(
+                f"rollout.first_wave={rollout.first_wave} leaves nothing of rollout.group_size="
+                f"{rollout.group_size} to save: make it smaller, or 0"
+            )
+        asked = {"forecast": rollout.forecast != "off", "first_wave": rollout.first_wave > 0}
+        if (name := next((name for name in asked if asked[name]), "")) and not rollout.dynamic_sampling:
+            raise ConfigError(
+                f"rollout.{name}={getattr(rollout, name)} without rollout.dynamic_sampling: every group is "
+                f"learnt from, so none can be left out; leave rollout.{name} out"
+            )
         if reward.answer_format != "answer_line" and DEFAULT_FUNCTION not in reward.weights:
             raise ConfigError(
                 f"reward.answer_format={reward.answer_format} is for {DEFAULT_FUNCTION}, which is not in "

@@ -10,8 +10,9 @@ import hashlib
 import math
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -31,28 +32,44 @@ class RolloutError(RuntimeError):
     """
 
 
+class FirstWaves(Protocol):
+    """Says which groups are asked for a few samples first, and which end with these."""
+
+    def num_at_first(self, group: Group) -> int:
+        """Return how many samples of a group to request at first: G, for all."""
+        ...
+
+    def is_stopped(self, group: Group) -> bool:
+        """Return whether a group ends with its first samples, which are scored."""
+        ...
+
+
 class Pending:
-    """A queue of groups. Samples arrive in any order; groups leave whole, scored, and in the order they
-    came.
+    """A queue of groups. Samples arrive in any order; groups leave whole, or stopped after their first wave,
+    scored, and in the order they came.
     """
 
     def __init__(self, group_size: int):
         self.group_size = group_size
         self.groups: list[Group] = []
         self.unfinished: dict[int, Group] = {}  # by id
+        self.requested: dict[int, int] = {}  # group id → samples asked for so far, of the unfinished
+        self.first_waves: list[Group] = []  # those of unfinished groups, complete and not scored
         self.complete: list[Group] = []  # and not scored yet
+        self.num_scored: dict[int, int] = {}  # group id → its first samples that are scored, if some are
         self.scored: dict[int, bool] = {}  # group id → is it mixed?
-        self.num_added = 0  # groups, since the beginning
+        self.num_samples = 0  # of the groups added since the beginning, without those that stopping saved
 
-    def add(self, groups: Sequence[Group]) -> list[Group]:
-        """Append groups; return those whose samples are to be requested.
+    def add(self, groups: Sequence[Group], num_at_first: Callable[[Group], int]) -> list[Group]:
+        """Append groups; return those of which samples are to be requested, as many as `num_at_first` says.
 
         A group that brings its samples, scored in an earlier step, only waits for its turn.
         """
         empty = [group for group in groups if not group.samples]
         self.groups += groups
-        self.num_added += len(groups)
+        self.num_samples += sum(len(group.samples) or self.group_size for group in groups)
         self.unfinished |= {group.id: group for group in empty}
+        self.requested |= {group.id: num_at_first(group) for group in empty}
         self.scored |= {group.id: group.is_mixed for group in groups if group.samples}
         return empty
 
@@ -62,14 +79,39 @@ class Pending:
         is_new = all(other.index != sample.index for other in group.samples)
         assert is_new, f"sample {sample.group}.{sample.index} came twice"
         group.samples.append(sample)
-        if len(group.samples) == self.group_size:
-            group.samples.sort(key=lambda sample: sample.index)
-            self.complete.append(self.unfinished.pop(group.id))
+        if len(group.samples) < self.requested[group.id]:
+            return
+        group.samples.sort(key=lambda sample: sample.index)
+        if len(group.samples) < self.group_size:
+            self.first_waves.append(group)
+        else:
+            del self.unfinished[group.id], self.requested[group.id]
+            self.complete.append(group)
 
-    def mark_scored(self) -> None:
-        """Note that every complete group has been scored."""
-        self.scored |= {group.id: group.is_mixed for group in self.complete}
+    @property
+    def to_score(self) -> list[tuple[Group, list[Sample]]]:
+        """Complete groups and first waves, with their samples that are not scored."""
+        return [(g, g.samples[self.num_scored.get(g.id, 0) :]) for g in [*self.complete, *self.first_waves]]
+
+    def mark_scored(self, is_stopped: Callable[[Group], bool]) -> list[Group]:
+        """Note that `to_score` has been scored. Return the groups that go on after their first wave: the rest
+        of their samples is to be requested. Those that `is_stopped` are turned away.
+        """
+        for group in self.complete:
+            self.scored[group.id] = group.is_mixed
+            self.num_scored.pop(group.id, None)
+        going_on = []
+        for group in self.first_waves:
+            if is_stopped(group):
+                self.scored[group.id] = False
+                self.num_samples -= self.group_size - len(group.samples)
+                del self.unfinished[group.id], self.requested[group.id]
+            else:
+                self.num_scored[group.id], self.requested[group.id] = len(group.samples), self.group_size
+                going_on.append(group)
         self.complete.clear()
+        self.first_waves.clear()
+        return going_on
 
     def ready(self) -> Iterator[Group]:
         """Remove and yield the groups whose turn has come. The caller may stop at any of them."""
@@ -81,8 +123,10 @@ class Pending:
     def clear(self) -> list[Group]:
         """Remove and return all groups, in order; those that are not scored lose their samples."""
         left = [group if group.id in self.scored else Group(group.id, group.prompt) for group in self.groups]
-        self.groups, self.unfinished = [], {}
-        self.complete, self.scored = [], {}
+        for queue in (self.groups, self.first_waves, self.complete):
+            queue.clear()
+        for table in (self.unfinished, self.requested, self.num_scored, self.scored):
+            table.clear()
         return left
 
     @property
@@ -91,14 +135,14 @@ class Pending:
         return sum(self.scored.values())
 
     @property
-    def num_unknown(self) -> int:
-        """Number of groups that are not complete, or not scored."""
-        return len(self.unfinished) + len(self.complete)
+    def unknown(self) -> list[Group]:
+        """Groups that are not complete, or not scored."""
+        return [*self.unfinished.values(), *self.complete]
 
     @property
     def num_outstanding(self) -> int:
-        """Number of samples that the engine has not returned."""
-        return sum(self.group_size - len(group.samples) for group in self.unfinished.values())
+        """Number of samples that were asked for and that the engine has not returned."""
+        return sum(self.requested[id] - len(group.samples) for id, group in self.unfinished.items())
 
     def __str__(self) -> str:
         """Name the groups that are waited for: "group 7 (3 of 8 samples) and 12 groups after it"."""
@@ -122,6 +166,7 @@ class GroupSampler:
     # score groups as they become complete; otherwise all together, when no sample is outstanding
     is_streaming: bool
     on_sample: Callable[[int], None]  # called after each sample with the number outstanding; it may raise
+    first_waves: FirstWaves | None = None  # None: groups are requested whole
 
     def __post_init__(self) -> None:
         self.pending = Pending(self.group_size)
@@ -129,10 +174,15 @@ class GroupSampler:
 
     def request(self, groups: Sequence[Group]) -> None:
         """Append groups to the queue and request the samples they lack."""
+        at_first = self.first_waves.num_at_first if self.first_waves else lambda group: self.group_size
+        self._submit((group, 0) for group in self.pending.add(groups, at_first))
+
+    def _submit(self, groups: Iterable[tuple[Group, int]]) -> None:
+        """Request samples of groups, each from its first index up to what the queue now waits for."""
         self.stream.submit(
             Request(group.id, index, group.prompt, sample_seed(self.run_seed, group.id, index), self.sampling)
-            for group in self.pending.add(groups)
-            for index in range(self.pending.group_size)
+            for group, first in groups
+            for index in range(first, self.pending.requested[group.id])
         )
 
     @property
@@ -144,11 +194,12 @@ class GroupSampler:
         """Wait until more groups are scored; not at all if none can be."""
         for sample in self.stream.completed():
             self._receive(sample)
-            if self.is_streaming and self.pending.complete and time.monotonic() >= self._score_from:
+            can_score = self.pending.complete or self.pending.first_waves
+            if self.is_streaming and can_score and time.monotonic() >= self._score_from:
                 break
         else:
             unfinished = sorted(self.pending.unfinished)
-            assert not unfinished, (
+            assert not self.pending.num_outstanding, (
                 f"the engine has returned everything, but groups {unfinished} are not complete"
             )
         self.score()
@@ -158,18 +209,18 @@ class GroupSampler:
         return self.pending.ready()
 
     def score(self) -> None:
-        """Score every complete group.
+        """Score every complete group and first wave, and request the rest of those that go on.
 
         At most about half of the time goes into scoring: groups that complete during a slow call are scored
         together by the next one.
         """
-        if not self.pending.complete:
+        if not (work := self.pending.to_score):
             return
         start = time.monotonic()
-        self.reward.score(
-            [(group.prompt, sample) for group in self.pending.complete for sample in group.samples]
-        )
-        self.pending.mark_scored()
+        self.reward.score([(group.prompt, sample) for group, samples in work for sample in samples])
+        is_stopped = self.first_waves.is_stopped if self.first_waves else lambda group: False
+        if going_on := self.pending.mark_scored(is_stopped):
+            self._submit((group, len(group.samples)) for group in going_on)
         end = time.monotonic()
         self._score_from = 2 * end - start if end - start > BRIEF else end
 
@@ -195,18 +246,13 @@ class GroupSampler:
             )
 
 
-def num_to_request(mixed: int, fraction: float) -> int:
-    """Return how many groups to request for `mixed` mixed ones, if this fraction is mixed, at a margin of
-    DEVIATIONS.
+def is_enough(chances: Sequence[float], mixed: int) -> bool:
+    """Return whether of groups with these chances `mixed` will probably be mixed, at a margin of DEVIATIONS.
 
-    The smallest n with n·f − z·√(n·f·(1 − f)) ≥ mixed: `num_to_request(100, 1.0)` → 100, `num_to_request(100,
-    0.5)` → 215.
+    Σp − z·√Σp(1 − p) ≥ mixed: 215 groups of chance 0.5 are enough for 100, 214 are not.
     """
-    if mixed <= 0:
-        return 0
-    spread = DEVIATIONS * math.sqrt(fraction * (1 - fraction))
-    root = (spread + math.sqrt(spread**2 + 4 * fraction * mixed)) / (2 * fraction)
-    return math.ceil(root**2 - 1e-9)
+    spread = math.sqrt(sum(p * (1 - p) for p in chances))
+    return mixed <= 0 or sum(chances) - DEVIATIONS * spread >= mixed - 1e-9
 
 
 def sample_seed(run_seed: int, group: int, index: int) -> int:

@@ -62,6 +62,14 @@ class RowTable:
         return int(np.searchsorted(self.ends, index, side="right"))
 
 
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """A prompt as it comes by in the stream."""
+
+    index: int
+    epoch: int  # of its source
+
+
 class PromptStream:
     """Prompts in a new seeded order each epoch. Prompts taken but not used are put back, and taken first.
 
@@ -82,25 +90,43 @@ class PromptStream:
         dates: Mapping[str, str] = NONE,
     ):
         self.prompts, self.data, self.dates = prompts, data or digest(prompts), dates
-        self.returned: list[int] = []
+        self.returned: list[Visit] = []
         self.sources: list[_Source] = []
         start = 0
         for i, (size, weight) in enumerate(sources or [(len(prompts), 1.0)]):
             self.sources.append(_Source(start, size, weight, (seed, i)))
             start += size
 
-    def take(self, count: int) -> list[Prompt]:
-        """Return the next `count` prompts. An epoch follows the other without a gap."""
-        return [self.prompts[self.returned.pop(0) if self.returned else self._next()] for _ in range(count)]
+    def take(self, count: int) -> list[Visit]:
+        """Return the next `count` visits of prompts. An epoch follows the other without a gap."""
+        taken, self.returned = self.returned[:count], self.returned[count:]
+        return taken + [self._next() for _ in range(count - len(taken))]
 
-    def put_back(self, prompts: Iterable[Prompt]) -> None:
-        """Return prompts to the stream: the next `take` starts with these, in this order."""
-        self.returned[:0] = [prompt.index for prompt in prompts]
+    def put_back(self, visits: Iterable[Visit]) -> None:
+        """Return visits to the stream: the next `take` starts with these, in this order."""
+        self.returned[:0] = visits
+
+    @property
+    def epochs(self) -> np.ndarray:
+        """Epoch of each prompt's source, up to which visits were taken and not put back: [prompts]."""
+        first: dict[int, int] = {}
+        for visit in reversed(self.returned):
+            first[visit.index] = visit.epoch
+        epochs = np.concatenate(
+            [np.full(source.size, source.drawn // source.size) for source in self.sources]
+        )
+        for index, epoch in first.items():
+            epochs[index] = epoch
+        return epochs
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the stream, and a hash of the data that it is a position in."""
         drawn = [source.drawn for source in self.sources]
-        state = {"drawn": drawn, "returned": list(self.returned), "data": self.data}
+        state = {
+            "drawn": drawn,
+            "returned": [[visit.index, visit.epoch] for visit in self.returned],
+            "data": self.data,
+        }
         return state | ({"dates": dict(self.dates)} if self.dates else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -116,11 +142,12 @@ class PromptStream:
                 "data.train is not what the checkpoint was made with: use the same files, tokenizer, chat "
                 "template and options of data, or a new run.dir"
             )
-        self.returned = list(state["returned"])
+        # version 0.1.0 kept no epochs
+        self.returned = [Visit(v, 0) if isinstance(v, int) else Visit(*v) for v in state["returned"]]
         for source, drawn in zip(self.sources, state["drawn"], strict=True):
             source.drawn = drawn
 
-    def _next(self) -> int:
+    def _next(self) -> Visit:
         """Draw from the source that is furthest behind its weight."""
         total = sum(source.drawn for source in self.sources) + 1
         weight = sum(source.weight for source in self.sources)
@@ -139,13 +166,13 @@ class _Source:
     _epoch: int = -1
     _order: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
-    def next(self) -> int:
+    def next(self) -> Visit:
         epoch, position = divmod(self.drawn, self.size)
         if epoch != self._epoch:
             self._epoch = epoch
             self._order = np.random.default_rng([*self.seed, epoch]).permutation(self.size)
         self.drawn += 1
-        return self.start + int(self._order[position])
+        return Visit(self.start + int(self._order[position]), epoch)
 
 
 def load_stream(

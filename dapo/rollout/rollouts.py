@@ -19,16 +19,18 @@ from dapo.learn import batch
 from dapo.learn.advantages import set_advantages
 from dapo.learn.batch import Share
 from dapo.reward.pool import Reward
-from dapo.rollout import dump
+from dapo.rollout import dump, record
+from dapo.rollout.asking import Asking, Question
 from dapo.rollout.buffer import Buffer
-from dapo.rollout.pending import GroupSampler, Pending, RolloutError, num_to_request
-from dapo.rollout.prompts import PromptStream
+from dapo.rollout.forecast import Forecast, Odds, Rules
+from dapo.rollout.pending import GroupSampler, RolloutError, is_enough
+from dapo.rollout.prompts import PromptStream, Visit
 from dapo.types import Engine, Group, Interrupted, Prompt, Sampling, Stopped, StorageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-GROUPS_PER_STEP = 1 << 20  # group id = step × this + the place in request order: unique in a run
+RECORD = "prompts.parquet"  # of a checkpoint, and of the run's directory as it was saved last
 LEAST_MIXED = 1e-6  # of the estimate, which divides
 PRIOR = 16  # groups: how much the estimate of the mixed fraction remembers of earlier steps
 
@@ -56,6 +58,8 @@ class Rollouts:
         self.carried: list[Group] = []
         # estimate of the fraction of groups that are mixed; before any group: as configured
         self.mixed_fraction = min(1.0, rollout.prompts_per_step / rollout.prompts_per_round)
+        self.forecast = Forecast(len(self.prompts.prompts), Rules.of(rollout))
+        self.questions: dict[int, Question] = {}  # of the carried groups, by id
         self._samplers: list[GroupSampler] = []  # in use
         self.dumps = dump.Writer()
 
@@ -95,9 +99,13 @@ class Rollouts:
             if rollout.only:  # the dump is the step
                 self.dumps.check()
         except StorageError:
-            self.prompts.put_back(group.prompt for group in buffer.decided if not replayed)
+            if not replayed:
+                self.asking.forget(buffer.decided)
             raise
         metrics = buffer.ledger() | rewarded | self._staleness(buffer, step)
+        if not replayed:
+            self.forecast.learn(step, self.asking.outcomes(buffer.decided))
+            metrics |= self.asking.ledger(buffer)
         kept = [] if rollout.only else buffer.kept
         return batch.shares(kept, self.config, self.num_data_ranks, metrics, version=step)
 
@@ -110,44 +118,47 @@ class Rollouts:
 
     def collect(self, step: int) -> Buffer:
         """Offer groups in request order until the buffer is full (lines 4–8), at most prompts_per_round ×
-        max_rounds.
+        max_rounds, or as many samples.
 
         How far ahead of their turn groups are requested decides how busy the engine is, and nothing of what
         is kept.
         """
         rollout = self.config.rollout
         buffer = Buffer(rollout.prompts_per_step, rollout.dynamic_sampling)
-        fresh: list[Prompt] = []
+        run_seed, carried = self.config.run.seed, self.carried
+        asking = Asking(self.prompts, self.forecast, run_seed, step, carried, self.questions)
+        self.asking = asking
 
         def position() -> tuple[str, float]:
             done, wanted = len(buffer.kept), buffer.capacity
             return f"step {step}: {done}/{wanted} groups", done / wanted
 
         with self._sampling(
-            rollout.group_size, self.sampling, position, self.config.engine.is_streaming
+            rollout.group_size, self.sampling, position, self.config.engine.is_streaming, asking
         ) as sampler:
             try:
                 sampler.request([self._renewed(group, step) for group in self.carried])
-                self._request_more(step, buffer, sampler, fresh)
+                self._request_more(buffer, sampler, asking)
                 buffer.fill(sampler.ready())
                 while not buffer.is_full:
                     sampler.wait()
                     buffer.fill(sampler.ready())
-                    self._request_more(step, buffer, sampler, fresh)
+                    self._request_more(buffer, sampler, asking)
                     if sampler.is_empty:
                         break  # at the cap
                 if rollout.max_staleness:
                     sampler.score()
             except Stopped:
-                self.prompts.put_back(fresh)
+                asking.undo()
                 raise
             left = sampler.cancel()
         buffer.num_aborted = sum(not group.samples for group in left)
         if rollout.max_staleness:
-            self.carried = left
+            self.carried, self.questions = left, {group.id: asking.questions[group.id] for group in left}
+            asking.undo(())
         else:
             buffer.surplus = [group for group in left if group.samples]
-            self.prompts.put_back(group.prompt for group in left)
+            asking.put_back(buffer.decided)
         self.mixed_fraction = self._estimate_mixed(buffer)
         return buffer
 
@@ -174,6 +185,9 @@ class Rollouts:
         self.dumps.finish()
         (directory / "rollouts.json").write_text(json.dumps(self.state_dict()))
         dump.write_groups(directory / "carried.parquet", self.carried)
+        if self.forecast.asked.any():
+            record.write(directory / RECORD, self.forecast, self.prompts.data)
+            record.write(self.config.run.dir / RECORD, self.forecast, self.prompts.data)
 
     def load(self, directory: Path) -> None:
         """Read what `save` wrote.
@@ -181,7 +195,7 @@ class Rollouts:
         Raises:
             ConfigError: the data has changed under the run.
         """
-        self.load_state_dict(read_state(directory))
+        self.load_state_dict(read_state(directory), directory / RECORD)
         whole = {group.id: group for group in dump.read_groups(directory / "carried.parquet")}
         for group in self.carried:
             group.samples = whole[group.id].samples if group.id in whole else []
@@ -192,15 +206,29 @@ class Rollouts:
             "prompts": self.prompts.state_dict(),
             "num_empty_steps": self.num_empty_steps,
             "mixed_share": self.mixed_fraction,
-            "carried": [[group.id, group.prompt.index] for group in self.carried],
+            "carried": [
+                [group.id, visit.index, visit.epoch, [*odds]]
+                for group in self.carried
+                for visit, odds in [self.questions[group.id]]
+            ],
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned. Raises ConfigError if the data has changed under the run."""
+    def load_state_dict(self, state: dict[str, Any], record_of_prompts: Path | None = None) -> None:
+        """Restore what `state_dict` returned, and the record that was written beside it.
+
+        Raises:
+            ConfigError: the data has changed under the run, or the record cannot be used.
+        """
         self.prompts.load_state_dict(state["prompts"])
         self.num_empty_steps = state["num_empty_steps"]
         self.mixed_fraction = state["mixed_share"]
-        self.carried = [Group(id, self.prompts.prompts[index]) for id, index in state["carried"]]
+        if record_of_prompts and record_of_prompts.exists():  # version 0.1.0 kept none
+            record.read(record_of_prompts, self.forecast, self.prompts.data)
+        self.carried, self.questions = [], {}
+        for id, index, *question in state["carried"]:
+            epoch, odds = question or (0, self.forecast.odds(np.array([index]), self.forecast.num_steps)[0])
+            self.carried.append(Group(id, self.prompts.prompts[index]))
+            self.questions[id] = Question(Visit(index, epoch), Odds(*odds))
 
     def close(self) -> None:
         """Stop the engine and the reward's processes; finish the dumps."""
@@ -216,6 +244,7 @@ class Rollouts:
         sampling: Sampling,
         position: Callable[[], tuple[str, float]],
         is_streaming: bool = False,
+        asking: Asking | None = None,
     ) -> Iterator[GroupSampler]:
         """A sampler over a stream of its own. Whatever is outstanding at the end of the block is aborted."""
 
@@ -233,6 +262,7 @@ class Rollouts:
             sampling=sampling,
             is_streaming=is_streaming,
             on_sample=on_sample,
+            first_waves=asking,
         )
         self._samplers.append(sampler)
         try:
@@ -241,31 +271,32 @@ class Rollouts:
             sampler.cancel()
             self._samplers.remove(sampler)
 
-    def _request_more(self, step: int, buffer: Buffer, sampler: GroupSampler, fresh: list[Prompt]) -> None:
-        """Take the prompts that the buffer needs from the stream, note them in `fresh`, request their
-        groups.
-        """
-        if buffer.is_full:
-            return
-        prompts = self.prompts.take(self._num_to_request(buffer, sampler.pending))
-        first = step * GROUPS_PER_STEP + len(fresh)
-        fresh += prompts
-        sampler.request([Group(first + i, prompt) for i, prompt in enumerate(prompts)])
-
-    def _num_to_request(self, buffer: Buffer, pending: Pending) -> int:
-        """Number of groups to request now: as many as the buffer will probably lack.
+    def _request_more(self, buffer: Buffer, sampler: GroupSampler, asking: Asking) -> None:
+        """Request as many groups as the buffer will probably lack.
 
         Streaming, that is asked after every group; otherwise when nothing is pending, and a round at most.
         """
-        rollout, is_streaming = self.config.rollout, self.config.engine.is_streaming
-        if not rollout.dynamic_sampling:
-            return rollout.prompts_per_step - pending.num_added
-        if pending.groups and not is_streaming:
-            return 0
-        lacking = buffer.capacity - len(buffer.kept) - pending.num_mixed
-        count = max(0, num_to_request(lacking, self._estimate_mixed(buffer)) - pending.num_unknown)
-        left = rollout.prompts_per_round * rollout.max_rounds - pending.num_added
-        return min(count, left if is_streaming else min(left, rollout.prompts_per_round))
+        rollout, pending = self.config.rollout, sampler.pending
+        is_streaming = self.config.engine.is_streaming
+        if buffer.is_full or (pending.groups and not is_streaming):
+            return
+        most = rollout.prompts_per_round * rollout.max_rounds * rollout.group_size  # samples
+        room = (most - pending.num_samples) // rollout.group_size
+        room = room if is_streaming else min(room, rollout.prompts_per_round)
+        will_be_kept = pending.num_mixed if rollout.dynamic_sampling else len(pending.scored)
+        lacking = buffer.capacity - len(buffer.kept) - will_be_kept
+        chance = asking.chance if asking.has_forecast else self._constant(buffer)
+        chances = [chance(group) for group in pending.unknown]
+        groups: list[Group] = []
+        while len(groups) < room and not is_enough(chances, lacking):
+            groups.append(asking.next())
+            chances.append(chance(groups[-1]))
+        sampler.request(groups)
+
+    def _constant(self, buffer: Buffer) -> Callable[[Group], float]:
+        """Return the forecast that every group is as likely mixed as the run's groups were of late."""
+        found = self._estimate_mixed(buffer) if self.config.rollout.dynamic_sampling else 1.0
+        return lambda group: found
 
     def _renewed(self, group: Group, step: int) -> Group:
         """Return the carried group, without samples if it is unfinished or too old. It keeps its seeds."""

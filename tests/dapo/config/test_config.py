@@ -486,3 +486,23 @@ def test_ranks_have_all_options_in_common_but_for_paths(tmp_path):
     config = load_text(tmp_path, REQUIRED)
     options = {f"{section}.{key}" for section, values in config for key in type(values).model_fields}
     assert set(before) == options - PATHS and options > PATHS
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["rollout.forecast_floor=0"], "rollout.forecast_floor=0: .* would never come back"),
+        (["rollout.first_wave=16"], "rollout.first_wave=16 leaves nothing of rollout.group_size=16"),
+        (
+            ["rollout.first_wave=2", "rollout.dynamic_sampling=false"],
+            "rollout.first_wave=2 without rollout.dyn",
+        ),
+        (
+            ["rollout.forecast=skip", "rollout.dynamic_sampling=false"],
+            "rollout.forecast=skip without rollout.d",
+        ),
+    ],
+)
+def test_a_forecast_that_has_nothing_to_save_is_refused(tmp_path, overrides, said):
+    with pytest.raises(ConfigError, match=said):
+        make_config(tmp_path, "rollout.group_size=16", *overrides)

@@ -91,6 +91,12 @@ PUBLISHED = {  # the options' values in the paper and in the released code
     "rollout.group_size": (16, 16),
     "rollout.temperature": (1.0, 1.0),
     "rollout.max_response_length": (20480, 20480),
+    "rollout.forecast": ("off", "off"),
+    "rollout.forecast_floor": ("unsaid", "unsaid"),
+    "rollout.forecast_sharpness": ("unsaid", "unsaid"),
+    "rollout.first_wave": (0, 0),
+    "rollout.stop_below": ("unsaid", "unsaid"),
+    "rollout.drop_above": (None, None),
     "data.max_prompt_length": ("unsaid", 2048),
     "data.too_long": ("unsaid", "truncate"),
     "data.template_arguments": ("unsaid", "unsaid"),
@@ -170,7 +176,7 @@ def test_the_published_values_of_options_are_pinned_and_their_order_too(tmp_path
         if option.json_schema_extra
     }
     assert declared == set(PUBLISHED) and all(c.reason for c in found)
-    assert len(found) == len({c.name for c in found}) == 51
+    assert len(found) == len({c.name for c in found}) == 57
 
 
 def test_a_departure_says_both_values_and_why(tmp_path):

@@ -2,6 +2,7 @@
 finishing nor how far ahead.
 """
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from dapo.engine.embedded import EmbeddedEngine
 from dapo.reward.pool import Decoder, Reward
 from dapo.rollout import pending
-from dapo.rollout.pending import num_to_request
+from dapo.rollout.pending import is_enough
 from dapo.rollout.prompts import PromptStream
 from dapo.rollout.rollouts import Rollouts
 from dapo.types import Interrupted, Prompt
@@ -44,8 +45,9 @@ def test_after_a_slow_call_of_the_reward_groups_wait_as_long_to_be_scored_togeth
     monkeypatch.setattr(pending, "BRIEF", BRIEF)
     times = iter([100.0, 100.0 + seconds])
     monkeypatch.setattr(pending.time, "monotonic", lambda: next(times))
-    queue = SimpleNamespace(complete=[make_group([1, 0])], mark_scored=lambda: None)
-    own = SimpleNamespace(pending=queue, reward=SimpleNamespace(score=lambda pairs: None))
+    queue = pending.Pending(2)
+    queue.complete.append(make_group([1, 0]))
+    own = SimpleNamespace(pending=queue, reward=SimpleNamespace(score=lambda pairs: None), first_waves=None)
     pending.GroupSampler.score(own)
     assert own._score_from == pytest.approx(100.0 + seconds + pause)
 
@@ -209,20 +211,25 @@ def test_every_prompt_has_one_turn_in_the_streams_order(
 # how far ahead
 
 
+def num_enough(mixed, share):
+    """Least number of groups that are enough, if this share of them is mixed."""
+    return next(n for n in itertools.count() if is_enough([share] * n, mixed))
+
+
 @pytest.mark.parametrize(
     ("mixed", "share", "expected"),
     # 215/2 − √(215/4) = 100.2, 214: 99.7; 4/2 − √(4/4) = 1
     [(0, 0.3, 0), (-2, 0.3, 0), (5, 1.0, 5), (100, 0.5, 215), (1, 0.5, 4)],
 )
 def test_as_many_groups_are_asked_for_as_probably_hold_enough_mixed_ones(mixed, share, expected):
-    assert num_to_request(mixed, share) == expected
+    assert num_enough(mixed, share) == expected
 
 
 def test_binomial_luck_seldom_leaves_a_step_short_of_what_was_asked_for():
     rng = np.random.default_rng(0)
     for share in (0.1, 0.4, 0.8):
         # a normal variable: 0.159
-        assert 0.1 < (rng.binomial(num_to_request(128, share), share, 20_000) < 128).mean() < 0.17
+        assert 0.1 < (rng.binomial(num_enough(128, share), share, 20_000) < 128).mean() < 0.17
 
 
 def test_groups_are_asked_for_by_the_running_share_of_mixed_ones(tmp_path):
@@ -235,7 +242,7 @@ def test_groups_are_asked_for_by_the_running_share_of_mixed_ones(tmp_path):
         for step in range(12):
             num_before, share = len(engine.submitted), rollouts.mixed_fraction
             rollouts.collect(step)
-        assert len(engine.submitted[num_before]) // 2 == num_to_request(4, share)
+        assert len(engine.submitted[num_before]) // 2 == num_enough(4, share)
         return share
 
     assert at_first(0.15) < 0.35 < 0.8 < at_first(1.0)

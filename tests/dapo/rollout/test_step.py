@@ -10,7 +10,7 @@ from dapo.report import glossary
 from dapo.rollout import dump, evaluate
 from dapo.rollout import rollouts as module
 from dapo.rollout.buffer import Buffer
-from dapo.rollout.pending import GroupSampler, num_to_request
+from dapo.rollout.pending import GroupSampler, is_enough
 from dapo.rollout.rollouts import RolloutError
 from dapo.types import Interrupted
 from tests.batches import next_batches
@@ -230,8 +230,8 @@ def test_while_streaming_as_many_groups_are_outstanding_as_probably_fill_the_buf
     def watched(sampler):
         pending, buffer = sampler.pending, buffers[-1]
         lacking = buffer.capacity - len(buffer.kept) - pending.num_mixed
-        enough = num_to_request(lacking, rollouts._estimate_mixed(buffer))
-        waits.append((enough, pending.num_unknown, pending.num_added))
+        chances = [rollouts._estimate_mixed(buffer)] * len(pending.unknown)
+        waits.append((is_enough(chances, lacking), is_enough(chances[1:], lacking), pending.num_samples))
         wait(sampler)
 
     monkeypatch.setattr(module, "Buffer", kept)
@@ -240,8 +240,8 @@ def test_while_streaming_as_many_groups_are_outstanding_as_probably_fill_the_buf
     rollouts = make_rollouts(tmp_path, make_engine(3, 3, mixed=0.3), *options)
     rollouts.collect(0)
     assert len(waits) > 5
-    assert all(num_unknown >= enough or num_added == 30 for enough, num_unknown, num_added in waits)
-    assert waits[0][1] == waits[0][0], "and no more"
+    assert all(enough or num_samples == 60 for enough, _, num_samples in waits)
+    assert not waits[0][1], "and no more"
 
 
 def test_the_state_of_a_step_is_json(tmp_path):

@@ -1,0 +1,182 @@
+"""Which prompts a step asks for, in the order of the stream, and what is expected of their groups."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dapo.rollout.buffer import Buffer
+from dapo.rollout.forecast import PROOF, Asked, Forecast, Odds, dice
+from dapo.rollout.pending import RolloutError
+from dapo.rollout.prompts import PromptStream, Visit
+from dapo.types import Group
+
+AT_ONCE = 64  # visits whose odds are computed together
+GROUPS_PER_STEP = 1 << 20  # group id = step × this + the place in request order: unique in a run
+
+
+class Question(NamedTuple):
+    """A group that was asked for: where its prompt came by, and what was expected of it."""
+
+    visit: Visit
+    odds: Odds
+
+
+class Asking:
+    """One step's asking. What it asks for follows from the stream and the forecast as the step began."""
+
+    def __init__(
+        self,
+        stream: PromptStream,
+        forecast: Forecast,
+        run_seed: int,
+        step: int,
+        carried: Sequence[Group],
+        questions: dict[int, Question],
+    ):
+        """`carried`: groups of earlier steps, which are in the queue; `questions`: theirs, by group id."""
+        self.stream, self.forecast, self.run_seed, self.step = stream, forecast, run_seed, step
+        self.carried = carried
+        self.questions = {group.id: questions[group.id] for group in carried}
+        self.passed: list[tuple[Visit, Odds, int | None]] = []  # group id; None: passed over
+        self._ahead: deque[tuple[Visit, Odds]] = deque()
+        self._num_groups = 0
+        self._now = {group.prompt.index for group in carried}
+
+    @property
+    def has_forecast(self) -> bool:
+        """True if prompts are told apart: otherwise all groups are as likely mixed."""
+        return self.forecast.rules.is_skipping or bool(self.forecast.rules.first_wave)
+
+    def next(self) -> Group:
+        """Return the next group to ask for.
+
+        Raises:
+            RolloutError: every prompt has left the run.
+        """
+        if self.forecast.is_dropped.all():
+            raise RolloutError(
+                f"rollout.drop_above={self.forecast.rules.drop_above}: all {len(self.stream.prompts)} "
+                "prompts have left, solved more often than that: raise it, or use harder data"
+            )
+        while True:
+            visit, odds = self._draw()
+            if self._is_passed_over(visit, odds):
+                self.passed.append((visit, odds, None))
+                continue
+            group = Group(self.step * GROUPS_PER_STEP + self._num_groups, self.stream.prompts[visit.index])
+            self._num_groups += 1
+            self._now.add(visit.index)
+            self.passed.append((visit, odds, group.id))
+            self.questions[group.id] = Question(visit, odds)
+            return group
+
+    def _draw(self) -> tuple[Visit, Odds]:
+        if not self._ahead:
+            visits = self.stream.take(AT_ONCE)
+            odds = self.forecast.odds(np.array([visit.index for visit in visits]), self.step)
+            self._ahead.extend(zip(visits, odds, strict=True))
+        return self._ahead.popleft()
+
+    def _is_passed_over(self, visit: Visit, odds: Odds) -> bool:
+        """True if the forecast is against it, or if this step has asked for it: unless the step has seen all
+        prompts, or twice.
+        """
+        if self.forecast.is_dropped[visit.index]:
+            return True
+        if not self.forecast.rules.is_skipping:
+            return False
+        num_prompts, num_passed = len(self.stream.prompts), len(self.passed)
+        if visit.index in self._now:
+            return num_passed < 2 * num_prompts
+        drawn = dice(b"ask", self.run_seed, visit.epoch, visit.index)
+        return num_passed < num_prompts and drawn >= odds.ask
+
+    def num_at_first(self, group: Group) -> int:
+        """Return how many of a group's samples are asked for at first."""
+        return self.forecast.num_at_first(self.questions[group.id].odds)
+
+    def is_stopped(self, group: Group) -> bool:
+        """True if a group's first wave turns it away. A share of PROOF is spared, by a hash."""
+        is_spared = dice(b"proof", self.run_seed, group.id) < PROOF
+        return not is_spared and self.forecast.is_doomed(self.questions[group.id].odds, group.num_correct)
+
+    def chance(self, group: Group) -> float:
+        """Return the chance that the group comes out mixed."""
+        return self.questions[group.id].odds.mixed
+
+    def put_back(self, decided: Iterable[Group]) -> None:
+        """Return to the stream what came by after the last group that had its turn; nothing is carried."""
+        last = max((group.id for group in decided), default=-1)
+        end = max(
+            (i + 1 for i, (_, _, id) in enumerate(self.passed) if id is not None and id <= last), default=0
+        )
+        self.undo(self.passed[end:])
+        del self.passed[end:]
+
+    def undo(self, passed: Sequence[tuple[Visit, Odds, int | None]] | None = None) -> None:
+        """Return to the stream what came by: everything, or only these last ones."""
+        back = self.passed if passed is None else passed
+        self.stream.put_back([*(visit for visit, _, _ in back), *(visit for visit, _ in self._ahead)])
+        self._ahead.clear()
+
+    def forget(self, decided: Iterable[Group]) -> None:
+        """Return to the stream the groups that had their turn, and what was passed over: the step failed."""
+        ids = {group.id for group in decided}
+        earlier = [self.questions[group.id].visit for group in self.carried if group.id in ids]
+        here = [visit for visit, _, id in self.passed if id is None or id in ids]
+        self.stream.put_back([*earlier, *here])
+
+    def outcomes(self, decided: Iterable[Group]) -> list[Asked]:
+        """Return what became of the groups that had their turn, in asking order."""
+        wave, size = self.forecast.rules.wave, self.forecast.rules.group_size
+        found = []
+        for group in sorted(decided, key=lambda group: group.id):
+            visit, odds = self.questions[group.id]
+            at_first = sum(sample.is_correct for sample in group.samples[:wave])
+            is_whole = len(group.samples) == size
+            weight = 1 / PROOF if self.forecast.is_doomed(odds, at_first) else 1.0
+            counts = group.num_correct, len(group.samples), at_first
+            found.append(Asked(visit.index, visit.epoch, odds, *counts, weight if is_whole else 0.0))
+        return found
+
+    def ledger(self, buffer: Buffer) -> dict[str, float]:
+        """Return the metrics that say what the forecast saved, and how it departs from plain sampling."""
+        rules = self.forecast.rules
+        dropped: dict[str, float] = (
+            {} if rules.drop_above == 1 else {"groups/dropped": int(self.forecast.is_dropped.sum())}
+        )
+        if not self.has_forecast:
+            return dropped
+        outcomes, kept = self.outcomes(buffer.decided), self.outcomes(buffer.kept)
+        chances = [odds.mixed for _, odds, _ in self.passed] or [1.0]
+        spent = sum(asked.num_samples for asked in outcomes)
+        plain = rules.group_size * len(kept) / max(float(np.mean(chances)), 1e-9)
+        edges = [
+            min(asked.num_correct, rules.group_size - asked.num_correct) / rules.group_size for asked in kept
+        ]
+        brier = [(asked.odds.mixed - (0 < asked.num_correct < asked.num_samples)) ** 2 for asked in outcomes]
+        accuracy = [asked.num_correct_at_first / rules.wave for asked in outcomes]
+        epochs, is_in = self.stream.epochs, ~self.forecast.is_dropped
+        passes = (epochs - np.where(self.forecast.asked > 0, self.forecast.epoch, 0))[is_in]
+        return dropped | {
+            "groups/skipped": sum(id is None for _, _, id in self.passed),
+            "groups/stopped": sum(asked.num_samples < rules.group_size for asked in outcomes),
+            "forecast/samples_saved": plain - spent if kept else 0.0,
+            "forecast/brier": _mean(brier, [asked.weight for asked in outcomes]),
+            "forecast/ece": self.forecast.ece,
+            "forecast/stopped_mixed": self.forecast.stopped_mixed,
+            "forecast/edge": _mean(edges, [1.0] * len(edges)),
+            "forecast/edge_plain": _mean(edges, [asked.weight / asked.odds.ask for asked in kept]),
+            "forecast/accuracy_plain": _mean(accuracy, [1 / asked.odds.ask for asked in outcomes]),
+            "forecast/unasked_1": float(np.mean(passes > 1)) if len(passes) else 0.0,
+            "forecast/unasked_4": float(np.mean(passes > 4)) if len(passes) else 0.0,
+        }
+
+
+def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    total = sum(weights)
+    return sum(v * w for v, w in zip(values, weights, strict=True)) / total if total else 0.0
