@@ -142,6 +142,12 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     )
     add("--transformer-engine", action="store_true", help="with its layers instead of the plain ones")
     add(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="a run's prompts.parquet, to estimate sampling by; default run.dir's, if it is there",
+    )
+    add(
         "--choices",
         action="store_true",
         help="print every choice that a reader of the curves has to know, instead",

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 from dapo import files
 from dapo.command import launch
@@ -158,8 +159,17 @@ def _plan(config: Config, args: argparse.Namespace) -> int:
         print("\n".join(f"{choice.name}: {choice.value}" for choice in semantics.choices(config)))
         return 0
     plan = make_plan(config, args.gpu, args.world_size, args.mean_length, args.transformer_engine)
-    print("\n".join(describe(plan)))
+    print("\n".join(describe(plan, _sampling(config, args.record))))
     return 0 if plan.fits else 1
+
+
+def _sampling(config: Config, path: Path | None) -> list[str]:
+    """Return the plan's lines about sampling, by the record at `path`, else by the run's own if it has one."""
+    from dapo.rollout import estimate, record
+
+    found = config.run.dir / record.NAME
+    path = path or (found if found.is_file() else None)
+    return estimate.describe(path, config.rollout) if path else []
 
 
 def _run(config: Config, args: argparse.Namespace) -> int:

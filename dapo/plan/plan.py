@@ -5,6 +5,8 @@ python -m dapo plan CONFIG.yaml --gpu h200 --world-size 16
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dapo.config import Config, ConfigError
 from dapo.model.layout import check_layout, check_length, padded_vocab
 from dapo.model.parameters import active_parameters, num_parameters
@@ -54,14 +56,14 @@ def _check_fp8(megatron: Passthrough, hardware: Hardware, has_te: bool) -> None:
         raise ConfigError(f"{recipe} wants Transformer Engine's layers: plan with --transformer-engine")
 
 
-def describe(plan: Plan) -> list[str]:
-    """Return the plan as lines of text."""
+def describe(plan: Plan, sampling: Sequence[str] = ()) -> list[str]:
+    """Return the plan as lines of text; `sampling`: those about what a step asks for."""
     time = plan.time
     updates = plan.config.updates_per_step * time.update
     step = f"an update {time.update:.3g}, a step's scores {time.scores:.3g} and updates {updates:.3g}"
     seconds = f"seconds   {step}, at {plan.hardware.mfu:.0%} of the data sheet's FLOP/s; and the sampling"
     notes = [f"note      {note}" for note in _notes(plan)]
-    return [*_summary(plan), "", *_memory(plan), "", seconds, *notes, "", *_verdict(plan)]
+    return [*_summary(plan), "", *_memory(plan), "", seconds, *sampling, *notes, "", *_verdict(plan)]
 
 
 def _summary(plan: Plan) -> list[str]:

@@ -104,6 +104,7 @@ begins with the few that matter most.
 PARTS = {
     "rollout": "Sampling",
     "groups": "Dynamic sampling",
+    "forecast": "Predictive sampling",
     "policy": "Learning",
     "reward": "The reward function",
     "eval": "Evaluation",

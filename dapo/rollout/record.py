@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from dapo import files
 from dapo.config import ConfigError
-from dapo.rollout.forecast import Forecast
+from dapo.rollout.forecast import Forecast, Rules
 
 # column → type; `forecast` is the chance of a mixed group, α and β are those after the last group
 COLUMNS = {
@@ -19,7 +20,9 @@ COLUMNS = {
     "is_dropped": "bool",
 }  # fmt: skip
 OWN = tuple(name for name in COLUMNS if name not in ("index", "forecast"))  # arrays of a Forecast
-ABOUT = b"dapo"  # the key of what else a Forecast holds, as JSON, in the file's metadata
+# keys of what else a Forecast holds, as JSON, and of its checksum, in the file's metadata
+ABOUT, CHECKSUM = b"dapo", b"dapo.checksum"
+NAME = "prompts.parquet"  # in a checkpoint, and in run.dir as it was saved last
 
 
 def write(path: Path, forecast: Forecast, data: str) -> None:
@@ -50,7 +53,9 @@ def write(path: Path, forecast: Forecast, data: str) -> None:
         "spared": forecast.spared.tolist(),
     }
     schema = pa.schema({name: pa.type_for_alias(kind) for name, kind in COLUMNS.items()})
-    table = pa.table([arrays[name] for name in COLUMNS], schema.with_metadata({ABOUT: json.dumps(about)}))
+    text = json.dumps(about).encode()
+    metadata = {ABOUT: text, CHECKSUM: _checksum(text)}
+    table = pa.table([arrays[name] for name in COLUMNS], schema.with_metadata(metadata))
     partial = path.with_suffix(".partial")
     with files.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,11 +80,32 @@ def read(path: Path, forecast: Forecast, data: str) -> None:
             f"{path} is the record of other prompts than data.train holds: use the same data, or a new "
             "run.dir"
         )
-    if about["group_size"] != forecast.rules.group_size:
+    _check_group_size(path, about, forecast.rules)
+    _fill(forecast, table, about)
+
+
+def forecast_of(path: Path, rules: Rules) -> Forecast:
+    """Return the Forecast that a record holds, of whatever data.
+
+    Raises:
+        ConfigError: the file is damaged, or of another group_size.
+    """
+    table, about = read_table(path)
+    _check_group_size(path, about, rules)
+    forecast = Forecast(about["num_prompts"], rules)
+    _fill(forecast, table, about)
+    return forecast
+
+
+def _check_group_size(path: Path, about: dict[str, Any], rules: Rules) -> None:
+    if about["group_size"] != rules.group_size:
         raise ConfigError(
             f"{path} is a record of groups of {about['group_size']} samples, rollout.group_size="
-            f"{forecast.rules.group_size}: use the same group_size, or a new run.dir"
+            f"{rules.group_size}: use the same group_size, or a new run.dir"
         )
+
+
+def _fill(forecast: Forecast, table: dict[str, np.ndarray], about: dict[str, Any]) -> None:
     for name in OWN:
         getattr(forecast, name)[table["index"]] = table[name]
     prior, forecast.prior_shift, forecast.shift = about["prior"], about["prior_shift"], about["shift"]
@@ -96,7 +122,10 @@ def read_table(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            about: dict[str, Any] = json.loads((file.schema_arrow.metadata or {})[ABOUT])
+            metadata = file.schema_arrow.metadata or {}
+            if metadata[CHECKSUM] != _checksum(metadata[ABOUT]):
+                raise ValueError("its metadata have changed")
+            about: dict[str, Any] = json.loads(metadata[ABOUT])
             table = file.read(list(COLUMNS), use_threads=False)
             if table.num_rows != file.metadata.num_rows:
                 raise pa.ArrowInvalid(f"{file.metadata.num_rows - table.num_rows} rows are missing")
@@ -107,3 +136,7 @@ def read_table(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             f"{path} is damaged, or no record of prompts: {said}: remove it to begin a new record"
         ) from None
     return columns, about
+
+
+def _checksum(text: bytes) -> bytes:
+    return hashlib.blake2b(text, digest_size=8).hexdigest().encode()

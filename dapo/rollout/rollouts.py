@@ -30,7 +30,6 @@ from dapo.types import Engine, Group, Interrupted, Prompt, Sampling, Stopped, St
 if TYPE_CHECKING:
     from torch import Tensor
 
-RECORD = "prompts.parquet"  # of a checkpoint, and of the run's directory as it was saved last
 LEAST_MIXED = 1e-6  # of the estimate, which divides
 PRIOR = 16  # groups: how much the estimate of the mixed fraction remembers of earlier steps
 
@@ -186,8 +185,8 @@ class Rollouts:
         (directory / "rollouts.json").write_text(json.dumps(self.state_dict()))
         dump.write_groups(directory / "carried.parquet", self.carried)
         if self.forecast.asked.any():
-            record.write(directory / RECORD, self.forecast, self.prompts.data)
-            record.write(self.config.run.dir / RECORD, self.forecast, self.prompts.data)
+            record.write(directory / record.NAME, self.forecast, self.prompts.data)
+            record.write(self.config.run.dir / record.NAME, self.forecast, self.prompts.data)
 
     def load(self, directory: Path) -> None:
         """Read what `save` wrote.
@@ -195,7 +194,7 @@ class Rollouts:
         Raises:
             ConfigError: the data has changed under the run.
         """
-        self.load_state_dict(read_state(directory), directory / RECORD)
+        self.load_state_dict(read_state(directory), directory / record.NAME)
         whole = {group.id: group for group in dump.read_groups(directory / "carried.parquet")}
         for group in self.carried:
             group.samples = whole[group.id].samples if group.id in whole else []
