@@ -19,6 +19,7 @@ import yaml
 from dapo.config import ConfigError
 from dapo.report import curves, glossary
 from dapo.report.samples import Embedded, embed
+from dapo.rollout import record
 from dapo.rollout.dump import KINDS
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -35,6 +36,8 @@ class Run:
     options: dict[str, Any]  # of config.yaml: {"optim.lr": 1e-6}
     warnings: list[str]
     num_samples: int = 0  # in the page
+    # of groups with a forecast chance in each tenth, of late: how many, expected mixed, found mixed
+    calibration: list[list[float | None]] | None = None
 
     @property
     def model(self) -> str | None:
@@ -122,7 +125,14 @@ def read(directory: Path, label: str) -> Run:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         warnings.append(f"{directory / 'config.yaml'} cannot be read, the page shows no options: {reason}")
-    return Run(directory, label, rows, options, warnings)
+    run = Run(directory, label, rows, options, warnings)
+    if (directory / record.NAME).exists():
+        try:
+            _, about = record.read_table(directory / record.NAME)
+            run.calibration = [[curves.rounded(value) for value in tenth] for tenth in about["of_mixed"]]
+        except ConfigError as error:
+            warnings.append(f"the page shows no calibration: {error}")
+    return run
 
 
 def _flat(options: Any, above: str = "") -> Iterator[tuple[str, Any]]:
@@ -169,6 +179,7 @@ def page(runs: Sequence[Run], samples: Sequence[Embedded]) -> str:
                 "model": run.model,
                 "warnings": run.warnings,
                 "columns": curves.columns(run.rows),
+                "calibration": run.calibration,
                 "groups": embedded.index,
                 "numSamples": embedded.num_samples,
                 "numDumped": embedded.num_dumped,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dapo.config import ConfigError
 from dapo.report import page
+from dapo.rollout import record
 from dapo.types import reason
 
 HOST = "127.0.0.1"  # nobody else may look at it; from elsewhere: ssh -L
@@ -28,10 +29,9 @@ WAITING = "<!doctype html><meta charset=utf-8><title>dapo</title><p>{}</p><body>
 
 
 def state(directories: Sequence[Path]) -> str:
-    """Return a text that changes when a run has written a step, or dumped samples."""
-    paths = [
-        path for directory in directories for path in (directory / "metrics.jsonl", directory / "rollouts")
-    ]
+    """Return a text that changes when a run has written a step or its record of prompts, or dumped samples."""
+    names = "metrics.jsonl", "rollouts", record.NAME
+    paths = [directory / name for directory in directories for name in names]
     return " ".join(str(path.stat().st_mtime_ns) if path.exists() else "-" for path in paths)
 
 

@@ -129,6 +129,8 @@ def read_table(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             table = file.read(list(COLUMNS), use_threads=False)
             if table.num_rows != file.metadata.num_rows:
                 raise pa.ArrowInvalid(f"{file.metadata.num_rows - table.num_rows} rows are missing")
+            if any(table[name].type != pa.type_for_alias(kind) for name, kind in COLUMNS.items()):
+                raise pa.ArrowInvalid("a column of another type")
             columns = {name: table[name].to_numpy() for name in COLUMNS}
     except (pa.ArrowException, OSError, LookupError, ValueError) as error:
         said = " ".join(str(error).split())

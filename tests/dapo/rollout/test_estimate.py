@@ -112,7 +112,12 @@ def test_the_lines_name_the_ways_with_the_configs_options(tmp_path: Path) -> Non
     first, second = estimate.describe(path, make_config(tmp_path, "rollout.group_size=8").rollout)
     assert "400 of 500 prompts were asked for in 4 steps;" in first and first.endswith("expected to be mixed")
     assert second.count("(") == 5 and "first_wave=2 " in second, "a quarter of the group"
-    options = ["rollout.group_size=8", "rollout.first_wave=3", "rollout.forecast=skip", "rollout.max_rounds=1"]
+    options = [
+        "rollout.group_size=8",
+        "rollout.first_wave=3",
+        "rollout.forecast=skip",
+        "rollout.max_rounds=1",
+    ]
     _, other = estimate.describe(path, make_config(tmp_path, *options).rollout)
     assert "first_wave=3 " in other and other.split("with")[0] == second.split("with")[0]
     assert "rollout.max_rounds allows" in other and "allows" not in second
@@ -141,5 +146,8 @@ sys.exit("torch" in sys.modules or status)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines if line.startswith(("record", "sampling"))] == ["record", "sampling"]
+    assert [line.split()[0] for line in lines if line.startswith(("record", "sampling"))] == [
+        "record",
+        "sampling",
+    ]
     assert lines[-1].startswith("fits")

@@ -298,11 +298,11 @@ def test_a_damaged_record_is_refused_wherever_it_is_damaged(tmp_path: Path) -> N
 
 
 def test_a_bit_that_has_changed_is_found_or_changes_nothing(tmp_path: Path) -> None:
-    """A page's header has no checksum, its numbers have."""
+    """A page's header has no checksum, its numbers have; in the file's footer what else a Forecast holds."""
     path, right = tmp_path / "prompts.parquet", learnt()
     record.write(path, right, "digest")
     whole, found = path.read_bytes(), 0
-    places = range(20, len(whole) // 3, len(whole) // 90)
+    places = range(20, len(whole), len(whole) // 250)
     for i in places:
         path.write_bytes(whole[:i] + bytes([whole[i] ^ 8]) + whole[i + 1 :])
         known = Forecast(200, Rules(GROUP))
@@ -313,7 +313,8 @@ def test_a_bit_that_has_changed_is_found_or_changes_nothing(tmp_path: Path) -> N
             assert not known.asked.any()
         else:
             assert np.array_equal(known.alpha, right.alpha) and np.array_equal(known.correct, right.correct)
-    assert found > 0.8 * len(places)
+            assert np.array_equal(known.of_mixed, right.of_mixed) and known.visits == right.visits
+    assert found > 0.6 * len(places)
 
 
 def test_a_dump_is_no_record(tmp_path: Path) -> None:
