@@ -29,7 +29,7 @@ WAITING = "<!doctype html><meta charset=utf-8><title>dapo</title><p>{}</p><body>
 
 
 def state(directories: Sequence[Path]) -> str:
-    """Return a text that changes when a run has written a step or its record of prompts, or dumped samples."""
+    """Return a text that changes when a run has written a step, its record of prompts or samples."""
     names = "metrics.jsonl", "rollouts", record.NAME
     paths = [directory / name for directory in directories for name in names]
     return " ".join(str(path.stat().st_mtime_ns) if path.exists() else "-" for path in paths)

@@ -1,4 +1,4 @@
-"""Which prompts a step asks for, in the order of the stream, and what is expected of their groups."""
+"""Chooses the prompts that a step asks for, in the order of the stream; keeps what is expected of them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Asking:
 
     @property
     def has_forecast(self) -> bool:
-        """True if prompts are told apart: otherwise all groups are as likely mixed."""
+        """True if prompts are distinguished: otherwise all groups are as likely mixed."""
         return self.forecast.rules.is_skipping or bool(self.forecast.rules.first_wave)
 
     def next(self) -> Group:
@@ -100,7 +100,7 @@ class Asking:
         return self.forecast.num_at_first(self.questions[group.id].odds)
 
     def is_stopped(self, group: Group) -> bool:
-        """True if a group's first wave turns it away. A share of PROOF is spared, by a hash."""
+        """True if a group's first wave rejects it. A share of PROOF is spared, by a hash."""
         is_spared = dice(b"proof", self.run_seed, group.id) < PROOF
         return not is_spared and self.forecast.is_doomed(self.questions[group.id].odds, group.num_correct)
 

@@ -1,4 +1,4 @@
-"""Estimates what a step would ask for under each kind of sampling, from a record of prompts. Nothing is sampled.
+"""Estimates what a step would ask for under each kind of sampling, from a record of prompts.
 
 A stream passes by every prompt of the run equally often, so chances of a step are means over prompts.
 """

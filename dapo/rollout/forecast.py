@@ -1,4 +1,4 @@
-"""Which prompts are worth asking: the chance that a prompt's group will be mixed, from how its earlier groups
+"""Forecasts which prompts are worth asking: the chance of a mixed group, from how a prompt's earlier groups
 came out.
 
 p = a prompt's chance of a correct answer, of which is known Beta(α, β); G = samples of a group. The evidence
@@ -83,7 +83,7 @@ def fit_prior(visits: Mapping[tuple[int, int], int]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Rules:
-    """What is done with a forecast: `rollout.forecast` and the options beside it."""
+    """The rules by which a forecast is used: `rollout.forecast` and the options beside it."""
 
     group_size: int
     is_skipping: bool = False
@@ -112,7 +112,7 @@ class Rules:
 
 
 class Odds(NamedTuple):
-    """What is expected of one prompt's group, before it is asked for."""
+    """The expectation of one prompt's group, before it is asked for."""
 
     alpha: float
     beta: float
@@ -143,7 +143,7 @@ def dice(kind: bytes, *names: int) -> float:
 
 
 class Forecast:
-    """What is known of a run's prompts, and the forecast that follows from it. It changes between steps only.
+    """Knowledge of a run's prompts, and the forecast that follows from it. It changes between steps only.
 
     Arrays have a row a prompt of the run; where `asked` is 0 nothing is known but the prior.
     """

@@ -95,7 +95,7 @@ class Pending:
 
     def mark_scored(self, is_stopped: Callable[[Group], bool]) -> list[Group]:
         """Note that `to_score` has been scored. Return the groups that go on after their first wave: the rest
-        of their samples is to be requested. Those that `is_stopped` are turned away.
+        of their samples is to be requested. Those that `is_stopped` are rejected.
         """
         for group in self.complete:
             self.scored[group.id] = group.is_mixed

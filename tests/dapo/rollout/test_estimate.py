@@ -41,7 +41,7 @@ def learnt(num_prompts: int = NUM_PROMPTS, rules: Rules = PLAIN) -> Forecast:
 
 
 def sampled(known: Forecast, rounds: int) -> float:
-    """Samples that are asked for until a group is mixed: a prompt's p is drawn from its posterior each time."""
+    """Samples that are asked for until a group is mixed: each time p is drawn from the posterior."""
     rng = np.random.default_rng(0)
     prompts = [Prompt(index, TOKENS, "") for index in range(NUM_PROMPTS)]
     size, num_samples, num_mixed = known.rules.group_size, 0, 0
