@@ -164,7 +164,7 @@ def _plan(config: Config, args: argparse.Namespace) -> int:
 
 
 def _sampling(config: Config, path: Path | None) -> list[str]:
-    """Return the plan's lines about sampling, by the record at `path`; by default by the run's own, if any."""
+    """Return the plan's lines about sampling, by the record at `path`; by default the run's own, if any."""
     from dapo.rollout import estimate, record
 
     found = config.run.dir / record.NAME

@@ -187,7 +187,7 @@ class Rollout(Section):
     """L_max of Eq. 13, tokens: a longer response is cut off."""
     forecast: Literal["off", "skip"] = option(
         "off",
-        "fewer samples for the same batch, as prompts that would teach nothing are seldom asked for",
+        "fewer samples for the same batch: prompts of no use are seldom asked for",
         both="off",
     )
     """skip: prompts whose group will probably be all right or all wrong are mostly passed over, as the run's
@@ -196,17 +196,13 @@ class Rollout(Section):
     """Of forecast=skip: the least chance with which any prompt that comes by is asked for."""
     forecast_sharpness: AboveZero = option(0.2, "a higher one passes over more")
     """Of forecast=skip: a prompt is asked for with chance (chance of a mixed group) / forecast_sharpness."""
-    first_wave: Count = option(
-        0, "fewer samples for the same batch, as groups that would teach nothing end after so many", both=0
-    )
+    first_wave: Count = option(0, "fewer samples for the same batch: groups of no use end early", both=0)
     """So many samples of a group first; if these are all right or all wrong, and stop_below says so, the
     group is rejected without the others. A tenth of such groups is finished all the same, which measures
     what stopping costs. 0: groups are always finished."""
     stop_below: UpToOne = option(0.1, "a higher one stops more groups, and more of them would be mixed")
     """Of first_wave: a group stops if its chance to come out mixed is below this."""
-    drop_above: Share | None = option(
-        None, "prompts that are solved teach little; they do not come back", both=None, examples=[0.9]
-    )
+    drop_above: Share | None = option(None, "what is solved teaches little", both=None, examples=[0.9])
     """A prompt whose record says that it is solved more often than this leaves the run."""
     dump_share: UpToOne = 0.0
     """Share of each step's groups that is kept in run.dir/rollouts as parquet."""
