@@ -186,9 +186,7 @@ class Rollout(Section):
     max_response_length: Positive = option(20480, "other tasks, other lengths", both=20480)
     """L_max of Eq. 13, tokens: a longer response is cut off."""
     forecast: Literal["off", "skip"] = option(
-        "off",
-        "fewer samples for the same batch: prompts of no use are seldom asked for",
-        both="off",
+        "off", "fewer samples for the same batch: prompts of no use are seldom asked for", both="off"
     )
     """skip: prompts whose group will probably be all right or all wrong are mostly passed over, as the run's
     record of earlier groups says (run.dir/prompts.parquet)."""
