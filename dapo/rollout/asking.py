@@ -152,9 +152,15 @@ class Asking:
         if not self.has_forecast:
             return dropped
         outcomes, kept = self.outcomes(buffer.decided), self.outcomes(buffer.kept)
-        chances = [odds.mixed for _, odds, _ in self.passed] or [1.0]
+        skipped = [odds for _, odds, id in self.passed if id is None]
+        stopped = [asked for asked in outcomes if asked.num_samples < rules.group_size]
+        lost = sum(odds.mixed for odds in skipped) + sum(  # mixed groups
+            asked.odds.after_right if asked.num_correct else asked.odds.after_wrong for asked in stopped
+        )
         spent = sum(asked.num_samples for asked in outcomes)
-        plain = rules.group_size * len(kept) / max(float(np.mean(chances)), 1e-9)
+        # whole groups of all that came by hold so many mixed ones more: as many are needed for those kept
+        whole = rules.group_size * (len(outcomes) + len(skipped))
+        plain = whole * len(kept) / (len(kept) + lost or 1)
         edges = [
             min(asked.num_correct, rules.group_size - asked.num_correct) / rules.group_size for asked in kept
         ]
@@ -163,8 +169,8 @@ class Asking:
         epochs, is_in = self.stream.epochs, ~self.forecast.is_dropped
         passes = (epochs - np.where(self.forecast.asked > 0, self.forecast.epoch, 0))[is_in]
         return dropped | {
-            "groups/skipped": sum(id is None for _, _, id in self.passed),
-            "groups/stopped": sum(asked.num_samples < rules.group_size for asked in outcomes),
+            "groups/skipped": len(skipped),
+            "groups/stopped": len(stopped),
             "forecast/samples_saved": plain - spent if kept else 0.0,
             "forecast/brier": _mean(brier, [asked.weight for asked in outcomes]),
             "forecast/ece": self.forecast.ece,

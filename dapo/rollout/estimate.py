@@ -61,26 +61,24 @@ def describe(path: Path, rollout: config.Rollout) -> list[str]:
         raise ConfigError(f"{path}: no record of prompts is there; expected a run's {record.NAME}")
     wave = rollout.first_wave or max(1, rollout.group_size // 4)
     plain = replace(Rules.of(rollout), is_skipping=False, first_wave=0)
-    ways = {
-        "": plain,
-        "forecast=skip ": replace(plain, is_skipping=True),
-        f"first_wave={wave} ": replace(plain, first_wave=wave),
-        "both ": replace(plain, is_skipping=True, first_wave=wave),
-    }
     forecast = record.forecast_of(path, plain)
-    costs = {}
-    for name, forecast.rules in ways.items():
-        costs[name] = cost(forecast)
-    num_prompts, dropped = len(forecast.asked), int(forecast.is_dropped.sum())
-    left = f", {dropped:,} have left the run" if dropped else ""
-    used = rollout.prompts_per_step
-    plainly, *others = (
-        f"{name}{used * each.per_used:,.0f} ({each.per_used:.1f})" for name, each in costs.items()
-    )
+    plainly, said = cost(forecast), []
+    for name, is_skipping, first_wave in (
+        ("forecast=skip", True, 0),
+        (f"first_wave={wave}", False, wave),
+        ("both", True, wave),
+    ):
+        forecast.rules = replace(plain, is_skipping=is_skipping, first_wave=first_wave)
+        each = cost(forecast).per_used
+        said.append(f"{name} {rollout.prompts_per_step * each:,.0f} ({each:.1f})")
+    num_asked, num_dropped = np.count_nonzero(forecast.asked), np.count_nonzero(forecast.is_dropped)
+    left = f", {num_dropped:,} have left the run" if num_dropped else ""
+    total = rollout.prompts_per_step * plainly.per_used
     most = rollout.prompts_per_round * rollout.max_rounds * rollout.group_size
-    cap = f"; rollout.max_rounds allows {most:,}" if used * costs[""].per_used > most else ""
+    cap = f"; rollout.max_rounds allows {most:,}" if total > most else ""
     return [
-        f"record    {np.count_nonzero(forecast.asked):,} of {num_prompts:,} prompts were asked for in "
-        f"{forecast.num_steps:,} steps{left}; {costs[''].mixed:.0%} of groups are expected to be mixed",
-        f"sampling  {used:,} mixed groups take {plainly} samples (for each); with {', '.join(others)}{cap}",
+        f"record    {num_asked:,} of {len(forecast.asked):,} prompts were asked for in {forecast.num_steps:,} "
+        f"steps{left}; {plainly.mixed:.0%} of groups are expected to be mixed",
+        f"sampling  {rollout.prompts_per_step:,} mixed groups take {total:,.0f} samples "
+        f"({plainly.per_used:.1f} each); with {', '.join(said)}{cap}",
     ]

@@ -1,4 +1,4 @@
-"""What `dapo plan` expects a step to ask for, against the asking itself over the same record."""
+"""What `dapo plan` expects a step to ask for, and what a step says it saved, against the asking itself."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 from dapo.__main__ import main
 from dapo.rollout import estimate, record
 from dapo.rollout.asking import Asking
+from dapo.rollout.buffer import Buffer
 from dapo.rollout.forecast import Asked, Forecast, Rules
 from dapo.rollout.prompts import PromptStream
 from dapo.types import Group, Prompt, Sample
@@ -40,13 +41,16 @@ def learnt(num_prompts: int = NUM_PROMPTS, rules: Rules = PLAIN) -> Forecast:
     return known
 
 
-def sampled(known: Forecast, rounds: int) -> float:
-    """Samples that are asked for until a group is mixed: each time p is drawn from the posterior."""
+def sampled(known: Forecast, rounds: int) -> tuple[float, float]:
+    """Samples that are asked for until a group is mixed, and those that the ledger says were saved. Each time
+    p is drawn from the posterior.
+    """
     rng = np.random.default_rng(0)
     prompts = [Prompt(index, TOKENS, "") for index in range(NUM_PROMPTS)]
-    size, num_samples, num_mixed = known.rules.group_size, 0, 0
+    size, num_samples, num_mixed, saved = known.rules.group_size, 0, 0, 0.0
     for seed in range(rounds):
         asking = Asking(PromptStream(prompts, seed), known, seed, known.num_steps, [], {})
+        buffer = Buffer(NUM_PROMPTS, is_dynamic=True)
         while len(asking.passed) < NUM_PROMPTS * 0.97:  # later prompts are asked for that came by before
             group = asking.next()
             odds = asking.questions[group.id].odds
@@ -56,8 +60,10 @@ def sampled(known: Forecast, rounds: int) -> float:
             if first < size and not asking.is_stopped(group):
                 group.samples = samples(group, right)
             num_samples += len(group.samples)
-            num_mixed += len(group.samples) == size and group.is_mixed
-    return num_samples / num_mixed
+            buffer.offer(group)
+        num_mixed += len(buffer.kept)
+        saved += asking.ledger(buffer).get("forecast/samples_saved", 0.0)
+    return num_samples / num_mixed, saved / num_mixed
 
 
 def samples(group: Group, right: np.ndarray) -> list[Sample]:
@@ -83,7 +89,15 @@ def test_the_estimate_is_what_asking_costs(
     known.rules = replace(PLAIN, is_skipping=is_skipping, first_wave=first_wave)
     found = estimate.cost(known).per_used
     assert least < found / plain < most
-    assert found == pytest.approx(sampled(known, rounds=20), rel=0.012)
+    taken, saved = sampled(known, rounds=20)
+    assert found == pytest.approx(taken, rel=0.012)
+    assert saved == pytest.approx(plain - found, abs=0.012 * plain)
+
+
+def test_where_nothing_was_left_out_nothing_was_saved() -> None:
+    known = learnt()
+    known.rules = replace(PLAIN, first_wave=3, stop_below=0.0)
+    assert sampled(known, rounds=1)[1] == 0
 
 
 def test_chances_are_the_calibrated_ones() -> None:
@@ -111,7 +125,7 @@ def test_the_lines_name_the_ways_with_the_configs_options(tmp_path: Path) -> Non
     path = write(tmp_path / "prompts.parquet")
     first, second = estimate.describe(path, make_config(tmp_path, "rollout.group_size=8").rollout)
     assert "400 of 500 prompts were asked for in 4 steps;" in first and first.endswith("expected to be mixed")
-    assert second.count("(") == 5 and "first_wave=2 " in second, "a quarter of the group"
+    assert second.count("(") == 4 and "first_wave=2 " in second, "a quarter of the group"
     options = [
         "rollout.group_size=8",
         "rollout.first_wave=3",
