@@ -77,8 +77,8 @@ def describe(path: Path, rollout: config.Rollout) -> list[str]:
     most = rollout.prompts_per_round * rollout.max_rounds * rollout.group_size
     cap = f"; rollout.max_rounds allows {most:,}" if total > most else ""
     return [
-        f"record    {num_asked:,} of {len(forecast.asked):,} prompts were asked for in {forecast.num_steps:,} "
-        f"steps{left}; {plainly.mixed:.0%} of groups are expected to be mixed",
+        f"record    {num_asked:,} of {len(forecast.asked):,} prompts were asked for in "
+        f"{forecast.num_steps:,} steps{left}; {plainly.mixed:.0%} of groups are expected to be mixed",
         f"sampling  {rollout.prompts_per_step:,} mixed groups take {total:,.0f} samples "
         f"({plainly.per_used:.1f} each); with {', '.join(said)}{cap}",
     ]
