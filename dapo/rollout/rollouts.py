@@ -274,11 +274,12 @@ class Rollouts:
     def _request_more(self, buffer: Buffer, sampler: GroupSampler, asking: Asking) -> None:
         """Request as many groups as the buffer will probably lack.
 
-        Streaming, that is asked after every group; otherwise when nothing is pending, and a round at most.
+        Streaming, that is asked after every group; otherwise a round at most, when all that was requested
+        has come. What follows first waves is generated together with it.
         """
         rollout, pending = self.config.rollout, sampler.pending
         is_streaming = self.config.engine.is_streaming
-        if buffer.is_full or (pending.groups and not is_streaming):
+        if buffer.is_full:
             return
         most = rollout.prompts_per_round * rollout.max_rounds * rollout.group_size  # samples
         room = (most - pending.num_samples) // rollout.group_size
@@ -286,17 +287,17 @@ class Rollouts:
         will_be_kept = pending.num_mixed if rollout.dynamic_sampling else len(pending.scored)
         lacking = buffer.capacity - len(buffer.kept) - will_be_kept
         chance = asking.chance if asking.has_forecast else self._constant(buffer)
-        chances = [chance(group) for group in pending.unknown]
+        chances = [chance(group, pending.num_scored.get(group.id, 0)) for group in pending.unknown]
         groups: list[Group] = []
         while len(groups) < room and not is_enough(chances, lacking):
             groups.append(asking.next())
-            chances.append(chance(groups[-1]))
+            chances.append(chance(groups[-1], 0))
         sampler.request(groups)
 
-    def _constant(self, buffer: Buffer) -> Callable[[Group], float]:
+    def _constant(self, buffer: Buffer) -> Callable[[Group, int], float]:
         """Return the forecast that every group is as likely mixed as the run's groups were of late."""
         found = self._estimate_mixed(buffer) if self.config.rollout.dynamic_sampling else 1.0
-        return lambda group: found
+        return lambda group, num_scored: found
 
     def _renewed(self, group: Group, step: int) -> Group:
         """Return the carried group, without samples if it is unfinished or too old. It keeps its seeds."""
