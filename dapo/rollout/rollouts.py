@@ -5,6 +5,7 @@ updates.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dapo.clock import heartbeat, timed
-from dapo.config import Config
+from dapo.config import Config, ConfigError
 from dapo.learn import batch
 from dapo.learn.advantages import set_advantages
 from dapo.learn.batch import Share
@@ -223,12 +224,23 @@ class Rollouts:
         self.num_empty_steps = state["num_empty_steps"]
         self.mixed_fraction = state["mixed_share"]
         if record_of_prompts and record_of_prompts.exists():  # version 0.1.0 kept none
-            record.read(record_of_prompts, self.forecast, self.prompts.data)
+            self._load_record(record_of_prompts)
         self.carried, self.questions = [], {}
         for id, index, *question in state["carried"]:
             epoch, odds = question or (0, self.forecast.odds(np.array([index]), self.forecast.num_steps)[0])
             self.carried.append(Group(id, self.prompts.prompts[index]))
             self.questions[id] = Question(Visit(index, epoch), Odds(*odds))
+
+    def _load_record(self, path: Path) -> None:
+        """Read the record of prompts. Nothing depends on it unless a forecast is used: then one that cannot be
+        used is left, and a new one begins.
+        """
+        try:
+            record.read(path, self.forecast, self.prompts.data)
+        except ConfigError as error:
+            if self.forecast.rules.is_used:
+                raise
+            print(f"warning: {error}; the record of prompts begins anew", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Stop the engine and the reward's processes; finish the dumps."""
