@@ -232,8 +232,8 @@ class Rollouts:
             self.questions[id] = Question(Visit(index, epoch), Odds(*odds))
 
     def _load_record(self, path: Path) -> None:
-        """Read the record of prompts. Nothing depends on it unless a forecast is used: then one that cannot be
-        used is left, and a new one begins.
+        """Read the record of prompts. One that does not fit is left, and a new one begins, if no forecast is
+        used: nothing depends on it.
         """
         try:
             record.read(path, self.forecast, self.prompts.data)
