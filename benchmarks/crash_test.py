@@ -40,7 +40,9 @@ OPTIONS = [  # small steps, each of them saved
     "rollout.prompts_per_round=4", "rollout.max_response_length=24", "reward.overlong_cache=8",
     "optim.prompts_per_minibatch=2", "optim.lr=5e-5", "optim.warmup_steps=5", "optim.weight_decay=0.1",
     "rollout.max_staleness=1", "rollout.max_empty_steps=100000",
+    "rollout.forecast=skip", "rollout.first_wave=3", "rollout.stop_below=0.3",
 ]  # fmt: skip
+NUM_PROMPTS = 60  # so few come again soon: what is asked for follows the record of them
 LONGEST = 2.0  # seconds from resuming to a kill that is aimed at no save
 # of a checkpoint that is being written: the first file, the largest, the last
 AIMS = ["rollouts.json", "policy/*.distcp", files.MANIFEST]
@@ -157,8 +159,12 @@ def crash(
     """
 
     def launch(options: list[str], log: Path) -> Launched:
-        return launcher(2, [f"parallel.tensor={2 if layout == 'tensor' else 1}", *options], log)
+        tensor = 2 if layout == "tensor" else 1
+        return launcher(2, [f"parallel.tensor={tensor}", f"data.train={data}", *options], log)
 
+    data = directory / "some.jsonl"
+    rows_of_data = (ROOT / "examples/arithmetic/data/train.jsonl").read_text().splitlines(keepends=True)
+    data.write_text("".join(rows_of_data[:NUM_PROMPTS]))
     moments = random.Random(seed)
     run, log = directory / "killed", directory / "log"
     kills: list[Kill] = []

@@ -104,9 +104,15 @@ class Asking:
         is_spared = dice(b"proof", self.run_seed, group.id) < PROOF
         return not is_spared and self.forecast.is_doomed(self.questions[group.id].odds, group.num_correct)
 
-    def chance(self, group: Group) -> float:
-        """Return the chance that the group comes out mixed."""
-        return self.questions[group.id].odds.mixed
+    def chance(self, group: Group, num_scored: int) -> float:
+        """Return the chance that the group comes out mixed, of which so many first samples are scored."""
+        odds = self.questions[group.id].odds
+        if not num_scored:
+            return odds.mixed
+        num_correct = sum(sample.is_correct for sample in group.samples[:num_scored])
+        if 0 < num_correct < num_scored:
+            return 1.0
+        return odds.after_right if num_correct else odds.after_wrong
 
     def put_back(self, decided: Iterable[Group]) -> None:
         """Return to the stream what came by after the last group that had its turn; nothing is carried."""

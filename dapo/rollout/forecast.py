@@ -106,6 +106,11 @@ class Rules:
         )
 
     @property
+    def is_used(self) -> bool:
+        """True if what is asked for depends on the forecast."""
+        return self.is_skipping or self.first_wave > 0 or self.drop_above < 1
+
+    @property
     def wave(self) -> int:
         """Samples of a group that are asked for at first, where it may be stopped."""
         return self.first_wave or self.group_size

@@ -5,6 +5,7 @@ updates.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dapo.clock import heartbeat, timed
-from dapo.config import Config
+from dapo.config import Config, ConfigError
 from dapo.learn import batch
 from dapo.learn.advantages import set_advantages
 from dapo.learn.batch import Share
@@ -222,12 +223,23 @@ class Rollouts:
         self.num_empty_steps = state["num_empty_steps"]
         self.mixed_fraction = state["mixed_share"]
         if record_of_prompts and record_of_prompts.exists():  # version 0.1.0 kept none
-            record.read(record_of_prompts, self.forecast, self.prompts.data)
+            self._load_record(record_of_prompts)
         self.carried, self.questions = [], {}
         for id, index, *question in state["carried"]:
             epoch, odds = question or (0, self.forecast.odds(np.array([index]), self.forecast.num_steps)[0])
             self.carried.append(Group(id, self.prompts.prompts[index]))
             self.questions[id] = Question(Visit(index, epoch), Odds(*odds))
+
+    def _load_record(self, path: Path) -> None:
+        """Read the record of prompts. One that does not fit is left, and a new one begins, if no forecast is
+        used: nothing depends on it.
+        """
+        try:
+            record.read(path, self.forecast, self.prompts.data)
+        except ConfigError as error:
+            if self.forecast.rules.is_used:
+                raise
+            print(f"warning: {error}; the record of prompts begins anew", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Stop the engine and the reward's processes; finish the dumps."""
@@ -273,11 +285,12 @@ class Rollouts:
     def _request_more(self, buffer: Buffer, sampler: GroupSampler, asking: Asking) -> None:
         """Request as many groups as the buffer will probably lack.
 
-        Streaming, that is asked after every group; otherwise when nothing is pending, and a round at most.
+        Streaming, that is asked after every group; otherwise a round at most, when all that was requested
+        has come. What follows first waves is generated together with it.
         """
         rollout, pending = self.config.rollout, sampler.pending
         is_streaming = self.config.engine.is_streaming
-        if buffer.is_full or (pending.groups and not is_streaming):
+        if buffer.is_full:
             return
         most = rollout.prompts_per_round * rollout.max_rounds * rollout.group_size  # samples
         room = (most - pending.num_samples) // rollout.group_size
@@ -285,17 +298,17 @@ class Rollouts:
         will_be_kept = pending.num_mixed if rollout.dynamic_sampling else len(pending.scored)
         lacking = buffer.capacity - len(buffer.kept) - will_be_kept
         chance = asking.chance if asking.has_forecast else self._constant(buffer)
-        chances = [chance(group) for group in pending.unknown]
+        chances = [chance(group, pending.num_scored.get(group.id, 0)) for group in pending.unknown]
         groups: list[Group] = []
         while len(groups) < room and not is_enough(chances, lacking):
             groups.append(asking.next())
-            chances.append(chance(groups[-1]))
+            chances.append(chance(groups[-1], 0))
         sampler.request(groups)
 
-    def _constant(self, buffer: Buffer) -> Callable[[Group], float]:
+    def _constant(self, buffer: Buffer) -> Callable[[Group, int], float]:
         """Return the forecast that every group is as likely mixed as the run's groups were of late."""
         found = self._estimate_mixed(buffer) if self.config.rollout.dynamic_sampling else 1.0
-        return lambda group: found
+        return lambda group, num_scored: found
 
     def _renewed(self, group: Group, step: int) -> Group:
         """Return the carried group, without samples if it is unfinished or too old. It keeps its seeds."""

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from dapo.config import ConfigError
 from dapo.rollout import asking, pending
 from dapo.rollout.pending import RolloutError
-from dapo.rollout.prompts import Visit
+from dapo.rollout.prompts import PromptStream, Visit
 from dapo.rollout.rollouts import Rollouts
 from dapo.types import Interrupted
 from tests.batches import next_batches
@@ -204,3 +205,41 @@ def test_a_prompt_that_has_left_is_not_asked_for(tmp_path: Path) -> None:
         assert not asked & left
         left = {i for i in range(NUM_PROMPTS) if rollouts.forecast.is_dropped[i]}
     assert left
+
+
+@pytest.mark.parametrize("options", [BOTH, ["rollout.group_size=4"]], ids=["used", "off"])
+def test_a_record_of_other_groups_is_refused_where_it_is_used_and_left_where_it_is_not(
+    tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = make_rollouts(tmp_path, make_engine(1, 5), *options)
+    steps(first, 0, 2)
+    first.save(tmp_path)
+    engine = ScriptedEngine(lambda prompt: "01000000")
+    again = make_rollouts(tmp_path, engine, *options, "rollout.group_size=8")
+    if options == BOTH:
+        with pytest.raises(ConfigError, match=r"groups of 4 samples, rollout.group_size=8"):
+            again.load(tmp_path)
+        return
+    again.load(tmp_path)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: ") and line.endswith("the record of prompts begins anew")
+    next_batches(again, 2)
+    assert again.forecast.asked.sum() == 4
+
+
+def test_files_with_weights_have_dice_of_their_own_epochs(tmp_path: Path) -> None:
+    """A small file comes round more often than a large one, and its prompts draw anew each time."""
+
+    def rollouts() -> Rollouts:
+        made = make_rollouts(tmp_path, make_engine(4, 4), *BOTH, STREAMING)
+        made.prompts = PromptStream(made.prompts.prompts, 5, [(8, 1.0), (NUM_PROMPTS - 8, 1.0)])
+        return made
+
+    whole, first, again = rollouts(), rollouts(), rollouts()
+    expected = steps(whole, 0, 8)
+    assert whole.prompts.epochs[0] > 2 * whole.prompts.epochs[20] > 0
+    steps(first, 0, 4)
+    (tmp_path / "saved").mkdir()
+    first.save(tmp_path / "saved")
+    again.load(tmp_path / "saved")
+    assert steps(again, 4, 8) == expected[4:]
