@@ -23,7 +23,7 @@ from dapo.rollout import dump, record
 from dapo.rollout.asking import Asking, Question
 from dapo.rollout.buffer import Buffer
 from dapo.rollout.forecast import Forecast, Odds, Rules
-from dapo.rollout.pending import GroupSampler, RolloutError, is_enough
+from dapo.rollout.pending import Chances, GroupSampler, RolloutError
 from dapo.rollout.prompts import PromptStream, Visit
 from dapo.types import Engine, Group, Interrupted, Prompt, Sampling, Stopped, StorageError
 
@@ -286,11 +286,11 @@ class Rollouts:
         will_be_kept = pending.num_mixed if rollout.dynamic_sampling else len(pending.scored)
         lacking = buffer.capacity - len(buffer.kept) - will_be_kept
         chance = asking.chance if asking.has_forecast else self._constant(buffer)
-        chances = [chance(group) for group in pending.unknown]
+        chances = Chances(chance(group) for group in pending.unknown)
         groups: list[Group] = []
-        while len(groups) < room and not is_enough(chances, lacking):
+        while len(groups) < room and not chances.is_enough(lacking):
             groups.append(asking.next())
-            chances.append(chance(groups[-1]))
+            chances.add(chance(groups[-1]))
         sampler.request(groups)
 
     def _constant(self, buffer: Buffer) -> Callable[[Group], float]:
