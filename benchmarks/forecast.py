@@ -24,6 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.record import RESULTS, heading, save, table
+from benchmarks.streaming import SimulatedServers
 from dapo import config as configs
 from dapo.rollout import rollouts as own
 from dapo.rollout.asking import Asking
@@ -32,7 +33,7 @@ from dapo.rollout.forecast import Asked, Forecast, Odds, Rules
 from dapo.rollout.pending import GroupSampler
 from dapo.rollout.prompts import PromptStream, Visit
 from dapo.rollout.rollouts import Rollouts
-from dapo.types import Group, Prompt, Sample
+from dapo.types import Group, Prompt, Request, Sample
 
 Array = np.ndarray
 LATE = 2 / 3  # of the steps lie before the last third
@@ -58,7 +59,7 @@ class Size:
 WORLDS = {
     "a": Size(17398, 512, 16, 120, 1536, 100, -2.0, 7.70, 4.0, 80.0),
     "b": Size(17398, 512, 16, 120, 1536, 100, -1.0, 3.85, 3.0, 80.0),
-    "c": Size(160, 16, 8, 48, 32, 2, -0.5, 2.0, 6.6, 20.0, tuple(range(100, 124))),
+    "c": Size(160, 16, 8, 48, 32, 2, -0.5, 2.0, 6.6, 20.0, tuple(range(100, 200))),
 }
 
 
@@ -149,16 +150,37 @@ class Known:
 
 
 class VirtualRollouts(Rollouts):
-    """The real Rollouts, whose samplers are virtual."""
+    """The real Rollouts. Its samplers are virtual until there are servers."""
 
     world: World
 
     @contextmanager
     def _sampling(self, group_size: int, *more: Any) -> Iterator[GroupSampler]:
         with super()._sampling(group_size, *more) as sampler:
+            if isinstance(self.engine, Servers):
+                yield sampler
+                return
             sampler.__class__, sampler.submitted = VirtualSampler, []
             sampler.world = self.world
             yield sampler
+
+
+class Servers(SimulatedServers):
+    """16 servers. Lengths are log-normal, wrong answers half as long again."""
+
+    COUNT, MEDIAN, SIGMA, MOST = 16, np.exp(7.6), 0.8, 16384
+
+    def __init__(self, world: World):
+        super().__init__(world, self.COUNT, is_redrawn=True)  # type: ignore[arg-type]
+        self.world = world
+
+    def _sample(self, request: Request) -> Sample:
+        rng = np.random.default_rng(request.seed)
+        is_right = bool(rng.random() < self.world.rates[request.prompt.index])
+        length = self.MEDIAN * np.exp(self.SIGMA * rng.standard_normal()) * (1 if is_right else 1.5)
+        n = int(min(length, self.MOST))
+        tokens = np.broadcast_to(np.int32(0), n), np.broadcast_to(np.float32(0), n), np.broadcast_to(True, n)
+        return Sample(request.group, request.index, *tokens, (), "stop", is_correct=is_right)
 
 
 # the rules of others, after their descriptions
@@ -246,7 +268,7 @@ SETTINGS = {
 }
 
 
-def make(world: World, setting: Setting, kind: type[Rollouts], engine: Any, *options: str) -> Rollouts:
+def make(world: World, setting: Setting, *options: str) -> VirtualRollouts:
     """Return Rollouts of a world's prompts under a setting."""
     size = world.size
     with tempfile.TemporaryDirectory() as directory:
@@ -262,7 +284,8 @@ def make(world: World, setting: Setting, kind: type[Rollouts], engine: Any, *opt
         config = configs.load(path, [*(f"rollout.{value}" for value in values), batch, *options])
     prompts = [Prompt(i, np.array([i], np.int32), "1") for i in range(size.num_prompts)]
     stream = PromptStream(prompts, world.seed, data="virtual")
-    rollouts = kind(config, 1, engine, stream, Known(), (1,), None)  # type: ignore[arg-type]
+    rollouts = VirtualRollouts(config, 1, NoEngine(), stream, Known(), (1,), None)  # type: ignore[arg-type]
+    rollouts.world = world
     rollouts.forecast = setting.forecast(size.num_prompts, Rules.of(config.rollout))
     setting.asking.batch = size.batch  # type: ignore[attr-defined]
     own.Asking = setting.asking  # type: ignore[misc]
@@ -282,10 +305,12 @@ class Tally:
         every = {name: sum(row[name] for row in self.rows) for name in names}
         rows = self.rows[int(len(self.rows) * LATE) :]
         late = {name: sum(row[name] for row in rows) for name in names}
+        first = self.rows[: len(self.rows) // 12]
         top = np.sort(self.uses)[::-1][: len(self.uses) // 10].sum() / self.uses.sum()
         mean = {name: value / len(rows) for name, value in late.items()}
         return {
             "cost": every["groups"] / every["used"],
+            "first": sum(row["groups"] for row in first) / sum(row["used"] for row in first),
             "late": late["groups"] / late["used"],
             "fill": late["used"] / late["wanted"],
             "edge": late["edge"] / late["used"],
@@ -323,11 +348,12 @@ class Binomial:
         return np.interp(rates, self.grid, self.edges)
 
 
-def simulate(world: World, setting: Setting, steps: int | None = None) -> tuple[Tally, Rollouts]:
+def simulate(
+    world: World, setting: Setting, steps: int | None = None, *options: str
+) -> tuple[Tally, VirtualRollouts]:
     """Run a world under a setting."""
     size = world.size
-    rollouts = make(world, setting, VirtualRollouts, NoEngine())
-    rollouts.world = world  # type: ignore[attr-defined]
+    rollouts = make(world, setting, *options)
     tally, expected_edge = Tally(uses=np.zeros(size.num_prompts)), Binomial(size.group_size)
     for step in range(size.steps if steps is None else steps):
         world.begin(step)
@@ -377,20 +403,20 @@ def simulate(world: World, setting: Setting, steps: int | None = None) -> tuple[
 
 
 def run(name: str, setting: str, seeds: Sequence[int] = (), **more: Any) -> dict[str, float]:
-    """Return the mean figures of a setting in a world over its seeds, and the spread of `late`."""
+    """Return the mean figures of a setting in a world over its seeds, and the standard error of `late`."""
     size = WORLDS[name]
     size = Size(**{**vars(size), **more.pop("size", {})})
     found = [simulate(World(size, seed, **more), SETTINGS[setting])[0].figures() for seed in seeds or size.seeds]
     figures = {key: statistics.fmean(each[key] for each in found) for key in found[0]}
-    return figures | {"range": max(each["late"] for each in found) - min(each["late"] for each in found)}
+    return figures | {"±": statistics.stdev(each["late"] for each in found) / len(found) ** 0.5}
 
 
-COST = ["cost", "late", "range", "fill", "edge", "lost", "top", "stopped", "missed", "ece", "brier"]
+COST = ["cost", "first", "late", "±", "fill", "edge", "lost", "top", "stopped", "missed", "ece", "brier"]
 LEDGER = [
     "saved", "said saved", "edge plain", "said edge plain", "right plain", "said right plain", "ece",
     "said ece", "missed", "said missed",
 ]  # fmt: skip
-DIGITS = {"cost": 2, "late": 2, "range": 2, "fill": 2, "lost": 2, "top": 2, "stopped": 2}
+DIGITS = {"cost": 2, "first": 2, "late": 2, "±": 2, "top": 2, "fill": 2, "lost": 2, "stopped": 2}
 
 
 def row(name: str, figures: dict[str, float], columns: Sequence[str]) -> list[str]:
@@ -437,6 +463,33 @@ def hurts() -> str:
         text += f"\n## {what}\n\n" + table(["", *COST], rows)
     rows = [row(f"c {name}", logged("c", name, size={"num_prompts": 40}), COST) for name in names]
     return text + "\n## 40 prompts\n\n" + table(["", *COST], rows)
+
+
+SPAN = range(95, 105)  # steps whose seconds are measured
+
+
+def timed_run(name: str, setting: str, seed: int) -> dict[str, float]:
+    """Return seconds, tokens and groups of a step late in a run, on servers."""
+    world = World(WORLDS[name], seed)
+    _, rollouts = simulate(world, SETTINGS[setting], SPAN[0], "engine.kind=sglang", f"engine.servers={Servers.COUNT}")
+    rollouts.engine = servers = Servers(world)  # type: ignore[assignment]
+    groups = turns = 0.0
+    start = time.process_time()
+    for step in SPAN:
+        world.begin(step)
+        buffer = rollouts.collect(step)
+        rollouts.forecast.learn(step, rollouts.asking.outcomes(buffer.decided))
+        groups += len(buffer.decided)
+        turns += sum(sample.length for group in buffer.decided for sample in group.samples)
+        world.learn(np.array([group.prompt.index for group in buffer.kept], int))
+    n = len(SPAN)
+    return {
+        "seconds": servers.clock / n,
+        "tokens": servers.tokens / n,
+        "of turns": turns / servers.tokens,
+        "groups": groups / n,
+        "CPU": (time.process_time() - start) / n,
+    }
 
 
 PARTS: dict[str, Callable[[], str]] = {"worlds": worlds, "hurts": hurts}
