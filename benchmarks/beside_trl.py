@@ -121,7 +121,8 @@ def theirs(seed: int, steps: int, directory: str) -> Run:
         config.policy.model, dtype="float32", attn_implementation="sdpa"
     )
     count = rollout.prompts_per_step * steps
-    prompts = rollouts.prompts.take(count)  # those that our run asks first, too
+    stream = rollouts.prompts  # these are the prompts that our run asks first, too
+    prompts = [stream.prompts[visit.index] for visit in stream.take(count)]
     rows = {"prompt": [tokenizer.decode(p.tokens) for p in prompts], "answer": [p.answer for p in prompts]}
     seen = {"tokens": 0.0, "signal": 0.0}
 

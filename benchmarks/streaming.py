@@ -24,8 +24,9 @@ from benchmarks.record import heading, save, spread, table
 from dapo import config as configs
 from dapo.reward.pool import Decoder, Reward
 from dapo.rollout import pending
+from dapo.rollout.asking import Asking
 from dapo.rollout.buffer import Buffer
-from dapo.rollout.pending import GroupSampler, Pending, num_to_request
+from dapo.rollout.pending import Chances, GroupSampler, Pending
 from dapo.rollout.prompts import PromptStream
 from dapo.rollout.rollouts import Rollouts
 from dapo.types import Group, Prompt, Request, Sample
@@ -174,11 +175,19 @@ class FirstFinishedRollouts(Rollouts):
 class FillingRollouts(Rollouts):
     """What was tried: idle slots are given groups for the next step."""
 
-    def _num_to_request(self, buffer: Buffer, pending: Pending) -> int:
-        lacking = buffer.capacity - len(buffer.kept) - pending.num_mixed
+    def _request_more(self, buffer: Buffer, sampler: GroupSampler, asking: Asking) -> None:
+        super()._request_more(buffer, sampler, asking)
+        if buffer.is_full:
+            return
+        pending, chance = sampler.pending, self._constant(buffer)
         idle = (self.config.engine.servers * SLOTS - pending.num_outstanding) // G
-        wanted = num_to_request(lacking + buffer.capacity, self._estimate_mixed(buffer))
-        return max(super()._num_to_request(buffer, pending), min(idle, wanted - pending.num_unknown))
+        chances = Chances(chance(group) for group in pending.unknown)
+        wanted = buffer.capacity - len(buffer.kept) - pending.num_mixed + buffer.capacity
+        groups: list[Group] = []
+        while len(groups) < idle and not chances.is_enough(wanted):
+            groups.append(asking.next())
+            chances.add(chance(groups[-1]))
+        sampler.request(groups)
 
 
 # options, class, are groups that are asked for again drawn anew?
@@ -272,7 +281,7 @@ Limit {MAX_LENGTH:,} tokens. {NUM_STEPS - WARM_UP} steps after {WARM_UP} others,
 - length: mean over the kept groups against that of mixed groups in general; 0 is unbiased
 - stale: fraction of kept groups that older weights wrote
 - a group that is requested again is drawn anew, but for "seeds decide lengths": there it is the same again
-- deviations: margin for bad luck in what is requested ahead (pending.num_to_request); the default is 1
+- deviations: margin for bad luck in what is requested ahead (pending.Chances); the default is 1
 - idle slots filled: groups for the next step are requested whenever a slot is idle. What finishes in time is
   carried over: short responses
 

@@ -36,10 +36,10 @@ def cost(forecast: Forecast) -> Cost:
     and that a step asks for no prompt twice, which matters where it passes by nearly all of them.
     """
     rules = forecast.rules
-    odds = forecast.odds(np.flatnonzero(~forecast.is_dropped), forecast.num_steps)
-    if not odds:
+    odds = forecast.table(np.flatnonzero(~forecast.is_dropped), forecast.num_steps)
+    if not len(odds):
         return Cost(0.0, 0.0)
-    alpha, beta, _, mixed, ask, after_wrong, after_right = np.array(odds).T
+    alpha, beta, _, mixed, ask, after_wrong, after_right = odds.T
     samples = np.full(len(odds), float(rules.group_size))
     for one, other, rest in ((beta, alpha, after_wrong), (alpha, beta, after_right)):
         is_doomed = rest < rules.stop_below  # without a first wave rest is 0, and nothing below changes

@@ -193,6 +193,10 @@ class Forecast:
 
     def odds(self, prompts: Array, step: int) -> list[Odds]:
         """Return what is expected of prompts [n] in a step."""
+        return [Odds(*row) for row in self.table(prompts, step).tolist()]
+
+    def table(self, prompts: Array, step: int) -> Array:
+        """Return the odds of prompts [n] as an array [n, 7], a column a field of Odds."""
         alpha, beta = self.posterior(prompts, step)
         formula = mixed(alpha, beta, self.rules.group_size)
         chance = self.calibrated(formula)
@@ -204,8 +208,7 @@ class Forecast:
         correction = chance / np.maximum(formula, 1e-9)
         after_wrong = np.minimum(1, (1 - all_correct(beta + wave, alpha, rest)) * correction)
         after_right = np.minimum(1, (1 - all_correct(alpha + wave, beta, rest)) * correction)
-        table = np.stack([alpha, beta, formula, chance, ask, after_wrong, after_right], 1)
-        return [Odds(*row) for row in table.tolist()]
+        return np.stack([alpha, beta, formula, chance, ask, after_wrong, after_right], 1)
 
     def num_at_first(self, odds: Odds) -> int:
         """Return how many samples of a group are asked for at first: all, where no verdict could stop it."""

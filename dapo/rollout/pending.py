@@ -59,6 +59,7 @@ class Pending:
         self.num_scored: dict[int, int] = {}  # group id → its first samples that are scored, if some are
         self.scored: dict[int, bool] = {}  # group id → is it mixed?
         self.num_samples = 0  # of the groups added since the beginning, without those that stopping saved
+        self.num_outstanding = 0  # samples that were asked for and that the engine has not returned
 
     def add(self, groups: Sequence[Group], num_at_first: Callable[[Group], int]) -> list[Group]:
         """Append groups; return those of which samples are to be requested, as many as `num_at_first` says.
@@ -69,7 +70,9 @@ class Pending:
         self.groups += groups
         self.num_samples += sum(len(group.samples) or self.group_size for group in groups)
         self.unfinished |= {group.id: group for group in empty}
-        self.requested |= {group.id: num_at_first(group) for group in empty}
+        requested = {group.id: num_at_first(group) for group in empty}
+        self.requested |= requested
+        self.num_outstanding += sum(requested.values())
         self.scored |= {group.id: group.is_mixed for group in groups if group.samples}
         return empty
 
@@ -79,6 +82,7 @@ class Pending:
         is_new = all(other.index != sample.index for other in group.samples)
         assert is_new, f"sample {sample.group}.{sample.index} came twice"
         group.samples.append(sample)
+        self.num_outstanding -= 1
         if len(group.samples) < self.requested[group.id]:
             return
         group.samples.sort(key=lambda sample: sample.index)
@@ -108,6 +112,7 @@ class Pending:
                 del self.unfinished[group.id], self.requested[group.id]
             else:
                 self.num_scored[group.id], self.requested[group.id] = len(group.samples), self.group_size
+                self.num_outstanding += self.group_size - len(group.samples)
                 going_on.append(group)
         self.complete.clear()
         self.first_waves.clear()
@@ -127,6 +132,7 @@ class Pending:
             queue.clear()
         for table in (self.unfinished, self.requested, self.num_scored, self.scored):
             table.clear()
+        self.num_outstanding = 0
         return left
 
     @property
@@ -138,11 +144,6 @@ class Pending:
     def unknown(self) -> list[Group]:
         """Groups that are not complete, or not scored."""
         return [*self.unfinished.values(), *self.complete]
-
-    @property
-    def num_outstanding(self) -> int:
-        """Number of samples that were asked for and that the engine has not returned."""
-        return sum(self.requested[id] - len(group.samples) for id, group in self.unfinished.items())
 
     def __str__(self) -> str:
         """Name the groups that are waited for: "group 7 (3 of 8 samples) and 12 groups after it"."""
@@ -246,13 +247,22 @@ class GroupSampler:
             )
 
 
-def is_enough(chances: Sequence[float], mixed: int) -> bool:
-    """Return whether of groups with these chances `mixed` will probably be mixed, at a margin of DEVIATIONS.
+class Chances:
+    """Groups' chances of coming out mixed: Chances([0.5] * 215).is_enough(100) is true, of 214 it is not."""
 
-    Σp − z·√Σp(1 − p) ≥ mixed: 215 groups of chance 0.5 are enough for 100, 214 are not.
-    """
-    spread = math.sqrt(sum(p * (1 - p) for p in chances))
-    return mixed <= 0 or sum(chances) - DEVIATIONS * spread >= mixed - 1e-9
+    def __init__(self, chances: Iterable[float] = ()):
+        self.mean = self.variance = 0.0  # of the number that will be mixed
+        for chance in chances:
+            self.add(chance)
+
+    def add(self, chance: float) -> None:
+        """Add a group with this chance."""
+        self.mean += chance
+        self.variance += chance * (1 - chance)
+
+    def is_enough(self, mixed: int) -> bool:
+        """Return whether `mixed` of the groups will probably be mixed, at a margin of DEVIATIONS."""
+        return mixed <= 0 or self.mean - DEVIATIONS * math.sqrt(self.variance) >= mixed - 1e-9
 
 
 def sample_seed(run_seed: int, group: int, index: int) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 
 from dapo import files
 from dapo.config import ConfigError
-from dapo.rollout.forecast import Forecast, Rules
+from dapo.rollout.forecast import Forecast, Odds, Rules
 
 # column → type; `forecast` is the chance of a mixed group, α and β are those after the last group
 COLUMNS = {
@@ -35,7 +35,7 @@ def write(path: Path, forecast: Forecast, data: str) -> None:
     import pyarrow.parquet as pq
 
     prompts = np.flatnonzero(forecast.asked)
-    chances = np.array([odds.mixed for odds in forecast.odds(prompts, forecast.num_steps)], float)
+    chances = forecast.table(prompts, forecast.num_steps)[:, Odds._fields.index("mixed")]
     arrays = {"index": prompts, "forecast": chances} | {
         name: getattr(forecast, name)[prompts] for name in OWN
     }

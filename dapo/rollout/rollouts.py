@@ -24,7 +24,7 @@ from dapo.rollout import dump, record
 from dapo.rollout.asking import Asking, Question
 from dapo.rollout.buffer import Buffer
 from dapo.rollout.forecast import Forecast, Odds, Rules
-from dapo.rollout.pending import GroupSampler, RolloutError, is_enough
+from dapo.rollout.pending import Chances, GroupSampler, RolloutError
 from dapo.rollout.prompts import PromptStream, Visit
 from dapo.types import Engine, Group, Interrupted, Prompt, Sampling, Stopped, StorageError
 
@@ -298,11 +298,11 @@ class Rollouts:
         will_be_kept = pending.num_mixed if rollout.dynamic_sampling else len(pending.scored)
         lacking = buffer.capacity - len(buffer.kept) - will_be_kept
         chance = asking.chance if asking.has_forecast else self._constant(buffer)
-        chances = [chance(group, pending.num_scored.get(group.id, 0)) for group in pending.unknown]
+        chances = Chances(chance(group, pending.num_scored.get(group.id, 0)) for group in pending.unknown)
         groups: list[Group] = []
-        while len(groups) < room and not is_enough(chances, lacking):
+        while len(groups) < room and not chances.is_enough(lacking):
             groups.append(asking.next())
-            chances.append(chance(groups[-1], 0))
+            chances.add(chance(groups[-1], 0))
         sampler.request(groups)
 
     def _constant(self, buffer: Buffer) -> Callable[[Group, int], float]:

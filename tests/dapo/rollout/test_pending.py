@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from dapo.engine.embedded import EmbeddedEngine
 from dapo.reward.pool import Decoder, Reward
 from dapo.rollout import pending
-from dapo.rollout.pending import is_enough
+from dapo.rollout.pending import Chances
 from dapo.rollout.prompts import PromptStream
 from dapo.rollout.rollouts import Rollouts
 from dapo.types import Interrupted, Prompt
@@ -213,7 +213,7 @@ def test_every_prompt_has_one_turn_in_the_streams_order(
 
 def num_enough(mixed, share):
     """Least number of groups that are enough, if this share of them is mixed."""
-    return next(n for n in itertools.count() if is_enough([share] * n, mixed))
+    return next(n for n in itertools.count() if Chances([share] * n).is_enough(mixed))
 
 
 @pytest.mark.parametrize(
