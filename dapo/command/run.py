@@ -165,11 +165,12 @@ def _plan(config: Config, args: argparse.Namespace) -> int:
 
 def _sampling(config: Config, path: Path | None) -> list[str]:
     """Return the plan's lines about sampling, by the record at `path`; by default the run's own, if any."""
-    from dapo.rollout import estimate, record
+    found = config.run.dir / "prompts.parquet"  # record.NAME
+    if path is None and not found.is_file():
+        return []
+    from dapo.rollout import estimate  # needs numpy
 
-    found = config.run.dir / record.NAME
-    path = path or (found if found.is_file() else None)
-    return estimate.describe(path, config.rollout) if path else []
+    return estimate.describe(path or found, config.rollout)
 
 
 def _run(config: Config, args: argparse.Namespace) -> int:
