@@ -44,6 +44,7 @@ class Asking:
         self.passed: list[tuple[Visit, Odds, int | None]] = []  # group id; None: passed over
         self._ahead: deque[tuple[Visit, Odds]] = deque()
         self._num_groups = 0
+        self._after_wave: dict[int, float] = {}  # group id → chance that it comes out mixed
         self._now = {group.prompt.index for group in carried}
 
     @property
@@ -101,12 +102,13 @@ class Asking:
 
     def is_stopped(self, group: Group) -> bool:
         """True if a group's first wave turns it away. A share of PROOF is spared, by a hash."""
-        is_spared = dice(b"proof", self.run_seed, group.id) < PROOF
-        return not is_spared and self.forecast.is_doomed(self.questions[group.id].odds, group.num_correct)
+        odds, is_spared = self.questions[group.id].odds, dice(b"proof", self.run_seed, group.id) < PROOF
+        self._after_wave[group.id] = self.forecast.after_wave(odds, group.num_correct)
+        return not is_spared and self.forecast.is_doomed(odds, group.num_correct)
 
     def chance(self, group: Group) -> float:
-        """Return the chance that the group comes out mixed."""
-        return self.questions[group.id].odds.mixed
+        """Return the chance that the group comes out mixed, as far as its first wave was seen."""
+        return self._after_wave.get(group.id, self.questions[group.id].odds.mixed)
 
     def put_back(self, decided: Iterable[Group]) -> None:
         """Return to the stream what came by after the last group that had its turn; nothing is carried."""

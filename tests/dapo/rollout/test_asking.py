@@ -184,6 +184,20 @@ def test_samples_are_those_that_a_whole_request_would_have_drawn(tmp_path: Path)
     assert len(at_first) < len(seeds), "some go on"
 
 
+def test_first_waves_are_marked_and_what_they_show_counts_in_what_is_asked_for(tmp_path: Path) -> None:
+    scripts = ["0100", "0001", "0000"]
+    engine = ScriptedEngine(lambda prompt: scripts[prompt % 3])
+    rollouts = make_rollouts(tmp_path, engine, *WAVE)
+    rollouts.forecast.asked[:], rollouts.forecast.alpha[:], rollouts.forecast.beta[:] = 1, 0.05, 0.05
+    buffer = rollouts.collect(0)
+    requests = [request for requests in engine.submitted for request in requests]
+    assert {(r.index < 2, r.is_first) for r in requests} == {(True, True), (False, False)}
+    for group in buffer.decided:
+        odds = rollouts.asking.questions[group.id].odds
+        seen = 1.0 if group.prompt.index % 3 == 0 else odds.after_wrong
+        assert rollouts.asking.chance(group) == seen != odds.mixed
+
+
 def test_a_run_whose_prompts_are_all_solved_ends_with_one_line(tmp_path: Path) -> None:
     engine = ScriptedEngine(lambda prompt: "11")
     rollouts = make_rollouts(

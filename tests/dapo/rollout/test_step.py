@@ -231,7 +231,13 @@ def test_while_streaming_as_many_groups_are_outstanding_as_probably_fill_the_buf
         pending, buffer = sampler.pending, buffers[-1]
         lacking = buffer.capacity - len(buffer.kept) - pending.num_mixed
         chances = [rollouts._estimate_mixed(buffer)] * len(pending.unknown)
-        waits.append((Chances(chances).is_enough(lacking), Chances(chances[1:]).is_enough(lacking), pending.num_samples))
+        waits.append(
+            (
+                Chances(chances).is_enough(lacking),
+                Chances(chances[1:]).is_enough(lacking),
+                pending.num_samples,
+            )
+        )
         wait(sampler)
 
     monkeypatch.setattr(module, "Buffer", kept)
