@@ -189,13 +189,14 @@ def test_first_waves_are_marked_and_what_they_show_counts_in_what_is_asked_for(t
     engine = ScriptedEngine(lambda prompt: scripts[prompt % 3])
     rollouts = make_rollouts(tmp_path, engine, *WAVE)
     rollouts.forecast.asked[:], rollouts.forecast.alpha[:], rollouts.forecast.beta[:] = 1, 0.05, 0.05
+    rollouts.forecast.alpha[2::3] = rollouts.forecast.beta[2::3] = 9  # these are asked for whole
     buffer = rollouts.collect(0)
     requests = [request for requests in engine.submitted for request in requests]
-    assert {(r.index < 2, r.is_first) for r in requests} == {(True, True), (False, False)}
+    assert all(r.is_first == (r.index < 2 and r.prompt.index % 3 < 2) for r in requests)
     for group in buffer.decided:
         odds = rollouts.asking.questions[group.id].odds
-        seen = 1.0 if group.prompt.index % 3 == 0 else odds.after_wrong
-        assert rollouts.asking.chance(group) == seen != odds.mixed
+        seen = [1.0, odds.after_wrong, odds.mixed][group.prompt.index % 3]
+        assert rollouts.asking.chance(group) == seen
 
 
 def test_a_run_whose_prompts_are_all_solved_ends_with_one_line(tmp_path: Path) -> None:
