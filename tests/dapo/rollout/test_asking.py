@@ -185,17 +185,19 @@ def test_samples_are_those_that_a_whole_request_would_have_drawn(tmp_path: Path)
 
 
 def test_first_waves_are_marked_and_what_they_show_counts_in_what_is_asked_for(tmp_path: Path) -> None:
-    scripts = ["0100", "0001", "0000"]
-    engine = ScriptedEngine(lambda prompt: scripts[prompt % 3])
+    kinds = [i // 6 % 3 for i in range(NUM_PROMPTS)]
+    engine = ScriptedEngine(lambda prompt: ["0100", "0001", "0000"][kinds[prompt]])
     rollouts = make_rollouts(tmp_path, engine, *WAVE)
     rollouts.forecast.asked[:], rollouts.forecast.alpha[:], rollouts.forecast.beta[:] = 1, 0.05, 0.05
-    rollouts.forecast.alpha[2::3] = rollouts.forecast.beta[2::3] = 9  # these are asked for whole
+    whole = [i for i in range(NUM_PROMPTS) if kinds[i] == 2]
+    rollouts.forecast.alpha[whole] = rollouts.forecast.beta[whole] = 9
     buffer = rollouts.collect(0)
     requests = [request for requests in engine.submitted for request in requests]
-    assert all(r.is_first == (r.index < 2 and r.prompt.index % 3 < 2) for r in requests)
+    assert all(r.is_first == (r.index < 2 and kinds[r.prompt.index] < 2) for r in requests)
+    assert {kinds[group.prompt.index] for group in buffer.decided} == {0, 1, 2}
     for group in buffer.decided:
         odds = rollouts.asking.questions[group.id].odds
-        seen = [1.0, odds.after_wrong, odds.mixed][group.prompt.index % 3]
+        seen = [1.0, odds.after_wrong, odds.mixed][kinds[group.prompt.index]]
         assert rollouts.asking.chance(group) == seen
 
 
