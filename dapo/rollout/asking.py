@@ -43,9 +43,10 @@ class Asking:
         self.questions = {group.id: questions[group.id] for group in carried}
         self.passed: list[tuple[Visit, Odds, int | None]] = []  # group id; None: passed over
         self._ahead: deque[tuple[Visit, Odds]] = deque()
-        self._num_groups = 0
         self._after_wave: dict[int, float] = {}  # group id → chance that it comes out mixed
         self._now = {group.prompt.index for group in carried}
+        # an earlier attempt at this step, which failed, may have left groups of it
+        self._next_id = max([step * GROUPS_PER_STEP, *(group.id + 1 for group in carried)])
 
     @property
     def has_forecast(self) -> bool:
@@ -68,8 +69,8 @@ class Asking:
             if self._is_passed_over(visit, odds):
                 self.passed.append((visit, odds, None))
                 continue
-            group = Group(self.step * GROUPS_PER_STEP + self._num_groups, self.stream.prompts[visit.index])
-            self._num_groups += 1
+            group = Group(self._next_id, self.stream.prompts[visit.index])
+            self._next_id += 1
             self._now.add(visit.index)
             self.passed.append((visit, odds, group.id))
             self.questions[group.id] = Question(visit, odds)
@@ -111,12 +112,15 @@ class Asking:
         return self._after_wave.get(group.id, self.questions[group.id].odds.mixed)
 
     def put_back(self, decided: Iterable[Group]) -> None:
-        """Return to the stream what came by after the last group that had its turn; nothing is carried."""
+        """Return to the stream the groups behind the last that had its turn, and what else came by after it:
+        nothing is carried on.
+        """
         last = max((group.id for group in decided), default=-1)
         end = max(
             (i + 1 for i, (_, _, id) in enumerate(self.passed) if id is not None and id <= last), default=0
         )
         self.undo(self.passed[end:])
+        self.stream.put_back(self.questions[group.id].visit for group in self.carried if group.id > last)
         del self.passed[end:]
 
     def undo(self, passed: Sequence[tuple[Visit, Odds, int | None]] | None = None) -> None:

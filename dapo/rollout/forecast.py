@@ -287,7 +287,8 @@ class Forecast:
         total = alpha + beta
         slope = (size * alpha * beta / total / (total + 1))[is_known].sum()  # Σ k·E[p(1 − p)]
         missing = (correct - size * alpha / total)[is_known].sum()
-        self.shift += STEP_OF_SHIFT * float(np.clip(missing / slope, -MOST_SHIFT, MOST_SHIFT))
+        # 1: of a normal belief in no shift. Where all are correct no shift is the likeliest
+        self.shift += STEP_OF_SHIFT * float(np.clip(missing / (slope + 1), -MOST_SHIFT, MOST_SHIFT))
 
     def _meet(self, correct: list[int], samples: list[int]) -> None:
         """Fit the prior again, with the first visits of these prompts."""

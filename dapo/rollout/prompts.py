@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,7 +91,7 @@ class PromptStream:
         dates: Mapping[str, str] = NONE,
     ):
         self.prompts, self.data, self.dates = prompts, data or digest(prompts), dates
-        self.returned: list[Visit] = []
+        self.returned: deque[Visit] = deque()
         self.sources: list[_Source] = []
         start = 0
         for i, (size, weight) in enumerate(sources or [(len(prompts), 1.0)]):
@@ -99,25 +100,24 @@ class PromptStream:
 
     def take(self, count: int) -> list[Visit]:
         """Return the next `count` visits of prompts. An epoch follows the other without a gap."""
-        taken, self.returned = self.returned[:count], self.returned[count:]
-        return taken + [self._next() for _ in range(count - len(taken))]
+        return [self.returned.popleft() if self.returned else self._next() for _ in range(count)]
 
     def put_back(self, visits: Iterable[Visit]) -> None:
         """Return visits to the stream: the next `take` starts with these, in this order."""
-        self.returned[:0] = visits
+        self.returned.extendleft(reversed(list(visits)))
 
     @property
     def epochs(self) -> np.ndarray:
-        """Epoch of each prompt's source, up to which visits were taken and not put back: [prompts]."""
-        first: dict[int, int] = {}
-        for visit in reversed(self.returned):
-            first[visit.index] = visit.epoch
-        epochs = np.concatenate(
-            [np.full(source.size, source.drawn // source.size) for source in self.sources]
+        """Epoch of each prompt's source: how often all of it was taken and not put back. [prompts]"""
+        ends = np.cumsum([source.size for source in self.sources])
+        indices = [visit.index for visit in self.returned]
+        back = np.bincount(np.searchsorted(ends, indices, side="right"), minlength=len(ends))
+        return np.concatenate(
+            [
+                np.full(source.size, (source.drawn - num_back) // source.size)
+                for source, num_back in zip(self.sources, back.tolist(), strict=True)
+            ]
         )
-        for index, epoch in first.items():
-            epochs[index] = epoch
-        return epochs
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the stream, and a hash of the data that it is a position in."""
@@ -143,7 +143,7 @@ class PromptStream:
                 "template and options of data, or a new run.dir"
             )
         # version 0.1.0 kept no epochs
-        self.returned = [Visit(v, 0) if isinstance(v, int) else Visit(*v) for v in state["returned"]]
+        self.returned = deque(Visit(v, 0) if isinstance(v, int) else Visit(*v) for v in state["returned"])
         for source, drawn in zip(self.sources, state["drawn"], strict=True):
             source.drawn = drawn
 

@@ -42,6 +42,7 @@ def write(path: Path, forecast: Forecast, data: str) -> None:
     about = {
         "data": data,
         "group_size": forecast.rules.group_size,
+        "drop_above": forecast.rules.drop_above,
         "num_prompts": len(forecast.asked),
         "num_steps": forecast.num_steps,
         "prior": forecast.prior,
@@ -113,6 +114,8 @@ def _fill(forecast: Forecast, table: dict[str, np.ndarray], about: dict[str, Any
     forecast.visits = {(correct, samples): count for correct, samples, count in about["visits"]}
     for name in ("of_formula", "of_mixed", "spared"):
         setattr(forecast, name, np.array(about[name]))
+    if about["drop_above"] != (drop_above := forecast.rules.drop_above):
+        forecast.is_dropped &= forecast.alpha > drop_above * (forecast.alpha + forecast.beta)
 
 
 def read_table(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

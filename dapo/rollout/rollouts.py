@@ -138,7 +138,8 @@ class Rollouts:
         ) as sampler:
             try:
                 sampler.request([self._renewed(group, step) for group in self.carried])
-                self._request_more(buffer, sampler, asking)
+                if self.config.engine.is_streaming or sampler.is_empty:
+                    self._request_more(buffer, sampler, asking)
                 buffer.fill(sampler.ready())
                 while not buffer.is_full:
                     sampler.wait()
@@ -159,6 +160,7 @@ class Rollouts:
         else:
             buffer.surplus = [group for group in left if group.samples]
             asking.put_back(buffer.decided)
+            self.carried, self.questions = [], {}  # of a run that was resumed with another max_staleness
         self.mixed_fraction = self._estimate_mixed(buffer)
         return buffer
 

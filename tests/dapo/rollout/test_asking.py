@@ -14,7 +14,7 @@ from dapo.rollout import asking, pending
 from dapo.rollout.pending import RolloutError
 from dapo.rollout.prompts import PromptStream, Visit
 from dapo.rollout.rollouts import Rollouts
-from dapo.types import Interrupted
+from dapo.types import Interrupted, StorageError
 from tests.batches import next_batches
 from tests.dapo.rollout.test_pending import InterruptAfter, contents, decided, make_rollouts
 from tests.dapo.rollout.test_rollouts import NUM_PROMPTS, ScriptedEngine, seeds_by_id
@@ -260,3 +260,67 @@ def test_files_with_weights_have_dice_of_their_own_epochs(tmp_path: Path) -> Non
     first.save(tmp_path / "saved")
     again.load(tmp_path / "saved")
     assert steps(again, 4, 8) == expected[4:]
+
+
+@pytest.mark.parametrize("options", [BOTH, ["rollout.group_size=4"]], ids=["used", "off"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_step_that_failed_is_made_anew_beside_the_groups_it_left_over(
+    tmp_path: Path, seed: int, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They keep their ids, with the seeds; no other group has one of these."""
+    more = ["rollout.prompts_per_round=20", "rollout.max_staleness=1", STREAMING]
+    engine = make_engine(seed, seed)
+    rollouts = make_rollouts(tmp_path, engine, *options, *more)
+
+    def fails(*arguments: object) -> None:
+        raise StorageError("the disk is full")
+
+    with monkeypatch.context() as patched, pytest.raises(StorageError):
+        patched.setattr(rollouts.dumps, "write", fails)
+        rollouts.next_batch(0)
+    rollouts.mixed_fraction = 0.1  # asks far ahead
+    left = [group.id for group in rollouts.carried]
+    assert not rollouts.forecast.asked.any()
+    engine.submitted.clear()
+    buffer = rollouts.collect(0)
+    ids = [group.id for group in buffer.decided + rollouts.carried]
+    assert len(set(ids)) == len(ids) and set(left) <= set(ids)
+    asked = Counter(request.id for requests in engine.submitted for request in requests)
+    assert max(asked.values(), default=1) == 1
+
+
+@pytest.mark.parametrize("options", [BOTH, ["rollout.group_size=4"]], ids=["used", "off"])
+def test_groups_of_a_run_that_goes_on_without_staleness_have_one_turn(
+    tmp_path: Path, options: list[str]
+) -> None:
+    more = [*options, "rollout.prompts_per_round=20", STREAMING]
+    first = make_rollouts(tmp_path, make_engine(4, 4), *more, "rollout.max_staleness=2")
+    steps(first, 0, 2)
+    carried = {group.id: first.questions[group.id].visit for group in first.carried}
+    first.save(tmp_path)
+    again = make_rollouts(tmp_path, make_engine(4, 4), *more)
+    again.load(tmp_path)
+    ids, turns = [], list[Visit]()
+    for step in range(2, 7):
+        buffer = again.collect(step)
+        ids += [group.id for group in buffer.decided]
+        turns += [again.asking.questions[group.id].visit for group in buffer.decided]
+    assert carried and len(set(ids)) == len(ids)
+    assert set(carried.values()) <= {*turns} and not again.carried
+
+
+def test_prompts_that_have_left_come_back_when_the_option_is_raised(tmp_path: Path) -> None:
+    def resumed(drop_above: str) -> Rollouts:
+        again = make_rollouts(tmp_path, make_engine(0, 0), "rollout.group_size=4", drop_above)
+        again.load(tmp_path)
+        return again
+
+    rollouts = make_rollouts(tmp_path, make_engine(0, 0), "rollout.group_size=4", "rollout.drop_above=0.6")
+    steps(rollouts, 0, 6)
+    rollouts.save(tmp_path)
+    left, known = rollouts.forecast.is_dropped, rollouts.forecast
+    assert (resumed("rollout.drop_above=0.6").forecast.is_dropped == left).all()
+    some = resumed("rollout.drop_above=0.9").forecast.is_dropped
+    assert (some == left & (known.alpha / (known.alpha + known.beta) > 0.9)).all()
+    assert 0 < some.sum() < left.sum()
+    assert not resumed("rollout.drop_above=null").forecast.is_dropped.any()

@@ -126,7 +126,7 @@ def test_the_shift_follows_a_policy_that_learns() -> None:
     mean = alpha / (alpha + beta)
     expected, slope = 3 * mean.sum(), (3 * mean * beta / (alpha + beta + 1)).sum()
     known.learn(1, [asked(i, 5, num_correct_at_first=1 + i % 2) for i in range(n)])
-    assert known.shift == pytest.approx(0.5 * min((1.5 * n - expected) / slope, 0.5))
+    assert known.shift == pytest.approx(0.5 * min((1.5 * n - expected) / (slope + 1), 0.5))
     assert 0 < known.shift <= 0.25
     before = known.shift
     known.learn(2, [asked(i, 0, num_correct_at_first=0) for i in range(n)])
@@ -142,6 +142,23 @@ def test_the_shift_goes_no_further_than_a_quarter_of_a_logit_a_step() -> None:
         known.learn(step, [asked(i, int(rng.binomial(GROUP, 1 / (1 + np.exp(-1))))) for i in range(n)])
         assert 0 <= known.shift - before <= 0.25 + 1e-12
     assert known.shift == pytest.approx(0.9, abs=0.15)
+
+
+@pytest.mark.parametrize("correct", [0, GROUP])
+def test_where_all_come_out_alike_for_thousands_of_steps_the_shift_has_no_end_but_slows_down(
+    correct: int,
+) -> None:
+    """By likelihood alone it would grow by a quarter each step."""
+    known = Forecast(100, Rules(GROUP))
+    with np.errstate(over="raise", divide="raise", invalid="raise"):
+        for step in range(4000):
+            known.learn(step, [asked(i, correct) for i in range(30)])
+        table = known.table(np.arange(100), 4000)
+    assert 0 < abs(known.shift) < 30 and np.isfinite(table).all()
+    for step in range(4000, 4060):
+        known.learn(step, [asked(i, GROUP // 2) for i in range(30)])
+    [odds] = known.odds(np.array([0]), 4060)
+    assert odds.formula > 0.5
 
 
 def test_few_known_prompts_move_no_shift() -> None:

@@ -318,6 +318,26 @@ def test_an_unfinished_group_is_asked_for_again_under_its_own_seeds(tmp_path):
     assert all(again[id] == before[id] for id in unfinished)
 
 
+def test_in_rounds_carried_groups_have_their_turn_before_more_is_requested(tmp_path):
+    """How many are requested then depends on how they came out."""
+    rollouts = make_rollouts(
+        tmp_path, make_engine(3, None, mixed=0.4), "rollout.prompts_per_round=9", "rollout.max_staleness=1"
+    )
+    rollouts.mixed_fraction = 0.2
+    rollouts.collect(0)
+    turns, request_more = [], rollouts._request_more
+
+    def noted(buffer, sampler, asking):
+        turns.append((len(buffer.decided), sampler.is_empty))
+        request_more(buffer, sampler, asking)
+
+    rollouts._request_more = noted
+    carried = [group.is_mixed for group in rollouts.carried]
+    assert carried and sum(carried) < 4
+    rollouts.collect(1)
+    assert turns[0] == (len(carried), True)
+
+
 def test_a_group_that_is_too_old_is_asked_for_again(tmp_path):
     engine = make_engine(5, 5, mixed=1.0)
     rollouts = carrying(tmp_path, engine)

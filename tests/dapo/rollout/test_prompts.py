@@ -484,3 +484,16 @@ def test_an_epoch_is_shuffled_once(monkeypatch):
     drawn = [prompt.index for _ in range(12) for prompt in stream.take(1)]
     assert sorted(drawn[:5]) == sorted(drawn[5:10]) == list(range(5))
     assert len(shuffled) == 3
+
+
+def test_epochs_do_not_depend_on_what_was_taken_ahead_and_put_back():
+    def make():
+        return PromptStream([make_prompt(i) for i in range(12)], seed=3, sources=[(4, 1.0), (8, 1.0)])
+
+    for count in range(30):
+        one, other = make(), make()
+        one.take(count)
+        ahead = other.take(count + 9)
+        other.put_back(ahead[count:])
+        assert one.epochs.tolist() == other.epochs.tolist()
+    assert one.epochs.tolist() == [3] * 4 + [1] * 8
