@@ -107,7 +107,15 @@ class Job:
         if not failed:
             return 0.0
         begun = time.monotonic()
-        _, alive = psutil.wait_procs(self.launchers, timeout=TIMEOUT)
+        # an agent that was started since the first has failed waits for it: it has no rank, and goes with it
+        waiting = [launcher for launcher in self.launchers if not _has_ranks(launcher)]
+        _, alive = psutil.wait_procs(
+            [each for each in self.launchers if each not in waiting], timeout=TIMEOUT
+        )
+        for launcher in waiting:
+            if launcher.poll() is None:
+                launcher.kill()
+            launcher.wait()
         assert not alive, f"a node goes on without the others: {self.log.read_text()[-6000:]}"
         seconds = time.monotonic() - begun
         self._start()
@@ -122,6 +130,13 @@ class Job:
                 for process in [launcher, *launcher.children(recursive=True)]:
                     process.kill()
             launcher.wait()
+
+
+def _has_ranks(launcher: psutil.Popen) -> bool:
+    try:
+        return any("RANK" in child.environ() for child in launcher.children())
+    except psutil.Error:
+        return False
 
 
 def steps(run: Path) -> int:
