@@ -44,6 +44,7 @@ setup(
         "safetensors>=0.5",
         "huggingface_hub>=1",
         "pyarrow>=23.0.1",  # CVE-2026-25087
+        "isal>=1.7",  # CRC-32 five times as fast as zlib's
         "psutil>=5.9",  # without it torch_dist checkpoints hang while saving
         "tensorboard>=2.16",
         "rich>=13",

@@ -115,10 +115,11 @@ class Cluster(Mesh):
     def __init__(self) -> None:
         super().__init__(Parallel(tensor=1))
         self.data = DATA
-        self.data_rank = self.data_rank_of(self.rank)
+        self.data_rank = max(0, self.rank - 2)
 
-    def data_rank_of(self, rank: int) -> int:
-        return max(0, rank - 2)
+    def _ranks_of(self, data_rank: int) -> list[int]:
+        """As many as the main rank sends to: it is the first of its own tree, and two are below it."""
+        return [0, 1, 2] if data_rank == 0 else [data_rank + 2]
 
 
 def receive(mesh: Mesh) -> None:

@@ -23,9 +23,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.record import RESULTS, heading, save, table
+from benchmarks.record import RESULTS, heading, save, spread, table
 from benchmarks.streaming import SimulatedServers
 from dapo import config as configs
+from dapo.rollout import pending
 from dapo.rollout import rollouts as own
 from dapo.rollout.asking import Asking
 from dapo.rollout.forecast import Asked, Forecast, Odds, Rules
@@ -63,7 +64,7 @@ WORLDS = {
 
 
 class World:
-    """Chances of a correct answer. logit p = middle − difficulty + talent · ability(step) + wandering + learnt.
+    """Chances of a right answer. logit p = middle − difficulty + talent · ability(step) + wandering + learnt.
 
     Wandering is a random walk that is drawn back to 0, and now and then a prompt is forgotten (− 4 logits);
     a prompt that was used is learnt (+ `boost`), which fades.
@@ -184,8 +185,9 @@ class Servers(SimulatedServers):
 
 
 class Greso(Forecast):
-    """A prompt is asked for with chance q^(groups in a row that were all right, or all wrong), q of either kind,
-    which from the second epoch on follow targets: a twelfth of groups all right, a sixth all wrong.
+    """A prompt is asked for with chance q^(groups in a row that were all right, or all wrong). Either kind
+    has its q, which from the second epoch on follows a target: a twelfth of groups all right, a sixth all
+    wrong.
     """
 
     def __init__(self, num_prompts: int, rules: Rules):
@@ -425,29 +427,62 @@ def row(name: str, figures: dict[str, float], columns: Sequence[str]) -> list[st
     return [name, *(f"{figures[column]:.{DIGITS.get(column, 3)}f}" for column in columns)]
 
 
-def logged(world: str, setting: str, **more: Any) -> dict[str, float]:
+def logged(name: str, world: str, setting: str, **more: Any) -> list[str]:
+    """Return a row of COST; print it, too: all take minutes."""
     start = time.process_time()
-    figures = run(world, setting, **more)
-    print(
-        *row(f"{world} {setting} {more or ''}", figures, COST),
-        f"{time.process_time() - start:.0f} s",
-        flush=True,
-    )
-    return figures
+    cells = row(name, run(world, setting, **more), COST)
+    print(*cells, f"{time.process_time() - start:.0f} s", flush=True)
+    return cells
+
+
+WORDS = """
+- cost: samples of groups that had their turn / (G × used groups); first, late: in the first twelfth and the
+  last third of the steps; ±: standard error of late
+- fill: used groups / N, late
+- edge: mean min(p, 1 − p) of used groups, late, p being the true chance of a right sample
+- lost: chance that a prompt whose group would be mixed with more than ½ is passed over, late
+- top: share of the uses that the tenth of prompts has that is used most
+- stopped: share of the groups that ended with their first wave, late; missed: share of these that would have
+  been mixed
+- ece, brier: of the forecast, against the true chances of every prompt that came by, over the whole run.
+  GRESO's forecast is its chance of asking, MoPPS's that of its posterior
+"""
 
 
 def worlds() -> str:
     text = heading("Predictive dynamic sampling in modelled worlds")
-    honest = "\n## Is the run's own ledger right?\n\n"
+    described = " ".join((World.__doc__ or "").split())
+    text += f"""
+The real Rollouts, Asking, Forecast, Pending and Buffer, in whole rounds; samples are right by chance.
+{described}
+World a has the paper's size; b is the same, easier; c has few prompts, most of which are soon solved, and at
+most {WORLDS["c"].per_round * WORLDS["c"].rounds} groups' worth of samples a step.
+skip, first wave and both have {", ".join((*SKIP, *WAVE))}; gentle has forecast=skip,
+first_wave=4 and the other options' defaults. GRESO and MoPPS are rules of others, after their descriptions.
+Sums over a run's steps; means over seeds.
+"""
+    text += WORDS
+    honest = """
+## Is the run's own ledger right?
+
+In the last third of the steps. saved: share of the samples that plain sampling would have needed with the
+prompts that came by; edge plain: mean min(c, G − c) / G of the groups that it would have used; right plain:
+share of right samples that it would have found. "said": the metrics forecast/samples_saved, edge_plain,
+accuracy_plain, ece and stopped_mixed; the column before is the truth.
+"""
     for world, size in WORLDS.items():
-        found = {setting: logged(world, setting) for setting in SETTINGS}
-        text += f"\n## World {world}\n\n{len(size.seeds)} seeds\n\n"
-        text += table(["", *COST], [row(setting, each, COST) for setting, each in found.items()])
-        ours = {setting: found[setting] for setting in ("skip", "first wave", "both", "gentle")}
-        rows = [row(setting, each, LEDGER) for setting, each in ours.items()]
-        honest += f"World {world}\n\n" + table(["", *LEDGER], rows) + "\n"
-        seconds = [f"{setting} {each['seconds']:.2f}" for setting, each in found.items()]
-        text += f"\nSeconds a step, without samples: {', '.join(seconds)}\n"
+        found = {setting: run(world, setting) for setting in SETTINGS}
+        rows = [row(setting, figures, COST) for setting, figures in found.items()]
+        print(*rows, sep="\n", flush=True)
+        text += (
+            f"\n## World {world}\n\n{size.num_prompts:,} prompts, N = {size.batch}, G = {size.group_size}, "
+        )
+        text += f"{size.steps} steps; {len(size.seeds)} seeds\n\n" + table(["", *COST], rows)
+        ours = [setting for setting in found if SETTINGS[setting].forecast is Forecast and setting != "plain"]
+        honest += f"\nWorld {world}\n\n"
+        honest += table(["", *LEDGER], [row(setting, found[setting], LEDGER) for setting in ours])
+        seconds = [f"{setting} {each['seconds']:.3f}" for setting, each in found.items()]
+        text += f"\nCPU seconds a step, all of sampling with virtual samples: {', '.join(seconds)}\n"
     return text + honest
 
 
@@ -460,17 +495,16 @@ HURTS: dict[str, dict[str, Any]] = {
 
 def hurts() -> str:
     text = heading("Predictive dynamic sampling: where it hurts")
+    text += "\nColumns as above. Two seeds in worlds a and b.\n"
     names = ("plain", "both", "gentle")
     for what, change in HURTS.items():
         rows = []
         for world in WORLDS:
             seeds = WORLDS[world].seeds if world == "c" else WORLDS[world].seeds[:2]
-            rows += [
-                row(f"{world} {name}", logged(world, name, seeds=seeds, **change), COST) for name in names
-            ]
+            rows += [logged(f"{world} {name}", world, name, seeds=seeds, **change) for name in names]
         text += f"\n## {what}\n\n" + table(["", *COST], rows)
-    rows = [row(f"c {name}", logged("c", name, size={"num_prompts": 40}), COST) for name in names]
-    return text + "\n## 40 prompts\n\n" + table(["", *COST], rows)
+    rows = [logged(f"c {name}", "c", name, size={"num_prompts": 40}) for name in names]
+    return text + "\n## World c with 40 prompts\n\n" + table(["", *COST], rows)
 
 
 SPAN = range(95, 105)  # steps whose seconds are measured
@@ -479,9 +513,8 @@ SPAN = range(95, 105)  # steps whose seconds are measured
 def timed_run(name: str, setting: str, seed: int) -> dict[str, float]:
     """Return seconds, tokens and groups of a step late in a run, on servers."""
     world = World(WORLDS[name], seed)
-    _, rollouts = simulate(
-        world, SETTINGS[setting], SPAN[0], "engine.kind=sglang", f"engine.servers={Servers.COUNT}"
-    )
+    streaming = "engine.kind=sglang", f"engine.servers={Servers.COUNT}"
+    _, rollouts = simulate(world, SETTINGS[setting], SPAN[0], *streaming)
     rollouts.engine = servers = Servers(world)  # type: ignore[assignment]
     groups = turns = 0.0
     start = time.process_time()
@@ -492,17 +525,51 @@ def timed_run(name: str, setting: str, seed: int) -> dict[str, float]:
         groups += len(buffer.decided)
         turns += sum(sample.length for group in buffer.decided for sample in group.samples)
         world.learn(np.array([group.prompt.index for group in buffer.kept], int))
-    n = len(SPAN)
     return {
-        "seconds": servers.clock / n,
-        "tokens": servers.tokens / n,
-        "of turns": turns / servers.tokens,
-        "groups": groups / n,
-        "CPU": (time.process_time() - start) / n,
+        "seconds": servers.clock / len(SPAN),
+        "tokens": servers.tokens / len(SPAN),
+        "wasted": 100 * (1 - turns / servers.tokens),
+        "groups": groups / len(SPAN),
+        "CPU": (time.process_time() - start) / len(SPAN),
     }
 
 
-PARTS: dict[str, Callable[[], str]] = {"worlds": worlds, "hurts": hurts}
+def seconds() -> str:
+    """Measure steps on servers."""
+    pending.BRIEF = float("inf")  # else what is scored when depends on this machine
+    text = heading("Predictive dynamic sampling on simulated servers")
+    described = " ".join((Servers.__doc__ or "").split())
+    text += f"""
+{described} A token takes 30 ms on a full server and half as long on an empty one. Steps {SPAN[0] + 1} to
+{SPAN[-1] + 1} of a run that before was simulated without servers; groups have their turn in asking order, and
+what is unfinished when the batch is full is aborted. "of plain": the same seed's; 3 seeds: median (range).
+
+- wasted: tokens of samples that had no turn
+- CPU: seconds a step of this process, the simulated servers included
+"""
+    for world in ("a", "b"):
+        found = {
+            setting: [timed_run(world, setting, seed) for seed in WORLDS[world].seeds]
+            for setting in ("plain", "skip", "first wave", "both", "gentle")
+        }
+        rows: list[list[object]] = []
+        for setting, runs in found.items():
+            ratios = {
+                name: spread([a[name] / b[name] for a, b in zip(runs, found["plain"], strict=True)], 2)
+                for name in ("seconds", "tokens")
+            }
+            mean = {name: statistics.fmean(each[name] for each in runs) for name in runs[0]}
+            rows.append(
+                [setting, f"{mean['seconds']:,.0f}", ratios["seconds"], ratios["tokens"],
+                 f"{mean['wasted']:.1f}", f"{mean['groups']:,.0f}", f"{mean['CPU']:.1f}"]
+            )  # fmt: skip
+            print(world, *rows[-1], flush=True)
+        header = ["", "seconds a step", "of plain", "tokens of plain", "wasted, %", "groups", "CPU"]
+        text += f"\n## World {world}\n\n" + table(header, rows)
+    return text
+
+
+PARTS: dict[str, Callable[[], str]] = {"worlds": worlds, "hurts": hurts, "seconds": seconds}
 
 
 def main(parts: Sequence[str]) -> None:
@@ -512,7 +579,8 @@ def main(parts: Sequence[str]) -> None:
     sections = dict(zip(PARTS, re.split(r"^(?=# )", text, flags=re.MULTILINE)[1:], strict=False))
     for part in parts or PARTS:
         sections[part] = PARTS[part]().rstrip() + "\n\n"
-        save("forecast.md", "".join(sections.get(part, f"# {part}: not measured\n\n") for part in PARTS))
+        whole = "".join(sections.get(part, f"# {part}: not measured\n\n") for part in PARTS)
+        save("forecast.md", whole.rstrip() + "\n")
 
 
 if __name__ == "__main__":

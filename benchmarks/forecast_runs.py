@@ -108,9 +108,9 @@ def figures(run: Run, used: float) -> dict[str, float]:
     half = used / 2
     return {
         "tokens per used group": spent("tokens") / used,
-        "the same, second half": spent("tokens", half) / half,
+        "tokens per used group, second half": spent("tokens", half) / half,
         "CPU s of sampling": spent("sampling"),
-        "the same, second half ": spent("sampling", half),
+        "CPU s of sampling, second half": spent("sampling", half),
         "CPU s in all": spent("all"),
         "accuracy, last four evaluations": statistics.mean(run["accuracy"][-4:]),
     }

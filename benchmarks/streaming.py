@@ -91,7 +91,9 @@ class SimulatedServers:
         return self
 
     def submit(self, requests: Iterable[Request]) -> None:
-        self.queue.extend(requests)
+        requests = list(requests)
+        self.queue.extendleft(request for request in reversed(requests) if request.is_first)
+        self.queue.extend(request for request in requests if not request.is_first)
         self._fill()
 
     def completed(self) -> Iterator[Sample]:

@@ -14,12 +14,13 @@ import shutil
 import socket
 import sys
 import tempfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
+
+from isal.isal_zlib import crc32
 
 from dapo.config import ConfigError
 from dapo.types import StorageError, reason
@@ -98,7 +99,7 @@ def sum_of(path: Path) -> tuple[int, int]:
     size, crc, block = 0, 0, memoryview(bytearray(BLOCK))
     with open(path, "rb", buffering=0) as file:
         while read := file.readinto(block):
-            size, crc = size + read, zlib.crc32(block[:read], crc)
+            size, crc = size + read, crc32(block[:read], crc)
     return size, crc
 
 
@@ -127,7 +128,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def _checksum(manifest: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
+    return crc32(json.dumps(manifest, sort_keys=True).encode())
 
 
 def damage(directory: Path, part: int = 0, parts: int = 1) -> str | None:

@@ -114,6 +114,7 @@ class Request:
     prompt: Prompt
     seed: int
     sampling: Sampling
+    is_first: bool = False  # of a group's first wave, on which others wait: sent before the rest
 
     @property
     def id(self) -> str:

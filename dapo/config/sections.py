@@ -168,7 +168,8 @@ class Rollout(Section):
     prompts_per_round: Positive = option(1536, "how far sampling runs ahead", verl=1536)
     """With max_rounds, how many prompts a step may ask for; the embedded engine at most so many at a time."""
     max_rounds: Positive = option(10, "how long to look for mixed groups", verl=10)
-    """A step asks for prompts_per_round × max_rounds prompts at most: at_cap."""
+    """A step asks for prompts_per_round × max_rounds prompts at most, with first_wave for as many samples:
+    at_cap."""
     dynamic_sampling: bool = option(True, "without it a step is cheaper and teaches less", both=True)
     """Eq. 11: only mixed groups, some of whose samples are correct and some not, are learnt from. false keeps
     every group."""

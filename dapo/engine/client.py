@@ -70,7 +70,7 @@ class Client:
         self.intake = Intake(self.vocab_size, self.max_concurrent * len(self.servers.workers))
 
     def add(self, jobs: list[Job]) -> None:
-        """Send these as soon as a server has room."""
+        """Send these as soon as a server has room: first waves before what waits, the others after it."""
         http.loop().call_soon_threadsafe(self._add, jobs)
 
     def abandon(self, jobs: list[Job]) -> None:
@@ -139,7 +139,8 @@ class Client:
     def _add(self, jobs: list[Job]) -> None:
         if self._is_idle():
             self.progressed_at = time.monotonic()  # until now there was nothing to wait for
-        self.ready.extend(jobs)
+        self.ready.extendleft(job for job in reversed(jobs) if job.request.is_first)
+        self.ready.extend(job for job in jobs if not job.request.is_first)
         self._send()
 
     def _send(self) -> None:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from isal.isal_zlib import crc32
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -266,7 +267,7 @@ class Reader:
             raise Damaged(f"{path} is not what was written: {cause}") from error
         begin = entry.header_offset + 30
         begin += sum(struct.unpack("<HH", header[26:30]))  # lengths of the name and of the extra field
-        if zlib.crc32(data[begin : begin + entry.file_size]) != entry.CRC:
+        if crc32(data[begin : begin + entry.file_size]) != entry.CRC:
             raise Damaged(f"{path} is not what was written: the checksum of {name} differs")
         dtype = self.dtype(name)
         count = entry.file_size // dtype.itemsize

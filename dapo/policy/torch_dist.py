@@ -12,7 +12,7 @@ import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -139,12 +139,15 @@ class _Writer(FileSystemWriterAsync):  # type: ignore[misc]
             sizes[smallest] += _size_of(item)
         names = (f"{plan.storage_data.prefix}{number}.distcp" for number in itertools.count())
         directory = Path(self.checkpoint_dir)
+        self._writing: list[Future[Any]] = []
+        self._is_started = False
         self.files = [_File(directory / name, part) for name, part in zip(names, parts, strict=False) if part]
 
     def start(self, in_background: bool) -> None:
         threads = ThreadPoolExecutor(max(1, len(self.files)), thread_name_prefix="checkpoint")
         self._writing = [threads.submit(file.write, self.transforms, in_background) for file in self.files]
         threads.shutdown(wait=False)
+        self._is_started = True
 
     def detach(self) -> None:
         with ExitStack() as paused:
@@ -154,7 +157,7 @@ class _Writer(FileSystemWriterAsync):  # type: ignore[misc]
                 torch.cuda.synchronize()
 
     def is_written(self) -> bool:
-        return all(writing.done() for writing in self._writing)
+        return self._is_started and all(writing.done() for writing in self._writing)
 
     def wait(self) -> None:
         wait(self._writing)

@@ -43,6 +43,7 @@ class Asking:
         self.questions = {group.id: questions[group.id] for group in carried}
         self.passed: list[tuple[Visit, Odds, int | None]] = []  # group id; None: passed over
         self._ahead: deque[tuple[Visit, Odds]] = deque()
+        self._after_wave: dict[int, float] = {}  # group id → chance that it comes out mixed
         self._now = {group.prompt.index for group in carried}
         # an earlier attempt at this step, which failed, may have left groups of it
         self._next_id = max([step * GROUPS_PER_STEP, *(group.id + 1 for group in carried)])
@@ -102,18 +103,13 @@ class Asking:
 
     def is_stopped(self, group: Group) -> bool:
         """True if a group's first wave rejects it. A share of PROOF is spared, by a hash."""
-        is_spared = dice(b"proof", self.run_seed, group.id) < PROOF
-        return not is_spared and self.forecast.is_doomed(self.questions[group.id].odds, group.num_correct)
+        odds, is_spared = self.questions[group.id].odds, dice(b"proof", self.run_seed, group.id) < PROOF
+        self._after_wave[group.id] = self.forecast.after_wave(odds, group.num_correct)
+        return not is_spared and self.forecast.is_doomed(odds, group.num_correct)
 
-    def chance(self, group: Group, num_scored: int) -> float:
-        """Return the chance that the group comes out mixed, of which so many first samples are scored."""
-        odds = self.questions[group.id].odds
-        if not num_scored:
-            return odds.mixed
-        num_correct = sum(sample.is_correct for sample in group.samples[:num_scored])
-        if 0 < num_correct < num_scored:
-            return 1.0
-        return odds.after_right if num_correct else odds.after_wrong
+    def chance(self, group: Group) -> float:
+        """Return the chance that the group comes out mixed, as far as its first wave was seen."""
+        return self._after_wave.get(group.id, self.questions[group.id].odds.mixed)
 
     def put_back(self, decided: Iterable[Group]) -> None:
         """Return to the stream the groups behind the last that had its turn, and what else came by after it:

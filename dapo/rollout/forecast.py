@@ -217,11 +217,14 @@ class Forecast:
 
     def is_doomed(self, odds: Odds, num_correct_at_first: int) -> bool:
         """True if the first wave's verdict leaves too little chance of a mixed group."""
-        if not self.rules.first_wave:
-            return False
-        if num_correct_at_first == 0:
-            return odds.after_wrong < self.rules.stop_below
-        return num_correct_at_first == self.rules.first_wave and odds.after_right < self.rules.stop_below
+        wave = self.rules.first_wave
+        return bool(wave) and self.after_wave(odds, num_correct_at_first) < self.rules.stop_below
+
+    def after_wave(self, odds: Odds, num_correct: int) -> float:
+        """Return the chance of a mixed group once so many samples of its first wave were correct."""
+        if num_correct == 0:
+            return odds.after_wrong
+        return odds.after_right if num_correct == self.rules.first_wave else 1.0
 
     @property
     def ece(self) -> float:

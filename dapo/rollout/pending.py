@@ -181,7 +181,14 @@ class GroupSampler:
     def _submit(self, groups: Iterable[tuple[Group, int]]) -> None:
         """Request samples of groups, each from its first index up to what the queue now waits for."""
         self.stream.submit(
-            Request(group.id, index, group.prompt, sample_seed(self.run_seed, group.id, index), self.sampling)
+            Request(
+                group.id,
+                index,
+                group.prompt,
+                sample_seed(self.run_seed, group.id, index),
+                self.sampling,
+                is_first=self.pending.requested[group.id] < self.group_size,
+            )
             for group, first in groups
             for index in range(first, self.pending.requested[group.id])
         )

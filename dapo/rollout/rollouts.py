@@ -300,17 +300,17 @@ class Rollouts:
         will_be_kept = pending.num_mixed if rollout.dynamic_sampling else len(pending.scored)
         lacking = buffer.capacity - len(buffer.kept) - will_be_kept
         chance = asking.chance if asking.has_forecast else self._constant(buffer)
-        chances = Chances(chance(group, pending.num_scored.get(group.id, 0)) for group in pending.unknown)
+        chances = Chances(chance(group) for group in pending.unknown)
         groups: list[Group] = []
         while len(groups) < room and not chances.is_enough(lacking):
             groups.append(asking.next())
-            chances.add(chance(groups[-1], 0))
+            chances.add(chance(groups[-1]))
         sampler.request(groups)
 
-    def _constant(self, buffer: Buffer) -> Callable[[Group, int], float]:
+    def _constant(self, buffer: Buffer) -> Callable[[Group], float]:
         """Return the forecast that every group is as likely mixed as the run's groups were of late."""
         found = self._estimate_mixed(buffer) if self.config.rollout.dynamic_sampling else 1.0
-        return lambda group, num_scored: found
+        return lambda group: found
 
     def _renewed(self, group: Group, step: int) -> Group:
         """Return the carried group, without samples if it is unfinished or too old. It keeps its seeds."""

@@ -255,6 +255,18 @@ def test_a_router_is_well_while_none_of_its_workers_is_dead(
     assert asyncio.run(Endpoint("http://router", servers, 2.0).is_well(3)) is (not dead)
 
 
+def test_first_waves_are_sent_before_what_waits_and_in_their_order() -> None:
+    own, _ = make_client()
+    own._is_idle = lambda: False
+
+    def jobs(names: str) -> list[Any]:
+        return [SimpleNamespace(request=SimpleNamespace(id=name, is_first=name.isupper())) for name in names]
+
+    Client._add(own, jobs("aBCd"))
+    Client._add(own, jobs("eFG"))
+    assert "".join(job.request.id for job in own.ready) == "FGBCade"
+
+
 def test_of_many_requests_the_first_eight_are_named() -> None:
     names = list("abcdefghi")
     assert first_few(names[:8]) == names[:8] and first_few(names) == [*names[:8], "…"]

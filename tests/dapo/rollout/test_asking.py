@@ -198,6 +198,23 @@ def test_samples_are_those_that_a_whole_request_would_have_drawn(tmp_path: Path)
     assert len(at_first) < len(seeds), "some go on"
 
 
+def test_first_waves_are_marked_and_what_they_show_counts_in_what_is_asked_for(tmp_path: Path) -> None:
+    kinds = [i // 6 % 3 for i in range(NUM_PROMPTS)]
+    engine = ScriptedEngine(lambda prompt: ["0100", "0001", "0000"][kinds[prompt]])
+    rollouts = make_rollouts(tmp_path, engine, *WAVE)
+    rollouts.forecast.asked[:], rollouts.forecast.alpha[:], rollouts.forecast.beta[:] = 1, 0.05, 0.05
+    whole = [i for i in range(NUM_PROMPTS) if kinds[i] == 2]
+    rollouts.forecast.alpha[whole] = rollouts.forecast.beta[whole] = 9
+    buffer = rollouts.collect(0)
+    requests = [request for requests in engine.submitted for request in requests]
+    assert all(r.is_first == (r.index < 2 and kinds[r.prompt.index] < 2) for r in requests)
+    assert {kinds[group.prompt.index] for group in buffer.decided} == {0, 1, 2}
+    for group in buffer.decided:
+        odds = rollouts.asking.questions[group.id].odds
+        seen = [1.0, odds.after_wrong, odds.mixed][kinds[group.prompt.index]]
+        assert rollouts.asking.chance(group) == seen
+
+
 def test_a_run_whose_prompts_are_all_solved_ends_with_one_line(tmp_path: Path) -> None:
     engine = ScriptedEngine(lambda prompt: "11")
     rollouts = make_rollouts(
