@@ -149,6 +149,11 @@ class Asking:
             found.append(Asked(visit.index, visit.epoch, odds, *counts, weight if is_whole else 0.0))
         return found
 
+    def _chance_asked(self, asked: Asked) -> float:
+        """Return the chance that the step asked for the prompt: in a second pass it does so for certain."""
+        second = min(1.0, max(0.0, len(self.passed) / len(self.stream.prompts) - 1))  # part that came by
+        return asked.odds.ask + (1 - asked.odds.ask) * second
+
     def ledger(self, buffer: Buffer) -> dict[str, float]:
         """Return the metrics that say what the forecast saved, and how it departs from plain sampling."""
         rules = self.forecast.rules
@@ -182,8 +187,8 @@ class Asking:
             "forecast/ece": self.forecast.ece,
             "forecast/stopped_mixed": self.forecast.stopped_mixed,
             "forecast/edge": _mean(edges, [1.0] * len(edges)),
-            "forecast/edge_plain": _mean(edges, [asked.weight / asked.odds.ask for asked in kept]),
-            "forecast/accuracy_plain": _mean(accuracy, [1 / asked.odds.ask for asked in outcomes]),
+            "forecast/edge_plain": _mean(edges, [asked.weight / self._chance_asked(asked) for asked in kept]),
+            "forecast/accuracy_plain": _mean(accuracy, [1 / self._chance_asked(asked) for asked in outcomes]),
             "forecast/unasked_1": float(np.mean(passes > 1)) if len(passes) else 0.0,
             "forecast/unasked_4": float(np.mean(passes > 4)) if len(passes) else 0.0,
         }

@@ -159,6 +159,19 @@ def test_after_a_whole_pass_nothing_is_skipped_and_after_two_prompts_come_again(
     assert all(taken[2 * NUM_PROMPTS :])
 
 
+def test_where_each_prompt_was_asked_for_once_each_weighs_the_same(tmp_path: Path) -> None:
+    """Those that the first pass left out are in the second."""
+    engine = ScriptedEngine(lambda prompt: "0000" if prompt % 4 else "1111")
+    rollouts = make_rollouts(tmp_path, engine, *SKIP, "rollout.prompts_per_round=40", "rollout.max_rounds=1")
+    rollouts.forecast.asked[:], rollouts.forecast.beta[:] = 1, 3
+    rollouts.forecast.beta[::4] = 10_000
+    buffer = rollouts.collect(0)
+    assert len({group.prompt.index for group in buffer.decided}) == NUM_PROMPTS
+    found = rollouts.asking.ledger(buffer)["forecast/accuracy_plain"]
+    passed = len(rollouts.asking.passed) / NUM_PROMPTS
+    assert passed > 1.5 and found == pytest.approx(0.25, abs=0.02)
+
+
 def test_a_stopped_group_is_turned_away_as_what_its_samples_say_and_leaves_room(tmp_path: Path) -> None:
     """The cap counts samples: what stopping saved may be asked for."""
     engine = ScriptedEngine(lambda prompt: "0000" if prompt % 2 else "1111")
