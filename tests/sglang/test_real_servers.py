@@ -14,7 +14,7 @@ import pytest
 from dapo.config import ConfigError
 from dapo.engine.arguments import OURS, known_arguments, server_options
 from dapo.engine.fleet import make_servers
-from dapo.rollout.rollouts import GROUPS_PER_STEP
+from dapo.rollout.asking import GROUPS_PER_STEP
 from tests.sglang.conftest import RunningServer, server_config
 from tests.sglang.two_servers import GROUPS, SAMPLES
 
