@@ -114,7 +114,7 @@ class Request:
     prompt: Prompt
     seed: int
     sampling: Sampling
-    is_first: bool = False  # of a group's first wave, on which others wait: sent before the rest
+    is_urgent: bool = False  # others wait for it: it is sent before what is not
 
     @property
     def id(self) -> str:
@@ -208,6 +208,10 @@ class Engine(Protocol):
 
     def waiting(self) -> str:
         """Say what is outstanding, and where, for a person to read. Any thread may call it."""
+        ...
+
+    def take_idle(self) -> list[float]:
+        """Return, for each server, the seconds since the last call in which it had nothing to do."""
         ...
 
     def release_memory(self) -> None:

@@ -70,7 +70,7 @@ class Client:
         self.intake = Intake(self.vocab_size, self.max_concurrent * len(self.servers.workers))
 
     def add(self, jobs: list[Job]) -> None:
-        """Send these as soon as a server has room: first waves before what waits, the others after it."""
+        """Send these as soon as a server has room: urgent ones before what waits, the others after it."""
         http.loop().call_soon_threadsafe(self._add, jobs)
 
     def abandon(self, jobs: list[Job]) -> None:
@@ -109,6 +109,10 @@ class Client:
         self.endpoints = [known.get(url) or Endpoint(url, self.servers, self.limits.stall) for url in urls]
         self._send()
 
+    async def take_idle(self) -> list[float]:
+        """Return the seconds of each endpoint without a request since the last call."""
+        return [endpoint.idle.take() for endpoint in self.endpoints]
+
     async def finish_aborts(self) -> None:
         """Wait until the servers know of every abort."""
         await asyncio.gather(*self.aborts)
@@ -139,8 +143,8 @@ class Client:
     def _add(self, jobs: list[Job]) -> None:
         if self._is_idle():
             self.progressed_at = time.monotonic()  # until now there was nothing to wait for
-        self.ready.extendleft(job for job in reversed(jobs) if job.request.is_first)
-        self.ready.extend(job for job in jobs if not job.request.is_first)
+        self.ready.extendleft(job for job in reversed(jobs) if job.request.is_urgent)
+        self.ready.extend(job for job in jobs if not job.request.is_urgent)
         self._send()
 
     def _send(self) -> None:
@@ -168,6 +172,7 @@ class Client:
         if not endpoint.outstanding:
             endpoint.progressed_at = job.sent_at
         endpoint.outstanding[job.rid] = job
+        endpoint.idle.note(False)
         job.task = self._spawn(self._attempt(job, endpoint, job.rid))
         # a callback: a task that is cancelled before it begins runs no `finally`
         job.task.add_done_callback(partial(self._end_attempt, endpoint, job.rid))
@@ -187,6 +192,7 @@ class Client:
     def _end_attempt(self, endpoint: Endpoint, rid: str, task: asyncio.Task[None]) -> None:
         endpoint.outstanding.pop(rid, None)
         self._send()
+        endpoint.idle.note(not endpoint.outstanding)
 
     async def _ask(self, endpoint: Endpoint, request: Request, rid: str) -> Sample:
         body, asked = generate.body(request, rid), generate.asked(request, rid)

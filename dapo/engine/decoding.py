@@ -6,7 +6,7 @@ B = rows that go on, P = distinct prompts, L = tokens of the longest prompt, V =
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -26,9 +26,14 @@ LEAST_OPEN = 0.75  # of a batch's rows: below it those that have ended are taken
 
 @torch.inference_mode()
 def decode(
-    model: Any, prompts: Sequence[np.ndarray], seeds: Sequence[int], sampling: Sampling
+    model: Any,
+    prompts: Sequence[np.ndarray],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    is_wanted: Callable[[], bool] = lambda: True,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a response to each prompt, int32 [p]. A row's draws depend on its seed alone.
+    """Draw a response to each prompt, int32 [p]. A row's draws depend on its seed alone. Stop at the next
+    token when `is_wanted()` is no longer true.
 
     Returns:
         Tokens, int32 [rows, max_tokens], and their log-probs, float32. What follows a stop token is noise.
@@ -70,7 +75,7 @@ def decode(
         tokens[rows, step], logprobs[rows, step] = token.int(), logprob
         is_open &= (token[:, None] != stop_ids).all(-1)
         num_open = int(is_open.sum())
-        if not num_open or step + 1 == limit:
+        if not num_open or step + 1 == limit or not is_wanted():
             break
         if is_cut and num_open < LEAST_OPEN * len(rows):
             kept = is_open.nonzero()[:, 0]

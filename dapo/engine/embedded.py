@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ class EmbeddedEngine:
         self.version = -1  # of the weights; none are loaded
         self.streams: weakref.WeakSet[EmbeddedStream] = weakref.WeakSet()
         self.lock = threading.Lock()  # the model serves one stream at a time
+        self._busy, self._taken_at = 0.0, time.monotonic()  # seconds of generating; since then
 
     def stream(self) -> EmbeddedStream:
         made = EmbeddedStream(self)
@@ -54,8 +56,8 @@ class EmbeddedEngine:
         Raises:
             ConfigError: a parameter is missing, of another shape, or has no place in the model.
         """
-        params = dict(as_stored(self.model.named_parameters()))
         with self.lock, torch.no_grad():
+            params = dict(as_stored(self.model.named_parameters()))
             for name, tensor in weights:
                 if name not in params:
                     raise ConfigError(f"{self.directory}: tensor {name} has no place in this architecture")
@@ -63,22 +65,35 @@ class EmbeddedEngine:
                     both = f"has shape {tuple(tensor.shape)}, config.json means {tuple(wanted)}"
                     raise ConfigError(f"{self.directory}: tensor {name} {both}")
                 params.pop(name).copy_(tensor)
-        if params:
-            raise ConfigError(f"{self.directory}: {len(params)} tensors are missing, first {min(params)}")
-        self.version = version
+            if params:
+                raise ConfigError(f"{self.directory}: {len(params)} tensors are missing, first {min(params)}")
+            self.version = version
 
     def waiting(self) -> str:
         queued = sum(len(stream.queue) for stream in list(self.streams))
         return f"{queued} responses queued in this process"
 
+    def take_idle(self) -> list[float]:
+        """Return the seconds since the last call in which nothing was generated."""
+        now, busy, self._busy = time.monotonic(), self._busy, 0.0
+        since, self._taken_at = self._taken_at, now
+        return [max(0.0, now - since - busy)]
+
     def release_memory(self) -> None: ...
 
     def close(self) -> None: ...
 
-    def generate(self, requests: list[Request], sampling: Sampling) -> list[Sample]:
-        """Generate one sample per request, all together. The caller holds the lock."""
+    def generate(
+        self, requests: list[Request], sampling: Sampling, is_wanted: Callable[[], bool] = lambda: True
+    ) -> list[Sample]:
+        """Generate one sample per request, all together. The caller holds the lock.
+
+        Ends at the next token, with samples that are cut off, when `is_wanted()` is no longer true.
+        """
+        start = time.monotonic()
         prompts, seeds = [r.prompt.tokens for r in requests], [r.seed for r in requests]
-        tokens, logprobs = decode(self.model, prompts, seeds, sampling)
+        tokens, logprobs = decode(self.model, prompts, seeds, sampling, is_wanted)
+        self._busy += time.monotonic() - start
         is_stop = np.isin(tokens, sampling.stop_ids)  # once: a call for each row takes longer than its sample
         rows = zip(requests, tokens, logprobs, is_stop, strict=True)
         return [self._sample(*row) for row in rows]
@@ -101,26 +116,35 @@ class EmbeddedEngine:
 
 
 class EmbeddedStream:
-    """Generates what was submitted, at most `max_concurrent` samples at a time, when `completed` is read."""
+    """Generates what was submitted, at most `max_concurrent` samples at a time, when `completed` is read.
+
+    Other threads may submit, and abort everything.
+    """
 
     def __init__(self, engine: EmbeddedEngine):
         self.engine = engine
         self.queue: list[Request] = []
         self.finished: deque[Sample] = deque()  # generated, and not read yet
+        self.num_aborts = 0  # of everything
 
     def submit(self, requests: Iterable[Request]) -> None:
-        self.queue.extend(requests)
+        requests = list(requests)
+        self.queue[:0] = [request for request in requests if request.is_urgent]
+        self.queue.extend(request for request in requests if not request.is_urgent)
 
     def completed(self) -> Iterator[Sample]:
         """Yield samples in the order of their requests."""
         while self.queue or self.finished:
             if not self.finished:
                 self._generate_next()
-            yield self.finished.popleft()
+            if self.finished:  # else it was aborted meanwhile
+                yield self.finished.popleft()
 
     def abort(self, ids: Iterable[str] | None = None) -> None:
         if ids is None:
-            self.queue, self.finished = [], deque()
+            self.num_aborts += 1
+            self.queue.clear()
+            self.finished.clear()
             return
         dropped = set(ids)
         self.queue = [request for request in self.queue if request.id not in dropped]
@@ -128,12 +152,16 @@ class EmbeddedStream:
 
     def _generate_next(self) -> None:
         """Generate the first requests of the queue that have the same sampling settings."""
-        sampling = self.queue[0].sampling
-        alike = itertools.takewhile(lambda request: request.sampling == sampling, self.queue)
-        batch = list(itertools.islice(alike, self.engine.max_concurrent))
-        self.queue = self.queue[len(batch) :]
+        first, before = self.queue[: self.engine.max_concurrent], self.num_aborts
+        if not first:
+            return
+        alike = itertools.takewhile(lambda request: request.sampling == first[0].sampling, first)
+        batch = list(alike)
+        del self.queue[: len(batch)]
         with self.engine.lock:
-            self.finished.extend(self.engine.generate(batch, sampling))
+            samples = self.engine.generate(batch, first[0].sampling, lambda: self.num_aborts == before)
+        if self.num_aborts == before:
+            self.finished.extend(samples)
 
 
 def as_stored(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

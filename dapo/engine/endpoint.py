@@ -63,6 +63,27 @@ class Job:
     task: asyncio.Task[None] | None = None  # the last attempt
 
 
+class Idle:
+    """Adds up the seconds in which there was nothing to do."""
+
+    def __init__(self) -> None:
+        self.since: float | None = time.monotonic()  # None: there is something to do
+        self.seconds = 0.0  # until then
+
+    def note(self, is_idle: bool) -> None:
+        """Note that there is nothing to do from now on, or something."""
+        now = time.monotonic()
+        if self.since is not None:
+            self.seconds += now - self.since
+        self.since = now if is_idle else None
+
+    def take(self) -> float:
+        """Return the seconds since the last call."""
+        self.note(self.since is not None)
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+
 class Endpoint:
     """A worker, or the router in front of several. Used in the event loop, but for `describe`."""
 
@@ -72,6 +93,7 @@ class Endpoint:
         self.probe_timeout = min(PROBE_TIMEOUT, stall / 4)  # a stall must be seen before it has lasted twice
         self.is_router = url not in [worker.url for worker in servers.workers]
         self.outstanding: dict[str, Job] = {}  # by rid
+        self.idle = Idle()
         self.is_usable = True
         self.usable_since = 0.0
         self.num_faults = 0  # since its last answer

@@ -95,6 +95,10 @@ class SGLangEngine:
     def waiting(self) -> str:
         return self.client.waiting()
 
+    def take_idle(self) -> list[float]:
+        """Return the seconds since the last call in which a server, or the router, had no request."""
+        return http.wait(self.client.take_idle())
+
     def close(self) -> None:
         """Abort all requests of every stream, close sync and servers. A second call does nothing."""
         if self.client.is_closed:

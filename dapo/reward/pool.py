@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +50,7 @@ class Reward:
 
     Without a `decoder`, samples have their text already; else they get it, from a worker if one can.
 
-    Counts begin anew with each `take_metrics`: evaluation takes its own, so that training's hold no others.
+    Counts begin anew with each `take_metrics`. Several threads may score: one call waits for the other.
 
     Raises:
         ConfigError: a function cannot be imported.
@@ -78,10 +80,19 @@ class Reward:
             self.workers = Workers(paths, reward.workers, *limits, self.is_interrupted, tokenizer)
         if len(self.local) < len(self.functions):
             http.require_connections(reward.workers)
+        self._lock = threading.Lock()
         self._reset_counts()
+
+    def apart(self) -> Reward:
+        """Return this reward, its processes too, with counts of its own."""
+        other = copy.copy(self)
+        other._reset_counts()
+        return other
 
     def _reset_counts(self) -> None:
         self.num_scored = 0
+        self.num_timeouts = 0
+        self.num_crashes = 0
         self.num_undecided = 0
         self.num_without_answer = 0
         self.num_disputed = 0
@@ -104,6 +115,10 @@ class Reward:
                 that one asks for cannot be read again.
             Interrupted: the run is to stop. No sample has been marked.
         """
+        with self._lock:
+            self._score(pairs)
+
+    def _score(self, pairs: Sequence[tuple[Prompt, Sample]]) -> None:
         replies = self._judge(pairs)
         verdicts = [self._checked(name, pairs, replies[name]) for name in self.functions]
         grades = [list(map(self._grade, each)) for each in verdicts]
@@ -125,7 +140,8 @@ class Reward:
             return [a == b for a, b in pairs]
         jobs = [Job(len(self.local), *pair) for pair in pairs]
         if self.workers:
-            replies = self.workers.judge(jobs)
+            with self._lock:
+                replies = self._judge_by_workers(jobs)
         else:
             function = Function(self._is_same)
             replies = [self._call(function, job) for job in jobs]
@@ -137,16 +153,14 @@ class Reward:
         """
         num_scored = max(self.num_scored, 1)
         metrics: dict[str, float] = {
-            "reward/timeouts": self.workers.num_timeouts if self.workers else 0,
-            "reward/crashes": self.workers.num_crashes if self.workers else 0,
+            "reward/timeouts": self.num_timeouts,
+            "reward/crashes": self.num_crashes,
             "reward/undecided": self.num_undecided / num_scored,
         }
         if self.finds_answers:
             metrics["reward/no_answer"] = self.num_without_answer / num_scored
         if self.reward.shadow:
             metrics["reward/disagreement"] = self.num_disputed / num_scored
-        if self.workers:
-            self.workers.num_timeouts = self.workers.num_crashes = 0
         self._reset_counts()
         return metrics
 
@@ -169,7 +183,7 @@ class Reward:
                 calls.append(Job(i, text, prompt.answer, asked, tokens))
         replies: list[Reply | None]
         if self.workers:
-            replies = self.workers.judge(calls, together=count)
+            replies = self._judge_by_workers(calls, together=count)
         else:
             replies = [self._call(functions[job.function], job) for job in calls]
         if is_decoded_there:
@@ -182,6 +196,15 @@ class Reward:
             verdicts = remote.judge(name, url, jobs, *limits, is_interrupted=self.is_interrupted)
             found[url] = [Reply(verdict) for verdict in verdicts]
         return found
+
+    def _judge_by_workers(self, jobs: list[Job], together: int = 1) -> list[Reply | None]:
+        assert self.workers
+        before = self.workers.num_timeouts, self.workers.num_crashes
+        try:
+            return self.workers.judge(jobs, together)
+        finally:
+            self.num_timeouts += self.workers.num_timeouts - before[0]
+            self.num_crashes += self.workers.num_crashes - before[1]
 
     def _decode(self, samples: Sequence[Sample]) -> None:
         """Set the samples' text in this process."""

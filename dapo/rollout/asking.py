@@ -1,9 +1,11 @@
-"""Chooses the prompts that a step asks for, in the order of the stream; keeps what is expected of them."""
+"""Chooses the prompts that are asked for, in the order of the stream; keeps what is expected of them."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
+from operator import not_
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +17,6 @@ from dapo.rollout.prompts import PromptStream, Visit
 from dapo.types import Group
 
 AT_ONCE = 64  # visits whose odds are computed together
-GROUPS_PER_STEP = 1 << 20  # group id = step × this + the place in request order: unique in a run
 
 
 class Question(NamedTuple):
@@ -25,8 +26,23 @@ class Question(NamedTuple):
     odds: Odds
 
 
+class Passage(NamedTuple):
+    """A visit that was considered."""
+
+    visit: Visit
+    odds: Odds
+    is_asked: bool  # False: passed over
+
+
+NONE: Mapping[int, Question] = {}
+
+
 class Asking:
-    """One step's asking. What it asks for follows from the stream and the forecast as the step began."""
+    """Asks for groups, whose ids are the numbers of their visits.
+
+    A step has one of its own: what it asks for follows from the stream and the forecast as the step began.
+    With `rollout.max_staleness` there is one for all steps: `settle` tells it of each.
+    """
 
     def __init__(
         self,
@@ -34,19 +50,17 @@ class Asking:
         forecast: Forecast,
         run_seed: int,
         step: int,
-        carried: Sequence[Group],
-        questions: dict[int, Question],
+        questions: Mapping[int, Question] = NONE,
     ):
-        """`carried`: groups of earlier steps, which are in the queue; `questions`: theirs, by group id."""
+        """`questions`: those that are open, by group id."""
         self.stream, self.forecast, self.run_seed, self.step = stream, forecast, run_seed, step
-        self.carried = carried
-        self.questions = {group.id: questions[group.id] for group in carried}
-        self.passed: list[tuple[Visit, Odds, int | None]] = []  # group id; None: passed over
+        self.questions = dict(questions)
+        # since the last batch, and what is open of before
+        self.recent = [Passage(visit, odds, True) for visit, odds in questions.values()]
+        self.passed: list[Passage] = []  # those of the last batch
         self._ahead: deque[tuple[Visit, Odds]] = deque()
         self._after_wave: dict[int, float] = {}  # group id → chance that it comes out mixed
-        self._now = {group.prompt.index for group in carried}
-        # an earlier attempt at this step, which failed, may have left groups of it
-        self._next_id = max([step * GROUPS_PER_STEP, *(group.id + 1 for group in carried)])
+        self._now = {question.visit.index for question in questions.values()}  # prompts not to ask for again
 
     @property
     def has_forecast(self) -> bool:
@@ -67,14 +81,12 @@ class Asking:
         while True:
             visit, odds = self._draw()
             if self._is_passed_over(visit, odds):
-                self.passed.append((visit, odds, None))
+                self.recent.append(Passage(visit, odds, False))
                 continue
-            group = Group(self._next_id, self.stream.prompts[visit.index])
-            self._next_id += 1
             self._now.add(visit.index)
-            self.passed.append((visit, odds, group.id))
-            self.questions[group.id] = Question(visit, odds)
-            return group
+            self.recent.append(Passage(visit, odds, True))
+            self.questions[visit.number] = Question(visit, odds)
+            return Group(visit.number, self.stream.prompts[visit.index])
 
     def _draw(self) -> tuple[Visit, Odds]:
         if not self._ahead:
@@ -84,14 +96,14 @@ class Asking:
         return self._ahead.popleft()
 
     def _is_passed_over(self, visit: Visit, odds: Odds) -> bool:
-        """True if the forecast is against it, or if this step has asked for it: unless the step has seen all
-        prompts, or twice.
+        """True if the forecast is against it, or if it was asked for since the last batch: unless all prompts
+        have come by since then, or twice.
         """
         if self.forecast.is_dropped[visit.index]:
             return True
         if not self.forecast.rules.is_skipping:
             return False
-        num_prompts, num_passed = len(self.stream.prompts), len(self.passed)
+        num_prompts, num_passed = len(self.stream.prompts), len(self.recent)
         if visit.index in self._now:
             return num_passed < 2 * num_prompts
         drawn = dice(b"ask", self.run_seed, visit.epoch, visit.index)
@@ -111,30 +123,40 @@ class Asking:
         """Return the chance that the group comes out mixed, as far as its first wave was seen."""
         return self._after_wave.get(group.id, self.questions[group.id].odds.mixed)
 
-    def put_back(self, decided: Iterable[Group]) -> None:
-        """Return to the stream the groups behind the last that had its turn, and what else came by after it:
-        nothing is carried on.
-        """
-        last = max((group.id for group in decided), default=-1)
-        end = max(
-            (i + 1 for i, (_, _, id) in enumerate(self.passed) if id is not None and id <= last), default=0
-        )
-        self.undo(self.passed[end:])
-        self.stream.put_back(self.questions[group.id].visit for group in self.carried if group.id > last)
-        del self.passed[end:]
-
-    def undo(self, passed: Sequence[tuple[Visit, Odds, int | None]] | None = None) -> None:
-        """Return to the stream what came by: everything, or only these last ones."""
-        back = self.passed if passed is None else passed
-        self.stream.put_back([*(visit for visit, _, _ in back), *(visit for visit, _ in self._ahead)])
-        self._ahead.clear()
-
-    def forget(self, decided: Iterable[Group]) -> None:
-        """Return to the stream the groups that had their turn, and what was passed over: the step failed."""
+    def settle(self, decided: Iterable[Group]) -> None:
+        """Note that a batch is made of these groups, and of what was passed over before the last of them."""
+        for each in self.passed:
+            self.questions.pop(each.visit.number, None)
+            self._after_wave.pop(each.visit.number, None)
         ids = {group.id for group in decided}
-        earlier = [self.questions[group.id].visit for group in self.carried if group.id in ids]
-        here = [visit for visit, _, id in self.passed if id is None or id in ids]
-        self.stream.put_back([*earlier, *here])
+        end = max((i + 1 for i, each in enumerate(self.recent) if each.visit.number in ids), default=0)
+        is_of_batch = [not each.is_asked or each.visit.number in ids for each in self.recent[:end]]
+        self.passed = list(compress(self.recent, is_of_batch))
+        self.recent = [*compress(self.recent, map(not_, is_of_batch)), *self.recent[end:]]
+        self._now = {each.visit.index for each in self.recent if each.is_asked}
+
+    def learn(self, decided: Iterable[Group]) -> None:
+        """Teach the forecast what became of the last batch's groups."""
+        self.forecast.learn(self.step, self.outcomes(decided))
+        self.put_back_ahead()
+
+    def undo(self) -> None:
+        """Return to the stream what came by since the last batch."""
+        self.put_back_ahead()
+        self.stream.put_back(each.visit for each in self.recent)
+        self.recent.clear()
+
+    def forget(self) -> None:
+        """Return to the stream what the last batch was made of: the step failed."""
+        self.stream.put_back(each.visit for each in self.passed)
+        self.passed.clear()
+
+    def put_back_ahead(self) -> None:
+        """Return to the stream what was drawn and is not considered yet: by the next time the forecast may
+        have changed.
+        """
+        self.stream.put_back(visit for visit, _ in self._ahead)
+        self._ahead.clear()
 
     def outcomes(self, decided: Iterable[Group]) -> list[Asked]:
         """Return what became of the groups that had their turn, in asking order."""
@@ -163,7 +185,7 @@ class Asking:
         if not self.has_forecast:
             return dropped
         outcomes, kept = self.outcomes(buffer.decided), self.outcomes(buffer.kept)
-        skipped = [odds for _, odds, id in self.passed if id is None]
+        skipped = [each.odds for each in self.passed if not each.is_asked]
         stopped = [asked for asked in outcomes if asked.num_samples < rules.group_size]
         lost = sum(odds.mixed for odds in skipped) + sum(  # mixed groups
             asked.odds.after_right if asked.num_correct else asked.odds.after_wrong for asked in stopped

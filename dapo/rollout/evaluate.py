@@ -106,9 +106,10 @@ def run(rollouts: Rollouts, sets: dict[str, list[Prompt]], title: str) -> dict[s
     results = {}
     for i, (name, problems) in enumerate(sets.items()):
         first_group = FIRST_GROUP + i * PER_SET
-        rollouts.reward.take_metrics()  # what an evaluation that was broken off has left there
-        groups = rollouts.sample(problems, config.eval.samples, sampling, first_group, f"{title}, {name}")
-        results[name] = score(groups, rollouts.reward)
+        reward = rollouts.reward.apart()
+        asked = problems, config.eval.samples, sampling, first_group
+        groups = rollouts.sample(*asked, f"{title}, {name}", reward)
+        results[name] = score(groups, reward)
     return results
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -157,7 +158,10 @@ class Pending:
 
 @dataclass(eq=False)
 class GroupSampler:
-    """Samples groups: request them, `wait` until some are scored, take those that are `ready`, `cancel`."""
+    """Samples groups: request them, `wait` until some are scored, take those that are `ready`, `cancel`.
+
+    One thread waits and scores; any may call the rest, or read `pending`, while it holds `lock`.
+    """
 
     stream: Stream  # where samples are requested; no one else uses it
     reward: Reward
@@ -171,15 +175,19 @@ class GroupSampler:
 
     def __post_init__(self) -> None:
         self.pending = Pending(self.group_size)
+        self.lock = threading.RLock()
+        self._num_submitted = 0  # calls of submit
         self._score_from = 0.0  # time.monotonic()
 
     def request(self, groups: Sequence[Group]) -> None:
         """Append groups to the queue and request the samples they lack."""
         at_first = self.first_waves.num_at_first if self.first_waves else lambda group: self.group_size
-        self._submit((group, 0) for group in self.pending.add(groups, at_first))
+        with self.lock:
+            self._submit((group, 0) for group in self.pending.add(groups, at_first))
 
     def _submit(self, groups: Iterable[tuple[Group, int]]) -> None:
         """Request samples of groups, each from its first index up to what the queue now waits for."""
+        self._num_submitted += 1
         self.stream.submit(
             Request(
                 group.id,
@@ -187,7 +195,7 @@ class GroupSampler:
                 group.prompt,
                 sample_seed(self.run_seed, group.id, index),
                 self.sampling,
-                is_first=self.pending.requested[group.id] < self.group_size,
+                is_urgent=self.pending.requested[group.id] < self.group_size,
             )
             for group, first in groups
             for index in range(first, self.pending.requested[group.id])
@@ -198,16 +206,24 @@ class GroupSampler:
         """True if no group is in the queue."""
         return not self.pending.groups
 
+    @property
+    def is_idle(self) -> bool:
+        """True if nothing is outstanding or to be scored: `wait` would return at once."""
+        return not (self.pending.num_outstanding or self.pending.to_score)
+
     def wait(self) -> None:
         """Wait until more groups are scored; not at all if none can be."""
+        before = self._num_submitted
         for sample in self.stream.completed():
             self._receive(sample)
             can_score = self.pending.complete or self.pending.first_waves
             if self.is_streaming and can_score and time.monotonic() >= self._score_from:
                 break
         else:
-            unfinished = sorted(self.pending.unfinished)
-            assert not self.pending.num_outstanding, (
+            with self.lock:
+                is_waiting = self.pending.num_outstanding and self._num_submitted == before
+                unfinished = sorted(self.pending.unfinished)
+            assert not is_waiting, (
                 f"the engine has returned everything, but groups {unfinished} are not complete"
             )
         self.score()
@@ -227,8 +243,9 @@ class GroupSampler:
         start = time.monotonic()
         self.reward.score([(group.prompt, sample) for group, samples in work for sample in samples])
         is_stopped = self.first_waves.is_stopped if self.first_waves else lambda group: False
-        if going_on := self.pending.mark_scored(is_stopped):
-            self._submit((group, len(group.samples)) for group in going_on)
+        with self.lock:
+            if going_on := self.pending.mark_scored(is_stopped):
+                self._submit((group, len(group.samples)) for group in going_on)
         end = time.monotonic()
         self._score_from = 2 * end - start if end - start > BRIEF else end
 
@@ -236,13 +253,15 @@ class GroupSampler:
         """Abort outstanding requests. Return the groups left in the queue, in order, without samples unless
         scored.
         """
-        self.stream.abort()
-        return self.pending.clear()
+        with self.lock:
+            self.stream.abort()
+            return self.pending.clear()
 
     def _receive(self, sample: Sample) -> None:
-        prompt = self.pending.unfinished[sample.group].prompt
-        self._check(sample, prompt)
-        self.pending.receive(sample)
+        with self.lock:
+            prompt = self.pending.unfinished[sample.group].prompt
+            self._check(sample, prompt)
+            self.pending.receive(sample)
         heartbeat()
         self.on_sample(self.pending.num_outstanding)
 

@@ -69,6 +69,7 @@ class Visit:
 
     index: int
     epoch: int  # of its source
+    number: int  # of the visit, counted over the run: the id of the group that is asked for
 
 
 class PromptStream:
@@ -102,6 +103,11 @@ class PromptStream:
         """Return the next `count` visits of prompts. An epoch follows the other without a gap."""
         return [self.returned.popleft() if self.returned else self._next() for _ in range(count)]
 
+    @property
+    def num_drawn(self) -> int:
+        """Number of visits that were ever taken."""
+        return sum(source.drawn for source in self.sources)
+
     def put_back(self, visits: Iterable[Visit]) -> None:
         """Return visits to the stream: the next `take` starts with these, in this order."""
         self.returned.extendleft(reversed(list(visits)))
@@ -124,7 +130,7 @@ class PromptStream:
         drawn = [source.drawn for source in self.sources]
         state = {
             "drawn": drawn,
-            "returned": [[visit.index, visit.epoch] for visit in self.returned],
+            "returned": [[visit.index, visit.epoch, visit.number] for visit in self.returned],
             "data": self.data,
         }
         return state | ({"dates": dict(self.dates)} if self.dates else {})
@@ -142,16 +148,21 @@ class PromptStream:
                 "data.train is not what the checkpoint was made with: use the same files, tokenizer, chat "
                 "template and options of data, or a new run.dir"
             )
-        # version 0.1.0 kept no epochs
-        self.returned = deque(Visit(v, 0) if isinstance(v, int) else Visit(*v) for v in state["returned"])
         for source, drawn in zip(self.sources, state["drawn"], strict=True):
             source.drawn = drawn
+        # version 0.1.0 kept neither epochs nor numbers
+        first = self.num_drawn - len(state["returned"])
+        self.returned = deque(
+            Visit(v, 0, first + i) if isinstance(v, int) else Visit(*v)
+            for i, v in enumerate(state["returned"])
+        )
 
     def _next(self) -> Visit:
         """Draw from the source that is furthest behind its weight."""
-        total = sum(source.drawn for source in self.sources) + 1
+        number = self.num_drawn
         weight = sum(source.weight for source in self.sources)
-        return max(self.sources, key=lambda s: s.weight / weight * total - s.drawn).next()
+        behind = max(self.sources, key=lambda s: s.weight / weight * (number + 1) - s.drawn)
+        return behind.next(number)
 
 
 @dataclass
@@ -166,13 +177,13 @@ class _Source:
     _epoch: int = -1
     _order: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
-    def next(self) -> Visit:
+    def next(self, number: int) -> Visit:
         epoch, position = divmod(self.drawn, self.size)
         if epoch != self._epoch:
             self._epoch = epoch
             self._order = np.random.default_rng([*self.seed, epoch]).permutation(self.size)
         self.drawn += 1
-        return Visit(self.start + int(self._order[position]), epoch)
+        return Visit(self.start + int(self._order[position]), epoch, number)
 
 
 def load_stream(

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,8 @@ from dapo.reward.pool import Reward
 from dapo.rollout import dump, record
 from dapo.rollout.asking import Asking, Question
 from dapo.rollout.buffer import Buffer
+from dapo.rollout.collector import Collector, age
+from dapo.rollout.collector import Limits as CollectorLimits
 from dapo.rollout.forecast import Forecast, Odds, Rules
 from dapo.rollout.pending import Chances, GroupSampler, RolloutError
 from dapo.rollout.prompts import PromptStream, Visit
@@ -54,12 +56,14 @@ class Rollouts:
         rollout = self.config.rollout
         self.sampling = Sampling(rollout.temperature, rollout.max_response_length, self.stop_ids)
         self.num_empty_steps = 0
-        # groups left over by earlier steps, in request order; without samples if they were unfinished
+        # groups that an earlier process asked for and that are not learnt from yet, in request order; without
+        # samples if they were unfinished
         self.carried: list[Group] = []
         # estimate of the fraction of groups that are mixed; before any group: as configured
         self.mixed_fraction = min(1.0, rollout.prompts_per_step / rollout.prompts_per_round)
         self.forecast = Forecast(len(self.prompts.prompts), Rules.of(rollout))
         self.questions: dict[int, Question] = {}  # of the carried groups, by id
+        self.collector: Collector | None = None  # from the first batch on, with rollout.max_staleness
         self._samplers: list[GroupSampler] = []  # in use
         self.dumps = dump.Writer()
 
@@ -72,6 +76,8 @@ class Rollouts:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Hand π_θ to the engine: π_θold ← π_θ."""
         self.engine.load_weights(_with_heartbeats(weights), version)
+        if self.collector:
+            self.collector.resume()
 
     @timed("rollout")
     def next_batch(self, step: int) -> Iterator[Share]:
@@ -88,7 +94,7 @@ class Rollouts:
         self.dumps.check()
         rollout = self.config.rollout
         replayed = self._replayed(step)
-        buffer = replayed or self.collect(step)
+        buffer = replayed or (self.take(step) if rollout.max_staleness else self.collect(step))
         self.engine.release_memory()
         rewarded = self.reward.take_metrics()
         self._stop_if_nothing_is_learned(buffer, rewarded)
@@ -100,12 +106,11 @@ class Rollouts:
                 self.dumps.check()
         except StorageError:
             if not replayed:
-                self.asking.forget(buffer.decided)
+                self._put_back()
             raise
         metrics = buffer.ledger() | rewarded | self._staleness(buffer, step)
         if not replayed:
-            self.forecast.learn(step, self.asking.outcomes(buffer.decided))
-            metrics |= self.asking.ledger(buffer)
+            metrics |= self._learn(buffer)
         kept = [] if rollout.only else buffer.kept
         return batch.shares(kept, self.config, self.num_data_ranks, metrics, version=step)
 
@@ -124,52 +129,60 @@ class Rollouts:
         is kept.
         """
         rollout = self.config.rollout
+        self._put_carried_back()
         buffer = Buffer(rollout.prompts_per_step, rollout.dynamic_sampling)
-        run_seed, carried = self.config.run.seed, self.carried
-        asking = Asking(self.prompts, self.forecast, run_seed, step, carried, self.questions)
-        self.asking = asking
+        self.asking = asking = Asking(self.prompts, self.forecast, self.config.run.seed, step)
+        is_streaming = self.config.engine.is_streaming
 
         def position() -> tuple[str, float]:
-            done, wanted = len(buffer.kept), buffer.capacity
-            return f"step {step}: {done}/{wanted} groups", done / wanted
+            return self._position(step, len(buffer.kept))
 
         with self._sampling(
-            rollout.group_size, self.sampling, position, self.config.engine.is_streaming, asking
+            rollout.group_size, self.sampling, position, self.reward, is_streaming, asking
         ) as sampler:
             try:
-                sampler.request([self._renewed(group, step) for group in self.carried])
-                if self.config.engine.is_streaming or sampler.is_empty:
-                    self._request_more(buffer, sampler, asking)
-                buffer.fill(sampler.ready())
-                while not buffer.is_full:
+                self._request_more(buffer, sampler, asking)
+                while not buffer.is_full and not sampler.is_empty:  # empty: at the cap
                     sampler.wait()
                     buffer.fill(sampler.ready())
                     self._request_more(buffer, sampler, asking)
-                    if sampler.is_empty:
-                        break  # at the cap
-                if rollout.max_staleness:
-                    sampler.score()
             except Stopped:
                 asking.undo()
                 raise
             left = sampler.cancel()
         buffer.num_aborted = sum(not group.samples for group in left)
-        if rollout.max_staleness:
-            self.carried, self.questions = left, {group.id: asking.questions[group.id] for group in left}
-            asking.undo(())
-        else:
-            buffer.surplus = [group for group in left if group.samples]
-            asking.put_back(buffer.decided)
-            self.carried, self.questions = [], {}  # of a run that was resumed with another max_staleness
-        self.mixed_fraction = self._estimate_mixed(buffer)
+        buffer.surplus = [group for group in left if group.samples]
+        asking.settle(buffer.decided)
+        asking.undo()
+        self._note_mixed(buffer)
+        return buffer
+
+    def take(self, step: int) -> Buffer:
+        """Take the step's batch from the collector, which is started with the first one."""
+        if not self.collector:
+            self.collector = self._make_collector(step)
+            carried, self.carried = self.carried, []
+            self.collector.start(carried)
+        buffer = self.collector.take(step)
+        self._note_mixed(buffer)
         return buffer
 
     def sample(
-        self, prompts: Sequence[Prompt], group_size: int, sampling: Sampling, first_group: int, title: str
+        self,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        sampling: Sampling,
+        first_group: int,
+        title: str,
+        reward: Reward,
     ) -> list[Group]:
         """Return one scored group for each prompt, in order. `title` begins the progress line."""
         groups: list[Group] = []
-        with self._sampling(group_size, sampling, lambda: (title, len(groups) / len(prompts))) as sampler:
+
+        def position() -> tuple[str, float]:
+            return title, len(groups) / len(prompts)
+
+        with self._sampling(group_size, sampling, position, reward) as sampler:
             sampler.request([Group(first_group + i, prompt) for i, prompt in enumerate(prompts)])
             while not sampler.is_empty:
                 sampler.wait()
@@ -185,8 +198,13 @@ class Rollouts:
         written.
         """
         self.dumps.finish()
-        (directory / "rollouts.json").write_text(json.dumps(self.state_dict()))
-        dump.write_groups(directory / "carried.parquet", self.carried)
+        with self._at_rest():
+            if self.collector:
+                self.asking.put_back_ahead()
+                self.carried, self.questions = self.collector.open_groups(), self.asking.questions
+            state, carried = self.state_dict(), self.carried
+        (directory / "rollouts.json").write_text(json.dumps(state))
+        dump.write_groups(directory / "carried.parquet", carried)
         if self.forecast.asked.any():
             record.write(directory / record.NAME, self.forecast, self.prompts.data)
             record.write(self.config.run.dir / record.NAME, self.forecast, self.prompts.data)
@@ -230,7 +248,7 @@ class Rollouts:
         for id, index, *question in state["carried"]:
             epoch, odds = question or (0, self.forecast.odds(np.array([index]), self.forecast.num_steps)[0])
             self.carried.append(Group(id, self.prompts.prompts[index]))
-            self.questions[id] = Question(Visit(index, epoch), Odds(*odds))
+            self.questions[id] = Question(Visit(index, epoch, id), Odds(*odds))
 
     def _load_record(self, path: Path) -> None:
         """Read the record of prompts. One that does not fit is left, and a new one begins, if no forecast is
@@ -249,6 +267,8 @@ class Rollouts:
             closing.callback(self.dumps.close)
             closing.callback(self.reward.close)
             closing.callback(self.engine.close)
+            if self.collector:
+                closing.callback(self.collector.close)
 
     @contextmanager
     def _sampling(
@@ -256,20 +276,37 @@ class Rollouts:
         group_size: int,
         sampling: Sampling,
         position: Callable[[], tuple[str, float]],
+        reward: Reward,
         is_streaming: bool = False,
         asking: Asking | None = None,
     ) -> Iterator[GroupSampler]:
         """A sampler over a stream of its own. Whatever is outstanding at the end of the block is aborted."""
+        sampler = self._make_sampler(group_size, sampling, position, reward, is_streaming, asking)
+        try:
+            yield sampler
+        finally:
+            sampler.cancel()
+            self._samplers.remove(sampler)
 
+    def _make_sampler(
+        self,
+        group_size: int,
+        sampling: Sampling,
+        position: Callable[[], tuple[str, float]] | None,
+        reward: Reward,
+        is_streaming: bool,
+        asking: Asking | None,
+    ) -> GroupSampler:
         def on_sample(num_outstanding: int) -> None:
             if self.is_interrupted():
                 raise Interrupted
-            text, fraction = position()
-            self.on_progress(f"{text}, {num_outstanding} samples to come", fraction)
+            if position:
+                text, fraction = position()
+                self.on_progress(f"{text}, {num_outstanding} samples to come", fraction)
 
         sampler = GroupSampler(
             self.engine.stream(),
-            self.reward,
+            reward,
             run_seed=self.config.run.seed,
             group_size=group_size,
             sampling=sampling,
@@ -278,11 +315,62 @@ class Rollouts:
             first_waves=asking,
         )
         self._samplers.append(sampler)
-        try:
-            yield sampler
-        finally:
-            sampler.cancel()
-            self._samplers.remove(sampler)
+        return sampler
+
+    def _make_collector(self, step: int) -> Collector:
+        rollout, seed = self.config.rollout, self.config.run.seed
+        open_questions = {group.id: self.questions[group.id] for group in self.carried}
+        self.asking = Asking(self.prompts, self.forecast, seed, step, open_questions)
+        sampler = self._make_sampler(
+            rollout.group_size, self.sampling, None, self.reward, is_streaming=True, asking=self.asking
+        )
+
+        def on_progress(step: int, num_kept: int) -> None:
+            text, fraction = self._position(step, num_kept)
+            self.on_progress(f"{text}, {sampler.pending.num_outstanding} samples to come", fraction)
+
+        return Collector(
+            sampler,
+            self.asking,
+            CollectorLimits.of(rollout),
+            self._estimate_mixed,
+            self.config.engine.is_streaming,
+            self.is_interrupted,
+            on_progress,
+        )
+
+    def _at_rest(self) -> AbstractContextManager[object]:
+        """A block in which the collector changes nothing."""
+        return self.collector.changed if self.collector else nullcontext()
+
+    def _position(self, step: int, num_kept: int) -> tuple[str, float]:
+        wanted = self.config.rollout.prompts_per_step
+        num_kept = min(num_kept, wanted)
+        return f"step {step}: {num_kept}/{wanted} groups", num_kept / wanted
+
+    def _put_carried_back(self) -> None:
+        """Return to the stream what an earlier process asked for with another max_staleness."""
+        visits = [self.questions[group.id].visit for group in self.carried]
+        self.prompts.put_back(sorted(visits, key=lambda visit: visit.number))
+        self.carried, self.questions = [], {}
+
+    def _put_back(self) -> None:
+        """Return what the last batch was made of: its step failed."""
+        if self.collector:
+            self.collector.put_back()
+        else:
+            self.asking.forget()
+
+    def _learn(self, buffer: Buffer) -> dict[str, float]:
+        """Teach the forecast what became of the batch's groups, and let the collector ask for more. Return
+        the asking's metrics.
+        """
+        with self._at_rest():
+            self.asking.learn(buffer.decided)
+            metrics = self.asking.ledger(buffer)
+        if self.collector:
+            self.collector.ask()
+        return metrics
 
     def _request_more(self, buffer: Buffer, sampler: GroupSampler, asking: Asking) -> None:
         """Request as many groups as the buffer will probably lack.
@@ -309,28 +397,28 @@ class Rollouts:
 
     def _constant(self, buffer: Buffer) -> Callable[[Group], float]:
         """Return the forecast that every group is as likely mixed as the run's groups were of late."""
-        found = self._estimate_mixed(buffer) if self.config.rollout.dynamic_sampling else 1.0
+        found = self._estimate_mixed(len(buffer.kept), len(buffer.decided))
         return lambda group: found
-
-    def _renewed(self, group: Group, step: int) -> Group:
-        """Return the carried group, without samples if it is unfinished or too old. It keeps its seeds."""
-        is_usable = group.samples and _age(group, step) <= self.config.rollout.max_staleness
-        return group if is_usable else Group(group.id, group.prompt)
 
     def _staleness(self, buffer: Buffer, step: int) -> dict[str, float]:
         """Return metrics of the kept groups' ages in steps, if groups may be carried at all."""
         if not self.config.rollout.max_staleness:
             return {}
-        ages = [_age(group, step) for group in buffer.kept]
+        ages = [age(group, step) for group in buffer.kept]
         return {
             "rollout/staleness": float(np.mean(ages or [0])),
             "rollout/staleness_max": max(ages, default=0),
         }
 
-    def _estimate_mixed(self, buffer: Buffer) -> float:
-        """Fraction of groups that are mixed: this step's, averaged with PRIOR groups of the steps before."""
-        found = (len(buffer.kept) + PRIOR * self.mixed_fraction) / (len(buffer.decided) + PRIOR)
-        return max(found, LEAST_MIXED)
+    def _estimate_mixed(self, num_kept: int, num_decided: int) -> float:
+        """Fraction of groups that are kept: of these, averaged with PRIOR groups of the steps before."""
+        if not self.config.rollout.dynamic_sampling:
+            return 1.0
+        return max((num_kept + PRIOR * self.mixed_fraction) / (num_decided + PRIOR), LEAST_MIXED)
+
+    def _note_mixed(self, buffer: Buffer) -> None:
+        if self.config.rollout.dynamic_sampling:
+            self.mixed_fraction = self._estimate_mixed(len(buffer.kept), len(buffer.decided))
 
     def _stop_if_nothing_is_learned(self, buffer: Buffer, rewarded: dict[str, float]) -> None:
         """Raise RolloutError without a group to learn from if the reward decided nothing, or after too many
@@ -364,11 +452,6 @@ def read_state(directory: Path) -> dict[str, Any]:
     """Read the `state_dict` that `Rollouts.save` wrote."""
     state: dict[str, Any] = json.loads((directory / "rollouts.json").read_text())
     return state
-
-
-def _age(group: Group, step: int) -> int:
-    """Steps since the oldest weights that wrote a token of the group."""
-    return step - min(version for sample in group.samples for version, _, _ in sample.versions)
 
 
 def _with_heartbeats(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

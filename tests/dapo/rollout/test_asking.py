@@ -45,8 +45,9 @@ def steps(rollouts: Rollouts, first: int, end: int) -> list[Any]:
     """What each step kept, asked and passed over."""
     found = []
     for step in range(first, end):
+        rollouts.load_weights([], step)
         next_batches(rollouts, step)
-        passed = [(visit.index, visit.epoch, id) for visit, _, id in rollouts.asking.passed]
+        passed = [(v.index, v.epoch, v.number, is_asked) for v, _, is_asked in rollouts.asking.passed]
         found.append((passed, upcoming(rollouts), state_of(rollouts)))
     return found
 
@@ -141,7 +142,7 @@ def test_no_prompt_comes_twice_in_a_step_while_there_are_others(tmp_path: Path) 
     rollouts = make_rollouts(tmp_path, engine, *SKIP, "rollout.max_empty_steps=9", "rollout.max_rounds=9")
     for step in range(3):
         rollouts.collect(step)
-        asked = Counter(visit.index for visit, _, id in rollouts.asking.passed if id is not None)
+        asked = Counter(visit.index for visit, _, is_asked in rollouts.asking.passed if is_asked)
         assert len(rollouts.asking.passed) >= 36 and set(asked.values()) == {1}
         rollouts.forecast.learn(step, [])
 
@@ -152,7 +153,7 @@ def test_after_a_whole_pass_nothing_is_skipped_and_after_two_prompts_come_again(
     rollouts.forecast.asked[:] = 1
     rollouts.forecast.beta[:] = 10_000
     rollouts.collect(0)
-    taken = [id is not None for _, _, id in rollouts.asking.passed]
+    taken = [is_asked for _, _, is_asked in rollouts.asking.passed]
     assert sum(taken) == 200
     assert sum(taken[:NUM_PROMPTS]) < 0.5 * NUM_PROMPTS
     assert sum(taken[: 2 * NUM_PROMPTS]) == NUM_PROMPTS, "each once"
@@ -207,7 +208,7 @@ def test_first_waves_are_marked_and_what_they_show_counts_in_what_is_asked_for(t
     rollouts.forecast.alpha[whole] = rollouts.forecast.beta[whole] = 9
     buffer = rollouts.collect(0)
     requests = [request for requests in engine.submitted for request in requests]
-    assert all(r.is_first == (r.index < 2 and kinds[r.prompt.index] < 2) for r in requests)
+    assert all(r.is_urgent == (r.index < 2 and kinds[r.prompt.index] < 2) for r in requests)
     assert {kinds[group.prompt.index] for group in buffer.decided} == {0, 1, 2}
     for group in buffer.decided:
         odds = rollouts.asking.questions[group.id].odds
@@ -231,7 +232,7 @@ def test_a_prompt_that_has_left_is_not_asked_for(tmp_path: Path) -> None:
     left: set[int] = set()
     for step in range(8):
         next_batches(rollouts, step)
-        asked = {visit.index for visit, _, id in rollouts.asking.passed if id is not None}
+        asked = {visit.index for visit, _, is_asked in rollouts.asking.passed if is_asked}
         assert not asked & left
         left = {i for i in range(NUM_PROMPTS) if rollouts.forecast.is_dropped[i]}
     assert left
@@ -277,49 +278,22 @@ def test_files_with_weights_have_dice_of_their_own_epochs(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("options", [BOTH, ["rollout.group_size=4"]], ids=["used", "off"])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_step_that_failed_is_made_anew_beside_the_groups_it_left_over(
+def test_a_step_that_failed_is_made_anew(
     tmp_path: Path, seed: int, options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They keep their ids, with the seeds; no other group has one of these."""
-    more = ["rollout.prompts_per_round=20", "rollout.max_staleness=1", STREAMING]
-    engine = make_engine(seed, seed)
-    rollouts = make_rollouts(tmp_path, engine, *options, *more)
+    rollouts = make_rollouts(tmp_path, make_engine(seed, seed), *options, STREAMING)
+    whole = make_rollouts(tmp_path, make_engine(seed, seed + 1), *options, STREAMING)
+    assert steps(rollouts, 0, 2) == steps(whole, 0, 2)
 
     def fails(*arguments: object) -> None:
         raise StorageError("the disk is full")
 
     with monkeypatch.context() as patched, pytest.raises(StorageError):
         patched.setattr(rollouts.dumps, "write", fails)
-        rollouts.next_batch(0)
-    rollouts.mixed_fraction = 0.1  # asks far ahead
-    left = [group.id for group in rollouts.carried]
-    assert not rollouts.forecast.asked.any()
-    engine.submitted.clear()
-    buffer = rollouts.collect(0)
-    ids = [group.id for group in buffer.decided + rollouts.carried]
-    assert len(set(ids)) == len(ids) and set(left) <= set(ids)
-    asked = Counter(request.id for requests in engine.submitted for request in requests)
-    assert max(asked.values(), default=1) == 1
-
-
-@pytest.mark.parametrize("options", [BOTH, ["rollout.group_size=4"]], ids=["used", "off"])
-def test_groups_of_a_run_that_goes_on_without_staleness_have_one_turn(
-    tmp_path: Path, options: list[str]
-) -> None:
-    more = [*options, "rollout.prompts_per_round=20", STREAMING]
-    first = make_rollouts(tmp_path, make_engine(4, 4), *more, "rollout.max_staleness=2")
-    steps(first, 0, 2)
-    carried = {group.id: first.questions[group.id].visit for group in first.carried}
-    first.save(tmp_path)
-    again = make_rollouts(tmp_path, make_engine(4, 4), *more)
-    again.load(tmp_path)
-    ids, turns = [], list[Visit]()
-    for step in range(2, 7):
-        buffer = again.collect(step)
-        ids += [group.id for group in buffer.decided]
-        turns += [again.asking.questions[group.id].visit for group in buffer.decided]
-    assert carried and len(set(ids)) == len(ids)
-    assert set(carried.values()) <= {*turns} and not again.carried
+        rollouts.next_batch(2)
+    assert state_of(rollouts) == state_of(whole)
+    rollouts.mixed_fraction = whole.mixed_fraction
+    assert steps(rollouts, 2, 5) == steps(whole, 2, 5)
 
 
 def test_prompts_that_have_left_come_back_when_the_option_is_raised(tmp_path: Path) -> None:

@@ -49,9 +49,9 @@ def sampled(known: Forecast, rounds: int) -> tuple[float, float]:
     prompts = [Prompt(index, TOKENS, "") for index in range(NUM_PROMPTS)]
     size, num_samples, num_mixed, saved = known.rules.group_size, 0, 0, 0.0
     for seed in range(rounds):
-        asking = Asking(PromptStream(prompts, seed), known, seed, known.num_steps, [], {})
+        asking = Asking(PromptStream(prompts, seed), known, seed, known.num_steps)
         buffer = Buffer(NUM_PROMPTS, is_dynamic=True)
-        while len(asking.passed) < NUM_PROMPTS * 0.97:  # later prompts are asked for that came by before
+        while len(asking.recent) < NUM_PROMPTS * 0.97:  # later prompts are asked for that came by before
             group = asking.next()
             odds = asking.questions[group.id].odds
             right = rng.random(size) < rng.beta(odds.alpha, odds.beta)
@@ -61,6 +61,7 @@ def sampled(known: Forecast, rounds: int) -> tuple[float, float]:
                 group.samples = samples(group, right)
             num_samples += len(group.samples)
             buffer.offer(group)
+        asking.settle(buffer.decided)
         num_mixed += len(buffer.kept)
         saved += asking.ledger(buffer).get("forecast/samples_saved", 0.0)
     return num_samples / num_mixed, saved / num_mixed

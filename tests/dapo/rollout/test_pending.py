@@ -1,10 +1,11 @@
-"""Groups asked for ahead of their turn, and carried over: what is kept depends on neither the order of
-finishing nor how far ahead.
+"""Groups asked for ahead of their turn: what is kept depends on neither the order of finishing nor how far
+ahead.
 """
 
 import itertools
 import json
 import random
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ from dapo.types import Interrupted, Prompt
 from tests.batches import next_batches
 from tests.conftest import make_config, make_group, make_prompt
 from tests.dapo.rollout import test_rollouts
-from tests.dapo.rollout.test_rollouts import NUM_PROMPTS, ScriptedEngine, asking_order, seeds_by_id
+from tests.dapo.rollout.test_rollouts import NUM_PROMPTS, ScriptedEngine, asking_order
 
 BASE = Path(__file__).parents[3] / "examples/arithmetic/base"
 STREAMING = "engine.kind=sglang"
@@ -47,7 +48,12 @@ def test_after_a_slow_call_of_the_reward_groups_wait_as_long_to_be_scored_togeth
     monkeypatch.setattr(pending.time, "monotonic", lambda: next(times))
     queue = pending.Pending(2)
     queue.complete.append(make_group([1, 0]))
-    own = SimpleNamespace(pending=queue, reward=SimpleNamespace(score=lambda pairs: None), first_waves=None)
+    own = SimpleNamespace(
+        pending=queue,
+        reward=SimpleNamespace(score=lambda pairs: None),
+        first_waves=None,
+        lock=threading.RLock(),
+    )
     pending.GroupSampler.score(own)
     assert own._score_from == pytest.approx(100.0 + seconds + pause)
 
@@ -77,10 +83,7 @@ def upcoming(rollouts, count=30):
     """What the sampler would ask for next, left as it is."""
     stream = PromptStream([make_prompt(i) for i in range(NUM_PROMPTS)], seed=5)
     stream.load_state_dict(rollouts.prompts.state_dict())
-    return [
-        *(group.prompt.index for group in rollouts.carried),
-        *(prompt.index for prompt in stream.take(count)),
-    ][:count]
+    return [visit.index for visit in stream.take(count)]
 
 
 def contents(group):
@@ -184,15 +187,13 @@ def test_streaming_from_a_real_model_makes_the_batches_of_whole_rounds(tmp_path)
     seed=st.integers(0, 10**6),
     mixed=st.floats(0, 1),
     per_round=st.integers(4, 20),
-    max_staleness=st.integers(0, 2),
     kind=st.sampled_from(["sglang", "embedded"]),
 )
-def test_every_prompt_has_one_turn_in_the_streams_order(
-    tmp_path, seed, mixed, per_round, max_staleness, kind
-):
-    options = [f"rollout.prompts_per_round={per_round}", f"rollout.max_staleness={max_staleness}"]
+def test_every_prompt_has_one_turn_in_the_streams_order(tmp_path, seed, mixed, per_round, kind):
     engine = make_engine(seed, seed, mixed)
-    rollouts = make_rollouts(tmp_path, engine, f"engine.kind={kind}", *options)
+    rollouts = make_rollouts(
+        tmp_path, engine, f"engine.kind={kind}", f"rollout.prompts_per_round={per_round}"
+    )
     turns = []
     for step in range(5):
         rollouts.load_weights([], step)
@@ -202,7 +203,6 @@ def test_every_prompt_has_one_turn_in_the_streams_order(
         assert len(buffer.kept) == 4 or len(decided(buffer)) == 3 * per_round, (
             "enough, or as many as the cap allows"
         )
-        assert all(step - group.samples[0].versions[0][0] <= max_staleness for group in buffer.kept)
         assert all([sample.index for sample in group.samples] == [0, 1] for group in buffer.asked)
         assert upcoming(rollouts) == asking_order(len(turns) + 30)[len(turns) :], "lost or doubled"
     assert turns == asking_order(len(turns))
@@ -273,115 +273,6 @@ def test_what_a_slow_reward_keeps_waiting_is_scored_together(tmp_path, monkeypat
     assert max(calls) > 2 and len(calls) < len(decided(buffer))
 
 
-# carried over
-
-
-def carrying(tmp_path, engine, **callbacks):
-    """A sampler that expects few mixed groups, and so asks far ahead."""
-    rollouts = make_rollouts(
-        tmp_path, engine, "rollout.prompts_per_round=12", "rollout.max_staleness=1", STREAMING, **callbacks
-    )
-    rollouts.mixed_fraction = 0.2
-    return rollouts
-
-
-def test_finished_groups_of_every_kind_are_kept_for_the_next_step_with_what_wrote_them(tmp_path):
-    engine = make_engine(7, 7)
-    rollouts = carrying(tmp_path, engine)
-    rollouts.collect(0)
-    carried = [contents(group) for group in rollouts.carried if group.samples]
-    assert {group.is_mixed for group in rollouts.carried if group.samples} == {True, False}, (
-        "else all-wrong prompts would get a second try"
-    )
-    assert any(not group.samples for group in rollouts.carried), "unfinished ones start anew"
-    num_asked = len(engine.submitted)
-    rollouts.load_weights([], 1)
-    buffer = rollouts.collect(1)
-    used = {group.id: contents(group) for group in [*buffer.kept, *buffer.all_correct, *buffer.all_wrong]}
-    assert all(used[group[0]] == group for group in carried if group[0] in used)
-    assert any(group[0] in used for group in carried)
-    again = {request.id for requests in engine.submitted[num_asked:] for request in requests}
-    assert not again & {f"{group[0]}.{i}" for group in carried for i in range(2)}, (
-        "what is there is not asked for again"
-    )
-
-
-def test_an_unfinished_group_is_asked_for_again_under_its_own_seeds(tmp_path):
-    engine = make_engine(7, 7)
-    rollouts = carrying(tmp_path, engine)
-    rollouts.collect(0)
-    unfinished = {f"{group.id}.{i}" for group in rollouts.carried if not group.samples for i in range(2)}
-    before, num_asked = seeds_by_id(engine), len(engine.submitted)
-    rollouts.collect(1)
-    again = {request.id: request.seed for requests in engine.submitted[num_asked:] for request in requests}
-    assert unfinished and unfinished <= again.keys()
-    assert all(again[id] == before[id] for id in unfinished)
-
-
-def test_in_rounds_carried_groups_have_their_turn_before_more_is_requested(tmp_path):
-    """How many are requested then depends on how they came out."""
-    rollouts = make_rollouts(
-        tmp_path, make_engine(3, None, mixed=0.4), "rollout.prompts_per_round=9", "rollout.max_staleness=1"
-    )
-    rollouts.mixed_fraction = 0.2
-    rollouts.collect(0)
-    turns, request_more = [], rollouts._request_more
-
-    def noted(buffer, sampler, asking):
-        turns.append((len(buffer.decided), sampler.is_empty))
-        request_more(buffer, sampler, asking)
-
-    rollouts._request_more = noted
-    carried = [group.is_mixed for group in rollouts.carried]
-    assert carried and sum(carried) < 4
-    rollouts.collect(1)
-    assert turns[0] == (len(carried), True)
-
-
-def test_a_group_that_is_too_old_is_asked_for_again(tmp_path):
-    engine = make_engine(5, 5, mixed=1.0)
-    rollouts = carrying(tmp_path, engine)
-    rollouts.collect(0)
-    old = [group.id for group in rollouts.carried if group.samples]
-    assert old
-    rollouts.load_weights([], 2)  # a step was made elsewhere
-    buffer = rollouts.collect(2)
-    assert {group.id for group in buffer.kept} & set(old)
-    assert all(sample.versions[0][0] == 2 for group in buffer.kept for sample in group.samples)
-
-
-def test_staleness_is_reported_in_steps(tmp_path):
-    rollouts = carrying(tmp_path, make_engine(7, 7))
-    reported = []
-    for step in range(3):
-        rollouts.load_weights([], step)
-        [batch] = next_batches(rollouts, step)
-        reported.append((batch.metrics["rollout/staleness"], batch.metrics["rollout/staleness_max"]))
-        stale = [m.is_stale[m.loss_mask].mean() for microbatches in batch.minibatches for m in microbatches]
-        assert any(stale) is (reported[-1][1] > 0)
-    assert reported[0] == (0, 0)
-    assert max(reported) > (0, 0) and max(reported)[0] <= max(reported)[1] == 1
-
-
-@pytest.mark.parametrize("after", [1, 3, 9])
-def test_interrupted_the_carried_groups_are_there_and_the_step_can_be_made_anew(tmp_path, after):
-    engine = make_engine(7, 7)
-    interrupt = InterruptAfter(after, is_on=False)
-    rollouts = carrying(tmp_path, engine, is_interrupted=interrupt)
-    rollouts.collect(0)
-    before, state = [contents(group) for group in rollouts.carried], rollouts.state_dict()
-    interrupt.is_on = True
-    with pytest.raises(Interrupted):
-        rollouts.collect(1)
-    assert [contents(group) for group in rollouts.carried] == before
-    assert not engine.outstanding
-    assert upcoming(rollouts) == asking_order(70)[asking_order(70).index(before[0][1]) :][:30]
-    assert (
-        rollouts.state_dict()["carried"] == state["carried"]
-        and rollouts.state_dict()["mixed_share"] == state["mixed_share"]
-    )
-
-
 @pytest.mark.parametrize("after", [1, 5, 12])
 def test_interrupted_while_streaming_every_prompt_goes_back(tmp_path, after):
     engine = make_engine(7, 7, mixed=0.2)
@@ -392,32 +283,6 @@ def test_interrupted_while_streaming_every_prompt_goes_back(tmp_path, after):
     assert upcoming(rollouts) == asking_order(30)
 
 
-def test_what_is_carried_over_is_saved_and_loaded_to_the_bit(tmp_path):
-    rollouts = carrying(tmp_path, make_engine(7, 7))
-    rollouts.collect(0)
-    rollouts.save(tmp_path)
-    resumed = carrying(tmp_path, make_engine(7, 9))
-    resumed.load(tmp_path)
-    assert [contents(group) for group in resumed.carried] == [contents(group) for group in rollouts.carried]
-    own = resumed.prompts.prompts
-    assert all(group.prompt is own[group.prompt.index] for group in resumed.carried), "with its origin"
-    assert any(group.samples for group in resumed.carried) and any(
-        not group.samples for group in resumed.carried
-    )
-    assert all(
-        sample.behavior_logprobs.dtype == np.float32 for group in resumed.carried for sample in group.samples
-    )
-    assert resumed.state_dict() == rollouts.state_dict()
-    assert upcoming(resumed) == upcoming(rollouts)
-
-
-def test_nothing_carried_is_saved_and_loaded_too(tmp_path):
-    rollouts = carrying(tmp_path, make_engine(7, 7))
-    rollouts.save(tmp_path)
-    rollouts.load(tmp_path)
-    assert rollouts.carried == []
-
-
 def test_who_is_waited_for_is_named(tmp_path):
     engine = make_engine(6, None, mixed=1.0)
     waiting = []
@@ -425,4 +290,4 @@ def test_who_is_waited_for_is_named(tmp_path):
         tmp_path, engine, STREAMING, on_progress=lambda text, fraction: waiting.append(rollouts.waiting())
     )
     rollouts.collect(1)
-    assert waiting[0] == f"group {1 << 20} (1 of 2 samples) and 3 groups after it; 7 outstanding"
+    assert waiting[0] == "group 0 (1 of 2 samples) and 3 groups after it; 7 outstanding"

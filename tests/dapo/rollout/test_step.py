@@ -230,7 +230,7 @@ def test_while_streaming_as_many_groups_are_outstanding_as_probably_fill_the_buf
     def watched(sampler):
         pending, buffer = sampler.pending, buffers[-1]
         lacking = buffer.capacity - len(buffer.kept) - pending.num_mixed
-        chances = [rollouts._estimate_mixed(buffer)] * len(pending.unknown)
+        chances = [rollouts._estimate_mixed(len(buffer.kept), len(buffer.decided))] * len(pending.unknown)
         waits.append(
             (
                 Chances(chances).is_enough(lacking),

@@ -1,0 +1,240 @@
+"""Generation that goes on while the policy learns (rollout.max_staleness = η > 0).
+
+ASK → GENERATE → SCORE → QUEUE, in request order, while the trainer TAKEs a batch, learns and sends weights.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from dapo import config
+from dapo.clock import waiting
+from dapo.rollout.asking import Asking
+from dapo.rollout.buffer import Buffer
+from dapo.rollout.pending import GroupSampler
+from dapo.types import Group, Interrupted, WeightsLost
+
+CHECK_EVERY = 0.5  # seconds of waiting between two checks for an interruption
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is asked for ahead, and what a batch is."""
+
+    max_staleness: int  # η, in steps
+    capacity: int  # N: mixed groups of a batch
+    is_dynamic: bool  # False: every group counts as mixed
+    most_samples: int  # of the groups that a batch is chosen from
+
+    @classmethod
+    def of(cls, rollout: config.Rollout) -> Limits:
+        most = rollout.prompts_per_round * rollout.max_rounds * rollout.group_size
+        return cls(rollout.max_staleness, rollout.prompts_per_step, rollout.dynamic_sampling, most)
+
+    def is_kept(self, group: Group) -> bool:
+        """Return whether a batch keeps the group (Eq. 11)."""
+        return group.is_mixed or not self.is_dynamic
+
+
+@dataclass(eq=False)
+class Collector:
+    """Keeps so many groups open, requested and not learnt from yet, that η · N of them will be mixed.
+
+    Groups are taken in request order, so each `take` uses up the N mixed ones that were asked for first. What
+    is asked for under weights v is therefore taken at step v + η at the latest, unless more groups were mixed
+    than was expected: then the last that were asked for under v are too old, and are asked for again under
+    their names, whatever they hold (`num_overflown`). A group that is turned away leaves the count when its
+    turn comes: verdicts that come early are those of short answers.
+
+    A thread of its own waits, scores and asks from `start` on; without it, `take` does. Its error is raised
+    by the next `take`.
+    """
+
+    sampler: GroupSampler
+    asking: Asking
+    limits: Limits
+    # fraction of groups that are kept, if so many were of so many since the last batch
+    estimate: Callable[[int, int], float]
+    is_streaming: bool  # False: asks when nothing is outstanding, for the engine generates all at once
+    is_interrupted: Callable[[], bool] = lambda: False
+    # called while `take` waits, with its step and the number of mixed groups in the queue
+    on_progress: Callable[[int, int], None] = lambda step, num_kept: None
+    # groups whose turn has come, in request order
+    queue: deque[Group] = field(default_factory=deque)
+    num_overflown: int = 0  # since the last batch
+
+    def __post_init__(self) -> None:
+        self.changed = threading.Condition(self.sampler.lock)
+        self.failure: BaseException | None = None
+        self.is_closed = False
+        self._lost: list[Group] = []  # what was in the sampler's queue when its servers had died
+        self._taken: list[Group] = []  # by the last `take`, in request order
+        self._thread: threading.Thread | None = None
+
+    def start(self, groups: Sequence[Group] = (), in_thread: bool = True) -> None:
+        """Begin to ask, and with these groups, which an earlier process asked for."""
+        with self.changed:
+            self.sampler.request(groups)
+            self._queue_and_ask()
+        if in_thread:
+            self._thread = threading.Thread(target=self._run, name="collector", daemon=True)
+            self._thread.start()
+
+    def take(self, step: int) -> Buffer:
+        """Wait for a batch of N mixed groups, or as many as the cap allows; remove and return it.
+
+        Raises:
+            Stopped, RolloutError: the collector has failed; the groups it has are kept.
+        """
+        with self.changed:
+            self._raise_failure()
+            while not (batch := self._batch(step)):
+                self._raise_failure()
+                if self.failure:
+                    raise self.failure
+                waiting()  # engine and reward have timeouts of their own
+                self.on_progress(step, sum(map(self.limits.is_kept, self.queue)))
+                if self._thread:
+                    self.changed.wait(CHECK_EVERY)
+                else:
+                    self.turn()
+            self._taken = [self.queue.popleft() for _ in range(batch)]
+            buffer = Buffer(self.limits.capacity, self.limits.is_dynamic)
+            buffer.fill(self._taken)
+            oldest = max((age(group, step) for group in buffer.kept), default=0)
+            assert oldest <= self.limits.max_staleness, f"a group is {oldest} steps old at step {step}"
+            self.asking.step = step
+            self.asking.settle(buffer.decided)
+            return buffer
+
+    def ask(self) -> None:
+        """Ask for as many groups as the last batch has left room for."""
+        with self.changed:
+            self._queue_and_ask()
+
+    def put_back(self) -> None:
+        """Put the last batch back: its step failed."""
+        with self.changed:
+            self.queue.extendleft(reversed(self._taken))
+            self.asking.recent[:0] = self.asking.passed
+            self.asking.passed.clear()
+
+    def open_groups(self) -> list[Group]:
+        """Return all open groups in request order, without samples if unfinished. The caller has the lock."""
+        scored = self.sampler.pending.scored
+        waiting = [
+            group if group.id in scored else Group(group.id, group.prompt)
+            for group in self.sampler.pending.groups
+        ]
+        return [*self.queue, *waiting, *self._lost]
+
+    def resume(self) -> None:
+        """After new weights: go on, if it was stopped because servers had lost theirs."""
+        if not isinstance(self.failure, WeightsLost):
+            return
+        if self._thread:
+            self._thread.join()
+        lost, self._lost, self.failure = self._lost, [], None
+        self.start(lost, in_thread=self._thread is not None)
+
+    def close(self) -> None:
+        """Abort what is outstanding, and end the thread."""
+        with self.changed:
+            self.is_closed = True
+            self.sampler.stream.abort()
+            self.changed.notify_all()
+        if self._thread:
+            self._thread.join()
+        self.sampler.cancel()
+
+    def turn(self) -> None:
+        """Wait until more groups are scored; queue those whose turn has come; ask for more."""
+        self.sampler.wait()
+        with self.changed:
+            self._queue_and_ask()
+
+    def _run(self) -> None:
+        try:
+            while self._has_work():
+                self.turn()
+        except BaseException as error:  # noqa: BLE001  # `take` raises it
+            self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """Stop with an error, which the next `take` raises unless new weights mend it before."""
+        with self.changed:
+            if isinstance(error, WeightsLost):
+                self._lost = self.sampler.cancel()
+            self.failure = error
+            self.changed.notify_all()
+
+    def _has_work(self) -> bool:
+        """Wait until something is outstanding. Return False when the collector is closed."""
+        with self.changed:
+            while not self.is_closed and self.sampler.is_idle:
+                self.changed.wait()
+            return not self.is_closed
+
+    def _queue_and_ask(self) -> None:
+        self.queue.extend(self.sampler.ready())
+        self.changed.notify_all()
+        if self.is_streaming or not self.sampler.pending.num_outstanding:
+            self.sampler.request(list(self._lacking()))
+
+    def _lacking(self) -> Iterator[Group]:
+        """Yield new groups until η · N of those that are open will be mixed, or the cap is reached."""
+        pending, limits = self.sampler.pending, self.limits
+        num_kept = sum(map(limits.is_kept, self.queue))
+        chance = self._chance(num_kept)
+        mixed = num_kept + sum(map(chance, pending.groups))
+        num_samples = sum(len(group.samples) for group in self.queue)
+        num_samples += len(pending.groups) * pending.group_size
+        most_mixed, most_samples = (limits.max_staleness * x for x in (limits.capacity, limits.most_samples))
+        while mixed < most_mixed and num_samples + pending.group_size <= most_samples:
+            group = self.asking.next()
+            mixed, num_samples = mixed + chance(group), num_samples + pending.group_size
+            yield group
+
+    def _chance(self, num_kept: int) -> Callable[[Group], float]:
+        """Return the chance that a group which has not had its turn is kept."""
+        if self.asking.has_forecast:
+            return self.asking.chance
+        fraction = self.estimate(num_kept, len(self.queue))
+        return lambda group: fraction
+
+    def _raise_failure(self) -> None:
+        """Raise what new weights do not mend."""
+        if self.is_interrupted():
+            raise Interrupted
+        if self.failure and not isinstance(self.failure, WeightsLost):
+            raise self.failure
+
+    def _batch(self, step: int) -> int:
+        """Return how many groups of the queue make a batch; 0: not enough have had their turn."""
+        self._ask_again(group for group in list(self.queue) if self._is_too_old(group, step))
+        num_kept = num_samples = 0
+        for i, group in enumerate(self.queue, start=1):
+            num_kept += self.limits.is_kept(group)
+            num_samples += len(group.samples)
+            is_at_cap = num_samples + self.sampler.group_size > self.limits.most_samples
+            if num_kept == self.limits.capacity or is_at_cap:
+                return i
+        return 0
+
+    def _is_too_old(self, group: Group, step: int) -> bool:
+        return self.limits.is_kept(group) and age(group, step) > self.limits.max_staleness
+
+    def _ask_again(self, groups: Iterable[Group]) -> None:
+        for group in list(groups):
+            self.queue.remove(group)
+            self.num_overflown += 1
+            self.sampler.request([Group(group.id, group.prompt)])
+            self.changed.notify_all()
+
+
+def age(group: Group, step: int) -> int:
+    """Return the steps since the oldest weights that wrote a token of the group."""
+    return step - min(version for sample in group.samples for version, _, _ in sample.versions)
