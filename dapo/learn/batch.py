@@ -11,7 +11,7 @@ the same name is sent to its rank, packed, sharded and placed on the device with
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import islice
@@ -68,6 +68,7 @@ class Batch(Generic[Array]):
 
     minibatches: list[list[Microbatch[Array]]]
     metrics: dict[str, float] = field(default_factory=dict)
+    probe: list[Microbatch[Array]] = field(default_factory=list)  # scored, and not learnt from
 
 
 @cache
@@ -103,7 +104,7 @@ class Share:
     S = its sequences, in the order of its microbatches; P, R = tokens of their prompts, of their responses.
     """
 
-    # minibatch → microbatch → its number of sequences, its least number of tokens
+    # minibatch → microbatch → its number of sequences, its least number of tokens; the last is the probe
     packs: list[list[tuple[int, int]]]
     lengths: np.ndarray  # int32 [S, 2]: of prompt and response
     weights: np.ndarray  # float32 [S, 2]: token weight and advantage
@@ -140,7 +141,8 @@ class Share:
             ]
             for packs in self.packs
         ]
-        return Batch(minibatches, self.metrics)
+        *minibatches, probe = minibatches
+        return Batch(minibatches, self.metrics, probe)
 
     def _sequences(self) -> Iterator[_Sequence]:
         fields = sent_fields()
@@ -181,18 +183,26 @@ class Pack(NamedTuple):
 
 
 def shares(
-    groups: list[Group], config: Config, num_ranks: int, metrics: dict[str, float], version: int = 0
+    groups: list[Group],
+    config: Config,
+    num_ranks: int,
+    metrics: dict[str, float],
+    version: int = 0,
+    probe: Sequence[Group] = (),
 ) -> Iterator[Share]:
     """Plan the step's work, and return the share of each data-parallel rank, made when it is asked for.
 
     All have the same number of microbatches. `num_ranks`: number of data-parallel ranks; `version`: of the
-    policy's weights. Minibatches are whole groups in request order.
+    policy's weights; `probe`: groups that are scored and not learnt from. Minibatches are whole groups in
+    request order.
     """
     dumped = {group.id for group in chosen(groups, config.rollout.dump_share)}
     minibatches = [
         packed(_sequences(minibatch, config, version, dumped), config, num_ranks)
         for minibatch in split(groups, config.optim.prompts_per_minibatch)
     ]
+    probes = packed(_sequences(probe, config, version, set()), config, num_ranks) if probe else []
+    minibatches.append(probes)
     return (Share.of([packs[rank::num_ranks] for packs in minibatches], metrics) for rank in range(num_ranks))
 
 
@@ -220,7 +230,7 @@ def packed(sequences: list[_Sequence], config: Config, num_ranks: int) -> list[P
     return [Pack([sequences[i] for i in b], n) for b, n in zip(bins, least, strict=True)]
 
 
-def _sequences(minibatch: list[Group], config: Config, version: int, dumped: set[int]) -> list[_Sequence]:
+def _sequences(minibatch: Sequence[Group], config: Config, version: int, dumped: set[int]) -> list[_Sequence]:
     weights = token_weights(minibatch, config.objective.normaliser, config.objective.overlong_filtering)
     own = sent_fields().keys() - {"is_stale"}
     return [

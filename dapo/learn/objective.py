@@ -6,7 +6,7 @@ To add a normaliser, write its function, name it in NORMALISERS and in config.Ob
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -43,7 +43,7 @@ NORMALISERS: dict[str, Callable[[list[np.ndarray]], list[np.ndarray]]] = {
 }
 
 
-def token_weights(groups: list[Group], normaliser: str, overlong_filtering: bool) -> list[list[float]]:
+def token_weights(groups: Sequence[Group], normaliser: str, overlong_filtering: bool) -> list[list[float]]:
     """Return the weight of every response token of each sample of one minibatch: [group][sample].
 
     Overlong filtering: a truncated sample weighs 0. Its tokens and the sample leave the denominators too, and

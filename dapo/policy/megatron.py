@@ -101,8 +101,11 @@ class Policy:
     def place(self, batch: Batch[np.ndarray]) -> PlacedBatch:
         """Copy this rank's microbatches onto its device."""
         device = self.mesh.device
-        placed = [[schedule.on_device(m, device) for m in minibatch] for minibatch in batch.minibatches]
-        return Batch(placed, batch.metrics)
+        *minibatches, probe = [
+            [schedule.on_device(m, device) for m in microbatches]
+            for microbatches in [*batch.minibatches, batch.probe]
+        ]
+        return Batch(minibatches, batch.metrics, probe)
 
     @timed("old_logprobs")
     @torch.no_grad()  # Megatron's schedule would keep a graph
@@ -111,25 +114,30 @@ class Policy:
 
         The numerics are the trainer's own, the packing is the updates' own.
         Returns the mean and the maximum of |old − behavior| over the current weights' tokens, the alarm for a
-        wrong weight sync; and over stale tokens the mean importance, and the fraction cut to the cap.
+        wrong weight sync, and the mean over those of the probe; over stale tokens the mean importance, and the
+        fraction cut to the cap; and over all tokens the effective sample size.
 
         Raises:
             PolicyError: a log-prob is not finite.
         """
-        work = [microbatch for minibatch in batch.minibatches for microbatch in minibatch]
-        if not work:
+        learnt = [microbatch for minibatch in batch.minibatches for microbatch in minibatch]
+        if not (work := learnt + batch.probe):
             return {}
         cap = self.config.objective.importance_cap
         rows, largest_gap = [metrics.score_sums()], 0.0
         scored = schedule.run(self.models, self.transformer, work, self._score, forward_only=True)
-        for microbatch, old in zip(work, scored, strict=False):  # none but on the last stage
+        for number, (microbatch, old) in enumerate(zip(work, scored, strict=False)):  # on the last stage only
             behavior, is_stale = microbatch.behavior_logprobs, microbatch.is_stale
             microbatch.scores = Scores(old, importance(old, behavior, is_stale, cap))
-            if self.reports:
-                gap = (old - behavior)[microbatch.loss_mask & ~is_stale].abs()
-                stale = microbatch.scores.importance[microbatch.loss_mask & is_stale]
-                rows.append(metrics.score_sums(old, gap, stale, cap))
-                largest_gap = max(largest_gap, float(gap.max()) if len(gap) else 0.0)
+            if not self.reports:
+                continue
+            gap = (old - behavior)[microbatch.loss_mask & ~is_stale].abs()
+            if number >= len(learnt):
+                rows.append(metrics.score_sums(old, probe=gap))
+                continue
+            stale = microbatch.scores.importance[microbatch.loss_mask & is_stale]
+            rows.append(metrics.score_sums(old, gap, stale, cap))
+            largest_gap = max(largest_gap, float(gap.max()) if len(gap) else 0.0)
         sums = self.mesh.sum_by_key(metrics.total(rows))
         if sums["broken"]:
             count = sums["current"] + sums["stale"]

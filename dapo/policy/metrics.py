@@ -33,12 +33,16 @@ def total(rows: Iterable[Sums]) -> Sums:
 
 
 def score_sums(
-    old: Tensor = EMPTY, gap: Tensor = EMPTY, importance: Tensor = EMPTY, cap: float = 1.0
+    old: Tensor = EMPTY,
+    gap: Tensor = EMPTY,
+    importance: Tensor = EMPTY,
+    cap: float = 1.0,
+    probe: Tensor = EMPTY,
 ) -> Sums:
     """Return the sums of a scored microbatch.
 
     `old`: log π_θold of every token; `gap`: |old − behavior| of the current weights' response tokens;
-    `importance`: of the stale response tokens, at most `cap`.
+    `importance`: of the stale response tokens, at most `cap`; `probe`: as gap, of a probe's tokens.
     """
     sums: dict[str, Any] = {
         "broken": (~old.isfinite()).sum(),
@@ -47,18 +51,29 @@ def score_sums(
         "stale": len(importance),
         "importance": importance.sum(),
         "importance_cut": (importance >= cap).sum(),
+        "importance_squared": (importance.double() ** 2).sum(),
+        "probe_tokens": len(probe),
+        "probe_gap": probe.sum(),
     }
     return {name: float(value) for name, value in sums.items()}
 
 
 def score_metrics(sums: Sums, largest_gap: float) -> dict[str, float]:
-    """Return the mismatch if the current weights wrote tokens, and the importance if older ones did."""
+    """Return the mismatch if the current weights wrote tokens, and the importance if older ones did.
+
+    The effective sample size is (Σw)² / (n Σw²), with w = 1 for tokens of the current weights.
+    """
     metrics: dict[str, float] = {}
+    if sums["probe_tokens"]:
+        metrics["policy/mismatch_probe"] = sums["probe_gap"] / sums["probe_tokens"]
     if sums["current"]:
         metrics |= {"policy/mismatch": sums["gap"] / sums["current"], "policy/mismatch_max": largest_gap}
     if sums["stale"]:
         metrics["policy/importance"] = sums["importance"] / sums["stale"]
         metrics["policy/importance_cut"] = sums["importance_cut"] / sums["stale"]
+        both = (sums["current"] + sums[name] for name in ("importance", "importance_squared", "stale"))
+        weight, squared, count = both
+        metrics["policy/ess"] = weight**2 / (count * squared)
     return metrics
 
 

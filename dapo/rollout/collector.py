@@ -6,6 +6,7 @@ ASK → GENERATE → SCORE → QUEUE, in request order, while the trainer TAKEs 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -58,6 +59,7 @@ class Collector:
     limits: Limits
     # fraction of groups that are kept, if so many were of so many since the last batch
     estimate: Callable[[int, int], float]
+    take_idle: Callable[[], list[float]]  # the engine's
     is_streaming: bool  # False: asks when nothing is outstanding, for the engine generates all at once
     is_interrupted: Callable[[], bool] = lambda: False
     # called while `take` waits, with its step and the number of mixed groups in the queue
@@ -73,6 +75,8 @@ class Collector:
         self._lost: list[Group] = []  # what was in the sampler's queue when its servers had died
         self._taken: list[Group] = []  # by the last `take`, in request order
         self._thread: threading.Thread | None = None
+        self._lap_at = 0.0  # time.monotonic()
+        self._metrics: dict[str, float] = {}
 
     def start(self, groups: Sequence[Group] = (), in_thread: bool = True) -> None:
         """Begin to ask, and with these groups, which an earlier process asked for."""
@@ -89,6 +93,7 @@ class Collector:
         Raises:
             Stopped, RolloutError: the collector has failed; the groups it has are kept.
         """
+        learning, idle = self._lap()
         with self.changed:
             self._raise_failure()
             while not (batch := self._batch(step)):
@@ -108,7 +113,30 @@ class Collector:
             assert oldest <= self.limits.max_staleness, f"a group is {oldest} steps old at step {step}"
             self.asking.step = step
             self.asking.settle(buffer.decided)
-            return buffer
+        _, idle_meanwhile = self._lap()
+        if learning:
+            seconds = [a + b for a, b in zip(idle, idle_meanwhile, strict=False)]
+            self._metrics = {
+                "perf/overlap": 1 - sum(idle) / (len(idle) * learning) if idle else 0.0,
+                "perf/server_idle": sum(seconds) / len(seconds) if seconds else 0.0,
+                "perf/server_idle_max": max(seconds, default=0.0),
+            }
+        return buffer
+
+    def take_metrics(self) -> dict[str, float]:
+        """Return what `take` found: groups that were too old, and how busy the engine was since the batch
+        before; without that batch the first only.
+        """
+        metrics, self._metrics = self._metrics | {"groups/overflow": self.num_overflown}, {}
+        self.num_overflown = 0
+        return metrics
+
+    def _lap(self) -> tuple[float, list[float]]:
+        """Return the seconds since the last call, 0 at the first; and those that servers were idle then."""
+        now = time.monotonic()
+        seconds = now - self._lap_at if self._lap_at else 0.0
+        self._lap_at = now
+        return seconds, self.take_idle()
 
     def ask(self) -> None:
         """Ask for as many groups as the last batch has left room for."""

@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,15 +26,18 @@ from dapo.rollout.buffer import Buffer
 from dapo.rollout.collector import Collector, age
 from dapo.rollout.collector import Limits as CollectorLimits
 from dapo.rollout.forecast import Forecast, Odds, Rules
-from dapo.rollout.pending import Chances, GroupSampler, RolloutError
+from dapo.rollout.pending import Chances, GroupSampler, RolloutError, sample_seed
 from dapo.rollout.prompts import PromptStream, Visit
-from dapo.types import Engine, Group, Interrupted, Prompt, Sampling, Stopped, StorageError
+from dapo.types import Engine, Group, Interrupted, Prompt, Request, Sampling, Stopped, StorageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LEAST_MIXED = 1e-6  # of the estimate, which divides
 PRIOR = 16  # groups: how much the estimate of the mixed fraction remembers of earlier steps
+# sampled after each weight sync, so that what servers report is compared with what the policy computes
+NUM_PROBES, PROBE_TOKENS = 4, 32
+FIRST_PROBE = 1 << 59  # group id, far from training's and evaluation's
 
 
 @dataclass(eq=False)
@@ -94,6 +97,7 @@ class Rollouts:
         self.dumps.check()
         rollout = self.config.rollout
         replayed = self._replayed(step)
+        probe = [] if replayed else self._probed()
         buffer = replayed or (self.take(step) if rollout.max_staleness else self.collect(step))
         self.engine.release_memory()
         rewarded = self.reward.take_metrics()
@@ -111,8 +115,10 @@ class Rollouts:
         metrics = buffer.ledger() | rewarded | self._staleness(buffer, step)
         if not replayed:
             metrics |= self._learn(buffer)
+        if self.collector:
+            metrics |= self.collector.take_metrics()
         kept = [] if rollout.only else buffer.kept
-        return batch.shares(kept, self.config, self.num_data_ranks, metrics, version=step)
+        return batch.shares(kept, self.config, self.num_data_ranks, metrics, version=step, probe=probe)
 
     def _replayed(self, step: int) -> Buffer | None:
         """Return the step's buffer as rollout.replay has it, None where nothing is replayed."""
@@ -166,6 +172,26 @@ class Rollouts:
         buffer = self.collector.take(step)
         self._note_mixed(buffer)
         return buffer
+
+    def _probed(self) -> list[Group]:
+        """Sample the probe, where a batch may hold no token of the current weights: a few prompts, always the
+        same, with the same seeds.
+        """
+        if not (self.config.rollout.max_staleness and self.config.engine.is_streaming):
+            return []
+        sampling = replace(self.sampling, max_tokens=min(PROBE_TOKENS, self.sampling.max_tokens))
+        groups = [Group(FIRST_PROBE + i, p) for i, p in enumerate(self.prompts.prompts[:NUM_PROBES])]
+        seed = self.config.run.seed
+        stream = self.engine.stream()
+        stream.submit(
+            Request(g.id, 0, g.prompt, sample_seed(seed, g.id, 0), sampling, is_urgent=True) for g in groups
+        )
+        try:
+            for sample in stream.completed():
+                groups[sample.group - FIRST_PROBE].samples.append(sample)
+        finally:
+            stream.abort()
+        return groups
 
     def sample(
         self,
@@ -334,6 +360,7 @@ class Rollouts:
             self.asking,
             CollectorLimits.of(rollout),
             self._estimate_mixed,
+            self.engine.take_idle,
             self.config.engine.is_streaming,
             self.is_interrupted,
             on_progress,

@@ -157,17 +157,32 @@ def test_scores_are_summed_over_current_and_stale_tokens_apart() -> None:
     sums = metrics.score_sums(old, gap=torch.tensor([0.5]), importance=torch.tensor([2.0, 0.5]), cap=2.0)
     assert sums == {
         "broken": 1, "current": 1, "gap": 0.5, "stale": 2, "importance": 2.5, "importance_cut": 1,
+        "importance_squared": 4.25, "probe_tokens": 0, "probe_gap": 0,
     }  # fmt: skip
+    probe = metrics.score_sums(old[:1], probe=torch.tensor([0.5, 0.25]))
+    assert probe == dict.fromkeys(sums, 0.0) | {"probe_tokens": 2, "probe_gap": 0.75}
 
 
 @pytest.mark.parametrize(
     ("gap", "importance", "expected"),
     [
         ([0.5, 1.5], [], {"policy/mismatch": 1.0, "policy/mismatch_max": 1.5}),
-        ([], [0.5, 2.0], {"policy/importance": 1.25, "policy/importance_cut": 0.5}),
+        (
+            [],
+            [0.5, 2.0],
+            {"policy/importance": 1.25, "policy/importance_cut": 0.5, "policy/ess": 2.5**2 / (2 * 4.25)},
+        ),
+        (
+            [1.0, 1.0],
+            [0.5, 0.5],
+            {
+                "policy/mismatch": 1.0, "policy/mismatch_max": 1.0, "policy/importance": 0.5,
+                "policy/importance_cut": 0.0, "policy/ess": 9 / (4 * 2.5),
+            },
+        ),
         ([], [], {}),
     ],
-)
+)  # fmt: skip
 def test_metrics_of_scores_are_those_of_the_tokens_there_are(gap, importance, expected) -> None:
     sums = metrics.score_sums(torch.zeros(2), torch.tensor(gap), torch.tensor(importance), cap=2.0)
     assert metrics.score_metrics(sums, max(gap, default=0.0)) == expected

@@ -1,5 +1,5 @@
-"""The collector in any order of events: what is asked for, in which order it is learnt from, how old it is, and
-that nothing is lost or taken twice when servers die, disks fail and runs go on.
+"""The collector in any order of events: what is asked for, what is learnt from, how old that is. Nothing is
+lost or taken twice when servers die, disks fail and runs go on.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Servers(ScriptedEngine):
 
     def __init__(self, script: Callable[[int], str], order: int):
         super().__init__(script, order, length=lambda request: 2 + request.seed % 24)
+        self.num_streams = 0
         self.asked_at: dict[str, int] = {}
         self.failure: Exception | None = None  # raised once by the next read
         self.history: list[tuple[str, int, int]] = []  # request id, seed, prompt
@@ -45,6 +46,11 @@ class Servers(ScriptedEngine):
         self.history += [(request.id, request.seed, request.prompt.index) for request in requests]
         self.asked_at |= {request.id: self.version for request in requests}
         super().submit(requests)
+
+    def stream(self) -> Any:
+        """One for training, and others for probes."""
+        self.num_streams += 1
+        return self if self.num_streams == 1 else ProbeStream(self)
 
     def completed(self) -> Iterator[Sample]:
         for sample in super().completed():
@@ -59,6 +65,22 @@ class Servers(ScriptedEngine):
         if begun != self.version:
             sample.versions = ((begun, 0, 1), (self.version, 1, sample.length))
         return sample
+
+
+class ProbeStream:
+    def __init__(self, engine: Servers):
+        self.engine, self.requests = engine, list[Request]()
+
+    def submit(self, requests: Any) -> None:
+        self.requests += requests
+
+    def completed(self) -> Iterator[Sample]:
+        while self.requests:
+            request = self.requests.pop()
+            self.engine.asked_at[request.id] = self.engine.version
+            yield Servers.answer(self.engine, request)
+
+    def abort(self, ids: Any = None) -> None: ...
 
 
 def make_servers(seed: int, mixed: float = 0.5) -> Servers:

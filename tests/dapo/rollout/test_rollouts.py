@@ -79,6 +79,9 @@ class ScriptedEngine:
 
     def prepare_weights(self, version): ...
 
+    def take_idle(self):
+        return [0.0]
+
     def release_memory(self): ...
 
     def close(self): ...
