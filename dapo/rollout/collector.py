@@ -15,9 +15,11 @@ from dapo import config
 from dapo.clock import waiting
 from dapo.rollout.asking import Asking
 from dapo.rollout.buffer import Buffer
-from dapo.rollout.pending import GroupSampler
+from dapo.rollout.pending import Chances, GroupSampler
 from dapo.types import Group, Interrupted, WeightsLost
 
+# safety margin: a smaller one makes more groups too old, a larger one lets servers stand still
+DEVIATIONS = 1.5
 CHECK_EVERY = 0.5  # seconds of waiting between two checks for an interruption
 
 
@@ -42,13 +44,13 @@ class Limits:
 
 @dataclass(eq=False)
 class Collector:
-    """Keeps so many groups open, requested and not learnt from yet, that η · N of them will be mixed.
+    """Keeps so many groups open, requested and not taken yet, that their mixed ones will do for the steps up
+    to v + η, where v is the version of the weights.
 
-    Groups are taken in request order, so each `take` uses up the N mixed ones that were asked for first. What
-    is asked for under weights v is therefore taken at step v + η at the latest, unless more groups were mixed
-    than was expected: then the last that were asked for under v are too old, and are asked for again under
-    their names, whatever they hold (`num_overflown`). A group that is turned away leaves the count when its
-    turn comes: verdicts that come early are those of short answers.
+    A step takes the N mixed groups that were asked for first. So what is asked for under weights v is taken
+    by step v + η, and no token is older than η, unless more groups were mixed than was expected: then the
+    last that were asked for under v are too old at their turn, and are asked for again under their names,
+    whatever they hold (`num_overflown`).
 
     A thread of its own waits, scores and asks from `start` on; without it, `take` does. Its error is raised
     by the next `take`.
@@ -61,6 +63,7 @@ class Collector:
     estimate: Callable[[int, int], float]
     take_idle: Callable[[], list[float]]  # the engine's
     is_streaming: bool  # False: asks when nothing is outstanding, for the engine generates all at once
+    version: int  # of the weights
     is_interrupted: Callable[[], bool] = lambda: False
     # called while `take` waits, with its step and the number of mixed groups in the queue
     on_progress: Callable[[int, int], None] = lambda step, num_kept: None
@@ -71,6 +74,7 @@ class Collector:
     def __post_init__(self) -> None:
         self.changed = threading.Condition(self.sampler.lock)
         self.failure: BaseException | None = None
+        self.next_step = self.version  # that has no batch yet
         self.is_closed = False
         self._lost: list[Group] = []  # what was in the sampler's queue when its servers had died
         self._taken: list[Group] = []  # by the last `take`, in request order
@@ -111,7 +115,7 @@ class Collector:
             buffer.fill(self._taken)
             oldest = max((age(group, step) for group in buffer.kept), default=0)
             assert oldest <= self.limits.max_staleness, f"a group is {oldest} steps old at step {step}"
-            self.asking.step = step
+            self.asking.step, self.next_step = step, step + 1
             self.asking.settle(buffer.decided)
         _, idle_meanwhile = self._lap()
         if learning:
@@ -143,10 +147,19 @@ class Collector:
         with self.changed:
             self._queue_and_ask()
 
+    def note_weights(self, version: int) -> None:
+        """Note new weights: ask for one step more, or go on where servers had lost theirs."""
+        self.version = version
+        if isinstance(self.failure, WeightsLost):
+            self._resume()
+        else:
+            self.ask()
+
     def put_back(self) -> None:
         """Put the last batch back: its step failed."""
         with self.changed:
             self.queue.extendleft(reversed(self._taken))
+            self.next_step -= 1
             self.asking.recent[:0] = self.asking.passed
             self.asking.passed.clear()
 
@@ -159,10 +172,7 @@ class Collector:
         ]
         return [*self.queue, *waiting, *self._lost]
 
-    def resume(self) -> None:
-        """After new weights: go on, if it was stopped because servers had lost theirs."""
-        if not isinstance(self.failure, WeightsLost):
-            return
+    def _resume(self) -> None:
         if self._thread:
             self._thread.join()
         lost, self._lost, self.failure = self._lost, [], None
@@ -213,24 +223,31 @@ class Collector:
             self.sampler.request(list(self._lacking()))
 
     def _lacking(self) -> Iterator[Group]:
-        """Yield new groups until η · N of those that are open will be mixed, or the cap is reached."""
+        """Yield new groups until there will be enough mixed ones, or as many samples as the cap allows."""
         pending, limits = self.sampler.pending, self.limits
         num_kept = sum(map(limits.is_kept, self.queue))
         chance = self._chance(num_kept)
-        mixed = num_kept + sum(map(chance, pending.groups))
+        num_kept += pending.num_mixed if limits.is_dynamic else len(pending.scored)
+        chances = Chances(map(chance, pending.unknown))
         num_samples = sum(len(group.samples) for group in self.queue)
         num_samples += len(pending.groups) * pending.group_size
-        most_mixed, most_samples = (limits.max_staleness * x for x in (limits.capacity, limits.most_samples))
-        while mixed < most_mixed and num_samples + pending.group_size <= most_samples:
+        num_steps = self.version + limits.max_staleness - self.next_step + 1
+        while num_kept + chances.most(DEVIATIONS) < num_steps * limits.capacity:
+            if num_samples + pending.group_size > num_steps * limits.most_samples:
+                return
             group = self.asking.next()
-            mixed, num_samples = mixed + chance(group), num_samples + pending.group_size
+            chances.add(chance(group))
+            num_samples += pending.group_size
             yield group
 
     def _chance(self, num_kept: int) -> Callable[[Group], float]:
         """Return the chance that a group which has not had its turn is kept."""
         if self.asking.has_forecast:
             return self.asking.chance
-        fraction = self.estimate(num_kept, len(self.queue))
+        again = (
+            self.num_overflown
+        )  # all of them mixed: without them the fraction would fall, and more be asked
+        fraction = self.estimate(num_kept + again, len(self.queue) + again)
         return lambda group: fraction
 
     def _raise_failure(self) -> None:

@@ -290,6 +290,10 @@ class Chances:
         """Return whether `mixed` of the groups will probably be mixed, at a margin of DEVIATIONS."""
         return mixed <= 0 or self.mean - DEVIATIONS * math.sqrt(self.variance) >= mixed - 1e-9
 
+    def most(self, deviations: float) -> float:
+        """Return how many will probably be mixed at most, at a margin of so many deviations."""
+        return self.mean + deviations * math.sqrt(self.variance)
+
 
 def sample_seed(run_seed: int, group: int, index: int) -> int:
     """Return the 63-bit seed of one sample: a hash of its names, so neither order nor resuming changes what

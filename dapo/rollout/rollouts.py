@@ -80,7 +80,7 @@ class Rollouts:
         """Hand π_θ to the engine: π_θold ← π_θ."""
         self.engine.load_weights(_with_heartbeats(weights), version)
         if self.collector:
-            self.collector.resume()
+            self.collector.note_weights(version)
 
     @timed("rollout")
     def next_batch(self, step: int) -> Iterator[Share]:
@@ -170,7 +170,7 @@ class Rollouts:
             carried, self.carried = self.carried, []
             self.collector.start(carried)
         buffer = self.collector.take(step)
-        self._note_mixed(buffer)
+        self._note_mixed(buffer, self.collector.num_overflown)
         return buffer
 
     def _probed(self) -> list[Group]:
@@ -362,6 +362,7 @@ class Rollouts:
             self._estimate_mixed,
             self.engine.take_idle,
             self.config.engine.is_streaming,
+            step,
             self.is_interrupted,
             on_progress,
         )
@@ -443,9 +444,11 @@ class Rollouts:
             return 1.0
         return max((num_kept + PRIOR * self.mixed_fraction) / (num_decided + PRIOR), LEAST_MIXED)
 
-    def _note_mixed(self, buffer: Buffer) -> None:
+    def _note_mixed(self, buffer: Buffer, num_overflown: int = 0) -> None:
+        """Learn from a batch, and from mixed groups that were too old for it, how many groups are mixed."""
         if self.config.rollout.dynamic_sampling:
-            self.mixed_fraction = self._estimate_mixed(len(buffer.kept), len(buffer.decided))
+            counts = len(buffer.kept) + num_overflown, len(buffer.decided) + num_overflown
+            self.mixed_fraction = self._estimate_mixed(*counts)
 
     def _stop_if_nothing_is_learned(self, buffer: Buffer, rewarded: dict[str, float]) -> None:
         """Raise RolloutError without a group to learn from if the reward decided nothing, or after too many
