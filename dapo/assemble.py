@@ -94,10 +94,21 @@ def make_sampler(
         reward = make_reward(config, tokenizer, is_interrupted)
         evaluate.check_best(config.run.keep_best, sets, reward)
         rollouts = make_rollouts(config, mesh, tokenizer, prompts, reward, is_interrupted, on_progress)
+        _check_staleness(config, rollouts)
         return Sampler(config, mesh, rollouts, sets), record
 
     set_gpu_environment(config.engine)
     return mesh.on_main_only(make) or (Sampler(config, mesh, None, {}), {})
+
+
+def _check_staleness(config: Config, rollouts: Rollouts) -> None:
+    if rollouts.engine.is_colocated and config.rollout.max_staleness:
+        rollouts.close()
+        raise ConfigError(
+            f"rollout.max_staleness={config.rollout.max_staleness}: the servers share the trainer's GPUs, and "
+            "cannot generate while the policy learns, for each side frees its memory for the other: set it to "
+            "0, or give the servers GPUs of their own"
+        )
 
 
 def _record(config: Config, data: str, summaries: list[Summary]) -> dict[str, str]:

@@ -177,9 +177,9 @@ class Rollout(Section):
         "train", "a late step that finds too few mixed groups learns from those", verl="stop"
     )
     """After max_rounds with fewer than N mixed groups: learn from those, or stop the run."""
-    max_staleness: Count = option(0, "finished groups without room are learnt from later", verl=0)
-    """Finished groups that a step has no room for are kept for the next, as long as they are at most so many
-    steps old when they are learnt from. 0: they are thrown away, and their prompts asked anew."""
+    max_staleness: Count = option(0, "servers generate while the policy learns", verl=0)
+    """Generate for so many steps ahead while the policy learns: no token is older than so many steps when it
+    is learnt from. 0: in turns, and every token is of the current weights. Servers need GPUs of their own."""
     max_empty_steps: Positive = 3
     """Steps in a row without one mixed group before the run stops."""
     temperature: AboveZero = option(1.0, "hotter explores more; the loss uses the same", both=1.0)

@@ -31,11 +31,12 @@ class Limits:
     capacity: int  # N: mixed groups of a batch
     is_dynamic: bool  # False: every group counts as mixed
     most_samples: int  # of the groups that a batch is chosen from
+    steps: int  # of the run
 
     @classmethod
-    def of(cls, rollout: config.Rollout) -> Limits:
+    def of(cls, rollout: config.Rollout, steps: int) -> Limits:
         most = rollout.prompts_per_round * rollout.max_rounds * rollout.group_size
-        return cls(rollout.max_staleness, rollout.prompts_per_step, rollout.dynamic_sampling, most)
+        return cls(rollout.max_staleness, rollout.prompts_per_step, rollout.dynamic_sampling, most, steps)
 
     def is_kept(self, group: Group) -> bool:
         """Return whether a batch keeps the group (Eq. 11)."""
@@ -231,7 +232,7 @@ class Collector:
         chances = Chances(map(chance, pending.unknown))
         num_samples = sum(len(group.samples) for group in self.queue)
         num_samples += len(pending.groups) * pending.group_size
-        num_steps = self.version + limits.max_staleness - self.next_step + 1
+        num_steps = min(self.version + limits.max_staleness + 1, limits.steps) - self.next_step
         while num_kept + chances.most(DEVIATIONS) < num_steps * limits.capacity:
             if num_samples + pending.group_size > num_steps * limits.most_samples:
                 return

@@ -339,6 +339,7 @@ class Rollouts:
             is_streaming=is_streaming,
             on_sample=on_sample,
             first_waves=asking,
+            is_urgent=asking is None,  # an evaluation: the policy waits for it
         )
         self._samplers.append(sampler)
         return sampler
@@ -358,7 +359,7 @@ class Rollouts:
         return Collector(
             sampler,
             self.asking,
-            CollectorLimits.of(rollout),
+            CollectorLimits.of(rollout, self.config.run.steps),
             self._estimate_mixed,
             self.engine.take_idle,
             self.config.engine.is_streaming,
