@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,8 +99,7 @@ class Discarding(Collector):
 
 
 class Unbounded(Discarding):
-    def _is_too_old(self, group: Group, step: int) -> bool:
-        return False
+    """The same, and nothing is too old."""
 
 
 class Form(NamedTuple):
@@ -156,6 +156,8 @@ def run(case: Case) -> dict[str, float]:
         form = FORMS[case.form]
         made = rollouts._make_collector(0)
         collector = form.kind(**{name: getattr(made, name) for name in FIELDS})
+        if form.kind is Unbounded:
+            collector.limits = replace(made.limits, max_staleness=STEPS + WARM_UP)
         if form.is_first_finished:
             collector.sampler.pending = FirstFinished(G)
         again = collector._ask_again

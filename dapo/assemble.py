@@ -105,9 +105,9 @@ def _check_staleness(config: Config, rollouts: Rollouts) -> None:
     if rollouts.engine.is_colocated and config.rollout.max_staleness:
         rollouts.close()
         raise ConfigError(
-            f"rollout.max_staleness={config.rollout.max_staleness}: the servers share the trainer's GPUs, and "
-            "cannot generate while the policy learns, for each side frees its memory for the other: set it to "
-            "0, or give the servers GPUs of their own"
+            f"rollout.max_staleness={config.rollout.max_staleness}: the servers share the trainer's GPUs and "
+            "cannot generate while the policy learns, as each side frees its memory for the other: set 0, or "
+            "give the servers GPUs of their own"
         )
 
 

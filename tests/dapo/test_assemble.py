@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dapo import assemble
 from dapo.assemble import _check_served, _own_fields, _weights, enter, evaluate_models, make_sampler
 from dapo.config import Config, ConfigError, Engine
 from dapo.engine.embedded import EmbeddedEngine
@@ -101,6 +102,27 @@ def train(config: Config) -> None:
     with ExitStack() as opened:
         enter(config, MAIN, opened)
         make_sampler(config, MAIN)
+
+
+def test_servers_on_the_trainers_gpus_cannot_generate_while_it_learns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[bool] = []
+    engine = SimpleNamespace(is_colocated=True, close=lambda: closed.append(True))
+    monkeypatch.setattr(assemble, "make_engine", lambda *arguments: engine)
+    mesh = SimpleNamespace(**vars(MAIN), data=1)
+    data = BASE.parent / "data/train.jsonl"
+    options = f"policy.model={BASE}", f"data.train={data}", "reward.workers=0", "data.max_prompt_length=16"
+    for staleness in (0, 2):
+        config = make_config(tmp_path, *options, f"rollout.max_staleness={staleness}")
+        if not staleness:
+            make_sampler(config, mesh)  # type: ignore[arg-type]
+            continue
+        with pytest.raises(
+            ConfigError, match=r"^rollout.max_staleness=2: the servers share the trainer's GPUs"
+        ):
+            make_sampler(config, mesh)  # type: ignore[arg-type]
+    assert closed == [True]
 
 
 def evaluate(config: Config) -> None:
