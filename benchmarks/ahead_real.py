@@ -35,7 +35,8 @@ def run(python: str, staleness: int, seed: int, directory: Path) -> dict[str, fl
     steps = [row for row in rows if row["step"] >= WARM_UP and "eval/accuracy" not in row]
     names = {
         "seconds": "time/step", "waited": "time/rollout", "update": "time/update", "sync": "time/sync",
-        "overlap": "perf/overlap", "idle": "perf/server_idle", "age": "rollout/staleness", "ess": "policy/ess",
+        "overlap": "perf/overlap", "idle": "perf/server_idle", "age": "rollout/staleness",
+        "ess": "policy/ess",
         "overflow": "groups/overflow", "kept": "groups/kept", "probe": "policy/mismatch_probe",
     }  # fmt: skip
     found = {name: statistics.fmean(row.get(metric, 0.0) for row in steps) for name, metric in names.items()}
@@ -52,8 +53,8 @@ def main(python: str, seeds: str = "5") -> None:
             print(seed, staleness, found[staleness][-1], flush=True)
     text = heading("Generating while the policy learns, with a real server")
     text += f"""
-The quickstart's {seeds} seeds with one SGLang server on the CPU, one rank; the server and the trainer have a core
-each. Runs alternate. Seconds are means over a run's steps without evaluation; median (range) over seeds.
+The quickstart's {seeds} seeds with one SGLang server on the CPU, one rank; the server and the trainer have a
+core each. Runs alternate. Seconds are means over a run's steps without evaluation; median (range) over seeds.
 Accuracy on held-out problems after the last step: mean ± standard error.
 
 """

@@ -34,7 +34,8 @@ from dapo.rollout import evaluate
 from dapo.rollout.data_files import Summary
 from dapo.rollout.prompts import PromptStream, load_prompts, load_stream
 from dapo.rollout.render import NONE
-from dapo.rollout.rollouts import Rollouts, read_state
+from dapo.rollout.rollouts import Rollouts
+from dapo.rollout.saving import read_state
 from dapo.sampler import Sampler, with_retries
 from dapo.types import Engine, Prompt
 

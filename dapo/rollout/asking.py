@@ -41,7 +41,7 @@ class Asking:
     """Asks for groups, whose ids are the numbers of their visits.
 
     A step has one of its own: what it asks for follows from the stream and the forecast as the step began.
-    With `rollout.max_staleness` there is one for all steps: `settle` tells it of each.
+    With `rollout.max_staleness` there is one for all steps: `finish_batch` after each.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Asking:
         """Return the chance that the group comes out mixed, as far as its first wave was seen."""
         return self._after_wave.get(group.id, self.questions[group.id].odds.mixed)
 
-    def settle(self, decided: Iterable[Group]) -> None:
+    def finish_batch(self, decided: Iterable[Group]) -> None:
         """Note that a batch is made of these groups, and of what was passed over before the last of them."""
         for each in self.passed:
             self.questions.pop(each.visit.number, None)

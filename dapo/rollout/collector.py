@@ -25,7 +25,7 @@ CHECK_EVERY = 0.5  # seconds of waiting between two checks for an interruption
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is asked for ahead, and what a batch is."""
+    """Says how much is asked for ahead, and what a batch is."""
 
     max_staleness: int  # η, in steps
     capacity: int  # N: mixed groups of a batch
@@ -117,7 +117,7 @@ class Collector:
             oldest = max((age(group, step) for group in buffer.kept), default=0)
             assert oldest <= self.limits.max_staleness, f"a group is {oldest} steps old at step {step}"
             self.asking.step, self.next_step = step, step + 1
-            self.asking.settle(buffer.decided)
+            self.asking.finish_batch(buffer.decided)
         _, idle_meanwhile = self._lap()
         if learning:
             seconds = [a + b for a, b in zip(idle, idle_meanwhile, strict=False)]

@@ -4,45 +4,40 @@ updates.
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dapo.clock import heartbeat, timed
-from dapo.config import Config, ConfigError
+from dapo.config import Config
 from dapo.learn import batch
 from dapo.learn.advantages import set_advantages
 from dapo.learn.batch import Share
 from dapo.reward.pool import Reward
-from dapo.rollout import dump, record
+from dapo.rollout import dump, probe
 from dapo.rollout.asking import Asking, Question
 from dapo.rollout.buffer import Buffer
 from dapo.rollout.collector import Collector, age
 from dapo.rollout.collector import Limits as CollectorLimits
-from dapo.rollout.forecast import Forecast, Odds, Rules
-from dapo.rollout.pending import Chances, GroupSampler, RolloutError, sample_seed
-from dapo.rollout.prompts import PromptStream, Visit
-from dapo.types import Engine, Group, Interrupted, Prompt, Request, Sampling, Stopped, StorageError
+from dapo.rollout.forecast import Forecast, Rules
+from dapo.rollout.pending import Chances, GroupSampler, RolloutError
+from dapo.rollout.prompts import PromptStream
+from dapo.rollout.saving import Resumable
+from dapo.types import Engine, Group, Interrupted, Prompt, Sampling, Stopped, StorageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LEAST_MIXED = 1e-6  # of the estimate, which divides
 PRIOR = 16  # groups: how much the estimate of the mixed fraction remembers of earlier steps
-# sampled after each weight sync, so that what servers report is compared with what the policy computes
-NUM_PROBES, PROBE_TOKENS = 4, 32
-FIRST_PROBE = 1 << 59  # group id, far from training's and evaluation's
 
 
 @dataclass(eq=False)
-class Rollouts:
-    """The main rank's side of sampling: engine, prompts, reward, and the groups carried from step to step."""
+class Rollouts(Resumable):
+    """The main rank's side of sampling: engine, prompts, reward, and groups that are open."""
 
     config: Config
     num_data_ranks: int  # data-parallel ranks that a step's batch is planned for
@@ -59,13 +54,11 @@ class Rollouts:
         rollout = self.config.rollout
         self.sampling = Sampling(rollout.temperature, rollout.max_response_length, self.stop_ids)
         self.num_empty_steps = 0
-        # groups that an earlier process asked for and that are not learnt from yet, in request order; without
-        # samples if they were unfinished
         self.carried: list[Group] = []
+        self.questions: dict[int, Question] = {}
         # estimate of the fraction of groups that are mixed; before any group: as configured
         self.mixed_fraction = min(1.0, rollout.prompts_per_step / rollout.prompts_per_round)
         self.forecast = Forecast(len(self.prompts.prompts), Rules.of(rollout))
-        self.questions: dict[int, Question] = {}  # of the carried groups, by id
         self.collector: Collector | None = None  # from the first batch on, with rollout.max_staleness
         self._samplers: list[GroupSampler] = []  # in use
         self.dumps = dump.Writer()
@@ -97,7 +90,9 @@ class Rollouts:
         self.dumps.check()
         rollout = self.config.rollout
         replayed = self._replayed(step)
-        probe = [] if replayed else self._probed()
+        asked = self.engine, self.prompts.prompts, self.sampling, self.config.run.seed
+        has_probe = rollout.max_staleness and self.config.engine.is_streaming and not replayed
+        probes = probe.sample(*asked) if has_probe else []
         buffer = replayed or (self.take(step) if rollout.max_staleness else self.collect(step))
         self.engine.release_memory()
         rewarded = self.reward.take_metrics()
@@ -118,7 +113,7 @@ class Rollouts:
         if self.collector:
             metrics |= self.collector.take_metrics()
         kept = [] if rollout.only else buffer.kept
-        return batch.shares(kept, self.config, self.num_data_ranks, metrics, version=step, probe=probe)
+        return batch.shares(kept, self.config, self.num_data_ranks, metrics, version=step, probe=probes)
 
     def _replayed(self, step: int) -> Buffer | None:
         """Return the step's buffer as rollout.replay has it, None where nothing is replayed."""
@@ -138,14 +133,9 @@ class Rollouts:
         self._put_carried_back()
         buffer = Buffer(rollout.prompts_per_step, rollout.dynamic_sampling)
         self.asking = asking = Asking(self.prompts, self.forecast, self.config.run.seed, step)
-        is_streaming = self.config.engine.is_streaming
-
-        def position() -> tuple[str, float]:
-            return self._position(step, len(buffer.kept))
-
-        with self._sampling(
-            rollout.group_size, self.sampling, position, self.reward, is_streaming, asking
-        ) as sampler:
+        streamed = self.config.engine.is_streaming, asking
+        asked = rollout.group_size, self.sampling, lambda: self._position(step, len(buffer.kept))
+        with self._sampling(*asked, self.reward, *streamed) as sampler:
             try:
                 self._request_more(buffer, sampler, asking)
                 while not buffer.is_full and not sampler.is_empty:  # empty: at the cap
@@ -158,7 +148,7 @@ class Rollouts:
             left = sampler.cancel()
         buffer.num_aborted = sum(not group.samples for group in left)
         buffer.surplus = [group for group in left if group.samples]
-        asking.settle(buffer.decided)
+        asking.finish_batch(buffer.decided)
         asking.undo()
         self._note_mixed(buffer)
         return buffer
@@ -173,26 +163,6 @@ class Rollouts:
         self._note_mixed(buffer, self.collector.num_overflown)
         return buffer
 
-    def _probed(self) -> list[Group]:
-        """Sample the probe, where a batch may hold no token of the current weights: a few prompts, always the
-        same, with the same seeds.
-        """
-        if not (self.config.rollout.max_staleness and self.config.engine.is_streaming):
-            return []
-        sampling = replace(self.sampling, max_tokens=min(PROBE_TOKENS, self.sampling.max_tokens))
-        groups = [Group(FIRST_PROBE + i, p) for i, p in enumerate(self.prompts.prompts[:NUM_PROBES])]
-        seed = self.config.run.seed
-        stream = self.engine.stream()
-        stream.submit(
-            Request(g.id, 0, g.prompt, sample_seed(seed, g.id, 0), sampling, is_urgent=True) for g in groups
-        )
-        try:
-            for sample in stream.completed():
-                groups[sample.group - FIRST_PROBE].samples.append(sample)
-        finally:
-            stream.abort()
-        return groups
-
     def sample(
         self,
         prompts: Sequence[Prompt],
@@ -204,11 +174,8 @@ class Rollouts:
     ) -> list[Group]:
         """Return one scored group for each prompt, in order. `title` begins the progress line."""
         groups: list[Group] = []
-
-        def position() -> tuple[str, float]:
-            return title, len(groups) / len(prompts)
-
-        with self._sampling(group_size, sampling, position, reward) as sampler:
+        asked = group_size, sampling, lambda: (title, len(groups) / len(prompts))
+        with self._sampling(*asked, reward) as sampler:
             sampler.request([Group(first_group + i, prompt) for i, prompt in enumerate(prompts)])
             while not sampler.is_empty:
                 sampler.wait()
@@ -218,74 +185,6 @@ class Rollouts:
     def waiting(self) -> str:
         """Say which groups and which responses are waited for."""
         return "; ".join([*(str(sampler.pending) for sampler in list(self._samplers)), self.engine.waiting()])
-
-    def save(self, directory: Path) -> None:
-        """Write everything that the next step depends on into `directory`, when nothing else is being
-        written.
-        """
-        self.dumps.finish()
-        with self._at_rest():
-            if self.collector:
-                self.asking.put_back_ahead()
-                self.carried, self.questions = self.collector.open_groups(), self.asking.questions
-            state, carried = self.state_dict(), self.carried
-        (directory / "rollouts.json").write_text(json.dumps(state))
-        dump.write_groups(directory / "carried.parquet", carried)
-        if self.forecast.asked.any():
-            record.write(directory / record.NAME, self.forecast, self.prompts.data)
-            record.write(self.config.run.dir / record.NAME, self.forecast, self.prompts.data)
-
-    def load(self, directory: Path) -> None:
-        """Read what `save` wrote.
-
-        Raises:
-            ConfigError: the data has changed under the run.
-        """
-        self.load_state_dict(read_state(directory), directory / record.NAME)
-        whole = {group.id: group for group in dump.read_groups(directory / "carried.parquet")}
-        for group in self.carried:
-            group.samples = whole[group.id].samples if group.id in whole else []
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state but for the samples of carried groups."""
-        return {
-            "prompts": self.prompts.state_dict(),
-            "num_empty_steps": self.num_empty_steps,
-            "mixed_share": self.mixed_fraction,
-            "carried": [
-                [group.id, visit.index, visit.epoch, [*odds]]
-                for group in self.carried
-                for visit, odds in [self.questions[group.id]]
-            ],
-        }
-
-    def load_state_dict(self, state: dict[str, Any], record_of_prompts: Path | None = None) -> None:
-        """Restore what `state_dict` returned, and the record that was written beside it.
-
-        Raises:
-            ConfigError: the data has changed under the run, or the record cannot be used.
-        """
-        self.prompts.load_state_dict(state["prompts"])
-        self.num_empty_steps = state["num_empty_steps"]
-        self.mixed_fraction = state["mixed_share"]
-        if record_of_prompts and record_of_prompts.exists():  # version 0.1.0 kept none
-            self._load_record(record_of_prompts)
-        self.carried, self.questions = [], {}
-        for id, index, *question in state["carried"]:
-            epoch, odds = question or (0, self.forecast.odds(np.array([index]), self.forecast.num_steps)[0])
-            self.carried.append(Group(id, self.prompts.prompts[index]))
-            self.questions[id] = Question(Visit(index, epoch, id), Odds(*odds))
-
-    def _load_record(self, path: Path) -> None:
-        """Read the record of prompts. One that does not fit is left, and a new one begins, if no forecast is
-        used: nothing depends on it.
-        """
-        try:
-            record.read(path, self.forecast, self.prompts.data)
-        except ConfigError as error:
-            if self.forecast.rules.is_used:
-                raise
-            print(f"warning: {error}; the record of prompts begins anew", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Stop the engine and the reward's processes; finish the dumps."""
@@ -368,10 +267,6 @@ class Rollouts:
             on_progress,
         )
 
-    def _at_rest(self) -> AbstractContextManager[object]:
-        """A block in which the collector changes nothing."""
-        return self.collector.changed if self.collector else nullcontext()
-
     def _position(self, step: int, num_kept: int) -> tuple[str, float]:
         wanted = self.config.rollout.prompts_per_step
         num_kept = min(num_kept, wanted)
@@ -394,7 +289,7 @@ class Rollouts:
         """Teach the forecast what became of the batch's groups, and let the collector ask for more. Return
         the asking's metrics.
         """
-        with self._at_rest():
+        with self.at_rest():
             self.asking.learn(buffer.decided)
             metrics = self.asking.ledger(buffer)
         if self.collector:
@@ -477,12 +372,6 @@ class Rollouts:
                 f"rollout.max_empty_steps={rollout.max_empty_steps} steps in a row without a mixed group, "
                 f"now {found}"
             )
-
-
-def read_state(directory: Path) -> dict[str, Any]:
-    """Read the `state_dict` that `Rollouts.save` wrote."""
-    state: dict[str, Any] = json.loads((directory / "rollouts.json").read_text())
-    return state
 
 
 def _with_heartbeats(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -61,7 +61,7 @@ def sampled(known: Forecast, rounds: int) -> tuple[float, float]:
                 group.samples = samples(group, right)
             num_samples += len(group.samples)
             buffer.offer(group)
-        asking.settle(buffer.decided)
+        asking.finish_batch(buffer.decided)
         num_mixed += len(buffer.kept)
         saved += asking.ledger(buffer).get("forecast/samples_saved", 0.0)
     return num_samples / num_mixed, saved / num_mixed

@@ -1,0 +1,30 @@
+"""Samples a few short responses to the same prompts after each weight sync: a batch may hold no token of the
+current weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from dapo.rollout.pending import sample_seed
+from dapo.types import Engine, Group, Prompt, Request, Sampling
+
+NUM_PROMPTS, MAX_TOKENS = 4, 32
+FIRST_GROUP = 1 << 59  # group id, far from training's and evaluation's
+
+
+def sample(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, run_seed: int) -> list[Group]:
+    """Return groups of one response to each of the first prompts."""
+    short = replace(sampling, max_tokens=min(MAX_TOKENS, sampling.max_tokens))
+    groups = [Group(FIRST_GROUP + i, prompt) for i, prompt in enumerate(prompts[:NUM_PROMPTS])]
+    stream = engine.stream()
+    stream.submit(
+        Request(g.id, 0, g.prompt, sample_seed(run_seed, g.id, 0), short, is_urgent=True) for g in groups
+    )
+    try:
+        for found in stream.completed():
+            groups[found.group - FIRST_GROUP].samples.append(found)
+    finally:
+        stream.abort()
+    return groups
