@@ -10,7 +10,7 @@ import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +38,7 @@ from benchmarks.streaming import (
 from dapo import config as configs
 from dapo.reward.pool import Decoder, Reward
 from dapo.rollout.collector import Collector, age
+from dapo.rollout.pending import Chances
 from dapo.rollout.prompts import PromptStream
 from dapo.rollout.rollouts import Rollouts
 from dapo.types import Group, Prompt, Sample
@@ -84,8 +85,8 @@ class Servers(SimulatedServers):
 class ByCount(Collector):
     """Counts groups that have not had their turn as if all were mixed: no group is ever too old."""
 
-    def _chance(self, num_kept: int) -> Callable[[Group], float]:
-        return lambda group: 1.0
+    def _chances(self) -> tuple[Callable[[Group], float], Chances]:
+        return lambda group: 1.0, Chances.alike(len(self.sampler.pending.unknown), 1.0)
 
 
 class Discarding(Collector):
@@ -162,8 +163,7 @@ def run(case: Case) -> dict[str, float]:
             collector.sampler.pending = FirstFinished(G)
         again = collector._ask_again
 
-        def ask_again(groups: Iterable[Group]) -> None:
-            groups = list(groups)
+        def ask_again(groups: list[Group]) -> None:
             thrown[0] += sum(sample.length for group in groups for sample in group.samples)
             again(groups)
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from dapo import config
 from dapo.clock import waiting
@@ -43,6 +43,40 @@ class Limits:
         return group.is_mixed or not self.is_dynamic
 
 
+class Turned:
+    """Groups whose turn has come, in request order; and how many are kept, and their samples."""
+
+    def __init__(self, limits: Limits):
+        self.limits = limits
+        self.groups: deque[Group] = deque()
+        self.num_kept = self.num_samples = 0
+
+    def append(self, group: Group) -> None:
+        self.groups.append(group)
+        self._count(group, 1)
+
+    def put_back(self, groups: Sequence[Group]) -> None:
+        """Put groups before the others."""
+        self.groups.extendleft(reversed(groups))
+        for group in groups:
+            self._count(group, 1)
+
+    def take(self, count: int) -> list[Group]:
+        """Remove and return the first ones."""
+        groups = [self.groups.popleft() for _ in range(count)]
+        for group in groups:
+            self._count(group, -1)
+        return groups
+
+    def remove(self, group: Group) -> None:
+        self.groups.remove(group)
+        self._count(group, -1)
+
+    def _count(self, group: Group, sign: int) -> None:
+        self.num_kept += sign * self.limits.is_kept(group)
+        self.num_samples += sign * len(group.samples)
+
+
 @dataclass(eq=False)
 class Collector:
     """Keeps so many groups open, requested and not taken yet, that their mixed ones will do for the steps up
@@ -68,11 +102,10 @@ class Collector:
     is_interrupted: Callable[[], bool] = lambda: False
     # called while `take` waits, with its step and the number of mixed groups in the queue
     on_progress: Callable[[int, int], None] = lambda step, num_kept: None
-    # groups whose turn has come, in request order
-    queue: deque[Group] = field(default_factory=deque)
     num_overflown: int = 0  # since the last batch
 
     def __post_init__(self) -> None:
+        self.turned = Turned(self.limits)
         self.changed = threading.Condition(self.sampler.lock)
         self.failure: BaseException | None = None
         self.next_step = self.version  # that has no batch yet
@@ -106,12 +139,12 @@ class Collector:
                 if self.failure:
                     raise self.failure
                 waiting()  # engine and reward have timeouts of their own
-                self.on_progress(step, sum(map(self.limits.is_kept, self.queue)))
+                self.on_progress(step, self.turned.num_kept)
                 if self._thread:
                     self.changed.wait(CHECK_EVERY)
                 else:
                     self.turn()
-            self._taken = [self.queue.popleft() for _ in range(batch)]
+            self._taken = self.turned.take(batch)
             buffer = Buffer(self.limits.capacity, self.limits.is_dynamic)
             buffer.fill(self._taken)
             oldest = max((age(group, step) for group in buffer.kept), default=0)
@@ -159,7 +192,7 @@ class Collector:
     def put_back(self) -> None:
         """Put the last batch back: its step failed."""
         with self.changed:
-            self.queue.extendleft(reversed(self._taken))
+            self.turned.put_back(self._taken)
             self.next_step -= 1
             self.asking.recent[:0] = self.asking.passed
             self.asking.passed.clear()
@@ -171,7 +204,7 @@ class Collector:
             group if group.id in scored else Group(group.id, group.prompt)
             for group in self.sampler.pending.groups
         ]
-        return [*self.queue, *waiting, *self._lost]
+        return [*self.turned.groups, *waiting, *self._lost]
 
     def _resume(self) -> None:
         if self._thread:
@@ -218,7 +251,8 @@ class Collector:
             return not self.is_closed
 
     def _queue_and_ask(self) -> None:
-        self.queue.extend(self.sampler.ready())
+        for group in self.sampler.ready():
+            self.turned.append(group)
         self.changed.notify_all()
         if self.is_streaming or not self.sampler.pending.num_outstanding:
             self.sampler.request(list(self._lacking()))
@@ -226,12 +260,9 @@ class Collector:
     def _lacking(self) -> Iterator[Group]:
         """Yield new groups until there will be enough mixed ones, or as many samples as the cap allows."""
         pending, limits = self.sampler.pending, self.limits
-        num_kept = sum(map(limits.is_kept, self.queue))
-        chance = self._chance(num_kept)
-        num_kept += pending.num_mixed if limits.is_dynamic else len(pending.scored)
-        chances = Chances(map(chance, pending.unknown))
-        num_samples = sum(len(group.samples) for group in self.queue)
-        num_samples += len(pending.groups) * pending.group_size
+        num_kept = self.turned.num_kept + (pending.num_mixed if limits.is_dynamic else len(pending.scored))
+        chance, chances = self._chances()
+        num_samples = self.turned.num_samples + len(pending.groups) * pending.group_size
         num_steps = min(self.version + limits.max_staleness + 1, limits.steps) - self.next_step
         while num_kept + chances.most(DEVIATIONS) < num_steps * limits.capacity:
             if num_samples + pending.group_size > num_steps * limits.most_samples:
@@ -241,15 +272,16 @@ class Collector:
             num_samples += pending.group_size
             yield group
 
-    def _chance(self, num_kept: int) -> Callable[[Group], float]:
-        """Return the chance that a group which has not had its turn is kept."""
+    def _chances(self) -> tuple[Callable[[Group], float], Chances]:
+        """Return the chance that a group without a verdict is kept, and the chances of all of those."""
+        unknown = self.sampler.pending.unknown
         if self.asking.has_forecast:
-            return self.asking.chance
+            return self.asking.chance, Chances(map(self.asking.chance, unknown))
         again = (
             self.num_overflown
         )  # all of them mixed: without them the fraction would fall, and more be asked
-        fraction = self.estimate(num_kept + again, len(self.queue) + again)
-        return lambda group: fraction
+        fraction = self.estimate(self.turned.num_kept + again, len(self.turned.groups) + again)
+        return lambda group: fraction, Chances.alike(len(unknown), fraction)
 
     def _raise_failure(self) -> None:
         """Raise what new weights do not mend."""
@@ -260,22 +292,25 @@ class Collector:
 
     def _batch(self, step: int) -> int:
         """Return how many groups of the queue make a batch; 0: not enough have had their turn."""
-        self._ask_again(group for group in list(self.queue) if self._is_too_old(group, step))
+        limits, turned = self.limits, self.turned
+        room = limits.most_samples - self.sampler.group_size  # for samples, so that another group has room
+        if turned.num_kept < limits.capacity and turned.num_samples <= room:
+            return 0
+        self._ask_again([group for group in turned.groups if self._is_too_old(group, step)])
         num_kept = num_samples = 0
-        for i, group in enumerate(self.queue, start=1):
-            num_kept += self.limits.is_kept(group)
+        for i, group in enumerate(turned.groups, start=1):
+            num_kept += limits.is_kept(group)
             num_samples += len(group.samples)
-            is_at_cap = num_samples + self.sampler.group_size > self.limits.most_samples
-            if num_kept == self.limits.capacity or is_at_cap:
+            if num_kept == limits.capacity or num_samples > room:
                 return i
         return 0
 
     def _is_too_old(self, group: Group, step: int) -> bool:
         return self.limits.is_kept(group) and age(group, step) > self.limits.max_staleness
 
-    def _ask_again(self, groups: Iterable[Group]) -> None:
-        for group in list(groups):
-            self.queue.remove(group)
+    def _ask_again(self, groups: list[Group]) -> None:
+        for group in groups:
+            self.turned.remove(group)
             self.num_overflown += 1
             self.sampler.request([Group(group.id, group.prompt)])
             self.changed.notify_all()

@@ -282,6 +282,13 @@ class Chances:
         for chance in chances:
             self.add(chance)
 
+    @classmethod
+    def alike(cls, count: int, chance: float) -> Chances:
+        """Return the chances of so many groups with the same chance."""
+        chances = cls()
+        chances.mean, chances.variance = count * chance, count * chance * (1 - chance)
+        return chances
+
     def add(self, chance: float) -> None:
         """Add a group with this chance."""
         self.mean += chance

@@ -231,7 +231,7 @@ def test_generation_goes_on_between_two_batches(tmp_path: Path) -> None:
     system.most_turns = 200
     system.make_step()
     for _ in range(6):
-        assert sum(group.is_mixed for group in system.collector.queue) >= 2
+        assert sum(group.is_mixed for group in system.collector.turned.groups) >= 2
         begun = len(system.engine.history)
         system.rollouts.load_weights([], system.step)
         before = len(system.engine.history)
@@ -325,8 +325,9 @@ def test_servers_that_lost_their_weights_get_their_requests_again(
     assert not system.engine.outstanding, "what nobody waits for is aborted"
     still_open = ids(system.collector.open_groups())
     if is_before_the_batch:
-        while system.collector.queue:
-            system.collector._lost.insert(0, system.collector.queue.pop())
+        while groups := system.collector.turned.groups:
+            system.collector._lost.insert(0, groups[-1])
+            system.collector.turned.remove(groups[-1])
         with pytest.raises(WeightsLost):
             system.rollouts.take(1)
     system.rollouts.load_weights([], 1)
@@ -352,7 +353,7 @@ def test_an_interruption_is_noticed_where_a_batch_is_ready(tmp_path: Path) -> No
     system = System(tmp_path, 5, "rollout.max_staleness=2")
     system.most_turns = 200
     system.make_step()
-    assert sum(group.is_mixed for group in system.collector.queue) >= 4
+    assert sum(group.is_mixed for group in system.collector.turned.groups) >= 4
     interrupt = InterruptAfter(1)
     system.collector.is_interrupted = interrupt
     before = ids(system.collector.open_groups())
