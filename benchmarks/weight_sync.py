@@ -4,7 +4,8 @@ the same machine.
 OMP_NUM_THREADS=1 python benchmarks/weight_sync.py PYTHON DIR [pause]
 
 starts a server as a run does, of the SGLang that PYTHON has (`make sglang-cpu` prints one), with a random
-Qwen2 of 0.7 GB, made in DIR. With "pause" only how long the server pauses, also with a slow source of weights.
+Qwen2 of 0.7 GB, made in DIR. With "pause" only how long the server pauses, also with weights from a slow
+source.
 """
 
 from __future__ import annotations
@@ -227,7 +228,7 @@ def measure(
     num_bytes, bucket = sum(tensor.nbytes for tensor in weights.values()), mib << 20
     raws: dict[str, Callable[[], Any]] = {
         "broadcast": lambda: RawBroadcast(num_bytes, bucket, RUNS + WARM_UP),
-        "disk": lambda: RawDisk(scratch, num_bytes, bucket),
+        "disk": lambda: RawDisk(Path(tempfile.mkdtemp(dir=scratch)), num_bytes, bucket),
         "tensor": lambda: RawPickle(num_bytes, bucket),
     }
     raw = raws[kind]()
@@ -331,10 +332,10 @@ def measure_all(server: Server, model: Path, only_pause: bool) -> None:
         "The trainer is one process that has the full tensors: gathering them over ranks is not in this.\n\n"
         "*nothing loaded*: to a process that takes weights by SGLang's calls and does nothing with them. "
         "*MiB*: of a bucket. "
-        "*sync*: prepare to continue. *server pause*: from the first call that pauses generation until it goes "
-        "on; *of sync*: of the medians. *source of … s*: tensors come from a generator that sleeps so long in "
-        "all, as gathering over ranks may take. *carry*: of that from the first tensor until the server has loaded the "
-        "last. "
+        "*sync*: prepare to continue. *server pause*: from the first call that pauses generation until it "
+        "goes on; *of sync*: of the medians. *source of … s*: tensors come from a generator that sleeps so "
+        "long in all, as gathering over ranks may take. "
+        "*carry*: of the sync from the first tensor until the server has loaded the last. "
         "*server*: how long the calls took that carry weights, or name files. "
         "*raw send*: the same bytes and nothing else: gloo broadcasts of a bucket's size from the weights' "
         "memory into one buffer of "

@@ -123,6 +123,50 @@ def test_generation_pauses_before_the_first_weight_and_goes_on_after_the_cache_i
     assert updates > 1 or kind == "disk"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_servers_generate_until_the_first_bucket_is_filled_or_all_files_are_written(
+    kind: str, servers: list[WeightServer], start: Any, tmp_path: Path
+) -> None:
+    sync, drawn, at_pause = start(kind), list[str](), list[tuple[int, bool]]()
+    num_weights, plain = len(make_weights(1)), servers[0].post
+
+    def post(path: str, body: dict[str, Any]) -> None:
+        if path == "/pause_generation":
+            at_pause.append((len(drawn), (tmp_path / "weights/000001/model.safetensors.index.json").exists()))
+        plain(path, body)
+
+    servers[0].post = post  # type: ignore[method-assign]
+    sync.prepare(1)
+    assert servers[0].calls == ["/init_weights_update_group"] * 2 * (kind == "broadcast")
+    sync.load((drawn.append(name) or (name, tensor) for name, tensor in make_weights(1)), 1)
+    [(num_drawn, is_written)] = at_pause
+    if kind == "disk":
+        assert num_drawn == num_weights and is_written
+    else:
+        assert 1 <= num_drawn < num_weights, "the rest is gathered while buckets travel"
+    assert not servers[0].is_paused and len(drawn) == num_weights
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_servers_go_on_with_the_old_weights_if_gathering_fails_at_once(
+    kind: str, servers: list[WeightServer], start: Any
+) -> None:
+    sync = start(kind)
+    sync.load(iter(make_weights(1)), 1)
+
+    def broken() -> Iterator[tuple[str, torch.Tensor]]:
+        yield make_weights(2)[0]
+        raise ValueError("no memory")
+
+    with pytest.raises(ValueError, match="no memory"):
+        sync.load(broken(), 2)
+    for server in servers:
+        assert_holds(server, 1)
+    sync.load(iter(make_weights(3)), 3)
+    for server in servers:
+        assert_holds(server, 3)
+
+
 REFUSABLE = [(kind, "/pause_generation") for kind in KINDS] + [
     ("broadcast", "/begin_weight_update"),
     ("tensor", "/begin_weight_update"),
@@ -131,14 +175,16 @@ REFUSABLE = [(kind, "/pause_generation") for kind in KINDS] + [
 
 
 @pytest.mark.parametrize(("kind", "path"), REFUSABLE)
-def test_a_refusal_is_known_before_a_weight_is_asked_for(
+def test_a_refusal_is_known_before_a_weight_is_sent(
     kind: str, path: str, servers: list[WeightServer], start: Any
 ) -> None:
     servers[1].faults[path] = ["refuse", "refuse"]
     sync, drawn = start(kind, timeout=3), []
     with pytest.raises(EngineError, match=f"{servers[1].url}{path} answered 400.*not today"):
         sync.load((drawn.append(name) or (name, tensor) for name, tensor in make_weights(1)), 1)
-    assert drawn == []
+    if path == "/init_weights_update_group":
+        assert drawn == [], "before a rank enters a collective"
+    assert not any(server.weights for server in servers)
     servers[1].faults.clear()
     sync.load(iter(make_weights(2)), 2)
     for server in servers:
@@ -312,7 +358,7 @@ def test_a_refusal_of_many_lines_is_quoted_as_one(servers: list[WeightServer], s
     with pytest.raises(
         EngineError, match=f"{servers[0].url}/pause_generation refused: out of memory"
     ) as error:
-        start("tensor").prepare(0)
+        start("tensor").load(iter(make_weights(0)), 0)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
