@@ -79,7 +79,7 @@ class Client:
         http.loop().call_soon_threadsafe(self._abandon, jobs)
 
     def begin_load(self, version: int) -> None:
-        """Note that weights `version` are on their way: the next answers may be theirs, or of those before."""
+        """Note that weights `version` are on their way: the next answers may be theirs, or older ones'."""
         self.is_loading = True
         self.version = version
 
