@@ -1,10 +1,11 @@
 """Weights from a trainer to a real SGLang server, by each transport, against a raw copy of the same bytes on
 the same machine.
 
-OMP_NUM_THREADS=1 python benchmarks/weight_sync.py PYTHON DIR
+OMP_NUM_THREADS=1 python benchmarks/weight_sync.py PYTHON DIR [pause]
 
 starts a server as a run does, of the SGLang that PYTHON has (`make sglang-cpu` prints one), with a random
-Qwen2 of 0.7 GB, made in DIR.
+Qwen2 of 0.7 GB, made in DIR. With "pause" only how long the server pauses, also with weights from a slow
+source.
 """
 
 from __future__ import annotations
@@ -38,14 +39,16 @@ from dapo.engine.weight_sync import make_sync
 
 RUNS = 7
 WARM_UP = 3  # runs: a virtual machine is slow to hand out memory that it has not used before
+GATHER = 2.0  # seconds that a slow source takes for all weights, as gathering a large model does
 CASES = [
-    ("broadcast", 24),
-    ("broadcast", 64),
-    ("broadcast", 96),
-    ("broadcast", 128),
-    ("disk", 64),
-    ("tensor", 64),
-]  # MiB: of a bucket
+    ("broadcast", 24, 0.0),
+    ("broadcast", 64, 0.0),
+    ("broadcast", 96, 0.0),
+    ("broadcast", 128, 0.0),
+    ("disk", 64, 0.0),
+    ("tensor", 64, 0.0),
+]  # transport, MiB of a bucket, seconds of the source
+PAUSE_CASES = [(kind, 64, gather) for kind in ("broadcast", "disk") for gather in (0.0, GATHER)]
 TAKER = """
 import sys, torch
 from collections import defaultdict
@@ -196,6 +199,15 @@ class RawPickle:
             pickle.loads(self.pickled)
 
 
+def source(weights: dict[str, Tensor], gather: float) -> Iterator[tuple[str, Tensor]]:
+    """The weights; each after a sleep in proportion to its size, `gather` seconds for all."""
+    num_bytes = sum(tensor.nbytes for tensor in weights.values())
+    for name, tensor in weights.items():
+        if gather:
+            time.sleep(gather * tensor.nbytes / num_bytes)
+        yield name, tensor
+
+
 @contextlib.contextmanager
 def taker() -> Iterator[Server]:
     """A process that takes weights by SGLang's calls and does nothing with them: what is left is the
@@ -210,19 +222,20 @@ def taker() -> Iterator[Server]:
 
 
 def measure(
-    kind: Any, mib: int, server: Server, weights: dict[str, Tensor], scratch: Path, model: Path
+    kind: Any, mib: int, gather: float, server: Server, weights: dict[str, Tensor], scratch: Path, model: Path
 ) -> list[str]:
     """A row of the table."""
     num_bytes, bucket = sum(tensor.nbytes for tensor in weights.values()), mib << 20
     raws: dict[str, Callable[[], Any]] = {
         "broadcast": lambda: RawBroadcast(num_bytes, bucket, RUNS + WARM_UP),
-        "disk": lambda: RawDisk(scratch, num_bytes, bucket),
+        "disk": lambda: RawDisk(Path(tempfile.mkdtemp(dir=scratch)), num_bytes, bucket),
         "tensor": lambda: RawPickle(num_bytes, bucket),
     }
     raw = raws[kind]()
     options: dict[str, Any] = dict(bucket_bytes=bucket, device=torch.device("cpu"), timeout=600)
     sync = make_sync(kind, lambda: [server], directory=scratch / "weights", model=model, **options)
-    commit, post, carried, waits = sync.transport.commit, server.post, [], []  # type: ignore[var-annotated]
+    commit, post = sync.transport.commit, server.post
+    carried, waits, paused = list[float](), list[float](), list[float]()
 
     def timed_commit(version: int) -> None:
         commit(version)
@@ -231,6 +244,10 @@ def measure(
     def timed_post(path: str, *arguments: Any, **keywords: Any) -> Any:
         start = time.perf_counter()
         answer = post(path, *arguments, **keywords)
+        if path == "/pause_generation":
+            paused.append(start)
+        elif path == "/continue_generation":
+            paused[-1] = time.perf_counter() - paused[-1]
         waits.append(time.perf_counter() - start if "weights_from" in path else 0.0)
         return answer
 
@@ -243,10 +260,11 @@ def measure(
         start = time.perf_counter()
         sync.prepare(version)
         prepared = time.perf_counter()
-        sync.load(iter(weights.items()), version)
+        sync.load(source(weights, gather), version)
         rows.append(
             (
                 time.perf_counter() - start,
+                paused[-1],
                 carried[-1] - prepared,
                 sum(waits),
                 (resident("VmHWM") - before) / bucket,
@@ -255,7 +273,7 @@ def measure(
         )
     sync.close()
     server.post = post  # type: ignore[method-assign]
-    whole, carry, waited, extra, send, copy = zip(*rows[WARM_UP:], strict=True)
+    whole, pause, carry, waited, extra, send, copy = zip(*rows[WARM_UP:], strict=True)
     shares = [f"{statistics.median(of) / statistics.median(carry):.0%}" for of in (send, copy)]
     speed = spread([num_bytes / s / 1e9 for s in carry], 2)
     times = [spread(values, 2) for values in (send, copy)]
@@ -264,6 +282,8 @@ def measure(
         kind,
         str(mib),
         spread(whole, 2),
+        spread(pause, 2),
+        f"{statistics.median(pause) / statistics.median(whole):.0%}",
         spread(carry, 2),
         speed,
         server_time,
@@ -273,7 +293,7 @@ def measure(
     ]
 
 
-def main(python: str, directory: Path) -> None:
+def main(python: str, directory: Path, only: str = "") -> None:
     model = directory / "model"
     if not model.exists():
         make_model(model)
@@ -282,22 +302,23 @@ def main(python: str, directory: Path) -> None:
     servers = make_servers(Config.model_validate(options | {"policy": {"model": model, "dtype": "float32"}}))
     try:
         servers.wait()
-        measure_all(servers.workers[0], model)
+        measure_all(servers.workers[0], model, only == "pause")
     finally:
         servers.close()
 
 
-def measure_all(server: Server, model: Path) -> None:
+def measure_all(server: Server, model: Path, only_pause: bool) -> None:
     torch.set_num_threads(1)
     weights = {name: tensor.clone() for name, tensor in load_file(model / "model.safetensors").items()}
     scratch = Path(tempfile.mkdtemp(dir=model.parent))
     rows = []
     with taker() as other:
-        for kind, mib in CASES:
-            receivers = {"": server} | ({", nothing loaded": other} if kind == "broadcast" else {})
+        for kind, mib, gather in PAUSE_CASES if only_pause else CASES:
+            is_carried = kind == "broadcast" and not only_pause
+            receivers = {"": server} | ({", nothing loaded": other} if is_carried else {})
             for name, receiver in receivers.items():
-                row = measure(kind, mib, receiver, weights, scratch, model)
-                rows.append([row[0] + name, *row[1:]])
+                row = measure(kind, mib, gather, receiver, weights, scratch, model)
+                rows.append([row[0] + (f", source of {gather:.0f} s" if gather else name), *row[1:]])
                 print(*rows[-1], flush=True)
     shutil.rmtree(scratch)
     about, num_bytes = server.get("/server_info"), sum(tensor.nbytes for tensor in weights.values())
@@ -311,8 +332,10 @@ def measure_all(server: Server, model: Path) -> None:
         "The trainer is one process that has the full tensors: gathering them over ranks is not in this.\n\n"
         "*nothing loaded*: to a process that takes weights by SGLang's calls and does nothing with them. "
         "*MiB*: of a bucket. "
-        "*sync*: prepare to continue. *carry*: of that from the first tensor until the server has loaded the "
-        "last. "
+        "*sync*: prepare to continue. *server pause*: from the first call that pauses generation until it "
+        "goes on; *of sync*: of the medians. *source of … s*: tensors come from a generator that sleeps so "
+        "long in all, as gathering over ranks may take. "
+        "*carry*: of the sync from the first tensor until the server has loaded the last. "
         "*server*: how long the calls took that carry weights, or name files. "
         "*raw send*: the same bytes and nothing else: gloo broadcasts of a bucket's size from the weights' "
         "memory into one buffer of "
@@ -322,10 +345,21 @@ def measure_all(server: Server, model: Path) -> None:
         "the medians. *extra*: the "
         "trainer's peak resident memory during a sync above that before it, in buckets.\n\n"
     )
-    header = ["", "MiB", "sync s", "carry s", "carry GB/s", "server s", "raw send s", "raw copy s"]
+    header = [
+        "",
+        "MiB",
+        "sync s",
+        "server pause s",
+        "of sync",
+        "carry s",
+        "carry GB/s",
+        "server s",
+        "raw send s",
+        "raw copy s",
+    ]
     header += ["send / carry", "copy / carry", "extra"]
-    save("weight_sync_cpu.md", text + table(header, rows))
+    save("weight_sync_pause_cpu.md" if only_pause else "weight_sync_cpu.md", text + table(header, rows))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]).resolve())
+    main(sys.argv[1], Path(sys.argv[2]).resolve(), *sys.argv[3:])

@@ -56,6 +56,7 @@ class Client:
 
     def __post_init__(self) -> None:
         self.version = UNKNOWN_VERSION  # of the weights that were last sent
+        self.loaded_version = UNKNOWN_VERSION  # of those that all servers generate with, or newer ones
         self.is_loading = False
         self.is_closed = False
         self.failure: BaseException | None = None  # the first one: every stream raises it
@@ -78,7 +79,7 @@ class Client:
         http.loop().call_soon_threadsafe(self._abandon, jobs)
 
     def begin_load(self, version: int) -> None:
-        """Note that weights `version` are on their way: the next answers may be theirs."""
+        """Note that weights `version` are on their way: the next answers may be theirs, or older ones'."""
         self.is_loading = True
         self.version = version
 

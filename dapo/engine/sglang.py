@@ -62,6 +62,7 @@ class SGLangEngine:
                 self.sync.load(weights, version)
                 self.servers.serve()
             http.wait(self.client.update_endpoints())
+            self.client.loaded_version = version
         finally:
             self.client.end_load()
 
@@ -125,7 +126,7 @@ class SGLangStream:
         self.outcomes: queue.SimpleQueue[tuple[Job, Sample] | None] = queue.SimpleQueue()
 
     def submit(self, requests: Iterable[Request]) -> None:
-        jobs = [Job(request, self.client.version, self.outcomes) for request in requests]
+        jobs = [Job(request, self.client.loaded_version, self.outcomes) for request in requests]
         for job in jobs:
             assert job.request.id not in self.jobs, f"request {job.request.id} is outstanding already"
             self.jobs[job.request.id] = job

@@ -28,11 +28,10 @@ SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16
 
 
 class Transport:
-    """Sends buckets: `open`, then `start` for each bucket, then `commit`; after a failure, `forget`.
+    """Sends buckets: `open`, `store`, `send`, `commit`; after a failure, `forget`.
 
-    At most two buckets are on their way: the function that a `start` returns is called after the next `start`
-    and before the one after that. Each wait has a timeout, in seconds. Buckets are filled on `device`. Every
-    method may raise EngineError with the server and its answer.
+    Servers generate until `store` returns, and pause from then on. Each wait has a timeout, in seconds.
+    Buckets are filled on `device`. Every method may raise EngineError with the server and its answer.
     """
 
     needs_session = True  # if the server has sessions
@@ -46,6 +45,18 @@ class Transport:
 
     def open(self, peers: list[Peer]) -> None:
         self.peers = peers
+
+    def store(self, made: Iterator[Bucket], version: int) -> None:
+        """Take the buckets that need no server yet: none, if they go straight to the servers."""
+
+    def send(self, made: Iterator[Bucket]) -> None:
+        """Start bucket after bucket, one while the next is filled. On return nothing holds their memory."""
+        finish: Callable[[], object] = dict  # waits for the bucket before; the first has none
+        for bucket in made:
+            started = self.start(bucket)
+            finish()
+            finish = started
+        finish()
 
     def start(self, bucket: Bucket) -> Callable[[], object]:
         """Begin to send a bucket. Return a function that waits until its memory may be filled anew."""
@@ -90,6 +101,19 @@ class Disk(Transport):
                 if is_small and not path.name.endswith(".index.json"):
                     shutil.copy2(path, self.partial / path.name)
 
+    def store(self, made: Iterator[Bucket], version: int) -> None:
+        self.send(made)
+        names = {name: _file_name(i) for i, file in enumerate(self.files, start=1) for name in file}
+        index = {"metadata": {"total_size": self.num_bytes}, "weight_map": names}
+        whole = self._whole(version)
+        with _writing(whole):
+            (self.partial / "model.safetensors.index.json").write_text(json.dumps(index))
+            shutil.rmtree(whole, ignore_errors=True)
+            os.rename(self.partial, whole)
+        for old in self.directory.iterdir():  # servers have read it
+            if old != whole:
+                shutil.rmtree(old, ignore_errors=True)
+
     def start(self, bucket: Bucket) -> Callable[[], object]:
         self.files.append([part.name for part in bucket.parts])
         self.num_bytes += len(bucket.data)
@@ -98,21 +122,15 @@ class Disk(Transport):
         return lambda: wait_for_all([writing], self.timeout, f"writing weights to {path}")
 
     def commit(self, version: int) -> None:
-        names = {name: _file_name(i) for i, file in enumerate(self.files, start=1) for name in file}
-        index = {"metadata": {"total_size": self.num_bytes}, "weight_map": names}
-        whole = self.directory / f"{version:06}"
-        with _writing(whole):
-            (self.partial / "model.safetensors.index.json").write_text(json.dumps(index))
-            shutil.rmtree(whole, ignore_errors=True)
-            os.rename(self.partial, whole)
-        path, call = "/update_weights_from_disk", {"model_path": str(whole), "flush_cache": False}
+        path = "/update_weights_from_disk"
+        call = {"model_path": str(self._whole(version)), "flush_cache": False}
         on_all(self.peers, lambda peer: peer.server.post(path, call, self.timeout, SUCCESS))
-        for old in self.directory.iterdir():
-            if old != whole:
-                shutil.rmtree(old, ignore_errors=True)
 
     def forget(self) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _whole(self, version: int) -> Path:
+        return self.directory / f"{version:06}"
 
 
 class Tensors(Transport):

@@ -1,9 +1,10 @@
 """Brings π_θ to the servers by any transport (transports.py, broadcast.py). The order of the calls:
 
-prepare: inspect every server, pause its generation, open its update. A server that refuses does so here,
-         before any rank enters a collective.
-load:    bucket by bucket; then free the buckets, resume and flush the caches, set the weight version and read
-         it back, compare checksums, continue generation.
+prepare: inspect every server, connect with it. One that is not there, or not fit, is found here, before any
+         rank enters a collective.
+load:    fill the first bucket, or write all files, while servers generate. Then pause generation, open the
+         update, send bucket by bucket; free the buckets, resume and flush the caches, set the weight version
+         and read it back, compare checksums, continue generation.
 
 Responses in progress are retracted, not lost: they continue with the new weights, and their `weight_versions`
 say which version wrote each token.
@@ -11,7 +12,8 @@ say which version wrote each token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,9 +21,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dapo.clock import timed
 from dapo.config import ConfigError
 from dapo.engine.broadcast import Broadcast
-from dapo.engine.buckets import buckets
+from dapo.engine.buckets import Bucket, buckets
 from dapo.engine.checksums import Checksums
 from dapo.engine.control import NOTHING, SUCCESS, Fields, Json, Server, on_all
 from dapo.engine.transports import Disk, Tensors, Transport
@@ -69,13 +72,14 @@ class WeightSync:
         self._weightless -= restarted
         self._cacheless -= restarted
         self._resume(["weights"], self._weightless)
-        self._post(self.workers, "/pause_generation", {"mode": "retract"}, STATUS)
-        on_all(self._in_session(), self._begin)
         self.transport.open(self.peers)
         self.prepared = version
 
     def load(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Send the weights to every server, after `prepare`. On return all of them generate with these."""
+        """Send the weights to every server, after `prepare`. On return all of them generate with these.
+
+        Servers generate until there is something to load.
+        """
         if self.prepared != version:
             self.prepare(version)
         self.prepared, self._synced = None, {}
@@ -83,7 +87,16 @@ class WeightSync:
         device = self.peers[0].device
         checksums = Checksums(tensor_ranks, self.num_kv_heads, device, self.num_experts)
         watched = checksums.watch(weights) if self.verify else weights
-        self._send(watched)
+        made = buckets(watched, self.transport.bucket_bytes, self.transport.device)
+        self.transport.store(made, version)
+        self._replace(_begun(made), version, checksums)
+
+    @timed("pause")
+    def _replace(self, made: Iterator[Bucket], version: int, checksums: Checksums) -> None:
+        """Do what generation pauses for."""
+        self._post(self.workers, "/pause_generation", {"mode": "retract"}, STATUS)
+        on_all(self._in_session(), self._begin)
+        self.transport.send(made)
         self.transport.commit(version)
         if torch.cuda.is_initialized():  # servers on this GPU take the memory of buckets and the last weight
             torch.cuda.ipc_collect()
@@ -111,15 +124,6 @@ class WeightSync:
 
     def close(self) -> None:
         self.transport.close()
-
-    def _send(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Send bucket by bucket, one while the next is filled. On return nothing holds their memory."""
-        finish: Callable[[], object] = dict  # waits for the bucket before; the first has none
-        for bucket in buckets(weights, self.transport.bucket_bytes, self.transport.device):
-            started = self.transport.start(bucket)
-            finish()
-            finish = started
-        finish()
 
     def _release(self, peer: Peer) -> None:
         """Free the server's memory and note it at once, because another server's failure ends `release`."""
@@ -186,6 +190,18 @@ class WeightSync:
         self, servers: Sequence[Server], path: str, body: Json | None = None, fields: Fields = NOTHING
     ) -> None:
         on_all(servers, lambda server: server.post(path, body, self.timeout, fields))
+
+
+def _begun(made: Iterator[Bucket]) -> Iterator[Bucket]:
+    """Return the same buckets, of which the first is filled before this returns."""
+    first = list(itertools.islice(made, 1))
+
+    def rest() -> Iterator[Bucket]:
+        while first:
+            yield first.pop()  # and holds it no more
+        yield from made
+
+    return rest()
 
 
 def make_sync(

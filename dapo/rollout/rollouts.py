@@ -65,7 +65,7 @@ class Rollouts(Resumable):
 
     @timed("sync")
     def prepare_weights(self, version: int) -> None:
-        """Have the engine refuse now what it would refuse in `load_weights`."""
+        """Have the engine refuse now what it can refuse before the weights are there."""
         self.engine.prepare_weights(version)
 
     @timed("sync")

@@ -350,6 +350,19 @@ def test_a_response_over_a_weight_update_says_which_version_wrote_which_tokens()
     assert sample.versions == ((3, 0, 4), (4, 4, n))
 
 
+def test_what_is_asked_for_during_a_sync_may_be_answered_by_the_weights_before() -> None:
+    server = FakeServer()
+    wanted = requests(8)
+    with stream_of(server) as stream:
+        stream.engine.load_weights([], 3)
+        stream.engine.client.begin_load(4)
+        stream.submit(wanted)  # the server has not paused yet
+        samples = collect(stream)
+    assert_answered(samples, wanted)
+    assert len(server.bodies) == len(wanted), "nothing was asked for twice"
+    assert {version for sample in samples for version, _, _ in sample.versions} == {3}
+
+
 def test_no_server_is_asked_for_more_than_it_should_and_both_work() -> None:
     servers = FakeServer(seconds=0.02), FakeServer(seconds=0.02)
     wanted = requests(60)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from dapo.assemble import make_engine
 from dapo.config import ConfigError
-from dapo.engine.buckets import FIRST, buckets
 from dapo.engine.checksums import Checksums, gpu_digest
 from dapo.engine.control import Server
 from dapo.engine.weight_sync import WeightSync, make_sync
@@ -123,6 +121,50 @@ def test_generation_pauses_before_the_first_weight_and_goes_on_after_the_cache_i
     assert updates > 1 or kind == "disk"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_servers_generate_until_the_first_bucket_is_filled_or_all_files_are_written(
+    kind: str, servers: list[WeightServer], start: Any, tmp_path: Path
+) -> None:
+    sync, drawn, at_pause = start(kind), list[str](), list[tuple[int, bool]]()
+    num_weights, plain = len(make_weights(1)), servers[0].post
+
+    def post(path: str, body: dict[str, Any]) -> None:
+        if path == "/pause_generation":
+            at_pause.append((len(drawn), (tmp_path / "weights/000001/model.safetensors.index.json").exists()))
+        plain(path, body)
+
+    servers[0].post = post  # type: ignore[method-assign]
+    sync.prepare(1)
+    assert servers[0].calls == ["/init_weights_update_group"] * 2 * (kind == "broadcast")
+    sync.load((drawn.append(name) or (name, tensor) for name, tensor in make_weights(1)), 1)
+    [(num_drawn, is_written)] = at_pause
+    if kind == "disk":
+        assert num_drawn == num_weights and is_written
+    else:
+        assert 1 <= num_drawn < num_weights, "the rest is gathered while buckets travel"
+    assert not servers[0].is_paused and len(drawn) == num_weights
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_servers_go_on_with_the_old_weights_if_gathering_fails_at_once(
+    kind: str, servers: list[WeightServer], start: Any
+) -> None:
+    sync = start(kind)
+    sync.load(iter(make_weights(1)), 1)
+
+    def broken() -> Iterator[tuple[str, torch.Tensor]]:
+        yield make_weights(2)[0]
+        raise ValueError("no memory")
+
+    with pytest.raises(ValueError, match="no memory"):
+        sync.load(broken(), 2)
+    for server in servers:
+        assert_holds(server, 1)
+    sync.load(iter(make_weights(3)), 3)
+    for server in servers:
+        assert_holds(server, 3)
+
+
 REFUSABLE = [(kind, "/pause_generation") for kind in KINDS] + [
     ("broadcast", "/begin_weight_update"),
     ("tensor", "/begin_weight_update"),
@@ -131,14 +173,16 @@ REFUSABLE = [(kind, "/pause_generation") for kind in KINDS] + [
 
 
 @pytest.mark.parametrize(("kind", "path"), REFUSABLE)
-def test_a_refusal_is_known_before_a_weight_is_asked_for(
+def test_a_refusal_is_known_before_a_weight_is_sent(
     kind: str, path: str, servers: list[WeightServer], start: Any
 ) -> None:
     servers[1].faults[path] = ["refuse", "refuse"]
     sync, drawn = start(kind, timeout=3), []
     with pytest.raises(EngineError, match=f"{servers[1].url}{path} answered 400.*not today"):
         sync.load((drawn.append(name) or (name, tensor) for name, tensor in make_weights(1)), 1)
-    assert drawn == []
+    if path == "/init_weights_update_group":
+        assert drawn == [], "before a rank enters a collective"
+    assert not any(server.weights for server in servers)
     servers[1].faults.clear()
     sync.load(iter(make_weights(2)), 2)
     for server in servers:
@@ -312,7 +356,7 @@ def test_a_refusal_of_many_lines_is_quoted_as_one(servers: list[WeightServer], s
     with pytest.raises(
         EngineError, match=f"{servers[0].url}/pause_generation refused: out of memory"
     ) as error:
-        start("tensor").prepare(0)
+        start("tensor").load(iter(make_weights(0)), 0)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
@@ -441,49 +485,6 @@ def test_a_disk_that_hangs_is_one_error(servers: list[WeightServer], start: Any,
     finally:
         with open(path, "rb") as reader:  # so that the thread ends
             reader.read()
-
-
-def test_buckets_hold_every_byte_in_order_within_their_size() -> None:
-    weights = make_weights(5)
-    for size in (1, 64, 600, 10**6):
-        seen = []
-        for bucket in buckets(iter(weights), size, CPU):
-            assert len(bucket.data) <= size or len(bucket.parts) == 1
-            assert [part.start for part in bucket.parts] == [0, *(part.end for part in bucket.parts[:-1])]
-            for part in bucket.parts:
-                seen.append(
-                    (
-                        part.name,
-                        bucket.data[part.start : part.end].view(part.dtype).reshape(part.shape).clone(),
-                    )
-                )
-        assert [name for name, _ in seen] == [name for name, _ in weights]
-        assert all(torch.equal(got, tensor) for (_, got), (_, tensor) in zip(seen, weights, strict=True))
-
-
-def test_buckets_are_as_full_as_they_can_be_but_for_a_small_first_one() -> None:
-    weights = make_weights(5) + make_weights(6)
-    for size in (64, 600, 2500):
-        made = [
-            (len(bucket.data), [(part.dtype, part.end - part.start) for part in bucket.parts])
-            for bucket in buckets(iter(weights), size, CPU)
-        ]
-        for i, ((used, parts), (_, after)) in enumerate(itertools.pairwise(made)):
-            limit = size if i else size // FIRST
-            dtype, num_bytes = after[0]
-            fits = used + num_bytes <= limit and used % dtype.itemsize == 0
-            assert not fits or num_bytes > size, (size, i, parts, after)
-    assert len(made) == 5, "18 tensors of 6 kB"
-
-
-def test_a_bucket_is_left_alone_while_the_next_is_filled() -> None:
-    weights = [(f"w{i}", torch.full((4,), float(i))) for i in range(9)]
-    previous = None
-    for i, bucket in enumerate(buckets(iter(weights), 16, CPU)):
-        if previous is not None:
-            assert previous.data.view(torch.float32).tolist() == [float(i - 1)] * 4
-        previous = bucket
-    assert i == 8
 
 
 def sha(*arrays: np.ndarray) -> str:
