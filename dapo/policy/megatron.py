@@ -114,7 +114,7 @@ class Policy:
 
         The numerics are the trainer's own, the packing is the updates' own.
         Returns the mean and the maximum of |old − behavior| over the current weights' tokens, the alarm for a
-        wrong weight sync, and the mean over those of the probe; over stale tokens the mean importance, and the
+        wrong weight sync, and the mean over those of the probe; over stale tokens the mean importance and the
         fraction cut to the cap; and over all tokens the effective sample size.
 
         Raises:

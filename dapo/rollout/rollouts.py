@@ -28,7 +28,7 @@ from dapo.rollout.collector import Limits as CollectorLimits
 from dapo.rollout.forecast import Forecast, Odds, Rules
 from dapo.rollout.pending import Chances, GroupSampler, RolloutError, sample_seed
 from dapo.rollout.prompts import PromptStream, Visit
-from dapo.types import Engine, Group, Interrupted, Prompt, Request, Sampling, Stopped, StorageError
+from dapo.types import Engine, Group, Interrupted, Prompt, Request, Sampling, Stopped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,16 +99,16 @@ class Rollouts:
         replayed = self._replayed(step)
         probe = [] if replayed else self._probed()
         buffer = replayed or (self.take(step) if rollout.max_staleness else self.collect(step))
-        self.engine.release_memory()
-        rewarded = self.reward.take_metrics()
-        self._stop_if_nothing_is_learned(buffer, rewarded)
-        set_advantages(buffer.kept)
         fraction = 1.0 if rollout.only else rollout.dump_share
         try:
+            self.engine.release_memory()
+            rewarded = self.reward.take_metrics()
+            self._stop_if_nothing_is_learned(buffer, rewarded)
+            set_advantages(buffer.kept)
             self.dumps.write(dump.path_of(self.config.run.dir / "rollouts", step), buffer, fraction)
             if rollout.only:  # the dump is the step
                 self.dumps.check()
-        except StorageError:
+        except Stopped:
             if not replayed:
                 self._put_back()
             raise

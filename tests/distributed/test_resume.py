@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from tests.distributed.launch import forked, measured
@@ -19,6 +21,17 @@ def test_two_ranks_export_the_model_of_each_step_and_the_best() -> None:
     assert result["last"] and result["first"] == [False, False]
     assert len(set(result["values"])) > 1, "no model is better than another, so nothing was tested"
     assert result["best"]
+
+
+def test_a_run_that_samples_ahead_stops_at_a_signal_and_goes_on_with_the_groups_that_are_open() -> None:
+    result = measured("tests.distributed.resume", 2, forked)["ahead"]
+    assert [(number, is_saved) for number, is_saved, _ in result["stops"]] == [(signal.SIGTERM, True)] * 2
+    first, second = (step for *_, step in result["stops"])
+    assert first >= 2 and first + 2 <= second
+    assert result["steps"] == [*range(second + 4)], "each step once"
+    assert not result["left"], "a collector's thread, or a process, outlived the run"
+    assert 0 < max(result["ages"]) <= 2, "nothing was sampled ahead, so nothing was tested"
+    assert result["open"] > 0
 
 
 LAYOUTS = {  # how its newest checkpoint was damaged → what the warning says
