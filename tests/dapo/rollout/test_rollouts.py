@@ -14,7 +14,7 @@ from dapo.rollout import dump
 from dapo.rollout.buffer import Buffer
 from dapo.rollout.prompts import PromptStream
 from dapo.rollout.rollouts import RolloutError, Rollouts
-from dapo.types import EngineError, Interrupted, Request, Sample, StorageError
+from dapo.types import Interrupted, Request, Sample, StorageError
 from tests.batches import next_batches
 from tests.conftest import make_config, make_group, make_prompt
 
@@ -561,19 +561,6 @@ def test_a_step_whose_dump_cannot_be_written_is_given_back(tmp_path, break_disk,
     assert len(engine.asked()) > 4, "groups of all kinds"
     again = [prompt.index for prompt in rollouts.prompts.take(len(engine.asked()))]
     assert sorted(again) == sorted(engine.asked())
-
-
-def test_a_step_whose_servers_keep_their_memory_is_given_back(tmp_path, monkeypatch):
-    def fails() -> None:
-        raise EngineError("no answer")
-
-    engine = ScriptedEngine(lambda _: "10")
-    rollouts = make_rollouts(tmp_path, engine)
-    monkeypatch.setattr(engine, "release_memory", fails)
-    with pytest.raises(EngineError):
-        next_batches(rollouts, 0)
-    asked = engine.asked()
-    assert asked and [visit.index for visit in rollouts.prompts.take(len(asked))] == asked
 
 
 def test_a_dump_that_failed_beside_a_step_stops_the_run_before_the_next_one_and_costs_no_checkpoint(tmp_path):
