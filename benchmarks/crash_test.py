@@ -436,13 +436,14 @@ def ahead(found: dict[str, Any], killed: str, minutes: str) -> tuple[str, str]:
     opened = [(each.finished, each.unfinished) for each in found["groups"]]
     num_finished, num_unfinished = map(sum, zip(*opened, strict=True))
     text = heading("A run that samples ahead and is killed at any moment learns from each group once")
-    text += f"""{killed} The run samples ahead in process
-(rollout.max_staleness={found["max_staleness"]}). {found["looks"]} times, after each kill that left a
+    looks, most = found["looks"], found["max_staleness"]
+    text += f"""{killed}
+It samples ahead, in process, with rollout.max_staleness={most}. {looks} times, after each kill that left a
 checkpoint and at the end, the dumps of all steps and the newest checkpoint were read: no group was in two
 batches; each group from the first to the last that was decided was in one batch, or open in the checkpoint;
-no token was older than that when it was learnt from. These checkpoints held {num_finished} open groups with
-their samples and {num_unfinished} without. In the end {len(last.decided)} groups were decided, and each step
-is once in metrics.jsonl. {minutes}"""
+no token that was learnt from was older than {most} steps. These checkpoints held {num_finished} open groups
+with their samples and {num_unfinished} without. In the end {len(last.decided)} groups were decided, and each
+step is once in metrics.jsonl. {minutes}"""
     total = last.ages.total()
     body = [[age, count, f"{100 * count / total:.0f}"] for age, count in sorted(last.ages.items())]
     text += table(["age of the oldest token, steps", "samples learnt from", "%"], body) + "\n"
