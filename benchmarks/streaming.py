@@ -1,4 +1,4 @@
-"""What asking ahead and carrying over save, and what they do to lengths: the real Rollouts on simulated
+"""What requesting ahead saves within a step, and what it does to lengths: the real Rollouts on simulated
 servers with a virtual clock.
 
 python benchmarks/streaming.py
@@ -24,9 +24,7 @@ from benchmarks.record import heading, save, spread, table
 from dapo import config as configs
 from dapo.reward.pool import Decoder, Reward
 from dapo.rollout import pending
-from dapo.rollout.asking import Asking
-from dapo.rollout.buffer import Buffer
-from dapo.rollout.pending import Chances, GroupSampler, Pending
+from dapo.rollout.pending import GroupSampler, Pending
 from dapo.rollout.prompts import PromptStream
 from dapo.rollout.rollouts import Rollouts
 from dapo.types import Group, Prompt, Request, Sample
@@ -78,8 +76,8 @@ class SimulatedServers:
     slower the more there are.
     """
 
-    def __init__(self, population: Population, num_servers: int, is_redrawn: bool):
-        self.population, self.is_redrawn = population, is_redrawn
+    def __init__(self, population: Population, num_servers: int):
+        self.population = population
         self.queue: deque[Request] = deque()
         # heaps of (when done, request id, sample)
         self.servers: list[list[tuple[float, str, Sample]]] = [[] for _ in range(num_servers)]
@@ -138,7 +136,7 @@ class SimulatedServers:
             heapq.heappush(self.servers[i], (self.done[i] + sample.length, request.id, sample))
 
     def _sample(self, request: Request) -> Sample:
-        seed = [request.seed, self.version if self.is_redrawn else 0]
+        seed = [request.seed, self.version]
         [n], [is_correct] = self.population.draw(request.prompt.tokens[:1], np.random.default_rng(seed))
         return Sample(
             group=request.group,
@@ -174,43 +172,18 @@ class FirstFinishedRollouts(Rollouts):
             yield sampler
 
 
-class FillingRollouts(Rollouts):
-    """What was tried: idle slots are given groups for the next step."""
-
-    def _request_more(self, buffer: Buffer, sampler: GroupSampler, asking: Asking) -> None:
-        super()._request_more(buffer, sampler, asking)
-        if buffer.is_full:
-            return
-        pending, chance = sampler.pending, self._constant(buffer)
-        idle = (self.config.engine.servers * SLOTS - pending.num_outstanding) // G
-        chances = Chances(chance(group) for group in pending.unknown)
-        wanted = buffer.capacity - len(buffer.kept) - pending.num_mixed + buffer.capacity
-        groups: list[Group] = []
-        while len(groups) < idle and not chances.is_enough(wanted):
-            groups.append(asking.next())
-            chances.add(chance(groups[-1]))
-        sampler.request(groups)
-
-
-# options, class, are groups that are asked for again drawn anew?
-FORMS: dict[str, tuple[list[str], type[Rollouts], bool]] = {
-    "whole rounds": (["engine.kind=embedded"], Rollouts, True),
-    "streaming": (["engine.kind=sglang"], Rollouts, True),
-    **{f"streaming, {z} deviations": (["engine.kind=sglang"], Rollouts, True) for z in (0, 2)},
-    "streaming, max_staleness 1": (["engine.kind=sglang", "rollout.max_staleness=1"], Rollouts, True),
-    "the same, idle slots filled": (["engine.kind=sglang", "rollout.max_staleness=1"], FillingRollouts, True),
-    "idle slots filled, seeds decide lengths": (
-        ["engine.kind=sglang", "rollout.max_staleness=1"],
-        FillingRollouts,
-        False,
-    ),
-    "first finished wins (wrong)": (["engine.kind=sglang"], FirstFinishedRollouts, True),
+# options, class
+FORMS: dict[str, tuple[list[str], type[Rollouts]]] = {
+    "whole rounds": (["engine.kind=embedded"], Rollouts),
+    "streaming": (["engine.kind=sglang"], Rollouts),
+    **{f"streaming, {z} deviations": (["engine.kind=sglang"], Rollouts) for z in (0, 2)},
+    "first finished wins (wrong)": (["engine.kind=sglang"], FirstFinishedRollouts),
 }
-MAIN_FORMS = ["whole rounds", "streaming", "streaming, max_staleness 1", "first finished wins (wrong)"]
+MAIN_FORMS = ["whole rounds", "streaming", "first finished wins (wrong)"]
 
 
 def run(form: str, num_servers: int, seed: int, directory: str) -> dict[str, float]:
-    overrides, kind, is_redrawn = FORMS[form]
+    overrides, kind = FORMS[form]
     pending.DEVIATIONS = float(form.split()[1]) if "deviations" in form else MARGIN
     path = Path(directory) / "run.yaml"
     path.write_text(
@@ -233,21 +206,20 @@ def run(form: str, num_servers: int, seed: int, directory: str) -> dict[str, flo
         servers.append(f"engine.servers={num_servers}")
     config = configs.load(path, [*options, *reward, *servers, *overrides])
     population = Population(seed)
-    engine = SimulatedServers(population, num_servers, is_redrawn)
+    engine = SimulatedServers(population, num_servers)
     prompts = PromptStream([Prompt(i, np.array([i, 0], np.int32), "1") for i in range(NUM_PROMPTS)], seed)
     decoder = Decoder(lambda tokens: str(tokens[-1]))
     scoring = Reward(config.reward, MAX_LENGTH, decoder=decoder)
     rollouts = kind(config, 1, engine, prompts, scoring, (1,), None)
     kept: list[Group] = []
-    turns, ages = 0, []
+    turns = 0
     for step in range(NUM_STEPS):
         if step == WARM_UP:
-            start, made, kept, turns, ages = engine.clock, engine.tokens, [], 0, []
+            start, made, kept, turns = engine.clock, engine.tokens, [], 0
         rollouts.load_weights([], step)
         buffer = rollouts.collect(step)
         assert len(buffer.kept) == N
         kept += buffer.kept
-        ages += [step - group.samples[0].versions[0][0] for group in buffer.kept]
         turns += sum(
             sample.length
             for group in buffer.kept + buffer.all_correct + buffer.all_wrong
@@ -262,13 +234,12 @@ def run(form: str, num_servers: int, seed: int, directory: str) -> dict[str, flo
         "bound": least,
         "wasted": 100 * (1 - turns / (engine.tokens - made)),
         "bias": 100 * (length / population.mixed_length() - 1),
-        "stale": 100 * float(np.mean(ages)),
         "batch": float(hash(tuple(group.id for group in kept))),
     }
 
 
 def main() -> None:
-    text = heading("Streaming, carrying over and what they do to lengths: a simulation")
+    text = heading("Streaming, and what it does to lengths: a simulation")
     population = " ".join((Population.__doc__ or "").split())
     text += f"""
 The real Rollouts.collect on simulated servers. N = {N} mixed groups a step, {G} samples a group, rounds of
@@ -281,11 +252,8 @@ Limit {MAX_LENGTH:,} tokens. {NUM_STEPS - WARM_UP} steps after {WARM_UP} others,
 - lower bound: all slots decode nothing but tokens of groups that had their turn (kept, all right, all wrong)
 - wasted: tokens decoded for groups that never had their turn
 - length: mean over the kept groups against that of mixed groups in general; 0 is unbiased
-- stale: fraction of kept groups that older weights wrote
-- a group that is requested again is drawn anew, but for "seeds decide lengths": there it is the same again
+- a group that is requested again is drawn anew
 - deviations: margin for bad luck in what is requested ahead (pending.Chances); the default is 1
-- idle slots filled: groups for the next step are requested whenever a slot is idle. What finishes in time is
-  carried over: short responses
 
 Whole rounds and streaming keep the same groups, which is checked.
 """
@@ -304,14 +272,12 @@ Whole rounds and streaming keep the same groups, which is checked.
                 spread([one["seconds"] / one["bound"] for one in found], 2),
                 spread([one["wasted"] for one in found], 1),
             ]
-            rows.append(
-                [*row, spread([one["bias"] for one in found], 1), spread([one["stale"] for one in found], 0)]
-            )
+            rows.append([*row, spread([one["bias"] for one in found], 1)])
             print(rows[-1], flush=True)
         assert batches["streaming"] == batches["whole rounds"]
         waves = ROUND * G / (num_servers * SLOTS)
         text += f"\n{num_servers} servers: a round fills the slots {waves:.1f} times.\n\n"
-        header = ["", "seconds a step", "lower bound", "ratio", "tokens wasted, %", "length, %", "stale, %"]
+        header = ["", "seconds a step", "lower bound", "ratio", "tokens wasted, %", "length, %"]
         text += table(header, rows)
     save("streaming.md", text)
 

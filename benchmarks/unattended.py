@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from crash_test import OPTIONS, ROOT, rows
+from crash_test import FORECAST, OPTIONS, ROOT, rows
 from record import heading, save, spread, table
 
 SAVE_EVERY = 3
@@ -149,6 +149,7 @@ def unattended(nodes: int, kills: int, seed: int, directory: Path) -> dict[str, 
     log, total = directory / "log", kills * STEPS_BETWEEN + 2 * STEPS_BETWEEN
     common = [
         *OPTIONS,
+        *FORECAST,
         "rollout.max_empty_steps=1000",
         f"run.save_every={SAVE_EVERY}",
         f"run.steps={total}",

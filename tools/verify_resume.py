@@ -6,6 +6,10 @@
 It compares K + M steps with K steps, a stop, and M more. In the same layout, on a CPU, they are equal to the
 bit. With --then a copy resumes in another layout: samples and learning rate are equal; loss, parameters and
 moments up to --tolerance. The exit status is 1 if not. All runs are temporary: run.dir is not touched.
+
+With rollout.max_staleness above 0 batches depend on timing, so no two runs sample the same. Then the run that
+stops learns from the rollouts that the other one dumped (rollout.replay): what is compared is the training
+alone, not the sampling.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from dapo import verify
+from dapo import config, verify
 
 
 def train(directory: Path, steps: int, nproc: int, options: list[str]) -> None:
@@ -48,22 +52,29 @@ def main(argv: list[str]) -> int:
     )
     args = parser.parse_intermixed_args(argv)
     k, m = args.steps
+    try:
+        is_replay = config.load(args.options[0], args.options[1:]).rollout.max_staleness > 0
+    except config.ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     are_right = []
     with tempfile.TemporaryDirectory() as directory:
         whole, stopped, moved = (Path(directory) / name for name in ("whole", "stopped", "moved"))
+        replay = [f"rollout.replay={whole / 'rollouts'}"] if is_replay else []
+        what = ", replaying what it samples" if is_replay else ""
         try:
             train(whole, k + m, args.nproc, args.options)
-            train(stopped, k, args.nproc, args.options)
+            train(stopped, k, args.nproc, args.options + replay)
             shutil.copytree(stopped, moved)
             resumes = [("the same layout", stopped, args.nproc, [], 0.0)]
             if args.then:
                 nproc = args.then_nproc or args.nproc
                 resumes.append((" ".join(args.then), moved, nproc, args.then, args.tolerance))
             for layout, run, nproc, then, tolerance in resumes:
-                train(run, k + m, nproc, args.options + then)
+                train(run, k + m, nproc, args.options + replay + then)
                 print(f"{k} steps, stopped, {m} more in {nproc} processes, {layout}; ", end="")
-                print(f"against {k + m} in one go:")
-                for found in verify.runs(whole, run, k, k + m):
+                print(f"against {k + m} in one go{what}:")
+                for found in verify.runs(whole, run, k, k + m, is_replay):
                     line, is_right = describe(found, tolerance)
                     are_right.append(is_right)
                     print(line)

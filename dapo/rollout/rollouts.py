@@ -26,7 +26,7 @@ from dapo.rollout.forecast import Forecast, Rules
 from dapo.rollout.pending import Chances, GroupSampler, RolloutError
 from dapo.rollout.prompts import PromptStream
 from dapo.rollout.saving import Resumable
-from dapo.types import Engine, Group, Interrupted, Prompt, Sampling, Stopped, StorageError
+from dapo.types import Engine, Group, Interrupted, Prompt, Sampling, Stopped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,16 +94,16 @@ class Rollouts(Resumable):
         has_probe = rollout.max_staleness and self.config.engine.is_streaming and not replayed
         probes = probe.sample(*asked) if has_probe else []
         buffer = replayed or (self.take(step) if rollout.max_staleness else self.collect(step))
-        self.engine.release_memory()
-        rewarded = self.reward.take_metrics()
-        self._stop_if_nothing_is_learned(buffer, rewarded)
-        set_advantages(buffer.kept)
         fraction = 1.0 if rollout.only else rollout.dump_share
         try:
+            self.engine.release_memory()
+            rewarded = self.reward.take_metrics()
+            self._stop_if_nothing_is_learned(buffer, rewarded)
+            set_advantages(buffer.kept)
             self.dumps.write(dump.path_of(self.config.run.dir / "rollouts", step), buffer, fraction)
             if rollout.only:  # the dump is the step
                 self.dumps.check()
-        except StorageError:
+        except Stopped:
             if not replayed:
                 self._put_back()
             raise

@@ -70,6 +70,14 @@ def test_a_copy_is_the_same(tmp_path: Path) -> None:
     assert len(found) == 9 and set(found.values()) == {0.0}
 
 
+def test_prompts_to_come_are_no_part_of_a_replay(tmp_path: Path) -> None:
+    a, b = (make(tmp_path / name, tensors()) for name in ("a", "b"))
+    (b / "checkpoints/step-000004/rollouts.json").write_text('{"drawn": [0]}')
+    assert findings(a, b)["buffer"] == 1.0
+    found = list(verify.runs(a, b, STEP, STEP + 1, is_replay=True))
+    assert len(found) == 8 and {each.gap for each in found} == {0.0}
+
+
 @pytest.mark.parametrize(
     ("what", "change"),
     [

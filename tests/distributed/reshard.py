@@ -34,7 +34,6 @@ OPTIONS = [
     "rollout.max_response_length=24",
     "reward.overlong_cache=8",
     "rollout.dump_share=1.0",
-    "rollout.max_staleness=1",
     "rollout.prompts_per_step=4",
     "rollout.prompts_per_round=6",
     "optim.prompts_per_minibatch=2",

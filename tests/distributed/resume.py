@@ -9,13 +9,18 @@ import contextlib
 import io
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import sys
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -27,8 +32,12 @@ from dapo import files
 from dapo.mesh import Mesh
 from dapo.policy.chunks import Reader
 from dapo.train import train
+from dapo.types import Interrupted
 from tests.distributed.launch import ROOT
 from tests.distributed.ranks import prepare_rank
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from crash_test import groups_of, newest
 
 OPTIONS = [
     "run.save_every=1",
@@ -43,7 +52,7 @@ LAYOUTS = {
     "data-parallel": ["parallel.tensor=1"],
     "tensor-parallel": ["parallel.tensor=2"],
     "pipeline-parallel": ["parallel.pipeline=2"],
-    "carried-over": ["parallel.tensor=1", "rollout.prompts_per_round=16", "rollout.max_staleness=1"],
+    "surplus": ["parallel.tensor=1", "rollout.prompts_per_round=16"],
     "bfloat16": ["parallel.tensor=2", "policy.dtype=bfloat16"],
     "context-parallel": ["parallel.context=2"],
     "interleaved": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
@@ -181,9 +190,59 @@ def replay(directory: Path) -> dict[str, Any]:
     }
 
 
+def interrupt_after(num_steps: int, path: Path) -> None:
+    """Send this process SIGTERM, from a thread, when metrics.jsonl has so many more lines."""
+
+    def num_lines() -> int:
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    def watch() -> None:
+        while num_lines() < wanted:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    wanted = num_lines() + num_steps
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def left_running() -> list[str]:
+    """Return the names of this rank's collectors, and the pids of its children."""
+    threads = [thread.name for thread in threading.enumerate() if thread.name == "collector"]
+    return threads + [str(child.pid) for child in psutil.Process().children()]
+
+
+def ahead(directory: Path) -> dict[str, Any]:
+    """Sample ahead, be interrupted at the rank that does not sample, go on, be interrupted at the one that
+    does, go on, and end.
+    """
+    mesh = Mesh(configs.Parallel(tensor=1))
+    options = ["parallel.tensor=1", "rollout.max_staleness=2", "rollout.dump_share=1.0", "run.save_every=100"]
+    stops, left = [], []
+    for rank in (1, 0):
+        if mesh.rank == rank:
+            interrupt_after(2, directory / "metrics.jsonl")
+        try:
+            run(directory, *options, "run.steps=1000")
+        except Interrupted as stop:
+            leave(mesh)
+            stops.append([stop.signal, stop.is_saved, mesh.on_main(newest, directory)])
+            left += [each for found in mesh.gather(left_running()) for each in found]
+    run(directory, *options, f"run.steps={stops[-1][-1] + 3}")
+    left += [each for found in mesh.gather(left_running()) for each in found]
+    groups = mesh.on_main(lambda: vars(groups_of(directory, 2)))
+    return {
+        "name": "ahead",
+        "stops": stops,
+        "left": left,
+        "steps": [row["step"] for row in rows(directory)],
+        "ages": [*groups["ages"]],
+        "open": groups["finished"] + groups["unfinished"],
+    }
+
+
 def main(out: str) -> None:
     prepare_rank()
-    results = [replay(Path(out).parent / "replay")]
+    results = [replay(Path(out).parent / "replay"), ahead(Path(out).parent / "ahead")]
     for name, layout in LAYOUTS.items():
         through, stopped = Path(out).parent / name / "through", Path(out).parent / name / "stopped"
         mesh = Mesh(configs.Parallel(tensor=1))
@@ -198,7 +257,7 @@ def main(out: str) -> None:
             {
                 "name": name,
                 "rows": rows(through) == rows(stopped),
-                "stale": max(row.get("rollout/staleness", 0.0) for row in rows(stopped)),
+                "surplus": sum(row.get("groups/surplus", 0) for row in rows(stopped)[:2]),
                 "steps": [row["step"] for row in rows(stopped)],
                 "weights": is_equal(weights(through / "hf"), weights(stopped / "hf")),
                 "moved": not is_equal(weights(through / "hf"), weights(base)),
@@ -281,7 +340,7 @@ DAMAGE = {
     "data-parallel": cut_short,
     "tensor-parallel": flip_a_bit,
     "pipeline-parallel": lose_a_shard,
-    "carried-over": cut_short,
+    "surplus": cut_short,
     "bfloat16": lose_the_manifest,
     "context-parallel": cut_short,
     "interleaved": lose_a_shard,

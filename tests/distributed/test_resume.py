@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from tests.distributed.launch import forked, measured
@@ -21,11 +23,22 @@ def test_two_ranks_export_the_model_of_each_step_and_the_best() -> None:
     assert result["best"]
 
 
+def test_a_run_that_samples_ahead_stops_at_a_signal_and_goes_on_with_the_groups_that_are_open() -> None:
+    result = measured("tests.distributed.resume", 2, forked)["ahead"]
+    assert [(number, is_saved) for number, is_saved, _ in result["stops"]] == [(signal.SIGTERM, True)] * 2
+    first, second = (step for *_, step in result["stops"])
+    assert first >= 2 and first + 2 <= second
+    assert result["steps"] == [*range(second + 4)], "each step once"
+    assert not result["left"], "a collector's thread, or a process, outlived the run"
+    assert 0 < max(result["ages"]) <= 2, "nothing was sampled ahead, so nothing was tested"
+    assert result["open"] > 0
+
+
 LAYOUTS = {  # how its newest checkpoint was damaged → what the warning says
     "data-parallel": "rollouts.json has ",
     "tensor-parallel": "policy/__1_0.distcp is not what was written",
     "pipeline-parallel": "policy/__1_0.distcp is missing",
-    "carried-over": "rollouts.json has ",
+    "surplus": "rollouts.json has ",
     "bfloat16": "manifest.json",
     "context-parallel": "rollouts.json has ",
     "interleaved": "policy/__1_0.distcp is missing",
@@ -41,7 +54,8 @@ def test_resuming_from_the_checkpoint_before_a_damaged_one_equals_going_on(layou
     assert result["steps"] == [0, 1, 2, 3, 4], "each step once, also the one that was made twice"
     assert result["rows"], "the metrics differ"
     assert result["weights"], "the parameters differ"
-    assert (result["stale"] > 0) is (layout == "carried-over")
+    if layout == "surplus":
+        assert result["surplus"] > 0, "no prompt went back to the stream"
     assert result["moved"], "nothing was learnt, so nothing was tested"
     assert result["checkpoints"] == ["step-000003", "step-000004"], (
         "keep_checkpoints=2, or 1 and every third; no leftovers"

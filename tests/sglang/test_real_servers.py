@@ -14,7 +14,6 @@ import pytest
 from dapo.config import ConfigError
 from dapo.engine.arguments import OURS, known_arguments, server_options
 from dapo.engine.fleet import make_servers
-from dapo.rollout.asking import GROUPS_PER_STEP
 from tests.sglang.conftest import RunningServer, server_config
 from tests.sglang.two_servers import GROUPS, SAMPLES
 
@@ -102,13 +101,10 @@ def test_a_server_killed_or_hung_at_work_loses_nothing_and_comes_back_and_all_di
 
         assert seen["running_when_killed"] > 0, "it was killed at work"
         for name, step, version in (("first_step", 0, 0), ("second_step", 1, 1), ("third_step", 2, 1)):
-            asked = [
-                (step * GROUPS_PER_STEP + group, index) for group in range(GROUPS) for index in range(SAMPLES)
-            ]
+            groups = range(step * GROUPS, (step + 1) * GROUPS)
+            asked = [(group, index) for group in groups for index in range(SAMPLES)]
             assert sorted((group, index) for group, index, _ in seen[name]["samples"]) == asked, "each once"
-            assert seen[name]["kept"] == [
-                [step * GROUPS_PER_STEP + group, SAMPLES] for group in range(GROUPS)
-            ], "the step is whole"
+            assert seen[name]["kept"] == [[group, SAMPLES] for group in groups], "the step is whole"
             wrote = {version for *_, versions in seen[name]["samples"] for version in versions}
             assert wrote == {version}, "somebody with other weights answered"
         assert seen["workers_before_sync"] == seen["urls"][1:]

@@ -47,9 +47,9 @@ def _train_once(trained_once: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify_resume, "train", copied)
 
 
-def verify(*then: str, capfd: pytest.CaptureFixture[str]) -> tuple[int, list[str], list[str]]:
+def verify(*options: str, capfd: pytest.CaptureFixture[str]) -> tuple[int, list[str], list[str]]:
     """Exit status; what was found in the same layout, and in the other."""
-    status = verify_resume.main([str(CONFIG), *SMALL, "--steps", "1", "1", "--nproc", "2", *then])
+    status = verify_resume.main([str(CONFIG), *SMALL, *options, "--steps", "1", "1", "--nproc", "2"])
     same, other = (part.splitlines() for part in capfd.readouterr().out.split("1 steps, stopped, ")[1:])
     return status, same, other
 
@@ -74,3 +74,21 @@ def test_what_differs_is_named_and_the_exit_status_is_1(capfd: pytest.CaptureFix
     wrong = [line.partition("  ")[2].split("   ")[0].strip() for line in other if line.endswith("WRONG")]
     assert {"learning rate", "parameters"} <= set(wrong)
     assert not [line for line in wrong if line.startswith(("batches", "draws", "tensors"))]
+
+
+def test_a_run_that_samples_ahead_is_compared_with_a_replay_of_what_it_learnt(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    staleness = ["rollout.max_staleness=2", "--then", "parallel.tensor=1", "--then-nproc", "1"]
+    status, same, other = verify(*staleness, capfd=capfd)
+    assert status == 0
+    assert same[0].endswith("the same layout; against 2 in one go, replaying what it samples:")
+    assert len(same) == len(other) == 8, "prompts to come are no part of it"
+    assert all(line.endswith(" equal") for line in same[1:])
+    assert any("differ by" in line for line in other[1:]), "the other layout learnt nothing"
+
+
+def test_a_config_that_cannot_be_read_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    assert verify_resume.main([str(CONFIG), "rollout.max_stalenes=2"]) == 2
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1 and "max_staleness" in said[0]

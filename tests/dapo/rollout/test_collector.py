@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from dapo.rollout import collector, pending
 from dapo.rollout.buffer import Buffer
 from dapo.rollout.rollouts import RolloutError, Rollouts
-from dapo.types import EngineError, Group, Interrupted, Request, Sample, StorageError, WeightsLost
+from dapo.types import EngineError, Group, Interrupted, Request, Sample, Stopped, StorageError, WeightsLost
 from tests.batches import next_batches
 from tests.dapo.rollout.test_asking import BOTH
 from tests.dapo.rollout.test_pending import InterruptAfter, contents, make_rollouts
@@ -290,19 +290,25 @@ def test_a_run_that_goes_on_without_staleness_has_each_group_once(tmp_path: Path
     assert turns[-1] > 20 and sorted(turns) == [*range(len(turns))]
 
 
-def test_a_batch_whose_step_failed_is_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [StorageError("the disk is full"), EngineError("no answer")])
+def test_a_batch_whose_step_failed_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Stopped
+) -> None:
     system = System(tmp_path, 1, "rollout.max_staleness=2", *BOTH)
     system.make_step()
     system.rollouts.load_weights([], 1)
 
     def fails(*arguments: object) -> None:
-        raise StorageError("the disk is full")
+        raise error
 
     taken: list[Buffer] = []
     take = system.rollouts.take
     monkeypatch.setattr(system.rollouts, "take", lambda step: taken.append(take(step)) or taken[-1])
-    with monkeypatch.context() as patched, pytest.raises(StorageError):
-        patched.setattr(system.rollouts.dumps, "write", fails)
+    with monkeypatch.context() as patched, pytest.raises(type(error)):
+        if isinstance(error, StorageError):
+            patched.setattr(system.rollouts.dumps, "write", fails)
+        else:
+            patched.setattr(system.engine, "release_memory", fails)
         system.rollouts.next_batch(1)
     passed = len(system.rollouts.asking.recent)
     system.rollouts.next_batch(1)

@@ -642,3 +642,4 @@ def test_where_no_group_is_kept_none_is_stale(tmp_path):
     rollouts = make_rollouts(tmp_path, ScriptedEngine(lambda _: "00"), "rollout.max_staleness=1")
     metrics = next_batches(rollouts, 3)[0].metrics
     assert (metrics["rollout/staleness"], metrics["rollout/staleness_max"]) == (0, 0)
+    rollouts.close()

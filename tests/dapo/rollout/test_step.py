@@ -12,7 +12,7 @@ from dapo.rollout import rollouts as module
 from dapo.rollout.buffer import Buffer
 from dapo.rollout.pending import Chances, GroupSampler
 from dapo.rollout.rollouts import RolloutError
-from dapo.types import Interrupted
+from dapo.types import EngineError, Interrupted
 from tests.batches import next_batches
 from tests.conftest import make_prompt
 from tests.dapo.rollout.test_pending import make_engine
@@ -204,6 +204,19 @@ def test_the_engine_releases_its_memory_once_a_step_when_all_samples_are_in(tmp_
     options = [f"rollout.replay={tmp_path / 'run' / 'rollouts'}"] if replayed else []
     make_rollouts(tmp_path, engine, *options).next_batch(0)
     assert engine.done == ["sampled"] * (8 * (not replayed)) + ["released"]
+
+
+def test_a_step_whose_servers_keep_their_memory_is_given_back(tmp_path, monkeypatch):
+    def fails() -> None:
+        raise EngineError("no answer")
+
+    engine = ScriptedEngine(lambda _: "10")
+    rollouts = make_rollouts(tmp_path, engine)
+    monkeypatch.setattr(engine, "release_memory", fails)
+    with pytest.raises(EngineError):
+        next_batches(rollouts, 0)
+    asked = engine.asked()
+    assert asked and [visit.index for visit in rollouts.prompts.take(len(asked))] == asked
 
 
 def test_closing_ends_the_engine_and_the_rewards_processes(tmp_path):
