@@ -90,8 +90,8 @@ class SimulatedServers:
 
     def submit(self, requests: Iterable[Request]) -> None:
         requests = list(requests)
-        self.queue.extendleft(request for request in reversed(requests) if request.is_urgent)
-        self.queue.extend(request for request in requests if not request.is_urgent)
+        self.queue.extendleft(request for request in reversed(requests) if request.priority)
+        self.queue.extend(request for request in requests if not request.priority)
         self._fill()
 
     def completed(self) -> Iterator[Sample]:

@@ -114,7 +114,7 @@ class Request:
     prompt: Prompt
     seed: int
     sampling: Sampling
-    is_urgent: bool = False  # others wait for it: it is sent before what is not
+    priority: int = 0  # sent before those of less: 1 of first waves, 2 where the policy waits for it
 
     @property
     def id(self) -> str:

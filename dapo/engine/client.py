@@ -71,7 +71,7 @@ class Client:
         self.intake = Intake(self.vocab_size, self.max_concurrent * len(self.servers.workers))
 
     def add(self, jobs: list[Job]) -> None:
-        """Send these as soon as a server has room: urgent ones before what waits, the others after it."""
+        """Send these as soon as a server has room: those with a priority before what has less."""
         http.loop().call_soon_threadsafe(self._add, jobs)
 
     def abandon(self, jobs: list[Job]) -> None:
@@ -144,8 +144,14 @@ class Client:
     def _add(self, jobs: list[Job]) -> None:
         if self._is_idle():
             self.progressed_at = time.monotonic()  # until now there was nothing to wait for
-        self.ready.extendleft(job for job in reversed(jobs) if job.request.is_urgent)
-        self.ready.extend(job for job in jobs if not job.request.is_urgent)
+        if first := [job for job in jobs if job.request.priority]:
+            least = first[0].request.priority
+            more = itertools.takewhile(lambda job: job.request.priority > least, self.ready)
+            num_before = len(list(more))
+            self.ready.rotate(-num_before)
+            self.ready.extendleft(reversed(first))
+            self.ready.rotate(num_before)
+        self.ready.extend(job for job in jobs if not job.request.priority)
         self._send()
 
     def _send(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from dapo.config import ConfigError
 from dapo.engine.decoding import decode
+from dapo.engine.idle import Idle
 from dapo.types import Request, Sample, Sampling
 
 
@@ -41,7 +41,7 @@ class EmbeddedEngine:
         self.version = -1  # of the weights; none are loaded
         self.streams: weakref.WeakSet[EmbeddedStream] = weakref.WeakSet()
         self.lock = threading.Lock()  # the model serves one stream at a time
-        self._busy, self._taken_at = 0.0, time.monotonic()  # seconds of generating; since then
+        self.idle = Idle()
 
     def stream(self) -> EmbeddedStream:
         made = EmbeddedStream(self)
@@ -75,9 +75,7 @@ class EmbeddedEngine:
 
     def take_idle(self) -> list[float]:
         """Return the seconds since the last call in which nothing was generated."""
-        now, busy, self._busy = time.monotonic(), self._busy, 0.0
-        since, self._taken_at = self._taken_at, now
-        return [max(0.0, now - since - busy)]
+        return [self.idle.take()]
 
     def release_memory(self) -> None: ...
 
@@ -90,10 +88,10 @@ class EmbeddedEngine:
 
         Ends at the next token, with samples that are cut off, when `is_wanted()` is no longer true.
         """
-        start = time.monotonic()
         prompts, seeds = [r.prompt.tokens for r in requests], [r.seed for r in requests]
+        self.idle.note(False)
         tokens, logprobs = decode(self.model, prompts, seeds, sampling, is_wanted)
-        self._busy += time.monotonic() - start
+        self.idle.note(True)
         is_stop = np.isin(tokens, sampling.stop_ids)  # once: a call for each row takes longer than its sample
         rows = zip(requests, tokens, logprobs, is_stop, strict=True)
         return [self._sample(*row) for row in rows]
@@ -126,42 +124,48 @@ class EmbeddedStream:
         self.queue: list[Request] = []
         self.finished: deque[Sample] = deque()  # generated, and not read yet
         self.num_aborts = 0  # of everything
+        self.lock = threading.Lock()  # of these
 
     def submit(self, requests: Iterable[Request]) -> None:
         requests = list(requests)
-        self.queue[:0] = [request for request in requests if request.is_urgent]
-        self.queue.extend(request for request in requests if not request.is_urgent)
+        with self.lock:
+            self.queue[:0] = [request for request in requests if request.priority]
+            self.queue.extend(request for request in requests if not request.priority)
 
     def completed(self) -> Iterator[Sample]:
         """Yield samples in the order of their requests."""
         while self.queue or self.finished:
             if not self.finished:
                 self._generate_next()
-            if self.finished:  # else it was aborted meanwhile
-                yield self.finished.popleft()
+            with self.lock:
+                sample = self.finished.popleft() if self.finished else None
+            if sample:  # else it was aborted meanwhile
+                yield sample
 
     def abort(self, ids: Iterable[str] | None = None) -> None:
-        if ids is None:
-            self.num_aborts += 1
-            self.queue.clear()
-            self.finished.clear()
-            return
-        dropped = set(ids)
-        self.queue = [request for request in self.queue if request.id not in dropped]
-        self.finished = deque(s for s in self.finished if f"{s.group}.{s.index}" not in dropped)
+        with self.lock:
+            if ids is None:
+                self.num_aborts += 1
+                self.queue, self.finished = [], deque()
+                return
+            dropped = set(ids)
+            self.queue = [request for request in self.queue if request.id not in dropped]
+            self.finished = deque(s for s in self.finished if f"{s.group}.{s.index}" not in dropped)
 
     def _generate_next(self) -> None:
         """Generate the first requests of the queue that have the same sampling settings."""
-        first, before = self.queue[: self.engine.max_concurrent], self.num_aborts
-        if not first:
-            return
-        alike = itertools.takewhile(lambda request: request.sampling == first[0].sampling, first)
-        batch = list(alike)
-        del self.queue[: len(batch)]
+        with self.lock:
+            if not self.queue:
+                return
+            sampling, before = self.queue[0].sampling, self.num_aborts
+            alike = itertools.takewhile(lambda request: request.sampling == sampling, self.queue)
+            batch = list(itertools.islice(alike, self.engine.max_concurrent))
+            self.queue = self.queue[len(batch) :]
         with self.engine.lock:
-            samples = self.engine.generate(batch, first[0].sampling, lambda: self.num_aborts == before)
-        if self.num_aborts == before:
-            self.finished.extend(samples)
+            samples = self.engine.generate(batch, sampling, lambda: self.num_aborts == before)
+        with self.lock:
+            if self.num_aborts == before:
+                self.finished.extend(samples)
 
 
 def as_stored(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

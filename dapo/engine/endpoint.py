@@ -13,6 +13,7 @@ import orjson
 
 from dapo import http
 from dapo.engine.control import Server
+from dapo.engine.idle import Idle
 from dapo.types import Request, Sample
 
 PROBE_TIMEOUT = 10.0  # seconds, at most
@@ -61,27 +62,6 @@ class Job:
     rid: str = ""  # id sent to the server; unique per attempt
     sent_at: float = 0.0
     task: asyncio.Task[None] | None = None  # the last attempt
-
-
-class Idle:
-    """Adds up the seconds in which there was nothing to do."""
-
-    def __init__(self) -> None:
-        self.since: float | None = time.monotonic()  # None: there is something to do
-        self.seconds = 0.0  # until then
-
-    def note(self, is_idle: bool) -> None:
-        """Note that there is nothing to do from now on, or something."""
-        now = time.monotonic()
-        if self.since is not None:
-            self.seconds += now - self.since
-        self.since = now if is_idle else None
-
-    def take(self) -> float:
-        """Return the seconds since the last call."""
-        self.note(self.since is not None)
-        seconds, self.seconds = self.seconds, 0.0
-        return seconds
 
 
 class Endpoint:

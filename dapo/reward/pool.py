@@ -80,7 +80,8 @@ class Reward:
             self.workers = Workers(paths, reward.workers, *limits, self.is_interrupted, tokenizer)
         if len(self.local) < len(self.functions):
             http.require_connections(reward.workers)
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of a call
+        self._counting = threading.Lock()  # of the counts
         self._reset_counts()
 
     def apart(self) -> Reward:
@@ -123,9 +124,10 @@ class Reward:
         verdicts = [self._checked(name, pairs, replies[name]) for name in self.functions]
         grades = [list(map(self._grade, each)) for each in verdicts]
         first = replies[self.functions[0]]
-        self.num_scored += len(first)
-        self.num_undecided += first.count(None)
-        self.num_without_answer += sum(reply is not None and reply.has_answer is False for reply in first)
+        with self._counting:
+            self.num_scored += len(first)
+            self.num_undecided += first.count(None)
+            self.num_without_answer += sum(r is not None and r.has_answer is False for r in first)
         for i, (_, sample) in enumerate(pairs):
             self._mark(sample, [each[i] for each in grades[: len(self.weights)]])
         for i, (prompt, sample) in enumerate(pairs if self.reward.shadow else []):
@@ -151,17 +153,18 @@ class Reward:
         """Count, since the last call, the calls without a verdict; and return fractions of scored responses:
         without a verdict, without an answer in them, and with a shadow verifier that disagrees.
         """
-        num_scored = max(self.num_scored, 1)
-        metrics: dict[str, float] = {
-            "reward/timeouts": self.num_timeouts,
-            "reward/crashes": self.num_crashes,
-            "reward/undecided": self.num_undecided / num_scored,
-        }
-        if self.finds_answers:
-            metrics["reward/no_answer"] = self.num_without_answer / num_scored
-        if self.reward.shadow:
-            metrics["reward/disagreement"] = self.num_disputed / num_scored
-        self._reset_counts()
+        with self._counting:
+            num_scored = max(self.num_scored, 1)
+            metrics: dict[str, float] = {
+                "reward/timeouts": self.num_timeouts,
+                "reward/crashes": self.num_crashes,
+                "reward/undecided": self.num_undecided / num_scored,
+            }
+            if self.finds_answers:
+                metrics["reward/no_answer"] = self.num_without_answer / num_scored
+            if self.reward.shadow:
+                metrics["reward/disagreement"] = self.num_disputed / num_scored
+            self._reset_counts()
         return metrics
 
     def close(self) -> None:
@@ -203,8 +206,9 @@ class Reward:
         try:
             return self.workers.judge(jobs, together)
         finally:
-            self.num_timeouts += self.workers.num_timeouts - before[0]
-            self.num_crashes += self.workers.num_crashes - before[1]
+            with self._counting:
+                self.num_timeouts += self.workers.num_timeouts - before[0]
+                self.num_crashes += self.workers.num_crashes - before[1]
 
     def _decode(self, samples: Sequence[Sample]) -> None:
         """Set the samples' text in this process."""
@@ -272,7 +276,8 @@ class Reward:
 
     def _keep_disputed(self, prompt: Prompt, sample: Sample, verdicts: list[Verdict]) -> None:
         """Count the sample, and write it to `disputes`."""
-        self.num_disputed += 1
+        with self._counting:
+            self.num_disputed += 1
         if self.disputes:
             row = {"prompt": prompt.index, "group": sample.group, "sample": sample.index}
             given = {"answer": prompt.answer, "verdicts": dict(zip(self.functions, verdicts, strict=True))}

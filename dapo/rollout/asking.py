@@ -73,7 +73,7 @@ class Asking:
         Raises:
             RolloutError: every prompt has left the run.
         """
-        if self.forecast.is_dropped.all():
+        if self.is_exhausted:
             raise RolloutError(
                 f"rollout.drop_above={self.forecast.rules.drop_above}: all {len(self.stream.prompts)} "
                 "prompts have left, solved more often than that: raise it, or use harder data"
@@ -134,6 +134,17 @@ class Asking:
         self.passed = list(compress(self.recent, is_of_batch))
         self.recent = [*compress(self.recent, map(not_, is_of_batch)), *self.recent[end:]]
         self._now = {each.visit.index for each in self.recent if each.is_asked}
+
+    def reopen_batch(self) -> None:
+        """Undo `finish_batch`."""
+        self.recent[:0] = self.passed
+        self._now |= {each.visit.index for each in self.passed if each.is_asked}
+        self.passed = []
+
+    @property
+    def is_exhausted(self) -> bool:
+        """True if every prompt has left the run: `next` raises RolloutError."""
+        return bool(self.forecast.is_dropped.all())
 
     def learn(self, decided: Iterable[Group]) -> None:
         """Teach the forecast what became of the last batch's groups."""

@@ -1,6 +1,8 @@
 """Generation that goes on while the policy learns (rollout.max_staleness = η > 0).
 
 ASK → GENERATE → SCORE → QUEUE, in request order, while the trainer TAKEs a batch, learns and sends weights.
+N = mixed groups that a step learns from. A group is open from its request until it is in a batch. Its turn
+comes when it and all groups that were requested before it are scored.
 """
 
 from __future__ import annotations
@@ -12,14 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from dapo import config
-from dapo.clock import waiting
+from dapo.clock import timed
 from dapo.rollout.asking import Asking
 from dapo.rollout.buffer import Buffer
 from dapo.rollout.pending import Chances, GroupSampler
 from dapo.types import Group, Interrupted, WeightsLost
 
-# safety margin: a smaller one makes more groups too old, a larger one lets servers stand still
-DEVIATIONS = 1.5
+# standard deviations above the mean number of mixed groups for which there is room: with fewer, more groups
+# are too old at their turn; with more, servers stand still
+MARGIN = 1.5
+CLOSE_TIMEOUT = 10.0  # seconds
 CHECK_EVERY = 0.5  # seconds of waiting between two checks for an interruption
 
 
@@ -138,7 +142,8 @@ class Collector:
                 self._raise_failure()
                 if self.failure:
                     raise self.failure
-                waiting()  # engine and reward have timeouts of their own
+                if self.asking.is_exhausted and not self.sampler.pending.groups:
+                    self.asking.next()  # raises
                 self.on_progress(step, self.turned.num_kept)
                 if self._thread:
                     self.changed.wait(CHECK_EVERY)
@@ -194,8 +199,7 @@ class Collector:
         with self.changed:
             self.turned.put_back(self._taken)
             self.next_step -= 1
-            self.asking.recent[:0] = self.asking.passed
-            self.asking.passed.clear()
+            self.asking.reopen_batch()
 
     def open_groups(self) -> list[Group]:
         """Return all open groups in request order, without samples if unfinished. The caller has the lock."""
@@ -219,9 +223,10 @@ class Collector:
             self.sampler.stream.abort()
             self.changed.notify_all()
         if self._thread:
-            self._thread.join()
+            self._thread.join(CLOSE_TIMEOUT)  # a call of the reward may never return; the process ends anyway
         self.sampler.cancel()
 
+    @timed("collect")
     def turn(self) -> None:
         """Wait until more groups are scored; queue those whose turn has come; ask for more."""
         self.sampler.wait()
@@ -254,7 +259,8 @@ class Collector:
         for group in self.sampler.ready():
             self.turned.append(group)
         self.changed.notify_all()
-        if self.is_streaming or not self.sampler.pending.num_outstanding:
+        is_time = self.is_streaming or not self.sampler.pending.num_outstanding
+        if is_time and not self.failure and not self.is_closed:
             self.sampler.request(list(self._lacking()))
 
     def _lacking(self) -> Iterator[Group]:
@@ -264,7 +270,7 @@ class Collector:
         chance, chances = self._chances()
         num_samples = self.turned.num_samples + len(pending.groups) * pending.group_size
         num_steps = min(self.version + limits.max_staleness + 1, limits.steps) - self.next_step
-        while num_kept + chances.most(DEVIATIONS) < num_steps * limits.capacity:
+        while not self.asking.is_exhausted and num_kept + chances.most(MARGIN) < num_steps * limits.capacity:
             if num_samples + pending.group_size > num_steps * limits.most_samples:
                 return
             group = self.asking.next()
@@ -277,9 +283,7 @@ class Collector:
         unknown = self.sampler.pending.unknown
         if self.asking.has_forecast:
             return self.asking.chance, Chances(map(self.asking.chance, unknown))
-        again = (
-            self.num_overflown
-        )  # all of them mixed: without them the fraction would fall, and more be asked
+        again = self.num_overflown  # they were mixed: else the fraction would fall, and more would be too old
         fraction = self.estimate(self.turned.num_kept + again, len(self.turned.groups) + again)
         return lambda group: fraction, Chances.alike(len(unknown), fraction)
 
@@ -312,8 +316,12 @@ class Collector:
         for group in groups:
             self.turned.remove(group)
             self.num_overflown += 1
-            self.sampler.request([Group(group.id, group.prompt)])
-            self.changed.notify_all()
+            anew = Group(group.id, group.prompt)
+            if self.failure:
+                self._lost.append(anew)
+            else:
+                self.sampler.request([anew])
+        self.changed.notify_all()
 
 
 def age(group: Group, step: int) -> int:

@@ -172,7 +172,7 @@ class GroupSampler:
     is_streaming: bool
     on_sample: Callable[[int], None]  # called after each sample with the number outstanding; it may raise
     first_waves: FirstWaves | None = None  # None: groups are requested whole
-    is_urgent: bool = False  # all requests, not first waves alone, go before what waits in other streams
+    priority: int = 0  # of requests; first waves have at least 1
 
     def __post_init__(self) -> None:
         self.pending = Pending(self.group_size)
@@ -196,7 +196,7 @@ class GroupSampler:
                 group.prompt,
                 sample_seed(self.run_seed, group.id, index),
                 self.sampling,
-                is_urgent=self.is_urgent or self.pending.requested[group.id] < self.group_size,
+                priority=max(self.priority, self.pending.requested[group.id] < self.group_size),
             )
             for group, first in groups
             for index in range(first, self.pending.requested[group.id])

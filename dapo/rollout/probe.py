@@ -20,7 +20,7 @@ def sample(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, run_se
     groups = [Group(FIRST_GROUP + i, prompt) for i, prompt in enumerate(prompts[:NUM_PROMPTS])]
     stream = engine.stream()
     stream.submit(
-        Request(g.id, 0, g.prompt, sample_seed(run_seed, g.id, 0), short, is_urgent=True) for g in groups
+        Request(g.id, 0, g.prompt, sample_seed(run_seed, g.id, 0), short, priority=2) for g in groups
     )
     try:
         for found in stream.completed():

@@ -150,11 +150,11 @@ class PromptStream:
             )
         for source, drawn in zip(self.sources, state["drawn"], strict=True):
             source.drawn = drawn
-        # version 0.1.0 kept neither epochs nor numbers
+        # version 0.1.0 kept no numbers, at first no epochs either
         first = self.num_drawn - len(state["returned"])
+        kept = [[v, 0] if isinstance(v, int) else v for v in state["returned"]]
         self.returned = deque(
-            Visit(v, 0, first + i) if isinstance(v, int) else Visit(*v)
-            for i, v in enumerate(state["returned"])
+            Visit(index, epoch, *(number or [first + i])) for i, (index, epoch, *number) in enumerate(kept)
         )
 
     def _next(self) -> Visit:

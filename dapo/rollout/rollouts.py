@@ -104,8 +104,8 @@ class Rollouts(Resumable):
             if rollout.only:  # the dump is the step
                 self.dumps.check()
         except Stopped:
-            if not replayed:
-                self._put_back()
+            if not replayed:  # the groups go back
+                (self.collector.put_back if self.collector else self.asking.forget)()
             raise
         metrics = buffer.ledger() | rewarded | self._staleness(buffer, step)
         if not replayed:
@@ -238,7 +238,7 @@ class Rollouts(Resumable):
             is_streaming=is_streaming,
             on_sample=on_sample,
             first_waves=asking,
-            is_urgent=asking is None,  # an evaluation: the policy waits for it
+            priority=2 if asking is None else 0,  # the policy waits for evaluations
         )
         self._samplers.append(sampler)
         return sampler
@@ -277,13 +277,6 @@ class Rollouts(Resumable):
         visits = [self.questions[group.id].visit for group in self.carried]
         self.prompts.put_back(sorted(visits, key=lambda visit: visit.number))
         self.carried, self.questions = [], {}
-
-    def _put_back(self) -> None:
-        """Return what the last batch was made of: its step failed."""
-        if self.collector:
-            self.collector.put_back()
-        else:
-            self.asking.forget()
 
     def _learn(self, buffer: Buffer) -> dict[str, float]:
         """Teach the forecast what became of the batch's groups, and let the collector ask for more. Return
@@ -354,7 +347,8 @@ class Rollouts(Resumable):
         self.num_empty_steps = 0 if buffer.num_learnt else self.num_empty_steps + 1
         asked = len(buffer.asked)
         correct, wrong = buffer.num_all_correct / asked, buffer.num_all_wrong / asked
-        if not buffer.num_learnt and rewarded.get("reward/undecided") == 1.0:
+        # with max_staleness the counts are of later groups too
+        if not (buffer.num_learnt or rollout.max_staleness) and rewarded.get("reward/undecided") == 1.0:
             timeouts, crashes = rewarded["reward/timeouts"], rewarded["reward/crashes"]
             raise RolloutError(
                 f"{function} decided about none of the step's {asked} groups: {timeouts:.0f} calls ran past "

@@ -47,6 +47,8 @@ class Resumable:
             state, carried = self.state_dict(), self.carried
         (directory / "rollouts.json").write_text(json.dumps(state))
         dump.write_groups(directory / "carried.parquet", carried)
+        if self.collector:
+            self.carried = []
         if self.forecast.asked.any():
             record.write(directory / record.NAME, self.forecast, self.prompts.data)
             record.write(self.config.run.dir / record.NAME, self.forecast, self.prompts.data)

@@ -260,7 +260,9 @@ def test_first_waves_are_sent_before_what_waits_and_in_their_order() -> None:
     own._is_idle = lambda: False
 
     def jobs(names: str) -> list[Any]:
-        return [SimpleNamespace(request=SimpleNamespace(id=name, is_urgent=name.isupper())) for name in names]
+        return [
+            SimpleNamespace(request=SimpleNamespace(id=name, priority=int(name.isupper()))) for name in names
+        ]
 
     Client._add(own, jobs("aBCd"))
     Client._add(own, jobs("eFG"))

@@ -206,7 +206,7 @@ def test_first_waves_are_marked_and_what_they_show_counts_in_what_is_asked_for(t
     rollouts.forecast.alpha[whole] = rollouts.forecast.beta[whole] = 9
     buffer = rollouts.collect(0)
     requests = [request for requests in engine.submitted for request in requests]
-    assert all(r.is_urgent == (r.index < 2 and kinds[r.prompt.index] < 2) for r in requests)
+    assert all(r.priority == (r.index < 2 and kinds[r.prompt.index] < 2) for r in requests)
     assert {kinds[group.prompt.index] for group in buffer.decided} == {0, 1, 2}
     for group in buffer.decided:
         odds = rollouts.asking.questions[group.id].odds

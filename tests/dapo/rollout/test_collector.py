@@ -4,6 +4,7 @@ lost or taken twice when servers die, disks fail and runs go on.
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 import time
@@ -95,7 +96,9 @@ class System:
     def __init__(self, path: Path, seed: int, *options: str, mixed: float = 0.5, servers: int | None = None):
         self.chance = random.Random(seed)
         engine = make_servers(seed if servers is None else servers, mixed)
-        self.rollouts = make_rollouts(path, engine, STREAMING, "rollout.group_size=4", *options)
+        self.rollouts = make_rollouts(
+            path, engine, STREAMING, "rollout.group_size=4", "run.steps=99", *options
+        )
         self.engine: Any = self.rollouts.engine
         self.step, self.most_turns = 0, 30
 
@@ -344,6 +347,39 @@ def test_servers_that_lost_their_weights_get_their_requests_again(
     assert {*range(max(turns))} <= {*turns, *ids(system.collector.open_groups())}
 
 
+def test_what_is_ready_is_learnt_from_while_servers_have_no_weights_and_nothing_is_asked_of_them(
+    tmp_path: Path,
+) -> None:
+    system = System(tmp_path, 5, "rollout.max_staleness=2", mixed=0.7)
+    system.most_turns = 200
+    for _ in range(2):
+        system.make_step()
+    system.collector.fail(WeightsLost("all servers died"))
+    before, num_asked = ids(system.collector.open_groups()), len(system.engine.history)
+    order = [group.id for group in system.collector.open_groups()]
+    buffer = system.rollouts.take(2)
+    system.rollouts._learn(buffer)
+    assert len(system.engine.history) == num_asked
+    system.rollouts.load_weights([], 3)
+    after = [group.id for group in system.collector.open_groups() if group.id in before]
+    again = {id for id in after if order.index(id) < max(map(order.index, ids(buffer.decided)))}
+    assert [id for id in after if id not in again] == [id for id in order if id in after and id not in again]
+    assert ids(buffer.decided) and not {*ids(buffer.decided)} & {*after}
+
+
+def test_a_batch_that_is_ready_is_learnt_from_though_all_prompts_have_left(tmp_path: Path) -> None:
+    system = System(tmp_path, 5, "rollout.max_staleness=1", "rollout.drop_above=0.9", mixed=1.0)
+    system.most_turns = 200
+    system.make_step()
+    system.turns()
+    assert sum(group.is_mixed for group in system.collector.turned.groups) >= 3
+    system.rollouts.forecast.is_dropped[:] = True
+    with pytest.raises(RolloutError, match=f"all {NUM_PROMPTS} prompts have left"):
+        for _ in range(4):
+            system.make_step()
+    assert system.step >= 2 and len(system.collector.open_groups()) < 4
+
+
 @pytest.mark.parametrize("error", [EngineError("no server"), RolloutError("not finite"), ZeroDivisionError()])
 def test_the_threads_error_is_the_next_batchs(tmp_path: Path, error: Exception) -> None:
     system = System(tmp_path, 5, "rollout.max_staleness=1")
@@ -384,7 +420,7 @@ class SlowServers(Servers):
 def test_a_run_with_its_thread(tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)
     engine = SlowServers(make_servers(seed).script, seed)
-    options = [f"rollout.max_staleness={1 + seed % 3}", "rollout.group_size=4", STREAMING]
+    options = [f"rollout.max_staleness={1 + seed % 3}", "rollout.group_size=4", "run.steps=99", STREAMING]
     rollouts = make_rollouts(tmp_path, engine, *options)
     turns = []
     for step in range(20):
@@ -395,7 +431,7 @@ def test_a_run_with_its_thread(tmp_path: Path, seed: int) -> None:
         time.sleep(chance.random() * 4e-3)
         if step % 7 == 3:
             rollouts.save(tmp_path)
-            saved = rollouts.state_dict()
+            saved = json.loads((tmp_path / "rollouts.json").read_text())
             of_saved = {id for id, *_ in saved["carried"]}
             assert not of_saved & {*turns} and {*range(max(turns))} <= {*turns, *of_saved}
     assert len(set(turns)) == len(turns)
@@ -417,7 +453,7 @@ def test_a_bug_in_the_thread_ends_the_run(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_groups_that_are_all_rejected_do_not_pile_up(tmp_path: Path) -> None:
     engine = Servers(lambda prompt: "0000", 0)
-    options = "rollout.max_staleness=2", "rollout.group_size=4", STREAMING, "rollout.at_cap=train"
+    options = "rollout.max_staleness=2", "rollout.group_size=4", "run.steps=99", STREAMING
     rollouts: Rollouts = make_rollouts(tmp_path, engine, *options, "rollout.max_empty_steps=9")
     for step in range(3):
         rollouts.load_weights([], step)

@@ -497,3 +497,16 @@ def test_epochs_do_not_depend_on_what_was_taken_ahead_and_put_back():
         other.put_back(ahead[count:])
         assert one.epochs.tolist() == other.epochs.tolist()
     assert one.epochs.tolist() == [3] * 4 + [1] * 8
+
+
+@pytest.mark.parametrize("returned", [[3, 4], [[3, 0], [4, 1]], [[3, 0, 8], [4, 1, 9]]])
+def test_visits_that_were_put_back_have_numbers_also_where_an_older_version_kept_none(
+    returned,
+) -> None:
+    stream = PromptStream([make_prompt(i) for i in range(10)], seed=0)
+    stream.take(10)
+    stream.load_state_dict(stream.state_dict() | {"returned": returned})
+    visits = stream.take(3)
+    assert [(visit.index, visit.number) for visit in visits[:2]] == [(3, 8), (4, 9)] and visits[
+        2
+    ].number == 10
