@@ -269,6 +269,14 @@ def test_first_waves_are_sent_before_what_waits_and_in_their_order() -> None:
     assert "".join(job.request.id for job in own.ready) == "FGBCade"
 
 
+def test_what_the_policy_waits_for_is_sent_before_first_waves() -> None:
+    own, _ = make_client()
+    own._is_idle = lambda: False
+    for name, priority in (("a", 0), ("W", 1), ("E", 2), ("V", 1), ("F", 2), ("b", 0)):
+        Client._add(own, [SimpleNamespace(request=SimpleNamespace(id=name, priority=priority))])  # type: ignore[list-item]
+    assert "".join(job.request.id for job in own.ready) == "FEVWab"
+
+
 def test_of_many_requests_the_first_eight_are_named() -> None:
     names = list("abcdefghi")
     assert first_few(names[:8]) == names[:8] and first_few(names) == [*names[:8], "…"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +17,7 @@ import transformers
 from safetensors.torch import load_file
 
 from dapo.config import ConfigError
-from dapo.engine import one_token
+from dapo.engine import idle, one_token
 from dapo.engine.decoding import decode
 from dapo.engine.embedded import EmbeddedEngine
 from dapo.model.shape import ARCHITECTURES
@@ -22,6 +25,7 @@ from dapo.types import Prompt, Request, Sample, Sampling
 
 BASE = Path(__file__).parents[3] / "examples/arithmetic/base"
 EOS = 1
+EMPTY = np.zeros(0, np.int32)
 
 
 @pytest.fixture(scope="module")
@@ -252,3 +256,62 @@ def test_missing_weights_are_noticed(engine: EmbeddedEngine) -> None:
     weights.pop("model.norm.weight")
     with pytest.raises(ConfigError, match=r"model\.norm\.weight"):
         engine.load_weights(weights.items(), version=8)
+
+
+def test_of_a_stream_that_another_thread_asks_nothing_is_lost_or_comes_twice(
+    engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Urgent requests are put before those that are being taken from the queue."""
+
+    def answer(batch: list[Request], *arguments: object) -> list[Sample]:
+        return [Sample(r.group, r.index, EMPTY, EMPTY, EMPTY, (), "stop") for r in batch]
+
+    monkeypatch.setattr(engine, "generate", answer)
+    stream, sampling = engine.stream(), Sampling(1.0, 4, (EOS,))
+    found: list[int] = []
+    is_over = threading.Event()
+
+    def read() -> None:
+        while not is_over.is_set() or stream.queue or stream.finished:
+            found.extend(sample.group for sample in stream.completed())
+
+    reader = threading.Thread(target=read)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    reader.start()
+    for i in range(2000):
+        stream.submit([Request(i, 0, Prompt(0, EMPTY, ""), i, sampling, priority=i % 2)])
+    is_over.set()
+    reader.join(60)
+    sys.setswitchinterval(interval)
+    assert sorted(found) == list(range(2000))
+
+
+def test_generation_that_nobody_wants_any_more_ends_and_leaves_nothing(engine: EmbeddedEngine) -> None:
+    stream = engine.stream()
+    stream.submit(requests(3, Sampling(1.0, 2000, ())))
+    reader = threading.Thread(target=lambda: seen.extend(stream.completed()))
+    seen: list[Sample] = []
+    reader.start()
+    while not engine.lock.locked():
+        time.sleep(0.001)
+    stream.abort()
+    reader.join(60)
+    assert not reader.is_alive() and not seen and not stream.finished
+
+
+def test_idle_seconds_leave_out_a_generation_that_is_not_over(
+    engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(idle.time, "monotonic", lambda: now[0])
+    watch = idle.Idle()
+    for seconds, is_idle, expected in (
+        (2.0, False, 2.0),
+        (5.0, False, 0.0),
+        (7.0, True, 0.0),
+        (9.0, False, 2.0),
+    ):
+        now[0] = seconds
+        watch.note(is_idle)
+        assert watch.take() == expected

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from dapo.learn.batch import BYTES_PER_TOKEN, Microbatch
+from dapo.learn.batch import BYTES_PER_TOKEN, Microbatch, shares
 from dapo.learn.traces import blank, merged
 from dapo.types import token_fields
-from tests.batches import plan
+from tests.batches import plan, travelled
 from tests.conftest import make_config, make_group
 
 
@@ -215,6 +215,20 @@ def test_no_groups_make_no_updates_but_keep_the_metrics(tmp_path, num_ranks):
     batches = plan([], make_config(tmp_path), num_ranks, {"groups/kept": 0.0})
     assert [batch.minibatches for batch in batches] == [[]] * num_ranks
     assert all(batch.metrics == {"groups/kept": 0.0} for batch in batches)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize("num_groups", [0, 3])
+def test_a_probe_is_beside_the_updates_on_every_rank(tmp_path, num_groups, num_ranks):
+    config = make_config(tmp_path, "parallel.tensor=2")
+    groups, probe = random_groups(num_groups), random_groups(4, seed=1, group_size=1)
+    made = shares(groups, config, num_ranks, {}, 0, probe)
+    batches = [travelled(share).batch(config.parallel, 0) for share in made]
+    plain = plan(groups, config, num_ranks, {})
+    assert [len(b.minibatches) for b in batches] == [len(b.minibatches) for b in plain]
+    assert len({len(b.probe) for b in batches}) == 1 and not any(b.probe for b in plain)
+    found = responses_of([m for b in batches for m in b.probe])
+    assert sorted(map(tuple, found)) == sorted(map(tuple, responses_in(probe)))
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 16])

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from dapo import config as configs
 from dapo import mesh as meshes
 from dapo.learn.advantages import set_advantages
+from dapo.learn.batch import shares
 from dapo.policy.megatron import PlacedBatch, Policy, PolicyError
 from dapo.policy.metrics import step_metrics
 from dapo.types import Group, Prompt, Sample
@@ -126,6 +127,27 @@ def test_a_gradient_that_is_not_finite_leaves_the_policy_as_it_was(policy: Polic
     assert all(map(torch.equal, before, state_of(policy)))
     policy.update(batch.minibatches[0])
     assert not all(map(torch.equal, before, state_of(policy))), "an update moves what is compared"
+
+
+def test_a_probe_is_scored_and_not_learnt_from(policy: Policy) -> None:
+    """Of a few responses of the current weights, where those that are learnt from are of older ones."""
+    groups, probe = make_groups(MIXED), make_groups([[0.0], [0.0]], seed=1)
+    for group in groups:
+        for sample in group.samples:
+            sample.versions = ((0, 0, sample.length),)
+    for group in probe:
+        group.samples[0].versions = ((1, 0, group.samples[0].length),)
+    [with_probe] = batches.batches_of(shares(groups, policy.config, 1, {}, 1, probe), policy.config)
+    [plain] = batches.batches_of(shares(groups, policy.config, 1, {}, 1), policy.config)
+    both, alone = policy.place(with_probe), policy.place(plain)
+    found, expected = policy.score(both), policy.score(alone)
+    assert "policy/mismatch" not in found and "policy/importance" in found
+    [microbatch] = both.probe
+    assert microbatch.scores
+    gap = (microbatch.scores.old_logprobs - microbatch.behavior_logprobs)[microbatch.loss_mask].abs()
+    assert len(gap) == sum(group.samples[0].length for group in probe)
+    assert found.pop("policy/mismatch_probe") == pytest.approx(float(gap.mean())) and found == expected
+    assert [len(minibatch) for minibatch in both.minibatches] == [len(m) for m in alone.minibatches]
 
 
 def test_log_probs_that_are_not_finite_are_told_with_the_parameter_that_is_not(policy: Policy) -> None:

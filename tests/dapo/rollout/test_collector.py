@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dapo import clock
 from dapo.rollout import collector, pending
 from dapo.rollout.buffer import Buffer
 from dapo.rollout.rollouts import RolloutError, Rollouts
@@ -437,6 +438,63 @@ def test_a_run_with_its_thread(tmp_path: Path, seed: int) -> None:
     assert len(set(turns)) == len(turns)
     rollouts.close()
     assert not any(thread.name == "collector" for thread in threading.enumerate())
+
+
+def test_an_evaluation_beside_the_thread_leaves_its_groups_and_its_counts_alone(tmp_path: Path) -> None:
+    """Evaluated responses are all of a crash's kind: without an answer."""
+    engine = SlowServers(make_servers(3).script, 3)
+    options = "rollout.max_staleness=2", "rollout.group_size=4", "run.steps=99", STREAMING
+    rollouts = make_rollouts(tmp_path, engine, *options)
+    turns = []
+    for step in range(8):
+        rollouts.load_weights([], step)
+        next_batches(rollouts, step)
+        turns += ids([*rollouts.collector._taken])  # type: ignore[union-attr]
+        apart = rollouts.reward.apart()
+        prompts = rollouts.prompts.prompts[:6]
+        found = rollouts.sample(prompts, 4, rollouts.sampling, 1 << 60, "evaluating", apart)
+        assert [group.prompt.index for group in found] == [prompt.index for prompt in prompts]
+        assert apart.num_scored == 24 and all(len(group.samples) == 4 for group in found)
+    assert len(set(turns)) == len(turns) and {*range(max(turns))} <= {
+        *turns,
+        *ids(rollouts.collector.open_groups()),  # type: ignore[union-attr]
+    }
+    rollouts.close()
+
+
+def test_a_call_of_the_reward_that_never_returns_is_no_progress_and_the_run_can_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collector, "CLOSE_TIMEOUT", 0.1)
+    rollouts = make_rollouts(tmp_path, make_servers(0), "rollout.max_staleness=1", STREAMING)
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def hang(pairs: object) -> None:
+        hangs.set()
+        goes_on.wait(20)
+
+    monkeypatch.setattr(rollouts.reward, "score", hang)
+    interrupt = InterruptAfter(10**9)
+    rollouts.is_interrupted = interrupt
+    failed: list[BaseException] = []
+
+    def take() -> None:
+        try:
+            rollouts.take(0)
+        except Interrupted as error:
+            failed.append(error)
+
+    main = threading.Thread(target=take)
+    main.start()
+    assert hangs.wait(20)
+    before = clock.progress()[:2]
+    time.sleep(3 * collector.CHECK_EVERY)
+    assert clock.progress()[:2] == before
+    interrupt.after = 0
+    main.join(20)
+    assert failed
+    rollouts.close()
+    goes_on.set()
 
 
 def test_a_bug_in_the_thread_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
