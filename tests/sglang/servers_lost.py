@@ -19,6 +19,7 @@ import dapo.policy  # before Megatron, which it adapts
 from dapo.config import Parallel
 from dapo.engine.embedded import EmbeddedEngine, EmbeddedStream
 from dapo.mesh import Mesh
+from dapo.rollout import dump
 from dapo.types import Sample, WeightsLost
 from tests.distributed.launch import numbers
 from tests.sglang.sync_fails import attempt
@@ -30,7 +31,11 @@ CASES: dict[str, tuple[list[int], list[int]]] = {
     "under_syncs": ([1], [0, 2, 4]),
     "for_ever": (list(range(9)), []),
     "under_every_sync": ([], list(range(9))),
+    "ahead": ([2, 5, 11, 40, 41], [2, 5]),
 }
+AHEAD = [
+    "rollout.max_staleness=2", "run.steps=5", "rollout.dump_share=1.0", "parallel.tensor=1", "eval.every=3",
+]  # fmt: skip
 
 
 OPTIONS = [
@@ -43,6 +48,7 @@ OPTIONS = [
 class LosingEngine(EmbeddedEngine):
     losses: ClassVar[list[int]] = []
     sync_losses: ClassVar[list[int]] = []
+    is_ahead: ClassVar[bool] = False  # what is outstanding goes on under new weights
     instances: ClassVar[list[LosingEngine]] = []
 
     def __init__(self, *arguments: Any):
@@ -58,7 +64,7 @@ class LosingEngine(EmbeddedEngine):
 
     def load_weights(self, weights: Any, version: int) -> None:
         for stream in self.streams:
-            assert not stream.queue and not stream.finished, "what was lost is aborted"
+            assert self.is_ahead or not (stream.queue or stream.finished), "what was lost is aborted"
         self.synced.append(version)
         if len(self.synced) - 1 in self.sync_losses:
             next(iter(weights))  # all ranks are in the collectives, and most weights are still to come
@@ -73,7 +79,7 @@ class LosingStream(EmbeddedStream):
         reading = self.engine.num_readings
         self.engine.num_readings += 1
         for number, sample in enumerate(super().completed()):
-            if number == 10 and reading in self.engine.losses:
+            if number == (0 if self.engine.is_ahead else 10) and reading in self.engine.losses:
                 raise WeightsLost("no server has the policy's weights")
             yield sample
 
@@ -84,8 +90,9 @@ def main(out: str) -> None:
     root, mesh, results = Path(out).parent, Mesh(Parallel(tensor=2)), []
     for name, (LosingEngine.losses, LosingEngine.sync_losses) in CASES.items():
         # the run that is compared with keeps its memory, the others release it for their engine
-        LosingEngine.is_colocated = name != "never"
-        mine = attempt([*OPTIONS, f"run.dir={root / name}"])
+        LosingEngine.is_ahead = name == "ahead"
+        LosingEngine.is_colocated = name not in ("never", "ahead")
+        mine = attempt([*OPTIONS, *(AHEAD if name == "ahead" else []), f"run.dir={root / name}"])
         ranks: list[Any] = [None] * mesh.world
         torch.distributed.all_gather_object(ranks, mine)
         if mesh.is_main:
@@ -98,6 +105,11 @@ def main(out: str) -> None:
                     "saved": saved,
                     "numbers": made,
                     "synced": LosingEngine.instances[-1].synced,
+                    "groups": [
+                        sorted({row["group"] for row in dump.read_rows(path, {"group": "int64"})})
+                        for path in sorted((root / name).glob("rollouts/*.parquet"))
+                        if dump.TRACES not in path.name
+                    ],
                 }
             )
     if mesh.is_main:

@@ -30,6 +30,18 @@ def test_weights_whose_sync_a_server_did_not_survive_are_sent_again_by_all_ranks
     assert lost["numbers"] == never["numbers"]
 
 
+def test_a_run_that_samples_ahead_loses_no_group_with_its_servers() -> None:
+    """In the collector's thread, under syncs, and twice in a row."""
+    result = measured("tests.sglang.servers_lost", 2)["ahead"]
+    assert [rank["status"] for rank in result["ranks"]] == [0, 0]
+    assert len(result["synced"]) > 6 + 3 and sorted(set(result["synced"])) == [0, 1, 2, 3, 4, 5]
+    assert len(result["groups"]) == 5
+    learnt = [id for ids in result["groups"] for id in ids]
+    assert len(set(learnt)) == len(learnt)
+    missing = {*range(max(learnt))} - {*learnt}  # those that were too old, and are asked for again
+    assert len(missing) <= len(learnt) / 5, missing
+
+
 def test_syncs_that_no_server_survives_end_a_run_on_two_ranks_with_one_line_and_a_checkpoint() -> None:
     result = measured("tests.sglang.servers_lost", 2)["under_every_sync"]
     assert [rank["status"] for rank in result["ranks"]] == [1, 1]
