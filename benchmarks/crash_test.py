@@ -37,7 +37,7 @@ import psutil
 from dapo import files
 from dapo.report import curves
 from dapo.rollout import dump
-from dapo.rollout.rollouts import read_state
+from dapo.rollout.saving import read_state
 from dapo.watch.server import PR_SET_PDEATHSIG
 
 ROOT = Path(__file__).parents[1]

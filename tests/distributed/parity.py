@@ -362,6 +362,8 @@ def expected_mismatch(
     if importances:
         expected["policy/importance"] = float(np.mean(importances))
         expected["policy/importance_cut"] = float(np.mean([x == cap for x in importances]))
+        all_weights = np.array([*importances, *np.ones(len(gaps))])
+        expected["policy/ess"] = float(all_weights.sum() ** 2 / (len(all_weights) * (all_weights**2).sum()))
     return expected
 
 
