@@ -217,7 +217,7 @@ def ahead(directory: Path) -> dict[str, Any]:
     """
     mesh = Mesh(configs.Parallel(tensor=1))
     options = ["parallel.tensor=1", "rollout.max_staleness=2", "rollout.dump_share=1.0", "run.save_every=100"]
-    stops, left = [], []
+    stops, left, num_open = [], [], []
     for rank in (1, 0):
         if mesh.rank == rank:
             interrupt_after(2, directory / "metrics.jsonl")
@@ -226,6 +226,8 @@ def ahead(directory: Path) -> dict[str, Any]:
         except Interrupted as stop:
             leave(mesh)
             stops.append([stop.signal, stop.is_saved, mesh.on_main(newest, directory)])
+            groups = mesh.on_main(lambda: vars(groups_of(directory, 2)))
+            num_open.append(groups["finished"] + groups["unfinished"])
             left += [each for found in mesh.gather(left_running()) for each in found]
     run(directory, *options, f"run.steps={stops[-1][-1] + 3}")
     left += [each for found in mesh.gather(left_running()) for each in found]
@@ -236,7 +238,7 @@ def ahead(directory: Path) -> dict[str, Any]:
         "left": left,
         "steps": [row["step"] for row in rows(directory)],
         "ages": [*groups["ages"]],
-        "open": groups["finished"] + groups["unfinished"],
+        "open": num_open,
     }
 
 
