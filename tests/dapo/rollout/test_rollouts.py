@@ -639,7 +639,8 @@ def test_the_engine_is_asked_before_weights_are_sent_and_gets_them_all(tmp_path,
 
 
 def test_where_no_group_is_kept_none_is_stale(tmp_path):
-    rollouts = make_rollouts(tmp_path, ScriptedEngine(lambda _: "00"), "rollout.max_staleness=1")
+    options = "rollout.max_staleness=1", "run.steps=9"
+    rollouts = make_rollouts(tmp_path, ScriptedEngine(lambda _: "00"), *options)
     metrics = next_batches(rollouts, 3)[0].metrics
     assert (metrics["rollout/staleness"], metrics["rollout/staleness_max"]) == (0, 0)
     rollouts.close()
