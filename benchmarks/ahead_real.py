@@ -51,11 +51,15 @@ def main(python: str, seeds: str = "5") -> None:
             with tempfile.TemporaryDirectory() as directory:
                 found[staleness].append(run(python, staleness, seed, Path(directory)))
             print(seed, staleness, found[staleness][-1], flush=True)
+    save("ahead_real.md", report(found))
+
+
+def report(found: dict[int, list[dict[str, float]]]) -> str:
     text = heading("Generating while the policy learns, with a real server")
     text += f"""
-The quickstart's {seeds} seeds with one SGLang server on the CPU, one rank; the server and the trainer have a
-core each. Runs alternate. Seconds are means over a run's steps without evaluation; median (range) over seeds.
-Accuracy on held-out problems after the last step: mean ± standard error.
+The quickstart, {len(found[0])} seeds, with one SGLang server on the CPU, one rank; the server and the trainer
+have a core each. Runs alternate. Seconds are means over a run's steps without evaluation; median (range) over
+seeds. Accuracy on held-out problems after the last step: mean ± standard error.
 
 """
     names = ["η", "seconds a step", "η = 0 / this", "waited for groups, s", "updates, s", "weights, s"]
@@ -75,7 +79,7 @@ Accuracy on held-out problems after the last step: mean ± standard error.
             f"{statistics.median(r['probe'] for r in runs):.0e}",
             f"{statistics.fmean(accuracies):.3f} ± {error:.3f}",
         ])  # fmt: skip
-    save("ahead_real.md", text + table(names, rows))
+    return text + table(names, rows)
 
 
 if __name__ == "__main__":
