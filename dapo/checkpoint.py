@@ -1,8 +1,8 @@
 """Save and resume everything: policy, optimizer, prompt position, open groups, counters.
 
 <run.dir>/checkpoints/step-000010/ holds policy/ (Megatron's torch_dist format), rollouts.json,
-carried.parquet of the open groups' samples, and manifest.json (the model; size and checksum of every file). It
-is written under a hidden name and renamed when every rank's part is on disk. So a directory with that name is
+carried.parquet of open groups' samples, and manifest.json (the model; size and checksum of every file). It is
+written under a hidden name and renamed when every rank's part is on disk. So a directory with that name is
 whole; damage that comes later is found by the checksums. A run that is sent back to a step renames the newer
 ones, to aside-step-000020 and so on, and removes none of them.
 """
