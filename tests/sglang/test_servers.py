@@ -223,6 +223,7 @@ def test_a_router_that_does_not_come_back_is_one_error(
     monkeypatch.setattr(fleet, "ROUTER_TIMEOUT", 2.0)
     monkeypatch.setattr(started.router, "has_ended", lambda: False)
     started.router.process.kill()
+    started.router.process.wait()
     with pytest.raises(EngineError, match=rf"{started.router.url}/workers: .*, after 2 s; see .*router\.log"):
         started.serve()
 
