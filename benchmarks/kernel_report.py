@@ -40,6 +40,7 @@ ALIGNED = ("LOGITS", "GRADIENT", "logits_stride", "gradient_stride", "stride", "
 FLAGS = {
     "HAS_MASK": ["MASK"],
     "HAS_WEIGHTS": ["WEIGHTS"],
+    "IS_CISPO": [],
     "HAS_DUAL_CLIP": [],
     "HAS_REFERENCE": ["REFERENCE"],
     "HAS_LOSS": ["OLD", "ADVANTAGES"],
@@ -90,7 +91,7 @@ class Compiled:
 
 def variants() -> list[Variant]:
     """Return the ways of calling that are compiled: the usual ones, and those with every option."""
-    nothing, everything = dict.fromkeys(FLAGS, False), dict.fromkeys(FLAGS, True)
+    nothing, everything = dict.fromkeys(FLAGS, False), dict.fromkeys(FLAGS, True) | {"IS_CISPO": False}
     plain = nothing | {"HAS_WEIGHTS": True, "HAS_LOSS": True, "HAS_GRADIENT": True}
     statistics = [
         Variant("row_statistics_kernel", dtype, dtype, dtype, {"HAS_MASK": True, "VEC": 16 // size})
@@ -104,6 +105,7 @@ def variants() -> list[Variant]:
             ("fp32", "fp32", "fp32", plain, 1),
             ("fp32, every option", "fp32", "fp32", everything, 8),
             ("fp32 to bf16", "fp32", "bf16", plain, 1),
+            ("fp32 to bf16, cispo", "fp32", "bf16", plain | {"IS_CISPO": True}, 1),
         ]
     ]
     loss.append(Variant("loss_gradient_kernel", FORWARD_ONLY, "bf16", "bf16", nothing | {"WORLD": 8}))

@@ -10,10 +10,18 @@ from pathlib import Path
 import pytest
 
 from dapo import config
+from dapo.plan import methods, semantics
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 CONFIGS = sorted(EXAMPLES.glob("*/config.yaml"))
 SCRIPTS = sorted([*EXAMPLES.glob("*/*.sh"), *EXAMPLES.glob("*/*.sbatch")])
+RECIPES = {  # what `dapo plan` calls them
+    "paper": "DAPO (arXiv:2503.14476)",
+    "grpo": "GRPO (arXiv:2402.03300), without its KL",
+    "dr_grpo": "Dr. GRPO (arXiv:2503.20783)",
+    "scalerl": "ScaleRL's CISPO (arXiv:2510.13786)",
+    "gspo": "GSPO (arXiv:2507.18071)",
+}
 TRAINERS = [path for path in SCRIPTS if path.name in ("launch.sh", "trainer.sh")]
 
 
@@ -24,6 +32,37 @@ def test_there_are_examples() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.parent.name)
 def test_an_examples_config_loads(path: Path) -> None:
     assert config.load(path).warnings() == []
+
+
+def test_every_recipe_has_a_name_and_a_row_in_the_table() -> None:
+    recipes = EXAMPLES / "recipes"
+    assert {path.stem for path in recipes.glob("*.yaml")} == set(RECIPES)
+    rows = re.findall(r"^\| \[(\w+)\.yaml\]", (recipes / "README.md").read_text(), re.MULTILINE)
+    assert set(rows) == set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.parent.name)
+def test_a_recipe_goes_on_top_of_every_example(path: Path, name: str) -> None:
+    recipe = EXAMPLES / f"recipes/{name}.yaml"
+    made = config.load(path, [str(recipe)])
+    assert made.warnings() == []
+    assert methods.name(made) == RECIPES[name]
+    assert re.search(r"arXiv:\d{4}\.\d{5}", recipe.read_text()), "its source"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_shelf_says_where_a_recipe_departs_from_the_paper(name: str) -> None:
+    """Its table has what `dapo plan … RECIPE --diff paper` prints of the method."""
+    made = config.load(EXAMPLES / "qwen2.5_32b_paper/config.yaml", [str(EXAMPLES / f"recipes/{name}.yaml")])
+    departures = {line.partition(": ")[0] for line in semantics.diff(made, "paper")}
+    sections = ("objective.", "rollout.dynamic", "rollout.drop", "soft overlong", "policy.")
+    shelf = (EXAMPLES / "recipes/README.md").read_text()
+    [row] = [line for line in shelf.splitlines() if line.startswith(f"| [{name}.yaml]")]
+    expected = {d for d in departures if d.startswith(sections)}
+    said = {word for word in re.findall(r"`([\w.]+)", row) if "." in word}
+    said |= {d for d in expected if d.startswith("soft overlong") and "`reward.soft" in row}
+    assert expected <= said, expected - said
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)

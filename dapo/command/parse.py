@@ -81,7 +81,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         )
     for command in (train, evaluate, bench, plan):
         command.add_argument("config", help="YAML file; every option: dapo config")
-        command.add_argument("overrides", nargs="*", metavar="section.key=value", help="later wins")
+        command.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="section.key=value",
+            help="or a YAML file of options, such as a recipe; later wins",
+        )
     report = commands.add_parser(
         "report", help="one HTML page of runs: curves, and a browser of dumped samples"
     )

@@ -14,7 +14,7 @@ from dapo.command.parse import version
 from dapo.command.restart import Restarts
 from dapo.config import Config, ConfigError, Parallel, load
 from dapo.model import hub
-from dapo.plan import semantics, stack
+from dapo.plan import methods, semantics, stack
 from dapo.plan.plan import describe, make_plan
 from dapo.types import Interrupted, Stopped, reason
 from dapo.watch import last_line
@@ -153,6 +153,7 @@ def _metrics(args: argparse.Namespace) -> int:
 def _plan(config: Config, args: argparse.Namespace) -> int:
     """Return 0 if it fits, or if only choices were asked for."""
     if args.diff:
+        print(f"method: {methods.name(config)}")
         print("\n".join(semantics.diff(config, args.diff) or [f"nothing departs from {args.diff}"]))
         return 0
     if args.choices:

@@ -11,10 +11,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from dapo.config import plain_yaml
+from dapo.config.options import UNSAID, ConfigError, Section
 from dapo.config.sections import (
     DEFAULT_FUNCTION,
-    UNSAID,
-    ConfigError,
     Data,
     Engine,
     Eval,
@@ -26,7 +25,6 @@ from dapo.config.sections import (
     Reward,
     Rollout,
     Run,
-    Section,
 )
 
 __all__ = [
@@ -152,15 +150,54 @@ class Config(Section):
                 "set reward.soft_overlong_punishment=false"
             )
 
+        self._check_objective()
+
+    def _check_objective(self) -> None:
+        objective, kind, importance = self.objective, self.objective.kind, self.objective.importance
+        if kind != "dapo" and objective.dual_clip is not None:
+            raise ConfigError(
+                f"objective.dual_clip={objective.dual_clip} with objective.kind={kind}: it bounds dapo only; "
+                "leave it out"
+            )
+        is_corrected = self.rollout.max_staleness > 0 or objective.importance_of == "all"
+        if kind == "gspo" and is_corrected and importance in ("tis", "band"):
+            raise ConfigError(
+                f"objective.importance={importance} with objective.kind=gspo: it weighs single tokens, and "
+                "the ratio is a whole response's; set objective.importance=sequence_mask or none"
+            )
+        if objective.importance_of == "all" and importance == "none":
+            raise ConfigError(
+                "objective.importance_of=all with objective.importance=none: no token is corrected; leave it "
+                "out, or choose tis, band or sequence_mask"
+            )
+        low, high = objective.importance_band
+        if low >= high:
+            raise ConfigError(
+                f"objective.importance_band=[{low}, {high}] is empty: the first number has to be smaller"
+            )
+        if self.policy.logits_dtype == "bfloat16" and self.policy.dtype == "float32":
+            raise ConfigError(
+                "policy.logits_dtype=bfloat16 with policy.dtype=float32: logits are as exact as the policy; "
+                "leave it out"
+            )
+
     def warnings(self) -> list[str]:
         """Describe what is allowed and rarely meant, a line each."""
+        found = []
+        objective = self.objective
+        if objective.kind == "gspo" and objective.clip_high > 0.01:
+            found.append(
+                f"objective.kind=gspo with clip_low={objective.clip_low}, clip_high={objective.clip_high}: "
+                "the mean ratio of a whole response hardly leaves 1, so nothing is ever clipped; its authors "
+                "take 0.0003 and 0.0004"
+            )
         if self.reward.soft_overlong_punishment and not self.rollout.dynamic_sampling:
-            return [
+            found.append(
                 "reward.soft_overlong_punishment without rollout.dynamic_sampling: in a group all right or "
                 "all wrong the length penalty is the only difference, and dividing by its small std (Eq. 9) "
                 "makes full-size advantages of it"
-            ]
-        return []
+            )
+        return found
 
     def changed(self, overrides: list[str]) -> Config:
         """Return this config with overrides applied as `load` does.
@@ -182,12 +219,17 @@ class Config(Section):
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML config, then apply overrides in order: `load("run.yaml", ["optim.lr=2e-6"])`.
+    """Read a YAML config, then apply overrides in order: `load("run.yaml", ["optim.lr=2e-6"])`. One without
+    "=" is another YAML file, whose options are overrides: `["grpo.yaml"]`.
 
     Raises:
         ConfigError: the file cannot be read, or a key or value is not valid; the message names it and the
             nearest key.
     """
+    return _validated(_read(path), overrides or [], f"config {path}")
+
+
+def _read(path: str | Path) -> dict[str, Any]:
     try:
         values = plain_yaml.load(Path(path).read_text(encoding="utf-8")) or {}
     except UnicodeDecodeError as error:
@@ -198,13 +240,17 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"config {path}: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"config {path}: expected sections (run:, data:, …), got {type(values).__name__}")
-    return _validated(values, overrides or [], f"config {path}")
+    return values
 
 
 def _validated(values: dict[str, Any], overrides: list[str], what: str) -> Config:
     try:
         for override in overrides:
-            plain_yaml.override(values, override)
+            if "=" not in override and override.endswith((".yaml", ".yml")):
+                _merge(values, _read(override))
+                what = f"{what} with {override}"
+            else:
+                plain_yaml.override(values, override)
         config = Config.model_validate(values)
     except plain_yaml.NotYAML as error:
         raise ConfigError(str(error)) from error
@@ -215,6 +261,16 @@ def _validated(values: dict[str, Any], overrides: list[str], what: str) -> Confi
         raise ConfigError(f"{what}: {'; '.join(dict.fromkeys(said))}") from None
     config.check()
     return config
+
+
+def _merge(values: dict[str, Any], others: dict[str, Any]) -> None:
+    """Set the options of `others` in `values`, below sections that both have."""
+    for name, other in others.items():
+        own = values.get(name)
+        if isinstance(own, dict) and isinstance(other, dict):
+            _merge(own, other)
+        else:
+            values[name] = other
 
 
 def nearest(word: str, known: list[str]) -> str:

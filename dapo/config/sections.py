@@ -5,78 +5,30 @@ The text below an option is its description, for `dapo config`, editors and the 
 
 from __future__ import annotations
 
-import os
-import re
 from collections import Counter
 from math import lcm
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
-Positive = Annotated[int, Field(ge=1, lt=2**31)]
-Count = Annotated[int, Field(ge=0, lt=2**31)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Share = Annotated[float, Field(gt=0, le=1)]
-NonNegative = Annotated[float, Field(ge=0)]
-UpToOne = Annotated[float, Field(ge=0, le=1)]
-AboveZero = Annotated[float, Field(gt=0)]
-AtLeastTwo = Annotated[int, Field(ge=2, lt=2**31)]
-
-
-class ConfigError(ValueError):
-    """The user's input cannot be used. The message is one line: the thing, its value, and the remedy."""
-
-    def __init__(self, message: str):
-        without_user = re.sub(r"(://)[^\s'\"]*@", r"\1***@", message)  # of a URL
-        super().__init__(re.sub(r"(://[^\s'\"?#]*)[?#][^\s'\"]*", r"\1?***", without_user))
-
+from dapo.config.options import (
+    AboveZero,
+    AtLeastTwo,
+    ConfigError,
+    Count,
+    Location,
+    NonNegative,
+    Positive,
+    Section,
+    Seed,
+    Share,
+    UpToOne,
+    example,
+    expanded,
+    option,
+)
 
 DEFAULT_FUNCTION = "dapo.reward:is_correct"
-UNSAID = "unsaid"  # the source leaves it open: nothing departs from it
-
-
-def option(
-    default: Any,
-    why: str,
-    paper: Any = UNSAID,
-    verl: Any = UNSAID,
-    both: Any = UNSAID,
-    examples: list[Any] | None = None,
-) -> Any:
-    """Declare an option that decides what a run's numbers mean; `dapo plan --diff` compares it with these.
-
-    `paper`, `verl`, `both`: its value in the paper, in the released code, in both; `why`: a reason for
-    another.
-    """
-    sources = {"paper": paper, "verl": verl} if both == UNSAID else {"paper": both, "verl": both}
-    return Field(default, examples=examples, json_schema_extra=sources | {"reason": why})
-
-
-def example(*values: Any, default: Any = ...) -> Any:
-    """Declare an option whose default, if it has one, does not show what a value looks like."""
-    return Field(default, examples=list(values))
-
-
-def _expanded(path: Any) -> Path:
-    """Return the path with its ~ and $NAMEs replaced."""
-    if not isinstance(path, str | Path) or not str(path).strip() or "\0" in str(path):
-        raise ValueError("expected a path, in quotes if it looks like a number")
-    expanded = os.path.expandvars(os.path.expanduser(path))
-    if re.match(r"~|.*\$[\w{]", expanded):
-        raise ValueError("no such user or environment variable")
-    return Path(expanded)
-
-
-Location = Annotated[Path, BeforeValidator(_expanded)]
-
-
-class Section(BaseModel):
-    """Types are taken strictly: true is no number, 1 is not true, and 10.0 is no whole number."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, strict=True, use_attribute_docstrings=True
-    )
 
 
 class Profile(Section):
@@ -85,7 +37,7 @@ class Profile(Section):
     steps: list[Count] = example([3], default=[])
     """Steps that are recorded, in run.dir/profile. Such a step is slower, and its trace may have hundreds of
     MB."""
-    ranks: list[Count] = [0]
+    ranks: list[Count] = Field(default=[0])
     """Ranks that record them. On a GPU each also keeps its memory's history, as a pickle."""
 
 
@@ -152,7 +104,7 @@ class Data(Section):
         """Refuse no file, and one that is weighted under two names: one of the weights would be lost."""
         if train in ([], {}):
             raise ValueError("expected at least one file")
-        for path, count in Counter(map(_expanded, train if isinstance(train, dict) else ())).items():
+        for path, count in Counter(map(expanded, train if isinstance(train, dict) else ())).items():
             if count > 1:
                 raise ValueError(f"{path} is given twice")
         return train
@@ -258,29 +210,51 @@ class Reward(Section):
 class Objective(Section):
     """The loss (Eq. 8)."""
 
-    normaliser: Literal["token_mean", "group_token_mean", "sample_mean"] = option(
+    kind: Literal["dapo", "cispo", "gspo"] = option("dapo", "another method", both="dapo")
+    """dapo: Eq. 8; with clip_low = clip_high the loss of GRPO and PPO. cispo: the clipped ratio is a factor,
+    and every token keeps its gradient (arXiv:2506.13585). gspo: Eq. 8 with one ratio for a whole response,
+    the geometric mean of its tokens' (arXiv:2507.18071); its clips are a thousand times smaller."""
+    advantage: Literal["group_std", "no_std", "batch_std"] = option(
+        "group_std", "a group that is nearly all right or all wrong has a small std", both="group_std"
+    )
+    """The reward minus its group's mean, divided by the group's standard deviation (Eq. 9), by nothing
+    (Dr. GRPO), or by the standard deviation of all these differences in the step's batch."""
+    normaliser: Literal["token_mean", "group_token_mean", "sample_mean", "constant"] = option(
         "token_mean", paper="group_token_mean", verl="token_mean",
         why="every token of a minibatch weighs the same; Eq. 8 to the letter weighs short groups' tokens up",
     )  # fmt: skip
     """What each token's loss is divided by: the tokens of the minibatch, of its group (then a mean of
-    groups), or of its sample (then a mean of samples, as GRPO)."""
+    groups), of its sample (then a mean of samples, as GRPO), or, whatever a sample's length, by
+    rollout.max_response_length (then a mean of samples, as Dr. GRPO)."""
     clip_low: UpToOne = option(0.2, "a narrower or wider trust region downwards", both=0.2)
-    """ε_low: a ratio below 1 − clip_low has no gradient where the advantage is negative."""
+    """ε_low: a ratio below 1 − clip_low has no gradient where the advantage is negative. cispo: it counts
+    1 − clip_low; 1 sets no bound."""
     clip_high: NonNegative = option(
         0.28, "Clip-Higher: room for unlikely tokens keeps the entropy up", both=0.28
     )
-    """ε_high: a ratio above 1 + clip_high has no gradient where the advantage is positive."""
+    """ε_high: a ratio above 1 + clip_high has no gradient where the advantage is positive. cispo: it counts
+    1 + clip_high."""
     dual_clip: Annotated[float, Field(gt=1)] | None = option(
         None, paper=None, verl=10.0, why="bounds the loss of a bad token that became much likelier"
     )
-    """Where the advantage A is negative, the loss is at most −dual_clip · A."""
+    """Of dapo: where the advantage A is negative, the loss is at most −dual_clip · A."""
     overlong_filtering: bool = option(
         False, paper=True, verl=False,
         why="Table 1 adds it and keeps it; the best public run had none: soft punishment alone limits length",
     )  # fmt: skip
     """Truncated samples give no gradient."""
+    importance: Literal["none", "tis", "band", "sequence_mask"] = "tis"
+    """What corrects for tokens of another distribution than π_θold. A token's loss is multiplied by a weight
+    made of ρ = exp(old − behavior log-prob). tis: min(ρ, importance_cap). band: ρ inside importance_band,
+    else 0. sequence_mask: 1 where the geometric mean of the response's ρ is inside importance_band, else 0.
+    none: 1."""
+    importance_of: Literal["stale", "all"] = "stale"
+    """stale: of tokens that older weights wrote; there are none with rollout.max_staleness=0. all: of all:
+    engine and policy compute their log-probs differently."""
     importance_cap: Annotated[float, Field(ge=1)] = 2.0
-    """A token of older weights counts min(exp(old − behavior log-prob), this); one of the current ones 1."""
+    """Of importance=tis: the largest weight of a token."""
+    importance_band: Annotated[tuple[NonNegative, AboveZero], Field(strict=False)] = (0.5, 5.0)
+    """Of importance=band and sequence_mask: the smallest and the largest ρ that counts."""
 
 
 class Optim(Section):
@@ -366,6 +340,11 @@ class Policy(Section):
     org/name@revision; the commit is kept in run.dir/semantics.json."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of parameters and activations; with bfloat16 the optimizer keeps float32 main parameters."""
+    logits_dtype: Literal["bfloat16", "float32"] = option(
+        "float32", "bfloat16 logits round a log-prob by about 0.02, and cost less", verl="bfloat16"
+    )
+    """Of the LM head's product, in the ratio's numerator and denominator. Servers have an option of their
+    own: engine.sglang.enable-fp32-lm-head."""
     tokens_per_microbatch: Positive = 32768
     """Budget of one packed forward-backward per data-parallel rank; context ranks share it."""
     megatron: dict[str, Any] = example({"recompute_granularity": "selective"}, default={})

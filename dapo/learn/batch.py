@@ -231,7 +231,7 @@ def packed(sequences: list[_Sequence], config: Config, num_ranks: int) -> list[P
 
 
 def _sequences(minibatch: Sequence[Group], config: Config, version: int, dumped: set[int]) -> list[_Sequence]:
-    weights = token_weights(minibatch, config.objective.normaliser, config.objective.overlong_filtering)
+    weights = token_weights(minibatch, config.objective, config.rollout.max_response_length)
     own = sent_fields().keys() - {"is_stale"}
     return [
         _Sequence(

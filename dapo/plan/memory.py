@@ -240,9 +240,10 @@ class Rank:
         if not self.is_last:
             return 0
         b, hidden, columns = self.value_bytes, self.shape.hidden_size, self._vocab
-        most = max(CHUNK_BYTES[self.backend] // (4 * columns), self.parallel.tensor)
+        wide = 2 if self.config.policy.logits_dtype == "bfloat16" else 4
+        most = max(CHUNK_BYTES[self.backend] // (wide * columns), self.parallel.tensor)
         rows = ceil(self.tokens / ceil(self.tokens / most))  # chunks are of equal size
-        chunk = rows * columns * (4 if b == 4 else 6)
+        chunk = rows * columns * (wide if b == wide else wide + b)
         if self.parallel.tensor > 1:
             # two gathered chunks, of which the next one is underway; the live rows, their gradient, its copy
             chunk += 5 * b * rows * hidden

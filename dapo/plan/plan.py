@@ -12,6 +12,7 @@ from dapo.model.layout import check_layout, check_length, padded_vocab
 from dapo.model.parameters import active_parameters, num_parameters
 from dapo.model.passthrough import READ, Passthrough
 from dapo.model.shape import read_shape
+from dapo.plan import methods
 from dapo.plan.activations import Backend
 from dapo.plan.advice import Plan, remedies
 from dapo.plan.memory import GIB
@@ -79,6 +80,7 @@ def _summary(plan: Plan) -> list[str]:
     return [
         f"model     {shape.model_type}, {num_parameters(shape):,} parameters{active}, {config.policy.dtype}; "
         f"vocabulary {shape.vocab_size:,}, padded to {padded_vocab(shape, parallel.tensor):,}",
+        f"method    {methods.name(config)}",
         f"layout    {plan.world} × {plan.hardware.name} = tensor {parallel.tensor} × "
         f"pipeline {parallel.pipeline}{chunks}{context} × data {plan.data}; a rank has "
         f"{shape.num_heads // parallel.tensor} of {shape.num_heads} heads, "

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from dapo.config import UNSAID, Config, ConfigError
 from dapo.model import hub
-from dapo.plan import stack
+from dapo.plan import methods, stack
 from dapo.types import reason
 
 Source = Literal["paper", "verl"]
@@ -62,16 +62,23 @@ def choices(config: Config) -> list[Choice]:
 
     rollout, reward = config.rollout, config.reward
     cache = reward.overlong_cache if reward.soft_overlong_punishment else 0
-    cap = config.objective.importance_cap if rollout.max_staleness else "none"
+    objective = config.objective
+    is_corrected = rollout.max_staleness > 0 or objective.importance_of == "all"
+    importance = objective.importance if is_corrected else "none"
+    of = {"stale": "older weights' tokens", "all": "all tokens"}[objective.importance_of]
+    has_band = importance in ("band", "sequence_mask")
+    has_fp32_head = bool(config.engine.sglang.get("enable-fp32-lm-head"))
+    served = "float32" if has_fp32_head else "as policy.dtype"
     weights = [
         list(x.values()) if isinstance(x, dict) else "none" for x in (config.data.train, reward.function)
     ]
     plain = config.model_dump(mode="json")
     return [
+        Choice("method", methods.name(config), UNSAID, UNSAID, "see the options below"),
         *option("objective."),
         Choice("the log-ratio is clamped to", 20.0, UNSAID, 20.0, "exp stays finite"),
         Choice("KL to a reference", "none", "none", "none", "section 2.3 drops it"),
-        Choice("advantage: ddof of the std", 1, UNSAID, 1,
+        Choice("advantage: ddof of the std", "none" if objective.advantage == "no_std" else 1, UNSAID, 1,
                "the sample standard deviation, as the released code's"),
         Choice("advantage: added to the std", 1e-6, UNSAID, 1e-6, "equal rewards give zeros"),
         Choice("old log-probs", "recomputed by the policy", UNSAID, "recomputed by the policy",
@@ -84,8 +91,13 @@ def choices(config: Config) -> list[Choice]:
         Choice("surplus prompts", "return to the stream", UNSAID, "dropped",
                "an epoch then holds every prompt once"),
         *option("rollout.max_staleness"),
-        Choice("objective.importance_cap, of older weights' tokens", cap, UNSAID, "none",
+        Choice("objective.importance and objective.importance_of",
+               importance if importance == "none" else f"{importance}, {of}", UNSAID, "none",
                "exp(old − behavior): they were drawn from another distribution than the ratio's denominator"),
+        Choice("objective.importance_cap", objective.importance_cap if importance == "tis" else "none",
+               UNSAID, "none", "no token may weigh too much"),
+        Choice("objective.importance_band", list(objective.importance_band) if has_band else "none",
+               UNSAID, "none", "what lies outside weighs nothing"),
         *option("rollout.at_cap", "rollout.prompts", "rollout.max_rounds"),
         *option("rollout."),
         *option("data."),
@@ -111,6 +123,10 @@ def choices(config: Config) -> list[Choice]:
                "the samples are those of another run"),
         Choice("policy.dtype", config.policy.dtype, UNSAID, "bfloat16",
                "float32 rounds less and costs more"),
+        *option("policy.logits_dtype"),
+        Choice("the engine's logits (engine.sglang.enable-fp32-lm-head)", served, UNSAID,
+               "as policy.dtype",
+               "they are nearer to the policy's in float32, and the server takes longer"),
         Choice("policy.megatron", plain["policy"]["megatron"], UNSAID, UNSAID, "Megatron's own options"),
         Choice("eval.data", plain["eval"]["data"] or "none", UNSAID, UNSAID, "accuracy of other problems"),
         *options.values(),

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from dapo_kernels import Head, Objective, Tokens
+from dapo_kernels import Head, Objective, Sequences, Tokens
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import get_megatron_optimizer
@@ -25,7 +25,7 @@ from torch import Tensor
 from dapo.clock import timed
 from dapo.config import Config, ConfigError
 from dapo.learn.batch import Batch, Microbatch, Scores
-from dapo.learn.objective import importance
+from dapo.learn.objective import importance, is_cut
 from dapo.learn.traces import Key, Trace, record
 from dapo.mesh import Mesh
 from dapo.model.shape import read_shape
@@ -114,8 +114,8 @@ class Policy:
 
         The numerics are the trainer's own, the packing is the updates' own.
         Returns the mean and the maximum of |old − behavior| over the current weights' tokens, the alarm for a
-        wrong weight sync, and the mean over the probe's; over stale tokens the mean importance, and the part
-        that is cut to the cap; and over all tokens the effective sample size.
+        wrong weight sync, and the mean over the probe's; over the tokens that objective.importance_of names
+        the mean importance, and the part that is cut; and over all tokens the effective sample size.
 
         Raises:
             PolicyError: a log-prob is not finite.
@@ -123,24 +123,28 @@ class Policy:
         learnt = [microbatch for minibatch in batch.minibatches for microbatch in minibatch]
         if not (work := learnt + batch.probe):
             return {}
-        cap = self.config.objective.importance_cap
+        objective = self.config.objective
         rows, largest_gap = [metrics.score_sums()], 0.0
         scored = schedule.run(self.models, self.transformer, work, self._score, forward_only=True)
         for number, (microbatch, old) in enumerate(zip(work, scored, strict=False)):  # on the last stage only
-            behavior, is_stale = microbatch.behavior_logprobs, microbatch.is_stale
-            microbatch.scores = Scores(old, importance(old, behavior, is_stale, cap))
+            behavior, is_stale, mask = microbatch.behavior_logprobs, microbatch.is_stale, microbatch.loss_mask
+            corrected = mask if objective.importance_of == "all" else mask & is_stale
+            means = self._sequences(microbatch).means
+            weights = importance(old, behavior, corrected, objective, means)
+            is_applied = objective.importance != "none"
+            microbatch.scores = Scores(old, weights if is_applied else torch.ones_like(weights))
             if not self.reports:
                 continue
-            gap = (old - behavior)[microbatch.loss_mask & ~is_stale].abs()
+            gap = (old - behavior)[mask & ~is_stale].abs()
             if number >= len(learnt):
                 rows.append(metrics.score_sums(old, probe=gap))
                 continue
-            stale = microbatch.scores.importance[microbatch.loss_mask & is_stale]
-            rows.append(metrics.score_sums(old, gap, stale, cap))
+            cut = is_cut(weights, objective)[corrected]
+            rows.append(metrics.score_sums(old, gap, weights[mask], weights[corrected], cut))
             largest_gap = max(largest_gap, float(gap.max()) if len(gap) else 0.0)
         sums = self.mesh.sum_by_key(metrics.total(rows))
         if sums["broken"]:
-            count = sums["current"] + sums["stale"]
+            count = sums["tokens"]
             found = f"{sums['broken']:.0f} of {count:.0f} log-probs of the policy are not finite"
             broken = self._broken_parameters()
             cause = _named(broken) if broken else "its parameters are finite, so its activations overflow"
@@ -323,9 +327,12 @@ class Policy:
         assert scores, "score comes before update"
         targets, mask = microbatch.targets, microbatch.loss_mask
         weights = microbatch.token_weights * scores.importance
-        tokens = Tokens(targets, mask, scores.old_logprobs, microbatch.advantages, weights=weights)
         bounds = self.config.objective
-        objective = Objective(bounds.clip_low, bounds.clip_high, bounds.dual_clip)
+        objective = Objective(bounds.clip_low, bounds.clip_high, bounds.dual_clip, bounds.kind)
+        sequences = self._sequences(microbatch) if bounds.kind == "gspo" else None
+        tokens = Tokens(
+            targets, mask, scores.old_logprobs, microbatch.advantages, weights=weights, sequences=sequences
+        )
         # the gradient of the head's weight is added where Megatron keeps it
         weight_grad = head.weight.main_grad  # type: ignore[attr-defined]
         out = head.loss(hidden, tokens, objective, weight_grad)
@@ -334,6 +341,12 @@ class Policy:
             values = torch.stack([seen[name].float() for name in token_fields(Trace)]).cpu().numpy()
             record(self._traces, microbatch.dumped, dict(zip(token_fields(Trace), values, strict=True)))
         return out.loss, metrics.update_sums(out, tokens, bounds.dual_clip)
+
+    def _sequences(self, microbatch: PlacedMicrobatch) -> Sequences:
+        """Return which of this rank's tokens make up a sequence, and who has the others."""
+        context = self.config.parallel.context
+        group = parallel_state.get_context_parallel_group() if context > 1 else None
+        return Sequences(microbatch.cu_seqlens // context, group)
 
     @property
     def _head(self) -> Head:
@@ -344,8 +357,7 @@ class Policy:
             tp_group=self.tensor_group if self.config.parallel.tensor > 1 else None,
             sequence_parallel=self.transformer.sequence_parallel,
             valid_vocab=self.shape.vocab_size,
-            # 16-bit logits cost a log-prob 2e-2; this is the price of a few percent of the head's time
-            fp32_logits=True,
+            fp32_logits=self.config.policy.logits_dtype == "float32",
         )
 
 

@@ -36,22 +36,26 @@ def score_sums(
     old: Tensor = EMPTY,
     gap: Tensor = EMPTY,
     importance: Tensor = EMPTY,
-    cap: float = 1.0,
+    corrected: Tensor = EMPTY,
+    cut: Tensor = NO_TOKENS,
     probe: Tensor = EMPTY,
 ) -> Sums:
     """Return the sums of a scored microbatch.
 
     `old`: log π_θold of every token; `gap`: |old − behavior| of the current weights' response tokens;
-    `importance`: of the stale response tokens, at most `cap`; `probe`: as gap, of a probe's tokens.
+    `importance`: weights of the response tokens; `corrected`: of those that were corrected; `cut`: which of
+    the latter are the cap, or 0; `probe`: as gap, of a probe's tokens.
     """
     sums: dict[str, Any] = {
         "broken": (~old.isfinite()).sum(),
         "current": len(gap),
         "gap": gap.sum(),
-        "stale": len(importance),
-        "importance": importance.sum(),
-        "importance_cut": (importance >= cap).sum(),
+        "tokens": len(importance),
+        "importance": importance.double().sum(),
         "importance_squared": (importance.double() ** 2).sum(),
+        "corrected": len(corrected),
+        "corrected_importance": corrected.sum(),
+        "importance_cut": cut.sum(),
         "probe_tokens": len(probe),
         "probe_gap": probe.sum(),
     }
@@ -59,21 +63,20 @@ def score_sums(
 
 
 def score_metrics(sums: Sums, largest_gap: float) -> dict[str, float]:
-    """Return the mismatch if the current weights wrote tokens, and the importance if older ones did.
+    """Return the mismatch if the current weights wrote tokens, and the importance if any were corrected.
 
-    The effective sample size is (Σw)² / (n Σw²), with w = 1 for tokens of the current weights.
+    The effective sample size is (Σw)² / (n Σw²), with w = 1 for tokens that are not.
     """
     metrics: dict[str, float] = {}
     if sums["probe_tokens"]:
         metrics["policy/mismatch_probe"] = sums["probe_gap"] / sums["probe_tokens"]
     if sums["current"]:
         metrics |= {"policy/mismatch": sums["gap"] / sums["current"], "policy/mismatch_max": largest_gap}
-    if sums["stale"]:
-        metrics["policy/importance"] = sums["importance"] / sums["stale"]
-        metrics["policy/importance_cut"] = sums["importance_cut"] / sums["stale"]
-        both = (sums["current"] + sums[name] for name in ("importance", "importance_squared", "stale"))
-        weight, squared, count = both
-        metrics["policy/ess"] = weight**2 / (count * squared)
+    if sums["corrected"]:
+        metrics["policy/importance"] = sums["corrected_importance"] / sums["corrected"]
+        metrics["policy/importance_cut"] = sums["importance_cut"] / sums["corrected"]
+        squared = sums["tokens"] * sums["importance_squared"]
+        metrics["policy/ess"] = sums["importance"] ** 2 / squared if squared else 0.0
     return metrics
 
 

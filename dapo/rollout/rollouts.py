@@ -99,7 +99,7 @@ class Rollouts(Resumable):
             self.engine.release_memory()
             rewarded = self.reward.take_metrics()
             self._stop_if_nothing_is_learned(buffer, rewarded)
-            set_advantages(buffer.kept)
+            set_advantages(buffer.kept, self.config.objective.advantage)
             self.dumps.write(dump.path_of(self.config.run.dir / "rollouts", step), buffer, fraction)
             if rollout.only:  # the dump is the step
                 self.dumps.check()

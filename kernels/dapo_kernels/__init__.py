@@ -9,11 +9,13 @@ from dapo_kernels.linear_policy_loss import Head, linear_logprobs, linear_policy
 from dapo_kernels.policy_loss import policy_loss
 from dapo_kernels.reference import PolicyLoss
 from dapo_kernels.rows import Objective, Tokens
+from dapo_kernels.sequences import Sequences
 
 __all__ = [
     "Head",
     "Objective",
     "PolicyLoss",
+    "Sequences",
     "Tokens",
     "linear_logprobs",
     "linear_policy_loss",

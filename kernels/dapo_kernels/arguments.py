@@ -10,7 +10,8 @@ from typing import Any, Required, TypedDict, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from dapo_kernels.rows import Objective, Penalty, Tokens
+from dapo_kernels.rows import Kind, Objective, Penalty, Tokens
+from dapo_kernels.sequences import Sequences
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -37,6 +38,9 @@ class ObjectiveOptions(TypedDict, total=False):
     clip_low: Required[float]
     clip_high: Required[float]
     dual_clip: float | None
+    kind: Kind
+    cu_seqlens: Tensor | None
+    cp_group: dist.ProcessGroup | None
     weights: Tensor | None
     ref_logprobs: Tensor | None
     kl_coef: float
@@ -58,15 +62,20 @@ def pack(
 
     Raises:
         TypeError: an option is not a keyword of `allowed`, or clip_low or clip_high is missing.
-        ValueError: kl_coef is negative, or not 0 without ref_logprobs.
+        ValueError: kl_coef is negative, or not 0 without ref_logprobs; or cp_group without cu_seqlens.
     """
     if unknown := [name for name in options if name not in allowed.__annotations__]:
         expected = ", ".join(sorted(allowed.__annotations__))
         raise TypeError(f"unexpected keyword argument {unknown[0]!r}; expected some of {expected}")
     rest = dict(options)
-    bounds = {name: rest.pop(name) for name in ("clip_low", "clip_high", "dual_clip") if name in rest}
+    bounds = {name: rest.pop(name) for name in ("clip_low", "clip_high", "dual_clip", "kind") if name in rest}
     penalty = _penalty(rest.pop("kl_coef", 0.0), rest.pop("ref_logprobs", None))
-    tokens = Tokens(targets, mask, old_logprobs, advantages, rest.pop("weights", None), penalty)
+    cu_seqlens, group = rest.pop("cu_seqlens", None), rest.pop("cp_group", None)
+    if cu_seqlens is None and group is not None:
+        raise ValueError("cp_group is given and cu_seqlens is None; expected where the sequences begin")
+    sequences = None if cu_seqlens is None else Sequences(cu_seqlens, group)
+    weights = rest.pop("weights", None)
+    tokens = Tokens(targets, mask, old_logprobs, advantages, weights, penalty, sequences)
     return tokens, Objective(**bounds), rest
 
 

@@ -8,12 +8,13 @@ verdict and the mask.
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dapo_kernels.rows import Objective, Tokens, Vocabulary
+from dapo_kernels.rows import Kind, Objective, Tokens, Vocabulary
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -51,11 +52,20 @@ def check_tokens(
         if x.device != device:
             raise ValueError(f"{name} is on {x.device}; expected {device}, where the first argument is")
         _require_contiguous(name, x)
+    if tokens.sequences is not None:
+        _check_cu_seqlens(tokens.sequences.cu_seqlens, num_tokens, device)
     return _check_values(tokens, vocab)
 
 
-def check_objective(objective: Objective) -> None:
-    """Raise ValueError where a constant of Eq. 8 is out of its range."""
+def check_objective(objective: Objective, tokens: Tokens) -> None:
+    """Raise ValueError where a constant is out of its range, or the kind of loss does not fit the rest."""
+    if objective.kind not in get_args(Kind):
+        raise ValueError(f"kind is {objective.kind!r}; expected one of {', '.join(get_args(Kind))}")
+    if objective.kind != "dapo" and objective.dual_clip is not None:
+        raise ValueError(f"dual_clip is {objective.dual_clip} with kind {objective.kind!r}; expected None")
+    if (tokens.sequences is not None) != (objective.kind == "gspo"):
+        expected = "None" if tokens.sequences is not None else "where the sequences begin"
+        raise ValueError(f"cu_seqlens does not fit kind {objective.kind!r}; expected {expected}")
     if not 0 <= objective.clip_low <= 1:
         raise ValueError(f"clip_low is {objective.clip_low}; expected 0 to 1")
     if not 0 <= objective.clip_high < math.inf:
@@ -89,6 +99,18 @@ def check_vocabulary(name: str, columns: int, vocabulary: Vocabulary) -> int:
             f"expected 1 to {total}"
         )
     return valid_vocab
+
+
+def _check_cu_seqlens(x: object, num_tokens: int, device: torch.device) -> None:
+    """Raise ValueError unless the sequences make up all tokens. Waits for the device."""
+    x = _require_tensor("cu_seqlens", x)
+    _require_dtype("cu_seqlens", x, (torch.int32, torch.int64))
+    if x.device != device or x.dim() != 1:
+        raise ValueError(f"cu_seqlens is {list(x.shape)} on {x.device}; expected [sequences + 1] on {device}")
+    bounds = x.tolist()
+    if bounds != sorted(bounds) or bounds[:1] != [0] or bounds[-1] != num_tokens:
+        shown = f"{bounds[:1]} … {bounds[-1:]}"
+        raise ValueError(f"cu_seqlens is {shown}; expected numbers that rise from 0 to {num_tokens}")
 
 
 def _check_values(tokens: Tokens, vocab: int) -> Tensor:

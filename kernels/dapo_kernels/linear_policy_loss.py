@@ -3,7 +3,8 @@ exists.
 
 Chunk by chunk: logits = hidden · weightᵀ → loss, and its gradient over the logits → gradient of hidden,
 gradient of weight. That works in the forward pass because the loss is a function of each token's own log-prob
-(Eq. 8) and its normaliser is already in the weights.
+(Eq. 8) and its normaliser is already in the weights. A loss of whole sequences (gspo) takes a fourth product:
+all log-probs first.
 
 T = packed tokens, H = hidden size, V/tp = this rank's shard of the vocabulary, c = tokens of a chunk.
 """
@@ -26,6 +27,8 @@ from dapo_kernels.gradients import Gradients
 from dapo_kernels.passes import evaluate, kernels_for
 from dapo_kernels.reference import PolicyLoss
 from dapo_kernels.rows import Objective, Penalty, Rows, Tokens, Vocabulary
+from dapo_kernels.sequences import Sequences
+from dapo_kernels.token_losses import by_sequences
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Head(Vocabulary):
     ) -> PolicyLoss:
         """Compute `linear_policy_loss` of packed arguments."""
         vocab = self._check(hidden)
-        check_objective(objective)
+        check_objective(objective, tokens)
         if weight_grad is not None:
             self._check_weight_grad(weight_grad)
         mask = check_tokens(tokens, hidden.shape[0] * self.slices, hidden.device, vocab)
@@ -129,7 +132,7 @@ class Head(Vocabulary):
             )
 
 
-@explain(Tokens, Objective, Penalty, Vocabulary, Head)
+@explain(Tokens, Objective, Penalty, Vocabulary, Head, Sequences)
 def linear_policy_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
     *, weight_grad: Tensor | None = None, **options: Unpack[LinearLossOptions],
@@ -176,6 +179,11 @@ def _run(
     """Compute all T rows, one chunk after another; `mask` is on the CPU. Scoring and learning differ in
     nothing that touches a log-prob.
     """
+    if objective is not None and objective.kind == "gspo":
+        return by_sequences(
+            lambda x, linear: _run(hidden, head, x, mask, linear, gradients if linear else None),
+            tokens, objective,
+        )  # fmt: skip
     assert tokens.mask is not None
     shard = head.shard(head.weight.shape[0])
     kernels = kernels_for(hidden.device, head.logits_dtype) or logits_torch

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dapo_kernels.reference import MAX_LOG_RATIO
 from dapo_kernels.rows import Objective, Rows, Shard, Tokens
+from dapo_kernels.token_losses import token_losses
 
 _FLOOR = -1e30  # stands for −inf where 0 · −inf or −inf − −inf would give NaN
 # rows are taken in blocks that stay in a core's cache through all the passes over them
@@ -46,7 +46,7 @@ def loss_and_gradient(
     if objective is None:
         none = logprobs.new_empty(0)
         return Rows(_masked(logprobs, tokens), _masked(entropy, tokens), none, none.bool(), none.bool())
-    losses, slopes, low, high = (_masked(x, tokens) for x in _token_losses(logprobs, tokens, objective))
+    losses, slopes, low, high = (_masked(x, tokens) for x in token_losses(logprobs, tokens, objective))
     if gradient is not None:
         _write_gradient(gradient, logits, peak, log_total, slopes / shard.temperature, tokens, shard)
     return Rows(_masked(logprobs, tokens), _masked(entropy, tokens), losses, low, high)
@@ -67,37 +67,6 @@ def _merge(statistics: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tens
     log_total = total.log()
     entropy = log_total - (scales * (weighted + moved * totals)).sum(0) / total
     return peak, log_total, (picked.amax(0) - peak) / temperature - log_total, entropy
-
-
-def _token_losses(
-    logprobs: Tensor, tokens: Tokens, objective: Objective
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute (loss, its derivative by the log-prob, clipped low, clipped high) of every token (Eq. 8)."""
-    assert tokens.old_logprobs is not None and tokens.advantages is not None
-    old, advantages = tokens.old_logprobs.to(logprobs.dtype), tokens.advantages.to(logprobs.dtype)
-    log_ratio = logprobs - old
-    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    clipped = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
-    unclipped_losses = -ratio * advantages
-    losses = torch.maximum(unclipped_losses, -clipped * advantages)
-    has_slope = (unclipped_losses >= losses) & (log_ratio.abs() <= MAX_LOG_RATIO)
-    if objective.dual_clip is not None:
-        bound = -objective.dual_clip * advantages
-        is_bounded = (advantages < 0) & (losses > bound)
-        losses = torch.where(is_bounded, bound, losses)
-        has_slope &= ~is_bounded
-    slopes = torch.where(has_slope, unclipped_losses, 0.0)
-    slopes = torch.where(losses.isnan(), losses, slopes)  # a NaN must not pass as "clipped"
-    if tokens.penalty is not None:
-        d = tokens.penalty.ref_logprobs.to(logprobs.dtype) - logprobs
-        losses = losses + tokens.penalty.kl_coef * (d.exp() - d - 1)
-        slopes = slopes + tokens.penalty.kl_coef * (1 - d.exp())
-    if tokens.weights is not None:
-        weights = tokens.weights.to(logprobs.dtype)
-        losses, slopes = losses * weights, slopes * weights
-    low = (advantages < 0) & (ratio < 1 - objective.clip_low)
-    high = (advantages > 0) & (ratio > 1 + objective.clip_high)
-    return losses, slopes, low, high
 
 
 def _write_gradient(

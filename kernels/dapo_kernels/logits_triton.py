@@ -117,8 +117,13 @@ def _merge(STATISTICS, row, rows, inverse_temperature, WORLD: tl.constexpr):
 
 
 @triton.jit
-def _token_loss(logprob, old, advantage, clip_floor, clip_ceiling, dual_clip, HAS_DUAL_CLIP: tl.constexpr):
-    """Compute (loss, its derivative by the log-prob, clipped low, clipped high) of one token (Eq. 8)."""
+def _token_loss(
+    logprob, old, advantage, clip_floor, clip_ceiling, dual_clip,
+    IS_CISPO: tl.constexpr, HAS_DUAL_CLIP: tl.constexpr,
+):  # fmt: skip
+    """Compute (loss, its derivative by the log-prob, clipped low, clipped high) of one token: Eq. 8, or
+    CISPO's.
+    """
     log_ratio = logprob - old
     ratio = tl.exp(tl.minimum(tl.maximum(log_ratio, -_MAX_LOG_RATIO), _MAX_LOG_RATIO))
     clipped = tl.minimum(tl.maximum(ratio, clip_floor), clip_ceiling)
@@ -130,10 +135,15 @@ def _token_loss(logprob, old, advantage, clip_floor, clip_ceiling, dual_clip, HA
         loss = tl.where(is_bounded, -dual_clip * advantage, loss)
         has_slope = has_slope & (is_bounded == 0)
     slope = tl.where(has_slope, unclipped_loss, 0.0)
+    is_low, is_high = advantage < 0, advantage > 0
+    if IS_CISPO:
+        slope = -clipped * advantage
+        loss = slope * logprob
+        is_low, is_high = advantage != 0, advantage != 0
     # minimum and maximum drop a NaN, and NaN compares false everywhere: it must not pass as "clipped"
     loss = tl.where(log_ratio == log_ratio, loss, log_ratio)
     slope = tl.where(loss == loss, slope, loss)
-    return loss, slope, (advantage < 0) & (ratio < clip_floor), (advantage > 0) & (ratio > clip_ceiling)
+    return loss, slope, is_low & (ratio < clip_floor), is_high & (ratio > clip_ceiling)
 
 
 @triton.jit(**_ONCE)
@@ -141,8 +151,9 @@ def loss_gradient_kernel(
     LOGITS, GRADIENT, TARGETS, MASK, STATISTICS, OLD, ADVANTAGES, WEIGHTS, REFERENCE, VALUES, FLAGS,
     logits_stride, gradient_stride, num_rows, columns, valid, start, inverse_temperature,
     clip_floor, clip_ceiling, dual_clip, kl_coef,
-    WORLD: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_DUAL_CLIP: tl.constexpr,
-    HAS_REFERENCE: tl.constexpr, HAS_LOSS: tl.constexpr, HAS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    WORLD: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WEIGHTS: tl.constexpr, IS_CISPO: tl.constexpr,
+    HAS_DUAL_CLIP: tl.constexpr, HAS_REFERENCE: tl.constexpr, HAS_LOSS: tl.constexpr,
+    HAS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     rows = tl.cast(num_rows, tl.int64)
@@ -156,7 +167,7 @@ def loss_gradient_kernel(
         old = tl.load(OLD + row, mask=is_live, other=0.0)
         advantage = tl.load(ADVANTAGES + row, mask=is_live, other=0.0)
         loss, slope, is_low, is_high = _token_loss(
-            logprob, old, advantage, clip_floor, clip_ceiling, dual_clip, HAS_DUAL_CLIP
+            logprob, old, advantage, clip_floor, clip_ceiling, dual_clip, IS_CISPO, HAS_DUAL_CLIP
         )
         if HAS_REFERENCE:  # GRPO's penalty
             d = tl.load(REFERENCE + row, mask=is_live, other=0.0) - logprob
@@ -245,7 +256,8 @@ def loss_and_gradient(
                 1.0 - bounds.clip_low, 1.0 + bounds.clip_high, bounds.dual_clip or 0.0,
                 0.0 if penalty is None else penalty.kl_coef,
                 WORLD=statistics.shape[0], HAS_MASK=tokens.mask is not None,
-                HAS_WEIGHTS=tokens.weights is not None, HAS_DUAL_CLIP=bounds.dual_clip is not None,
+                HAS_WEIGHTS=tokens.weights is not None, IS_CISPO=bounds.kind == "cispo",
+                HAS_DUAL_CLIP=bounds.dual_clip is not None,
                 HAS_REFERENCE=penalty is not None, HAS_LOSS=objective is not None,
                 HAS_GRADIENT=gradient is not None, BLOCK=launch.block, num_warps=launch.warps,
             )  # fmt: skip

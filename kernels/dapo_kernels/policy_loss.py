@@ -15,10 +15,12 @@ from dapo_kernels.arguments import LossOptions, explain, pack
 from dapo_kernels.checks import check_matrix, check_objective, check_tokens, check_vocabulary
 from dapo_kernels.passes import Kernels, evaluate, kernels_for
 from dapo_kernels.reference import PolicyLoss
-from dapo_kernels.rows import Objective, Penalty, Shard, Tokens, Vocabulary
+from dapo_kernels.rows import Objective, Penalty, Rows, Shard, Tokens, Vocabulary
+from dapo_kernels.sequences import Sequences
+from dapo_kernels.token_losses import by_sequences
 
 
-@explain(Tokens, Objective, Penalty, Vocabulary)
+@explain(Tokens, Objective, Penalty, Vocabulary, Sequences)
 def policy_loss(
     logits: Tensor, targets: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
     **options: Unpack[LossOptions],
@@ -40,7 +42,7 @@ def policy_loss(
     vocabulary = Vocabulary(**rest)
     check_matrix("logits", logits, "[T, V/tp]")
     vocab = check_vocabulary("logits", logits.shape[1], vocabulary)
-    check_objective(objective)
+    check_objective(objective, tokens)
     check_tokens(tokens, logits.shape[0], logits.device, vocab)
 
     kernels = kernels_for(logits.device, logits.dtype)
@@ -57,7 +59,12 @@ class _InPlace(torch.autograd.Function):
         ctx: Any, logits: Tensor,
         kernels: Kernels, tokens: Tokens, shard: Shard, objective: Objective, has_gradient: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        rows = evaluate(kernels, logits, tokens, shard, objective, logits if has_gradient else None)
+        def rows_of(tokens: Tokens, objective: Objective | None) -> Rows:
+            into = logits if has_gradient and objective else None
+            return evaluate(kernels, logits, tokens, shard, objective, into)
+
+        is_gspo = objective.kind == "gspo"
+        rows = by_sequences(rows_of, tokens, objective) if is_gspo else rows_of(tokens, objective)
         if has_gradient:
             # autograd then raises if another operation saved the logits for its own backward
             torch.autograd.graph.increment_version(logits)

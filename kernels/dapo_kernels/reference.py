@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dapo_kernels.arguments import LossOptions, VocabularyOptions, explain, pack
+from dapo_kernels.checks import check_objective
 from dapo_kernels.rows import Objective, Penalty, Tokens, Vocabulary
+from dapo_kernels.sequences import Sequences
 
 MAX_LOG_RATIO = 20.0  # beyond e^±20 a ratio says nothing; the released code clamps there too
 
@@ -26,17 +28,19 @@ class PolicyLoss:
     loss: Tensor  # scalar: the sum over tokens; the weights already hold the normaliser
     logprobs: Tensor  # log π_θ(target), at the given temperature
     entropy: Tensor  # of π_θ at the given temperature, in nats; a metric, never part of the loss
-    clipped_low: Tensor  # bool: A < 0 and ratio < 1 − clip_low, no gradient
-    clipped_high: Tensor  # bool: A > 0 and ratio > 1 + clip_high, no gradient
+    # bool: A < 0 and ratio < 1 − clip_low, no gradient; cispo: ratio < 1 − clip_low, a bounded one
+    clipped_low: Tensor
+    # bool: A > 0 and ratio > 1 + clip_high, no gradient; cispo: ratio > 1 + clip_high, a bounded one
+    clipped_high: Tensor
 
 
-@explain(Tokens, Objective, Penalty, Vocabulary)
+@explain(Tokens, Objective, Penalty, Vocabulary, Sequences)
 def policy_loss(
     logits: Tensor, targets: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
     **options: Unpack[LossOptions],
 ) -> PolicyLoss:  # fmt: skip
     """Compute Σ_t mask_t · w_t · l_t, with l_t = max(−r_t·A_t, −clip(r_t, 1 − clip_low, 1 + clip_high)·A_t)
-    and r_t = exp(log π_θ − log π_θold)  (Eq. 8).
+    and r_t = exp(log π_θ − log π_θold)  (Eq. 8), or another `kind` of loss.
 
     Positive weights commute with min and clip, so one function serves every normaliser, and nothing depends
     on how tokens were split into microbatches or ranks.
@@ -44,12 +48,21 @@ def policy_loss(
     logits: [T, V/tp], any float type; computed in float32, or float64 if given so.
     """
     tokens, objective, vocabulary = pack(targets, old_logprobs, advantages, mask, options, LossOptions)
+    check_objective(objective, tokens)
     logprobs, entropy = logprobs_and_entropy(logits, targets, mask, **vocabulary)
     old, advantages = old_logprobs[mask].to(logprobs.dtype), advantages[mask].to(logprobs.dtype)
 
-    ratio = (logprobs - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    log_ratio = logprobs - old
+    if objective.kind == "gspo":
+        assert tokens.sequences is not None
+        log_ratio = _sequence_means(log_ratio, mask, tokens.sequences)
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     clipped = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
     losses = torch.maximum(-ratio * advantages, -clipped * advantages)  # Eq. 8
+    low, high = advantages < 0, advantages > 0
+    if objective.kind == "cispo":
+        losses = -clipped.detach() * advantages * logprobs
+        low = high = advantages != 0
     if objective.dual_clip is not None:
         bounds = torch.minimum(losses, -objective.dual_clip * advantages)
         losses = torch.where(advantages < 0, bounds, losses)
@@ -63,8 +76,8 @@ def policy_loss(
         loss=losses.sum(),  # the sum, not the mean: the weights hold the minibatch's global denominator
         logprobs=_spread(logprobs.detach(), mask),
         entropy=_spread(entropy, mask),
-        clipped_low=_spread((advantages < 0) & (ratio.detach() < 1 - objective.clip_low), mask),
-        clipped_high=_spread((advantages > 0) & (ratio.detach() > 1 + objective.clip_high), mask),
+        clipped_low=_spread(low & (ratio.detach() < 1 - objective.clip_low), mask),
+        clipped_high=_spread(high & (ratio.detach() > 1 + objective.clip_high), mask),
     )
 
 
@@ -129,6 +142,20 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return grad, None
+
+
+def _sequence_means(log_ratio: Tensor, mask: Tensor, sequences: Sequences) -> Tensor:
+    """Return for each masked row the mean of log_ratio over its sequence, [mask.sum()]: log s of GSPO, Eq. 7.
+
+    Raises:
+        ValueError: sequences are split over ranks, which only the fused losses know.
+    """
+    if sequences.cp_group is not None:
+        raise ValueError("cp_group is given; the reference expects whole sequences: None")
+    ends = sequences.cu_seqlens[1:].contiguous()
+    number = torch.searchsorted(ends, torch.arange(len(mask), device=mask.device), right=True)[mask]
+    sums = log_ratio.new_zeros(len(ends)).index_add(0, number, log_ratio)
+    return (sums / number.bincount(minlength=len(ends)).clamp(min=1))[number]
 
 
 def _spread(values: Tensor, mask: Tensor) -> Tensor:

@@ -6,9 +6,14 @@ T = packed tokens, V = vocabulary, V/tp = this rank's shard of it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch.distributed as dist
 from torch import Tensor
+
+from dapo_kernels.sequences import Sequences
+
+Kind = Literal["dapo", "cispo", "gspo"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Tokens:
     advantages: Tensor | None = None
     weights: Tensor | None = None
     penalty: Penalty | None = None
+    sequences: Sequences | None = None  # read by gspo only
 
     def select(self, rows: Tensor) -> Tokens:
         """Return the given rows, all of which lie inside the mask: the result has no mask."""
@@ -53,15 +59,19 @@ class Penalty:
 
 @dataclass(frozen=True)
 class Objective:
-    """Eq. 8 has these constants.
+    """A loss is of one kind, and has these constants.
 
     clip_low, clip_high: ε_low and ε_high, both required.
-    dual_clip: where A < 0, l_t is at most −dual_clip · A_t. None: no such bound.
+    dual_clip: of dapo: where A < 0, l_t is at most −dual_clip · A_t. None: no such bound.
+    kind: dapo: Eq. 8; with clip_low = clip_high that of PPO and GRPO. cispo: −sg(clip(r_t)) · A_t · log π_θ,
+        every token keeps its gradient (arXiv:2506.13585, Eq. 4 and 5). gspo: Eq. 8 with the ratio of whole
+        sequences, exp of the mean of log r_t over a sequence (arXiv:2507.18071, Eq. 5 to 7). Default: dapo.
     """
 
     clip_low: float
     clip_high: float
     dual_clip: float | None = None
+    kind: Kind = "dapo"
 
 
 @dataclass(frozen=True, kw_only=True)

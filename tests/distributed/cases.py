@@ -14,6 +14,19 @@ MEGATRON: dict[str, dict[str, Any]] = {  # fields of policy.megatron, by the nam
     "allgather": {"moe_token_dispatcher_type": "allgather"},
 }
 
+# options of the objective, by the name part that stands for them; the second update's ratios leave the clips
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "cispo": {"kind": "cispo", "clip_low": 0.02, "clip_high": 0.02, "advantage": "batch_std"},
+    "gspo": {"kind": "gspo", "clip_low": 0.01, "clip_high": 0.005, "importance": "none"},
+    "gspo-mask": {
+        "kind": "gspo", "clip_low": 0.01, "clip_high": 0.005, "importance": "sequence_mask",
+        "importance_of": "all", "importance_band": (0.5, 3.0),
+    },
+    "no-std": {"advantage": "no_std"},
+    "band": {"importance": "band", "importance_of": "all"},
+    "mask": {"importance": "sequence_mask", "importance_band": (0.5, 2.0)},
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Bounds:
@@ -60,6 +73,7 @@ class Case:
     fault: str = ""  # a wrong gradient scale: "context factor", "token mean", "expert factor"
     expert: int = 1  # ranks that share a layer's experts
     dispatcher: str = ""  # how tokens get to them: "" is the default
+    objective: str = ""  # one of OBJECTIVES, or the default
 
     @property
     def megatron(self) -> dict[str, Any]:
@@ -88,6 +102,7 @@ class Case:
             "" if self.dtype == "float32" else self.dtype,
             f"b{self.budget}",
             self.normaliser,
+            self.objective,
             "filtered" if self.filtering else "",
             "stale" if self.stale else "",
             "overlap" if self.overlap else "",
@@ -156,6 +171,24 @@ CASES = [
     Case(4, 1, 4, "qwen2", is_tied=True, budget=40),  # stages in the middle
     Case(4, 1, 4, "qwen3", virtual=2, layers=8, budget=32, overlap=True),
     Case(4, 1, 2, "llama", virtual=2, layers=8, budget=40, recompute="block"),
+]
+
+CASES += [  # other objectives, in every split
+    Case(1, 1, 1, "qwen2", objective="cispo", normaliser="group_token_mean"),
+    Case(1, 1, 1, "qwen3", objective="gspo", normaliser="sample_mean", stale=True),
+    Case(1, 1, 1, "llama", objective="no-std", normaliser="constant"),
+    Case(2, 2, 1, "qwen2", objective="cispo", filtering=True),
+    Case(2, 2, 1, "qwen3", objective="gspo", normaliser="sample_mean"),
+    Case(2, 1, 1, "qwen2", context=2, objective="gspo", normaliser="token_mean", stale=True),
+    Case(2, 1, 1, "qwen3", context=2, objective="gspo-mask", normaliser="sample_mean", stale=True),
+    Case(2, 1, 1, "llama", objective="gspo", normaliser="group_token_mean", filtering=True),
+    Case(2, 1, 1, "qwen2", objective="no-std", normaliser="constant", filtering=True),
+    Case(2, 1, 1, "qwen2", context=2, objective="band"),
+    Case(2, 1, 2, "qwen3", objective="mask", stale=True),
+    Case(2, 1, 1, "qwen2", context=2, objective="mask", stale=True),
+    Case(4, 2, 1, "qwen2", context=2, objective="gspo-mask", normaliser="sample_mean", stale=True),
+    Case(4, 1, 2, "qwen3", context=2, objective="cispo", normaliser="constant", stale=True),
+    Case(4, 2, 2, "llama", objective="gspo", normaliser="sample_mean"),
 ]
 
 FAULTS = [

@@ -7,6 +7,7 @@ size, or those with the pattern in their name; the main rank writes what it meas
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -31,7 +32,7 @@ from dapo.policy.megatron import PlacedBatch, Policy, PolicyError
 from dapo.policy.schedule import get_forward_backward_func
 from dapo.types import Group, Prompt, Sample
 from tests.batches import batch_of_rank
-from tests.distributed.cases import CASES, FAULTS, Case
+from tests.distributed.cases import CASES, FAULTS, OBJECTIVES, Case
 from tests.distributed.ranks import prepare_rank
 
 # Adam divides by |g| + eps: at 1e-8 it would turn the rounding of all but vanishing gradients into steps
@@ -107,7 +108,7 @@ def make_hf(model: str, is_tied: bool, directory: Path, layers: int = 4) -> None
     hf.save_pretrained(directory)
 
 
-def make_groups(rng: np.random.Generator, is_stale: bool) -> list[Group]:
+def make_groups(rng: np.random.Generator, is_stale: bool, advantage: str) -> list[Group]:
     """Make random groups. Stale: older weights (version 1 of 2) wrote half of every other sample."""
     groups = []
     for g in range(NUM_UPDATES * GROUPS_PER_UPDATE):
@@ -130,7 +131,7 @@ def make_groups(rng: np.random.Generator, is_stale: bool) -> list[Group]:
                 sample.versions = ((1, 0, half), (VERSION, half, n))
             group.samples.append(sample)
         groups.append(group)
-    set_advantages(groups)
+    set_advantages(groups, advantage)
     return groups
 
 
@@ -165,20 +166,20 @@ class HFTrainer:
     def backward(self, groups: list[Group], old: dict[tuple[int, int], torch.Tensor]) -> None:
         objective = self.config.objective
         self.optimizer.zero_grad()
-        for group, weights in zip(
-            groups, token_weights(groups, objective.normaliser, objective.overlong_filtering), strict=True
-        ):
+        longest = self.config.rollout.max_response_length
+        for group, weights in zip(groups, token_weights(groups, objective, longest), strict=True):
             for sample, weight in zip(group.samples, weights, strict=True):
-                log_old = old[group.id, sample.index]
-                ratio = (self.logprobs(group, sample) - log_old).exp()
+                log_old, mask = old[group.id, sample.index], torch.from_numpy(sample.loss_mask)
+                logp = self.logprobs(group, sample)
+                ratio = (logp - log_old).exp()
+                if objective.kind == "gspo":
+                    ratio = (logp - log_old)[mask].mean().exp() * torch.ones_like(logp)
                 clipped = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
                 loss = -torch.min(ratio * sample.advantage, clipped * sample.advantage)
-                importance = torch.ones_like(loss)
-                for version, start, end in sample.versions:
-                    if version < VERSION:
-                        off = log_old[start:end] - torch.from_numpy(sample.behavior_logprobs[start:end])
-                        importance[start:end] = off.exp().clamp(max=objective.importance_cap)
-                (weight * (importance * loss)[torch.from_numpy(sample.loss_mask)]).sum().backward()
+                if objective.kind == "cispo":
+                    loss = -clipped.detach() * sample.advantage * logp
+                importance = torch.tensor(importance_of(sample, log_old, objective))
+                (weight * (importance * loss)[mask]).sum().backward()
 
     def step(self) -> float:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
@@ -203,7 +204,11 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
             temperature=0.9,
             dump_share=1.0,
         ),
-        objective=configs.Objective(normaliser=case.normaliser, overlong_filtering=case.filtering),
+        objective=configs.Objective(
+            normaliser=case.normaliser,
+            overlong_filtering=case.filtering,
+            **OBJECTIVES.get(case.objective, {}),
+        ),
         optim=configs.Optim(lr=LR, warmup_steps=0, prompts_per_minibatch=GROUPS_PER_UPDATE, clip_grad=0.5),
         parallel=parallel,
         policy=configs.Policy(
@@ -219,7 +224,7 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     mesh.barrier()
     policy, hf = Policy(config, mesh), HFTrainer(directory / "hf", config)
     inject(case.fault, policy)
-    groups = make_groups(np.random.default_rng(3), case.stale)
+    groups = make_groups(np.random.default_rng(3), case.stale, config.objective.advantage)
     planned = batch_of_rank(mesh, groups, config, mesh.data, metrics={}, version=VERSION)
     batch = policy.place(planned)
     result: dict[str, Any] = {"case": asdict(case), "microbatches": len(batch.minibatches[0])}
@@ -241,7 +246,7 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     result["weights kept"] = all(
         torch.equal(m.token_weights, w) for m, w in zip(scored, weights, strict=True)
     )
-    result["expected_mismatch"] = expected_mismatch(groups, old, config.objective.importance_cap)
+    result["expected_mismatch"] = expected_mismatch(groups, old, config.objective)
     result["logprobs"] = mesh.max(_logprob_error(policy, batch, groups, old))
 
     ratio_gaps: list[float] = []
@@ -342,28 +347,56 @@ def toy_metric(policy: Policy, batch: PlacedBatch) -> float:
     return found
 
 
+def importance_of(sample: Sample, log_old: torch.Tensor, objective: configs.Objective) -> list[float]:
+    """Compute the importance of each token of a sample, one by one."""
+    gaps = (log_old - torch.from_numpy(sample.behavior_logprobs)).tolist()
+    writers = [version for version, start, end in sample.versions for _ in range(start, end)]
+    is_all = objective.importance_of == "all"
+    corrected = [m and (is_all or v < VERSION) for m, v in zip(sample.loss_mask, writers, strict=True)]
+    low, high = objective.importance_band
+    if objective.importance == "sequence_mask":
+        chosen = [gap for gap, c in zip(gaps, corrected, strict=True) if c]
+        is_kept = not chosen or low <= math.exp(sum(chosen) / len(chosen)) <= high
+        return [float(is_kept)] * len(gaps)
+    found = []
+    for gap, c in zip(gaps, corrected, strict=True):
+        ratio = math.exp(gap)
+        if objective.importance == "band":
+            ratio = ratio if low <= ratio <= high else 0.0
+        elif objective.importance == "tis":
+            ratio = min(ratio, objective.importance_cap)
+        else:
+            c = False
+        found.append(ratio if c else 1.0)
+    return found
+
+
 def expected_mismatch(
-    groups: list[Group], old: dict[tuple[int, int], torch.Tensor], cap: float
+    groups: list[Group], old: dict[tuple[int, int], torch.Tensor], objective: configs.Objective
 ) -> dict[str, float]:
     """Compute what Policy.score reports, token by token."""
-    gaps, importances = [], []
+    gaps, corrected, everything = [], [], []
+    is_all, measured = objective.importance_of == "all", objective
+    if objective.importance == "none":
+        measured = objective.model_copy(update={"importance": "tis"})
     for group in groups:
         for sample in group.samples:
-            log_importance = (
-                old[group.id, sample.index] - torch.from_numpy(sample.behavior_logprobs)
-            ).tolist()
+            log_old = old[group.id, sample.index]
+            off = (log_old - torch.from_numpy(sample.behavior_logprobs)).tolist()
+            importance = importance_of(sample, log_old, measured)
             for version, start, end in sample.versions:
-                written = [log_importance[t] for t in range(start, end) if sample.loss_mask[t]]
-                if version == VERSION:
-                    gaps += [abs(x) for x in written]
-                else:
-                    importances += [min(np.exp(x), cap) for x in written]
+                for t in range(start, end):
+                    if sample.loss_mask[t]:
+                        gaps += [abs(off[t])] if version == VERSION else []
+                        corrected += [importance[t]] if is_all or version < VERSION else []
+                        everything.append(importance[t])
     expected = {"policy/mismatch": float(np.mean(gaps)), "policy/mismatch_max": max(gaps)}
-    if importances:
-        expected["policy/importance"] = float(np.mean(importances))
-        expected["policy/importance_cut"] = float(np.mean([x == cap for x in importances]))
-        all_weights = np.array([*importances, *np.ones(len(gaps))])
-        expected["policy/ess"] = float(all_weights.sum() ** 2 / (len(all_weights) * (all_weights**2).sum()))
+    if corrected:
+        cut = objective.importance_cap if measured.importance == "tis" else 0.0
+        expected["policy/importance"] = float(np.mean(corrected))
+        expected["policy/importance_cut"] = float(np.mean([x == cut for x in corrected]))
+        weights = np.array(everything)
+        expected["policy/ess"] = float(weights.sum() ** 2 / (len(weights) * (weights**2).sum()))
     return expected
 
 

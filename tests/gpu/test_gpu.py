@@ -128,15 +128,20 @@ def test_another_number_of_tokens_compiles_nothing() -> None:
     assert compiled() == before
 
 
+@pytest.mark.parametrize("kind", ["dapo", "cispo", "gspo"])
 @pytest.mark.parametrize("fp32_logits", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_linear_policy_loss_equals_the_float64_reference(dtype: torch.dtype, fp32_logits: bool) -> None:
+def test_linear_policy_loss_equals_the_float64_reference(
+    dtype: torch.dtype, fp32_logits: bool, kind: str
+) -> None:
     torch.manual_seed(3)
     hidden = torch.randn(700, 256, device=GPU).to(dtype)
     head = (torch.randn(5000, 256, device=GPU) / 4).to(dtype)
     targets, noise, advantages, mask, weights = tokens(700, 4990)
     vocabulary = {"valid_vocab": 4990, "temperature": 0.8}
-    options = {"weights": weights, **vocabulary, **CLIP}
+    options = {"weights": weights, "kind": kind, **vocabulary, **CLIP}
+    if kind == "gspo":
+        options["cu_seqlens"] = torch.tensor([0, 100, 100, 350, 700], device=GPU)
     h64, w64 = hidden.double().requires_grad_(), head.double().requires_grad_()
     # near the log-probs: else a few tokens would make all of the gradient
     own = linear_logprobs(h64.detach(), w64.detach(), targets, mask, **vocabulary)

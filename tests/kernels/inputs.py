@@ -51,10 +51,16 @@ def options_for(num_tokens, seed=8):
     g = torch.Generator().manual_seed(seed)
     weights = torch.rand(num_tokens, generator=g) * (torch.arange(num_tokens) % 5 > 0)
     ref = -3 * torch.rand(num_tokens, generator=g)
+    third = num_tokens // 3
+    sequences = torch.tensor([0, third, third, num_tokens])
+    penalty = {"ref_logprobs": ref, "kl_coef": 0.05}
     return [
         {},
         {"weights": weights, "dual_clip": 1.3, "ref_logprobs": ref, "kl_coef": 0.05, "temperature": 0.8},
         {"dual_clip": 1.1},
         {"ref_logprobs": ref, "kl_coef": 0.3},
         {"temperature": 1.7},
+        {"kind": "cispo", "weights": weights, "temperature": 0.8, **penalty},
+        {"kind": "gspo", "cu_seqlens": sequences},
+        {"kind": "gspo", "cu_seqlens": sequences, "weights": weights, "temperature": 0.8, **penalty},
     ]

@@ -5,7 +5,16 @@ import inspect
 import dapo_kernels
 import pytest
 import torch
-from dapo_kernels import Head, Objective, Tokens, arguments, linear_logprobs, linear_policy_loss, reference
+from dapo_kernels import (
+    Head,
+    Objective,
+    Sequences,
+    Tokens,
+    arguments,
+    linear_logprobs,
+    linear_policy_loss,
+    reference,
+)
 from dapo_kernels.rows import Penalty
 
 from tests.kernels.inputs import CLIP, make, options_for
@@ -66,9 +75,11 @@ def test_packed_arguments_are_the_same_call(options):
         if is_packed:
             head = Head(weight, temperature=rest.pop("temperature", 1.0))
             penalty = Penalty(rest.pop("kl_coef"), rest.pop("ref_logprobs")) if "kl_coef" in rest else None
-            objective = Objective(**CLIP, dual_clip=rest.pop("dual_clip", None))
+            kinds = {name: rest.pop(name) for name in ("dual_clip", "kind") if name in rest}
+            objective = Objective(**CLIP, **kinds)
+            sequences = Sequences(rest.pop("cu_seqlens")) if "cu_seqlens" in rest else None
             tokens = {name: given[name] for name in ("targets", "mask", "old_logprobs", "advantages")}
-            tokens = Tokens(**tokens, **rest, penalty=penalty)
+            tokens = Tokens(**tokens, **rest, penalty=penalty, sequences=sequences)
             result = head.loss(hidden, tokens, objective, total)
             scored = head.logprobs(hidden, tokens)
         else:

@@ -39,7 +39,9 @@ def test_the_interpreted_kernels_pass_their_tests():
 def test_the_twin_in_plain_torch_is_the_reference(dtype):
     inputs = make(dtype=dtype)
     for options in options_for(12):
-        objective = Objective(**CLIP, dual_clip=options.get("dual_clip"))
+        if (kind := options.get("kind", "dapo")) == "gspo":
+            continue  # its ratio is made outside the kernels
+        objective = Objective(**CLIP, dual_clip=options.get("dual_clip"), kind=kind)
         penalty = Penalty(options["kl_coef"], options["ref_logprobs"]) if "kl_coef" in options else None
         tokens = Tokens(inputs[1], inputs[4], inputs[2], inputs[3], options.get("weights"), penalty)
         shard = Vocabulary(valid_vocab=990, temperature=options.get("temperature", 1.0)).shard(1000)

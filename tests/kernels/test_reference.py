@@ -12,10 +12,15 @@ from tests.kernels.inputs import CLIP, T, V, double, random_inputs, relative_err
 def brute_force(
     logits, targets, old, advantages, mask,
     clip_low, clip_high, weights=None, dual_clip=None, ref_logprobs=None, kl_coef=0.0, temperature=1.0,
+    kind="dapo", cu_seqlens=None,
 ):  # fmt: skip
     """Compute (loss, gradient [T][V], logprobs, entropy, clipped_low, clipped_high) by the formulas, token by
     token.
     """
+    if kind == "gspo":
+        return brute_force_gspo(
+            logits, targets, old, advantages, mask, clip_low, clip_high, weights, cu_seqlens, temperature
+        )
     loss, gradient, rows = 0.0, [[0.0] * logits.shape[1] for _ in logits], []
     for t, target in enumerate(targets.tolist()):
         if not mask[t]:
@@ -31,7 +36,9 @@ def brute_force(
         value = -ratio * a
         slope = value if abs(log_ratio) <= MAX_LOG_RATIO else 0.0  # the derivative of value by logp
         clipped = min(max(ratio, 1 - clip_low), 1 + clip_high)
-        if -clipped * a > value:
+        if kind == "cispo":
+            value, slope = -clipped * a * logp, -clipped * a
+        elif -clipped * a > value:
             value, slope = -clipped * a, 0.0
         if dual_clip is not None and a < 0 and value > -dual_clip * a:
             value, slope = -dual_clip * a, 0.0
@@ -42,7 +49,33 @@ def brute_force(
         loss += w * value
         gradient[t] = [w * slope * ((v == target) - p[v]) / temperature for v in range(len(p))]
         entropy = -sum(x * math.log(x) for x in p if x)
-        rows.append((logp, entropy, a < 0 and ratio < 1 - clip_low, a > 0 and ratio > 1 + clip_high))
+        low, high = (a != 0, a != 0) if kind == "cispo" else (a < 0, a > 0)
+        rows.append((logp, entropy, low and ratio < 1 - clip_low, high and ratio > 1 + clip_high))
+    return loss, gradient, *zip(*rows, strict=True)
+
+
+def brute_force_gspo(
+    logits, targets, old, advantages, mask, clip_low, clip_high, weights, cu_seqlens, temperature
+):  # fmt: skip
+    """GSPO, Eq. 5 to 10 of its paper, sequence by sequence: a log-prob moves s, and s every token's loss."""
+    loss, gradient = 0.0, [[0.0] * logits.shape[1] for _ in logits]
+    rows = [(0.0, 0.0, False, False)] * len(logits)
+    for start, end in zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:], strict=False):
+        tokens = [t for t in range(start, end) if mask[t]]
+        p = {t: [float(x) for x in (logits[t].double() / temperature).softmax(-1)] for t in tokens}
+        logp = {t: math.log(p[t][targets[t]]) for t in tokens}
+        s = math.exp(sum(logp[t] - float(old[t]) for t in tokens) / max(len(tokens), 1))
+        derivative = 0.0  # of the loss, by log s
+        for t in tokens:
+            a, w = float(advantages[t]), 1.0 if weights is None else float(weights[t])
+            clipped = min(max(s, 1 - clip_low), 1 + clip_high)
+            loss += w * max(-s * a, -clipped * a)
+            derivative += w * (-s * a if -s * a >= -clipped * a else 0.0)
+            entropy = -sum(x * math.log(x) for x in p[t] if x)
+            rows[t] = (logp[t], entropy, a < 0 and s < 1 - clip_low, a > 0 and s > 1 + clip_high)
+        for t in tokens:
+            slope = derivative / len(tokens) / temperature
+            gradient[t] = [slope * ((v == int(targets[t])) - x) for v, x in enumerate(p[t])]
     return loss, gradient, *zip(*rows, strict=True)
 
 
@@ -69,8 +102,20 @@ def assert_is_brute_force(inputs, **options):
 WEIGHTS = torch.rand(T, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
 WEIGHTS[::5] = 0
 REF = -3 * torch.rand(T, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+CU_SEQLENS = torch.tensor([0, 3, 3, 20, 31, T])  # one sequence is empty
 OPTIONS = [
     {},
+    {"kind": "cispo"},
+    {"kind": "cispo", "weights": WEIGHTS, "temperature": 1.7, "clip_low": 1.0},
+    {"kind": "gspo", "cu_seqlens": CU_SEQLENS, "clip_low": 0.02, "clip_high": 0.01},
+    {
+        "kind": "gspo",
+        "cu_seqlens": CU_SEQLENS,
+        "clip_low": 0.02,
+        "clip_high": 0.01,
+        "weights": WEIGHTS,
+        "temperature": 0.6,
+    },
     {"clip_low": 0.0, "clip_high": 0.0},
     {"clip_low": 0.05, "clip_high": 3.0},
     {"weights": WEIGHTS},
@@ -89,7 +134,9 @@ def test_value_and_gradient_are_the_formulas(options, seed):
     inputs = random_inputs(seed, temperature=options.get("temperature", 1.0))
     result = assert_is_brute_force(inputs, **options)
     if options.get("clip_high") != 3.0:
-        assert result.clipped_low.any() and result.clipped_high.any()  # else the test would not see the clip
+        # else the test would not see the clip
+        assert result.clipped_low.any() or options.get("clip_low") == 1.0
+        assert result.clipped_high.any()
 
 
 def test_gradient_is_what_finite_differences_say():

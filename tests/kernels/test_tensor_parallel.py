@@ -4,12 +4,17 @@ import pytest
 
 from tests.distributed.launch import measured
 
-CASES = [f"logits {kind}" for kind in ("triton", "torch")] + [
-    f"linear {kind}{parallel} {chunk}"
-    for kind in ("triton", "torch")
+KINDS = ("dapo", "cispo", "gspo")
+CASES = [
+    f"{kind} {split} {by}" for kind in KINDS for split in ("logits", "context") for by in ("triton", "torch")
+]
+CASES += [
+    f"{kind} linear {by}{parallel} {chunk}"
+    for kind in KINDS
+    for by in ("triton", "torch")
     for parallel in ("", " sequence")
     for chunk in (1, 936, None)
-    if (kind, parallel, chunk) != ("triton", "", 1)
+    if (by, parallel, chunk) != ("triton", "", 1)
 ]
 
 

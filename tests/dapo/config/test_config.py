@@ -291,6 +291,90 @@ def test_of_a_wrong_item_of_a_list_nothing_else_is_said(tmp_path, override, said
     assert str(error.value).partition(".yaml: ")[2] == said
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["objective.importance_band=[5, 0.5]"], "objective.importance_band=[5.0, 0.5] is empty"),
+        (["objective.importance_band=[1, 1]"], "objective.importance_band=[1.0, 1.0] is empty"),
+        (["objective.importance_band=[-1, 1]"], "objective.importance_band.0=-1"),
+        (
+            ["objective.importance_cap=0.9"],
+            "objective.importance_cap=0.9: input should be greater than or equal",
+        ),
+        (["objective.kind=ppo"], "objective.kind='ppo': input should be 'dapo', 'cispo' or 'gspo'"),
+        (
+            ["objective.kind=gspo", "objective.dual_clip=3"],
+            "objective.dual_clip=3.0 with objective.kind=gspo",
+        ),
+        (
+            ["objective.kind=cispo", "objective.dual_clip=3"],
+            "objective.dual_clip=3.0 with objective.kind=cispo",
+        ),
+        (
+            ["objective.kind=gspo", "rollout.max_staleness=1"],
+            "objective.importance=tis with objective.kind=gspo: it weighs single tokens",
+        ),
+        (
+            ["objective.kind=gspo", "objective.importance=band", "objective.importance_of=all"],
+            "objective.importance=band with objective.kind=gspo: it weighs single tokens",
+        ),
+        (
+            ["objective.importance=none", "objective.importance_of=all"],
+            "objective.importance_of=all with objective.importance=none: no token is corrected",
+        ),
+        (
+            ["policy.logits_dtype=bfloat16", "policy.dtype=float32"],
+            "policy.logits_dtype=bfloat16 with policy.dtype=float32",
+        ),
+    ],
+)
+def test_an_objective_that_means_nothing_is_refused_in_one_line(tmp_path, overrides, said):
+    with pytest.raises(ConfigError) as error:
+        load_text(tmp_path, REQUIRED, *overrides)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["objective.kind=gspo", "objective.importance=sequence_mask", "rollout.max_staleness=1"],
+        ["objective.kind=gspo", "objective.importance=none", "rollout.max_staleness=1"],
+        ["objective.kind=gspo"],  # no token is stale
+        ["objective.kind=cispo", "objective.importance=band", "objective.importance_of=all"],
+    ],
+)
+def test_other_combinations_are_allowed(tmp_path, overrides):
+    load_text(tmp_path, REQUIRED, *overrides)
+
+
+def test_gspo_with_the_clips_of_tokens_is_warned_of(tmp_path):
+    [warning] = load_text(tmp_path, REQUIRED, "objective.kind=gspo").warnings()
+    assert "clip_low=0.2, clip_high=0.28" in warning and "0.0003 and 0.0004" in warning
+    assert not load_text(tmp_path, REQUIRED, "objective.kind=gspo", "objective.clip_high=0.0004").warnings()
+
+
+def test_a_recipe_is_a_file_of_overrides_and_later_wins(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("objective: {clip_high: 0.2}\nengine: {kind: sglang, sglang: {a: 1}}\n")
+    text = REQUIRED + "engine: {kind: sglang, sglang: {b: 2}}\nobjective: {clip_low: 0.1}\n"
+    config = load_text(tmp_path, text, "objective.clip_high=0.3", str(recipe), "engine.sglang.b=3")
+    assert (config.objective.clip_low, config.objective.clip_high) == (0.1, 0.2)
+    assert config.engine.sglang == {"a": 1, "b": 3}
+    assert load_text(tmp_path, REQUIRED, str(recipe), "objective.clip_high=0.3").objective.clip_high == 0.3
+
+
+def test_a_recipe_that_is_wrong_is_named(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("objective: {clip_hi: 0.2}\n")
+    with pytest.raises(ConfigError, match=r"c\.yaml with .*r\.yaml: unknown key objective\.clip_hi: did you"):
+        load_text(tmp_path, REQUIRED, str(recipe))
+    with pytest.raises(ConfigError, match=r"config nowhere\.yaml: No such file"):
+        load_text(tmp_path, REQUIRED, "nowhere.yaml")
+    recipe.write_text("- a\n")
+    with pytest.raises(ConfigError, match=r"config .*r\.yaml: expected sections"):
+        load_text(tmp_path, REQUIRED, str(recipe))
+
+
 def test_an_error_is_short_however_large_the_value_is(tmp_path):
     names = "abcdefghijkl"
     levels = [f"&{name} [{', '.join(8 * ['*' + before])}]" for before, name in pairwise(names)]

@@ -42,7 +42,7 @@ def test_a_rank_that_reports_nothing_contributes_zeros_under_the_same_names() ->
     assert metrics.update_sums() == dict.fromkeys(metrics.update_sums(*make_loss(9)), 0.0)
     bounded = metrics.update_sums(*make_loss(9), dual_clip=3.0)
     assert metrics.update_sums(dual_clip=3.0) == dict.fromkeys(bounded, 0.0)
-    scored = metrics.score_sums(torch.zeros(4), torch.ones(3), torch.ones(1), cap=2.0)
+    scored = metrics.score_sums(torch.zeros(4), torch.ones(3), torch.ones(1))
     assert metrics.score_sums() == dict.fromkeys(scored, 0.0)
 
 
@@ -152,12 +152,13 @@ def test_an_update_that_was_skipped_has_no_part_in_loss_norm_and_learning_rate()
     assert (values["policy/grad_norm"], values["policy/lr"]) == (2.0, 0.5)
 
 
-def test_scores_are_summed_over_current_and_stale_tokens_apart() -> None:
+def test_scores_are_summed_over_current_and_corrected_tokens_apart() -> None:
     old = torch.tensor([-1.0, float("nan"), -2.0])
-    sums = metrics.score_sums(old, gap=torch.tensor([0.5]), importance=torch.tensor([2.0, 0.5]), cap=2.0)
+    weights, cut = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([True, False])
+    sums = metrics.score_sums(old, torch.tensor([0.5]), weights, weights[1:], cut)
     assert sums == {
-        "broken": 1, "current": 1, "gap": 0.5, "stale": 2, "importance": 2.5, "importance_cut": 1,
-        "importance_squared": 4.25, "probe_tokens": 0, "probe_gap": 0,
+        "broken": 1, "current": 1, "gap": 0.5, "tokens": 3, "importance": 3.5, "importance_squared": 5.25,
+        "corrected": 2, "corrected_importance": 2.5, "importance_cut": 1, "probe_tokens": 0, "probe_gap": 0,
     }  # fmt: skip
     probe = metrics.score_sums(old[:1], probe=torch.tensor([0.5, 0.25]))
     assert probe == dict.fromkeys(sums, 0.0) | {"probe_tokens": 2, "probe_gap": 0.75}
@@ -180,11 +181,14 @@ def test_scores_are_summed_over_current_and_stale_tokens_apart() -> None:
                 "policy/importance_cut": 0.0, "policy/ess": 9 / (4 * 2.5),
             },
         ),
+        ([], [0.0], {"policy/importance": 0.0, "policy/importance_cut": 0.0, "policy/ess": 0.0}),
         ([], [], {}),
     ],
 )  # fmt: skip
 def test_metrics_of_scores_are_those_of_the_tokens_there_are(gap, importance, expected) -> None:
-    sums = metrics.score_sums(torch.zeros(2), torch.tensor(gap), torch.tensor(importance), cap=2.0)
+    corrected = torch.tensor(importance)
+    weights = torch.cat([corrected, torch.ones(len(gap))])
+    sums = metrics.score_sums(torch.zeros(2), torch.tensor(gap), weights, corrected, corrected >= 2.0)
     assert metrics.score_metrics(sums, max(gap, default=0.0)) == expected
 
 

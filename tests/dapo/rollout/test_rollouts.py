@@ -513,26 +513,27 @@ def test_asked_is_kept_plus_all_correct_plus_all_wrong_plus_surplus(tmp_path, se
 
 
 def leave_one_out(rewards):
-    values = np.asarray(rewards, dtype=np.float64)
-    return ((values - values.mean()) * len(values) / (len(values) - 1)).astype(np.float32)
+    groups = [np.asarray(r, dtype=np.float64) for r in rewards]
+    return [((r - r.mean()) * len(r) / (len(r) - 1)).astype(np.float32) for r in groups]
 
 
-def constant_length(tokens):
+def square_mean(tokens, longest):
     num_samples = sum(np.count_nonzero(t) for t in tokens)
-    return [np.full_like(t, 1000 * num_samples) for t in tokens]
+    return [num_samples * t**2 for t in tokens]
 
 
 def test_a_new_advantage_and_a_new_normaliser_are_an_entry_each(tmp_path, monkeypatch):
-    monkeypatch.setitem(ADVANTAGES, "group", leave_one_out)
-    monkeypatch.setitem(NORMALISERS, "constant_length", constant_length)
+    monkeypatch.setitem(ADVANTAGES, "leave_one_out", leave_one_out)
+    monkeypatch.setitem(NORMALISERS, "square_mean", square_mean)
     rollouts = make_rollouts(tmp_path, ScriptedEngine(lambda prompt: "1000"), "rollout.group_size=4")
-    objective = rollouts.config.objective.model_copy(update={"normaliser": "constant_length"})
+    chosen = {"advantage": "leave_one_out", "normaliser": "square_mean"}
+    objective = rollouts.config.objective.model_copy(update=chosen)
     rollouts.config = rollouts.config.model_copy(update={"objective": objective})
     [batch] = next_batches(rollouts, 0)
     packed = [microbatch for microbatches in batch.minibatches for microbatch in microbatches]
     advantages = {round(float(a), 4) for m in packed for a in m.advantages[m.loss_mask]}
     assert advantages == {2.0, round(-2 / 3, 4)}  # ±1 minus the mean of the other three
-    assert {round(float(1 / w)) for m in packed for w in m.token_weights[m.loss_mask]} == {1000 * 2 * 4}
+    assert {round(float(1 / w)) for m in packed for w in m.token_weights[m.loss_mask]} == {2 * 4 * 4**2}
 
 
 def a_file_in_its_place(directory):

@@ -1,0 +1,54 @@
+"""Methods by their names: the choices in which one paper's objective differs from another's."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from dapo.config import Config
+
+
+class Traits(NamedTuple):
+    """Methods differ in these. Constants (lr, how wide a clip is, batch sizes) make no other method."""
+
+    kind: str
+    advantage: str
+    normaliser: str
+    is_clip_higher: bool  # clip_high > clip_low
+    dynamic_sampling: bool
+
+
+METHODS = {
+    "DAPO (arXiv:2503.14476)": Traits("dapo", "group_std", "group_token_mean", True, True),
+    "DAPO as released (arXiv:2503.14476)": Traits("dapo", "group_std", "token_mean", True, True),
+    "GRPO (arXiv:2402.03300), without its KL": Traits("dapo", "group_std", "sample_mean", False, False),
+    "Dr. GRPO (arXiv:2503.20783)": Traits("dapo", "no_std", "constant", False, False),
+    "CISPO (arXiv:2506.13585)": Traits("cispo", "group_std", "token_mean", True, True),
+    "ScaleRL's CISPO (arXiv:2510.13786)": Traits("cispo", "batch_std", "group_token_mean", True, True),
+    "GSPO (arXiv:2507.18071)": Traits("gspo", "group_std", "sample_mean", True, False),
+}
+NAMES = (
+    "objective.kind",
+    "objective.advantage",
+    "objective.normaliser",
+    "objective.clip_high > clip_low",
+    "rollout.dynamic_sampling",
+)
+
+
+def name(config: Config) -> str:
+    """Return the paper whose objective this is: `GSPO (arXiv:2507.18071)`. A combination that none of them
+    has is named after the one that it departs from least.
+    """
+    objective = config.objective
+    traits = Traits(
+        objective.kind, objective.advantage, objective.normaliser,
+        objective.clip_high > objective.clip_low, config.rollout.dynamic_sampling,
+    )  # fmt: skip
+
+    def departures(method: str) -> list[str]:
+        pairs = zip(NAMES, traits, METHODS[method], strict=True)
+        return [f"{name} = {str(own).lower()}" for name, own, other in pairs if own != other]
+
+    nearest = min(METHODS, key=lambda method: len(departures(method)))
+    changed = departures(nearest)
+    return f"{nearest}, but {' and '.join(changed)}: a combination of no paper" if changed else nearest
