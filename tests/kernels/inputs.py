@@ -50,7 +50,9 @@ def make(num_tokens=12, vocab=1000, dtype=torch.float32, seed=0, temperature=1.0
 def options_for(num_tokens, seed=8):
     g = torch.Generator().manual_seed(seed)
     weights = torch.rand(num_tokens, generator=g) * (torch.arange(num_tokens) % 5 > 0)
-    ref = -3 * torch.rand(num_tokens, generator=g)
+    ref = -10 - 3 * torch.rand(
+        num_tokens, generator=g
+    )  # near log-probs of random ids: no penalty drowns the rest
     third = num_tokens // 3
     sequences = torch.tensor([0, third, third, num_tokens])
     penalty = {"ref_logprobs": ref, "kl_coef": 0.05}
