@@ -67,6 +67,12 @@ class Config(Section):
     eval: Eval = Eval()
 
     @property
+    def is_corrected(self) -> bool:
+        """True if the run may have tokens that objective.importance is for."""
+        is_stale = self.rollout.max_staleness > 0 or self.rollout.replay is not None
+        return is_stale or self.objective.importance_of == "all"
+
+    @property
     def updates_per_step(self) -> int:
         """Number of updates of a full step; a step with fewer groups makes fewer."""
         return self.rollout.prompts_per_step // self.optim.prompts_per_minibatch
@@ -112,6 +118,11 @@ class Config(Section):
                     f"{without_user}: a URL is saved with the run, so it may hold no user, password or "
                     "query; a key for the server is in the environment: DAPO_REWARD_KEY or DAPO_ENGINE_KEY"
                 )
+        if self.engine.urls and self.engine.sglang:
+            raise ConfigError(
+                f"engine.sglang={plain_yaml.shown(self.engine.sglang)} is for servers that the run starts: "
+                "give those in engine.urls their arguments where they start"
+            )
         for option, value in self.engine.without_servers.items():
             raise ConfigError(
                 f"engine.{option}={plain_yaml.shown(value)} is for servers, and "
@@ -157,10 +168,9 @@ class Config(Section):
         if kind != "dapo" and objective.dual_clip is not None:
             raise ConfigError(
                 f"objective.dual_clip={objective.dual_clip} with objective.kind={kind}: it bounds dapo only; "
-                "leave it out"
+                "set it to null"
             )
-        is_corrected = self.rollout.max_staleness > 0 or objective.importance_of == "all"
-        if kind == "gspo" and is_corrected and importance in ("tis", "band"):
+        if kind == "gspo" and self.is_corrected and importance in ("tis", "band"):
             raise ConfigError(
                 f"objective.importance={importance} with objective.kind=gspo: it weighs single tokens, and "
                 "the ratio is a whole response's; set objective.importance=sequence_mask or none"
@@ -185,13 +195,19 @@ class Config(Section):
         """Describe what is allowed and rarely meant, a line each."""
         found = []
         objective = self.objective
-        if objective.kind == "gspo" and objective.clip_high > 0.01:
+        if objective.kind == "gspo" and max(objective.clip_low, objective.clip_high) > 0.01:
             found.append(
                 f"objective.kind=gspo with clip_low={objective.clip_low}, clip_high={objective.clip_high}: "
                 "the mean ratio of a whole response hardly leaves 1, so nothing is ever clipped; its authors "
                 "take 0.0003 and 0.0004"
             )
-        if self.reward.soft_overlong_punishment and not self.rollout.dynamic_sampling:
+        if objective.importance in ("band", "sequence_mask") and not self.is_corrected:
+            found.append(
+                f"objective.importance={objective.importance} with rollout.max_staleness=0 corrects nothing: "
+                "no token is of older weights; for all tokens set objective.importance_of=all"
+            )
+        is_divided = objective.advantage == "group_std"
+        if self.reward.soft_overlong_punishment and not self.rollout.dynamic_sampling and is_divided:
             found.append(
                 "reward.soft_overlong_punishment without rollout.dynamic_sampling: in a group all right or "
                 "all wrong the length penalty is the only difference, and dividing by its small std (Eq. 9) "
@@ -231,13 +247,14 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 def _read(path: str | Path) -> dict[str, Any]:
     try:
-        values = plain_yaml.load(Path(path).read_text(encoding="utf-8")) or {}
+        values = plain_yaml.load(Path(path).read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ConfigError(f"config {path}: not UTF-8 text: {error}") from error
     except OSError as error:
         raise ConfigError(f"config {path}: {error.strerror}") from error
     except plain_yaml.NotYAML as error:
         raise ConfigError(f"config {path}: {error}") from error
+    values = {} if values is None else values  # an empty file
     if not isinstance(values, dict):
         raise ConfigError(f"config {path}: expected sections (run:, data:, …), got {type(values).__name__}")
     return values
@@ -247,7 +264,7 @@ def _validated(values: dict[str, Any], overrides: list[str], what: str) -> Confi
     try:
         for override in overrides:
             if "=" not in override and override.endswith((".yaml", ".yml")):
-                _merge(values, _read(override))
+                values = _merged(values, _read(override))
                 what = f"{what} with {override}"
             else:
                 plain_yaml.override(values, override)
@@ -263,14 +280,19 @@ def _validated(values: dict[str, Any], overrides: list[str], what: str) -> Confi
     return config
 
 
-def _merge(values: dict[str, Any], others: dict[str, Any]) -> None:
-    """Set the options of `others` in `values`, below sections that both have."""
+def _merged(values: dict[str, Any], others: dict[str, Any], depth: int = 0) -> dict[str, Any]:
+    """Return `values` with the options of `others` set, each as an override sets it. Those of other programs
+    (policy.megatron, engine.sglang) are set one by one.
+    """
+    both = dict(values)
     for name, other in others.items():
-        own = values.get(name)
-        if isinstance(own, dict) and isinstance(other, dict):
-            _merge(own, other)
+        own = both.get(name)
+        is_section = depth == 0 or name in ("megatron", "sglang")
+        if isinstance(own, dict) and isinstance(other, dict) and is_section:
+            both[name] = _merged(own, other, depth + 1)
         else:
-            values[name] = other
+            both[name] = other
+    return both
 
 
 def nearest(word: str, known: list[str]) -> str:

@@ -79,7 +79,7 @@ def override(values: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     text = text if len(text) <= 200 else text[:200] + "…"
     if not equals or not all(key.split(".")):
-        raise NotYAML(f"override {text!r}: expected section.key=value")
+        raise NotYAML(f"override {text!r}: expected section.key=value, or a file whose name ends in .yaml")
     *sections, name = key.split(".")
     for section in sections:
         values = values.setdefault(section, {})

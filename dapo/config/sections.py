@@ -249,7 +249,7 @@ class Objective(Section):
     else 0. sequence_mask: 1 where the geometric mean of the response's ρ is inside importance_band, else 0.
     none: 1."""
     importance_of: Literal["stale", "all"] = "stale"
-    """stale: of tokens that older weights wrote; there are none with rollout.max_staleness=0. all: of all:
+    """stale: of tokens that older weights wrote (rollout.max_staleness; a dump may hold some). all: of all:
     engine and policy compute their log-probs differently."""
     importance_cap: Annotated[float, Field(ge=1)] = 2.0
     """Of importance=tis: the largest weight of a token."""

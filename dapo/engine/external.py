@@ -17,9 +17,6 @@ class ExternalServers:
     """Implements Servers. One that does not answer before a sync is left out until it does before another."""
 
     def __init__(self, config: Config, say: Callable[[str], None]):
-        if config.engine.sglang:
-            remedy = "give those in engine.urls their arguments where they start"
-            raise ConfigError(f"engine.sglang is for servers that the run starts: {remedy}")
         self.model = config.policy.model
         self.say = say
         urls = dict.fromkeys(url.rstrip("/") for url in config.engine.urls)  # each once

@@ -93,8 +93,8 @@ def importance(
         case "band":  # IcePop, in logarithms: 0 · ∞ would be NaN
             return gap.exp().where(_is_inside(gap, objective), 0.0).where(corrected, 1.0)
         case "sequence_mask":
-            mean = means(gap, corrected)  # 0: of a response without such tokens
-            return (_is_inside(mean, objective) | (mean == 0)).to(gap.dtype)
+            has_any = means(gap.new_ones(gap.shape), corrected) > 0
+            return (_is_inside(means(gap, corrected), objective) | ~has_any).to(gap.dtype)
 
 
 def is_cut(importance: Tensor, objective: Objective) -> Tensor:

@@ -25,6 +25,11 @@ VERSIONED = (
     "dapo", "torch", "megatron-core", "transformer-engine", "transformers", "triton", "sglang", "numpy",
     "mpmath",
 )  # fmt: skip
+# what older manifests do not say, because there was no other
+FORMER = {
+    "objective.kind": "dapo", "objective.advantage": "group_std", "policy.logits_dtype": "float32",
+    "objective.importance_band": "none",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,15 +65,16 @@ def choices(config: Config) -> list[Choice]:
         names = [name for prefix in prefixes for name in options if name.startswith(prefix)]
         return [options.pop(name) for name in names]
 
-    rollout, reward = config.rollout, config.reward
+    reward = config.reward
     cache = reward.overlong_cache if reward.soft_overlong_punishment else 0
     objective = config.objective
-    is_corrected = rollout.max_staleness > 0 or objective.importance_of == "all"
-    importance = objective.importance if is_corrected else "none"
+    importance = objective.importance if config.is_corrected else "none"
     of = {"stale": "older weights' tokens", "all": "all tokens"}[objective.importance_of]
     has_band = importance in ("band", "sequence_mask")
-    has_fp32_head = bool(config.engine.sglang.get("enable-fp32-lm-head"))
-    served = "float32" if has_fp32_head else "as policy.dtype"
+    arguments = {name.replace("_", "-"): value for name, value in config.engine.sglang.items()}
+    served = "float32" if arguments.get("enable-fp32-lm-head") else "as policy.dtype"
+    if config.engine.urls:
+        served = UNSAID
     weights = [
         list(x.values()) if isinstance(x, dict) else "none" for x in (config.data.train, reward.function)
     ]
@@ -164,13 +170,19 @@ def changes(found: dict[str, Any], path: Path) -> list[str]:
     Raises:
         ConfigError: the file there is no manifest.
     """
-    rows = found["prompts"]
+    rows, cap = found["prompts"], "objective.importance_cap, of older weights' tokens"
     now = found["choices"] | {"data": rows} | found["reward functions"]
     try:
         before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else found
-        then = before["choices"] | {"data": before.get("prompts", rows)} | before["reward functions"]
+        then = FORMER | before["choices"] | {"data": before.get("prompts", rows)} | before["reward functions"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is damaged ({reason(error)}): restore it, or remove it") from error
+    if cap in then:  # version 0.1.0
+        importance = "none" if then[cap] == "none" else "tis, older weights' tokens"
+        then |= {
+            "objective.importance_cap": then[cap],
+            "objective.importance and objective.importance_of": importance,
+        }
     changed = [name for name in now if then.get(name, now[name]) != now[name]]
     return [f"{name} was {_shown(then[name])} and is {_shown(now[name])} from here on" for name in changed]
 

@@ -109,6 +109,8 @@ class Time:
             again += 2 * shape.num_layers * mlp / self._faster
         if megatron.recomputes("core_attn"):
             again += 2 * shape.num_layers * self.length * shape.num_heads * shape.head_dim
+        if self.rank.config.objective.kind == "gspo":  # all log-probs come before its loss
+            again += 2 * shape.vocab_size * shape.hidden_size
         return 3 * forward + again
 
     def _pass(self, flops: float) -> float:

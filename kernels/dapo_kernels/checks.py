@@ -2,7 +2,7 @@
 collective.
 
 The values of targets and weights are checked too, on every device: a call waits for a GPU once, for the
-verdict and the mask.
+verdict and the mask; with cu_seqlens once more.
 """
 
 from __future__ import annotations

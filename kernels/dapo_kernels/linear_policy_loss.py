@@ -142,7 +142,7 @@ def linear_policy_loss(
 
     The gradients are computed in this call and handed out, scaled, by `backward`, which can run once. Rows
     outside the mask cost nothing: they are removed before the first product. One wait for the device per
-    call, to check values and learn how many rows are left.
+    call (with kind gspo two), to check values and learn how many rows are left.
 
     hidden: [T, H]; under sequence_parallel this rank's [T/tp, H]. Its gradient comes summed over tp_group
         (scattered under sequence_parallel): what a column-parallel layer's backward would return.

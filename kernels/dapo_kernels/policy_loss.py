@@ -30,8 +30,9 @@ def policy_loss(
     With gradients enabled it DESTROYS `logits`: their memory holds the gradient afterwards, so the product
     that made them must not need them in its own backward (a matrix product does not; autograd raises if
     another does). The backward pass can run once; a scale of 1 costs nothing. One collective over tp_group
-    per call, and one wait for the device, to check targets and weights. Inputs must be contiguous. Without a
-    GPU or Triton, and in float64, it is `reference.policy_loss` itself, which leaves the logits alone.
+    per call, and one wait for the device, to check targets and weights; with kind gspo two of each. Inputs
+    must be contiguous. Without a GPU or Triton, and in float64, it is `reference.policy_loss` itself, which
+    leaves the logits alone.
 
     logits: [T, V/tp], any float type; computed in float32, or float64 if given so.
 

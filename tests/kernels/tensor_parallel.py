@@ -136,7 +136,10 @@ def context(
     pairs = [(loss, truth.loss), (leaf.grad, hidden_grad[own]), (head.grad, weight_grad)]
     pairs += [(done.clipped_low, truth.clipped_low[own]), (done.clipped_high, truth.clipped_high[own])]
     errors = [relative_error(x, y) for x, y in pairs]
-    return {"name": f"{kind} context {by}", "error": largest(errors), "is_same": True}
+    with torch.no_grad():
+        again = linear_policy_loss(hidden[own], weight, *(x[own] for x in rest), **options)
+    is_same = torch.equal(again.logprobs, done.logprobs) and is_the_same_everywhere(loss)
+    return {"name": f"{kind} context {by}", "error": largest(errors), "is_same": is_same}
 
 
 def truth_of(hidden, weight, rest, options):

@@ -19,7 +19,6 @@ from dapo.engine.arguments import (
     known_arguments,
     server_options,
 )
-from dapo.engine.fleet import make_servers
 from tests.sglang.conftest import server_config
 
 KNOWN = {
@@ -105,11 +104,6 @@ def test_a_wrong_argument_is_refused_before_anything_starts(
     with pytest.raises(ConfigError) as error:
         server_options(server_config(tmp_path, tmp_path, sglang=passed), KNOWN, has_cuda=False)
     assert str(error.value) == words
-
-
-def test_arguments_for_other_peoples_servers_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"engine.sglang is for servers that the run starts"):
-        make_servers(server_config(tmp_path, tmp_path, urls=["http://127.0.0.1:1"], sglang={"tp-size": 2}))
 
 
 def test_arguments_become_a_command_line(tmp_path: Path) -> None:

@@ -350,7 +350,9 @@ def test_other_combinations_are_allowed(tmp_path, overrides):
 def test_gspo_with_the_clips_of_tokens_is_warned_of(tmp_path):
     [warning] = load_text(tmp_path, REQUIRED, "objective.kind=gspo").warnings()
     assert "clip_low=0.2, clip_high=0.28" in warning and "0.0003 and 0.0004" in warning
-    assert not load_text(tmp_path, REQUIRED, "objective.kind=gspo", "objective.clip_high=0.0004").warnings()
+    narrow = "objective.clip_low=0.0003", "objective.clip_high=0.0004"
+    assert not load_text(tmp_path, REQUIRED, "objective.kind=gspo", *narrow).warnings()
+    assert load_text(tmp_path, REQUIRED, "objective.kind=gspo", narrow[1]).warnings()
 
 
 def test_a_recipe_is_a_file_of_overrides_and_later_wins(tmp_path):
@@ -363,6 +365,31 @@ def test_a_recipe_is_a_file_of_overrides_and_later_wins(tmp_path):
     assert load_text(tmp_path, REQUIRED, str(recipe), "objective.clip_high=0.3").objective.clip_high == 0.3
 
 
+def test_a_recipes_mapping_is_an_options_value_but_for_other_programs_options(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("reward: {function: {b: 1.0}}\npolicy: {megatron: {x: 1}}\n")
+    text = REQUIRED.replace("{model: m}", "{model: m, megatron: &a {y: 2}}")
+    text += "reward: {function: {a: 1.0}}\nengine: {kind: sglang, sglang: *a}\n"
+    config = load_text(tmp_path, text, str(recipe))
+    assert config.reward.function == {"b": 1.0}
+    assert config.policy.megatron == {"x": 1, "y": 2} and config.engine.sglang == {"y": 2}
+
+
+def test_importance_that_corrects_nothing_is_warned_of(tmp_path):
+    [warning] = load_text(tmp_path, REQUIRED, "objective.importance=band").warnings()
+    assert "objective.importance=band with rollout.max_staleness=0 corrects nothing" in warning
+    for other in ("rollout.max_staleness=1", "objective.importance_of=all", "objective.importance=tis"):
+        assert not load_text(tmp_path, REQUIRED, "objective.importance=band", other).warnings()
+
+
+def test_arguments_of_servers_that_someone_else_starts_are_refused(tmp_path):
+    options = "engine.kind=sglang", "engine.urls=[http://a:1]", "engine.sglang={tp-size: 2}"
+    with pytest.raises(
+        ConfigError, match=r"engine\.sglang=\{'tp-size': 2\} is for servers that the run starts"
+    ):
+        load_text(tmp_path, REQUIRED, *options)
+
+
 def test_a_recipe_that_is_wrong_is_named(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("objective: {clip_hi: 0.2}\n")
@@ -370,9 +397,12 @@ def test_a_recipe_that_is_wrong_is_named(tmp_path):
         load_text(tmp_path, REQUIRED, str(recipe))
     with pytest.raises(ConfigError, match=r"config nowhere\.yaml: No such file"):
         load_text(tmp_path, REQUIRED, "nowhere.yaml")
-    recipe.write_text("- a\n")
-    with pytest.raises(ConfigError, match=r"config .*r\.yaml: expected sections"):
-        load_text(tmp_path, REQUIRED, str(recipe))
+    for text in ("- a\n", "[]\n", "0\n"):
+        recipe.write_text(text)
+        with pytest.raises(ConfigError, match=r"config .*r\.yaml: expected sections"):
+            load_text(tmp_path, REQUIRED, str(recipe))
+    with pytest.raises(ConfigError, match=r"override 'grpo': expected section.key=value, or a file"):
+        load_text(tmp_path, REQUIRED, "grpo")
 
 
 def test_an_error_is_short_however_large_the_value_is(tmp_path):

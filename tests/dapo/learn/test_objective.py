@@ -184,6 +184,10 @@ def test_a_sequence_mask_takes_or_leaves_whole_responses_by_their_corrected_toke
         ratios.log(), torch.zeros(8), corrected, **mask | {"importance_band": (1.5, 3.0)}
     )
     assert without_one.tolist() == [1, 1, 0, 0, 1, 1, 0, 0], "1 lies outside, but nothing was to be corrected"
+    unchanged = importance(torch.zeros(2), torch.zeros(2), torch.tensor([True] * 2), **mask | {
+        "importance_band": (1.5, 3.0), "bounds": ((0, 2),)
+    })  # fmt: skip
+    assert unchanged.tolist() == [0, 0], "a mean of exactly 1 is one, too"
 
 
 def test_a_log_prob_that_is_not_finite_changes_no_token_of_the_current_weights():

@@ -226,7 +226,6 @@ def test_the_manifest_holds_choices_data_checker_and_versions_and_reports_what_c
         ),
         ("policy.dtype=float32", "policy.dtype was bfloat16 and is float32 from here on"),
         ("policy.megatron.adam_eps=1.0e-6", 'policy.megatron was {} and is {"adam_eps": 1e-06} from here on'),
-        ("rollout.replay=elsewhere", "rollout.replay was none and is elsewhere from here on"),
         ("eval.data=held.jsonl", "eval.data was none and is held.jsonl from here on"),
     ],
 )
@@ -262,6 +261,69 @@ def test_what_an_older_manifest_does_not_hold_has_not_changed(tmp_path):
     path = tmp_path / "semantics.json"
     path.write_text(semantics.dump(found))
     assert semantics.changes(semantics.manifest(make_config(tmp_path), data="d"), path) == []
+
+
+FIXTURE = ROOT / "tests/fixtures/0.1.0/tensor2/run"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lines"),
+    [
+        ([], []),
+        (
+            ["objective.kind=cispo", "objective.advantage=batch_std"],
+            [
+                "objective.kind was dapo and is cispo from here on",
+                "objective.advantage was group_std and is batch_std from here on",
+            ],
+        ),
+        (
+            ["objective.importance=band", "objective.importance_of=all"],
+            [
+                "objective.importance and objective.importance_of was tis, older weights' tokens "
+                "and is band, all tokens from here on",
+                "objective.importance_cap was 2.0 and is none from here on",
+                "objective.importance_band was none and is [0.5, 5.0] from here on",
+            ],
+        ),
+        (["objective.importance_cap=3"], ["objective.importance_cap was 2.0 and is 3.0 from here on"]),
+    ],
+)
+def test_what_was_no_option_in_an_older_version_had_a_value(overrides, lines):
+    text = (FIXTURE / "config.yaml").read_text()
+    made = config.load(FIXTURE / "config.yaml", overrides)
+    found = semantics.manifest(
+        made, data=json.loads((FIXTURE / "semantics.json").read_text()).get("prompts", "d")
+    )
+    changes = semantics.changes(found, FIXTURE / "semantics.json")
+    assert "max_staleness" in text
+    assert [line for line in changes if line.startswith("objective.")] == lines
+
+
+def test_the_engines_logits_are_known_by_either_spelling_and_of_ones_own_servers_only(tmp_path):
+    name = "the engine's logits (engine.sglang.enable-fp32-lm-head)"
+    for options, value in [
+        ({"kind": "sglang"}, "as policy.dtype"),
+        ({"kind": "sglang", "sglang": {"enable-fp32-lm-head": True}}, "float32"),
+        ({"kind": "sglang", "sglang": {"enable_fp32_lm_head": True}}, "float32"),
+        ({"kind": "sglang", "urls": ["http://a:1"]}, "unsaid"),
+    ]:
+        found = {c.name: c.value for c in semantics.choices(defaults(tmp_path, engine=options))}
+        assert found[name] == value
+
+
+def test_a_replayed_dump_may_hold_tokens_to_correct(tmp_path):
+    path = tmp_path / "semantics.json"
+    path.write_text(semantics.dump(semantics.manifest(make_config(tmp_path), data="d")))
+    replaying = semantics.manifest(make_config(tmp_path, "rollout.replay=elsewhere"), data="d")
+    importance = "objective.importance and objective.importance_of"
+    assert semantics.changes(replaying, path) == [
+        f"{importance} was none and is tis, older weights' tokens from here on",
+        "objective.importance_cap was none and is 2.0 from here on",
+        "rollout.replay was none and is elsewhere from here on",
+    ]
+    with pytest.raises(config.ConfigError, match=r"objective\.importance=tis with objective\.kind=gspo"):
+        make_config(tmp_path, "rollout.replay=elsewhere", "objective.kind=gspo")
 
 
 @pytest.mark.parametrize("function", ["rw.kwargs:f", "path.py:f", "__main__:f", "no_such:f", "http://h/p"])
