@@ -162,18 +162,16 @@ def planted() -> str:
 def cost(rounds: int = 9) -> str:
     """Time each kind of loss, forward and backward, by turns."""
     import torch
-    from dapo_kernels import linear_policy_loss
+    from dapo_kernels import linear_logprobs, linear_policy_loss
 
     torch.set_num_threads(1)
     g = torch.Generator().manual_seed(0)
     num_tokens, hidden_size, vocab = 1024, 256, 32_000
-    hidden, weight = (
-        torch.randn(num_tokens, hidden_size, generator=g),
-        torch.randn(vocab, hidden_size, generator=g),
-    )
-    targets = torch.randint(vocab, (num_tokens,), generator=g)
-    old, advantages = -10 * torch.rand(num_tokens, generator=g), torch.randn(num_tokens, generator=g)
-    mask = torch.ones(num_tokens, dtype=torch.bool)
+    hidden = torch.randn(num_tokens, hidden_size, generator=g)
+    weight = torch.randn(vocab, hidden_size, generator=g) / 8
+    targets, mask = torch.randint(vocab, (num_tokens,), generator=g), torch.ones(num_tokens, dtype=torch.bool)
+    old = linear_logprobs(hidden, weight, targets, mask) + 0.1 * torch.randn(num_tokens, generator=g)
+    advantages = torch.randn(num_tokens, generator=g)
     kinds = {"dapo": {}, "cispo": {"kind": "cispo"},
              "gspo": {"kind": "gspo", "cu_seqlens": torch.arange(0, num_tokens + 1, 128)}}  # fmt: skip
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
@@ -201,13 +199,13 @@ matrix product more.
 
 TIMED = """
 import sys, time, torch
-from dapo_kernels import linear_policy_loss
+from dapo_kernels import linear_logprobs, linear_policy_loss
 torch.set_num_threads(1)
 g = torch.Generator().manual_seed(0)
-hidden, weight = torch.randn(1024, 256, generator=g), torch.randn(32000, 256, generator=g)
-targets = torch.randint(32000, (1024,), generator=g)
-old, advantages = -10 * torch.rand(1024, generator=g), torch.randn(1024, generator=g)
-mask = torch.ones(1024, dtype=torch.bool)
+hidden, weight = torch.randn(1024, 256, generator=g), torch.randn(32000, 256, generator=g) / 8
+targets, mask = torch.randint(32000, (1024,), generator=g), torch.ones(1024, dtype=torch.bool)
+old = linear_logprobs(hidden, weight, targets, mask) + 0.1 * torch.randn(1024, generator=g)
+advantages = torch.randn(1024, generator=g)
 for _ in sys.stdin:
     leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     start = time.perf_counter()
