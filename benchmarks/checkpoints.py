@@ -24,7 +24,7 @@ from record import heading, save, spread, table
 from dapo import config as configs
 from dapo.checkpoint import Checkpoints
 from dapo.mesh import Mesh
-from dapo.model.shape import read_shape
+from dapo.model.families import read_shape
 from dapo.policy.megatron import Policy
 
 BLOCK = 16 * 2**20

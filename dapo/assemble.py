@@ -23,9 +23,10 @@ from dapo.engine.weight_sync import make_sync
 from dapo.files import run_directory
 from dapo.log import check_installed, warn
 from dapo.mesh import Mesh, set_gpu_environment
+from dapo.model.families import read_shape
 from dapo.model.files import fingerprints, stored_weights
 from dapo.model.layout import check_layout, check_length
-from dapo.model.shape import ModelShape, read_config, read_shape
+from dapo.model.shape import ModelShape, read_config
 from dapo.model.tokenizer import check_vocabulary, decoder_json, differences, load_tokenizer, stop_ids
 from dapo.plan import semantics
 from dapo.policy.weight_files import hf_tensors, open_weights

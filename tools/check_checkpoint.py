@@ -17,7 +17,8 @@ import torch
 from hf_to_megatron import model_of
 
 from dapo.config import ConfigError
-from dapo.model.shape import ModelShape, read_shape
+from dapo.model.families import read_shape
+from dapo.model.shape import ModelShape
 from dapo.policy.weight_files import hf_tensors, open_weights
 from dapo.verify import logprobs, tokens_of
 

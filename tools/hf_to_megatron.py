@@ -21,7 +21,7 @@ import torch
 
 from dapo import config
 from dapo.config import ConfigError
-from dapo.model.shape import read_shape
+from dapo.model.families import read_shape
 from dapo.policy.weight_files import open_weights, save_megatron
 from dapo.types import StorageError
 

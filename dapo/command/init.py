@@ -16,8 +16,9 @@ import numpy as np
 from dapo import files
 from dapo.config import Config, ConfigError, Data, plain_yaml
 from dapo.model import hub
+from dapo.model.families import read_shape
 from dapo.model.parameters import num_parameters
-from dapo.model.shape import ModelShape, max_tokens, read_shape
+from dapo.model.shape import ModelShape, max_tokens
 from dapo.model.tokenizer import check_vocabulary, load_tokenizer
 from dapo.plan import choose
 from dapo.plan.choose import Choice, Machine

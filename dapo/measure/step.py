@@ -16,7 +16,8 @@ import torch
 from dapo import clock
 from dapo.config import Config
 from dapo.mesh import Mesh
-from dapo.model.shape import ModelShape, read_shape
+from dapo.model.families import read_shape
+from dapo.model.shape import ModelShape
 from dapo.plan.memory import GIB
 from dapo.plan.time import HARDWARE, forward_flops, known_gpu
 

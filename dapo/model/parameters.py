@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
+from dapo.model.entries import Entry
 from dapo.model.layout import padded_vocab
-from dapo.model.names import Entry, table
+from dapo.model.names import table
 from dapo.model.shape import ModelShape
 
 

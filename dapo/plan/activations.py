@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from dapo.model.families import FAMILIES
 from dapo.model.shape import ModelShape
 
 Backend = Literal["cpu", "cuda", "transformer_engine"]  # cpu, cuda: the plain layers
@@ -113,7 +114,7 @@ class Layer:
         """Bytes of q, k and v. v is a view of the fused q, k, v; so is k, if it comes from no norm and, with
         Transformer Engine, from no RoPE.
         """
-        is_view = self.backend != "transformer_engine" and not self.shape.has_qk_norm
+        is_view = self.backend != "transformer_engine" and not FAMILIES[self.shape.model_type].has_qk_norm
         return self.value_bytes * (2 * self.q + (2 if is_view else 3) * self.kv)
 
     @property
@@ -123,7 +124,7 @@ class Layer:
         kept = b * q + self.core_attention  # and the projection's input
         if self.backend == "transformer_engine":
             kept += 4 * b * width  # cos and sin, for q and for k
-        if self.shape.has_qk_norm:
+        if FAMILIES[self.shape.model_type].has_qk_norm:
             kept += self._norm(q, q // width) + self._norm(kv, kv // width)
             if b == 4:
                 # k in float32 is a view of the fused q, k, v, and keeps them all; so is q with one KV head

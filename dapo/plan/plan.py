@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dapo.config import Config, ConfigError
+from dapo.model.families import read_shape
 from dapo.model.layout import check_layout, check_length, padded_vocab
 from dapo.model.parameters import active_parameters, num_parameters
 from dapo.model.passthrough import READ, Passthrough
-from dapo.model.shape import read_shape
 from dapo.plan import methods
 from dapo.plan.activations import Backend
 from dapo.plan.advice import Plan, remedies

@@ -28,7 +28,7 @@ from dapo.learn.batch import Batch, Microbatch, Scores
 from dapo.learn.objective import importance, is_cut
 from dapo.learn.traces import Key, Trace, record
 from dapo.mesh import Mesh
-from dapo.model.shape import read_shape
+from dapo.model.families import read_shape
 from dapo.policy import chunks, cpu, metrics, schedule, torch_dist, weight_files
 from dapo.policy.layout import initialize_megatron
 from dapo.policy.memory import UpdateMemory

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from dapo.config import ConfigError
-from dapo.model.names import Dimensions, Entry
+from dapo.model.entries import Dimensions, Entry
+from dapo.model.families import FAMILIES
 from dapo.model.rope import Linear, Llama3, Yarn
 from dapo.model.shape import ModelShape
 from dapo.policy.chunks import UNREADABLE, Damaged, Reader
@@ -53,7 +54,7 @@ def arguments(shape: ModelShape) -> dict[str, Any]:
 
     A rotary embedding stretched in Yarn's way has more of them, which are left out.
     """
-    scaling = shape.rope_scaling
+    scaling, family = shape.rope_scaling, FAMILIES[shape.model_type]
     found: dict[str, Any] = dict(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -68,8 +69,8 @@ def arguments(shape: ModelShape) -> dict[str, Any]:
         layernorm_zero_centered_gamma=False,
         swiglu=True,
         add_bias_linear=False,
-        add_qkv_bias=shape.has_qkv_bias,
-        qk_layernorm=shape.has_qk_norm,
+        add_qkv_bias=family.has_qkv_bias,
+        qk_layernorm=family.has_qk_norm,
         position_embedding_type="yarn" if isinstance(scaling, Yarn) else "rope",
         rotary_base=shape.rope_theta,
         rotary_percent=1.0,

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from pydantic import TypeAdapter, ValidationError
 
 from dapo.config import Config, ConfigError, nearest
+from dapo.model.families import FAMILIES
 from dapo.model.layout import check_layout, padded_vocab
 from dapo.model.passthrough import Passthrough
 from dapo.model.shape import ModelShape
@@ -70,8 +71,6 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         activation_func=F.silu,
         gated_linear_unit=True,
         add_bias_linear=False,
-        add_qkv_bias=shape.has_qkv_bias,
-        qk_layernorm=shape.has_qk_norm,
         softmax_scale=softmax_scale(shape),
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -105,15 +104,9 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         apply_rope_fusion=has_transformer_engine(),
         persist_layer_norm=False,
     )
+    fields |= FAMILIES[shape.model_type].megatron(shape)
     if shape.num_experts:
         fields |= dict(
-            num_moe_experts=shape.num_experts,
-            moe_ffn_hidden_size=shape.expert_ffn_size,
-            moe_router_topk=shape.experts_per_token,
-            # softmax over all experts; or over the chosen ones, whose weights sum to 1
-            moe_router_pre_softmax=not shape.is_expert_sum_one,
-            moe_router_load_balancing_type="none",
-            moe_router_dtype="fp32",
             moe_grouped_gemm=has_transformer_engine(),
             expert_model_parallel_size=parallel.expert,
             expert_tensor_parallel_size=1,

@@ -28,8 +28,9 @@ from torch import Tensor
 from dapo import files
 from dapo.clock import heartbeat
 from dapo.config import ConfigError
+from dapo.model.entries import Dimensions, Entry
 from dapo.model.files import EMBEDDING, HEAD, open_safetensors, read_dtypes, read_tensor, read_tied
-from dapo.model.names import Dimensions, Entry, table
+from dapo.model.names import table
 from dapo.model.shape import ModelShape, read_config
 from dapo.policy import chunks, megatron_lm
 from dapo.policy.weights import StoredWeights, from_shards, to_shard

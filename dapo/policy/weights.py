@@ -12,8 +12,9 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
+from dapo.model.entries import Dimensions, Entry
 from dapo.model.layout import padded_vocab
-from dapo.model.names import Dimensions, Entry, table
+from dapo.model.names import table
 from dapo.model.shape import ModelShape
 from dapo.policy.cpu import has_transformer_engine
 

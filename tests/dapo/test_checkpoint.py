@@ -14,7 +14,7 @@ import pytest
 from dapo import checkpoint, files
 from dapo.checkpoint import CheckpointError, Checkpoints, superseded
 from dapo.config import ConfigError
-from dapo.model.shape import read_shape
+from dapo.model.families import read_shape
 from dapo.policy.chunks import Damaged
 from dapo.policy.megatron import PolicyError
 from dapo.types import StorageError, reason

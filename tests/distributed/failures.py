@@ -29,8 +29,8 @@ from dapo import files
 from dapo.__main__ import main as dapo
 from dapo.config import Parallel
 from dapo.mesh import Mesh
+from dapo.model.families import read_shape
 from dapo.model.names import table
-from dapo.model.shape import read_shape
 from dapo.policy import chunks
 from dapo.policy.weight_files import open_weights
 from dapo.policy.weights import to_shard

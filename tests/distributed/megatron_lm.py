@@ -19,7 +19,8 @@ import transformers
 
 from dapo import config as configs
 from dapo.mesh import Mesh
-from dapo.model.shape import ModelShape, read_shape
+from dapo.model.families import FAMILIES, read_shape
+from dapo.model.shape import ModelShape
 from dapo.policy import chunks, megatron_lm
 from dapo.policy.layout import initialize_megatron
 from tests.distributed import parity
@@ -70,8 +71,8 @@ def gpt_model(shape: ModelShape, tensor: int) -> Any:
         activation_func=F.silu,
         gated_linear_unit=True,
         add_bias_linear=False,
-        add_qkv_bias=shape.has_qkv_bias,
-        qk_layernorm=shape.has_qk_norm,
+        add_qkv_bias=FAMILIES[shape.model_type].has_qkv_bias,
+        qk_layernorm=FAMILIES[shape.model_type].has_qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=tensor,
@@ -85,7 +86,7 @@ def gpt_model(shape: ModelShape, tensor: int) -> Any:
     )
     num_experts = shape.num_experts or None
     layer = get_gpt_layer_local_spec(
-        num_experts, False, qk_layernorm=shape.has_qk_norm, normalization="RMSNorm"
+        num_experts, False, qk_layernorm=FAMILIES[shape.model_type].has_qk_norm, normalization="RMSNorm"
     )
     if num_experts:  # the name that Transformer Engine's layers give to this norm
         del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]

@@ -19,7 +19,7 @@ import transformers
 from dapo import config as configs
 from dapo import verify
 from dapo.mesh import Mesh
-from dapo.model.shape import read_shape
+from dapo.model.families import read_shape
 from dapo.policy.chunks import Reader
 from dapo.policy.megatron import Policy, PolicyError
 from dapo.policy.optimizer_state import without_classes

@@ -20,8 +20,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dapo.model.families import read_shape
 from dapo.model.names import table
-from dapo.model.shape import read_shape
 from dapo.policy import chunks, weight_files
 from dapo.policy.weight_files import open_weights
 

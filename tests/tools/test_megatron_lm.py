@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from dapo.model.shape import read_shape
+from dapo.model.families import read_shape
 from dapo.policy import megatron_lm
 from dapo.policy.chunks import Reader
 from tests.distributed.launch import measured

@@ -21,8 +21,8 @@ torch.cuda.is_available = lambda: sys._getframe(1).f_code.co_name == "has_transf
 from dapo import config as configs  # noqa: E402
 from dapo import verify  # noqa: E402
 from dapo.mesh import Mesh  # noqa: E402
+from dapo.model.families import read_shape  # noqa: E402
 from dapo.model.names import table  # noqa: E402
-from dapo.model.shape import read_shape  # noqa: E402
 from dapo.policy import chunks  # noqa: E402
 from dapo.policy.megatron import Policy  # noqa: E402
 from dapo.policy.weight_files import HFWeights  # noqa: E402

@@ -17,8 +17,8 @@ import torch
 
 from dapo.command.bench import Row, _out_of_memory_explained
 from dapo.config import ConfigError
+from dapo.model.families import read_shape
 from dapo.model.names import table
-from dapo.model.shape import read_shape
 from dapo.policy.weights import RandomWeights
 
 ROOT = Path(__file__).parents[3]

@@ -12,8 +12,8 @@ import pytest
 from dapo import config
 from dapo.command import init
 from dapo.config import ConfigError
+from dapo.model.families import read_shape
 from dapo.model.layout import check_layout, check_length
-from dapo.model.shape import read_shape
 from dapo.plan.choose import Machine
 from dapo.plan.plan import make_plan
 from tests.dapo.model.models import write_model

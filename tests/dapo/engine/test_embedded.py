@@ -20,7 +20,7 @@ from dapo.config import ConfigError
 from dapo.engine import idle, one_token
 from dapo.engine.decoding import decode
 from dapo.engine.embedded import EmbeddedEngine
-from dapo.model.shape import ARCHITECTURES
+from dapo.engine.one_token import KNOWN
 from dapo.types import Prompt, Request, Sample, Sampling
 
 BASE = Path(__file__).parents[3] / "examples/arithmetic/base"
@@ -154,7 +154,7 @@ def test_layers_that_do_not_see_all_keys_generate_as_the_model_says(tmp_path: Pa
     assert_logprobs_are_those_of(model, generate(engine, requests(3, Sampling(1.0, 12, (EOS,)))).values())
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", KNOWN)
 def test_one_token_a_row_is_computed_as_transformers_would_to_the_bit(
     monkeypatch: pytest.MonkeyPatch, architecture: str
 ) -> None:

@@ -13,7 +13,7 @@ import torch
 from dapo import clock
 from dapo.measure import step
 from dapo.measure.step import Meter, learning_flops, peak_flops, spread
-from dapo.model.shape import read_shape
+from dapo.model.families import read_shape
 from dapo.plan.time import forward_flops, known_gpu
 
 MODEL = Path(__file__).parents[3] / "examples/arithmetic/base"

@@ -11,7 +11,7 @@ import pytest
 
 from dapo.config import ConfigError
 from dapo.learn.batch import Batch
-from dapo.model.shape import read_shape
+from dapo.model.families import read_shape
 from dapo.plan.plan import Plan
 from dapo.policy import model
 from tests.batches import plan as plan_batch

@@ -9,8 +9,8 @@ import pytest
 
 from dapo import config
 from dapo.config import ConfigError
+from dapo.model.families import read_shape
 from dapo.model.layout import check_layout, check_length
-from dapo.model.shape import read_shape
 from dapo.plan.plan import make_plan
 from tests.dapo.model.models import plan_of, write_model
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 
+from dapo.model.families import read_shape
 from dapo.model.names import table
-from dapo.model.shape import read_shape
 from tests.dapo.model.models import MODELS, write_model
 
 DENSE = [name for name in MODELS if "A3B" not in name]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from dapo.model.families import read_shape
 from dapo.model.layout import padded_vocab
 from dapo.model.parameters import expert_parameters, num_parameters, stage_parameters
-from dapo.model.shape import read_shape
 from tests.dapo.model.models import MODELS, write_model
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from dapo import policy  # noqa: F401  # adapts Megatron before it is imported
 from dapo.config import ConfigError, load
+from dapo.model.families import read_shape
 from dapo.model.passthrough import READ, REFUSED, Passthrough
-from dapo.model.shape import read_shape
 from dapo.plan.plan import make_plan
 from dapo.policy import model
 

@@ -16,8 +16,9 @@ import transformers
 from dapo import files
 from dapo.config import ConfigError
 from dapo.engine.weight_sync import make_sync
+from dapo.model.families import read_shape
 from dapo.model.files import stored_weights
-from dapo.model.shape import ModelShape, read_shape
+from dapo.model.shape import ModelShape
 from dapo.policy.weight_files import check_checkpoint, check_model
 from tests.dapo.model.models import MODELS, write_model
 

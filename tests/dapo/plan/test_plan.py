@@ -12,8 +12,8 @@ from pathlib import Path
 
 from dapo import config
 from dapo.learn.batch import BYTES_PER_TOKEN
+from dapo.model.families import read_shape
 from dapo.model.parameters import active_parameters, expert_parameters, stage_parameters
-from dapo.model.shape import read_shape
 from dapo.plan.advice import Plan, remedies
 from dapo.plan.memory import BATCH_BYTES, CHUNK_BYTES, GIB, Rank
 from dapo.plan.plan import describe, make_plan

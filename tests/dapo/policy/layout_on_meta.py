@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dapo import config as configs
-from dapo.model.shape import read_shape
+from dapo.model.families import read_shape
 from dapo.policy.layout import initialize_megatron
 from dapo.policy.model import build_model, transformer_config
 from dapo.policy.weights import Weights

@@ -17,8 +17,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dapo.config import ConfigError
 from dapo.learn.batch import shard
+from dapo.model.families import read_shape
 from dapo.model.rope import Yarn
-from dapo.model.shape import read_shape
 from dapo.policy.rope import PackedRotary, describe_pack, inverse_frequencies, rotate, softmax_scale
 from tests.dapo.policy.test_layers import microbatch_of
 
