@@ -70,7 +70,7 @@ PLANTED = [
     ("band: the test is not in logarithms", "dapo/learn/objective.py",
      "gap.exp().where(_is_inside(gap, objective), 0.0)", "gap.exp() * _is_inside(gap, objective)", LEARN),
     ("sequence_mask: a mean over all tokens", "dapo/learn/objective.py",
-     "mean = means(gap, corrected)", "mean = means(gap, corrected | True)", LEARN),
+     "_is_inside(means(gap, corrected), objective)", "_is_inside(means(gap, corrected | True), objective)", LEARN),
     ("importance_of=all corrects stale tokens only", "dapo/policy/megatron.py",
      'mask if objective.importance_of == "all" else mask & is_stale', "mask & is_stale",
      ["tests/distributed/test_parity.py", "-k", "band"]),
