@@ -173,17 +173,17 @@ def test_a_band_keeps_the_ratio_inside_it_and_nothing_outside():
 
 
 def test_a_sequence_mask_takes_or_leaves_whole_responses_by_their_corrected_tokens():
-    ratios = torch.tensor([4.0, 1.0, 4.0, 9.0, 30.0, 30.0, 0.1, 0.1])
+    ratios = torch.tensor([4.0, 1.0, 2.0, 9.0, 30.0, 30.0, 0.1, 0.1])
     corrected = torch.tensor([True, True, True, False, False, False, True, False])
     bounds = ((0, 2), (2, 4), (4, 6), (6, 8))
     mask = {"importance": "sequence_mask", "importance_band": (0.5, 3.0), "bounds": bounds}
     weights = importance(ratios.log(), torch.zeros(8), corrected, **mask)
-    # √4 = 2; 4, whatever the 9 is; none is corrected; 0.1
-    assert weights.tolist() == [1, 1, 0, 0, 1, 1, 0, 0]
+    # √4 = 2; 2, whatever the 9 is; none is corrected; 0.1
+    assert weights.tolist() == [1, 1, 1, 1, 1, 1, 0, 0]
     without_one = importance(
         ratios.log(), torch.zeros(8), corrected, **mask | {"importance_band": (1.5, 3.0)}
     )
-    assert without_one.tolist() == [1, 1, 0, 0, 1, 1, 0, 0], "1 lies outside, but nothing was to be corrected"
+    assert without_one.tolist() == [1, 1, 1, 1, 1, 1, 0, 0], "1 lies outside, but nothing was to be corrected"
     unchanged = importance(torch.zeros(2), torch.zeros(2), torch.tensor([True] * 2), **mask | {
         "importance_band": (1.5, 3.0), "bounds": ((0, 2),)
     })  # fmt: skip
