@@ -151,13 +151,13 @@ class Asking:
         self.forecast.learn(self.step, self.outcomes(decided))
         self.put_back_ahead()
 
-    def undo(self) -> None:
+    def put_back_recent(self) -> None:
         """Return to the stream what came by since the last batch."""
         self.put_back_ahead()
         self.stream.put_back(each.visit for each in self.recent)
         self.recent.clear()
 
-    def forget(self) -> None:
+    def put_back_batch(self) -> None:
         """Return to the stream what the last batch was made of: the step failed."""
         self.stream.put_back(each.visit for each in self.passed)
         self.passed.clear()

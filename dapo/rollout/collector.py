@@ -194,8 +194,8 @@ class Collector:
         else:
             self.ask()
 
-    def put_back(self) -> None:
-        """Put the last batch back: its step failed."""
+    def put_back_batch(self) -> None:
+        """Put the last batch back into the queue: the step failed."""
         with self.changed:
             self.turned.put_back(self._taken)
             self.next_step -= 1

@@ -105,7 +105,7 @@ class Rollouts(Resumable):
                 self.dumps.check()
         except Stopped:
             if not replayed:  # the groups go back
-                (self.collector.put_back if self.collector else self.asking.forget)()
+                (self.collector or self.asking).put_back_batch()
             raise
         metrics = buffer.ledger() | rewarded | self._staleness(buffer, step)
         if not replayed:
@@ -130,7 +130,7 @@ class Rollouts(Resumable):
         is kept.
         """
         rollout = self.config.rollout
-        self._put_carried_back()
+        self._put_back_carried()
         buffer = Buffer(rollout.prompts_per_step, rollout.dynamic_sampling)
         self.asking = asking = Asking(self.prompts, self.forecast, self.config.run.seed, step)
         streamed = self.config.engine.is_streaming, asking
@@ -143,13 +143,13 @@ class Rollouts(Resumable):
                     buffer.fill(sampler.ready())
                     self._request_more(buffer, sampler, asking)
             except Stopped:
-                asking.undo()
+                asking.put_back_recent()
                 raise
             left = sampler.cancel()
         buffer.num_aborted = sum(not group.samples for group in left)
         buffer.surplus = [group for group in left if group.samples]
         asking.finish_batch(buffer.decided)
-        asking.undo()
+        asking.put_back_recent()
         self._note_mixed(buffer)
         return buffer
 
@@ -272,7 +272,7 @@ class Rollouts(Resumable):
         num_kept = min(num_kept, wanted)
         return f"step {step}: {num_kept}/{wanted} groups", num_kept / wanted
 
-    def _put_carried_back(self) -> None:
+    def _put_back_carried(self) -> None:
         """Return to the stream what an earlier process asked for with another max_staleness."""
         visits = [self.questions[group.id].visit for group in self.carried]
         self.prompts.put_back(sorted(visits, key=lambda visit: visit.number))
