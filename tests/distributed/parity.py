@@ -108,7 +108,7 @@ def make_hf(model: str, is_tied: bool, directory: Path, layers: int = 4) -> None
     hf.save_pretrained(directory)
 
 
-def make_groups(rng: np.random.Generator, is_stale: bool, advantage: str) -> list[Group]:
+def make_groups(rng: np.random.Generator, is_stale: bool, advantage: str = "group_std") -> list[Group]:
     """Make random groups. Stale: older weights (version 1 of 2) wrote half of every other sample."""
     groups = []
     for g in range(NUM_UPDATES * GROUPS_PER_UPDATE):
