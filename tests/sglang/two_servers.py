@@ -56,13 +56,13 @@ class Work:
 
     def __init__(self, workers: list[Server]):
         self.most = {worker.url: 0 for worker in workers}
-        self.workers, self.is_over = workers, threading.Event()
-        threading.Thread(target=self._watch, daemon=True).start()
+        self.is_over = threading.Event()
+        for worker in workers:  # one at work answers late, and must not keep the other from being asked
+            threading.Thread(target=self._watch, args=(worker,), daemon=True).start()
 
-    def _watch(self) -> None:
-        while not self.is_over.wait(0.1):
-            for worker in self.workers:
-                self.most[worker.url] = max(self.most[worker.url], running(worker))
+    def _watch(self, worker: Server) -> None:
+        while not self.is_over.wait(0.02):
+            self.most[worker.url] = max(self.most[worker.url], running(worker))
 
 
 def main(folder: Path, model: Path, python: str) -> None:

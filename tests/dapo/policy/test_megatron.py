@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,18 @@ def placed(policy: Policy, groups: list[Group]) -> PlacedBatch:
 
 
 MIXED = [[1.0, -1.0, 1.0], [-1.0, -1.0, 1.0]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logits_have_the_type_that_was_asked_for(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    chosen = policy.config.policy.model_copy(update={"logits_dtype": dtype})
+    monkeypatch.setattr(policy, "config", policy.config.model_copy(update={"policy": chosen}))
+    head = policy._head
+    assert head.fp32_logits is (dtype == "float32")
+    narrow = replace(head, weight=torch.nn.Parameter(head.weight.bfloat16()))
+    assert narrow.logits_dtype == getattr(torch, dtype)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
