@@ -80,7 +80,7 @@ def importance(
 ) -> Tensor:
     """Return each token's importance weight, [T], by objective.importance. ρ = exp(old − behavior).
 
-    With none they are those of tis: to be measured, and not applied.
+    With objective.importance=none they are those of tis: the caller only logs them.
     `corrected`: the tokens that objective.importance_of names; the others weigh 1, except in a response that
     sequence_mask leaves out. A token of older weights was written from another distribution than π_θold; of
     the current ones old and behavior differ by rounding.

@@ -8,7 +8,9 @@ from dapo.config import Config
 
 
 class Traits(NamedTuple):
-    """Methods differ in these. Constants (lr, how wide a clip is, batch sizes) make no other method."""
+    """Configs with the same traits are of one method, whatever their constants (lr, batch sizes). Of clips
+    it matters only whether clip_high > clip_low.
+    """
 
     kind: str
     advantage: str

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sequences:
-    """A loss of whole sequences (gspo) reads which tokens make up each.
+    """gspo needs to know where sequences begin and end in a pack: its ratio is of a whole one.
 
     cu_seqlens: [S + 1], integers: sequence i is tokens cu_seqlens[i] : cu_seqlens[i + 1] of these T.
     cp_group: the ranks that hold other tokens of the same sequences (context parallelism). Default: none.

@@ -60,8 +60,9 @@ def by_sequences(
 ) -> Rows:
     """Compute the rows of a loss of whole sequences from `rows_of`, which knows losses of single tokens.
 
-    A first pass finds all log-probs. The second one's loss is linear: it has the slopes, because every ratio
-    in it is 1.
+    A first pass finds all log-probs. The second takes them as the old ones, and −slopes as the advantages,
+    unclipped: each loss is then slope · ratio, whose derivative by the log-prob is the slope where the ratio
+    is 1.
     """
     assert tokens.mask is not None
     logprobs = rows_of(Tokens(tokens.targets, tokens.mask), None).logprobs

@@ -48,7 +48,7 @@ class Family:
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: FIXED)
 
     def check(self, path: Path, raw: Mapping[str, Any]) -> None:
-        """Raise ConfigError if a field is unknown, or has a value that changes what the model computes."""
+        """Raise ConfigError on a field this family does not know, or a value it does not support."""
         for name, value in raw.items():
             self._check_field(path, name, value)
         for name in ("tie_word_embeddings", "norm_topk_prob"):
