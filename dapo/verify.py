@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from dapo.config import ConfigError
-from dapo.engine.embedded import as_stored
+from dapo.engine.embedded import as_stored, learnt_and_kept
 from dapo.model.shape import ModelShape
 from dapo.model.tokenizer import load_tokenizer
 from dapo.policy.chunks import MAIN, Reader
@@ -132,7 +132,7 @@ def logprobs(source: Path, model: Path, shape: ModelShape, tokens: torch.Tensor)
     """
     config = transformers.AutoConfig.from_pretrained(model)
     hf = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    params = dict(as_stored(hf.named_parameters()))
+    params = dict(as_stored(learnt_and_kept(hf)))
     for name, tensor in hf_tensors(open_weights(source, shape), shape, torch.float32):
         params[name].copy_(tensor)
     return hf(tokens).logits[0, :-1].log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0]  # type: ignore[no-any-return]

@@ -57,7 +57,7 @@ class EmbeddedEngine:
             ConfigError: a parameter is missing, of another shape, or has no place in the model.
         """
         with self.lock, torch.no_grad():
-            params = dict(as_stored(self.model.named_parameters()))
+            params = dict(as_stored(learnt_and_kept(self.model)))
             for name, tensor in weights:
                 if name not in params:
                     raise ConfigError(f"{self.directory}: tensor {name} has no place in this architecture")
@@ -166,6 +166,13 @@ class EmbeddedStream:
         with self.lock:
             if self.num_aborts == before:
                 self.finished.extend(samples)
+
+
+def learnt_and_kept(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield a model's parameters, a tied one once, and those of its buffers that are in its files."""
+    yield from model.named_parameters()
+    kept = model.state_dict().keys()
+    yield from (named for named in model.named_buffers() if named[0] in kept)
 
 
 def as_stored(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -96,9 +96,10 @@ def _indexed(index: Path) -> dict[str, str]:
         raise ConfigError(f"{index}: no index of safetensors files: {error!r}") from error
 
 
-def read_tensor(path: Path, name: str) -> Tensor:
+def read_tensor(path: Path, name: str, part: tuple[int | slice, ...] = ()) -> Tensor:
+    """Read a tensor, or a part of it."""
     with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)  # type: ignore[no-any-return]
+        return file.get_slice(name)[part] if part else file.get_tensor(name)  # type: ignore[no-any-return]
 
 
 def read_dtypes(files: dict[str, Path]) -> dict[str, str]:
@@ -127,18 +128,18 @@ def stored_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
             yield name, read_tensor(path, name)
 
 
-def read_tied(directory: Path, files: dict[str, Path]) -> Tensor:
-    """Return the embedding of a model whose head it is too.
+def read_tied(directory: Path, files: dict[str, Path], name: str = EMBEDDING) -> Tensor:
+    """Return the embedding, `name` in files, of a model whose head it is too.
 
     Raises:
         ConfigError: the files hold another head, which would be lost.
     """
-    embedding = read_tensor(files[EMBEDDING], EMBEDDING)
+    embedding = read_tensor(files[name], name)
     if HEAD in files:
         head = read_tensor(files[HEAD], HEAD)
         if head.shape != embedding.shape or not (head == embedding).all():
             raise ConfigError(
-                f"{directory}: {HEAD} is not {EMBEDDING}, though config.json says tie_word_embeddings=true: "
+                f"{directory}: {HEAD} is not {name}, though config.json says tie_word_embeddings=true: "
                 "set it false there if this is the model's head, or remove the tensor"
             )
     return embedding

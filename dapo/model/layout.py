@@ -42,11 +42,16 @@ def _divisions(shape: ModelShape, parallel: Parallel, megatron: Passthrough) -> 
         layers = "a stage's chunk of layers"
     # Megatron would fail in its first forward pass
     unit = megatron.recomputed_together if megatron.recompute_method == "uniform" else 1
-    columns = 0 if shape.num_experts else shape.ffn_size  # tensor ranks do not split experts
+    # tensor ranks do not split experts, but the one that all tokens go to
+    columns = 0 if shape.num_experts and not shape.num_dense_layers else shape.ffn_size
+    shared, both = shape.shared_ffn_size, f"{tensor} × parallel.context={parallel.context}"
+    key_heads = shape.delta.num_key_heads if shape.delta else 0
     numbers = [
         (tensor, parallel.tensor, "the model's num_attention_heads", shape.num_heads),
         (tensor, parallel.tensor, "the model's num_key_value_heads", shape.num_kv_heads),
         (tensor, parallel.tensor, "the model's intermediate_size", columns),
+        (tensor, parallel.tensor, "the columns of the model's shared expert,", shared),
+        (both, parallel.tensor * parallel.context, "the model's linear_num_key_heads", key_heads),
         (stages, chunks, "the model's num_hidden_layers", shape.num_layers),
         (f"policy.megatron.recompute_num_layers={unit}", unit, layers, shape.num_layers // chunks),
         (expert, parallel.expert, "the model's num_experts", shape.num_experts),
@@ -70,7 +75,7 @@ def _recompute(shape: ModelShape, megatron: Passthrough) -> Checks:
         ("layernorm" in modules, f"{prefix} layernorm cannot be recomputed by itself; core_attn and mlp can"),
         ("moe" in modules and not shape.num_experts,
          f"{prefix} moe, but there are no experts; the other is mlp"),
-        ("mlp" in modules and shape.num_experts > 0,
+        ("mlp" in modules and shape.num_experts > 0 and not shape.num_dense_layers,
          f"{prefix} mlp recomputes nothing where every layer has experts; moe does"),
     ]  # fmt: skip
 
@@ -110,6 +115,8 @@ def _fp8(shape: ModelShape, config: Config, megatron: Passthrough) -> Checks:
          f"{recipe}: use one of {', '.join(FP8_MULTIPLES)}, whose scales do not depend on what was computed "
          "before, as a token's log-prob must not"),
         (config.policy.dtype != "bfloat16", "policy.megatron.fp8 wants policy.dtype=bfloat16"),
+        (shape.delta is not None or shape.latent is not None,
+         f"policy.megatron.fp8 is not known with the attention of {shape.model_type}: leave it out"),
         *[(n % multiple != 0, f"{recipe}: {what} on a rank, {n}, are no multiple of {multiple}")
           for what, n in sizes.items()],
     ]  # fmt: skip

@@ -12,19 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from dapo.policy.cpu import has_transformer_engine
 from dapo.policy.rope import Pack, rotate
 
 MAX_PADDING = 0.25  # fraction of a batch of sequences that are padded to the longest
@@ -32,11 +25,15 @@ KEYS_AT_ONCE = 16  # of torch's attention on a CPU; the rest it takes one by one
 
 
 class RMSNorm(torch.nn.Module):
-    """RMS norm as Hugging Face computes it: statistics in float32, the weight applied in the input's type."""
+    """RMS norm as Hugging Face computes it: statistics in float32, the weight applied in the input's type.
+
+    A zero-centred one multiplies by 1 + its weight, in float32.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__()
         self.eps = eps
+        self.is_zero_centred = config.layernorm_zero_centered_gamma
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         # its gradient is summed over tensor ranks
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
@@ -44,6 +41,8 @@ class RMSNorm(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = x.float()
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        if self.is_zero_centred:
+            return (y * (1 + self.weight.float())).to(x.dtype)
         return self.weight * y.to(x.dtype)
 
 
@@ -55,6 +54,8 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
     values go back, summed, to the rank that has their tokens.
     """
 
+    comes_rotated = False
+
     def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: Any,
                  attention_type: str, pg_collection: ProcessGroupCollection,
                  softmax_scale: float | None = None, **_: Any):  # fmt: skip
@@ -65,7 +66,8 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
                 packed_seq_params: Pack, **_: Any) -> Tensor:  # fmt: skip
         """query [T, h, d], key and value [T, g, d] → [T, h·d]. Queries and keys are rotated first."""
-        query, key = rotate(query, packed_seq_params), rotate(key, packed_seq_params)
+        if not self.comes_rotated:
+            query, key = rotate(query, packed_seq_params), rotate(key, packed_seq_params)
         queries = keys = cu = packed_seq_params.cu_seqlens_q
         if self.context.size() > 1:
             # [context·T, 2g, d]
@@ -176,22 +178,3 @@ def padded_batches(cu_seqlens: tuple[int, ...], device: torch.device) -> tuple[l
         offset += indices.size
         padded.append(torch.from_numpy(indices).to(device))
     return padded, torch.from_numpy(places).to(device)
-
-
-def layer_spec(
-    config: TransformerConfig, vp_stage: int | None = None
-) -> ModuleSpec | TransformerBlockSubmodules:
-    """Return Megatron's layers, with Transformer Engine if it is here, else with the modules above."""
-    experts = dict(num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm)
-    if has_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm, **experts)
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm", **experts)
-    if config.num_moe_experts:  # Transformer Engine keeps this norm apart from experts, and so do checkpoints
-        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = PackedAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

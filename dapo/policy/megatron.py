@@ -78,13 +78,16 @@ class Policy:
 
         _, _, ddp_fields = split_passthrough(config.policy.megatron)
         self.chunks = [chunk.to(mesh.device) for chunk in build_model(self.shape, self.transformer)]
-        self._weights = Weights(self.chunks, self.shape)
-        self._weights.load(weights or weight_files.open_weights(config.policy.model, self.shape))
         ddp_fields = dict(use_distributed_optimizer=True, grad_reduce_in_fp32=True) | ddp_fields
         ddp = DistributedDataParallelConfig(**ddp_fields)
         modules = self.chunks
         if self.transformer.bf16:
             modules = [Float16Module(self.transformer, chunk) for chunk in self.chunks]
+            for name, buffer in (item for chunk in self.chunks for item in chunk.named_buffers()):
+                if name.endswith("expert_bias"):  # 16 bits would choose other experts
+                    buffer.data = buffer.data.float()
+        self._weights = Weights(self.chunks, self.shape)
+        self._weights.load(weights or weight_files.open_weights(config.policy.model, self.shape))
         self.models = [DistributedDataParallel(self.transformer, ddp, module) for module in modules]
         self.optimizer = get_megatron_optimizer(optimizer, self.models)
         self.memory = UpdateMemory(self.models, self.optimizer, mesh.device)

@@ -54,6 +54,9 @@ def arguments(shape: ModelShape) -> dict[str, Any]:
 
     A rotary embedding stretched in Yarn's way has more of them, which are left out.
     """
+    if shape.latent or shape.delta:
+        known = "Megatron-LM's arguments are known for models with plain attention in all layers"
+        raise ConfigError(f"{shape.model_type}: {known}; convert it without --megatron-lm")
     scaling, family = shape.rope_scaling, FAMILIES[shape.model_type]
     found: dict[str, Any] = dict(
         num_layers=shape.num_layers,
@@ -102,13 +105,12 @@ def common_state(shape: ModelShape) -> dict[str, Any]:
 
 def extra_states(entries: list[Entry], shape: ModelShape) -> Iterator[tuple[str, Dimensions, Dimensions]]:
     """Yield (name, index, counts) of the states that Transformer Engine's modules want: see Writer."""
-    layers = range(shape.num_layers)
-    found: set[tuple[str, Dimensions]] = {(f"decoder.layers.{ATTENTION}", (layer,)) for layer in layers}
+    layers, count = range(shape.num_layers), (shape.num_layers,)
+    found = {(f"decoder.layers.{ATTENTION}", (layer,), count) for layer in layers}
     for entry in entries:
         if entry.megatron.rpartition(".")[0] not in NOT_OF_TRANSFORMER_ENGINE:
-            found.add((entry.key.rpartition(".")[0], entry.place))
-    for name, place in sorted(found):
-        counts = (shape.num_layers, shape.num_experts)[: len(place)]
+            found.add((entry.key.rpartition(".")[0], entry.place, entry.counts(shape)))
+    for name, place, counts in sorted(found):
         yield f"{name}._extra_state", place or (0,), counts or (1,)
 
 

@@ -12,7 +12,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from pydantic import TypeAdapter, ValidationError
 
 from dapo.config import Config, ConfigError, nearest
@@ -21,8 +21,8 @@ from dapo.model.layout import check_layout, padded_vocab
 from dapo.model.passthrough import Passthrough
 from dapo.model.shape import ModelShape
 from dapo.policy.cpu import has_transformer_engine
-from dapo.policy.layers import layer_spec
 from dapo.policy.rope import PackedRotary, inverse_frequencies, softmax_scale
+from dapo.policy.specs import layer_spec
 from dapo.types import reason
 
 PLAIN = (bool, int, float, str)  # types of Megatron's fields that are checked here
@@ -66,6 +66,7 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         num_attention_heads=shape.num_heads,
         num_query_groups=shape.num_kv_heads,
         kv_channels=shape.head_dim,
+        transformer_impl="transformer_engine" if has_transformer_engine() else "local",
         normalization="RMSNorm",
         layernorm_epsilon=shape.norm_eps,
         activation_func=F.silu,
@@ -101,7 +102,8 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
-        apply_rope_fusion=has_transformer_engine(),
+        # with latent attention Megatron has a fused kernel for its own yarn only
+        apply_rope_fusion=has_transformer_engine() and not shape.latent,
         persist_layer_norm=False,
     )
     fields |= FAMILIES[shape.model_type].megatron(shape)
@@ -114,7 +116,8 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
     if has_transformer_engine() and parallel.context > 1 and dtype == torch.float32:
         both = f"parallel.context={parallel.context} with policy.dtype=float32"
         raise ConfigError(f"{both}: Transformer Engine has no such attention; use bfloat16")
-    made: TransformerConfig = _make(TransformerConfig, fields | passed, config)
+    cls = MLATransformerConfig if shape.latent else TransformerConfig
+    made: TransformerConfig = _make(cls, fields | passed, config)
     made.variable_seq_lengths = True  # packed microbatches differ in length
     if made.fp8:
         _check_fp8(made)
@@ -187,7 +190,7 @@ def build_model(shape: ModelShape, config: TransformerConfig) -> list[HeadlessGP
 def _build_chunk(shape: ModelShape, config: TransformerConfig, chunk: int | None) -> HeadlessGPTModel:
     model = HeadlessGPTModel(
         config,
-        layer_spec(config, vp_stage=chunk),
+        layer_spec(shape, config, vp_stage=chunk),
         vocab_size=padded_vocab(shape, config.tensor_model_parallel_size),
         max_sequence_length=2**20,  # used by learned position embeddings only
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
@@ -197,13 +200,18 @@ def _build_chunk(shape: ModelShape, config: TransformerConfig, chunk: int | None
         share_embeddings_and_output_weights=shape.is_tied,
         position_embedding_type="rope",
         rotary_base=shape.rope_theta,
+        rotary_percent=shape.num_rotated / shape.head_dim,
     )
     for name, parameter in model.named_parameters():
         # Megatron marks them where expert > 1; but tensor ranks, too, have whole experts and their own tokens
         if ".mlp.experts." in name:
             parameter.allreduce = False
-    # Megatron computes one kind of llama3's only, and another softmax for yarn's
-    model.rotary_pos_emb.inv_freq = inverse_frequencies(shape)
-    if not has_transformer_engine():
-        model.rotary_pos_emb = PackedRotary(inverse_frequencies(shape), config.params_dtype)
+    # latent attention has an embedding in each layer
+    owners = [layer.self_attention for layer in model.decoder.layers] if shape.latent else [model]
+    plain = PackedRotary(inverse_frequencies(shape), config.params_dtype)
+    for owner in owners:
+        # Megatron computes one kind of llama3's only, and another softmax for yarn's
+        owner.rotary_pos_emb.inv_freq = inverse_frequencies(shape)
+        if not has_transformer_engine():
+            owner.rotary_pos_emb = plain
     return model

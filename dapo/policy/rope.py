@@ -1,6 +1,6 @@
 """The rotary embedding: frequencies, the rotation of a pack's tokens, and what stretching does to attention.
 
-d = head size, h = heads, T = packed tokens of a context rank.
+d = head size, r = those of its dimensions that are rotated, h = heads, T = packed tokens of a context rank.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Pack(PackedSeqParams):  # type: ignore[misc]
     """Megatron's description of a pack, with the position of each token in its own sequence."""
 
     positions: Tensor | None = None  # int64 [T]
-    turns: tuple[Tensor, Tensor] | None = None  # each token's, [T, 1, d]: see `rotate`
+    turns: tuple[Tensor, Tensor] | None = None  # each token's, [T, 1, r]: see `rotate`
 
 
 def describe_pack(cu_seqlens: Tensor, longest: int, positions: Tensor) -> Pack:
@@ -51,27 +51,32 @@ class PackedRotary(torch.nn.Module):
         """Set pack.turns. Return nothing for Megatron to rotate by."""
         assert pack.positions is not None
         self.frequencies = self.frequencies.to(pack.positions.device)
-        angles = torch.outer(pack.positions.float(), self.frequencies)  # [T, d/2]
+        angles = torch.outer(pack.positions.float(), self.frequencies)  # [T, r/2]
         cos, sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
         pack.turns = torch.cat((cos, cos), dim=1)[:, None], torch.cat((-sin, sin), dim=1)[:, None]
 
 
 def rotate(x: Tensor, pack: Pack) -> Tensor:
-    """Rotate each token's heads by its angles: x [T, h, d], in which pair i is (x[…, i], x[…, i + d/2])."""
+    """Rotate each token's heads by its angles: x [T, h, d], of which the first r dimensions turn, or all.
+
+    Pair i is (x[…, i], x[…, i + r/2]).
+    """
     assert pack.turns is not None
     cos, sin = pack.turns
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((second, first), dim=-1) * sin
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((second, first), dim=-1) * sin
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
 def inverse_frequencies(shape: ModelShape) -> Tensor:
-    """Return the radians that each pair of a head's dimensions turns per position, float32 [d/2].
+    """Return the radians that each pair of a head's dimensions turns per position, float32 [r/2].
 
     Stretching keeps the pairs that turn often within the original context, slows those that hardly turn down
     by `factor`, and mixes both in between: llama3 by the number of turns, yarn along the dimensions
     (arXiv:2309.00071, section 3.2). linear slows all of them down.
     """
-    exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
+    exponents = torch.arange(0, shape.num_rotated, 2, dtype=torch.float32) / shape.num_rotated
     plain: Tensor = 1.0 / shape.rope_theta**exponents
     scaling = shape.rope_scaling
     if scaling is None:
@@ -86,7 +91,7 @@ def inverse_frequencies(shape: ModelShape) -> Tensor:
         last = _pair_that_turns(scaling.beta_slow, scaling, shape)
         if scaling.truncate:
             first, last = math.floor(first), math.ceil(last)
-        first, last = max(first, 0), min(last, shape.head_dim - 1)
+        first, last = max(first, 0), min(last, shape.num_rotated - 1)
         pairs = torch.arange(len(plain), dtype=torch.float32)
         kept = 1 - ((pairs - first) / (last - first or 1e-3)).clamp(0, 1)
     mixed: Tensor = kept * plain + (1 - kept) * plain / scaling.factor
@@ -96,17 +101,17 @@ def inverse_frequencies(shape: ModelShape) -> Tensor:
 def _pair_that_turns(times: float, scaling: Yarn, shape: ModelShape) -> float:
     """Return which pair turns `times` times within the original context; mostly between two pairs."""
     length = scaling.original_max_position_embeddings
-    return shape.head_dim / 2 * math.log(length / (2 * math.pi * times)) / math.log(shape.rope_theta)
+    return shape.num_rotated / 2 * math.log(length / (2 * math.pi * times)) / math.log(shape.rope_theta)
 
 
 def softmax_scale(shape: ModelShape) -> float | None:
     """Return the factor of attention scores; None for the usual 1/√d.
 
     yarn multiplies queries and keys by an attention factor, so scores by its square. Megatron's own rotation
-    computes that factor from `factor` alone.
+    computes that factor from `factor` alone. For latent attention Megatron makes the factor of its fields.
     """
     scaling = shape.rope_scaling
-    if not isinstance(scaling, Yarn):
+    if not isinstance(scaling, Yarn) or shape.latent:
         return None
     stretch = scaling.attention_factor
     if stretch is None:

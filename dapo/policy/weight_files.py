@@ -28,6 +28,7 @@ from torch import Tensor
 from dapo import files
 from dapo.clock import heartbeat
 from dapo.config import ConfigError
+from dapo.model import file_names
 from dapo.model.entries import Dimensions, Entry
 from dapo.model.files import EMBEDDING, HEAD, open_safetensors, read_dtypes, read_tensor, read_tied
 from dapo.model.names import table
@@ -61,25 +62,31 @@ class HFWeights:
 
     def __init__(self, directory: Path, shape: ModelShape):
         self.directory = directory
-        found = open_safetensors(directory)
-        self._names = {name for entry in table(shape, is_fused=True) for name in entry.hf}
-        _check_names(directory, set(found), self._names, {HEAD} if shape.is_tied else set())
-        self._files, self._is_tied = found, shape.is_tied
+        self._files, self._is_tied = open_safetensors(directory), shape.is_tied
+        self._places, self.aside = file_names.places(self._files, shape)
+        entries = table(shape, is_fused=True)
+        names = {name for entry in entries for name in entry.hf}
+        _check_names(directory, set(self._places), names, {HEAD} if shape.is_tied else set())
+        self._learnt = {name for entry in entries for name in entry.hf if not entry.is_buffer}
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of all tensors. Raise ConfigError if they are of several."""
         known = {code: dtype for dtype, code in SAFETENSORS_DTYPE.items()}
-        files = {name: self._files[name] for name in self._names}
+        stored = {self._places[name].name for name in self._learnt}
+        files = {name: self._files[name] for name in stored}
         dtypes = {name: known.get(code, code) for name, code in read_dtypes(files).items()}
         return _only_dtype(self.directory, dtypes)
 
     def read(self, entry: Entry) -> list[Tensor]:
         """See StoredWeights."""
         if self._is_tied and entry.hf == (EMBEDDING,):
-            return _checked(self.directory, entry, [read_tied(self.directory, self._files)])
-        tensors = [read_tensor(self._files[name], name) for name in entry.hf]
-        return _checked(self.directory, entry, tensors)
+            name = self._places[EMBEDDING].name
+            return _checked(self.directory, entry, [read_tied(self.directory, self._files, name)])
+        return _checked(self.directory, entry, [self._read(self._places[name]) for name in entry.hf])
+
+    def _read(self, place: file_names.Place) -> Tensor:
+        return read_tensor(self._files[place.name], place.name, place.part)
 
 
 class MegatronWeights:
@@ -99,21 +106,23 @@ class MegatronWeights:
         self.sizes = {name: sizes[name] for name in sizes if not OF_OPTIMIZER.match(name)}
         self.optimizer_sizes = {name: sizes[name] for name in sizes if name not in self.sizes}
         self._entries = {entry.hf: entry for entry in table(shape, is_fused=True)}
-        expected = {entry.key: entry for entry in self._entries.values()}
+        expected = {key: entry for entry in self._entries.values() for key in entry.keys}
         _check_names(directory, set(self.sizes), set(expected), allowed=set())
         for key, entry in expected.items():
             found = self.sizes[key]
-            rows, columns = sum(rows for rows, *_ in entry.shapes), entry.shapes[0][1:]
-            if entry.kind == "rows":  # padded for its layout
+            rows, columns = entry.keys[key], entry.shapes[0][1:]
+            if entry.kind == "rows" and entry.layer is None:  # padded for its layout
                 rows = max(rows, found[0])
-            if found != (wanted := (*_counts(entry, shape), rows, *columns)):
+            if found != (wanted := (*entry.counts(shape), rows, *columns)):
                 both = f"has shape {found}, the model's config.json means {wanted}"
                 raise ConfigError(f"{directory}: tensor {key} {both}")
+        self._buffers = {key for key, entry in expected.items() if entry.is_buffer}
+        self.learnt_sizes = {key: size for key, size in self.sizes.items() if key not in self._buffers}
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of all tensors. Raise ConfigError if they are of several."""
-        return _only_dtype(self.directory, {name: self._reader.dtype(name) for name in self.sizes})
+        return _only_dtype(self.directory, {name: self._reader.dtype(name) for name in self.learnt_sizes})
 
     def dtype_of(self, name: str) -> torch.dtype:
         return self._reader.dtype(name)
@@ -121,7 +130,8 @@ class MegatronWeights:
     def read(self, entry: Entry) -> list[Tensor]:
         """See StoredWeights."""
         entry = self._entries[entry.hf]  # with the name that checkpoints use
-        tensors = from_shards(entry, [self._reader.read(entry.key, entry.place)], self.shape)
+        parts = [self._reader.read(key, entry.place) for key in entry.keys]
+        tensors = from_shards(entry, [parts[0] if len(parts) == 1 else torch.cat(parts)], self.shape)
         return _checked(self.directory, entry, tensors)
 
 
@@ -134,11 +144,6 @@ def _our_reader(directory: Path, shape: ModelShape) -> chunks.Reader:
     if damage := files.file_damage(directory, name, wanted):
         raise ConfigError(f"{directory}: damaged: {damage}")
     return chunks.Reader(directory / "policy")
-
-
-def _counts(entry: Entry, shape: ModelShape) -> Dimensions:
-    """Return the first dimensions of the entry's tensor in a checkpoint, which count layers and experts."""
-    return (shape.num_layers, shape.num_experts)[: len(entry.place)]
 
 
 def _checked(directory: Path, entry: Entry, tensors: list[Tensor]) -> list[Tensor]:
@@ -207,7 +212,7 @@ def check_checkpoint(directory: Path, shape: ModelShape) -> None:
     """
     weights = MegatronWeights(directory, shape)
     for part in ("param", "exp_avg", "exp_avg_sq"):
-        for key, wanted in weights.sizes.items():
+        for key, wanted in weights.learnt_sizes.items():
             name = f"optimizer.state.{part}.{key}"
             found = weights.optimizer_sizes.get(name)
             if found is None and part == "param" and weights.dtype_of(key) == torch.float32:
@@ -243,8 +248,9 @@ def hf_tensors(
     as stored.
     """
     for entry in table(shape, is_fused=True) if entries is None else entries:
+        own = torch.float32 if entry.is_buffer else dtype
         for name, tensor in zip(entry.hf, weights.read(entry), strict=True):
-            yield name, _cast(name, tensor, dtype) if dtype else tensor
+            yield name, _cast(name, tensor, own) if own else tensor
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -280,15 +286,16 @@ def save_hf(
     Raises:
         ConfigError: `target` exists and may not be replaced, or the disk has no room.
     """
-    shards: list[dict[str, Dimensions]] = [{}]
+    shards: list[dict[str, tuple[torch.dtype, Dimensions]]] = [{}]
     room, total = shard_bytes, 0
     for entry in table(shape, is_fused=True):
+        own = torch.float32 if entry.is_buffer else dtype
         for name, dimensions in zip(entry.hf, entry.shapes, strict=True):
-            num_bytes = prod(dimensions) * dtype.itemsize
+            num_bytes = prod(dimensions) * own.itemsize
             if num_bytes > room and shards[-1]:
                 shards.append({})
                 room = shard_bytes
-            shards[-1][name] = dimensions
+            shards[-1][file_names.name_in_files(name, shape)] = own, dimensions
             room -= num_bytes
             total += num_bytes
     with files.made_whole(target, total, may_replace) as partial, contextlib.ExitStack() as opened:
@@ -299,11 +306,12 @@ def save_hf(
             name = "model.safetensors"
             if len(shards) > 1:
                 name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-            written |= dict.fromkeys(shard, opened.enter_context(_Safetensors(partial / name, shard, dtype)))
+            written |= dict.fromkeys(shard, opened.enter_context(_Safetensors(partial / name, shard)))
             places |= dict.fromkeys(shard, name)
 
         def write(part: Named) -> None:
             for name, tensor in part:
+                name = file_names.name_in_files(name, shape)
                 written.pop(name).write(name, tensor)
                 heartbeat()
 
@@ -322,11 +330,11 @@ class _Safetensors:
     It has 8 bytes of the header's length, a JSON header, and the tensors end to end.
     """
 
-    def __init__(self, path: Path, sizes: dict[str, Dimensions], dtype: torch.dtype):
-        self.sizes, self.dtype = sizes, dtype
+    def __init__(self, path: Path, sizes: dict[str, tuple[torch.dtype, Dimensions]]):
+        self.sizes = sizes
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
-        for name, dimensions in sizes.items():
+        for name, (dtype, dimensions) in sizes.items():
             start, end = end, end + prod(dimensions) * dtype.itemsize
             offsets = [start, end]
             header[name] = {"dtype": SAFETENSORS_DTYPE[dtype], "shape": dimensions, "data_offsets": offsets}
@@ -343,9 +351,9 @@ class _Safetensors:
         self._file.close()
 
     def write(self, name: str, tensor: Tensor) -> None:
-        found, wanted = tuple(tensor.shape), self.sizes[name]
+        found, (dtype, wanted) = tuple(tensor.shape), self.sizes[name]
         assert found == wanted, f"{name} {found} instead of {wanted}"
-        data = tensor.detach().to("cpu", self.dtype).contiguous().view(-1).view(torch.uint8).numpy().data
+        data = tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy().data
         files.write_at(self._file, data, self._places[name])
 
 
@@ -394,7 +402,9 @@ def _write_chunks(
         for number, entry in part:
             tensors = [tensor for _, tensor in hf_tensors(weights, shape, dtype, [entry])]
             whole = to_shard(entry, tensors, shape, 0, 1)
-            writer.write(entry.key, whole, entry.place, _counts(entry, shape), number)
+            sections = whole.split(entry.sections) if entry.section_names else [whole]
+            for key, part in zip(entry.keys, sections, strict=True):
+                writer.write(key, part, entry.place, entry.counts(shape), number)
 
     _in_threads(convert, [zip(itertools.repeat(i), part) for i, part in enumerate(parts(shape))])
     return writer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Protocol
@@ -23,33 +24,74 @@ def to_shard(entry: Entry, tensors: list[Tensor], shape: ModelShape, rank: int, 
     """Return the shard of tensor rank `rank` of `size`, made of the entry's Hugging Face tensors."""
     if entry.kind == "whole":
         return tensors[0]
-    if entry.kind == "rows":
-        padding = padded_vocab(shape, size) - shape.vocab_size
-        # padding by nothing would copy
-        padded = torch.nn.functional.pad(tensors[0], (0, 0, 0, padding)) if padding else tensors[0]
-        return padded.chunk(size)[rank]
     if entry.kind == "columns":
         return tensors[0].chunk(size, dim=1)[rank]
-    if entry.kind == "pair":
-        return torch.cat([t.chunk(size)[rank] for t in tensors])
-    # Megatron keeps each KV group's q heads, k and v together
-    grouped = [t.unflatten(0, (shape.num_kv_heads, -1)) for t in tensors]
-    return torch.cat(grouped, dim=1).flatten(0, 1).chunk(size)[rank]
+    if entry.layer is None and (padding := padded_vocab(shape, size) - shape.vocab_size):
+        tensors = [torch.nn.functional.pad(tensors[0], (0, 0, 0, padding))]
+    return _join([section.chunk(size)[rank] for section in _sections(entry, tensors, shape)])
 
 
 def from_shards(entry: Entry, shards: list[Tensor], shape: ModelShape) -> list[Tensor]:
     """Return the Hugging Face tensors made of all tensor ranks' shards: the inverse of `to_shard`."""
     if entry.kind == "whole":
         return [shards[0]]
-    if entry.kind == "rows":
-        return [_join(shards)[: shape.vocab_size]]
     if entry.kind == "columns":
         return [_join(shards, dim=1)]
-    if entry.kind == "pair":
-        return [_join(halves) for halves in zip(*(s.chunk(2) for s in shards), strict=True)]
-    grouped = _join(shards).unflatten(0, (shape.num_kv_heads, -1))
-    per_group = shape.num_heads // shape.num_kv_heads * shape.head_dim
-    return [t.flatten(0, 1) for t in grouped.split([per_group, shape.head_dim, shape.head_dim], dim=1)]
+    if entry.layer is None:
+        return [_join(shards)[: shape.vocab_size]]
+    rows = [n // len(shards) for n in _section_rows(entry)]
+    sections = [_join(parts) for parts in zip(*(shard.split(rows) for shard in shards), strict=True)]
+    return _unsectioned(entry, sections, shape)
+
+
+def _section_rows(entry: Entry) -> Sequence[int]:
+    rows = entry.section_rows
+    return rows if entry.kind in ("sections", "key_heads") else [sum(rows)]
+
+
+def _sections(entry: Entry, tensors: list[Tensor], shape: ModelShape) -> list[Tensor]:
+    """Return the whole tensors of which a rank has its shards one after another."""
+    if entry.kind == "sections" and entry.sections:
+        return list(_join(tensors).split(entry.sections))
+    if entry.kind == "key_heads":
+        of_heads = [t.unflatten(0, (_key_heads(shape), -1)) for t in tensors]
+        rows = iter(_head_rows(entry, shape))
+        parts = [t.split(list(itertools.islice(rows, n)), 1) for t, n in zip(of_heads, (4, 2), strict=True)]
+        return [part.flatten(0, 1) for split in parts for part in split]
+    if entry.kind in ("qkv", "gated_qkv"):  # Megatron keeps each KV group's q heads, k and v together
+        grouped = [t.unflatten(0, (shape.num_kv_heads, -1)) for t in tensors]
+        if entry.kind == "gated_qkv":  # query and gate, head by head → all queries, all gates
+            by_head = grouped[0].unflatten(1, (-1, 2, shape.head_dim))
+            grouped[0] = by_head.transpose(1, 2).flatten(1, 3)
+        return [torch.cat(grouped, dim=1).flatten(0, 1)]
+    return tensors
+
+
+def _unsectioned(entry: Entry, sections: list[Tensor], shape: ModelShape) -> list[Tensor]:
+    """Return the Hugging Face tensors: the inverse of `_sections`."""
+    if entry.kind == "sections" and entry.sections:
+        return list(_join(sections).split([rows for rows, *_ in entry.shapes]))
+    if entry.kind == "key_heads":
+        of_heads = [s.unflatten(0, (_key_heads(shape), -1)) for s in sections]
+        return [torch.cat(part, dim=1).flatten(0, 1) for part in (of_heads[:4], of_heads[4:])]
+    if entry.kind in ("qkv", "gated_qkv"):
+        rows = [n // shape.num_kv_heads for n, *_ in entry.shapes]
+        grouped = list(sections[0].unflatten(0, (shape.num_kv_heads, -1)).split(rows, dim=1))
+        if entry.kind == "gated_qkv":
+            by_kind = grouped[0].unflatten(1, (2, -1, shape.head_dim))
+            grouped[0] = by_kind.transpose(1, 2).flatten(1, 3)
+        return [t.flatten(0, 1) for t in grouped]
+    return sections
+
+
+def _key_heads(shape: ModelShape) -> int:
+    assert shape.delta
+    return shape.delta.num_key_heads
+
+
+def _head_rows(entry: Entry, shape: ModelShape) -> list[int]:
+    """Return the rows of one key head in each section."""
+    return [rows // _key_heads(shape) for rows in entry.section_rows]
 
 
 def _join(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
@@ -79,6 +121,8 @@ class RandomWeights:
     def _make(self, name: str, dimensions: Dimensions) -> Tensor:
         if name.endswith("norm.weight"):
             return self._values.new_ones(dimensions)
+        if name.endswith("e_score_correction_bias"):
+            return self._values.new_zeros(dimensions, dtype=torch.float32)
         size = prod(dimensions)
         return self._values.repeat(-(-size // len(self._values)))[:size].view(dimensions)
 
@@ -94,9 +138,12 @@ class Weights:
     def __init__(self, chunks: Sequence[GPTModel], shape: ModelShape):
         self.shape = shape
         self.entries = table(shape, is_fused=has_transformer_engine())
-        self.params = {
+        self.params: dict[str, Tensor] = {
             f"{i}.{name}": param for i, chunk in enumerate(chunks) for name, param in chunk.named_parameters()
         }
+        self._learnt = set(self.params)
+        buffers = [(i, name, b) for i, chunk in enumerate(chunks) for name, b in chunk.named_buffers()]
+        self.params |= {f"{i}.{name}": buffer for i, name, buffer in buffers}
         self.num_chunks = len(chunks)
         self.tensor_rank = parallel_state.get_tensor_model_parallel_rank()
         self.tensor_size = parallel_state.get_tensor_model_parallel_world_size()
@@ -147,16 +194,14 @@ class Weights:
         if self.shape.is_tied and head in self.params:  # the last stage's own copy of the embedding
             self._copy(self.entries[0], head, weights)
             seen.add(head)
-        assert seen == set(self.params), f"parameters outside the name table: {set(self.params) - seen}"
+        assert seen >= self._learnt, f"parameters outside the name table: {self._learnt - seen}"
 
     def _copy(self, entry: Entry, name: str, weights: StoredWeights) -> None:
         with torch.no_grad():
             rank, size = (self.tensor_rank, self.tensor_size) if entry.expert is None else (0, 1)
             self.params[name].copy_(to_shard(entry, weights.read(entry), self.shape, rank, size))
 
-    def export(
-        self, read: Callable[[torch.nn.Parameter], Tensor] = lambda p: p.data
-    ) -> Iterator[tuple[str, Tensor]]:
+    def export(self, read: Callable[[Tensor], Tensor] = lambda p: p.data) -> Iterator[tuple[str, Tensor]]:
         """Yield (Hugging Face name, full tensor) of the whole model, on every rank. Every rank drains it."""
         stages = dist.get_process_group_ranks(self.pipeline_group)
         expert_ranks = dist.get_process_group_ranks(self.expert_group)
@@ -166,7 +211,8 @@ class Weights:
             if name is not None:
                 tensors = from_shards(entry, self._shards(entry, read(self.params[name])), self.shape)
             else:
-                tensors = [like.new_empty(dimensions) for dimensions in entry.shapes]
+                dtype = torch.float32 if entry.is_buffer else like.dtype
+                tensors = [like.new_empty(dimensions, dtype=dtype) for dimensions in entry.shapes]
             expert_rank, stage = self.expert_rank_of(entry), self.stage_of(entry)
             for hf_name, tensor in zip(entry.hf, tensors, strict=True):
                 tensor = tensor.contiguous()

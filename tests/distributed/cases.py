@@ -197,6 +197,21 @@ FAULTS = [
     Case(2, 2, 1, "qwen3_moe", expert=2, fault="expert factor"),
 ]
 
+CASES += [  # latent attention
+    Case(1, 1, 1, "deepseek_v3"),
+    Case(1, 1, 1, "glm4_moe_lite"),
+    Case(1, 1, 1, "deepseek_v3-no-rank"),
+    Case(2, 2, 1, "deepseek_v3"),
+    Case(2, 1, 1, "deepseek_v3", context=2),
+    Case(2, 1, 2, "deepseek_v3"),
+]
+
+CASES += [  # DeltaNet
+    Case(1, 1, 1, "qwen3_5_text"),
+    Case(1, 1, 1, "qwen3_5_moe_text"),
+    Case(1, 1, 1, "qwen3_next"),
+]
+
 CASES += [  # mixture of experts
     Case(1, 1, 1, "qwen3_moe"),
     Case(1, 1, 1, "qwen3_moe-unnormalised", stale=True),

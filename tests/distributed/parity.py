@@ -23,7 +23,7 @@ from dapo_kernels import Head
 from safetensors.torch import load_file
 
 from dapo import config as configs
-from dapo.engine.embedded import as_stored
+from dapo.engine.embedded import as_stored, learnt_and_kept
 from dapo.learn.advantages import set_advantages
 from dapo.learn.objective import token_weights
 from dapo.mesh import Mesh
@@ -88,6 +88,43 @@ def make_hf(model: str, is_tied: bool, directory: Path, layers: int = 4) -> None
             experts | {"norm_topk_prob": False},
         ),
     }
+    latent = dict(
+        num_key_value_heads=8, moe_intermediate_size=48, n_routed_experts=8, num_experts_per_tok=4,
+        n_shared_experts=2, kv_lora_rank=24, q_lora_rank=40, qk_rope_head_dim=8, qk_nope_head_dim=12,
+        v_head_dim=16, routed_scaling_factor=1.5,
+    )  # fmt: skip
+    delta = dict(
+        head_dim=16, linear_num_key_heads=4, linear_num_value_heads=8, linear_key_head_dim=8,
+        linear_value_head_dim=12, full_attention_interval=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.25},
+    )  # fmt: skip
+    shared = experts | delta | {"shared_expert_intermediate_size": 40}
+    kinds |= {
+        "deepseek_v3": (
+            transformers.DeepseekV3Config,
+            transformers.DeepseekV3ForCausalLM,
+            latent
+            | {"n_group": 4, "topk_group": 2, "first_k_dense_replace": 1}
+            | {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}},
+        ),
+        "deepseek_v3-no-rank": (
+            transformers.DeepseekV3Config,
+            transformers.DeepseekV3ForCausalLM,
+            latent | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0},
+        ),
+        "glm4_moe_lite": (
+            transformers.Glm4MoeLiteConfig,
+            transformers.Glm4MoeLiteForCausalLM,
+            latent | {"rms_norm_eps": 1e-6},
+        ),
+        "qwen3_5_text": (transformers.Qwen3_5TextConfig, transformers.Qwen3_5ForCausalLM, delta),
+        "qwen3_5_moe_text": (
+            transformers.Qwen3_5MoeTextConfig,
+            transformers.Qwen3_5MoeForCausalLM,
+            shared,
+        ),
+        "qwen3_next": (transformers.Qwen3NextConfig, transformers.Qwen3NextForCausalLM, shared),
+    }
     config, cls, extra = kinds[model]
     shape = dict(
         vocab_size=VOCAB,
@@ -98,13 +135,18 @@ def make_hf(model: str, is_tied: bool, directory: Path, layers: int = 4) -> None
         num_key_value_heads=4,
     )
     torch.manual_seed(5)
-    hf = cls(config(**shape, tie_word_embeddings=is_tied, **extra))
+    hf = cls(config(**shape | {"tie_word_embeddings": is_tied} | extra))
     with torch.no_grad():
         for name, param in hf.named_parameters():
             if "norm" in name:
                 param.add_(0.1 * torch.randn_like(param))
+            elif "A_log" in name:
+                param.uniform_(-1, 1)
             else:
                 param.normal_(0, 0.3 if "bias" in name else 0.08)
+        for name, buffer in hf.named_buffers():
+            if "correction_bias" in name:
+                buffer.normal_(0, 0.3)
     hf.save_pretrained(directory)
 
 
@@ -260,11 +302,9 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     result["ratio"] = mesh.max(max(ratio_gaps, default=0.0))
     Head.loss = _plain_loss  # type: ignore[method-assign]
     hf.backward(groups[:GROUPS_PER_UPDATE], old)
-    params = dict(as_stored(hf.model.named_parameters()))
+    params = dict(as_stored(learnt_and_kept(hf.model)))
     grads = dict(as_stored((n, p.grad) for n, p in hf.model.named_parameters()))
-    ours = policy._weights.export(lambda p: p.main_grad)
-    gaps, norms = zip(*((float((g - grads[n]).norm()), float(grads[n].norm())) for n, g in ours), strict=True)
-    result["gradients"] = float(np.linalg.norm(gaps) / np.linalg.norm(norms))
+    result |= gradient_gaps(policy, grads)
     result["toy"] = toy_metric(policy, batch)
 
     start = {name: param.detach().clone() for name, param in params.items()}
@@ -290,6 +330,21 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
         _refusal(policy.score, batch),
     ]
     return result
+
+
+def gradient_gaps(policy: Policy, grads: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Compare all gradients together, by norm; and each by its largest value."""
+    exported = policy._weights.export(lambda p: getattr(p, "main_grad", p.data))
+    ours = {name: grad.clone() for name, grad in exported if name in grads}
+    gaps, norms = zip(*((float((g - grads[n]).norm()), float(grads[n].norm())) for n, g in ours.items()), strict=True)
+    largest = {n: float(grads[n].abs().max()) for n in ours}
+    each = {n: float((g - grads[n]).abs().max()) / largest[n] for n, g in ours.items() if largest[n] > 0}
+    worst = max(each, key=each.__getitem__)
+    assert len(ours) == len(grads)
+    return {
+        "gradients": float(np.linalg.norm(gaps) / np.linalg.norm(norms)),
+        "worst gradient": [each[worst], worst],
+    }
 
 
 def inject(fault: str, policy: Policy) -> None:

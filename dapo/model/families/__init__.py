@@ -10,17 +10,23 @@ from __future__ import annotations
 from pathlib import Path
 
 from dapo.config import ConfigError
+from dapo.model.families.deepseek_v3 import DEEPSEEK_V3
 from dapo.model.families.family import Family
+from dapo.model.families.glm4_moe_lite import GLM4_MOE_LITE
 from dapo.model.families.llama import LLAMA
 from dapo.model.families.mistral import MISTRAL
 from dapo.model.families.qwen2 import QWEN2
 from dapo.model.families.qwen3 import QWEN3
+from dapo.model.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE, QWEN3_5_MOE_TEXT, QWEN3_5_TEXT
 from dapo.model.families.qwen3_moe import QWEN3_MOE
-from dapo.model.shape import ModelShape, read_config
+from dapo.model.families.qwen3_next import QWEN3_NEXT
+from dapo.model.shape import ModelShape, of_text, read_config
 
-FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (QWEN2, QWEN3, QWEN3_MOE, LLAMA, MISTRAL)
-}
+KNOWN = (
+    QWEN2, QWEN3, QWEN3_MOE, QWEN3_NEXT, QWEN3_5, QWEN3_5_TEXT, QWEN3_5_MOE, QWEN3_5_MOE_TEXT, LLAMA,
+    MISTRAL, DEEPSEEK_V3, GLM4_MOE_LITE,
+)  # fmt: skip
+FAMILIES: dict[str, Family] = {family.model_type: family for family in KNOWN}
 
 __all__ = ["FAMILIES", "Family", "read_shape"]
 
@@ -35,5 +41,10 @@ def read_shape(directory: Path) -> ModelShape:
     family = FAMILIES.get(kind) if isinstance(kind := raw.get("model_type"), str) else None
     if family is None:
         raise ConfigError(f"{path}: model_type {kind!r} is not supported; supported: {', '.join(FAMILIES)}")
-    family.check(path, raw)
-    return ModelShape(**family.fields(path, raw))
+    text = of_text(raw)
+    inner, outer = text.get("tie_word_embeddings"), raw.get("tie_word_embeddings")
+    if outer is not None and inner != outer:
+        both = f"tie_word_embeddings={outer}, and {inner} in text_config"
+        raise ConfigError(f"{path}: {both}: remove the wrong one")
+    family.check(path, text)
+    return ModelShape(**family.fields(path, text))

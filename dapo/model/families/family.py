@@ -43,6 +43,7 @@ class Family:
     model_type: str
     has_qkv_bias: bool = False
     has_qk_norm: bool = False
+    prefix: str = "model."  # of the language model's names in files
     head_dim: int | None = None  # where config.json has none; None: hidden_size / num_attention_heads
     understood: frozenset[str] = UNDERSTOOD
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: FIXED)
@@ -50,7 +51,7 @@ class Family:
     def check(self, path: Path, raw: Mapping[str, Any]) -> None:
         """Raise ConfigError on a field this family does not know, or a value it does not support."""
         for name, value in raw.items():
-            self._check_field(path, name, value)
+            self.check_field(path, name, value)
         for name in ("tie_word_embeddings", "norm_topk_prob"):
             if type(value := raw.get(name)) not in (bool, type(None)):
                 raise ConfigError(f"{path}: {name}={value!r}; expected true or false")
@@ -77,6 +78,10 @@ class Family:
         """Return the fields of Megatron's TransformerConfig that are this family's own."""
         return {"add_qkv_bias": self.has_qkv_bias, "qk_layernorm": self.has_qk_norm}
 
+    def aside(self, shape: ModelShape, name: str) -> str | None:
+        """Return what a tensor in files belongs to that is no part of the language model; None: it is one."""
+        return None
+
     def layer(self, shape: ModelShape, number: int, is_fused: bool) -> list[Entry]:
         """Return a layer's entries. `is_fused`: the linear after a norm holds it."""
         return [*self.attention(shape, number, is_fused), *self.mlp(shape, number, is_fused)]
@@ -87,11 +92,12 @@ class Family:
             shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         )  # fmt: skip
         norm = "self_attention.linear_qkv.layer_norm_weight" if is_fused else "input_layernorm.weight"
-        qkv = {f"self_attn.{x}_proj": rows for x, rows in (("q", q), ("k", kv), ("v", kv))}
+        q_rows, kind = (2 * q, "gated_qkv") if shape.is_gated else (q, "qkv")
+        qkv = {f"self_attn.{x}_proj": rows for x, rows in (("q", q_rows), ("k", kv), ("v", kv))}
         weights = {f"{name}.weight": (rows, hidden) for name, rows in qkv.items()}
         entries = [
             of_layer(number, norm, "whole", {"input_layernorm.weight": (hidden,)}),
-            of_layer(number, "self_attention.linear_qkv.weight", "qkv", weights),
+            of_layer(number, "self_attention.linear_qkv.weight", kind, weights),
             of_layer(
                 number,
                 "self_attention.linear_proj.weight",
@@ -116,7 +122,8 @@ class Family:
             *gated(number, shape.hidden_size, shape.ffn_size, "mlp.", "mlp."),
         ]
 
-    def _check_field(self, path: Path, name: str, value: Any) -> None:
+    def check_field(self, path: Path, name: str, value: Any) -> None:
+        """Raise ConfigError on a field this family does not know, or a value it does not support."""
         if name in self.understood:
             return
         if name == "layer_types":
@@ -135,11 +142,16 @@ class Family:
 
 
 def of_layer(
-    number: int, megatron: str, kind: Kind, hf: Mapping[str, Dimensions], expert: int | None = None
+    number: int,
+    megatron: str,
+    kind: Kind,
+    hf: Mapping[str, Dimensions],
+    expert: int | None = None,
+    **more: Any,
 ) -> Entry:
-    """Return a layer's entry; `hf` has names and shapes below `model.layers.N.`."""
+    """Return a layer's entry; `hf` has names and shapes below `model.layers.N.`. `more`: fields of Entry."""
     names = tuple(f"model.layers.{number}.{name}" for name in hf)
-    return Entry(megatron, names, tuple(hf.values()), kind, number, expert=expert)
+    return Entry(megatron, names, tuple(hf.values()), kind, number, expert=expert, **more)
 
 
 def gated(
@@ -149,7 +161,7 @@ def gated(
     gate_up = {f"{theirs}gate_proj.weight": (ffn, hidden), f"{theirs}up_proj.weight": (ffn, hidden)}
     down = {f"{theirs}down_proj.weight": (hidden, ffn)}
     return [
-        of_layer(number, f"{ours}linear_fc1.weight", "pair", gate_up, expert),
+        of_layer(number, f"{ours}linear_fc1.weight", "sections", gate_up, expert),
         of_layer(number, f"{ours}linear_fc2.weight", "columns", down, expert),
     ]
 

@@ -93,7 +93,7 @@ def test_a_weight_sync_knows_the_kv_heads_of_any_architecture(
     [
         (
             {"model_type": "mixtral"},
-            "model_type 'mixtral' is not supported; supported: qwen2, qwen3, qwen3_moe, llama, mistral",
+            "model_type 'mixtral' is not supported; supported: qwen2, qwen3, qwen3_moe, qwen3_next, ",
         ),
         ({"num_experts": 128}, "field 'num_experts' is not understood"),
         ({"num_hidden_layers": None}, "num_hidden_layers=None; expected a whole number of at least 1"),

@@ -86,11 +86,16 @@ def test_padded_batches_hold_every_place_once_with_little_padding(lengths: list[
 
 def test_norm_equals_hugging_face() -> None:
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm
 
     torch.manual_seed(0)
     x, weight = torch.randn(6, 16), torch.randn(16)
-    ours = RMSNorm(SimpleNamespace(params_dtype=torch.float32, sequence_parallel=True), 16, eps=1e-6)
-    theirs = Qwen2RMSNorm(16, eps=1e-6)
-    ours.weight.data, theirs.weight.data = weight, weight
-    assert torch.equal(ours(x), theirs(x))
-    assert ours.weight.sequence_parallel
+    for is_zero_centred, kind in ((False, Qwen2RMSNorm), (True, Qwen3_5RMSNorm)):
+        config = SimpleNamespace(
+            params_dtype=torch.float32, sequence_parallel=True, layernorm_zero_centered_gamma=is_zero_centred
+        )
+        ours, theirs = RMSNorm(config, 16, eps=1e-6), kind(16, eps=1e-6)
+        ours.weight.data, theirs.weight.data = weight, weight
+        for dtype in (torch.float32, torch.bfloat16):
+            assert torch.equal(ours(x.to(dtype)), theirs(x.to(dtype)))
+        assert ours.weight.sequence_parallel
