@@ -1,9 +1,10 @@
-"""Megatron-core adapted to machines without CUDA, or without Transformer Engine.
+"""Megatron-core adapted to machines without CUDA, or without Transformer Engine or flash-linear-attention.
 
-Megatron-core 0.19.2 writes "cuda" in some 650 places, and expects Transformer Engine's FusedAdam where it
-saves optimizer state. `install` puts a finder before Python's own that rewrites those places while
-megatron.core's modules are imported; nothing on disk changes. On a GPU machine with Transformer Engine it
-does nothing. The version is pinned, and a test counts every rule's hits, so that an upgrade shows.
+Megatron-core 0.19.2 writes "cuda" in some 650 places, expects Transformer Engine's FusedAdam where it saves
+optimizer state, and has no gated delta rule of its own for packed sequences. `install` puts a finder before
+Python's own that rewrites those places while megatron.core's modules are imported; nothing on disk changes.
+On a GPU machine with both packages nothing is rewritten. The version is pinned; a test counts every rule's
+hits, so that an upgrade shows.
 """
 
 from __future__ import annotations
@@ -110,6 +111,7 @@ MOE_UTILS = "megatron.core.transformer.moe.moe_utils"
 OPTIMIZER = "megatron.core.optimizer"
 DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer"
 HYBRID = "megatron.core.optimizer.cpu_offloading.hybrid_optimizer"
+DELTA_NET = "megatron.core.ssm.gated_delta_net.common"
 OUR_ADAM = "from dapo.policy.cpu import AdamW as Adam"
 NO_CUDA = [
     Rule(r"\btorch\.cuda\.current_device\(\)", "_cpu.device()"),
@@ -155,6 +157,7 @@ NO_TRANSFORMER_ENGINE = [
     Rule(r"if not is_te_min_version\(\"2\.1\.0\"\):", "if True:", "megatron.core.optimizer.optimizer_config"),
     Rule(r"HAVE_APEX_OR_TE = False", "USING_TE_OPTIMIZER = True  # in its ways", DISTRIBUTED),
 ]
+NO_FLA = [Rule(r"from fla\.[\w.]+ import ", "from dapo.policy.delta_rule import ", DELTA_NET)]
 
 
 class _Loader(SourceFileLoader):
@@ -180,11 +183,15 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         if fullname != "megatron.core" and not fullname.startswith("megatron.core."):
             return None
+        # few models need fla, and to try it takes seconds: not before it is needed
+        rules = [*self.rules, *([] if fullname != DELTA_NET or has_fla() else NO_FLA)]
+        if not any(rule.module in (None, fullname) for rule in rules):
+            return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is None or not isinstance(spec.loader, SourceFileLoader):
             return spec
         spec.loader = _Loader(spec.loader.name, spec.loader.path)
-        spec.loader.rules = self.rules
+        spec.loader.rules = rules
         return spec
 
 
@@ -212,6 +219,24 @@ def has_transformer_engine() -> bool:
     return fault is None
 
 
+@functools.cache
+def has_fla() -> bool:
+    """True if there is a GPU, and what Megatron imports of flash-linear-attention can be imported; else
+    policy/delta_rule.py is used, and a line says why if it is there. It is tried once.
+    """
+    if not torch.cuda.is_available() or importlib.util.find_spec("fla") is None:
+        return False
+    try:
+        for module in ("modules.convolution", "modules.l2norm", "ops.gated_delta_rule"):
+            importlib.import_module(f"fla.{module}")
+    except (ImportError, ValueError, OSError, RuntimeError, AttributeError, AssertionError) as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            why = " ".join(str(error).split()) or type(error).__name__
+            print(f"warning: the plain delta rule is used: fla cannot be imported ({why})", file=sys.stderr)
+        return False
+    return True
+
+
 def install() -> None:
     """Adapt Megatron-core to what this machine lacks, before its first import. A second call changes nothing.
 
@@ -224,9 +249,8 @@ def install() -> None:
         raise ImportError(fault)
     rules = [] if torch.cuda.is_available() else list(NO_CUDA)
     rules += [] if has_transformer_engine() else NO_TRANSFORMER_ENGINE
-    if not rules:
-        return
-    assert "megatron.core" not in sys.modules, "dapo.policy must be imported before megatron.core"
+    if rules:
+        assert "megatron.core" not in sys.modules, "dapo.policy must be imported before megatron.core"
     if not has_transformer_engine():  # to import it raises ImportError then, which Megatron expects
         for name in [name for name in sys.modules if name.startswith("transformer_engine")]:
             del sys.modules[name]  # the half that could be imported

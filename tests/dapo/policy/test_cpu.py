@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dapo.policy import cpu, model
+from dapo.policy import cpu, delta_rule, model
 
 # in the order of the rules
-HITS = [199, 41, 11, 68, 1, 21, 18, 15, 26, 247, 2, 1, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]
+HITS = [199, 41, 11, 68, 1, 21, 18, 15, 26, 247, 2, 1, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 3]
+RULES = [*cpu.NO_CUDA, *cpu.NO_TRANSFORMER_ENGINE, *cpu.NO_FLA]
 
 
 def sources() -> dict[str, str]:
@@ -29,12 +30,52 @@ def sources() -> dict[str, str]:
 
 
 def test_every_rule_hits_as_often_as_when_it_was_written() -> None:
-    hits = [0] * len(cpu.NO_CUDA + cpu.NO_TRANSFORMER_ENGINE)
+    hits = [0] * len(RULES)
     for module, source in sources().items():
-        for i, rule in enumerate(cpu.NO_CUDA + cpu.NO_TRANSFORMER_ENGINE):
+        for i, rule in enumerate(RULES):
             source, count = rule.apply(source, module)
             hits[i] += count
     assert hits == HITS, "Megatron-core has changed under the rules of policy/cpu.py: read each place again"
+
+
+def test_the_plain_delta_rule_stands_in_for_fla_where_that_is_missing() -> None:
+    from megatron.core.ssm.gated_delta_net import common, gdn
+
+    assert common.HAVE_FLA
+    for module, name in ((common, "l2norm"), (gdn, "causal_conv1d"), (gdn, "chunk_gated_delta_rule")):
+        assert (getattr(module, name) is getattr(delta_rule, name)) != cpu.has_fla()
+
+
+@pytest.mark.parametrize(
+    ("fault", "has_cuda", "has_fla"),
+    [
+        ("", True, True),
+        ("", False, False),
+        *((f"raise {e}('why')", True, False) for e in ("ValueError", "OSError")),
+    ],
+)
+def test_fla_is_used_where_it_can_be_imported(
+    fault: str, has_cuda: bool, has_fla: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from megatron.core.ssm import gated_delta_net
+
+    for module in ("", "modules", "modules/convolution", "modules/l2norm", "ops", "ops/gated_delta_rule"):
+        (tmp_path / "fla" / module).mkdir()
+        (tmp_path / "fla" / module / "__init__.py").write_text(fault if "rule" in module else "")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    monkeypatch.setattr(cpu, "has_fla", cpu.has_fla.__wrapped__)
+    try:
+        spec = cpu._Finder([]).find_spec(cpu.DELTA_NET, gated_delta_net.__path__)
+        imported = [name for name in sys.modules if name.split(".")[0] == "fla"]
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "fla"]:
+            del sys.modules[name]
+    assert (spec is None) == has_fla  # then Python's own finder takes it, as it is
+    assert bool(imported) == has_cuda
+    assert ("fla cannot be imported (why)" in capsys.readouterr().err) == bool(fault)
+    assert cpu._Finder([]).find_spec("megatron.core.optimizer", gated_delta_net.__path__) is None
 
 
 def test_a_pickled_tensor_needs_no_megatron_where_it_is_read() -> None:
