@@ -18,7 +18,7 @@ class Latent:
     own, made of one short vector for all of them; and one key, the rotated part, is the same for all.
     """
 
-    query_rank: int | None  # length of the vector that queries are made of; None: of the hidden state
+    query_rank: int  # length of the vector that queries are made of
     kv_rank: int
     value_dim: int  # of a head; queries and keys have head_dim
 

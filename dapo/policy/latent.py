@@ -47,8 +47,7 @@ class LatentAttention(MLASelfAttention):  # type: ignore[misc]
     def __init__(self, config: Any, *arguments: Any, **options: Any):
         super().__init__(config, *arguments, **options)
         split = config.sequence_parallel
-        if config.q_lora_rank is not None:
-            self.linear_q_down_proj = Whole(self.linear_q_down_proj, config.q_lora_rank, split)
+        self.linear_q_down_proj = Whole(self.linear_q_down_proj, config.q_lora_rank, split)
         rows = config.kv_lora_rank + config.qk_pos_emb_head_dim
         self.linear_kv_down_proj = Whole(self.linear_kv_down_proj, rows, split)
 
@@ -61,12 +60,8 @@ class LatentAttention(MLASelfAttention):  # type: ignore[misc]
         assert pack is not None
         if pack.turns is None:
             self.rotary_pos_emb(pack, True, None)
-        if config.q_lora_rank is None:
-            of_query = hidden_states
-            query, _ = self.linear_q_proj(of_query)
-        else:
-            of_query = self.q_layernorm(self.linear_q_down_proj(hidden_states)[0])
-            query, _ = self.linear_q_up_proj(of_query)
+        of_query = self.q_layernorm(self.linear_q_down_proj(hidden_states)[0])
+        query, _ = self.linear_q_up_proj(of_query)
         both, _ = self.linear_kv_down_proj(hidden_states)
         latent, turned = both.split([config.kv_lora_rank, config.qk_pos_emb_head_dim], dim=-1)
         if config.sequence_parallel:

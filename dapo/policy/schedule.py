@@ -26,6 +26,8 @@ from dapo.policy.rope import describe_pack
 from dapo.types import token_fields
 
 R = TypeVar("R")
+# that finalize_model_grads sums over
+GROUPS = ("tp", "cp", "embd", "pos_embd", "pp", "dp_cp", "tp_dp_cp")
 
 
 def on_device(microbatch: Microbatch[np.ndarray], device: torch.device) -> Microbatch[Tensor]:
@@ -99,7 +101,7 @@ _finalize = timed("reduce")(finalize_model_grads)
 
 def _interleaved(config: TransformerConfig, lengths: list[int]) -> dict[str, Any]:
     """Return the interleaved schedule's communicator, and with it Megatron's own groups."""
-    groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "embd", "pos_embd", "pp", "dp_cp"])
+    groups = ProcessGroupCollection.use_mpu_process_groups([*GROUPS])
     split = config.tensor_model_parallel_size if config.sequence_parallel else 1
     communicator = InterleavedCommunicator(groups.pp, config, [length // split for length in lengths])
     return {"p2p_communicator": communicator, "pg_collection": groups}

@@ -18,7 +18,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -71,9 +70,7 @@ def _plain_layer(config: TransformerConfig, is_delta: bool, has_experts: bool) -
             names[f"self_attention.{x}_layernorm."] = f"self_attention.linear_{x}_up_proj.layer_norm_"
         attention.module = LatentAttention
         attention.submodules.core_attention = RotatedAttention
-        has_rank = config.q_lora_rank is not None
-        attention.submodules.q_layernorm = RMSNorm if has_rank else IdentityOp
-        attention.submodules.kv_layernorm = RMSNorm
+        attention.submodules.q_layernorm = attention.submodules.kv_layernorm = RMSNorm
     else:
         names["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
         attention.submodules.core_attention = PackedAttention

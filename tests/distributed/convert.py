@@ -24,8 +24,8 @@ from dapo.mesh import Mesh
 from dapo.policy import chunks
 from dapo.policy.megatron import Policy
 from tests.distributed.launch import ROOT
-from tests.distributed.parity import make_hf
 from tests.distributed.ranks import prepare_rank
+from tests.distributed.reference import make_hf
 
 sys.path.insert(0, str(ROOT / "tools"))
 import hf_to_megatron

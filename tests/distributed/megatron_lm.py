@@ -23,7 +23,7 @@ from dapo.model.families import FAMILIES, read_shape
 from dapo.model.shape import ModelShape
 from dapo.policy import chunks, megatron_lm
 from dapo.policy.layout import initialize_megatron
-from tests.distributed import parity
+from tests.distributed import reference
 from tests.distributed.launch import ROOT
 from tests.distributed.ranks import prepare_rank
 
@@ -129,7 +129,7 @@ def unequal(a: Any, b: Any, tensor: int) -> list[str]:
         rows = len(x)
         if "embedding" in name or "output_layer" in name:
             first = torch.distributed.get_rank() % tensor * rows
-            rows = min(max(parity.VOCAB - first, 0), rows)
+            rows = min(max(reference.VOCAB - first, 0), rows)
         if not torch.equal(x[:rows], y[:rows]):
             found.append(name)
     return found
@@ -141,7 +141,7 @@ def run(name: str, is_tied: bool, tensor: int, directory: Path, mesh: Mesh) -> d
     hf, theirs, back, ours, exported = (directory / x for x in ("hf", "theirs", "back", "ours", "exported"))
 
     def prepare() -> None:
-        parity.make_hf(name, is_tied, hf)
+        reference.make_hf(name, is_tied, hf)
         (theirs / "iter_0000100").mkdir(parents=True)
         (theirs / megatron_lm.TRACKER).write_text("100")
 
@@ -165,10 +165,10 @@ def run(name: str, is_tied: bool, tensor: int, directory: Path, mesh: Mesh) -> d
         param.data.zero_()
     state = dist_checkpointing.load({"model": other.sharded_state_dict()}, str(exported / "release"))
     other.load_state_dict(state["model"])
-    tokens = torch.arange(24)[None] * 10 % parity.VOCAB
+    tokens = torch.arange(24)[None] * 10 % reference.VOCAB
     mask = torch.ones(1, 1, 24, 24).tril() < 0.5
     with torch.no_grad():
-        logits = other(tokens, torch.arange(24)[None], mask)[..., : parity.VOCAB]
+        logits = other(tokens, torch.arange(24)[None], mask)[..., : reference.VOCAB]
         wanted = transformers.AutoModelForCausalLM.from_pretrained(back)(tokens).logits
     arguments = megatron_lm.read_arguments(chunks.Reader(theirs / "iter_0000100"))
     return {

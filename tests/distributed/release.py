@@ -25,8 +25,8 @@ from dapo.policy.torch_dist import Save
 from tests.batches import batch_of_rank
 from tests.distributed.launch import ROOT
 from tests.distributed.moves import OFFLOADED
-from tests.distributed.parity import GROUP_SIZE, GROUPS_PER_UPDATE, LR, NUM_UPDATES, make_groups, make_hf
 from tests.distributed.ranks import prepare_rank
+from tests.distributed.reference import GROUP_SIZE, GROUPS_PER_UPDATE, LR, NUM_UPDATES, make_groups, make_hf
 
 CASES = {
     "float32": [],

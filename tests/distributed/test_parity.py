@@ -20,6 +20,7 @@ def test_policy_equals_a_plain_model(case: Case) -> None:
     assert result["toy"] == 2.0, "a metric needs a sum and a value"
     assert result["mismatch"] == pytest.approx(result["expected_mismatch"], rel=bounds.mismatch)
     assert result["gradients"] <= bounds.gradients
+    assert result["worst gradient"][0] <= bounds.largest, result["worst gradient"]
     assert grad_norm_gap(result) <= bounds.grad_norm
     assert result["params"] <= bounds.params
     assert result["direction"] >= bounds.direction

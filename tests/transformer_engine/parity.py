@@ -29,6 +29,7 @@ from dapo.policy.weight_files import HFWeights  # noqa: E402
 from dapo.policy.weights import from_shards  # noqa: E402
 from tests.distributed import parity  # noqa: E402
 from tests.distributed.launch import ROOT  # noqa: E402
+from tests.distributed.reference import make_hf  # noqa: E402
 from tests.distributed.resume import leave  # noqa: E402
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -71,7 +72,7 @@ def moved(root: Path) -> list[dict[str, Any]]:
 
 def saved(root: Path) -> dict[str, Any]:
     """Save a model with experts, and read it as tools do; read what they write; list its kinds of layers."""
-    Mesh(configs.Parallel(tensor=2)).on_main(parity.make_hf, "qwen3_moe", False, root / "hf")
+    Mesh(configs.Parallel(tensor=2)).on_main(make_hf, "qwen3_moe", False, root / "hf")
     policy, mesh = make_policy(root, f"policy.model={root / 'hf'}", "parallel.expert=2")
     kinds = {type(module) for module in policy.chunks[0].modules()}
     names = [kind.__name__ for kind in kinds if any("transformer_engine" in str(c) for c in kind.__mro__)]

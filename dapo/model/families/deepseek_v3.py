@@ -18,10 +18,10 @@ EXPERT_SIZES = {
     "moe_intermediate_size": "expert_ffn_size",
 }  # fmt: skip
 HEAD_SIZES = {"qk_nope_head_dim": "plain", "qk_rope_head_dim": "rotated", "v_head_dim": "value_dim",
-              "kv_lora_rank": "kv_rank"}  # fmt: skip
+              "kv_lora_rank": "kv_rank", "q_lora_rank": "query_rank"}  # fmt: skip
 # num_nextn_predict_layers: of layers that guess several tokens, which are left out
 LATENT_UNDERSTOOD = {
-    *EXPERT_SIZES, *HEAD_SIZES, *experts.OF_THE_LOSS, "num_local_experts", "q_lora_rank", "qk_head_dim",
+    *EXPERT_SIZES, *HEAD_SIZES, *experts.OF_THE_LOSS, "num_local_experts", "qk_head_dim",
     "n_shared_experts", "n_group", "topk_group", "routed_scaling_factor", "first_k_dense_replace",
     "num_nextn_predict_layers", "num_mtp_layers", "ep_size", "auto_map",
 }  # fmt: skip
@@ -46,9 +46,6 @@ class DeepSeekV3(Family):
         """See Family."""
         given = {name: value for name, value in raw.items() if value is not None}
         heads = read_sizes(path, given, HEAD_SIZES)
-        query_rank = None
-        if "q_lora_rank" in given:
-            query_rank = read_sizes(path, given, {"q_lora_rank": "rank"})["rank"]
         shape = super().fields(path, raw)
         if shape["num_kv_heads"] != shape["num_heads"]:
             both = f"num_key_value_heads={shape['num_kv_heads']}, num_attention_heads={shape['num_heads']}"
@@ -68,7 +65,7 @@ class DeepSeekV3(Family):
             "shared_ffn_size": shared * sizes["expert_ffn_size"],
             "sigmoid_router": _router(path, given, sizes["num_experts"]),
             "rotary_dim": heads["rotated"],
-            "latent": Latent(query_rank, heads["kv_rank"], heads["value_dim"]),
+            "latent": Latent(heads["query_rank"], heads["kv_rank"], heads["value_dim"]),
         }  # fmt: skip
 
     def _dense_layers(self, path: Path, given: Mapping[str, Any]) -> int:
@@ -124,17 +121,12 @@ class DeepSeekV3(Family):
             at = f"linear_{of}_up_proj.layer_norm_weight" if is_fused else f"{of}_layernorm.weight"
             return entry(at, "whole", hf, size)
 
-        found = [of_layer(number, "input_layernorm.weight", "whole", {"input_layernorm.weight": (hidden,)})]
-        if (rank := latent.query_rank) is None:
-            found.append(entry("linear_q_proj.weight", "rows", "q_proj", heads * shape.head_dim, hidden))
-        else:
-            found += [
-                entry("linear_q_down_proj.weight", "whole", "q_a_proj", rank, hidden),
-                norm("q", "q_a_layernorm", rank),
-                entry("linear_q_up_proj.weight", "rows", "q_b_proj", heads * shape.head_dim, rank),
-            ]
+        rank, queries = latent.query_rank, heads * shape.head_dim
         return [
-            *found,
+            of_layer(number, "input_layernorm.weight", "whole", {"input_layernorm.weight": (hidden,)}),
+            entry("linear_q_down_proj.weight", "whole", "q_a_proj", rank, hidden),
+            norm("q", "q_a_layernorm", rank),
+            entry("linear_q_up_proj.weight", "rows", "q_b_proj", queries, rank),
             entry("linear_kv_down_proj.weight", "whole", "kv_a_proj_with_mqa", kv + rotated, hidden),
             norm("kv", "kv_a_layernorm", kv),
             entry("linear_kv_up_proj.weight", "rows", "kv_b_proj", heads * key_value, kv),
