@@ -30,7 +30,7 @@ from dapo.files import ChunkFile, sum_of
 from dapo.model.families import read_shape
 from dapo.model.names import table as entries
 from dapo.model.shape import ModelShape
-from dapo.policy.weight_files import save_hf
+from dapo.policy.write_weights import save_hf
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {

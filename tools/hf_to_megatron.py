@@ -1,6 +1,7 @@
 """Convert a Hugging Face directory to a Megatron distributed checkpoint that any layout loads.
 
     python tools/hf_to_megatron.py SOURCE TARGET [--dtype bfloat16] [--shard-size 4GiB] [--megatron-lm]
+    python tools/hf_to_megatron.py SOURCE --dry-run
 
 One process, tensor by tensor. SOURCE may be a checkpoint as well: a run's, or Megatron-LM's with --model.
 TARGET has policy/ (torch_dist), manifest.json, and SOURCE's config, tokenizer and generation config:
@@ -22,7 +23,11 @@ import torch
 from dapo import config
 from dapo.config import ConfigError
 from dapo.model.families import read_shape
-from dapo.policy.weight_files import open_weights, save_megatron
+from dapo.model.names import table
+from dapo.model.parameters import num_parameters
+from dapo.model.shape import ModelShape
+from dapo.policy.weight_files import HFWeights, MegatronWeights, open_weights
+from dapo.policy.write_weights import save_megatron
 from dapo.types import StorageError
 
 
@@ -31,9 +36,10 @@ def parser(description: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description.splitlines()[0])
     add, dtypes = made.add_argument, ["bfloat16", "float16", "float32"]
     add("source", type=Path)
-    add("target", type=Path, help="must not exist; appears whole or not at all")
+    add("target", type=Path, nargs="?", help="must not exist; appears whole or not at all")
     add("--model", type=Path, help="Hugging Face directory: config.json, tokenizer; its weights are not read")
     add("--dtype", choices=dtypes, help="of the written tensors; default: the source's")
+    add("--dry-run", action="store_true", help="check names and shapes; read no tensor, write nothing")
     add("--shard-size", type=num_bytes, default="4GiB", help="largest written file, such as 500MiB or 4GiB")
     return made
 
@@ -92,11 +98,32 @@ def convert(args: argparse.Namespace, save: Callable[..., None]) -> int:
         shape = read_shape(model)
         weights = open_weights(args.source, shape)
         dtype = getattr(torch, args.dtype) if args.dtype else weights.dtype
+        if isinstance(weights, HFWeights) and weights.left_out:
+            print(weights.left_out, file=sys.stderr)
+        if args.dry_run:
+            print(_described(weights, shape, dtype))
+            return 0
+        if args.target is None:
+            raise ConfigError("no target is named: say where to write, or --dry-run")
         save(weights, shape, dtype, model, args.target, shard_bytes=args.shard_size)
     except (ConfigError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
+
+
+def _described(weights: HFWeights | MegatronWeights, shape: ModelShape, dtype: torch.dtype) -> str:
+    """Check every tensor's shape, and return how many there are."""
+    if isinstance(weights, HFWeights):
+        weights.check_shapes(shape)
+    entries = table(shape, is_fused=True)
+    in_files = sum(len(entry.hf) for entry in entries)
+    in_checkpoint = len({key for entry in entries for key in entry.keys})
+    size = sum(entry.size * (4 if entry.is_buffer else dtype.itemsize) for entry in entries)
+    return (
+        f"{shape.model_type}, {num_parameters(shape):,} parameters: {in_files:,} tensors of a Hugging Face "
+        f"directory are {in_checkpoint:,} of a Megatron checkpoint; {size:,} bytes as {str(dtype)[6:]}"
+    )
 
 
 def main(argv: list[str]) -> int:

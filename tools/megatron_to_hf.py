@@ -17,8 +17,9 @@ import torch
 from hf_to_megatron import convert, parser
 
 from dapo.model.shape import ModelShape
-from dapo.policy.weight_files import hf_tensors, parts, save_hf
+from dapo.policy.weight_files import hf_tensors
 from dapo.policy.weights import StoredWeights
+from dapo.policy.write_weights import parts, save_hf
 
 
 def save(

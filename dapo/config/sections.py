@@ -347,6 +347,9 @@ class Policy(Section):
     own: engine.sglang.enable-fp32-lm-head."""
     tokens_per_microbatch: Positive = 32768
     """Budget of one packed forward-backward per data-parallel rank; context ranks share it."""
+    other_tensors: Literal["leave_out", "refuse"] = "leave_out"
+    """Tensors in the model's files that are no part of the language model: a vision tower, layers that guess
+    several tokens. What is left out does not learn; exports have it as it was."""
     megatron: dict[str, Any] = example({"recompute_granularity": "selective"}, default={})
     """Fields of Megatron's TransformerConfig, OptimizerConfig and DistributedDataParallelConfig, as they are
     there."""

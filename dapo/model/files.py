@@ -102,13 +102,14 @@ def read_tensor(path: Path, name: str, part: tuple[int | slice, ...] = ()) -> Te
         return file.get_slice(name)[part] if part else file.get_tensor(name)  # type: ignore[no-any-return]
 
 
-def read_dtypes(files: dict[str, Path]) -> dict[str, str]:
-    """Return the dtype of each tensor by name, as the file's header has it, such as BF16."""
+def read_headers(files: dict[str, Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return the dtype, such as BF16, and the shape of each tensor by name, as the file's header has them."""
     found = {}
     for path in set(files.values()):
         with safe_open(path, framework="pt") as file:
-            names = [name for name, where in files.items() if where == path]
-            found.update({name: file.get_slice(name).get_dtype() for name in names})
+            for name in (name for name, where in files.items() if where == path):
+                tensor = file.get_slice(name)
+                found[name] = tensor.get_dtype(), tuple(tensor.get_shape())
     return found
 
 

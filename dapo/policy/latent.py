@@ -30,10 +30,10 @@ class Whole(torch.nn.Module):
     gradients that come back from all ranks' heads to the rotated part of the keys.
     """
 
-    def __init__(self, like: torch.nn.Module, num_rows: int, is_sequence_parallel: bool):
+    def __init__(self, weight: Tensor, num_rows: int, is_sequence_parallel: bool):
+        """`weight`: of the projection that it replaces."""
         super().__init__()
-        values = like.weight.new_empty(num_rows, like.weight.shape[1])  # type: ignore[operator, union-attr]
-        self.weight = torch.nn.Parameter(values)
+        self.weight = torch.nn.Parameter(weight.new_empty(num_rows, weight.shape[1]))
         # its gradient is summed over tensor ranks
         self.weight.sequence_parallel = is_sequence_parallel  # type: ignore[attr-defined]
 
@@ -47,9 +47,11 @@ class LatentAttention(MLASelfAttention):  # type: ignore[misc]
     def __init__(self, config: Any, *arguments: Any, **options: Any):
         super().__init__(config, *arguments, **options)
         split = config.sequence_parallel
-        self.linear_q_down_proj = Whole(self.linear_q_down_proj, config.q_lora_rank, split)
+        query: Any = self.linear_q_down_proj  # type: ignore[has-type]
+        both: Any = self.linear_kv_down_proj  # type: ignore[has-type]
+        self.linear_q_down_proj = Whole(query.weight, config.q_lora_rank, split)
         rows = config.kv_lora_rank + config.qk_pos_emb_head_dim
-        self.linear_kv_down_proj = Whole(self.linear_kv_down_proj, rows, split)
+        self.linear_kv_down_proj = Whole(both.weight, rows, split)
 
     def get_query_key_value_tensors(
         self, hidden_states: Tensor, key_value_states: None = None, position_ids: None = None,
@@ -80,4 +82,5 @@ class LatentAttention(MLASelfAttention):  # type: ignore[misc]
 
 def by_halves(x: Tensor) -> Tensor:
     """Move pairs that lie side by side apart, as `rotate` has them: […, r]."""
-    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    apart: Tensor = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    return apart

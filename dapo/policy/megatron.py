@@ -7,6 +7,7 @@ hidden size, V = vocabulary.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from dapo.learn.objective import importance, is_cut
 from dapo.learn.traces import Key, Trace, record
 from dapo.mesh import Mesh
 from dapo.model.families import read_shape
-from dapo.policy import chunks, cpu, metrics, schedule, torch_dist, weight_files
+from dapo.policy import chunks, cpu, metrics, schedule, torch_dist, weight_files, write_weights
 from dapo.policy.layout import initialize_megatron
 from dapo.policy.memory import UpdateMemory
 from dapo.policy.metrics import Sums
@@ -87,7 +88,7 @@ class Policy:
                 if name.endswith("expert_bias"):  # 16 bits would choose other experts
                     buffer.data = buffer.data.float()
         self._weights = Weights(self.chunks, self.shape)
-        self._weights.load(weights or weight_files.open_weights(config.policy.model, self.shape))
+        self._weights.load(weights or self._stored_weights())
         self.models = [DistributedDataParallel(self.transformer, ddp, module) for module in modules]
         self.optimizer = get_megatron_optimizer(optimizer, self.models)
         self.memory = UpdateMemory(self.models, self.optimizer, mesh.device)
@@ -99,6 +100,16 @@ class Policy:
             self.transformer.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self._saving: torch_dist.Save | None = None  # it reads parameters and optimizer state
         self._traces: dict[Key, Trace] = {}  # of the tokens that this rank reports
+
+    def _stored_weights(self) -> StoredWeights:
+        """Open those of policy.model, and say what of them is left out."""
+        found = weight_files.open_weights(self.config.policy.model, self.shape)
+        if isinstance(found, weight_files.HFWeights) and (left_out := found.left_out):
+            if self.config.policy.other_tensors == "refuse":
+                raise ConfigError(f"policy.other_tensors=refuse: {left_out}")
+            if self.mesh.is_main:
+                print(f"{left_out}; exports have them as they are", file=sys.stderr, flush=True)
+        return found
 
     @timed("old_logprobs")
     def place(self, batch: Batch[np.ndarray]) -> PlacedBatch:
@@ -219,7 +230,7 @@ class Policy:
         self.mesh.barrier()
 
     @timed("export")
-    def save_hf(self, target: Path, beside: Mapping[str, bytes] = weight_files.NONE) -> None:
+    def save_hf(self, target: Path, beside: Mapping[str, bytes] = write_weights.NONE) -> None:
         """Write the model as a Hugging Face directory, `beside` it other files: whole or not at all."""
         weights = self.weights()
         about = self.shape, self.transformer.params_dtype, self.config.policy.model
@@ -227,7 +238,7 @@ class Policy:
         def write() -> None:
             try:
                 if self.mesh.is_main:
-                    weight_files.save_hf([weights], *about, target, may_replace=True, beside=beside)
+                    write_weights.save_hf([weights], *about, target, may_replace=True, beside=beside)
             finally:
                 for _ in weights:  # every rank drains them, even if the disk has failed
                     pass

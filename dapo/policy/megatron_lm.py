@@ -106,7 +106,9 @@ def common_state(shape: ModelShape) -> dict[str, Any]:
 def extra_states(entries: list[Entry], shape: ModelShape) -> Iterator[tuple[str, Dimensions, Dimensions]]:
     """Yield (name, index, counts) of the states that Transformer Engine's modules want: see Writer."""
     layers, count = range(shape.num_layers), (shape.num_layers,)
-    found = {(f"decoder.layers.{ATTENTION}", (layer,), count) for layer in layers}
+    found: set[tuple[str, Dimensions, Dimensions]] = {
+        (f"decoder.layers.{ATTENTION}", (layer,), count) for layer in layers
+    }
     for entry in entries:
         if entry.megatron.rpartition(".")[0] not in NOT_OF_TRANSFORMER_ENGINE:
             found.add((entry.key.rpartition(".")[0], entry.place, entry.counts(shape)))

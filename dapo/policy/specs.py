@@ -18,10 +18,13 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
 
 from dapo.model.shape import ModelShape
 from dapo.policy.cpu import has_transformer_engine
@@ -34,7 +37,10 @@ def layer_spec(
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """Return this rank's layers, or the one that they are all like."""
     if has_transformer_engine():
-        return _engine_layers(shape, config, vp_stage)
+        found = _engine_layers(shape, config, vp_stage)
+        for layer in [found] if isinstance(found, ModuleSpec) else found.layer_specs:
+            _set_router(layer)
+        return found
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     layers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
 
@@ -77,7 +83,27 @@ def _plain_layer(config: TransformerConfig, is_delta: bool, has_experts: bool) -
         if config.qk_layernorm:
             attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
     parts.sharded_state_dict_keys_map = names
+    _set_router(layer)
     return layer
+
+
+class Router(TopKRouter):  # type: ignore[misc]
+    """Megatron's router, which lists a token's experts in one order in all passes.
+
+    Without gradients Megatron's own does not sort them: their outputs would be added in another order than in
+    an update, and the first minibatch's ratios would not be exactly 1.
+    """
+
+    def routing(self, logits: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            return super().routing(logits, *arguments, **options)  # type: ignore[no-any-return]
+
+
+def _set_router(layer: ModuleSpec) -> None:
+    """Give a layer's experts our router, if it has any."""
+    inner = getattr(layer.submodules.mlp, "keywords", {}).get("submodules")
+    if isinstance(inner, MoESubmodules):
+        inner.router = Router
 
 
 class DeltaNorm(RMSNorm):

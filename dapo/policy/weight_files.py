@@ -1,48 +1,35 @@
-"""A model's weights in files, as Hugging Face safetensors or as Megatron's distributed checkpoint.
+"""A model's weights in files, as Hugging Face safetensors or as Megatron's distributed checkpoint: reading.
 
-Both are streamed: reading takes the name table's entries; writing holds one tensor at a time, in each thread.
-A Hugging Face directory has config.json, *.safetensors and a tokenizer. A Megatron directory has policy/ in
-torch_dist and manifest.json, and Megatron-LM's what megatron_lm.py says; those that hf_to_megatron.py made
-also have config.json and a tokenizer.
+They are read as the name table's entries, one at a time. A Hugging Face directory has config.json,
+*.safetensors and a tokenizer. A Megatron directory has policy/ in torch_dist and manifest.json, and
+Megatron-LM's what megatron_lm.py says; what hf_to_megatron.py made also has config.json and a tokenizer.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import json
 import re
-import shutil
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Iterator
 from dataclasses import asdict
-from math import prod
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from dapo import files
-from dapo.clock import heartbeat
 from dapo.config import ConfigError
 from dapo.model import file_names
 from dapo.model.entries import Dimensions, Entry
-from dapo.model.files import EMBEDDING, HEAD, open_safetensors, read_dtypes, read_tensor, read_tied
+from dapo.model.files import EMBEDDING, HEAD, open_safetensors, read_headers, read_tensor, read_tied
 from dapo.model.names import table
-from dapo.model.shape import ModelShape, read_config
+from dapo.model.shape import ModelShape
 from dapo.policy import chunks, megatron_lm
-from dapo.policy.weights import StoredWeights, from_shards, to_shard
+from dapo.policy.weights import StoredWeights, from_shards
 
-T = TypeVar("T")
 Named = Iterator[tuple[str, Tensor]]  # with Hugging Face names
-SHARD_BYTES = 4 * 2**30  # size of a written file
 EXPORT = "export.json"  # of a directory that a run has exported: see exports.py
-NONE: Mapping[str, bytes] = MappingProxyType({})
-THREADS = 2  # with two, reading, checking, rearranging and writing take about as long as the disk
 SAFETENSORS_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+TORCH_DTYPE = {code: dtype for dtype, code in SAFETENSORS_DTYPE.items()}
 OF_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")  # in a tensor's name
 DTYPES = (*SAFETENSORS_DTYPE, torch.float64)  # that are read; others are quantized
 
@@ -72,11 +59,45 @@ class HFWeights:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of all tensors. Raise ConfigError if they are of several."""
-        known = {code: dtype for dtype, code in SAFETENSORS_DTYPE.items()}
         stored = {self._places[name].name for name in self._learnt}
-        files = {name: self._files[name] for name in stored}
-        dtypes = {name: known.get(code, code) for name, code in read_dtypes(files).items()}
-        return _only_dtype(self.directory, dtypes)
+        headers = read_headers({name: self._files[name] for name in stored}).items()
+        return _only_dtype(self.directory, {name: TORCH_DTYPE.get(code, code) for name, (code, _) in headers})
+
+    @property
+    def left_out(self) -> str | None:
+        """Tensors that are no part of the language model, in one line; None: there are none."""
+        counts = [
+            f"{len(names)} tensors of {owner}, first {min(names)}" for owner, names in self.aside.items()
+        ]
+        return f"{self.directory}: left out: {'; '.join(counts)}" if counts else None
+
+    def check_shapes(self, shape: ModelShape) -> None:
+        """Raise ConfigError if a tensor has another shape than config.json means. No tensor is read."""
+        headers = read_headers(self._files)
+        for entry in table(shape, is_fused=True):
+            for name, wanted in zip(entry.hf, entry.shapes, strict=True):
+                place = self._places[name]
+                found = headers[place.name][1]
+                if place.expert is not None:
+                    rows = len(range(*slice(*place.rows).indices(found[1])))
+                    found = (rows, *found[2:])
+                if found != wanted:
+                    raise ConfigError(_wrong_shape(self.directory, name, found, wanted))
+
+    def kept(self) -> dict[str, tuple[Path, torch.dtype, Dimensions]]:
+        """Return file, dtype and shape of the tensors that are no part of the language model, by name.
+
+        Raises:
+            ConfigError: one is of a dtype that is not written.
+        """
+        names = [name for owned in self.aside.values() for name in owned]
+        found = {}
+        for name, (code, dimensions) in read_headers({name: self._files[name] for name in names}).items():
+            if code not in TORCH_DTYPE:
+                known = ", ".join(TORCH_DTYPE)
+                raise ConfigError(f"{self.directory}: tensor {name} is {code}; expected {known}")
+            found[name] = self._files[name], TORCH_DTYPE[code], dimensions
+        return found
 
     def read(self, entry: Entry) -> list[Tensor]:
         """See StoredWeights."""
@@ -152,14 +173,20 @@ def _checked(directory: Path, entry: Entry, tensors: list[Tensor]) -> list[Tenso
     """
     for name, tensor, wanted in zip(entry.hf, tensors, entry.shapes, strict=True):
         if tensor.dtype not in DTYPES:
-            expected = ", ".join(map(_name, DTYPES))
-            raise ConfigError(f"{directory}: tensor {name} is {_name(tensor.dtype)}; expected {expected}")
+            expected = ", ".join(map(dtype_name, DTYPES))
+            raise ConfigError(
+                f"{directory}: tensor {name} is {dtype_name(tensor.dtype)}; expected {expected}"
+            )
         if (found := tuple(tensor.shape)) != wanted:
-            raise ConfigError(f"{directory}: tensor {name} has shape {found}, config.json means {wanted}")
+            raise ConfigError(_wrong_shape(directory, name, found, wanted))
         # with a NaN both are NaN; takes an eighth of isfinite's time
         if not torch.stack(torch.aminmax(tensor)).isfinite().all():
             raise ConfigError(f"{directory}: tensor {name} holds NaN or infinite values")
     return tensors
+
+
+def _wrong_shape(directory: Path, name: str, found: Dimensions, wanted: Dimensions) -> str:
+    return f"{directory}: tensor {name} has shape {found}, config.json means {wanted}"
 
 
 def _only_dtype(directory: Path, dtypes: dict[str, torch.dtype | str]) -> torch.dtype:
@@ -167,11 +194,11 @@ def _only_dtype(directory: Path, dtypes: dict[str, torch.dtype | str]) -> torch.
     first = min(dtypes)
     dtype = dtypes[first]
     if other := min((name for name in dtypes if dtypes[name] != dtype), default=None):
-        both = f"tensor {first} is {_name(dtype)}, {other} is {_name(dtypes[other])}"
+        both = f"tensor {first} is {dtype_name(dtype)}, {other} is {dtype_name(dtypes[other])}"
         raise ConfigError(f"{directory}: {both}: choose one for all of them with --dtype")
     if not isinstance(dtype, torch.dtype) or dtype not in SAFETENSORS_DTYPE:
-        known = ", ".join(map(_name, SAFETENSORS_DTYPE))
-        raise ConfigError(f"{directory}: the tensors are {_name(dtype)}: choose {known} with --dtype")
+        known = ", ".join(map(dtype_name, SAFETENSORS_DTYPE))
+        raise ConfigError(f"{directory}: the tensors are {dtype_name(dtype)}: choose {known} with --dtype")
     return dtype
 
 
@@ -225,19 +252,6 @@ def check_checkpoint(directory: Path, shape: ModelShape) -> None:
                 raise ConfigError(f"{directory}: {message}")
 
 
-def parts(shape: ModelShape) -> list[list[Entry]]:
-    """Return the table in THREADS parts of about the same size, one for each thread that reads and writes."""
-    entries = table(shape, is_fused=True)
-    found: list[list[int]] = [[] for _ in range(THREADS)]
-    loads = [0] * THREADS
-    # the largest first: small ones fill what is left
-    for i in sorted(range(len(entries)), key=lambda i: -entries[i].size):
-        least = loads.index(min(loads))
-        found[least].append(i)
-        loads[least] += entries[i].size
-    return [[entries[i] for i in sorted(part)] for part in found]
-
-
 def hf_tensors(
     weights: StoredWeights,
     shape: ModelShape,
@@ -259,187 +273,9 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         largest, limit = max(torch.aminmax(tensor), key=abs), torch.finfo(dtype).max
         if largest.to(dtype).isinf():
             value = float(largest)
-            raise ConfigError(f"tensor {name} holds {value:.9g}, but {_name(dtype)} ends at {limit:.9g}")
+            raise ConfigError(f"tensor {name} holds {value:.9g}, but {dtype_name(dtype)} ends at {limit:.9g}")
     return tensor.to(dtype)
 
 
-def _name(dtype: torch.dtype | str) -> str:
+def dtype_name(dtype: torch.dtype | str) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def save_hf(
-    tensors: Sequence[Named],
-    shape: ModelShape,
-    dtype: torch.dtype,
-    source: Path,
-    target: Path,
-    *,
-    shard_bytes: int = SHARD_BYTES,
-    may_replace: bool = False,
-    beside: Mapping[str, bytes] = NONE,
-) -> None:
-    """Write a Hugging Face directory: the table's tensors in its order; config, tokenizer etc. from `source`.
-
-    `tensors`: all of them, in any order; a thread for each iterator, or this thread for a single one.
-    `beside`: other files. The directory appears whole or not at all.
-
-    Raises:
-        ConfigError: `target` exists and may not be replaced, or the disk has no room.
-    """
-    shards: list[dict[str, tuple[torch.dtype, Dimensions]]] = [{}]
-    room, total = shard_bytes, 0
-    for entry in table(shape, is_fused=True):
-        own = torch.float32 if entry.is_buffer else dtype
-        for name, dimensions in zip(entry.hf, entry.shapes, strict=True):
-            num_bytes = prod(dimensions) * own.itemsize
-            if num_bytes > room and shards[-1]:
-                shards.append({})
-                room = shard_bytes
-            shards[-1][file_names.name_in_files(name, shape)] = own, dimensions
-            room -= num_bytes
-            total += num_bytes
-    with files.made_whole(target, total, may_replace) as partial, contextlib.ExitStack() as opened:
-        carry_over(source, partial, dtype)
-        written: dict[str, _Safetensors] = {}
-        places: dict[str, str] = {}
-        for i, shard in enumerate(shards):
-            name = "model.safetensors"
-            if len(shards) > 1:
-                name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-            written |= dict.fromkeys(shard, opened.enter_context(_Safetensors(partial / name, shard)))
-            places |= dict.fromkeys(shard, name)
-
-        def write(part: Named) -> None:
-            for name, tensor in part:
-                name = file_names.name_in_files(name, shape)
-                written.pop(name).write(name, tensor)
-                heartbeat()
-
-        _in_threads(write, tensors)
-        assert not written, f"not in `tensors`: {sorted(written)}"
-        if len(shards) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": places}
-            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-        for name, content in beside.items():
-            (partial / name).write_bytes(content)
-
-
-class _Safetensors:
-    """A safetensors file whose tensors are written in any order, from any thread.
-
-    It has 8 bytes of the header's length, a JSON header, and the tensors end to end.
-    """
-
-    def __init__(self, path: Path, sizes: dict[str, tuple[torch.dtype, Dimensions]]):
-        self.sizes = sizes
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name, (dtype, dimensions) in sizes.items():
-            start, end = end, end + prod(dimensions) * dtype.itemsize
-            offsets = [start, end]
-            header[name] = {"dtype": SAFETENSORS_DTYPE[dtype], "shape": dimensions, "data_offsets": offsets}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115  # until close
-        begin = self._file.write(len(text).to_bytes(8, "little") + text)
-        self._places = {name: begin + header[name]["data_offsets"][0] for name in sizes}
-
-    def __enter__(self) -> _Safetensors:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        found, (dtype, wanted) = tuple(tensor.shape), self.sizes[name]
-        assert found == wanted, f"{name} {found} instead of {wanted}"
-        data = tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy().data
-        files.write_at(self._file, data, self._places[name])
-
-
-def save_megatron(
-    weights: StoredWeights,
-    shape: ModelShape,
-    dtype: torch.dtype,
-    source: Path,
-    target: Path,
-    *,
-    shard_bytes: int = SHARD_BYTES,
-    for_megatron_lm: bool = False,
-) -> None:
-    """Write a Megatron directory that any layout can load: weights, and config etc. from `source`.
-
-    `for_megatron_lm`: as Megatron-LM wants it. It appears whole or not at all.
-
-    Raises:
-        ConfigError: as `save_hf`.
-    """
-    entries = table(shape, is_fused=True)
-    total = sum(entry.size for entry in entries) * dtype.itemsize
-    with files.made_whole(target, total) as partial:
-        carry_over(source, partial, dtype)
-        folder = partial / (megatron_lm.RELEASE if for_megatron_lm else "policy")
-        writer = _write_chunks(weights, shape, dtype, folder, shard_bytes)
-        if for_megatron_lm:
-            for name, index, counts in megatron_lm.extra_states(entries, shape):
-                writer.write_object(name, megatron_lm.EMPTY, index, counts)
-            writer.close(megatron_lm.common_state(shape))
-            (partial / megatron_lm.TRACKER).write_text(megatron_lm.RELEASE)
-        else:
-            writer.close()
-            sums = {f"policy/{name}": size for name, size in writer.sums.items()}
-            files.write_manifest(partial, sums, {"model": asdict(shape)})
-
-
-def _write_chunks(
-    weights: StoredWeights, shape: ModelShape, dtype: torch.dtype, directory: Path, shard_bytes: int
-) -> chunks.Writer:
-    """Write all tensors into a new directory. Return the writer, which is to be closed."""
-    directory.mkdir()
-    writer = chunks.Writer(directory, shard_bytes)
-
-    def convert(part: Iterator[tuple[int, Entry]]) -> None:
-        for number, entry in part:
-            tensors = [tensor for _, tensor in hf_tensors(weights, shape, dtype, [entry])]
-            whole = to_shard(entry, tensors, shape, 0, 1)
-            sections = whole.split(entry.sections) if entry.section_names else [whole]
-            for key, part in zip(entry.keys, sections, strict=True):
-                writer.write(key, part, entry.place, entry.counts(shape), number)
-
-    _in_threads(convert, [zip(itertools.repeat(i), part) for i, part in enumerate(parts(shape))])
-    return writer
-
-
-def _in_threads(work: Callable[[Iterator[T]], None], parts: Sequence[Iterator[T]]) -> None:
-    """Call `work` with every part, in a thread for each; with a single one in this thread.
-
-    When one fails, or the caller is interrupted, the others stop at their next item.
-    """
-    if len(parts) == 1:
-        work(parts[0])
-        return
-    is_over = threading.Event()
-
-    def until_over(part: Iterator[T]) -> Iterator[T]:
-        return itertools.takewhile(lambda _: not is_over.is_set(), part)
-
-    with ThreadPoolExecutor(len(parts)) as pool:
-        working = [pool.submit(work, until_over(part)) for part in parts]
-        try:
-            wait(working, return_when=FIRST_EXCEPTION)
-        finally:
-            is_over.set()
-        for each in working:
-            each.result()
-
-
-def carry_over(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Copy config.json, with the new dtype, and the tokenizer, generation config and the like."""
-    for path in source.iterdir():
-        is_ours = path.name in (files.MANIFEST, EXPORT) or path.name.endswith(".index.json")
-        if path.is_file() and path.suffix in {".json", ".txt", ".model", ".jinja"} and not is_ours:
-            shutil.copy2(path, target / path.name)
-    config = read_config(target)
-    name = "torch_dtype" if "torch_dtype" in config else "dtype"
-    if config.get(name) != _name(dtype):
-        (target / "config.json").write_text(json.dumps(config | {name: _name(dtype)}, indent=2) + "\n")

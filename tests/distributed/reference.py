@@ -61,7 +61,8 @@ def make_hf(model: str, is_tied: bool, directory: Path, layers: int = 4) -> None
         "qwen3-yarn": (*kinds["qwen3"][:2], {"head_dim": 16, "rope_parameters": YARN}),
         "llama3": (*kinds["llama"][:2], {"rope_parameters": LLAMA3}),
     }
-    experts = dict(head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48)
+    # four: of two the order in which they are added makes no difference
+    experts = dict(head_dim=16, num_experts=8, num_experts_per_tok=4, moe_intermediate_size=48)
     kinds |= {
         "qwen3_moe": (
             transformers.Qwen3MoeConfig,

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from dapo.model.families import read_shape
 from dapo.model.names import table
-from dapo.policy import chunks, weight_files
+from dapo.policy import chunks, weight_files, write_weights
 from dapo.policy.weight_files import open_weights
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -415,7 +415,7 @@ def test_when_one_thread_fails_the_others_stop() -> None:
             time.sleep(0.001)
 
     with pytest.raises(KeyboardInterrupt):
-        weight_files._in_threads(work, [items, iter([-1])])
+        write_weights._in_threads(work, [items, iter([-1])])
     assert next(items, 1000) < 1000
 
 

@@ -36,6 +36,10 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
+PLAIN: Kind = "qkv"
+GATED: Kind = "gated_qkv"
+
+
 @dataclass(frozen=True)
 class Family:
     """An architecture, by the model_type of its config.json."""
@@ -92,7 +96,7 @@ class Family:
             shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         )  # fmt: skip
         norm = "self_attention.linear_qkv.layer_norm_weight" if is_fused else "input_layernorm.weight"
-        q_rows, kind = (2 * q, "gated_qkv") if shape.is_gated else (q, "qkv")
+        q_rows, kind = 2 * q if shape.is_gated else q, GATED if shape.is_gated else PLAIN
         qkv = {f"self_attn.{x}_proj": rows for x, rows in (("q", q_rows), ("k", kv), ("v", kv))}
         weights = {f"{name}.weight": (rows, hidden) for name, rows in qkv.items()}
         entries = [

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from dapo import config as configs
 from dapo.config import Config, ConfigError, plain_yaml
 from dapo.plan import semantics
-from dapo.policy import weight_files
+from dapo.policy import write_weights
 from dapo.policy.exports import export
 from dapo.policy.megatron import Policy
 from dapo.report import curves
@@ -144,7 +144,7 @@ def test_the_record_beside_the_model_says_what_it_is(
     assert dumped and plain_yaml.load(dumped[1]) == run.model_dump(mode="json")
     found = json.loads((folder / "export.json").read_text())
     assert found == {"step": 2, "metrics": {"eval/accuracy": 0.375, METRIC: 0.375}}
-    weight_files.carry_over(folder, tmp_path, torch.float32)
+    write_weights.carry_over(folder, tmp_path, torch.float32)
     assert not (tmp_path / "export.json").exists(), "a model made of this one is another"
     assert "(curves.png)" in text and (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
