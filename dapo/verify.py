@@ -72,10 +72,10 @@ def policies(a: Path, b: Path) -> Iterator[Finding]:
     here, there = _names(x), _names(y)
     missing = set(here) ^ set(there)
     yield Finding("tensors, by name", len(here), len(missing) / len(here))
-    for what in ("parameters", "main parameters", "moments"):
+    for what in ("parameters", "main parameters", "moments", "buffers"):
         names = [name for name in here if _kind(name) == what and name not in missing]
-        if not names and what == "main parameters":
-            continue  # of a float32 model
+        if not names and what in ("main parameters", "buffers"):
+            continue  # of a float32 model; of one without a router's bias
         squares = torch.zeros(2, dtype=torch.float64)  # of the difference, and of the first run's values
         for name in names:
             num_rows = min(x.sizes[name][0], y.sizes[name][0])
@@ -87,7 +87,7 @@ def policies(a: Path, b: Path) -> Iterator[Finding]:
 
 def _kind(name: str) -> str:
     if not name.startswith("optimizer."):
-        return "parameters"
+        return "buffers" if name.endswith(".expert_bias") else "parameters"
     return "main parameters" if name.startswith(MAIN) else "moments"
 
 

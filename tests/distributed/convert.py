@@ -45,6 +45,9 @@ MODELS = [  # name, whether tied, dtype
         ("qwen3_moe", False, "float32"),
     ],
     *[("qwen2", False, "bfloat16"), ("qwen3", True, "bfloat16"), ("qwen3_moe", False, "bfloat16")],
+    *[("qwen3_5_text", True, "float32"), ("qwen3_5_moe_text", False, "bfloat16")],
+    *[("qwen3_next", False, "float32"), ("glm4_moe_lite", False, "float32")],
+    ("deepseek_v3", False, "bfloat16"),  # but for the router's bias
 ]
 
 
@@ -61,7 +64,8 @@ def is_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def layout(model: str) -> configs.Parallel:
-    return configs.Parallel(tensor=2, pipeline=2, expert=2 if "moe" in model else 1)
+    has_experts = "moe" in model or model in ("qwen3_next", "deepseek_v3")
+    return configs.Parallel(tensor=2, pipeline=2, expert=2 if has_experts else 1)
 
 
 def run(model: str, is_tied: bool, dtype: str, directory: Path, mesh: Mesh) -> dict[str, Any]:

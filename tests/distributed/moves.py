@@ -29,6 +29,10 @@ LAYOUTS = {  # of four processes
     "experts over 2, tensor 2, pipeline 2": ["parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=2"],
     "experts over 2, data 4": ["parallel.tensor=1", "parallel.expert=2"],
     "experts over 4, data 4": ["parallel.tensor=1", "parallel.expert=4"],
+    "DeltaNet, tensor 2, context 2": ["parallel.tensor=2", "parallel.context=2", "parallel.expert=2"],
+    "DeltaNet, pipeline 2, data 2": ["parallel.tensor=1", "parallel.pipeline=2", "parallel.expert=2"],
+    "latent, tensor 2, pipeline 2": ["parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=2"],
+    "latent, data 4": ["parallel.tensor=1", "parallel.expert=4"],
 }
 HUB = "tensor 2, pipeline 2"
 RING = [  # each of them is saved, and each is gone on in
@@ -50,11 +54,14 @@ MOVES = [  # saved in → gone on in
     ("experts over 4, data 4", "experts whole, pipeline 2, data 2"),
     ("experts over 4, data 4", "experts over 2, tensor 2, pipeline 2"),
     ("experts over 2, tensor 2, pipeline 2", "experts over 2, data 4"),
+    ("DeltaNet, tensor 2, context 2", "DeltaNet, pipeline 2, data 2"),
+    ("DeltaNet, pipeline 2, data 2", "DeltaNet, tensor 2, context 2"),
+    ("latent, tensor 2, pipeline 2", "latent, data 4"),
 ]
 
 
 def model_of(layout: str) -> str:
-    return "experts" if "experts" in layout else "dense"
+    return next((kind for kind in ("experts", "DeltaNet", "latent") if kind in layout), "dense")
 
 
 def is_bfloat16(layout: str) -> bool:

@@ -44,7 +44,7 @@ LLAMA3 = {
 }
 
 
-def make_hf(model: str, is_tied: bool, directory: Path, layers: int = 4) -> None:
+def make_hf(model: str, is_tied: bool, directory: Path, layers: int = 4, vocab: int = VOCAB) -> None:
     """Save a random model in which biases and norms matter."""
     kinds = {
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
@@ -114,7 +114,7 @@ def make_hf(model: str, is_tied: bool, directory: Path, layers: int = 4) -> None
     }
     config, cls, extra = kinds[model]
     shape = dict(
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=layers,

@@ -27,6 +27,7 @@ from tests.distributed import resume
 from tests.distributed.launch import ROOT
 from tests.distributed.moves import HUB, LAYOUTS, MOVES, is_bfloat16, model_of
 from tests.distributed.ranks import prepare_rank
+from tests.distributed.reference import make_hf
 
 STEPS = 2  # before the move
 OPTIONS = [
@@ -56,6 +57,10 @@ def make_models(root: Path) -> None:
     torch.manual_seed(1)
     transformers.Qwen2ForCausalLM(config).save_pretrained(root / "dense")
     resume.make_base("expert-parallel", root / "experts")
+    for name, kind in (("DeltaNet", "qwen3_5_moe_text"), ("latent", "deepseek_v3")):
+        make_hf(kind, True, root / name, vocab=config.vocab_size)
+        for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+            shutil.copy(root / "dense" / file, root / name)
 
 
 def restored(source: Path, target: Path, options: list[str], is_poisoned: bool = False) -> str:
