@@ -185,6 +185,12 @@ CASES = [
     Case(4, 1, 2, "llama", virtual=2, layers=8, budget=40, recompute="block"),
 ]
 
+LAYER_FAULTS = [
+    Case(1, 1, 1, "qwen3_5_text", fault="swapped gate"),
+    Case(2, 2, 1, "deepseek_v3", fault="heads not summed"),
+    Case(2, 2, 1, "qwen3_5_text", fault="norm not summed"),
+]
+
 CASES += [  # other objectives, in every split
     Case(1, 1, 1, "qwen2", objective="cispo", normaliser="group_token_mean"),
     Case(1, 1, 1, "qwen3", objective="gspo", normaliser="sample_mean", stale=True),

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from safetensors.torch import load_file
 
 from dapo import config as configs
 from dapo.mesh import Mesh
-from dapo.policy import metrics, schedule
+from dapo.policy import latent, metrics, schedule
+from dapo.policy.latent import gather_from_sequence_parallel_region
 from dapo.policy.megatron import PlacedBatch, Policy, PolicyError
 from dapo.policy.schedule import get_forward_backward_func
 from dapo.types import Group
 from tests.batches import batch_of_rank
-from tests.distributed.cases import CASES, FAULTS, OBJECTIVES, Case
+from tests.distributed.cases import CASES, FAULTS, LAYER_FAULTS, OBJECTIVES, Case
 from tests.distributed.ranks import prepare_rank
 from tests.distributed.reference import (
     EPS,
@@ -160,6 +162,7 @@ def gradient_gaps(policy: Policy, grads: dict[str, torch.Tensor]) -> dict[str, A
 def inject(fault: str, policy: Policy) -> None:
     """Make the gradient scale wrong, as a mistake in Megatron's settings would; nothing else changes."""
     schedule.get_forward_backward_func = get_forward_backward_func
+    latent.gather_from_sequence_parallel_region = gather_from_sequence_parallel_region
     # Megatron multiplies a loss that comes without a number of tokens so, and averages it
     if fault == "context factor":
         finalize = policy.transformer.finalize_model_grads_func
@@ -198,6 +201,20 @@ def inject(fault: str, policy: Policy) -> None:
                         param.main_grad.mul_(1 / policy.config.parallel.tensor)
 
         policy.transformer.finalize_model_grads_func = halved
+    elif fault == "swapped gate":  # queries where gates should be
+        for layer in policy.chunks[0].decoder.layers:
+            if hasattr(layer.self_attention, "linear_qkv"):
+                weight, groups = layer.self_attention.linear_qkv.weight, policy.shape.num_kv_heads
+                rows = policy.shape.num_heads // groups * policy.shape.head_dim
+                query, gate, rest = weight.data.unflatten(0, (groups, -1)).tensor_split([rows, 2 * rows], 1)
+                weight.data.copy_(torch.cat([gate, query, rest], 1).flatten(0, 1))
+    elif fault == "heads not summed":  # as Megatron's own layers, where ranks have parts of down projections
+        gather = latent.gather_from_sequence_parallel_region
+        latent.gather_from_sequence_parallel_region = partial(gather, tensor_parallel_output_grad=False)
+    elif fault == "norm not summed":  # each rank has other heads' part of the gradient
+        for name, param in policy.chunks[0].named_parameters():
+            if name.endswith("out_norm.weight"):
+                param.sequence_parallel = False
     else:
         assert not fault
 
@@ -289,7 +306,7 @@ def main(out: str, only: str = "") -> None:
 
     prepare_rank()
     results = []
-    for case in CASES + FAULTS:
+    for case in CASES + FAULTS + LAYER_FAULTS:
         if case.world != int(os.environ["WORLD_SIZE"]) or not re.search(only, case.name):
             continue
         directory = Path(out).parent / case.name

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.cases import CASES, FAULTS, Bounds, Case
+from tests.distributed.cases import CASES, FAULTS, LAYER_FAULTS, Bounds, Case
 from tests.distributed.launch import forked, measured
 
 
@@ -34,6 +34,19 @@ def test_a_wrong_gradient_scale_is_beyond_every_bound_on_gradients(case: Case) -
     assert result["logprobs"] <= Bounds().logprobs, "something else is wrong too"
     assert result["gradients"] > 1000 * Bounds().gradients
     assert grad_norm_gap(result) > 100 * Bounds().grad_norm
+
+
+@pytest.mark.parametrize("case", LAYER_FAULTS, ids=lambda case: case.name)
+def test_a_mistake_in_a_layer_is_beyond_the_bounds(case: Case) -> None:
+    result, bounds = measured_of(case), case.bounds
+    if case.fault == "swapped gate":
+        assert result["logprobs"] > 1000 * bounds.logprobs
+        return
+    assert result["logprobs"] <= bounds.logprobs, "something else is wrong too"
+    of = "self_attn.kv_a_proj_with_mqa" if case.fault == "heads not summed" else "linear_attn.norm"
+    gap, name = result["worst gradient"]
+    assert gap > 1000 * bounds.largest
+    assert of in name
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -103,7 +103,8 @@ def exported(policy: Policy, mesh: Mesh, root: Path) -> int:
 
 
 def main(out: str) -> None:
-    parity.CASES, parity.FAULTS = [case for case in parity.CASES if case.name in CASES], []
+    parity.CASES = [case for case in parity.CASES if case.name in CASES]
+    parity.FAULTS = parity.LAYER_FAULTS = []
     parity.main(out)
     mesh, root = Mesh(configs.Parallel(tensor=1)), Path(out).parent
     findings = {"name": "moved", "findings": moved(root / "moved")}
