@@ -33,7 +33,7 @@ def test_a_wrong_gradient_scale_is_beyond_every_bound_on_gradients(case: Case) -
     result = measured_of(case)
     assert result["logprobs"] <= Bounds().logprobs, "something else is wrong too"
     assert result["gradients"] > 1000 * Bounds().gradients
-    assert grad_norm_gap(result) > 100 * Bounds().grad_norm
+    assert grad_norm_gap(result) > 50 * Bounds().grad_norm
 
 
 @pytest.mark.parametrize("case", LAYER_FAULTS, ids=lambda case: case.name)
