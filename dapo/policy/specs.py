@@ -8,15 +8,11 @@ from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
-    get_transformer_block_with_experimental_attention_variant_spec,
-)
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
@@ -67,6 +63,9 @@ def _plain_layer(config: TransformerConfig, is_delta: bool, has_experts: bool) -
     names = {} if has_experts else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
     attention = parts.self_attention
     if is_delta:
+        # imported here: it imports flash-linear-attention, which takes seconds, where it is
+        from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+
         names["input_layernorm."] = "self_attention.in_proj.layer_norm_"
         inner = GatedDeltaNetSubmodules(ColumnParallelLinear, DeltaNorm, RowParallelLinear)
         parts.self_attention = ModuleSpec(module=GatedDeltaNet, submodules=inner)
@@ -119,6 +118,11 @@ def _engine_layers(
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """Return the layers of Transformer Engine."""
     if shape.delta:
+        from megatron.core.models.gpt.experimental_attention_variant_module_specs import (
+            get_transformer_block_with_experimental_attention_variant_spec,
+        )
+        from megatron.core.ssm.gated_delta_net import GatedDeltaNet
+
         block = get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage=vp_stage)
         for layer in block.layer_specs:
             attention = layer.submodules.self_attention
