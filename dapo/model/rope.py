@@ -45,6 +45,18 @@ RopeScaling = Linear | Llama3 | Yarn
 ROPE_TYPES = {"default": None, "linear": Linear, "llama3": Llama3, "yarn": Yarn}
 
 
+# which dimensions are rotated, not how far: a family reads them
+WHICH = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
+
+
+def without_which(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a config.json as parse_rope wants them: without WHICH among rope_parameters."""
+    rope = raw.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return raw
+    return raw | {"rope_parameters": {key: value for key, value in rope.items() if key not in WHICH}}
+
+
 def parse_rope(path: Path, raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """Return (rope_theta, how the embedding is stretched; None: not at all) from the fields `raw` of `path`.
 

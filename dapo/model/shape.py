@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dapo.config import ConfigError
-from dapo.model.rope import Linear, RopeScaling, Yarn, parse_rope
+from dapo.model.rope import Linear, RopeScaling, Yarn, parse_rope, without_which
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,8 @@ def max_tokens(directory: Path) -> int | None:
     if raw.get("max_position_embeddings") is None:
         return None
     positions: int = read_sizes(path, raw, {"max_position_embeddings": "positions"})["positions"]
-    _, scaling = parse_rope(path, {name: value for name, value in raw.items() if value is not None})
+    given = {name: value for name, value in raw.items() if value is not None}
+    _, scaling = parse_rope(path, without_which(given))
     if isinstance(scaling, Linear):
         return int(positions * scaling.factor)
     if isinstance(

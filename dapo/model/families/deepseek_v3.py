@@ -10,9 +10,10 @@ from dapo.config import ConfigError
 from dapo.model.entries import Entry
 from dapo.model.families import experts
 from dapo.model.families.family import FIXED, UNDERSTOOD, Family, of_layer
-from dapo.model.rope import Yarn
+from dapo.model.rope import Yarn, without_which
 from dapo.model.shape import Latent, ModelShape, SigmoidRouter, read_sizes
 
+PART = "partial_rotary_factor"  # of the rotated part all of it
 EXPERT_SIZES = {
     "n_routed_experts": "num_experts", "num_experts_per_tok": "experts_per_token",
     "moe_intermediate_size": "expert_ffn_size",
@@ -27,7 +28,7 @@ LATENT_UNDERSTOOD = {
 }  # fmt: skip
 LATENT_FIXED: Mapping[str, tuple[Any, ...]] = {
     "norm_topk_prob": (True,), "rope_interleave": (True,), "scoring_func": ("sigmoid",),
-    "topk_method": ("noaux_tc",), "moe_layer_freq": (1,), "partial_rotary_factor": (1.0,),
+    "topk_method": ("noaux_tc",), "moe_layer_freq": (1,), PART: (1.0,),
 }  # fmt: skip
 
 
@@ -35,9 +36,8 @@ class DeepSeekV3(Family):
     def filled(self, raw: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
         """See Family. The head size of queries and keys is that of both their parts."""
         found = super().filled(raw, sizes)
-        if isinstance(rope := found.get("rope_parameters"), dict):
-            whole = ("partial_rotary_factor", 1.0)  # all of the rotated part
-            found["rope_parameters"] = {key: rope[key] for key in rope if (key, rope[key]) != whole}
+        if isinstance(rope := found.get("rope_parameters"), dict) and rope.get(PART, 1.0) == 1.0:
+            found = without_which(found)
         both = [found.get(name) for name in ("qk_nope_head_dim", "qk_rope_head_dim")]
         is_known = all(type(size) is int for size in both)
         return found | {"head_dim": sum(both) if is_known else None}  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from dapo.config import ConfigError
 from dapo.model.entries import Entry, Kind
 from dapo.model.families.family import FIXED, UNDERSTOOD, Family, of_layer
 from dapo.model.families.qwen3_moe import EXPERTS_FIXED, EXPERTS_UNDERSTOOD, Qwen3Moe
+from dapo.model.rope import without_which
 from dapo.model.shape import DeltaNet, ModelShape, read_sizes
 
 DELTA_SIZES = {
@@ -38,12 +39,10 @@ class Delta(Family):
         """See Family. The part that is rotated may stand among the fields of the rotary embedding."""
         found = DELTA_DEFAULTS | super().filled(raw, sizes)
         if isinstance(rope := found.get("rope_parameters"), dict):
-            rope = dict(rope)
-            found["partial_rotary_factor"] = rope.pop("partial_rotary_factor", found["partial_rotary_factor"])
-            # of a token of text all three positions are the same, so its rotation is the usual one
-            rope = {key: value for key, value in rope.items() if not key.startswith("mrope_")}
-            found["rope_parameters"] = rope
-        return found
+            part = "partial_rotary_factor"
+            found[part] = rope.get(part, found[part])
+        # of a token of text all three positions of mrope are the same, so its rotation is the usual one
+        return without_which(found)
 
     def fields(self, path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
         """See Family."""
