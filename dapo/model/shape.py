@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dapo.config import ConfigError
 from dapo.model.rope import Linear, RopeScaling, Yarn, parse_rope, without_which
@@ -54,6 +55,13 @@ class SigmoidRouter:
     num_groups: int
     groups_per_token: int
     scale: float  # factor of the experts' weights
+
+
+class LayerKind(NamedTuple):
+    """The parts of a layer that can be others than in another layer of the model."""
+
+    is_delta: bool  # a DeltaNet is in the place of attention
+    has_experts: bool  # they are in the place of an MLP
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,17 @@ class ModelShape:
 
     def has_experts(self, layer: int) -> bool:
         return self.num_experts > 0 and layer >= self.num_dense_layers
+
+    def kinds(self, layers: Iterable[int] | None = None) -> Counter[LayerKind]:
+        """Count the kinds of some layers, by default of all."""
+        counted = range(self.num_layers) if layers is None else layers
+        return Counter(LayerKind(self.is_delta(layer), self.has_experts(layer)) for layer in counted)
+
+    def chunks(self, pipeline: int, stage: int, virtual: int = 1) -> list[range]:
+        """Return the layers of each chunk of a pipeline stage; `virtual`: number of chunks on a stage."""
+        count = pipeline * virtual
+        size = self.num_layers // count
+        return [range(i * size, (i + 1) * size) for i in range(stage, count, pipeline)]
 
 
 def read_config(directory: Path, name: str = "config.json") -> dict[str, Any]:

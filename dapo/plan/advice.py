@@ -11,7 +11,7 @@ from dapo.config import Config, ConfigError
 from dapo.model.layout import check_layout
 from dapo.model.shape import ModelShape
 from dapo.plan.activations import Backend
-from dapo.plan.memory import GIB, Rank
+from dapo.plan.memory import GIB, Rank, mlp_modules
 from dapo.plan.servers import CONTEXT, FRACTION, Servers, are_colocated
 from dapo.plan.time import Hardware, Time
 
@@ -102,8 +102,8 @@ def _kinds(plan: Plan) -> list[list[Change]]:
     policy, parallel, megatron = plan.config.policy, plan.config.parallel, plan.worst.megatron
     num_tokens = {max(policy.tokens_per_microbatch >> n, plan.worst.longest) for n in range(1, 6)}
     num_tokens -= {policy.tokens_per_microbatch}
-    module = "moe" if plan.shape.num_experts else "mlp"
-    mlp = _passthrough("recompute_granularity=selective", f"recompute_modules=[{module}]")
+    modules = ",".join(mlp_modules(plan.shape))
+    mlp = _passthrough("recompute_granularity=selective", f"recompute_modules=[{modules}]")
     full = _passthrough("recompute_granularity=full", "recompute_method=uniform", "recompute_num_layers=1")
     precision = "use_precision_aware_optimizer=true"  # without it no checkpoint can be loaded
     offload = _passthrough("optimizer_cpu_offload=true", "optimizer_offload_fraction=1.0", precision)

@@ -11,6 +11,7 @@ from dapo.config import Config, ConfigError
 from dapo.model.layout import check_layout
 from dapo.model.parameters import num_parameters
 from dapo.model.shape import ModelShape
+from dapo.plan.memory import mlp_modules
 from dapo.plan.plan import make_plan
 from dapo.plan.time import HARDWARE, MACHINE
 
@@ -135,8 +136,8 @@ def _engines(machine: Machine, shape: ModelShape, longest: int) -> Iterator[tupl
 
 def _savings(shape: ModelShape) -> list[Fields]:
     """Return fields of policy.megatron, from the fastest to those that save most memory."""
-    module = "moe" if shape.num_experts else "mlp"
-    return [{}, {"recompute_granularity": "selective", "recompute_modules": [module]}, FULL, FULL | OFFLOAD]
+    selective = {"recompute_granularity": "selective", "recompute_modules": mlp_modules(shape)}
+    return [{}, selective, FULL, FULL | OFFLOAD]
 
 
 def _splits(ranks: int) -> list[tuple[int, int]]:

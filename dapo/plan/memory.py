@@ -7,15 +7,17 @@ each sends its own tokens to the ranks that have them. Routing is taken as balan
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from math import ceil
 
 from dapo.config import Config, Parallel
 from dapo.model.layout import padded_vocab
 from dapo.model.parameters import expert_parameters, largest_parameter, num_parameters, stage_parameters
 from dapo.model.passthrough import Passthrough
-from dapo.model.shape import ModelShape
+from dapo.model.shape import LayerKind, ModelShape
 from dapo.plan.activations import Backend, Layer
 
 GIB = 2**30
@@ -26,6 +28,12 @@ CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 2400 << 20, "transformer_engine": 2400 <
 BATCH_BYTES = 46
 
 CHECKPOINT = "a checkpoint"
+
+
+def mlp_modules(shape: ModelShape) -> list[str]:
+    """Return which of Megatron's recompute_modules cover MLPs and experts of all layers."""
+    kinds = {kind.has_experts for kind in shape.kinds()}
+    return [name for has_experts, name in ((True, "moe"), (False, "mlp")) if has_experts in kinds]
 
 
 @dataclass(frozen=True)
@@ -90,13 +98,16 @@ class Rank:
     @cached_property
     def parameters(self) -> int:
         """Number of parameters, experts included."""
-        dense = stage_parameters(self.shape, self.parallel.tensor, self.parallel.pipeline, self.stage)
-        return sum(dense) + self.expert_parameters
+        parallel = self.parallel
+        stage = parallel.pipeline, self.stage, parallel.virtual_pipeline
+        return sum(stage_parameters(self.shape, parallel.tensor, *stage)) + self.expert_parameters
 
     @cached_property
     def expert_parameters(self) -> int:
         """Number of expert parameters."""
-        return expert_parameters(self.shape, self.parallel.pipeline, self.parallel.expert)
+        parallel = self.parallel
+        where = self.stage, parallel.virtual_pipeline
+        return expert_parameters(self.shape, parallel.pipeline, parallel.expert, *where)
 
     @property
     def copies(self) -> int:
@@ -152,9 +163,23 @@ class Rank:
     # Memory that comes and goes
 
     @cached_property
+    def chunks(self) -> list[range]:
+        """Layers of each of the stage's chunks."""
+        return self.shape.chunks(self.parallel.pipeline, self.stage, self.parallel.virtual_pipeline)
+
+    @cached_property
+    def layers(self) -> dict[LayerKind, Layer]:
+        """A layer of each kind that the stage has."""
+        sizes = self.parallel.tensor, self.value_bytes, self.backend, self.longest / 2
+        more = self.parallel.context, bool(self.megatron.fp8)
+        return {
+            kind: Layer(self.shape, kind, *sizes, *more) for kind in self.shape.kinds(chain(*self.chunks))
+        }
+
+    @property
     def layer(self) -> Layer:
-        context, is_fp8 = self.parallel.context, bool(self.megatron.fp8)
-        return Layer(self.shape, self.parallel.tensor, self.value_bytes, self.backend, context, is_fp8)
+        """Any layer: of what all kinds have in common."""
+        return next(iter(self.layers.values()))
 
     @property
     def kept(self) -> int:
@@ -165,23 +190,33 @@ class Rank:
 
     @property
     def _kept_by_layers(self) -> float:
-        num_chunks = self.parallel.pipeline * self.parallel.virtual_pipeline
-        layer, layers = self.layer, self.shape.num_layers // num_chunks
-        kept = layers * layer.everything
-        if self.megatron.recomputes("full"):
-            unit = min(self.megatron.recomputed_together, layers)
-            kept = layers / unit * layer.stream
-            if self.megatron.recompute_method == "block":  # the first layers, each by itself
-                kept = unit * layer.stream + (layers - unit) * layer.everything
-        if self._recomputes_mlp:
-            kept -= layers * layer.mlp
-        if self.megatron.recomputes("core_attn"):
-            kept -= layers * (layer.core_attention - layer.core_attention_inputs)
-        return (kept + layer.turns) * self.tokens
+        # a mean over chunks, whose layers may be of other kinds
+        kept = sum(map(self._kept_by, self.chunks)) / len(self.chunks)
+        return (kept + self.layer.turns) * self.tokens
 
-    @property
-    def _recomputes_mlp(self) -> bool:
-        return self.megatron.recomputes("moe" if self.shape.num_experts else "mlp")
+    def _kept_by(self, chunk: Sequence[int]) -> float:
+        """Return the bytes that one token's forward pass leaves in these layers."""
+        kept, whole, stream = 0.0, chunk, self.layer.stream
+        if self.megatron.recomputes("full"):
+            unit = min(self.megatron.recomputed_together, len(chunk))
+            if self.megatron.recompute_method == "block":  # the first layers, each by itself
+                kept, whole = unit * stream, chunk[unit:]
+            else:
+                kept, whole = len(chunk) / unit * stream, ()
+        for kind, count in self.shape.kinds(whole).items():
+            layer = self.layers[kind]
+            kept += count * layer.everything
+            if self._recomputes_mlp(layer):
+                kept -= count * layer.mlp
+            if self._recomputes_attention(layer):
+                kept -= count * (layer.core_attention - layer.core_attention_inputs)
+        return kept
+
+    def _recomputes_mlp(self, layer: Layer) -> bool:
+        return self.megatron.recomputes("moe" if layer.kind.has_experts else "mlp")
+
+    def _recomputes_attention(self, layer: Layer) -> bool:
+        return self.megatron.recomputes("core_attn") and not layer.kind.is_delta
 
     @property
     def activations(self) -> int:
@@ -192,23 +227,41 @@ class Rank:
     @property
     def working(self) -> int:
         """Bytes of one layer's backward pass beyond what was kept for it: recomputed values and gradients."""
-        layer, b, hidden, T = self.layer, self.value_bytes, self.shape.hidden_size, self.tokens
-        recomputed = 0.0
-        if self.megatron.recomputes("full"):
-            layers = 1 if self.megatron.recompute_method == "block" else self.megatron.recomputed_together
-            recomputed = layer.everything * layers
-        recomputed += layer.mlp if self._recomputes_mlp else 0
-        recomputed += layer.core_attention if self.megatron.recomputes("core_attn") else 0
+        return max(map(self._working, self.layers.values()))
+
+    def _working(self, layer: Layer) -> int:
+        b, hidden, T = self.value_bytes, self.shape.hidden_size, self.tokens
+        recomputed = self._recomputed_with(layer)
+        recomputed += layer.mlp if self._recomputes_mlp(layer) else 0
+        recomputed += layer.core_attention if self._recomputes_attention(layer) else 0
         gathered = b * T * hidden if self.parallel.tensor > 1 else 0  # the stream of all tensor ranks
-        if self.shape.num_experts:
-            return round(recomputed * T + self._experts_working + 2 * layer.stream * T + gathered)
-        gated = 2 * b * T * layer.ffn  # the gradients of gate and up, while the product's own is there
-        # through the last matrix, and that matrix's own gradient
-        projected = b * T * layer.ffn + b * hidden * layer.ffn + 2 * gathered
-        # gradients of keys and values, before they are sent to their ranks
-        shared = layer.keys + self.parallel.context if self.parallel.context > 1 else 0
-        keys = 2 * b * T * layer.kv * shared
-        return round(recomputed * T + max(gated, projected, keys) + 2 * layer.stream * T + gathered)
+        parts: list[float] = []
+        if layer.kind.is_delta:
+            parts.append(layer.delta_working * T)
+        if layer.kind.has_experts:
+            parts.append(self._experts_working)
+        else:
+            parts.append(2 * b * T * layer.ffn)  # the gradients of gate and up, with the product's own there
+            # through the last matrix, and that matrix's own gradient
+            parts.append(b * T * layer.ffn + b * hidden * layer.ffn + 2 * gathered)
+            # gradients of keys and values, before they are sent to their ranks
+            shared = layer.keys + self.parallel.context if self.parallel.context > 1 else 0
+            parts.append(2 * b * T * layer.kv * shared)
+        return round(recomputed * T + max(parts) + 2 * layer.stream * T + gathered)
+
+    def _recomputed_with(self, layer: Layer) -> float:
+        """Return the bytes that one token leaves in the layers that are recomputed together with this one."""
+        if not self.megatron.recomputes("full"):
+            return 0.0
+        if self.megatron.recompute_method == "block":
+            return layer.everything
+        unit = self.megatron.recomputed_together
+        together = [chunk[i : i + unit] for chunk in self.chunks for i in range(0, len(chunk), unit)]
+        return max(
+            sum(count * self.layers[kind].everything for kind, count in kinds.items())
+            for kinds in map(self.shape.kinds, together)
+            if layer.kind in kinds
+        )
 
     @property
     def _experts_working(self) -> int:

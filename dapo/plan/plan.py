@@ -15,7 +15,7 @@ from dapo.model.passthrough import READ, Passthrough
 from dapo.plan import methods
 from dapo.plan.activations import Backend
 from dapo.plan.advice import Plan, remedies
-from dapo.plan.memory import GIB
+from dapo.plan.memory import GIB, Rank
 from dapo.plan.time import HARDWARE, MACHINE, Hardware
 
 # fields of policy.megatron that change no memory worth counting
@@ -85,13 +85,28 @@ def _summary(plan: Plan) -> list[str]:
         f"pipeline {parallel.pipeline}{chunks}{context} × data {plan.data}; a rank has "
         f"{shape.num_heads // parallel.tensor} of {shape.num_heads} heads, "
         f"{shape.num_kv_heads // parallel.tensor} of {shape.num_kv_heads} KV heads, "
-        f"{shape.num_layers // parallel.pipeline} of {shape.num_layers} layers{experts}",
+        f"{shape.num_layers // parallel.pipeline} of {shape.num_layers} layers{_kinds(rank)}{experts}",
         f"an update {rank.samples:,} samples of {plan.length:,} tokens (the longest has {rank.longest:,}) = "
         f"{time.tokens:,} tokens; {time.microbatches} microbatches of up to "
         f"{config.policy.tokens_per_microbatch:,} on each data-parallel rank, {rank.microbatches} if all are "
         "longest",
         f"a step    {config.updates_per_step} updates; a round of sampling asks for {asked:,} samples",
     ]
+
+
+def _kinds(rank: Rank) -> str:
+    """Return how many layers of which kind a rank has, if those of the model differ."""
+    shape, layers = rank.shape, [layer for chunk in rank.chunks for layer in chunk]
+    if shape.are_layers_alike:
+        return ""
+    num_delta, num_sparse = sum(map(shape.is_delta, layers)), sum(map(shape.has_experts, layers))
+    counts = []
+    if shape.delta:
+        counts += [f"{num_delta} with a DeltaNet", f"{len(layers) - num_delta} with attention"]
+    if shape.num_dense_layers:
+        counts += [f"{len(layers) - num_sparse} with an MLP", f"{num_sparse} with experts"]
+    stage = f" on stage {rank.stage}" if rank.parallel.pipeline > 1 else ""
+    return f" ({', '.join(counts)}{stage})"
 
 
 def _memory(plan: Plan) -> list[str]:
@@ -123,6 +138,9 @@ def _notes(plan: Plan) -> list[str]:
         (is_gpu and config.policy.dtype == "float32",
          "float32 on a GPU: attention keeps its scores, length² a head, and the times are bfloat16's; "
          "neither is counted: use bfloat16"),
+        (plan.backend == "cuda" and plan.shape.delta is not None,
+         "a DeltaNet is counted in plain torch, which keeps several times as much as flash-linear-attention: "
+         "that is counted with --transformer-engine"),
         (is_gpu and parallel.tensor > MACHINE,
          f"parallel.tensor={parallel.tensor} reaches past a machine's {MACHINE} devices: its traffic goes "
          "over the slow network"),

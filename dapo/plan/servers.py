@@ -57,9 +57,14 @@ class Servers:
         """Memory of the weights, and of the longest sample's keys and values."""
         rank, tensor = self.ranks[0], self.options.get("tp-size") or self.options.get("tensor-parallel-size")
         shape, split = rank.shape, tensor if isinstance(tensor, int) and tensor > 0 else 1
-        heads = max(1, shape.num_kv_heads // split)
-        cache = 2 * shape.num_layers * heads * shape.head_dim * rank.longest
-        return rank.value_bytes * (num_parameters(shape) / split + cache) / GIB
+        num_delta = sum(count for kind, count in shape.kinds().items() if kind.is_delta)
+        width = 2 * max(1, shape.num_kv_heads // split) * shape.head_dim
+        if latent := shape.latent:  # what keys and values are made of, on every GPU
+            width = latent.kv_rank + shape.num_rotated
+        cache = (shape.num_layers - num_delta) * width * rank.longest
+        # a DeltaNet has a state of its sequence in float32, however long that is
+        state = 4 * num_delta * shape.delta.values * shape.delta.key_dim / split if shape.delta else 0
+        return (rank.value_bytes * (num_parameters(shape) / split + cache) + state) / GIB
 
     @property
     def trainer(self) -> float:

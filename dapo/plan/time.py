@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from math import ceil
 
 from dapo.model.parameters import layer_matrices
-from dapo.model.shape import ModelShape
+from dapo.model.shape import LayerKind, ModelShape
+from dapo.plan.activations import DELTA_CHUNK
 from dapo.plan.memory import GIB, Rank
 
 MACHINE = 8  # GPUs of one machine, joined by NVLink
@@ -104,11 +105,12 @@ class Time:
             if megatron.recompute_method == "block":
                 layers = min(megatron.recomputed_together, stage)
             again = layers / stage * (forward - 2 * shape.vocab_size * shape.hidden_size)
-        if megatron.recomputes("mlp") or megatron.recomputes("moe"):
-            _, mlp = layer_matrices(shape)
-            again += 2 * shape.num_layers * mlp / self._faster
-        if megatron.recomputes("core_attn"):
-            again += 2 * shape.num_layers * self.length * shape.num_heads * shape.head_dim
+        for kind, count in shape.kinds().items():
+            if megatron.recomputes("moe" if kind.has_experts else "mlp"):
+                _, mlp = layer_matrices(shape, kind)
+                again += 2 * count * mlp / self._faster
+            if megatron.recomputes("core_attn") and not kind.is_delta:
+                again += 2 * count * mixing(shape, kind, self.length)
         if self.rank.config.objective.kind == "gspo":  # all log-probs come before its loss
             again += 2 * shape.vocab_size * shape.hidden_size
         return 3 * forward + again
@@ -135,9 +137,26 @@ class Time:
 def forward_flops(shape: ModelShape, length: float, faster: float = 1.0) -> float:
     """Return the FLOPs of one token's forward pass in a sequence of `length`: two for each weight it uses.
 
-    A token attends to half of the sequence on average, in two products. Those of the layers' matrices, which
-    are `faster`, count for less.
+    Those of the layers' matrices, which are `faster`, count for less.
     """
-    attention = length * shape.num_heads * shape.head_dim
     head = shape.vocab_size * shape.hidden_size
-    return 2 * (shape.num_layers * (sum(layer_matrices(shape)) / faster + attention) + head)
+    layers = sum(
+        count * (sum(layer_matrices(shape, kind)) / faster + mixing(shape, kind, length))
+        for kind, count in shape.kinds().items()
+    )
+    return 2 * (layers + head)
+
+
+def mixing(shape: ModelShape, kind: LayerKind, length: float) -> float:
+    """Return the products of one token with others of its sequence, in one layer."""
+    if not kind.is_delta:
+        # with half of the sequence on average: its query with keys, its scores with values
+        return length * shape.num_heads * (shape.head_dim + shape.value_dim) / 2
+    delta = shape.delta
+    assert delta
+    k, v, chunk = delta.key_dim, delta.value_dim, DELTA_CHUNK["transformer_engine"]
+    # of a token in a chunk of C, for each head (policy/delta_rule.py): the state, k × v, is read by W and by
+    # the queries, and written; K Kᵀ and Q Kᵀ have C columns of k products each, Q Kᵀ times what is written C
+    # of v; to solve for U and W, k + v columns, takes half of C each
+    rule = 3 * k * v + chunk * (2 * k + v + (k + v) / 2)
+    return delta.num_value_heads * rule + delta.conv_width * (2 * delta.keys + delta.values)

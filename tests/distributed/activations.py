@@ -24,6 +24,7 @@ from dapo.learn.batch import Batch, Microbatch
 from dapo.mesh import Mesh
 from dapo.plan.memory import Rank
 from dapo.policy.megatron import Policy
+from dapo.policy.rope import PackedRotary
 from dapo.policy.schedule import hidden_states, on_device
 from dapo.types import Group, Prompt, Sample
 from tests.batches import batch_of_rank
@@ -39,6 +40,16 @@ SHAPE = dict(
     num_key_value_heads=2,
 )
 EXPERTS = dict(head_dim=16, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=256)
+DELTA = dict(
+    head_dim=32, linear_num_key_heads=4, linear_num_value_heads=8, linear_key_head_dim=32,
+    linear_value_head_dim=32, full_attention_interval=2,
+    rope_parameters={"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.25},
+)  # fmt: skip
+LATENT = dict(
+    num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=64, q_lora_rank=96, qk_rope_head_dim=8,
+    qk_nope_head_dim=16, v_head_dim=16, n_routed_experts=8, num_experts_per_tok=4, moe_intermediate_size=128,
+    n_group=4, topk_group=2, n_shared_experts=1, first_k_dense_replace=1,
+)  # fmt: skip
 MODELS = {
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, {"head_dim": 48}),
@@ -53,6 +64,13 @@ MODELS = {
         transformers.Qwen3MoeForCausalLM,
         EXPERTS | {"norm_topk_prob": False},
     ),
+    "qwen3_5_text": (transformers.Qwen3_5TextConfig, transformers.Qwen3_5ForCausalLM, DELTA),
+    "qwen3_next": (
+        transformers.Qwen3NextConfig,
+        transformers.Qwen3NextForCausalLM,
+        EXPERTS | DELTA | {"shared_expert_intermediate_size": 128},
+    ),
+    "deepseek_v3": (transformers.DeepseekV3Config, transformers.DeepseekV3ForCausalLM, LATENT),
 }
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
@@ -94,6 +112,13 @@ CASES = [
     Case("experts on tensor ranks", tensor=2, expert=2, model="qwen3_moe", dtype="bfloat16"),
     Case("experts gathered for", tensor=2, expert=2, model="qwen3_moe-unnormalised",
          megatron={"moe_token_dispatcher_type": "allgather"}),
+    Case("DeltaNet", model="qwen3_5_text"),
+    Case("DeltaNet in bfloat16", model="qwen3_5_text", tensor=2, dtype="bfloat16"),
+    Case("DeltaNet, context 2", model="qwen3_5_text", context=2),
+    Case("DeltaNet and experts in bfloat16", model="qwen3_next", dtype="bfloat16"),
+    Case("latent attention, tensor 2 in bfloat16", model="deepseek_v3", tensor=2, dtype="bfloat16"),
+    Case("latent attention, context 2", model="deepseek_v3", context=2),
+    Case("latent attention, pipeline 2", model="deepseek_v3", pipeline=2),
 ]  # fmt: skip
 
 
@@ -104,7 +129,7 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     mesh = Mesh(parallel)
     if mesh.is_main:
         config, cls, extra = MODELS[case.model]
-        cls(config(**SHAPE, **extra)).save_pretrained(directory)
+        cls(config(**(SHAPE | extra))).save_pretrained(directory)
     mesh.barrier()
     multiple = parallel.sequence_multiple
     config = configs.Config(
@@ -183,7 +208,8 @@ def kept(policy: Policy, rank: Rank, microbatch: Microbatch) -> int:
         for turn in given[0].turns:
             keep(turn)
 
-    hook = policy.chunks[0].rotary_pos_emb.register_forward_hook(keep_turns)
+    rotary = next(module for module in policy.chunks[0].modules() if isinstance(module, PackedRotary))
+    hook = rotary.register_forward_hook(keep_turns)
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         keep(hidden_states(policy.models[0], policy.transformer, placed))
     hook.remove()

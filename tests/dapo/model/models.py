@@ -31,6 +31,20 @@ A3B = QWEN3 | {
 QWEN2 = {"model_type": "qwen2", "max_window_layers": 64}
 LLAMA = {"model_type": "llama", "rope_theta": 500000.0, "rope_scaling": None}
 NEMO = {"model_type": "mistral", "head_dim": 128, "sliding_window": None}
+NEXT = {
+    "model_type": "qwen3_next", "head_dim": 256, "num_experts": 512, "num_experts_per_tok": 10,
+    "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "norm_topk_prob": True,
+    "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "full_attention_interval": 4,
+    "partial_rotary_factor": 0.25,
+}  # fmt: skip
+V3 = {
+    "model_type": "deepseek_v3", "n_routed_experts": 256, "num_experts_per_tok": 8, "n_shared_experts": 1,
+    "moe_intermediate_size": 2048, "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4,
+    "routed_scaling_factor": 2.5, "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64, "v_head_dim": 128, "norm_topk_prob": True, "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc", "num_nextn_predict_layers": 1,
+}  # fmt: skip
 MODELS = {  # config.json as published, and the number of parameters that its weights hold
     "Qwen2.5-0.5B": (
         sizes(896, 4864, 24, 14, 2, 151936, model_type="qwen2", tie_word_embeddings=True),
@@ -46,11 +60,15 @@ MODELS = {  # config.json as published, and the number of parameters that its we
     "Llama-3-8B": (sizes(4096, 14336, 32, 32, 8, 128256, **LLAMA), 8_030_261_248),
     "Mistral-Nemo": (sizes(5120, 14336, 40, 32, 8, 131072, **NEMO), 12_247_782_400),
 }
+DIFFERING = {  # whose layers are not all alike; without those that guess several tokens
+    "Qwen3-Next-80B-A3B": (sizes(2048, 5120, 48, 16, 2, 151936, **NEXT), 79_674_391_296),
+    "DeepSeek-V3": (sizes(7168, 18432, 61, 128, 128, 129280, **V3), 671_026_404_352),
+}
 
 
 def write_model(directory: Path, name: str, **changed: Any) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(MODELS[name][0] | changed))
+    (directory / "config.json").write_text(json.dumps((MODELS | DIFFERING)[name][0] | changed))
     return directory
 
 

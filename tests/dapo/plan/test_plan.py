@@ -10,14 +10,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from dapo import config
 from dapo.learn.batch import BYTES_PER_TOKEN
 from dapo.model.families import read_shape
 from dapo.model.parameters import active_parameters, expert_parameters, stage_parameters
+from dapo.model.shape import LayerKind
+from dapo.plan.activations import DELTA_CHUNK
 from dapo.plan.advice import Plan, remedies
 from dapo.plan.memory import BATCH_BYTES, CHUNK_BYTES, GIB, Rank
 from dapo.plan.plan import describe, make_plan
-from dapo.plan.time import HARDWARE
+from dapo.plan.time import HARDWARE, forward_flops, mixing
+from dapo.policy.delta_rule import CHUNK, chunk_gated_delta_rule
 from tests.dapo.model.models import plan_of, write_model
 
 ROOT = Path(__file__).parents[3]
@@ -102,6 +109,77 @@ def test_memory_and_work_follow_the_layout_of_experts(tmp_path: Path) -> None:
     assert 1.6 * least < plan.time.update < 1.8 * least, (
         "attention over 11,264 tokens costs 0.7 of the matrices"
     )
+
+
+def test_memory_follows_the_layers_of_each_stage(tmp_path: Path) -> None:
+    """Qwen3-Next has attention in every fourth layer: of sixteen stages of three, in none of every fourth."""
+
+    def plan(*overrides: str) -> Plan:
+        options = "parallel.tensor=2", "parallel.expert=2", *overrides
+        return plan_of(tmp_path, "Qwen3-Next-80B-A3B", *options, world=256, te=True)
+
+    whole, staged = plan().worst, plan("parallel.pipeline=16")
+    assert sum(rank.parameters for rank in staged.stages) == whole.parameters
+    first, second, third = staged.stages[:3]
+    assert first.shape.kinds(first.chunks[0])[LayerKind(is_delta=True, has_experts=True)] == 3
+    assert first.kept > second.kept == third.kept, "a DeltaNet keeps more than attention"
+    assert sum(rank.kept for rank in staged.stages) == pytest.approx(whole.kept, rel=0.02)
+    assert "3 of 48 layers (3 with a DeltaNet, 0 with attention on stage 0)" in describe(staged)[2]
+    full = [f"policy.megatron.recompute_{x}" for x in ("granularity=full", "method=uniform", "num_layers=3")]
+    recomputed = plan("parallel.pipeline=16", *full).stages
+    assert recomputed[0].kept == recomputed[1].kept < first.kept / 10
+    assert recomputed[0].working - first.working == pytest.approx(3 * layer_bytes(first), rel=1e-6)
+    attention = "policy.megatron.recompute_granularity=selective"
+    fewer = plan("parallel.pipeline=16", attention).stages
+    assert fewer[0].kept == first.kept and fewer[1].kept < second.kept, "a DeltaNet is not recomputed"
+
+
+def layer_bytes(rank: Rank) -> float:
+    [layer] = rank.layers.values()
+    return layer.everything * rank.tokens
+
+
+def test_where_some_layers_have_experts_both_modules_are_recomputed(tmp_path: Path) -> None:
+    def plan(*overrides: str) -> Plan:
+        options = "parallel.tensor=8", "parallel.expert=64", "policy.tokens_per_microbatch=22528", *overrides
+        return plan_of(tmp_path, "DeepSeek-V3", *options, gpu="b200", world=256, te=True)
+
+    def kept(modules: str) -> int:
+        selective = "recompute_granularity=selective", f"recompute_modules=[{modules}]"
+        return plan(*(f"policy.megatron.{field}" for field in selective)).worst.kept
+
+    everything = plan()
+    assert "61 of 61 layers (3 with an MLP, 58 with experts)" in describe(everything)[2]
+    dense, sparse = everything.worst.kept - kept("mlp"), everything.worst.kept - kept("moe")
+    assert 0 < dense < sparse / 10 and everything.worst.kept - kept("moe,mlp") == dense + sparse
+    found = [text for text, _ in remedies(everything)]
+    assert any("recompute_modules=[moe,mlp]" in text for text in found), found
+
+
+def test_only_layers_with_attention_cost_more_in_longer_sequences(tmp_path: Path) -> None:
+    shape = read_shape(write_model(tmp_path, "Qwen3-Next-80B-A3B"))
+    more = forward_flops(shape, 2000) - forward_flops(shape, 1000)
+    assert more == 2 * 12 * 1000 * 16 * 256
+    latent = read_shape(write_model(tmp_path, "DeepSeek-V3"))
+    more = forward_flops(latent, 2000) - forward_flops(latent, 1000)
+    assert more == 2 * 61 * 500 * 128 * (192 + 128), "a query with keys, a score with values"
+
+
+def test_a_deltanet_s_flops_are_those_of_its_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The products of the plain rule are counted as it runs; torch does not count those of `solve`."""
+    shape = read_shape(write_model(tmp_path, "Qwen3-Next-80B-A3B"))
+    delta = shape.delta
+    assert delta
+    heads, k, v, length, chunk = delta.num_value_heads, delta.key_dim, delta.value_dim, 64, CHUNK
+    assert DELTA_CHUNK["cpu"] == chunk
+    q, key, value = (torch.randn(1, length, heads, d) for d in (k, k, v))
+    with FlopCounterMode(display=False) as counter:
+        decay, beta = -torch.rand(1, length, heads), torch.rand(1, length, heads)
+        chunk_gated_delta_rule(q, key / 100, value, decay, beta)
+    monkeypatch.setitem(DELTA_CHUNK, "transformer_engine", chunk)
+    uncounted = heads * chunk * (k + v) / 2 + delta.conv_width * (2 * delta.keys + delta.values)
+    per_token = 2 * (mixing(shape, LayerKind(is_delta=True, has_experts=True), length) - uncounted)
+    assert counter.get_total_flops() == length * per_token
 
 
 def test_a_checkpoint_takes_the_main_memory_of_one_tensor_and_in_the_background_of_the_rank_s_share(
@@ -247,10 +325,11 @@ def test_the_mixture_of_experts_layout_is_built_on_the_meta_device_as_planned(tm
     """All 48 layers: the first rank and the last of 16, each with its 16 experts."""
     shape = read_shape(write_model(tmp_path, "Qwen3-30B-A3B"))
     counts = [
-        sum(stage_parameters(shape, 4, pipeline, pipeline - 1)) + expert_parameters(shape, pipeline, 8)
+        sum(stage_parameters(shape, 4, pipeline, pipeline - 1))
+        + expert_parameters(shape, pipeline, 8, pipeline - 1)
         for pipeline in (1, 2)
     ]
-    first = sum(stage_parameters(shape, 4, 2, 0)) + expert_parameters(shape, 2, 8)
+    first = sum(stage_parameters(shape, 4, 2, 0)) + expert_parameters(shape, 2, 8, 0)
     built = parameters_on_meta(EXPERTS, tmp_path, 16, "parallel.pipeline=2", "parallel.virtual_pipeline=4")
     assert built == [[counts[0]] * 2, [first, counts[1]]]
 

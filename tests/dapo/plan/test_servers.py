@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from dapo.config import ConfigError
+from dapo.model.parameters import num_parameters
 from dapo.plan.memory import GIB
 from dapo.plan.plan import Plan, describe
-from dapo.plan.servers import CONTEXT, FRACTION, WORKING
+from dapo.plan.servers import CONTEXT, FRACTION, WORKING, Servers
 from tests.dapo.model.models import plan_of
 
 SHARED = ["parallel.tensor=4", "policy.tokens_per_microbatch=22528"]
@@ -76,6 +77,29 @@ def test_servers_with_too_little_for_their_weights_do_not_fit(tmp_path: Path) ->
     ]
     one = shared(tmp_path, f"{FRACTION}=0.04", "engine.sglang.tp-size=1").servers
     assert one and 3.5 < one.least / plan.servers.least < 4.5, "weights and KV heads are split"
+
+
+@pytest.mark.parametrize(
+    ("model", "values"),
+    [
+        ("Qwen3-Next-80B-A3B", 12 * 2 * 2 * 256),  # keys and values of every fourth layer
+        ("DeepSeek-V3", 61 * (512 + 64)),
+    ],
+)
+def test_the_cache_has_what_each_layer_keeps_of_a_token(model: str, values: int, tmp_path: Path) -> None:
+    layout = "parallel.tensor=2", "parallel.expert=8", "engine.sglang.tp-size=1"
+
+    def servers(length: int) -> Servers | None:
+        return shared(tmp_path, *layout, f"rollout.max_response_length={length}", model=model).servers
+
+    short, long = servers(8192), servers(9216)
+    assert short and long
+    assert (long.least - short.least) * GIB == pytest.approx(1024 * 2 * values)
+    if model.startswith("Qwen"):  # a state of each DeltaNet, whatever the length
+        rank = short.ranks[0]
+        state = 36 * 4 * 32 * 128 * 128
+        weights, cache = 2 * num_parameters(rank.shape), 2 * values * rank.longest
+        assert short.least * GIB == pytest.approx(weights + cache + state, rel=1e-9)
 
 
 @pytest.mark.parametrize("value", ["1.5", "0", "half", "true"])
