@@ -44,7 +44,7 @@ def test_names_and_counts_are_transformers_own(
         model = getattr(transformers, kind)(config()).to(torch.bfloat16)
     model.config.save_pretrained(tmp_path)
     written = {n: tuple(t.shape) for n, t in revert_weight_conversion(model, model.state_dict()).items()}
-    empty_file(tmp_path / "model.safetensors", written | dict.fromkeys(beside, (2, 2)))
+    empty_files(tmp_path, written | dict.fromkeys(beside, (2, 2)))
     shape = read_shape(tmp_path)
     own = [n for n in written if not FAMILIES[shape.model_type].aside(shape, n)]
     buffers = sum("correction_bias" in n for n in own)
@@ -69,18 +69,26 @@ def test_a_name_without_a_place_is_refused(tmp_path: Path, capsys: pytest.Captur
         ({"model.layers.0.linear_attn.in_proj_z.bias": (4096,)}, "1 tensors have no place"),
         ({"model.layers.0.linear_attn.A_log": (31,)}, r"A_log has shape (31,), config.json means (32,)"),
     ):
-        empty_file(tmp_path / "model.safetensors", shapes | changed)
+        empty_files(tmp_path, shapes | changed)
         assert hf_to_megatron.main([str(tmp_path), "--dry-run"]) == 2
         assert said in capsys.readouterr().err
 
 
-def empty_file(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Write a safetensors file of bfloat16 zeros that takes no room on the disk."""
-    header, end = {}, 0
+def empty_files(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Write safetensors files of bfloat16 zeros, 4 GiB each at most, that take no room on the disk."""
+    headers: list[dict[str, Any]] = [{}]
+    end, where = 0, {}
     for name, shape in shapes.items():
-        start, end = end, end + 2 * torch.Size(shape).numel()
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
+        size = 2 * torch.Size(shape).numel()
+        if end + size > 4 * 2**30:
+            headers.append({})
+            end = 0
+        where[name] = f"model-{len(headers)}.safetensors"
+        headers[-1][name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    for number, header in enumerate(headers, start=1):
+        text = json.dumps(header).encode()
+        with open(folder / f"model-{number}.safetensors", "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + max(tensor["data_offsets"][1] for tensor in header.values()))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
