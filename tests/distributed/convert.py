@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dapo import config as configs
 from dapo import files
@@ -76,6 +76,13 @@ def run(model: str, is_tied: bool, dtype: str, directory: Path, mesh: Mesh) -> d
     def to_megatron() -> int:
         make_hf(model, is_tied, hf)
         transformers.AutoModelForCausalLM.from_pretrained(hf, dtype=getattr(torch, dtype)).save_pretrained(hf)
+        if model == "deepseek_v3":  # transformers keeps the router float32, published files do not
+            file = hf / "model.safetensors"
+            tensors = {
+                name: tensor if "correction_bias" in name else tensor.to(getattr(torch, dtype))
+                for name, tensor in load_file(file).items()
+            }
+            save_file(tensors, file, {"format": "pt"})
         (checkpoint / "policy").mkdir(parents=True)
         return hf_to_megatron.main([str(hf), str(megatron), "--shard-size", "200KiB"])
 
