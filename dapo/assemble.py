@@ -26,7 +26,7 @@ from dapo.mesh import Mesh, set_gpu_environment
 from dapo.model.families import read_shape
 from dapo.model.files import fingerprints, stored_weights
 from dapo.model.layout import check_layout, check_length
-from dapo.model.shape import ModelShape, read_config
+from dapo.model.shape import ModelShape, of_text, read_config
 from dapo.model.tokenizer import check_vocabulary, decoder_json, differences, load_tokenizer, stop_ids
 from dapo.plan import semantics
 from dapo.policy.weight_files import hf_tensors, open_weights
@@ -165,7 +165,7 @@ def _own_fields(model: Path, tokenizer: Any) -> dict[str, Any]:
     """Return the fields of Rollouts that belong to the model."""
     return {
         "stop_ids": stop_ids(model, tokenizer),
-        "vocab_size": read_config(model).get("vocab_size"),
+        "vocab_size": of_text(read_config(model)).get("vocab_size"),
     }
 
 
@@ -201,7 +201,7 @@ def make_engine(config: Config, mesh: Mesh, is_interrupted: Callable[[], bool]) 
         timeout=options.limits.stop,
         verify=options.verify_weights,
     )
-    vocab_size = read_config(config.policy.model)["vocab_size"]
+    vocab_size = of_text(read_config(config.policy.model))["vocab_size"]
     engine = SGLangEngine(servers, sync, options.max_concurrent, options.limits, vocab_size, is_interrupted)
     engine.release_memory()  # the policy needs it, from when it is built
     return engine

@@ -25,11 +25,11 @@ from dapo.clock import timed
 from dapo.config import ConfigError
 from dapo.engine.broadcast import Broadcast
 from dapo.engine.buckets import Bucket, buckets
-from dapo.engine.checksums import Checksums
+from dapo.engine.checksums import UNKNOWN, Checksums
 from dapo.engine.control import NOTHING, SUCCESS, Fields, Json, Server, on_all
 from dapo.engine.transports import Disk, Tensors, Transport
 from dapo.engine.versions import Peer, inspect
-from dapo.model.shape import kv_heads, read_config
+from dapo.model.shape import kv_heads, of_text, read_config
 from dapo.types import EngineError
 
 STATUS = {"status": str}
@@ -215,8 +215,12 @@ def make_sync(
     `timeout`, in seconds, is for an answer and for a bucket. Only "disk" uses `directory`; it copies the
     small files of `model` there.
     """
-    layout = read_config(model)  # not its whole shape: an evaluated model need not be one that can be trained
+    # not its whole shape: an evaluated model need not be one that can be trained
+    layout = of_text(read_config(model))
     num_experts = layout.get("num_experts", layout.get("num_local_experts", 0))
+    if verify and (family := layout.get("model_type")) in UNKNOWN:
+        known = f"the checksums that a server has of a {family} are not known; leave it false"
+        raise ConfigError(f"engine.verify_weights=true: {model}: {known}")
     if verify and num_experts and device.type == "cuda":
         experts = "a mixture of experts, which a server on GPUs orders by the kernel that it chooses"
         remedy = "their checksums are not known; leave it false"

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dapo.config import ConfigError
-from dapo.model.shape import read_config
+from dapo.model.shape import of_text, read_config
 
 WEIGHTS = {".safetensors", ".distcp"}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -120,7 +120,7 @@ def stored_weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
         ConfigError: no config.json there, or it is broken; a tied model's head is no copy; or as
             `open_safetensors`.
     """
-    is_tied = read_config(directory).get("tie_word_embeddings", False)
+    is_tied = of_text(read_config(directory)).get("tie_word_embeddings", False)
     files = open_safetensors(directory)
     for name, path in files.items():
         if name == EMBEDDING and is_tied:

@@ -10,7 +10,7 @@ import tokenizers
 import transformers
 
 from dapo.config import ConfigError
-from dapo.model.shape import read_config
+from dapo.model.shape import of_text, read_config
 
 # fields of config.json: of who wrote it, and of training
 NO_EFFECT = {
@@ -62,7 +62,7 @@ def decoder_json(tokenizer: Any) -> str | None:
 def check_vocabulary(model: Path, tokenizer: Any) -> None:
     """Raise ConfigError if the tokenizer has ids that the model has no row for. Rows to spare are usual."""
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    rows = read_config(model).get("vocab_size")
+    rows = of_text(read_config(model)).get("vocab_size")
     if isinstance(rows, int) and largest >= rows:
         both = f"its tokenizer has the token {token!r} with id {largest}, config.json a vocab_size of {rows}"
         raise ConfigError(f"policy.model={model}: {both}: use the model's own tokenizer, or add rows to it")
@@ -83,7 +83,8 @@ def differences(a: Path, b: Path) -> list[str]:
     """Return what a server that was started with one model would do otherwise with the other's weights: the
     fields of config.json that differ, and "stop tokens".
     """
-    x, y = ({k: v for k, v in read_config(model).items() if k not in NO_EFFECT} for model in (a, b))
+    both = (of_text(read_config(model)) for model in (a, b))
+    x, y = ({name: value for name, value in raw.items() if name not in NO_EFFECT} for raw in both)
     differ = sorted(name for name in x.keys() | y.keys() if x.get(name) != y.get(name))
     stops = [stop_ids(model, load_tokenizer(model)) for model in (a, b)]
     return differ + (["stop tokens"] if stops[0] != stops[1] else [])
@@ -93,7 +94,7 @@ def _listed(model: Path, name: str) -> list[int | None]:
     """Return eos_token_id of one of the model's files. Raise ConfigError if it is neither id nor ids."""
     if name != "config.json" and not (model / name).is_file():
         return []
-    found = read_config(model, name).get("eos_token_id")
+    found = of_text(read_config(model, name)).get("eos_token_id")
     ids: list[Any] = found if isinstance(found, list) else [found]
     if not all(id is None or type(id) is int for id in ids):
         raise ConfigError(f"{model / name}: eos_token_id={found!r}; expected a token's id, or a list of them")

@@ -164,6 +164,11 @@ def test_what_is_the_models_own_is_known_of_it() -> None:
     assert fields["vocab_size"] == 25 and fields["stop_ids"]
 
 
+def test_the_vocabulary_of_a_model_with_a_vision_tower_is_known(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"eos_token_id": 1, "text_config": {"vocab_size": 25}}')
+    assert _own_fields(tmp_path, load_tokenizer(BASE))["vocab_size"] == 25
+
+
 @pytest.mark.parametrize(
     ("engine", "expected"),
     [

@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from dapo.engine.buckets import FIRST, buckets
+from dapo.engine.buckets import FIRST, Bucket, buckets
 from tests.sglang.test_weight_faults import CPU, make_weights
 
 
@@ -51,3 +51,36 @@ def test_a_bucket_is_left_alone_while_the_next_is_filled() -> None:
             assert previous.data.view(torch.float32).tolist() == [float(i - 1)] * 4
         previous = bucket
     assert i == 8
+
+
+def test_what_a_server_takes_only_together_is_in_one_bucket_in_any_order() -> None:
+    halves = ("q_a_proj", "kv_a_proj_with_mqa")
+    names = [f"model.layers.{i}.self_attn.{half}.weight" for i in range(2) for half in halves]
+    rows = iter((9, 4, 2, 7))
+    pairs = [(name, torch.randn(next(rows), 5)) for name in names]
+    between = [(name, tensor[:, :3]) for name, tensor in make_weights(5) if tensor.dim() == 2]
+
+    def sizes(made: list[Bucket]) -> list[int]:
+        return [sum(part.name in names for part in bucket.parts) for bucket in made]
+
+    for q0, kv0, q1, kv1 in (pairs, pairs[::-1]):
+        weights = [q0, between[0], kv0, between[1], q1, *between[2:], kv1]
+        for size in (1, 64, 200, 400):
+            made = []
+            for bucket in buckets(iter(weights), size, CPU):
+                assert len(bucket.data) <= size or len(bucket.parts) in (1, 2)
+                made.append(Bucket(bucket.data.clone(), bucket.parts))
+            assert sizes(made).count(1) == 0 and sum(sizes(made)) == 4, (size, sizes(made))
+            found = {
+                part.name: bucket.data[part.start : part.end].view(part.dtype).reshape(part.shape)
+                for bucket in made
+                for part in bucket.parts
+            }
+            assert found.keys() == dict(weights).keys()
+            assert all(torch.equal(found[name], tensor) for name, tensor in weights)
+
+
+def test_half_of_what_goes_together_is_sent_too() -> None:
+    alone = [("model.layers.0.self_attn.kv_a_proj_with_mqa.weight", torch.ones(3)), ("a", torch.ones(2))]
+    [bucket] = buckets(iter(alone), 1000, CPU)
+    assert sorted(part.name for part in bucket.parts) == sorted(name for name, _ in alone)

@@ -69,9 +69,12 @@ def test_a_tensor_in_two_files_is_refused_without_an_index(tmp_path):
         open_safetensors(tmp_path)
 
 
-def test_the_copied_head_of_a_tied_model_is_left_out(tmp_path):
+@pytest.mark.parametrize(
+    "config", [{"tie_word_embeddings": True}, {"text_config": {"tie_word_embeddings": True}}]
+)
+def test_the_copied_head_of_a_tied_model_is_left_out(tmp_path, config):
     write(tmp_path, model={"model.embed_tokens.weight": 1.0, "lm_head.weight": 1.0, "inv_freq": 2.0})
-    (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
+    (tmp_path / "config.json").write_text(json.dumps(config))
     assert [name for name, _ in stored_weights(tmp_path)] == ["inv_freq", "model.embed_tokens.weight"]
 
 

@@ -13,7 +13,14 @@ import tokenizers
 import transformers
 
 from dapo.config import ConfigError
-from dapo.model.tokenizer import CLEANS_BPE, check_vocabulary, decoder_json, load_tokenizer, stop_ids
+from dapo.model.tokenizer import (
+    CLEANS_BPE,
+    check_vocabulary,
+    decoder_json,
+    differences,
+    load_tokenizer,
+    stop_ids,
+)
 
 BASE = Path(__file__).parents[3] / "examples/arithmetic/base"
 
@@ -95,6 +102,18 @@ def test_every_end_that_the_files_name_ends_a_response(tmp_path: Path) -> None:
     assert stop_ids(model, load_tokenizer(model)) == (1, 5, 7)
     (model / "generation_config.json").unlink()
     assert stop_ids(model, load_tokenizer(model)) == (1,)
+
+
+def test_a_model_with_a_vision_tower_has_its_fields_in_text_config(tmp_path: Path) -> None:
+    a, b = (with_rows(tmp_path / name, 24) for name in "ab")
+    for model, more in ((a, {"eos_token_id": 7, "dtype": "float32"}), (b, {"eos_token_id": 7})):
+        text = json.loads((model / "config.json").read_text()) | more
+        (model / "config.json").write_text(json.dumps({"model_type": "qwen3_5", "text_config": text}))
+    tokenizer = load_tokenizer(BASE)
+    assert stop_ids(a, tokenizer) == (1, 7)
+    with pytest.raises(ConfigError, match="a vocab_size of 24:"):
+        check_vocabulary(a, tokenizer)
+    assert differences(a, b) == []
 
 
 # text in another process
