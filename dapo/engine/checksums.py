@@ -21,11 +21,6 @@ LOW = 0xFFFFFFFF
 PLACES = ((0x27D4EB2D, 0x243F6A88, 15), (0x165667B1, ((0x243F6A88 * 0x9E3779B1) ^ 0xDEADBEEF) & LOW, 13))
 FUSED_INTO = {part: whole for whole, parts in FUSED.items() for part in parts}
 EXPERTS = {"w13_weight": ("gate_proj", "up_proj"), "w2_weight": ("down_proj",)}  # one expert after another
-# model_type of models of which SGLang fuses more than that
-UNKNOWN = frozenset({
-    "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next", "deepseek_v3",
-    "glm4_moe_lite",
-})  # fmt: skip
 EXPERTS_INTO = {part: whole for whole, parts in EXPERTS.items() for part in parts}
 
 

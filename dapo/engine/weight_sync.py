@@ -25,10 +25,11 @@ from dapo.clock import timed
 from dapo.config import ConfigError
 from dapo.engine.broadcast import Broadcast
 from dapo.engine.buckets import Bucket, buckets
-from dapo.engine.checksums import UNKNOWN, Checksums
+from dapo.engine.checksums import Checksums
 from dapo.engine.control import NOTHING, SUCCESS, Fields, Json, Server, on_all
 from dapo.engine.transports import Disk, Tensors, Transport
 from dapo.engine.versions import Peer, inspect
+from dapo.model.families import FAMILIES
 from dapo.model.shape import kv_heads, of_text, read_config
 from dapo.types import EngineError
 
@@ -218,8 +219,9 @@ def make_sync(
     # not its whole shape: an evaluated model need not be one that can be trained
     layout = of_text(read_config(model))
     num_experts = layout.get("num_experts", layout.get("num_local_experts", 0))
-    if verify and (family := layout.get("model_type")) in UNKNOWN:
-        known = f"the checksums that a server has of a {family} are not known; leave it false"
+    family = FAMILIES.get(str(layout.get("model_type")))
+    if verify and family and not family.has_checksums:
+        known = f"the checksums that a server has of a {family.model_type} are not known; leave it false"
         raise ConfigError(f"engine.verify_weights=true: {model}: {known}")
     if verify and num_experts and device.type == "cuda":
         experts = "a mixture of experts, which a server on GPUs orders by the kernel that it chooses"

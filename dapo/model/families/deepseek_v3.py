@@ -165,6 +165,7 @@ def _router(path: Path, given: Mapping[str, Any], num_experts: int) -> SigmoidRo
 DEEPSEEK_V3 = DeepSeekV3(
     "deepseek_v3",
     has_qk_norm=True,
+    has_checksums=False,
     understood=UNDERSTOOD | LATENT_UNDERSTOOD,
     fixed={**FIXED, **LATENT_FIXED},
 )

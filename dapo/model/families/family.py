@@ -47,6 +47,7 @@ class Family:
     model_type: str
     has_qkv_bias: bool = False
     has_qk_norm: bool = False
+    has_checksums: bool = True  # engine/checksums.py knows what servers fuse of its tensors
     prefix: str = "model."  # of the language model's names in files
     head_dim: int | None = None  # where config.json has none; None: hidden_size / num_attention_heads
     understood: frozenset[str] = UNDERSTOOD

@@ -40,6 +40,7 @@ class Qwen35Moe(Qwen35, SharedExpert):
 QWEN3_5_TEXT = Qwen35(
     "qwen3_5_text",
     has_qk_norm=True,
+    has_checksums=False,
     head_dim=256,
     understood=UNDERSTOOD | DELTA_UNDERSTOOD,
     fixed={**FIXED, **DELTA_FIXED},
@@ -50,6 +51,7 @@ QWEN3_5 = replace(
 QWEN3_5_MOE_TEXT = Qwen35Moe(
     "qwen3_5_moe_text",
     has_qk_norm=True,
+    has_checksums=False,
     head_dim=256,
     understood=UNDERSTOOD | EXPERTS_UNDERSTOOD | DELTA_UNDERSTOOD,
     fixed={**FIXED, **EXPERTS_FIXED, **DELTA_FIXED, "norm_topk_prob": (True,)},

@@ -160,6 +160,7 @@ class Qwen3Next(Delta, SharedExpert):
 QWEN3_NEXT = Qwen3Next(
     "qwen3_next",
     has_qk_norm=True,
+    has_checksums=False,
     head_dim=256,
     understood=(UNDERSTOOD | EXPERTS_UNDERSTOOD | DELTA_UNDERSTOOD),
     fixed={**FIXED, **EXPERTS_FIXED, **DELTA_FIXED},
