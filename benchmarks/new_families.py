@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import transformers
 from arithmetic_seeds import ROOT, run
 from record import heading, save, table
 
+BASES = ROOT / "runs/new_families"  # base models, once made
 sys.path.insert(0, str(ROOT / "examples/arithmetic"))
 import make_base
 from task import make_problem
@@ -44,22 +44,19 @@ MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def make(name: str, target: Path) -> tuple[float, float]:
-    """Train a base model, save it, and return its accuracy, greedy and sampled."""
+def make(name: str, target: Path) -> None:
+    """Train a base model and save it."""
     config, own = MODELS[name]
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config(**COMMON, **own))
     rng = random.Random(7)
     for phase in make_base.PHASES:
         make_base.train(model, phase, rng)
-    problems = [make_problem(random.Random(i)) for i in range(1000)]
-    greedy, sampled = (make_base.accuracy(model, problems, is_greedy) for is_greedy in (True, False))
     model.generation_config = transformers.GenerationConfig(
         eos_token_id=make_base.EOS, pad_token_id=make_base.PAD
     )
     model.save_pretrained(target)
     make_base.make_tokenizer().save_pretrained(target)
-    return greedy, sampled
 
 
 def main(num_seeds: int = 3) -> None:
@@ -68,20 +65,24 @@ def main(num_seeds: int = 3) -> None:
     text += "\nmean@k on held-out problems (`eval/accuracy`) after so many steps of the example's run, one "
     text += "process; the largest mismatch of any step, mean |old − behavior log-prob|; wall seconds from "
     text += "launch to end.\n"
-    for name in MODELS:
+    for name, (config, _) in MODELS.items():
+        base = BASES / config.model_type
+        if not base.exists():
+            make(name, base)
+        model = transformers.AutoModelForCausalLM.from_pretrained(base)
+        problems = [make_problem(random.Random(i)) for i in range(1000)]
+        greedy, sampled = (make_base.accuracy(model, problems, is_greedy) for is_greedy in (True, False))
+        text += f"\n## {name}\n\n{model.num_parameters():,} parameters; the base model's accuracy: greedy "
+        text += f"{greedy:.3f}, sampled {sampled:.3f}.\n\n"
+        rows = []
         with tempfile.TemporaryDirectory() as folder:
-            start = time.perf_counter()
-            greedy, sampled = make(name, Path(folder) / "base")
-            text += f"\n## {name}\n\nThe base model's accuracy: greedy {greedy:.3f}, sampled {sampled:.3f}; "
-            text += f"made in {time.perf_counter() - start:.0f} s.\n\n"
-            rows = []
             for seed in range(num_seeds):
-                options = [f"policy.model={folder}/base"]
+                options = [f"policy.model={base}"]
                 accuracy, seconds, last = run(seed, 1, Path(folder) / f"run{seed}", options)
                 steps = sorted(accuracy)
                 rest = f"{last['worst mismatch']:.1e}", f"{seconds:.0f}"
                 rows.append([seed, *(f"{accuracy[step]:.3f}" for step in steps), *rest])
-            text += table(["seed", *(f"step {step}" for step in steps), "mismatch", "seconds"], rows)
+        text += table(["seed", *(f"step {step}" for step in steps), "mismatch", "seconds"], rows)
     save("new_families.md", text)
 
 
