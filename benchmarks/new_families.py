@@ -18,10 +18,11 @@ import transformers
 from arithmetic_seeds import ROOT, run
 from record import heading, save, table
 
-BASES = ROOT / "runs/new_families"  # base models, once made
 sys.path.insert(0, str(ROOT / "examples/arithmetic"))
 import make_base
 from task import make_problem
+
+BASES = ROOT / "runs/new_families"  # base models, once made
 
 COMMON: dict[str, Any] = dict(
     vocab_size=len(make_base.VOCABULARY), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
