@@ -235,32 +235,37 @@ class Rank:
         recomputed += layer.mlp if self._recomputes_mlp(layer) else 0
         recomputed += layer.core_attention if self._recomputes_attention(layer) else 0
         gathered = b * T * hidden if self.parallel.tensor > 1 else 0  # the stream of all tensor ranks
-        parts: list[float] = []
-        if layer.kind.is_delta:
-            parts.append(layer.delta_working * T)
         if layer.kind.has_experts:
-            parts.append(self._experts_working)
+            mlp = self._experts_working
         else:
-            parts.append(2 * b * T * layer.ffn)  # the gradients of gate and up, with the product's own there
+            gated = 2 * b * T * layer.ffn  # the gradients of gate and up, while the product's own is there
             # through the last matrix, and that matrix's own gradient
-            parts.append(b * T * layer.ffn + b * hidden * layer.ffn + 2 * gathered)
+            mlp = max(gated, b * T * layer.ffn + b * hidden * layer.ffn + 2 * gathered)
+        mixer = 0.0
+        if layer.kind.is_delta:
+            mixer = layer.delta_working * T
+        elif not layer.kind.has_experts and self.parallel.context > 1:
             # gradients of keys and values, before they are sent to their ranks
-            shared = layer.keys + self.parallel.context if self.parallel.context > 1 else 0
-            parts.append(2 * b * T * layer.kv * shared)
-        return round(recomputed * T + max(parts) + 2 * layer.stream * T + gathered)
+            mixer = 2 * b * T * layer.kv * (layer.keys + self.parallel.context)
+        return round(recomputed * T + max(mlp, mixer) + 2 * layer.stream * T + gathered)
 
     def _recomputed_with(self, layer: Layer) -> float:
         """Return the bytes that one token leaves in the layers that are recomputed together with this one."""
         if not self.megatron.recomputes("full"):
             return 0.0
+        unit, end = self.megatron.recomputed_together, len(self.chunks[0])
         if self.megatron.recompute_method == "block":
-            return layer.everything
-        unit = self.megatron.recomputed_together
-        together = [chunk[i : i + unit] for chunk in self.chunks for i in range(0, len(chunk), unit)]
+            unit, end = 1, min(unit, end)
+        together = [
+            self.shape.kinds(chunk[i : i + unit]) for chunk in self.chunks for i in range(0, end, unit)
+        ]
         return max(
-            sum(count * self.layers[kind].everything for kind, count in kinds.items())
-            for kinds in map(self.shape.kinds, together)
-            if layer.kind in kinds
+            (
+                sum(count * self.layers[kind].everything for kind, count in kinds.items())
+                for kinds in together
+                if layer.kind in kinds
+            ),
+            default=0.0,
         )
 
     @property

@@ -12,7 +12,7 @@ import transformers
 from dapo.model.families import read_shape
 from dapo.model.layout import padded_vocab
 from dapo.model.parameters import active_parameters, expert_parameters, num_parameters, stage_parameters
-from dapo.model.shape import ModelShape
+from dapo.model.shape import LayerKind, ModelShape
 from tests.dapo.model.models import DIFFERING, MODELS, write_model
 
 
@@ -51,6 +51,17 @@ def test_all_ranks_together_hold_a_model_whose_layers_differ(name: str, virtual:
     for i in range(4):
         for j in range(i):
             assert (layers[i] == layers[j]) == (kinds[i] == kinds[j])
+
+
+def test_chunks_of_a_stage_are_apart(tmp_path: Path) -> None:
+    """The stages take turns, chunk by chunk; every fourth layer has attention."""
+    shape = published(tmp_path, "Qwen3_5TextConfig", num_hidden_layers=12)
+    assert shape.chunks(2, 0, virtual=3) == [range(0, 2), range(4, 6), range(8, 10)]
+    attention = [[shape.kinds(chunk) for chunk in shape.chunks(4, stage, virtual=3)] for stage in range(4)]
+    has_attention = [LayerKind(is_delta=False, has_experts=False) in kinds[0] for kinds in attention]
+    assert has_attention == [False, False, False, True]
+    staged = [LayerKind(False, False) in shape.kinds(*shape.chunks(4, stage)) for stage in range(4)]
+    assert staged == [False, True, True, True]
 
 
 @pytest.mark.parametrize(
