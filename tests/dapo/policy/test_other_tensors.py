@@ -1,4 +1,4 @@
-"""A model with a vision tower: its language model learns, the rest is as it was; and files with fused experts."""
+"""A model with a vision tower: its language model learns, the rest stays; and files with fused experts."""
 
 from __future__ import annotations
 
