@@ -29,7 +29,7 @@ from dapo.policy.megatron import PlacedBatch, Policy, PolicyError
 from dapo.policy.schedule import get_forward_backward_func
 from dapo.types import Group
 from tests.batches import batch_of_rank
-from tests.distributed.cases import CASES, FAULTS, LAYER_FAULTS, OBJECTIVES, Case
+from tests.distributed.cases import ALL_LAYOUTS, CASES, FAULTS, LAYER_FAULTS, OBJECTIVES, Case
 from tests.distributed.ranks import prepare_rank
 from tests.distributed.reference import (
     EPS,
@@ -306,7 +306,10 @@ def main(out: str, only: str = "") -> None:
 
     prepare_rank()
     results = []
-    for case in CASES + FAULTS + LAYER_FAULTS:
+    known = [*CASES, *FAULTS, *LAYER_FAULTS]
+    if only:
+        known += [case for case in ALL_LAYOUTS if case not in known]
+    for case in known:
         if case.world != int(os.environ["WORLD_SIZE"]) or not re.search(only, case.name):
             continue
         directory = Path(out).parent / case.name
