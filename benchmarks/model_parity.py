@@ -47,7 +47,8 @@ def main() -> None:
         rows.append([model, len(results), *(f"{gap:.1e}" for gap in gaps), "yes" if is_exact else "no"])
     text = heading("Architectures with other layers against transformers' own")
     text += (
-        "\nThe largest of all layouts: difference of a log-prob; norm of the gradients' difference, relative; "
+        "\nThe largest of all layouts: difference of a log-prob; "
+        "norm of the gradients' difference, relative; "
         "difference of a parameter's gradient, relative to its largest value; difference of three updates' "
         "gradient norms, relative; difference of a parameter after them (learning rate 1e-3). Exact: weights "
         "that came through the policy are the same to the bit, and the first minibatch's ratios are 1.\n\n"
