@@ -23,7 +23,7 @@ from dapo.model.names import table
 from tests.distributed.reference import make_hf
 from tests.sglang.conftest import QWEN2
 
-# what published models have in config.json and transformers 5 leaves out: SGLang wants it
+# fields of config.json that SGLang wants and transformers 5 does not write
 LEFT_OUT: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3_moe": {},
