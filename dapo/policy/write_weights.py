@@ -232,6 +232,9 @@ def carry_over(source: Path, target: Path, dtype: torch.dtype) -> None:
         if path.is_file() and path.suffix in {".json", ".txt", ".model", ".jinja"} and not is_ours:
             shutil.copy2(path, target / path.name)
     config = read_config(target)
-    name = "torch_dtype" if "torch_dtype" in config else "dtype"
-    if config.get(name) != dtype_name(dtype):
-        (target / "config.json").write_text(json.dumps(config | {name: dtype_name(dtype)}, indent=2) + "\n")
+    parts = [config, *([config["text_config"]] if isinstance(config.get("text_config"), dict) else [])]
+    names = ["torch_dtype" if "torch_dtype" in part else "dtype" for part in parts]
+    if any(part.get(name) != dtype_name(dtype) for part, name in zip(parts, names, strict=True)):
+        for part, name in zip(parts, names, strict=True):
+            part[name] = dtype_name(dtype)
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
