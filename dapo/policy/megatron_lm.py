@@ -55,8 +55,8 @@ def arguments(shape: ModelShape) -> dict[str, Any]:
     A rotary embedding stretched in Yarn's way has more of them, which are left out.
     """
     if shape.latent or shape.delta:
-        known = "Megatron-LM's arguments are known for models with plain attention in all layers"
-        raise ConfigError(f"{shape.model_type}: {known}; convert it without --megatron-lm")
+        known = "Megatron-LM's own checkpoints are known of models with plain attention in all layers only"
+        raise ConfigError(f"{shape.model_type}: {known}; Hugging Face's files and a run's checkpoints are")
     scaling, family = shape.rope_scaling, FAMILIES[shape.model_type]
     found: dict[str, Any] = dict(
         num_layers=shape.num_layers,

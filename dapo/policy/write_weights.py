@@ -167,15 +167,16 @@ def save_megatron(
         ConfigError: as `save_hf`.
     """
     entries = table(shape, is_fused=True)
+    common = megatron_lm.common_state(shape) if for_megatron_lm else None
     total = sum(entry.size for entry in entries) * dtype.itemsize
     with files.made_whole(target, total) as partial:
         carry_over(source, partial, dtype)
         folder = partial / (megatron_lm.RELEASE if for_megatron_lm else "policy")
         writer = _write_chunks(weights, shape, dtype, folder, shard_bytes)
-        if for_megatron_lm:
+        if common:
             for name, index, counts in megatron_lm.extra_states(entries, shape):
                 writer.write_object(name, megatron_lm.EMPTY, index, counts)
-            writer.close(megatron_lm.common_state(shape))
+            writer.close(common)
             (partial / megatron_lm.TRACKER).write_text(megatron_lm.RELEASE)
         else:
             writer.close()
