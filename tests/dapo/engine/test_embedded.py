@@ -131,6 +131,16 @@ SIZES = dict(
     num_key_value_heads=2,
     initializer_range=0.2,
 )
+DELTA: dict[str, Any] = dict(
+    head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, linear_num_key_heads=2,
+    shared_expert_intermediate_size=16, linear_num_value_heads=4, linear_key_head_dim=8,
+    linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"],
+)  # fmt: skip
+LATENT: dict[str, Any] = dict(
+    num_key_value_heads=4, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2,
+    n_shared_experts=1, n_group=2, topk_group=1, first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=24,
+    qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+)  # fmt: skip
 WINDOW = dict(use_sliding_window=True, sliding_window=5, layer_types=["full_attention", "sliding_attention"])
 
 
@@ -139,17 +149,20 @@ WINDOW = dict(use_sliding_window=True, sliding_window=5, layer_types=["full_atte
     [
         transformers.Qwen2Config(**SIZES, **WINDOW),
         transformers.Lfm2Config(**SIZES, layer_types=["conv", "full_attention"]),
+        transformers.Qwen3_5MoeTextConfig(**SIZES | DELTA),
+        transformers.DeepseekV3Config(**SIZES | LATENT),
     ],
-    ids=["a window", "a state"],
+    ids=["a window", "a state", "a DeltaNet", "latent attention"],
 )
 def test_layers_that_do_not_see_all_keys_generate_as_the_model_says(tmp_path: Path, shape: Any) -> None:
     torch.manual_seed(3)
     model = transformers.AutoModelForCausalLM.from_config(shape).eval()
+    for name, buffer in model.named_buffers():
+        if name.endswith("correction_bias"):  # else 0
+            torch.nn.init.normal_(buffer, std=0.3)
     model.save_pretrained(tmp_path)
     engine = EmbeddedEngine(tmp_path, torch.float32, torch.device("cpu"), max_concurrent=6)
-    weights = dict(model.state_dict())
-    if shape.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
+    weights = load_file(tmp_path / "model.safetensors")
     engine.load_weights(weights.items(), version=7)
     assert_logprobs_are_those_of(model, generate(engine, requests(3, Sampling(1.0, 12, (EOS,)))).values())
 

@@ -117,6 +117,16 @@ def test_the_tools_keep_it_where_the_model_has_it(seeing: Path, tmp_path: Path) 
     assert is_same(load_file(seeing / "model.safetensors"), load_file(tmp_path / "back/model.safetensors"))
 
 
+def test_what_the_tools_cannot_write_is_refused_before_they_begin(
+    seeing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hf_to_megatron.main([str(seeing), str(tmp_path / "target"), "--megatron-lm"]) == 2
+    assert "Megatron-LM's own checkpoints are known of models with plain attention" in capsys.readouterr().err
+    assert hf_to_megatron.main([str(seeing)]) == 2
+    assert "no target is named" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("prefix", ["model.", "model.language_model."])
 def test_experts_in_one_tensor_are_read_as_those_apart(prefix: str, tmp_path: Path) -> None:
     torch.manual_seed(3)
