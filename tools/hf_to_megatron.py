@@ -37,7 +37,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     add, dtypes = made.add_argument, ["bfloat16", "float16", "float32"]
     add("source", type=Path)
     add("target", type=Path, nargs="?", help="must not exist; appears whole or not at all")
-    add("--model", type=Path, help="Hugging Face directory: config.json, tokenizer; its weights are not read")
+    add("--model", type=Path, help="Hugging Face directory: config.json, tokenizer, a vision tower")
     add("--dtype", choices=dtypes, help="of the written tensors; default: the source's")
     add("--dry-run", action="store_true", help="check names and shapes; read no tensor, write nothing")
     add("--shard-size", type=num_bytes, default="4GiB", help="largest written file, such as 500MiB or 4GiB")

@@ -5,7 +5,8 @@ It is a run's, hf_to_megatron.py's or Megatron-LM's (torch_dist). One process, t
     python tools/megatron_to_hf.py RUN/checkpoints/step-000100 TARGET [--model MODEL] [--dtype bfloat16]
     python tools/megatron_to_hf.py MEGATRON_LM/iter_0000100 TARGET --model MODEL
 
-Config, tokenizer and generation config come from MODEL, by default from policy.model of RUN/config.yaml.
+Config, tokenizer, generation config, and tensors beside the language model (a vision tower) come from MODEL,
+by default from policy.model of RUN/config.yaml.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from pathlib import Path
 import torch
 from hf_to_megatron import convert, parser
 
-from dapo.model.shape import ModelShape
-from dapo.policy.weight_files import hf_tensors
+from dapo.model.shape import ModelShape, read_config
+from dapo.policy.weight_files import HFWeights, hf_tensors
 from dapo.policy.weights import StoredWeights
 from dapo.policy.write_weights import parts, save_hf
 
@@ -32,7 +33,11 @@ def save(
     shard_bytes: int,
 ) -> None:
     tensors = [hf_tensors(weights, shape, dtype, part) for part in parts(shape)]
-    save_hf(tensors, shape, dtype, model, target, shard_bytes=shard_bytes)
+    kept = HFWeights(model, shape).kept() if any(model.glob("*.safetensors")) else {}
+    if "vision_config" in read_config(model) and not kept:
+        missing = f"the vision tower of its config.json is not in {model}: name a directory that has it"
+        print(f"warning: {target} is the language model alone; {missing} with --model", file=sys.stderr)
+    save_hf(tensors, shape, dtype, model, target, shard_bytes=shard_bytes, kept=kept)
 
 
 def main(argv: list[str]) -> int:

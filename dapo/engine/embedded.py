@@ -17,6 +17,7 @@ from torch import Tensor
 from dapo.config import ConfigError
 from dapo.engine.decoding import decode
 from dapo.engine.idle import Idle
+from dapo.model.shape import of_text, read_config
 from dapo.types import Request, Sample, Sampling
 
 
@@ -29,6 +30,9 @@ class EmbeddedEngine:
         self.directory = model
         try:
             config = transformers.AutoConfig.from_pretrained(model)
+            if "text_config" in (raw := read_config(model)):
+                config = config.get_text_config()
+                config.tie_word_embeddings = bool(of_text(raw).get("tie_word_embeddings"))
             built = transformers.AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation="sdpa"
             )

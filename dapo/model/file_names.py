@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from dapo.config import ConfigError
 from dapo.model.families import FAMILIES
 from dapo.model.shape import ModelShape
 
@@ -34,25 +35,37 @@ class Place:
 def places(found: Iterable[str], shape: ModelShape) -> tuple[dict[str, Place], dict[str, list[str]]]:
     """Return the place of each tensor by its name in the table; and, by what they belong to, the names of
     those in files that are no part of the language model.
+
+    Raises:
+        ConfigError: two tensors have the same place.
     """
     family, ffn = FAMILIES[shape.model_type], shape.expert_ffn_size
+    found = list(found)
+    plain_names = {NESTED.sub("model.", name) for name in found}
     where: dict[str, Place] = {}
     aside: dict[str, list[str]] = {}
     for name in found:
-        if owner := family.aside(shape, NESTED.sub("model.", name)):
+        plain = NESTED.sub("model.", name)
+        if owner := family.aside(shape, plain, plain_names):
             aside.setdefault(owner, []).append(name)
             continue
-        plain = NESTED.sub("model.", name)
         if not (fused := FUSED.match(plain)):
-            where[plain] = Place(name)
+            _put(where, plain, Place(name))
             continue
         halves: dict[str, tuple[int | None, int | None]] = {"down_proj": (None, None)}
         if fused[2] == "gate_up_proj":
             halves = {"gate_proj": (None, ffn), "up_proj": (ffn, None)}
         for expert in range(shape.num_experts):
             for half, rows in halves.items():
-                where[f"{fused[1]}{expert}.{half}.weight"] = Place(name, expert, rows)
+                _put(where, f"{fused[1]}{expert}.{half}.weight", Place(name, expert, rows))
     return where, aside
+
+
+def _put(where: dict[str, Place], name: str, place: Place) -> None:
+    """Raise ConfigError if another tensor has the same place."""
+    if name in where:
+        raise ConfigError(f"tensors {where[name].name} and {place.name} are the same one: remove one of them")
+    where[name] = place
 
 
 def name_in_files(name: str, shape: ModelShape) -> str:

@@ -50,7 +50,7 @@ def _divisions(shape: ModelShape, parallel: Parallel, megatron: Passthrough) -> 
         (tensor, parallel.tensor, "the model's num_attention_heads", shape.num_heads),
         (tensor, parallel.tensor, "the model's num_key_value_heads", shape.num_kv_heads),
         (tensor, parallel.tensor, "the model's intermediate_size", columns),
-        (tensor, parallel.tensor, "the columns of the model's shared expert,", shared),
+        (tensor, parallel.tensor, "the shared expert's intermediate size", shared),
         (both, parallel.tensor * parallel.context, "the model's linear_num_key_heads", key_heads),
         (stages, chunks, "the model's num_hidden_layers", shape.num_layers),
         (f"policy.megatron.recompute_num_layers={unit}", unit, layers, shape.num_layers // chunks),
@@ -73,6 +73,7 @@ def _recompute(shape: ModelShape, megatron: Passthrough) -> Checks:
          "recompute_num_layers"),
         # Megatron wants Transformer Engine for it, whose layers have no separate norm
         ("layernorm" in modules, f"{prefix} layernorm cannot be recomputed by itself; core_attn and mlp can"),
+        ("mla_up_proj" in modules, f"{prefix} mla_up_proj cannot be recomputed by itself; core_attn can"),
         ("moe" in modules and not shape.num_experts,
          f"{prefix} moe, but there are no experts; the other is mlp"),
         ("mlp" in modules and shape.num_experts > 0 and not shape.num_dense_layers,

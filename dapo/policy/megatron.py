@@ -88,6 +88,7 @@ class Policy:
                 if name.endswith("expert_bias"):  # 16 bits would choose other experts
                     buffer.data = buffer.data.float()
         self._weights = Weights(self.chunks, self.shape)
+        self._kept: weight_files.Kept = {}  # tensors beside the language model
         self._weights.load(weights or self._stored_weights())
         self.models = [DistributedDataParallel(self.transformer, ddp, module) for module in modules]
         self.optimizer = get_megatron_optimizer(optimizer, self.models)
@@ -105,6 +106,7 @@ class Policy:
         """Open those of policy.model, and say what of them is left out."""
         found = weight_files.open_weights(self.config.policy.model, self.shape)
         if isinstance(found, weight_files.HFWeights) and (left_out := found.left_out):
+            self._kept = found.kept()
             if self.config.policy.other_tensors == "refuse":
                 raise ConfigError(f"policy.other_tensors=refuse: {left_out}")
             if self.mesh.is_main:
@@ -238,7 +240,9 @@ class Policy:
         def write() -> None:
             try:
                 if self.mesh.is_main:
-                    write_weights.save_hf([weights], *about, target, may_replace=True, beside=beside)
+                    write_weights.save_hf(
+                        [weights], *about, target, may_replace=True, beside=beside, kept=self._kept
+                    )
             finally:
                 for _ in weights:  # every rank drains them, even if the disk has failed
                     pass

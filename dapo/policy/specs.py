@@ -64,11 +64,13 @@ def _plain_layer(config: TransformerConfig, is_delta: bool, has_experts: bool) -
     attention = parts.self_attention
     if is_delta:
         # imported here: it imports flash-linear-attention, which takes seconds, where it is
-        from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+        from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
+
+        from dapo.policy.delta_net import DeltaNet, DeltaNorm
 
         names["input_layernorm."] = "self_attention.in_proj.layer_norm_"
         inner = GatedDeltaNetSubmodules(ColumnParallelLinear, DeltaNorm, RowParallelLinear)
-        parts.self_attention = ModuleSpec(module=GatedDeltaNet, submodules=inner)
+        parts.self_attention = ModuleSpec(module=DeltaNet, submodules=inner)
         parts.self_attn_bda = get_bias_dropout_add
     elif is_latent:
         for x in ("q", "kv"):
@@ -105,14 +107,6 @@ def _set_router(layer: ModuleSpec) -> None:
         inner.router = Router
 
 
-class DeltaNorm(RMSNorm):
-    """The norm of a DeltaNet's output, which is not zero-centred where the other norms are."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
-        super().__init__(config, hidden_size, eps)
-        self.is_zero_centred = False
-
-
 def _engine_layers(
     shape: ModelShape, config: TransformerConfig, vp_stage: int | None
 ) -> ModuleSpec | TransformerBlockSubmodules:
@@ -123,10 +117,13 @@ def _engine_layers(
         )
         from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 
+        from dapo.policy.delta_net import DeltaNet
+
         block = get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage=vp_stage)
         for layer in block.layer_specs:
             attention = layer.submodules.self_attention
             if attention.module is GatedDeltaNet:
+                attention.module = DeltaNet
                 attention.submodules.out_norm = _not_zero_centred(attention.submodules.out_norm)
         return block
     if not shape.are_layers_alike:

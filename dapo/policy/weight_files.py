@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from dapo.model.shape import ModelShape
 from dapo.policy import chunks, megatron_lm
 from dapo.policy.weights import StoredWeights, from_shards
 
+Kept = Mapping[str, tuple[Path, str, Dimensions]]  # file, dtype as safetensors calls it, shape, by name
 Named = Iterator[tuple[str, Tensor]]  # with Hugging Face names
 EXPORT = "export.json"  # of a directory that a run has exported: see exports.py
 SAFETENSORS_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -54,6 +55,11 @@ class HFWeights:
         entries = table(shape, is_fused=True)
         names = {name for entry in entries for name in entry.hf}
         _check_names(directory, set(self._places), names, {HEAD} if shape.is_tied else set())
+        fused = {place.name: self._files[place.name] for place in self._places.values() if place.part}
+        for name, (_, dimensions) in read_headers(fused).items():
+            if dimensions[:1] != (shape.num_experts,):
+                means = f"config.json means {shape.num_experts} experts"
+                raise ConfigError(f"{directory}: tensor {name} has shape {dimensions}, {means}")
         self._learnt = {name for entry in entries for name in entry.hf if not entry.is_buffer}
 
     @property
@@ -84,20 +90,10 @@ class HFWeights:
                 if found != wanted:
                     raise ConfigError(_wrong_shape(self.directory, name, found, wanted))
 
-    def kept(self) -> dict[str, tuple[Path, torch.dtype, Dimensions]]:
-        """Return file, dtype and shape of the tensors that are no part of the language model, by name.
-
-        Raises:
-            ConfigError: one is of a dtype that is not written.
-        """
-        names = [name for owned in self.aside.values() for name in owned]
-        found = {}
-        for name, (code, dimensions) in read_headers({name: self._files[name] for name in names}).items():
-            if code not in TORCH_DTYPE:
-                known = ", ".join(TORCH_DTYPE)
-                raise ConfigError(f"{self.directory}: tensor {name} is {code}; expected {known}")
-            found[name] = self._files[name], TORCH_DTYPE[code], dimensions
-        return found
+    def kept(self) -> Kept:
+        """Return file, dtype and shape of the tensors that are no part of the language model, by name."""
+        files = {name: self._files[name] for owned in self.aside.values() for name in owned}
+        return {name: (files[name], *header) for name, header in read_headers(files).items()}
 
     def read(self, entry: Entry) -> list[Tensor]:
         """See StoredWeights."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -29,12 +31,20 @@ from dapo.model.files import read_tensor
 from dapo.model.names import table
 from dapo.model.shape import ModelShape, read_config
 from dapo.policy import chunks, megatron_lm
-from dapo.policy.weight_files import EXPORT, SAFETENSORS_DTYPE, HFWeights, Named, dtype_name, hf_tensors
+from dapo.policy.weight_files import (
+    EXPORT,
+    SAFETENSORS_DTYPE,
+    TORCH_DTYPE,
+    Kept,
+    Named,
+    dtype_name,
+    hf_tensors,
+)
 from dapo.policy.weights import StoredWeights, to_shard
 
 T = TypeVar("T")
 SHARD_BYTES = 4 * 2**30  # size of a written file
-NONE: Mapping[str, bytes] = MappingProxyType({})
+NONE: Mapping[str, Any] = MappingProxyType({})
 THREADS = 2  # with two, reading, checking, rearranging and writing take about as long as the disk
 
 
@@ -61,9 +71,10 @@ def save_hf(
     shard_bytes: int = SHARD_BYTES,
     may_replace: bool = False,
     beside: Mapping[str, bytes] = NONE,
+    kept: Kept = NONE,
 ) -> None:
-    """Write a Hugging Face directory: the table's tensors in its order; config, tokenizer etc. from `source`,
-    and those of its tensors that are no part of the language model, as they are there.
+    """Write a Hugging Face directory: the table's tensors in its order; config, tokenizer etc. from `source`;
+    and, as they are, tensors that are no part of the language model: `kept`.
 
     `tensors`: all of them, in any order; a thread for each iterator, or this thread for a single one.
     `beside`: other files. The directory appears whole or not at all.
@@ -71,21 +82,26 @@ def save_hf(
     Raises:
         ConfigError: `target` exists and may not be replaced, or the disk has no room.
     """
-    kept = HFWeights(source, shape).kept() if any(source.glob("*.safetensors")) else {}
+    if gone := sorted({str(path) for path, *_ in kept.values() if not path.is_file()}):
+        why = f"{gone[0]} is gone, which had tensors beside the language model"
+        print(f"warning: {target} is written without them: {why}", file=sys.stderr, flush=True)
+        kept = {name: where for name, where in kept.items() if where[0].is_file()}
     wanted = {
-        file_names.name_in_files(name, shape): (torch.float32 if entry.is_buffer else dtype, dimensions)
+        file_names.name_in_files(name, shape): (
+            SAFETENSORS_DTYPE[torch.float32 if entry.is_buffer else dtype], dimensions
+        )
         for entry in table(shape, is_fused=True)
         for name, dimensions in zip(entry.hf, entry.shapes, strict=True)
-    }
-    wanted |= {name: (own, dimensions) for name, (_, own, dimensions) in kept.items()}
-    shards: list[dict[str, tuple[torch.dtype, Dimensions]]] = [{}]
+    }  # fmt: skip
+    wanted |= {name: (code, dimensions) for name, (_, code, dimensions) in kept.items()}
+    shards: list[dict[str, tuple[str, Dimensions]]] = [{}]
     room, total = shard_bytes, 0
-    for name, (own, dimensions) in wanted.items():
-        num_bytes = prod(dimensions) * own.itemsize
+    for name, (code, dimensions) in wanted.items():
+        num_bytes = prod(dimensions) * _itemsize(code)
         if num_bytes > room and shards[-1]:
             shards.append({})
             room = shard_bytes
-        shards[-1][name] = own, dimensions
+        shards[-1][name] = code, dimensions
         room -= num_bytes
         total += num_bytes
     with files.made_whole(target, total, may_replace) as partial, contextlib.ExitStack() as opened:
@@ -116,20 +132,25 @@ def save_hf(
             (partial / name).write_bytes(content)
 
 
+def _itemsize(code: str) -> int:
+    """Return the bytes of a value of a dtype, as safetensors calls it: BF16, I64, F8_E4M3, BOOL."""
+    bits = re.search(r"\d+", code)
+    return int(bits[0]) // 8 if bits else 1
+
+
 class _Safetensors:
     """A safetensors file whose tensors are written in any order, from any thread.
 
     It has 8 bytes of the header's length, a JSON header, and the tensors end to end.
     """
 
-    def __init__(self, path: Path, sizes: dict[str, tuple[torch.dtype, Dimensions]]):
+    def __init__(self, path: Path, sizes: dict[str, tuple[str, Dimensions]]):
         self.sizes = sizes
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
-        for name, (dtype, dimensions) in sizes.items():
-            start, end = end, end + prod(dimensions) * dtype.itemsize
-            offsets = [start, end]
-            header[name] = {"dtype": SAFETENSORS_DTYPE[dtype], "shape": dimensions, "data_offsets": offsets}
+        for name, (code, dimensions) in sizes.items():
+            start, end = end, end + prod(dimensions) * _itemsize(code)
+            header[name] = {"dtype": code, "shape": dimensions, "data_offsets": [start, end]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115  # until close
@@ -143,8 +164,9 @@ class _Safetensors:
         self._file.close()
 
     def write(self, name: str, tensor: Tensor) -> None:
-        found, (dtype, wanted) = tuple(tensor.shape), self.sizes[name]
-        assert found == wanted, f"{name} {found} instead of {wanted}"
+        found, (code, wanted) = tuple(tensor.shape), self.sizes[name]
+        assert found == tuple(wanted), f"{name} {found} instead of {wanted}"
+        dtype = TORCH_DTYPE.get(code, tensor.dtype)  # any other is as it was
         data = tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy().data
         files.write_at(self._file, data, self._places[name])
 

@@ -43,7 +43,7 @@ def read_shape(directory: Path) -> ModelShape:
         raise ConfigError(f"{path}: model_type {kind!r} is not supported; supported: {', '.join(FAMILIES)}")
     text = of_text(raw)
     inner, outer = text.get("tie_word_embeddings"), raw.get("tie_word_embeddings")
-    if outer is not None and inner != outer:
+    if outer is not None and inner not in (None, outer):
         both = f"tie_word_embeddings={outer}, and {inner} in text_config"
         raise ConfigError(f"{path}: {both}: remove the wrong one")
     family.check(path, text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +44,20 @@ class DeepSeekV3(Family):
 
     def fields(self, path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
         """See Family."""
-        given = {name: value for name, value in raw.items() if value is not None}
+        given = self.given(raw)
         heads = read_sizes(path, given, HEAD_SIZES)
+        both = heads["plain"] + heads["rotated"]
+        if heads["rotated"] % 2 or given.get("qk_head_dim", both) != both:
+            sizes_of = f"qk_rope_head_dim={heads['rotated']}, qk_head_dim={given.get('qk_head_dim', both)}"
+            raise ConfigError(f"{path}: {sizes_of}; expected an even number, and {both}")
         shape = super().fields(path, raw)
         if shape["num_kv_heads"] != shape["num_heads"]:
             both = f"num_key_value_heads={shape['num_kv_heads']}, num_attention_heads={shape['num_heads']}"
             raise ConfigError(f"{path}: {both}: latent attention has a key for each head")
         scaling = shape["rope_scaling"]
-        if isinstance(scaling, Yarn) and (
-            scaling.attention_factor is not None or scaling.mscale != scaling.mscale_all_dim
-        ):
+        # else Hugging Face stretches the rotated part of queries and keys alone
+        is_whole = isinstance(scaling, Yarn) and scaling.mscale and scaling.mscale == scaling.mscale_all_dim
+        if isinstance(scaling, Yarn) and (scaling.attention_factor is not None or not is_whole):
             fields = f"attention_factor={scaling.attention_factor}, mscale={scaling.mscale}"
             same = f"mscale_all_dim={scaling.mscale_all_dim} are not supported with latent attention"
             raise ConfigError(f"{path}: {fields}, {same}; supported: mscale equal to mscale_all_dim")
@@ -71,7 +75,7 @@ class DeepSeekV3(Family):
     def _dense_layers(self, path: Path, given: Mapping[str, Any]) -> int:
         """Return how many of the first layers have an MLP: some config.json list all layers."""
         layers, listed = given["num_hidden_layers"], given.get("mlp_layer_types")
-        counted = listed.count("dense") if isinstance(listed, list) else None
+        counted = listed.count("dense") if isinstance(listed, list) else 1
         count = given.get("first_k_dense_replace", counted)
         if type(count) is not int or not 0 <= count < layers:
             expected = f"expected a whole number below num_hidden_layers={layers}"
@@ -99,12 +103,13 @@ class DeepSeekV3(Family):
             fields["mscale_all_dim"] = scaling.mscale_all_dim or 0.0
         return super().megatron(shape) | fields | experts.megatron(shape)
 
-    def aside(self, shape: ModelShape, name: str) -> str | None:
-        """See Family. Layers after the last guess several tokens."""
+    def aside(self, shape: ModelShape, name: str, found: Container[str]) -> str | None:
+        """See Family. Layers after the last guess several tokens, if they have what joins two of them."""
         prefix, _, rest = name.partition("layers.")
         number = rest.partition(".")[0]
         is_beyond = prefix == "model." and number.isdecimal() and int(number) >= shape.num_layers
-        return "multi-token prediction" if is_beyond else None
+        is_head = is_beyond and f"model.layers.{number}.eh_proj.weight" in found
+        return "multi-token prediction" if is_head else None
 
     def attention(self, shape: ModelShape, number: int, is_fused: bool) -> list[Entry]:
         """See Family."""
@@ -141,10 +146,9 @@ class DeepSeekV3(Family):
 
 
 def _router(path: Path, given: Mapping[str, Any], num_experts: int) -> SigmoidRouter:
-    given = {"n_group": 1, "topk_group": 1, **given}
     sizes = read_sizes(path, given, {"n_group": "groups", "topk_group": "kept"})
     groups, kept = sizes["groups"], sizes["kept"]
-    scale = given.get("routed_scaling_factor", 1.0)
+    scale = given["routed_scaling_factor"]
     if type(scale) not in (int, float) or not scale > 0:
         raise ConfigError(f"{path}: routed_scaling_factor={scale!r}; expected a number above 0")
     if num_experts % groups or kept > groups:
@@ -168,4 +172,11 @@ DEEPSEEK_V3 = DeepSeekV3(
     has_checksums=False,
     understood=UNDERSTOOD | LATENT_UNDERSTOOD,
     fixed={**FIXED, **LATENT_FIXED},
+    defaults={
+        "routed_scaling_factor": 2.5,
+        "n_group": 8,
+        "topk_group": 4,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 3,
+    },
 )

@@ -25,7 +25,6 @@ def read_experts(path: Path, raw: Mapping[str, Any], names: Mapping[str, str]) -
         ConfigError: one is missing or impossible, or is given twice with two values.
     """
     count = next(name for name, ours in names.items() if ours == "num_experts")
-    raw = {name: value for name, value in raw.items() if value is not None}
     raw = {count: raw.get("num_local_experts"), **raw}
     if raw[count] != raw.get("num_local_experts", raw[count]):
         both = f"{count}={raw[count]}, num_local_experts={raw['num_local_experts']}"

@@ -5,7 +5,7 @@ where it differs.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,9 @@ class Family:
     head_dim: int | None = None  # where config.json has none; None: hidden_size / num_attention_heads
     understood: frozenset[str] = UNDERSTOOD
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: FIXED)
+    defaults: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # Hugging Face's, of fields that may be left out
 
     def check(self, path: Path, raw: Mapping[str, Any]) -> None:
         """Raise ConfigError on a field this family does not know, or a value it does not support."""
@@ -63,8 +66,11 @@ class Family:
 
     def filled(self, raw: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
         """Return the fields with those that config.json leaves out, as Hugging Face fills them in."""
-        defaults = {"head_dim": self.head_dim or sizes["hidden_size"] // sizes["num_heads"]}
-        return defaults | {name: value for name, value in raw.items() if value is not None}
+        return {"head_dim": self.head_dim or sizes["hidden_size"] // sizes["num_heads"]} | self.given(raw)
+
+    def given(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields that are not null, and the family's `defaults`."""
+        return {**self.defaults, **{name: value for name, value in raw.items() if value is not None}}
 
     def fields(self, path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
         """Return ModelShape's fields. Raise ConfigError on one that is missing or impossible."""
@@ -83,8 +89,11 @@ class Family:
         """Return the fields of Megatron's TransformerConfig that are this family's own."""
         return {"add_qkv_bias": self.has_qkv_bias, "qk_layernorm": self.has_qk_norm}
 
-    def aside(self, shape: ModelShape, name: str) -> str | None:
-        """Return what a tensor in files belongs to that is no part of the language model; None: it is one."""
+    def aside(self, shape: ModelShape, name: str, found: Container[str]) -> str | None:
+        """Return what a tensor in files belongs to that is no part of the language model; None: it is one.
+
+        `found`: the names of all tensors there.
+        """
         return None
 
     def layer(self, shape: ModelShape, number: int, is_fused: bool) -> list[Entry]:

@@ -22,8 +22,9 @@ EXPERTS_FIXED: Mapping[str, tuple[Any, ...]] = {"decoder_sparse_step": (1,), "ml
 class Qwen3Moe(Family):
     def fields(self, path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
         """See Family."""
-        sizes = experts.read_experts(path, raw, EXPERT_SIZES)
-        is_sum_one = raw.get("norm_topk_prob") or False
+        given = self.given(raw)
+        sizes = experts.read_experts(path, given, EXPERT_SIZES)
+        is_sum_one = given.get("norm_topk_prob", False)
         experts.check_router(path, sizes["experts_per_token"], is_sum_one)
         return super().fields(path, raw) | sizes | {"is_expert_sum_one": is_sum_one}
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ DELTA_UNDERSTOOD = {
     *DELTA_DEFAULTS, "layer_types", "shared_expert_intermediate_size", "mamba_ssm_dtype",
     "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings",
 }  # fmt: skip
-DELTA_FIXED: Mapping[str, tuple[Any, ...]] = {"attn_output_gate": (True,)}
+DELTA_FIXED: Mapping[str, tuple[Any, ...]] = {
+    "attn_output_gate": (True,), "output_gate_type": ("swish", "silu"), "mlp_only_layers": ([], None),
+}  # fmt: skip
 SECTIONS = ("query", "key", "value", "z", "beta", "alpha")  # of the projection, as checkpoints name them
 
 
@@ -37,7 +40,7 @@ class Delta(Family):
 
     def filled(self, raw: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
         """See Family. The part that is rotated may stand among the fields of the rotary embedding."""
-        found = DELTA_DEFAULTS | super().filled(raw, sizes)
+        found = super().filled(raw, sizes)
         if isinstance(rope := found.get("rope_parameters"), dict):
             part = "partial_rotary_factor"
             found[part] = rope.get(part, found[part])
@@ -53,7 +56,7 @@ class Delta(Family):
             both = f"linear_num_value_heads={delta.num_value_heads}"
             raise ConfigError(f"{path}: linear_num_key_heads={delta.num_key_heads} does not divide {both}")
         part = filled["partial_rotary_factor"]
-        rotated = part * shape["head_dim"] if type(part) in (int, float) else 0
+        rotated = part * shape["head_dim"] if type(part) in (int, float) and math.isfinite(part) else 0
         if rotated != int(rotated) or not 0 < rotated <= shape["head_dim"] or rotated % 2:
             expected = f"expected an even number of the {shape['head_dim']} dimensions of a head"
             raise ConfigError(f"{path}: partial_rotary_factor={part!r}; {expected}")
@@ -71,8 +74,8 @@ class Delta(Family):
         kinds = ["linear_attention" if (i + 1) % period else "full_attention" for i in range(count)]
         if listed is not None and listed != kinds:
             raise ConfigError(
-                f"{path}: layer_types {listed!r} are not supported; supported: full_attention in every n-th "
-                f"of {count} layers, and linear_attention in all others"
+                f"{path}: layer_types {listed[:8]!r}… are not supported; supported: full_attention in every "
+                f"n-th of {count} layers, and linear_attention in all others"
             )
         return period
 
@@ -96,7 +99,7 @@ class Delta(Family):
             "layernorm_zero_centered_gamma": True,
         }
 
-    def aside(self, shape: ModelShape, name: str) -> str | None:
+    def aside(self, shape: ModelShape, name: str, found: Container[str]) -> str | None:
         """See Family."""
         return "multi-token prediction" if name.startswith("mtp.") else None
 
@@ -164,4 +167,5 @@ QWEN3_NEXT = Qwen3Next(
     head_dim=256,
     understood=(UNDERSTOOD | EXPERTS_UNDERSTOOD | DELTA_UNDERSTOOD),
     fixed={**FIXED, **EXPERTS_FIXED, **DELTA_FIXED},
+    defaults=DELTA_DEFAULTS | {"norm_topk_prob": True},
 )

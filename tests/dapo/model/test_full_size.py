@@ -46,7 +46,7 @@ def test_names_and_counts_are_transformers_own(
     written = {n: tuple(t.shape) for n, t in revert_weight_conversion(model, model.state_dict()).items()}
     empty_files(tmp_path, written | dict.fromkeys(beside, (2, 2)))
     shape = read_shape(tmp_path)
-    own = [n for n in written if not FAMILIES[shape.model_type].aside(shape, n)]
+    own = [n for n in written if not FAMILIES[shape.model_type].aside(shape, n, beside)]
     buffers = sum("correction_bias" in n for n in own)
     counted = sum(p.numel() for n, p in model.named_parameters() if "visual" not in n)
     assert num_parameters(shape) == counted

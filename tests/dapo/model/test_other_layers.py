@@ -85,9 +85,12 @@ def test_the_language_model_of_one_that_sees_pictures(kind: str, tmp_path: Path)
     assert both.__dict__ | {"model_type": f"{kind}_text"} == alone.__dict__
     assert both.is_tied and kv_heads(outer) == 2 and max_tokens(tmp_path) == 777
     family = FAMILIES[kind]
-    assert family.aside(both, "model.visual.blocks.0.attn.qkv.weight") == "the vision tower"
-    assert family.aside(both, "mtp.fc.weight") == "multi-token prediction"
-    assert family.aside(both, "model.layers.0.mlp.gate.weight") is None
+    assert family.aside(both, "model.visual.blocks.0.attn.qkv.weight", ()) == "the vision tower"
+    assert family.aside(both, "mtp.fc.weight", ()) == "multi-token prediction"
+    assert family.aside(both, "model.layers.0.mlp.gate.weight", ()) is None
+    inner = {name: value for name, value in text.items() if name != "tie_word_embeddings"}
+    write(tmp_path, outer | {"tie_word_embeddings": True, "text_config": inner})
+    assert read_shape(tmp_path).is_tied
     write(tmp_path, outer | {"tie_word_embeddings": False})
     with pytest.raises(ConfigError, match="tie_word_embeddings=False, and True in text_config: remove"):
         read_shape(tmp_path)
@@ -100,7 +103,10 @@ def test_latent_attention_as_published(tmp_path: Path) -> None:
     assert shape.sigmoid_router == SigmoidRouter(num_groups=4, groups_per_token=2, scale=2.5)
     assert (shape.num_dense_layers, shape.shared_ffn_size, shape.is_expert_sum_one) == (1, 80, True)
     assert [shape.has_experts(layer) for layer in range(4)] == [False, True, True, True]
-    assert FAMILIES["deepseek_v3"].aside(shape, "model.layers.4.eh_proj.weight") == "multi-token prediction"
+    beyond = "model.layers.4.eh_proj.weight", "model.layers.4.mlp.gate.weight"
+    family = FAMILIES["deepseek_v3"]
+    assert [family.aside(shape, name, beyond) for name in beyond] == 2 * ["multi-token prediction"]
+    assert family.aside(shape, beyond[1], ()) is None, "a layer that config.json does not count"
     megatron = FAMILIES["deepseek_v3"].megatron(shape)
     assert megatron["moe_layer_freq"] == [0, 1, 1, 1] and megatron["moe_router_bias_update_rate"] == 0.0
     biases = [e for e in table(shape, is_fused=True) if e.is_buffer]
@@ -127,6 +133,7 @@ def test_latent_attention_as_published(tmp_path: Path) -> None:
             {"layer_types": 2 * (2 * ["linear_attention"] + 2 * ["full_attention"])},
             "in every n-th of 8 layers",
         ),
+        ({"partial_rotary_factor": float("nan"), "rope_parameters": None}, "partial_rotary_factor=nan"),
         ({"attn_output_gate": False}, "attn_output_gate=False is not supported; supported: True"),
         ({"num_experts": 8}, "field 'num_experts' is not understood"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
@@ -154,6 +161,12 @@ def test_what_is_not_understood_of_a_delta_net(changed: dict[str, Any], said: st
         ({"routed_scaling_factor": 0}, "routed_scaling_factor=0; expected a number above 0"),
         ({"first_k_dense_replace": 4}, "first_k_dense_replace=4; expected a whole number below"),
         ({"rope_scaling": OLD_YARN | {"mscale": 0.5}}, "mscale=0.5, mscale_all_dim=1.0 are not supported"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 4096}},
+            "mscale=None, mscale_all_dim=None are not supported",
+        ),
+        ({"qk_head_dim": 99}, "qk_head_dim=99; expected an even number, and 40"),
+        ({"qk_rope_head_dim": 15}, "qk_rope_head_dim=15, .* expected an even number"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
         ({"quantization_config": {"fmt": "e4m3"}}, "field 'quantization_config' is not understood"),
         ({"index_topk": 2048}, "field 'index_topk' is not understood"),
@@ -165,6 +178,35 @@ def test_what_is_not_understood_of_latent_attention(
 ) -> None:
     with pytest.raises(ConfigError, match=said):
         read_shape(write(tmp_path, PUBLISHED | changed))
+
+
+def test_what_is_left_out_has_hugging_faces_default(tmp_path: Path) -> None:
+    left = {"routed_scaling_factor", "n_group", "topk_group", "n_shared_experts", "first_k_dense_replace",
+            "rms_norm_eps", "norm_topk_prob"}  # fmt: skip
+    fields = {name: value for name, value in PUBLISHED.items() if name not in left}
+    fields |= {"n_routed_experts": 64, "num_experts_per_tok": 8}
+    for kind, config in (
+        ("deepseek_v3", transformers.DeepseekV3Config()),
+        ("glm4_moe_lite", transformers.Glm4MoeLiteConfig()),
+    ):
+        shape = read_shape(write(tmp_path, fields | {"model_type": kind}))
+        router = SigmoidRouter(config.n_group, config.topk_group, config.routed_scaling_factor)
+        assert (shape.sigmoid_router, shape.norm_eps) == (router, config.rms_norm_eps)
+        assert shape.shared_ffn_size == config.n_shared_experts * shape.expert_ffn_size
+        dense = 3 if kind == "deepseek_v3" else config.mlp_layer_types.count("dense")
+        assert shape.num_dense_layers == dense
+    fields = as_saved(transformers.Qwen3NextConfig(**DELTA, **EXPERTS, intermediate_size=96))
+    del fields["norm_topk_prob"]
+    assert read_shape(write(tmp_path, fields)).is_expert_sum_one
+    fields = qwen35(**EXPERTS, model_type="qwen3_5_moe_text")
+    assert read_shape(write(tmp_path, fields)).is_expert_sum_one
+    with pytest.raises(ConfigError, match="norm_topk_prob=False is not supported; supported: True"):
+        read_shape(write(tmp_path, fields | {"norm_topk_prob": False}))
+
+
+def test_no_field_is_both_understood_and_fixed() -> None:
+    """The value of a fixed one is not compared then."""
+    assert [name for name, family in FAMILIES.items() if family.understood & set(family.fixed)] == []
 
 
 def test_layers_with_an_mlp_after_those_with_experts_are_refused(tmp_path: Path) -> None:

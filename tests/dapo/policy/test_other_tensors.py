@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     transformers.Qwen3_5ForConditionalGeneration(config).save_pretrained(folder)
     file = folder / "model.safetensors"
-    save_file(load_file(file) | {"mtp.fc.weight": torch.randn(64, 128).bfloat16()}, file, {"format": "pt"})
+    of_others = {"mtp.fc.weight": torch.randn(64, 128).bfloat16(), "model.visual.ids": torch.arange(7)}
+    save_file(load_file(file) | of_others, file, {"format": "pt"})
     return folder
 
 
@@ -110,11 +112,32 @@ def test_what_is_no_part_of_the_language_model_is_left_out_and_exported_as_it_wa
         policy._stored_weights()
 
 
-def test_the_tools_keep_it_where_the_model_has_it(seeing: Path, tmp_path: Path) -> None:
+def test_the_tools_keep_it_where_the_model_has_it(
+    seeing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert hf_to_megatron.main([str(seeing), str(tmp_path / "megatron")]) == 0
     back = [str(tmp_path / "megatron"), str(tmp_path / "back"), "--model", str(seeing)]
     assert megatron_to_hf.main(back) == 0
+    assert "vision tower" not in capsys.readouterr().err.partition("left out")[0]
     assert is_same(load_file(seeing / "model.safetensors"), load_file(tmp_path / "back/model.safetensors"))
+
+
+def test_the_tools_say_so_where_the_model_has_it_not(
+    seeing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hf_to_megatron.main([str(seeing), str(tmp_path / "megatron")]) == 0
+    assert megatron_to_hf.main([str(tmp_path / "megatron"), str(tmp_path / "back")]) == 0
+    assert "back is the language model alone; the vision tower" in capsys.readouterr().err
+    assert not any("visual" in name for name in load_file(tmp_path / "back/model.safetensors"))
+
+
+def test_two_names_of_one_tensor_are_refused(seeing: Path, tmp_path: Path) -> None:
+    tensors = load_file(seeing / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.language_model.norm.weight"].clone()
+    (tmp_path / "config.json").write_bytes((seeing / "config.json").read_bytes())
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"model\.language_model\.norm\.weight.* are the same one"):
+        HFWeights(tmp_path, read_shape(tmp_path))
 
 
 def test_what_the_tools_cannot_write_is_refused_before_they_begin(
@@ -149,6 +172,8 @@ def test_experts_in_one_tensor_are_read_as_those_apart(prefix: str, tmp_path: Pa
     (tmp_path / "model.safetensors").unlink()
     stored = {name.replace("model.", prefix, 1): tensor.contiguous() for name, tensor in fused.items()}
     save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"has shape \(4, 64, 48\), config.json means 3 experts"):
+        HFWeights(tmp_path, replace(shape, num_experts=3))
     weights = HFWeights(tmp_path, shape)
     weights.check_shapes(shape)
     found = {n: t for e in table(shape, True) for n, t in zip(e.hf, weights.read(e), strict=True)}
