@@ -5,6 +5,7 @@ training step. make gpu-check
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +14,9 @@ import torch
 from dapo_kernels import linear_logprobs, linear_policy_loss, policy_loss, reference
 
 from tests.conftest import attend
-from tests.distributed.launch import measured, torchrun
+from tests.distributed.launch import ROOT, measured, torchrun
 from tests.distributed.moves import OFFLOADED
+from tests.distributed.reference import make_hf
 
 pytestmark = [
     pytest.mark.gpu,
@@ -224,6 +226,29 @@ def test_the_arithmetic_example_learns_on_a_gpu(dtype: str, tmp_path: Path) -> N
     assert rows[0]["eval/accuracy"] <= 0.45
     assert rows[-1]["eval/accuracy"] >= 0.65
     assert max(row.get("policy/mismatch", 0) for row in rows) < (1e-5 if dtype == "float32" else 2e-2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "qwen3_5_moe_text", "deepseek_v3"])
+def test_a_model_with_other_layers_scores_what_its_engine_samples(
+    kind: str, dtype: str, tmp_path: Path
+) -> None:
+    """The engine is transformers' own model; random weights, a task that they get right half of the time."""
+    make_hf(kind, True, tmp_path / "model", vocab=25)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(ROOT / "examples/arithmetic/base" / name, tmp_path / "model")
+    options = [
+        f"policy.model={tmp_path / 'model'}", f"policy.dtype={dtype}", f"run.dir={tmp_path / 'run'}",
+        "run.steps=3", "parallel.tensor=1", "eval.data=null",
+        "reward.function=tests.distributed.reshard:is_even",
+    ]  # fmt: skip
+    done = torchrun(1, "-m", "dapo", "train", "examples/arithmetic/config.yaml", *options)
+    assert done.returncode == 0, done.stdout
+    rows = rows_of(tmp_path / "run")
+    assert sum(row.get("policy/grad_norm", 0) > 0 for row in rows) == 3
+    # 16 bits send a token to other experts
+    allowed = 1e-4 if dtype == "float32" else 5e-2 if kind == "qwen3_5_text" else 0.2
+    assert max(row.get("policy/mismatch", 0) for row in rows) < allowed
 
 
 def test_optimizer_state_in_main_memory_learns_the_same_and_goes_on(tmp_path: Path) -> None:
