@@ -74,7 +74,10 @@ def test_what_the_policy_sets_is_not_silently_overridden(monkeypatch: pytest.Mon
         ("loss_scale=128", "there is no loss scale"),
         ("lr=1e-3", "use optim.lr"),
         ("num_microbatches_with_partial_activation_checkpoints=1", "use recompute_granularity"),
-        ("hetereogenous_dist_checkpoint=true", "the tensors of all layers in one"),  # Megatron's spelling
+        (
+            "hetereogenous_dist_checkpoint=true",
+            "layers that are alike are in one tensor",
+        ),  # Megatron's spelling
         ("delay_wgrad_compute=true", "complete when the backward pass is"),
     ],
 )
