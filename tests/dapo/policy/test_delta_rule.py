@@ -196,3 +196,14 @@ def test_megatrons_layer_is_hugging_faces() -> None:
     )
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_decay_of_16_bit_weights_is_computed_in_float32() -> None:
+    """As transformers does; Megatron takes the exponential in the weights' type."""
+    from dapo.policy.delta_net import DeltaNet
+
+    torch.manual_seed(0)
+    a_log, dt_bias, alpha = (torch.randn(64).bfloat16() for _ in range(3))
+    expected = -a_log.float().exp() * torch.nn.functional.softplus(alpha.float() + dt_bias)
+    decay, _ = DeltaNet.__new__(DeltaNet)._compute_g_and_beta(a_log, dt_bias, alpha, alpha)
+    assert torch.equal(decay, expected)
