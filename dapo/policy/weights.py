@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Protocol
@@ -54,10 +53,7 @@ def _sections(entry: Entry, tensors: list[Tensor], shape: ModelShape) -> list[Te
     if entry.kind == "sections" and entry.sections:
         return list(_join(tensors).split(entry.sections))
     if entry.kind == "key_heads":
-        of_heads = [t.unflatten(0, (_key_heads(shape), -1)) for t in tensors]
-        rows = iter(_head_rows(entry, shape))
-        parts = [t.split(list(itertools.islice(rows, n)), 1) for t, n in zip(of_heads, (4, 2), strict=True)]
-        return [part.flatten(0, 1) for split in parts for part in split]
+        return _regrouped(tensors, entry.section_rows, shape)
     if entry.kind in ("qkv", "gated_qkv"):  # Megatron keeps each KV group's q heads, k and v together
         grouped = [t.unflatten(0, (shape.num_kv_heads, -1)) for t in tensors]
         if entry.kind == "gated_qkv":  # query and gate, head by head → all queries, all gates
@@ -72,8 +68,7 @@ def _unsectioned(entry: Entry, sections: list[Tensor], shape: ModelShape) -> lis
     if entry.kind == "sections" and entry.sections:
         return list(_join(sections).split([rows for rows, *_ in entry.shapes]))
     if entry.kind == "key_heads":
-        of_heads = [s.unflatten(0, (_key_heads(shape), -1)) for s in sections]
-        return [torch.cat(part, dim=1).flatten(0, 1) for part in (of_heads[:4], of_heads[4:])]
+        return _regrouped(sections, [rows for rows, *_ in entry.shapes], shape)
     if entry.kind in ("qkv", "gated_qkv"):
         rows = [n // shape.num_kv_heads for n, *_ in entry.shapes]
         grouped = list(sections[0].unflatten(0, (shape.num_kv_heads, -1)).split(rows, dim=1))
@@ -84,14 +79,12 @@ def _unsectioned(entry: Entry, sections: list[Tensor], shape: ModelShape) -> lis
     return sections
 
 
-def _key_heads(shape: ModelShape) -> int:
+def _regrouped(tensors: list[Tensor], rows: Sequence[int], shape: ModelShape) -> list[Tensor]:
+    """Cut the rows that each key head of a DeltaNet has in all tensors anew: into tensors of so many rows."""
     assert shape.delta
-    return shape.delta.num_key_heads
-
-
-def _head_rows(entry: Entry, shape: ModelShape) -> list[int]:
-    """Return the rows of one key head in each section."""
-    return [rows // _key_heads(shape) for rows in entry.section_rows]
+    heads = shape.delta.num_key_heads
+    of_heads = torch.cat([tensor.unflatten(0, (heads, -1)) for tensor in tensors], dim=1)
+    return [part.flatten(0, 1) for part in of_heads.split([n // heads for n in rows], dim=1)]
 
 
 def _join(parts: Sequence[Tensor], dim: int = 0) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,21 +33,21 @@ def config() -> configs.Config:
 
 @pytest.fixture(scope="module")
 def shared(config: configs.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Policy]:
+    with one_rank():
+        yield Policy(config, meshes.Mesh(config.parallel))
+
+
+@contextlib.contextmanager
+def one_rank() -> Iterator[None]:
+    """In the root, as the only rank of a run, which is over in the end."""
     from megatron.core import parallel_state  # after dapo.policy, which adapts it
 
-    environment = pytest.MonkeyPatch()
-    environment.chdir(ROOT)
-    alone = {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",
-    }
-    for name, value in alone.items():
-        environment.setenv(name, value)
-    yield Policy(config, meshes.Mesh(config.parallel))
-    environment.undo()
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}
+    with pytest.MonkeyPatch.context() as environment:
+        environment.chdir(ROOT)
+        for name, value in (alone | {"MASTER_ADDR": "127.0.0.1"}).items():
+            environment.setenv(name, value)
+        yield
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
     atexit.unregister(dist.destroy_process_group)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
 
@@ -22,6 +20,7 @@ from dapo.model.families import read_shape
 from dapo.model.names import table
 from dapo.policy.megatron import Policy
 from dapo.policy.weight_files import HFWeights
+from tests.dapo.policy.test_megatron import one_rank
 from tests.distributed.launch import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -56,24 +55,9 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    from megatron.core import parallel_state  # after dapo.policy, which adapts it
-
-    alone = {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",
-    }
-    for name, value in alone.items():
-        monkeypatch.setenv(name, value)
-    yield
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
-    atexit.unregister(dist.destroy_process_group)
-    meshes._connect.cache_clear()
+def alone() -> Iterator[None]:
+    with one_rank():
+        yield
 
 
 def is_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
