@@ -18,6 +18,7 @@ from torch import Tensor
 from dapo.config import Config, ConfigError
 from dapo.engine.embedded import EmbeddedEngine
 from dapo.engine.fleet import make_servers
+from dapo.engine.routes import check_routes
 from dapo.engine.sglang import SGLangEngine
 from dapo.engine.weight_sync import make_sync
 from dapo.files import run_directory
@@ -26,6 +27,7 @@ from dapo.mesh import Mesh, set_gpu_environment
 from dapo.model.families import read_shape
 from dapo.model.files import fingerprints, stored_weights
 from dapo.model.layout import check_layout, check_length
+from dapo.model.routing import sampled_routing
 from dapo.model.shape import ModelShape, of_text, read_config
 from dapo.model.tokenizer import check_vocabulary, decoder_json, differences, load_tokenizer, stop_ids
 from dapo.plan import semantics
@@ -158,6 +160,7 @@ def make_rollouts(
         **_own_fields(config.policy.model, tokenizer),
         is_interrupted=is_interrupted,
         on_progress=on_progress,
+        routing=sampled_routing(config),
     )
 
 
@@ -188,9 +191,15 @@ def make_engine(config: Config, mesh: Mesh, is_interrupted: Callable[[], bool]) 
     options = config.engine
     if options.kind == "embedded":
         model, dtype = config.policy.model, getattr(torch, config.policy.dtype)
-        return EmbeddedEngine(model, dtype, mesh.device, options.max_concurrent)
+        return EmbeddedEngine(model, dtype, mesh.device, options.max_concurrent, sampled_routing(config))
     servers = make_servers(config, say=lambda text: print(text, flush=True), is_interrupted=is_interrupted)
     servers.wait()
+    if routing := sampled_routing(config):
+        try:
+            check_routes(servers.workers, routing)
+        except ConfigError:
+            servers.close()
+            raise
     sync = make_sync(
         options.weight_sync,
         lambda: servers.workers,
@@ -202,7 +211,8 @@ def make_engine(config: Config, mesh: Mesh, is_interrupted: Callable[[], bool]) 
         verify=options.verify_weights,
     )
     vocab_size = of_text(read_config(config.policy.model))["vocab_size"]
-    engine = SGLangEngine(servers, sync, options.max_concurrent, options.limits, vocab_size, is_interrupted)
+    limits = options.limits
+    engine = SGLangEngine(servers, sync, options.max_concurrent, limits, vocab_size, is_interrupted, routing)
     engine.release_memory()  # the policy needs it, from when it is built
     return engine
 

@@ -180,9 +180,9 @@ class Mesh:
         """Number of the share of a step's batch that the rank works on."""
         return rank // (self.tensor * self.context) % self.data
 
-    def scatter(self, function: Callable[..., Iterable[T]], *args: Any) -> T:
+    def scatter(self, function: Callable[..., Iterable[T]], *args: Any, by_stage: bool = False) -> T:
         """Run `function` on the main rank. It returns a share for each data rank, which all ranks of that one
-        receive.
+        receive; `by_stage`: one for each pipeline stage of each data rank.
 
         A share is sent to one of its ranks, which passes it on; the next one is made meanwhile.
 
@@ -192,24 +192,27 @@ class Mesh:
                 function that fails after its first shares, their ranks do not hear.
         """
         if not self.is_main:
-            return cast(T, self._receive_share())
+            return cast(T, self._receive_share(by_stage))
         travelling: list[dist.Work] = []
         mine: list[T] = []
+        parties = self._parties(by_stage)
+        # the main rank, the first of the first, has its share
+        receivers = [parties[0][1:3], *(party[:1] for party in parties[1:])]
         sent = 0  # shares
         try:
             for share in function(*args):
                 mine = mine or [share]
                 message = _Message.of(share)
                 _wait(travelling)
-                travelling = self._pass_on(message, self._receivers(sent))
+                travelling = self._pass_on(message, receivers[sent])
                 sent += 1
-            assert sent == self.data, f"{sent} shares for {self.data} data-parallel ranks"
+            assert sent == len(parties), f"{sent} shares for {len(parties)} parties"
         except BaseException as error:
             failure = FailedElsewhere(str(error), isinstance(error, ConfigError))
             message = _Message.of(error if isinstance(error, Stopped) else failure)
             _wait(travelling)  # what nobody waits for may never arrive
-            for data_rank in range(sent, self.data):
-                _wait(self._pass_on(message, self._receivers(data_rank)))
+            for ranks in receivers[sent:]:
+                _wait(self._pass_on(message, ranks))
             raise
         _wait(travelling)
         return mine[0]
@@ -309,9 +312,9 @@ class Mesh:
     def _receive(self, rank: int) -> Any:
         return self._message_from(rank).value()
 
-    def _receive_share(self) -> Any:
+    def _receive_share(self, by_stage: bool) -> Any:
         """Receive from the main rank or from the rank before in the tree, pass on, return the value."""
-        ranks = self._ranks_of(self.data_rank)
+        ranks = next(party for party in self._parties(by_stage) if self.rank in party)
         place = ranks.index(self.rank)
         message = self._message_from(ranks[(place - 1) // 2] if place else 0)
         self._num_received = sum(map(len, message.parts))
@@ -321,15 +324,15 @@ class Mesh:
             raise value
         return value
 
-    def _receivers(self, data_rank: int) -> list[int]:
-        """Return the ranks that the main rank sends a data rank's share to."""
-        return self._ranks_of(data_rank)[1:3] if data_rank == 0 else self._ranks_of(data_rank)[:1]
-
-    def _ranks_of(self, data_rank: int) -> list[int]:
-        """Return the ranks that receive a data rank's share: a tree, ranks 2i + 1 and 2i + 2 below rank i."""
+    def _parties(self, by_stage: bool) -> list[list[int]]:
+        """Return the ranks that receive each share: a tree, ranks 2i + 1 and 2i + 2 below rank i."""
         block = self.tensor * self.context  # ranks that are adjacent
-        firsts = range(data_rank * block, self.world, self.data * block)  # of each pipeline stage
-        return [first + i for first in firsts for i in range(block)]
+        parties = []
+        for data_rank in range(self.data):
+            firsts = range(data_rank * block, self.world, self.data * block)  # of each pipeline stage
+            stages = [[first + i for i in range(block)] for first in firsts]
+            parties += stages if by_stage else [[rank for stage in stages for rank in stage]]
+        return parties
 
     def _pass_on(self, message: _Message, ranks: list[int]) -> list[dist.Work]:
         """Begin to send; the message is kept until the works are done."""

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from dapo.clock import heartbeat
 from dapo.config import Config
-from dapo.learn.batch import Batch
+from dapo.learn.batch import Batch, Share
 from dapo.learn.traces import Trace, merged
 from dapo.mesh import Mesh
 from dapo.policy.megatron import Policy
@@ -66,7 +66,12 @@ class Sampler:
         """Collect and plan the step's batch on the main rank (Algorithm 1, lines 4–9); return this rank's
         part.
         """
-        share = with_retries(lambda: self.mesh.scatter(lambda: self.rollouts.next_batch(step)), self._reload)
+        by_stage = self.config.policy.routing_replay == "rollout"  # each has its own layers' routes
+
+        def scatter() -> Share:
+            return self.mesh.scatter(lambda: self.rollouts.next_batch(step), by_stage=by_stage)
+
+        share = with_retries(scatter, self._reload)
         batch = share.batch(self.config.parallel, self.mesh.context_rank)
         batch.metrics |= self.mesh.received()
         return batch

@@ -103,6 +103,7 @@ class Sampling:
     max_tokens: int
     stop_ids: tuple[int, ...]
     top_p: float = 1.0
+    returns_routes: bool = False  # each sample comes with its routes
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +140,8 @@ class Sample:
     is_correct: bool = False
     reward: float = 0.0
     advantage: float = 0.0
+    # [p + n − 1, columns]: the experts that prompt and response went to, as model.routing has them
+    routes: np.ndarray | None = None
 
     @property
     def length(self) -> int:

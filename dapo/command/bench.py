@@ -25,6 +25,7 @@ from dapo.learn.batch import Share, shares
 from dapo.measure import scripted
 from dapo.measure.step import forget_peak_memory, gpu_of, learning_flops, peak_flops, peak_memory_gib
 from dapo.mesh import Mesh
+from dapo.model.routing import sampled_routing
 from dapo.plan.advice import Plan
 from dapo.plan.memory import CHECKPOINT, GIB
 from dapo.plan.plan import make_plan
@@ -137,7 +138,9 @@ def _step(policy: Policy, watch: Stopwatch, plan: Plan, step: int) -> dict[str, 
             policy.release_memory()
         for _ in policy.weights():
             heartbeat()
-    share = mesh.scatter(_shares, config, mesh, plan, step)
+    share = mesh.scatter(
+        _shares, config, mesh, plan, step, by_stage=config.policy.routing_replay == "rollout"
+    )
     batch = share.batch(config.parallel, mesh.context_rank)
     with watch.phase("old_logprobs"):
         placed = policy.place(batch)
@@ -169,8 +172,10 @@ def _load(checkpoints: Checkpoints, policy: Policy) -> None:
 
 def _shares(config: Config, mesh: Mesh, plan: Plan, step: int) -> Iterator[Share]:
     groups = scripted.groups(config, plan.shape.vocab_size, plan.length, step)
+    if routing := sampled_routing(config):
+        scripted.route(groups, routing)
     metrics = Buffer(len(groups), is_dynamic=False, kept=groups).ledger()
-    return shares(groups, config, mesh.data, metrics, step)
+    return shares(groups, config, mesh.data, metrics, step, routing=routing)
 
 
 @contextmanager

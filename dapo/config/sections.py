@@ -347,6 +347,12 @@ class Policy(Section):
     own: engine.sglang.enable-fp32-lm-head."""
     tokens_per_microbatch: Positive = 32768
     """Budget of one packed forward-backward per data-parallel rank; context ranks share it."""
+    routing_replay: Literal["off", "rollout", "old"] = option(
+        "off", "trainer and engine send tokens to other experts, and a mixture of experts can collapse"
+    )
+    """Of a mixture of experts: off: in every pass the router chooses. rollout: each token goes to the experts
+    that it went to when it was sampled, in the old log-probs and in every update (R3, arXiv:2510.11370). old:
+    updates send it where it went in the old log-probs."""
     other_tensors: Literal["leave_out", "refuse"] = "leave_out"
     """Tensors in the model's files that are no part of the language model: a vision tower, layers that guess
     several tokens. What is left out does not learn; exports have it as it was."""

@@ -76,6 +76,8 @@ def server_options(config: Config, known: Known, has_cuda: bool) -> dict[str, An
         "dtype": config.policy.dtype,
         "log-level-http": "warning",  # no line per request
     }
+    if config.policy.routing_replay == "rollout":
+        options["enable-return-routed-experts"] = True
     if not has_cuda:
         longest = config.data.max_prompt_length + config.rollout.max_response_length
         most = config.engine.max_concurrent

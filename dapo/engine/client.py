@@ -28,6 +28,7 @@ from dapo.engine import generate
 from dapo.engine.endpoint import Endpoint, Job, Servers, first_few
 from dapo.engine.generate import UNKNOWN_VERSION, BadAnswer
 from dapo.engine.intake import Intake
+from dapo.model.routing import Routing
 from dapo.types import EngineError, Request, Sample
 
 MAX_ATTEMPTS = 8  # for one response
@@ -53,6 +54,7 @@ class Client:
     max_concurrent: int
     limits: Limits
     vocab_size: int
+    routing: Routing | None = None  # of the policy: samples come with their routes
 
     def __post_init__(self) -> None:
         self.version = UNKNOWN_VERSION  # of the weights that were last sent
@@ -68,7 +70,8 @@ class Client:
         self.tasks: set[asyncio.Task[None]] = set()
         self.aborts: set[asyncio.Task[None]] = set()  # those of the tasks that abort requests at a server
         self.abort_slots = asyncio.Semaphore(NUM_ABORTS)
-        self.intake = Intake(self.vocab_size, self.max_concurrent * len(self.servers.workers))
+        num_connections = self.max_concurrent * len(self.servers.workers)
+        self.intake = Intake(self.vocab_size, num_connections, self.routing)
 
     def add(self, jobs: list[Job]) -> None:
         """Send these as soon as a server has room: those with a priority before what has less."""

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dapo.clock import heartbeat
 from dapo.engine import one_token
+from dapo.engine.route_watch import RouteWatch
 from dapo.types import Sampling
 
 CUT = (DynamicLayer, DynamicSlidingWindowLayer)  # rows of these layers of a cache can be taken
@@ -31,9 +32,10 @@ def decode(
     seeds: Sequence[int],
     sampling: Sampling,
     is_wanted: Callable[[], bool] = lambda: True,
+    watch: RouteWatch | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw a response to each prompt, int32 [p]. A row's draws depend on its seed alone. Stop at the next
-    token when `is_wanted()` is no longer true.
+    token when `is_wanted()` is no longer true. `watch` gets the routes.
 
     Returns:
         Tokens, int32 [rows, max_tokens], and their log-probs, float32. What follows a stop token is noise.
@@ -54,6 +56,8 @@ def decode(
     positions = (is_real.long().cumsum(-1) - 1).clamp(min=0)  # [P, L]
     logits = logits_of(fed, is_real, positions)
     owner = torch.tensor(owners, device=device)
+    if watch:
+        watch.begin(is_real, owner, limit)
     if is_cut:
         cache.batch_select_indices(owner)
     logits, position = logits[owner], positions[owner, -1:]  # [B, V], [B, 1]
@@ -85,6 +89,8 @@ def decode(
         position = position + 1
         seen = is_seen[:, : fed.shape[1] + step + 1]
         logits = feed(token[:, None], seen[:, None, None] if is_full else seen, position)
+        if watch:
+            watch.step(step, rows)
     return tokens.cpu().numpy(), logprobs.cpu().numpy()
 
 

@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from torch import Tensor
 from dapo.config import ConfigError
 from dapo.engine.decoding import decode
 from dapo.engine.idle import Idle
+from dapo.engine.route_watch import RouteWatch
+from dapo.model.routing import Routing
 from dapo.model.shape import of_text, read_config
 from dapo.types import Request, Sample, Sampling
 
@@ -26,8 +29,17 @@ class EmbeddedEngine:
 
     is_colocated = False  # its weights stay, and its cache is there only while it generates
 
-    def __init__(self, model: Path, dtype: torch.dtype, device: torch.device, max_concurrent: int):
+    def __init__(
+        self,
+        model: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_concurrent: int,
+        routing: Routing | None = None,
+    ):
+        """`routing`: of the model, whose samples come with their routes."""
         self.directory = model
+        self.routing = routing
         try:
             config = transformers.AutoConfig.from_pretrained(model)
             if "text_config" in (raw := read_config(model)):
@@ -94,11 +106,17 @@ class EmbeddedEngine:
         """
         prompts, seeds = [r.prompt.tokens for r in requests], [r.seed for r in requests]
         self.idle.note(False)
-        tokens, logprobs = decode(self.model, prompts, seeds, sampling, is_wanted)
+        watch = RouteWatch(self.model, self.routing) if self.routing and sampling.returns_routes else None
+        with watch or nullcontext():
+            tokens, logprobs = decode(self.model, prompts, seeds, sampling, is_wanted, watch)
         self.idle.note(True)
         is_stop = np.isin(tokens, sampling.stop_ids)  # once: a call for each row takes longer than its sample
         rows = zip(requests, tokens, logprobs, is_stop, strict=True)
-        return [self._sample(*row) for row in rows]
+        samples = [self._sample(*row) for row in rows]
+        for row, sample in enumerate(samples if watch else ()):
+            assert watch
+            sample.routes = watch.of(row, len(prompts[row]), sample.length)
+        return samples
 
     def _sample(
         self, request: Request, tokens: np.ndarray, logprobs: np.ndarray, is_stop: np.ndarray

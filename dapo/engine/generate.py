@@ -5,6 +5,7 @@ n = response tokens.
 
 from __future__ import annotations
 
+import binascii
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import numpy as np
 import orjson
 
 from dapo.engine.versions import weight_spans
+from dapo.model.routing import Routing
 from dapo.types import EngineError, FinishReason, Request, Sample
 
 UNKNOWN_VERSION = -1  # of weights from before the first sync, which SGLang calls "default"
@@ -39,22 +41,30 @@ class Asked:
     num_prompt_tokens: int
     max_tokens: int
     stop_ids: tuple[int, ...]
+    returns_routes: bool
 
     @property
     def id(self) -> str:
         """The request's own id."""
         return f"{self.group}.{self.index}"
 
-    @property
-    def max_bytes(self) -> int:
-        """Most bytes that an answer may have."""
-        return OTHER_BYTES + BYTES_PER_TOKEN * self.max_tokens
+    def max_bytes(self, routing: Routing | None) -> int:
+        """Return the most bytes that an answer may have. `routing`: of the policy, if it has experts."""
+        most = OTHER_BYTES + BYTES_PER_TOKEN * self.max_tokens
+        if routing and self.returns_routes:
+            most += (self.num_prompt_tokens + self.max_tokens) * route_bytes(routing)
+        return most
 
 
 def asked(request: Request, rid: str) -> Asked:
     prompt, sampling = request.prompt, request.sampling
     size = len(prompt.tokens), sampling.max_tokens
-    return Asked(rid, request.group, request.index, *size, sampling.stop_ids)
+    return Asked(rid, request.group, request.index, *size, sampling.stop_ids, sampling.returns_routes)
+
+
+def route_bytes(routing: Routing) -> int:
+    """Return the bytes of a token's routes on the wire: int32 for every layer, as base64."""
+    return -(-4 * routing.shape.num_layers * routing.per_token * 4 // 3) + 1
 
 
 def body(request: Request, rid: str) -> bytes:
@@ -88,17 +98,18 @@ def body(request: Request, rid: str) -> bytes:
             "return_logprob": True,
             "logprob_start_len": -1,  # of the response alone
             "stream": False,
+            **({"return_routed_experts": True} if sampling.returns_routes else {}),
         },
         option=orjson.OPT_SERIALIZE_NUMPY,
     )
 
 
-def read(answer: bytes, asked: Asked, vocab_size: int) -> Sample:
-    """Return the sample in the body of an answer with status 200.
+def read(answer: bytes, asked: Asked, vocab_size: int, routing: Routing | None = None) -> Sample:
+    """Return the sample in the body of an answer with status 200. `routing`: of the policy, for its routes.
 
     Raise BadAnswer if it is not one response to what was asked, or aborted, or tokens and log-probs do not
-    match or cannot be; EngineError if the server always ends such a response too early: another EOS, or too
-    little room.
+    match or cannot be; EngineError if the server returns no routes, or always ends such a response too early:
+    another EOS, or too little room.
     """
     try:
         with _collector_paused():
@@ -121,6 +132,7 @@ def read(answer: bytes, asked: Asked, vocab_size: int) -> Sample:
         versions = _versions(meta, len(ids))
         matched = meta["finish_reason"].get("matched")
         answered, num_prompt_tokens = meta["id"], meta["prompt_tokens"]
+        encoded = meta.pop("routed_experts", None)
     except (ValueError, TypeError, KeyError, IndexError, OverflowError, AttributeError) as error:
         raise BadAnswer(f"no answer of SGLang: {type(error).__name__}: {error}") from None
     if answered != asked.rid:
@@ -147,6 +159,10 @@ def read(answer: bytes, asked: Asked, vocab_size: int) -> Sample:
         wrong = logprobs[(logprobs < LEAST) | (logprobs > LARGEST)][0]
         raise BadAnswer(f"a log-prob of {wrong:g}, which no drawn token has")
     length, finish_reason = _end(tokens, reason, asked)
+    routes = None
+    if routing and asked.returns_routes:
+        routes = _routes(encoded, asked.num_prompt_tokens + len(tokens) - 1, routing)
+        routes = routes[: asked.num_prompt_tokens + length - 1]
     return Sample(
         group=asked.group,
         index=asked.index,
@@ -155,7 +171,19 @@ def read(answer: bytes, asked: Asked, vocab_size: int) -> Sample:
         loss_mask=np.ones(length, bool),
         versions=tuple((v, start, min(end, length)) for v, start, end in versions if start < length),
         finish_reason=finish_reason,
+        routes=routes,
     )
+
+
+def _routes(encoded: Any, num_rows: int, routing: Routing) -> np.ndarray:
+    """Return the routes of an answer: the base64 of them, of every token that was fed."""
+    if encoded is None:
+        remedy = "start it with --enable-return-routed-experts, or set policy.routing_replay=off"
+        raise EngineError(f"a server returns no routes: {remedy}")
+    try:
+        return routing.read(binascii.a2b_base64(encoded, strict_mode=True), num_rows)
+    except (ValueError, TypeError) as error:
+        raise BadAnswer(str(error)) from None
 
 
 def _of_types(values: Any, *types: type) -> list[Any]:

@@ -1,8 +1,8 @@
 """A process that takes in answers of servers: HTTP, parsing and checks hold its interpreter's lock, not the
 trainer's.
 
-The trainer sends what to ask over a socket and receives samples, 9 bytes a token. Both directions carry
-frames of lists of messages, as many as there are when the one before has left.
+The trainer sends what to ask over a socket and receives samples, 9 bytes a token and its routes. Both
+directions carry frames of lists of messages, as many as there are when the one before has left.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, NoReturn
 from dapo import http
 from dapo.engine import generate
 from dapo.engine.generate import Asked, BadAnswer
+from dapo.model.routing import Routing
 from dapo.types import EngineError, Sample, Stopped, reason
 from dapo.watch import forked, frames, streams
 
@@ -52,8 +53,8 @@ class Intake:
     `num_connections` may be open at a time. Used in the event loop of dapo.http.
     """
 
-    def __init__(self, vocab_size: int, num_connections: int):
-        self.arguments = (vocab_size, num_connections)
+    def __init__(self, vocab_size: int, num_connections: int, routing: Routing | None = None):
+        self.arguments = (vocab_size, num_connections, routing)
         self.numbers = itertools.count()
         self.process: _Process | None = None
         self.num_deaths = 0  # since the last answer
@@ -150,7 +151,7 @@ class _Process:
 
     def __init__(
         self,
-        arguments: tuple[int, int],
+        arguments: tuple[int, int, Routing | None],
         on_answers: Callable[[_Process, list[Answer]], None],
         on_end: Callable[[_Process, str], None],
     ):
@@ -232,18 +233,19 @@ class _Process:
                 self.socket.sendall(frames.frame(messages))
 
 
-def serve(theirs: socket.socket, vocab_size: int, num_connections: int) -> None:
+def serve(theirs: socket.socket, vocab_size: int, num_connections: int, routing: Routing | None) -> None:
     """Run the process, until the trainer's end of the socket is closed. It must not import torch."""
     streams.keep_open()
     http.require_connections(num_connections)
-    asyncio.run(_Server(vocab_size).run(theirs))
+    asyncio.run(_Server(vocab_size, routing).run(theirs))
 
 
 class _Server:
     """The process's side: does what it is sent, in an event loop."""
 
-    def __init__(self, vocab_size: int):
+    def __init__(self, vocab_size: int, routing: Routing | None):
         self.vocab_size = vocab_size
+        self.routing = routing
         self.tasks: dict[int, asyncio.Task[Sample | Exception]] = {}  # by number of what is asked
         self.answers: list[Answer] = []  # to be sent
         self.has_answers = asyncio.Event()
@@ -274,7 +276,7 @@ class _Server:
 
     async def _outcome(self, ask: Ask) -> Sample | Exception:
         try:
-            return await fetch(ask, self.vocab_size)
+            return await fetch(ask, self.vocab_size, self.routing)
         except (http.NoAnswer, BadAnswer, Stopped) as error:
             return error
         except Exception:  # noqa: BLE001  # a bug: its traceback is for the trainer
@@ -297,15 +299,17 @@ class _Server:
                 await writer.drain()
 
 
-async def fetch(ask: Ask, vocab_size: int) -> Sample:
+async def fetch(ask: Ask, vocab_size: int, routing: Routing | None = None) -> Sample:
     """Send a request and return the sample of its answer; raise as `Intake.ask` does."""
     asked = ask.asked
     url = ask.url + "/generate"
-    status, answer = await http.exchange("POST", url, ask.body, key=ask.key, max_bytes=asked.max_bytes)
+    status, answer = await http.exchange(
+        "POST", url, ask.body, key=ask.key, max_bytes=asked.max_bytes(routing)
+    )
     if status in RETRIED:
         raise BadAnswer(f"{status} {http.one_line(answer)}")
     if status != 200:
         size = f"{asked.num_prompt_tokens} tokens of prompt, max_tokens {asked.max_tokens}"
         refused = f"{ask.url} refused request {asked.id} ({size})"
         raise EngineError(f"{refused}: {status} {http.one_line(answer)}")
-    return generate.read(answer, asked, vocab_size)
+    return generate.read(answer, asked, vocab_size, routing)

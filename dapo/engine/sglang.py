@@ -15,6 +15,7 @@ from dapo.config import Limits
 from dapo.engine.client import Client
 from dapo.engine.endpoint import Job, Servers
 from dapo.engine.weight_sync import WeightSync
+from dapo.model.routing import Routing
 from dapo.types import EngineError, Interrupted, Request, Sample, WeightsLost
 
 DEATH_NOTICED = 20.0  # seconds within which a server ends one of whose processes has died
@@ -24,15 +25,16 @@ CHECK_EVERY = 0.5  # seconds of waiting between two checks for an interruption, 
 class SGLangEngine:
     """The Engine protocol over servers that generate. Its methods may be called from any thread.
 
-    No token id is `vocab_size` or larger.
+    No token id is `vocab_size` or larger. `routing`: of the policy, whose samples come with their routes.
     """
 
     def __init__(self, servers: Servers, sync: WeightSync, max_concurrent: int, limits: Limits,
-                 vocab_size: int, is_interrupted: Callable[[], bool] = lambda: False):  # fmt: skip
+                 vocab_size: int, is_interrupted: Callable[[], bool] = lambda: False,
+                 routing: Routing | None = None):  # fmt: skip
         self.servers = servers
         self.sync = sync
         self.is_interrupted = is_interrupted
-        self.client = Client(servers, max_concurrent, limits, vocab_size)
+        self.client = Client(servers, max_concurrent, limits, vocab_size, routing)
         http.wait(self.client.open())
 
     @property

@@ -1,9 +1,10 @@
 """Groups → minibatches (one update each) → packed microbatches (one forward-backward each), balanced over
 data-parallel ranks. The main rank plans and sends each rank its share; the ranks build their microbatches.
 
-T = tokens packed into a microbatch, S = sequences in it. With context parallelism every sequence is cut into
-2·context chunks of equal size and rank r has chunks r and 2·context − 1 − r (zig-zag: early tokens see few
-keys, late ones many, so each rank attends as much); T then counts the tokens of one context rank.
+T = tokens packed into a microbatch, S = sequences in it, C = columns of routes (model.routing). With context
+parallelism every sequence is cut into 2·context chunks of equal size and rank r has chunks r and
+2·context − 1 − r (zig-zag: early tokens see few keys, late ones many, so each rank attends as much); T then
+counts the tokens of one context rank.
 
 A per-token field is declared once in each class that has it. A field of Sample that Microbatch declares under
 the same name is sent to its rank, packed, sharded and placed on the device without another line.
@@ -11,7 +12,7 @@ the same name is sent to its rank, packed, sharded and placed on the device with
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import islice
@@ -19,13 +20,15 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from dapo.config import Config, Parallel
+from dapo.config import Config, ConfigError, Parallel
 from dapo.learn.objective import token_weights
 from dapo.learn.packing import pack, padded
 from dapo.learn.traces import Key, Location, chosen
 from dapo.model.passthrough import Passthrough
+from dapo.model.routing import Routing
 from dapo.types import Group, Sample, per_token, token_fields
 
+Filler = Callable[[int], np.ndarray | None]
 Array = TypeVar("Array")  # np.ndarray on the host, torch.Tensor on a rank's device
 
 
@@ -54,6 +57,8 @@ class Microbatch(Generic[Array]):
     # int32 [S + 1]: sequence i is cu_seqlens[i] : cu_seqlens[i + 1], counted over all context ranks
     cu_seqlens: Array
     longest: int  # tokens of the longest sequence, over all context ranks
+    # [T, C]: the experts that tokens are told to go to, in this pipeline stage's layers; None: they choose
+    routes: Array | None = None
     dumped: list[Location] = field(default_factory=list)  # the samples whose tokens the updates trace
     scores: Scores[Array] | None = None  # from Policy.score on, on the last pipeline stage
 
@@ -89,6 +94,7 @@ class _Sequence:
     token_weight: float
     advantage: float
     dumped: Key | None
+    routes: np.ndarray | None = None  # [length, C]
 
     @property
     def length(self) -> int:
@@ -98,8 +104,8 @@ class _Sequence:
 
 @dataclass
 class Share:
-    """One data-parallel rank's part of a step as it travels to its ranks: 8 bytes a token, and nothing that
-    they can derive.
+    """One data-parallel rank's part of a step as it travels to its ranks: 8 bytes a token, routes if they are
+    replayed, and nothing that they can derive.
 
     S = its sequences, in the order of its microbatches; P, R = tokens of their prompts, of their responses.
     """
@@ -112,10 +118,20 @@ class Share:
     responses: dict[str, np.ndarray]  # one of sent_fields → [R]; of bools the lengths of their runs
     dumped: dict[int, Key]  # number of a sequence → its sample, if that is dumped
     metrics: dict[str, float]
+    routing: Routing | None = None
+    routes: np.ndarray | None = None  # [tokens that are fed, C], in one pipeline stage's layers
 
     @classmethod
-    def of(cls, minibatches: list[list[Pack]], metrics: dict[str, float]) -> Share:
-        """Make a share of packs, which are given as minibatch → microbatch."""
+    def of(
+        cls,
+        minibatches: list[list[Pack]],
+        metrics: dict[str, float],
+        routing: Routing | None = None,
+        layers: Sequence[int] = (),
+    ) -> Share:
+        """Make a share of packs, which are given as minibatch → microbatch. `routing`: it has the routes of
+        `layers`.
+        """
         sequences = [s for packs in minibatches for pack in packs for s in pack.sequences]
         fields = sent_fields()
         lengths = [(len(s.prompt), len(s.response["tokens"])) for s in sequences]
@@ -129,14 +145,16 @@ class Share:
             {name: _runs(a) if fields[name].kind == "b" else a for name, a in responses.items()},
             {i: s.dumped for i, s in enumerate(sequences) if s.dumped},
             metrics,
+            routing,
+            _routes(sequences, routing, layers) if routing else None,
         )
 
     def batch(self, parallel: Parallel, rank: int) -> Batch[np.ndarray]:
         """Return the batch of context rank `rank`."""
-        sequences = self._sequences()
+        sequences, fill = self._sequences(), self._filler
         minibatches = [
             [
-                shard(build(list(islice(sequences, count)), parallel, least), rank, parallel.context)
+                shard(build(list(islice(sequences, count)), parallel, least, fill), rank, parallel.context)
                 for count, least in packs
             ]
             for packs in self.packs
@@ -147,7 +165,7 @@ class Share:
     def _sequences(self) -> Iterator[_Sequence]:
         fields = sent_fields()
         whole = {name: _values(a) if fields[name].kind == "b" else a for name, a in self.responses.items()}
-        prompt_end = end = 0
+        prompt_end = end = end_fed = 0
         for i, (lengths, weights) in enumerate(
             zip(self.lengths.tolist(), self.weights.tolist(), strict=True)
         ):
@@ -156,7 +174,28 @@ class Share:
             response = {name: values[start:end] for name, values in whole.items()}
             token_weight, advantage = weights
             prompt = self.prompts[prompt_start:prompt_end]
-            yield _Sequence(prompt, response, token_weight, advantage, self.dumped.get(i))
+            sequence = _Sequence(prompt, response, token_weight, advantage, self.dumped.get(i))
+            if self.routes is not None:
+                start_fed, end_fed = end_fed, end_fed + sequence.length
+                sequence = replace(sequence, routes=self.routes[start_fed:end_fed])
+            yield sequence
+
+    def _filler(self, num_rows: int) -> np.ndarray | None:
+        """Return routes of padding, [rows, C], if there are routes."""
+        if self.routing is None or self.routes is None:
+            return None
+        return self.routing.filler(num_rows, self.routes.shape[1])
+
+
+def _routes(sequences: list[_Sequence], routing: Routing, layers: Sequence[int]) -> np.ndarray:
+    columns = routing.columns(layers)
+    size = sum(s.length for s in sequences)
+    joined, end = np.empty((size, len(columns)), routing.dtype), 0
+    for s in sequences:
+        assert s.routes is not None, "a sample without routes"
+        start, end = end, end + s.length
+        joined[start:end] = s.routes[:, columns]
+    return joined
 
 
 def _joined(arrays: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
@@ -189,13 +228,20 @@ def shares(
     metrics: dict[str, float],
     version: int = 0,
     probe: Sequence[Group] = (),
+    routing: Routing | None = None,
 ) -> Iterator[Share]:
     """Plan the step's work, and return the share of each data-parallel rank, made when it is asked for.
 
     All have the same number of microbatches. `num_ranks`: number of data-parallel ranks; `version`: of the
-    policy's weights; `probe`: groups that are scored and not learnt from. Minibatches are whole groups in
-    request order.
+    policy's weights; `probe`: groups that are scored and not learnt from. `routing`: the groups' routes are
+    replayed; then each data-parallel rank has a share for each of its pipeline stages. Minibatches are whole
+    groups in request order.
+
+    Raises:
+        ConfigError: routes are replayed, and a sample has none, or such as the model cannot have.
     """
+    if routing:
+        _check_routes([*groups, *probe], routing)
     dumped = {group.id for group in chosen(groups, config.rollout.dump_share)}
     minibatches = [
         packed(_sequences(minibatch, config, version, dumped), config, num_ranks)
@@ -203,7 +249,38 @@ def shares(
     ]
     probes = packed(_sequences(probe, config, version, set()), config, num_ranks) if probe else []
     minibatches.append(probes)
-    return (Share.of([packs[rank::num_ranks] for packs in minibatches], metrics) for rank in range(num_ranks))
+    parallel = config.parallel
+    stages: list[list[int]] = [[]]
+    if routing:
+        sizes = parallel.pipeline, parallel.virtual_pipeline
+        stages = [
+            [layer for chunk in routing.shape.chunks(sizes[0], stage, sizes[1]) for layer in chunk]
+            for stage in range(parallel.pipeline)
+        ]
+    return (
+        Share.of([packs[rank::num_ranks] for packs in minibatches], metrics, routing, layers)
+        for rank in range(num_ranks)
+        for layers in stages
+    )
+
+
+def _check_routes(groups: Sequence[Group], routing: Routing) -> None:
+    for group in groups:
+        for sample in group.samples:
+            fed = len(group.prompt.tokens) + sample.length - 1
+            found, which = (
+                sample.routes,
+                f"policy.routing_replay=rollout: sample {sample.index} of group {group.id}",
+            )
+            if found is None:
+                raise ConfigError(
+                    f"{which} has no routes: it was sampled without; set policy.routing_replay=off or old"
+                )
+            fault = routing.fault(found)
+            if len(found) != fed:
+                fault = f"routes of {len(found)} tokens, where {fed} are fed"
+            if fault:
+                raise ConfigError(f"{which}: {fault}")
 
 
 def split(groups: list[Group], size: int) -> list[list[Group]]:
@@ -240,6 +317,7 @@ def _sequences(minibatch: Sequence[Group], config: Config, version: int, dumped:
             weight,
             sample.advantage,
             (sample.group, sample.index) if group.id in dumped else None,
+            sample.routes,
         )
         for group, group_weights in zip(minibatch, weights, strict=True)
         for sample, weight in zip(group.samples, group_weights, strict=True)
@@ -254,8 +332,11 @@ def stale_tokens(sample: Sample, version: int) -> np.ndarray:
     return is_stale
 
 
-def build(sequences: list[_Sequence], parallel: Parallel, least: int) -> Microbatch[np.ndarray]:
-    """Pack the sequences, for all context ranks, into at least `least` tokens.
+def build(
+    sequences: list[_Sequence], parallel: Parallel, least: int, filler: Filler = lambda num_rows: None
+) -> Microbatch[np.ndarray]:
+    """Pack the sequences, for all context ranks, into at least `least` tokens. `filler`: makes routes of
+    padding, if there are any.
 
     A sequence is padded at its end, where causality hides it, so that context ranks can split it. The whole
     is padded to a multiple, as one more sequence that weighs nothing: a rank without work still takes part
@@ -266,7 +347,8 @@ def build(sequences: list[_Sequence], parallel: Parallel, least: int) -> Microba
     lengths += [padding] if padding else []
     zeros: Any = {name: np.zeros(sum(lengths), dtype) for name, dtype in token_fields(Microbatch).items()}
     cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
-    microbatch = Microbatch(**zeros, cu_seqlens=cu_seqlens, longest=max(lengths))
+    routes = filler(sum(lengths))
+    microbatch = Microbatch(**zeros, cu_seqlens=cu_seqlens, longest=max(lengths), routes=routes)
     microbatch.positions[:] = np.concatenate([np.arange(n) for n in lengths])
     for start, sequence in zip(cu_seqlens, sequences, strict=False):
         whole = np.concatenate([sequence.prompt, sequence.response["tokens"]])
@@ -279,6 +361,8 @@ def build(sequences: list[_Sequence], parallel: Parallel, least: int) -> Microba
         microbatch.advantages[response] = sequence.advantage
         for name in sent_fields().keys() - {"tokens"}:
             getattr(microbatch, name)[response] = sequence.response[name]
+        if routes is not None:
+            routes[start:end] = sequence.routes
         if sequence.dumped:
             length = len(sequence.response["tokens"])
             microbatch.dumped.append(Location(*sequence.dumped, response, 0, length))
@@ -301,6 +385,7 @@ def shard(microbatch: Microbatch[np.ndarray], rank: int, context: int) -> Microb
     return replace(
         microbatch,
         **{name: getattr(microbatch, name)[order] for name in token_fields(Microbatch)},
+        routes=None if microbatch.routes is None else microbatch.routes[order],
         dumped=[piece for whole in microbatch.dumped for piece in _pieces(whole, starts, sizes, here)],
     )
 

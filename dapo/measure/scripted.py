@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from dapo.config import Config
+from dapo.model.routing import Routing
 from dapo.types import Group, Prompt, Sample
 
 SPREAD = 0.8  # σ of the logarithm of responses' lengths
@@ -41,6 +44,13 @@ def groups(config: Config, vocab_size: int, mean_length: int, step: int) -> list
         Group(i, Prompt(i, tokens(prompt), ""), [sample(i, j) for j in range(size)])
         for i in range(config.rollout.prompts_per_step)
     ]
+
+
+def route(groups: Sequence[Group], routing: Routing) -> None:
+    """Give each sample routes: as many tokens to each expert."""
+    for group in groups:
+        for sample in group.samples:
+            sample.routes = routing.filler(len(group.prompt.tokens) + sample.length - 1, routing.num_columns)
 
 
 def response_lengths(count: int, mean: float, longest: int, rng: np.random.Generator) -> np.ndarray:

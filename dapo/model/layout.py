@@ -12,6 +12,7 @@ def check_layout(shape: ModelShape, config: Config) -> None:
     megatron = Passthrough.of(config.policy.megatron)
     checks = _divisions(shape, config.parallel, megatron) + _recompute(shape, megatron)
     checks += _offload(megatron, config.policy.dtype) + _fp8(shape, config, megatron)
+    checks += _replay(shape, config, megatron)
     if wrong := [message for is_wrong, message in checks if is_wrong]:
         raise ConfigError("; ".join(wrong))
 
@@ -78,6 +79,25 @@ def _recompute(shape: ModelShape, megatron: Passthrough) -> Checks:
          f"{prefix} moe, but there are no experts; the other is mlp"),
         ("mlp" in modules and shape.num_experts > 0 and not shape.num_dense_layers,
          f"{prefix} mlp recomputes nothing where every layer has experts; moe does"),
+    ]  # fmt: skip
+
+
+def _replay(shape: ModelShape, config: Config, megatron: Passthrough) -> Checks:
+    """Return the checks of routing replay, which nothing else would notice."""
+    asked = f"policy.routing_replay={config.policy.routing_replay}"
+    is_replayed = config.policy.routing_replay != "off"
+    from_servers = config.policy.routing_replay == "rollout"
+    arguments = {name.replace("_", "-"): value for name, value in config.engine.sglang.items()}
+    return [
+        (is_replayed and not shape.num_experts,
+         f"{asked}, but {shape.model_type} has no experts: leave it off"),
+        (is_replayed and megatron.moe_router_fusion,
+         f"{asked} with policy.megatron.moe_router_fusion: the fused router takes no routes; leave it out"),
+        (from_servers and bool(arguments.get("enable-hierarchical-cache")),
+         f"{asked} with engine.sglang.enable-hierarchical-cache: a prompt that comes back from main memory "
+         "has another prompt's routes; leave it out"),
+        (from_servers and arguments.get("enable-return-routed-experts") is False,
+         f"{asked} with engine.sglang.enable-return-routed-experts=false: the run sets it; leave it out"),
     ]  # fmt: skip
 
 

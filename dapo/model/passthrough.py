@@ -38,6 +38,7 @@ class Passthrough:
     optimizer_offload_fraction: float = 0.0
     use_precision_aware_optimizer: bool = False
     moe_token_dispatcher_type: str = "alltoall"
+    moe_router_fusion: bool = False
     fp8: str | None = None
     fp8_recipe: str = "delayed"
 

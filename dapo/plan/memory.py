@@ -7,7 +7,7 @@ each sends its own tokens to the ranks that have them. Routing is taken as balan
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -152,7 +152,23 @@ class Rank:
     def batch(self) -> int:
         """Bytes of the step's batch."""
         samples = self.config.rollout.prompts_per_step * self.config.rollout.group_size
-        return BATCH_BYTES * ceil(samples / self.data) * ceil(self.longest / self.parallel.context)
+        tokens = ceil(samples / self.data) * ceil(self.longest / self.parallel.context)
+        return BATCH_BYTES * tokens + self._route_bytes(chain(*self.chunks)) * tokens // self.parallel.tensor
+
+    def _route_bytes(self, layers: Iterable[int]) -> int:
+        """Return the bytes of a token's routes in these layers, if they are replayed."""
+        if self.config.policy.routing_replay == "off":
+            return 0
+        each = self.shape.experts_per_token * (1 if self.shape.num_experts <= 256 else 2)
+        return each * sum(map(self.shape.has_experts, layers))
+
+    @property
+    def sampled_routes(self) -> int:
+        """Bytes of main memory that the routes of a step's samples take on the main rank."""
+        if self.config.policy.routing_replay != "rollout":
+            return 0
+        samples = self.config.rollout.prompts_per_step * self.config.rollout.group_size
+        return samples * self.longest * self._route_bytes(range(self.shape.num_layers))
 
     @property
     def engine(self) -> int:

@@ -125,6 +125,12 @@ def _memory(plan: Plan) -> list[str]:
         total = ranks * max(rank.main_memory for rank in plan.stages) / GIB
         machine = f"the main memory of a machine with {ranks} devices"
         lines.append(f"writing a checkpoint takes {total:.0f} GiB of {machine}")
+    if routes := worst.sampled_routes:
+        each = routes / worst.config.rollout.prompts_per_step / worst.config.rollout.group_size / 2**20
+        lines.append(
+            f"the routes of a step's samples take {routes / GIB:.1f} GiB of the main rank's main memory, "
+            f"{each:.1f} MiB each, if all are longest"
+        )
     if plan.servers:
         lines.append(plan.servers.describe(min(plan.world, MACHINE)))
     return lines

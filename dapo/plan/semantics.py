@@ -28,7 +28,7 @@ VERSIONED = (
 # what older manifests do not say, because there was no other
 FORMER = {
     "objective.kind": "dapo", "objective.advantage": "group_std", "policy.logits_dtype": "float32",
-    "objective.importance_band": "none",
+    "objective.importance_band": "none", "policy.routing_replay": "off",
 }  # fmt: skip
 
 

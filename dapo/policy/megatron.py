@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,15 @@ from dapo.learn.objective import importance, is_cut
 from dapo.learn.traces import Key, Trace, record
 from dapo.mesh import Mesh
 from dapo.model.families import read_shape
+from dapo.model.passthrough import Passthrough
+from dapo.model.routing import Routing
 from dapo.policy import chunks, cpu, metrics, schedule, torch_dist, weight_files, write_weights
 from dapo.policy.layout import initialize_megatron
 from dapo.policy.memory import UpdateMemory
 from dapo.policy.metrics import Sums
 from dapo.policy.model import build_model, optimizer_config, split_passthrough, transformer_config
 from dapo.policy.optimizer_state import OwnState, group_settings
+from dapo.policy.replay import Routes, Source
 from dapo.policy.weights import StoredWeights, Weights
 from dapo.types import token_fields
 
@@ -87,6 +92,11 @@ class Policy:
             for name, buffer in (item for chunk in self.chunks for item in chunk.named_buffers()):
                 if name.endswith("expert_bias"):  # 16 bits would choose other experts
                     buffer.data = buffer.data.float()
+        self.routes: Routes | None = None
+        if config.policy.routing_replay != "off":
+            megatron = Passthrough.of(config.policy.megatron)
+            split = self.transformer.sequence_parallel
+            self.routes = Routes(self.chunks, Routing(self.shape), split, megatron)
         self._weights = Weights(self.chunks, self.shape)
         self._kept: weight_files.Kept = {}  # tensors beside the language model
         self._weights.load(weights or self._stored_weights())
@@ -116,12 +126,19 @@ class Policy:
     @timed("old_logprobs")
     def place(self, batch: Batch[np.ndarray]) -> PlacedBatch:
         """Copy this rank's microbatches onto its device."""
-        device = self.mesh.device
         *minibatches, probe = [
-            [schedule.on_device(m, device) for m in microbatches]
-            for microbatches in [*batch.minibatches, batch.probe]
+            [self._placed(m) for m in microbatches] for microbatches in [*batch.minibatches, batch.probe]
         ]
         return Batch(minibatches, batch.metrics, probe)
+
+    def _placed(self, microbatch: Microbatch[np.ndarray]) -> PlacedMicrobatch:
+        if self.routes and microbatch.routes is not None:
+            microbatch = replace(microbatch, routes=self.routes.own(microbatch.routes))
+        placed = schedule.on_device(microbatch, self.mesh.device)
+        if self.config.policy.routing_replay == "old":
+            assert self.routes
+            placed.routes = self.routes.blank(placed)
+        return placed
 
     @timed("old_logprobs")
     @torch.no_grad()  # Megatron's schedule would keep a graph
@@ -141,7 +158,7 @@ class Policy:
             return {}
         objective = self.config.objective
         rows, largest_gap = [metrics.score_sums()], 0.0
-        scored = schedule.run(self.models, self.transformer, work, self._score, forward_only=True)
+        scored, own = self._scored(work)
         for number, (microbatch, old) in enumerate(zip(work, scored, strict=False)):  # on the last stage only
             behavior, is_stale, mask = microbatch.behavior_logprobs, microbatch.is_stale, microbatch.loss_mask
             corrected = mask if objective.importance_of == "all" else mask & is_stale
@@ -158,14 +175,41 @@ class Policy:
             cut = is_cut(weights, objective)[corrected]
             rows.append(metrics.score_sums(old, gap, weights[mask], weights[corrected], cut))
             largest_gap = max(largest_gap, float(gap.max()) if len(gap) else 0.0)
-        sums = self.mesh.sum_by_key(metrics.total(rows))
+        sums = self.mesh.sum_by_key(metrics.total(rows) | own)
         if sums["broken"]:
             count = sums["tokens"]
             found = f"{sums['broken']:.0f} of {count:.0f} log-probs of the policy are not finite"
             broken = self._broken_parameters()
             cause = _named(broken) if broken else "its parameters are finite, so its activations overflow"
             raise PolicyError(f"{found}: {cause}; resume from an earlier checkpoint with a lower optim.lr")
-        return metrics.score_metrics(sums, self.mesh.max(largest_gap))
+        routes = {name: sums.pop(name) for name in own}
+        return metrics.score_metrics(sums, self.mesh.max(largest_gap)) | metrics.own_route_metrics(
+            routes, sums["tokens"] + sums["probe_tokens"]
+        )
+
+    def _scored(self, work: list[PlacedMicrobatch]) -> tuple[list[Tensor], Sums]:
+        """Return log π_θold of each microbatch on the last stage; and what the routers' own choice would
+        change: sums for metrics.own_route_metrics, {} unless routes of the rollout are replayed.
+        """
+        replay = self.config.policy.routing_replay
+        if replay != "rollout":
+            return self._pass(work, "record" if replay == "old" else "router"), {}
+        scored = self._pass(work, "told", is_counted=True)
+        assert self.routes
+        others = metrics.route_sums(self.routes.routing.layers, self.routes.take_others())
+        # the interleaved schedule takes as many as there are stages
+        few = work[: self.config.parallel.pipeline if len(self.models) > 1 else 1]
+        gaps = [
+            (old - m.behavior_logprobs)[m.loss_mask & ~m.is_stale].abs()
+            for m, old in zip(few, self._pass(few, "router"), strict=False)
+            if self.reports
+        ]
+        return scored, others | metrics.own_route_sums(torch.cat(gaps) if gaps else metrics.EMPTY)
+
+    def _pass(self, work: list[PlacedMicrobatch], source: Source, is_counted: bool = False) -> list[Tensor]:
+        """Score, with routes of `source`."""
+        with self.routes.replayed(source, is_counted) if self.routes else nullcontext():
+            return schedule.run(self.models, self.transformer, work, self._score, True, self.routes)
 
     @timed("update")
     def update(self, minibatch: list[PlacedMicrobatch]) -> Sums:
@@ -195,7 +239,8 @@ class Policy:
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        rows = schedule.run(self.models, self.transformer, minibatch, self._loss, forward_only=False)
+        with self.routes.replayed("told", has_backward=True) if self.routes else nullcontext():
+            rows = schedule.run(self.models, self.transformer, minibatch, self._loss, False, self.routes)
         blank = metrics.update_sums(dual_clip=self.config.objective.dual_clip)
         sums = self.mesh.sum_by_key(metrics.total([blank, *(rows if self.reports else [])]))
         if not math.isfinite(sums["loss"]):

@@ -10,7 +10,7 @@ To add a metric of an update: a sum in `update_sums`, a value in `update_metrics
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +60,30 @@ def score_sums(
         "probe_gap": probe.sum(),
     }
     return {name: float(value) for name, value in sums.items()}
+
+
+def route_sums(layers: Iterable[int], others: Mapping[int, float]) -> Sums:
+    """Return, for each layer with experts, how many tokens its router would send to others than told."""
+    return {f"layer {layer}": others.get(layer, 0.0) for layer in layers}
+
+
+def own_route_sums(gap: Tensor = EMPTY) -> Sums:
+    """Return the sums of tokens that were also scored where the routers chose; `gap`: |old − behavior|."""
+    return {"own_tokens": float(len(gap)), "own_gap": float(gap.sum())}
+
+
+def own_route_metrics(sums: Sums, num_tokens: float) -> dict[str, float]:
+    """Return the fraction of tokens whose own route is another, by layer and as a mean; and the mismatch with
+    routers that choose. `sums`: of both functions; {}: nothing is replayed.
+    """
+    if not sums:
+        return {}
+    layers = {name.split()[1]: n / num_tokens for name, n in sums.items() if name.startswith("layer ")}
+    found = {f"policy/routes_differ_layer_{layer}": fraction for layer, fraction in layers.items()}
+    found["policy/routes_differ"] = sum(layers.values()) / len(layers)
+    if sums["own_tokens"]:
+        found["policy/mismatch_own_routes"] = sums["own_gap"] / sums["own_tokens"]
+    return found
 
 
 def score_metrics(sums: Sums, largest_gap: float) -> dict[str, float]:

@@ -6,7 +6,9 @@ T = packed tokens of a microbatch on a context rank, H = hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
+from itertools import repeat
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from dapo.clock import heartbeat, timed
 from dapo.learn.batch import Microbatch
+from dapo.policy.replay import Routes
 from dapo.policy.rope import describe_pack
 from dapo.types import token_fields
 
@@ -33,6 +36,8 @@ GROUPS = ("tp", "cp", "embd", "pos_embd", "pp", "dp_cp", "tp_dp_cp")
 def on_device(microbatch: Microbatch[np.ndarray], device: torch.device) -> Microbatch[Tensor]:
     """Copy a microbatch's arrays onto the device."""
     names = [*token_fields(type(microbatch)), "cu_seqlens"]
+    if microbatch.routes is not None:
+        names.append("routes")
     arrays = {name: torch.from_numpy(getattr(microbatch, name)) for name in names}
     moved = {name: array.to(device, non_blocking=True) for name, array in arrays.items()}
     return replace(microbatch, **moved)  # type: ignore[arg-type, return-value]
@@ -55,28 +60,33 @@ def run(
     microbatches: list[Microbatch[Tensor]],
     finish: Callable[[Microbatch[Tensor], Tensor], tuple[Tensor, R]],
     forward_only: bool,
+    routes: Routes | None = None,
 ) -> list[R]:
     """Run Megatron's pipeline schedule over the microbatches.
 
     `finish` takes a microbatch and its hidden states [T, H]; it returns a loss to differentiate and a result.
+    `routes`: those that are replayed.
     Returns the result of each microbatch on the last stage; elsewhere nothing.
     """
 
-    def forward_step(data: Iterator[Microbatch[Tensor]], model: torch.nn.Module) -> tuple[Tensor, Any]:
+    def forward_step(
+        data: Iterator[tuple[int, Microbatch[Tensor]]], model: torch.nn.Module
+    ) -> tuple[Tensor, Any]:
         heartbeat()
-        microbatch = next(data)
+        chunk, microbatch = next(data)
 
         def loss(hidden: Tensor) -> tuple[Tensor, Tensor, R]:
             total, result = finish(microbatch, hidden[:, 0])
             # the loss is a sum already: with 0 tokens Megatron divides it by nothing
             return total, torch.zeros((), dtype=torch.int, device=hidden.device), result
 
-        return hidden_states(model, config, microbatch), loss
+        with routes.forward(chunk, microbatch) if routes else nullcontext():
+            return hidden_states(model, config, microbatch), loss
 
     lengths = [len(microbatch.tokens) for microbatch in microbatches]
     return get_forward_backward_func()(  # type: ignore[no-any-return]
         forward_step_func=forward_step,
-        data_iterator=[iter(microbatches) for _ in models],
+        data_iterator=[zip(repeat(chunk), microbatches) for chunk in range(len(models))],
         model=models,
         num_microbatches=len(microbatches),
         seq_length=lengths[0],  # not used: lengths travel with the activations

@@ -17,6 +17,8 @@ class Buffer:
 
     capacity: int
     is_dynamic: bool  # False: every group is kept
+    # False: groups that are not kept give back the memory of their routes, a hundred times their tokens'
+    keeps_routes: bool = True
     kept: list[Group] = field(default_factory=list)
     all_correct: list[Group] = field(default_factory=list)
     all_wrong: list[Group] = field(default_factory=list)
@@ -26,10 +28,14 @@ class Buffer:
 
     def offer(self, group: Group) -> None:
         """Keep the group if there is room and it is mixed (Eq. 11), or nothing is filtered."""
+        if not self.is_full and (group.is_mixed or not self.is_dynamic):
+            self.kept.append(group)
+            return
+        if not self.keeps_routes:
+            for sample in group.samples:
+                sample.routes = None
         if self.is_full:
             self.surplus.append(group)
-        elif group.is_mixed or not self.is_dynamic:
-            self.kept.append(group)
         elif group.num_correct:
             self.all_correct.append(group)
         else:

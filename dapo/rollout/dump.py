@@ -23,6 +23,7 @@ Columns = Mapping[str, str]  # name → type
 Values = dict[str, list[Any]]  # of columns, by name
 KINDS = ("kept", "all_correct", "all_wrong", "surplus")
 TRACES = ".traces.parquet"
+NONE: Columns = {}
 MOST = 2**30  # numbers in a column of a table: offsets are int32
 ROWS, PAGE = 16, 2**20  # rows decoded, and bytes read, at a time
 TYPES = {  # a field's annotation → its column; [x]: a list of x
@@ -35,11 +36,17 @@ TYPES = {  # a field's annotation → its column; [x]: a list of x
 }
 
 
+# of samples that have them, [fed tokens × columns]; a file without such samples has no such column
+OPTIONAL = {"routes": "[int16]"}
+
+
 def columns_of(kind: type) -> dict[str, str]:
-    """Return a dataclass's columns: name → type."""
+    """Return a dataclass's columns that every file has: name → type."""
     per_token = token_fields(kind)
     return {
-        f.name: f"[{per_token[f.name]}]" if f.name in per_token else TYPES[str(f.type)] for f in fields(kind)
+        f.name: f"[{per_token[f.name]}]" if f.name in per_token else TYPES[str(f.type)]
+        for f in fields(kind)
+        if f.name not in OPTIONAL
     }
 
 
@@ -80,7 +87,7 @@ class Writer:
         with files.writing(path):
             path.with_suffix(TRACES).unlink(missing_ok=True)  # of an earlier attempt at this step
         groups = [(kind, group) for kind in KINDS for group in chosen(getattr(buffer, kind), fraction)]
-        self._begin(path, _values_of(groups), COLUMNS)
+        self._begin(path, *_values_of(groups))
 
     def write_traces(self, path: Path, traces: Iterable[Trace]) -> None:
         """Begin to write a row a sample, by (group, index) as in the step's dump, whole or not at all.
@@ -155,7 +162,7 @@ def _check_tokens(tokens: np.ndarray, vocab_size: int | None, path: Path) -> Non
 
 def write_groups(path: Path, groups: Sequence[Group]) -> None:
     """Write the groups that have samples, a row a sample; no file if none has. Raise StorageError."""
-    _write(path, _values_of([("carried", group) for group in groups]), COLUMNS)
+    _write(path, *_values_of([("carried", group) for group in groups]))
 
 
 def read_groups(path: Path) -> list[Group]:
@@ -172,8 +179,13 @@ def read_rows(path: Path, columns: Columns, groups: Sequence[int] | None = None)
     return [row for batch in _batches(path, columns, groups) for row in batch.to_pylist()]
 
 
-def _batches(path: Path, columns: Columns, groups: Sequence[int] | None = None) -> Iterator[Any]:
-    """Yield Arrow record batches of ROWS rows, read page by page. Raise ConfigError as `read_rows` does."""
+def _batches(
+    path: Path, columns: Columns, groups: Sequence[int] | None = None, optional: Columns = NONE
+) -> Iterator[Any]:
+    """Yield Arrow record batches of ROWS rows, read page by page. Raise ConfigError as `read_rows` does.
+
+    Of `optional` columns they have those that the file has.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -181,6 +193,8 @@ def _batches(path: Path, columns: Columns, groups: Sequence[int] | None = None) 
     options = {"page_checksum_verification": True, "buffer_size": PAGE, "pre_buffer": False}
     try:
         with pq.ParquetFile(path, **options) as file:
+            names = file.schema_arrow.names
+            columns = {**columns, **{name: kind for name, kind in optional.items() if name in names}}
             found = sorted(
                 (field for field in file.schema_arrow if field.name in columns),
                 key=lambda field: list(columns).index(field.name),
@@ -203,18 +217,23 @@ def _batches(path: Path, columns: Columns, groups: Sequence[int] | None = None) 
 def _groups(path: Path) -> list[tuple[str, Group]]:
     """Return (kind, group) in the order in which they were written. Arrays are views of a batch's columns."""
     groups: dict[int, tuple[str, Group]] = {}
-    for batch in _batches(path, COLUMNS):
-        values = {name: _values(batch[name], kind) for name, kind in COLUMNS.items()}
+    for batch in _batches(path, COLUMNS, optional=OPTIONAL):
+        kinds = COLUMNS | OPTIONAL
+        values = {name: _values(batch[name], kinds[name]) for name in batch.schema.names}
         values["versions"] = [tuple(map(tuple, versions)) for versions in values["versions"]]
         for i, id in enumerate(values["group"]):
             if id not in groups:
                 prompt = Prompt(*(values[name][i] for name in PROMPT))
                 groups[id] = values["kind"][i], Group(id, prompt)
-            groups[id][1].samples.append(Sample(**{name: values[name][i] for name in columns_of(Sample)}))
+            sample = Sample(**{name: values[name][i] for name in columns_of(Sample)})
+            if "routes" in values and len(routes := values["routes"][i]):
+                sample.routes = routes.reshape(len(groups[id][1].prompt.tokens) + sample.length - 1, -1)
+            groups[id][1].samples.append(sample)
     return list(groups.values())
 
 
-def _values_of(groups: Iterable[tuple[str, Group]]) -> Values:
+def _values_of(groups: Iterable[tuple[str, Group]]) -> tuple[Values, Columns]:
+    """Return the columns of a dump, and their types."""
     rows = [(kind, group, sample) for kind, group in groups for sample in group.samples]
     prompts = [group.prompt for _, group, _ in rows]
     values: Values = {
@@ -224,7 +243,12 @@ def _values_of(groups: Iterable[tuple[str, Group]]) -> Values:
         "answer": [prompt.answer for prompt in prompts],
     }
     values |= {name: [getattr(sample, name) for _, _, sample in rows] for name in columns_of(Sample)}
-    return values | {"group": [group.id for _, group, _ in rows]}
+    values |= {"group": [group.id for _, group, _ in rows]}
+    routes = [sample.routes for _, _, sample in rows]
+    if all(each is None for each in routes):
+        return values, COLUMNS
+    values["routes"] = [np.zeros(0, np.int16) if each is None else each.ravel() for each in routes]
+    return values, COLUMNS | OPTIONAL
 
 
 def _tables(values: Values, columns: Columns) -> Iterator[Any]:

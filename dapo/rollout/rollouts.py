@@ -16,6 +16,7 @@ from dapo.config import Config
 from dapo.learn import batch
 from dapo.learn.advantages import set_advantages
 from dapo.learn.batch import Share
+from dapo.model.routing import Routing
 from dapo.reward.pool import Reward
 from dapo.rollout import dump, probe
 from dapo.rollout.asking import Asking, Question
@@ -46,13 +47,19 @@ class Rollouts(Resumable):
     reward: Reward
     stop_ids: tuple[int, ...]
     vocab_size: int | None  # the model's; None: not known
+    routing: Routing | None = None  # of samples that come with their routes
     is_interrupted: Callable[[], bool] = lambda: False  # asked after every sample; True raises Interrupted
     # called with a line, where the current step is, and the fraction of it that is done
     on_progress: Callable[[str, float], None] = lambda text, fraction: None
 
     def __post_init__(self) -> None:
         rollout = self.config.rollout
-        self.sampling = Sampling(rollout.temperature, rollout.max_response_length, self.stop_ids)
+        self.sampling = Sampling(
+            rollout.temperature,
+            rollout.max_response_length,
+            self.stop_ids,
+            returns_routes=self.routing is not None,
+        )
         self.num_empty_steps = 0
         self.carried: list[Group] = []
         self.questions: dict[int, Question] = {}
@@ -77,7 +84,7 @@ class Rollouts(Resumable):
 
     @timed("rollout")
     def next_batch(self, step: int) -> Iterator[Share]:
-        """Return the step's batch in shares, one for each data-parallel rank.
+        """Return the step's batch in shares, as batch.shares does.
 
         The batch has N mixed groups, or fewer at the cap (`rollout.at_cap`), scored and packed.
 
@@ -113,7 +120,8 @@ class Rollouts(Resumable):
         if self.collector:
             metrics |= self.collector.take_metrics()
         kept = [] if rollout.only else buffer.kept
-        return batch.shares(kept, self.config, self.num_data_ranks, metrics, version=step, probe=probes)
+        num_ranks, routing = self.num_data_ranks, self.routing
+        return batch.shares(kept, self.config, num_ranks, metrics, step, probe=probes, routing=routing)
 
     def _replayed(self, step: int) -> Buffer | None:
         """Return the step's buffer as rollout.replay has it, None where nothing is replayed."""
@@ -131,7 +139,8 @@ class Rollouts(Resumable):
         """
         rollout = self.config.rollout
         self._put_back_carried()
-        buffer = Buffer(rollout.prompts_per_step, rollout.dynamic_sampling)
+        keeps_routes = rollout.only or rollout.dump_share > 0
+        buffer = Buffer(rollout.prompts_per_step, rollout.dynamic_sampling, keeps_routes)
         self.asking = asking = Asking(self.prompts, self.forecast, self.config.run.seed, step)
         streamed = self.config.engine.is_streaming, asking
         asked = rollout.group_size, self.sampling, lambda: self._position(step, len(buffer.kept))

@@ -83,6 +83,7 @@ class Case:
     expert: int = 1  # ranks that share a layer's experts
     dispatcher: str = ""  # how tokens get to them: "" is the default
     objective: str = ""  # one of OBJECTIVES, or the default
+    replay: str = ""  # routes that are replayed: "rollout" or "old"
 
     @property
     def megatron(self) -> dict[str, Any]:
@@ -122,6 +123,7 @@ class Case:
             f"{self.layers}layers" if self.layers != 4 else "",
             f"ep{self.expert}" if self.expert > 1 else "",
             self.dispatcher,
+            f"replay-{self.replay}" if self.replay else "",
             self.fault.replace(" ", "-"),
         ]
         return "-".join([layout, *filter(None, extras)])
@@ -263,4 +265,27 @@ CASES += [  # mixture of experts
     Case(2, 2, 1, "qwen3_moe", expert=2, dtype="bfloat16"),
     Case(4, 2, 1, "qwen3_moe", context=2, expert=2),
     Case(4, 1, 1, "qwen3_moe-unnormalised", context=2, expert=2, dispatcher="allgather", budget=40),
+]
+
+CASES += [  # routes are told
+    Case(1, 1, 1, "qwen3_moe", replay="rollout", recompute="recompute"),
+    Case(1, 1, 1, "qwen3_moe-unnormalised", replay="old", stale=True),
+    Case(2, 2, 1, "qwen3_moe", replay="rollout", stale=True),
+    Case(2, 2, 1, "qwen3_moe", expert=2, replay="rollout", recompute="moe"),
+    Case(2, 1, 2, "qwen3_moe", replay="rollout", recompute="recompute", budget=40),
+    Case(2, 1, 2, "qwen3_moe", virtual=2, replay="rollout", recompute="block", budget=40),
+    Case(2, 1, 1, "qwen3_moe", context=2, replay="rollout"),
+    Case(2, 1, 1, "qwen3_moe", expert=2, replay="rollout", dispatcher="allgather", budget=40),
+    Case(2, 1, 2, "qwen3_moe", replay="old", recompute="recompute", budget=40),
+    Case(2, 2, 1, "deepseek_v3", expert=2, replay="rollout", budget=96),
+    Case(2, 1, 2, "deepseek_v3", replay="old", budget=96),  # the first stage has a layer without experts
+    Case(2, 1, 1, "qwen3_next", expert=2, replay="rollout", overlap=True),
+    Case(4, 2, 2, "qwen3_moe", virtual=2, expert=2, replay="rollout", recompute="recompute", budget=40),
+    Case(4, 2, 1, "deepseek_v3", context=2, expert=4, replay="rollout", recompute="recompute", budget=256),
+]
+
+ROUTE_FAULTS = [
+    Case(1, 1, 1, "qwen3_moe", replay="rollout", recompute="recompute", fault="wrong expert"),
+    Case(1, 1, 1, "qwen3_moe", replay="rollout", recompute="recompute", fault="another microbatch"),
+    Case(2, 1, 2, "qwen3_moe", replay="rollout", recompute="recompute", budget=40, fault="left at forward"),
 ]

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,14 +23,24 @@ from dapo_kernels import Head
 from safetensors.torch import load_file
 
 from dapo import config as configs
+from dapo.learn.batch import shares
 from dapo.mesh import Mesh
+from dapo.model.families import read_shape
+from dapo.model.routing import Routing
 from dapo.policy import latent, metrics, schedule
 from dapo.policy.latent import gather_from_sequence_parallel_region
 from dapo.policy.megatron import PlacedBatch, Policy, PolicyError
 from dapo.policy.schedule import get_forward_backward_func
 from dapo.types import Group
-from tests.batches import batch_of_rank
-from tests.distributed.cases import ALL_LAYOUTS, CASES, FAULTS, LAYER_FAULTS, OBJECTIVES, Case
+from tests.distributed.cases import (
+    ALL_LAYOUTS,
+    CASES,
+    FAULTS,
+    LAYER_FAULTS,
+    OBJECTIVES,
+    ROUTE_FAULTS,
+    Case,
+)
 from tests.distributed.ranks import prepare_rank
 from tests.distributed.reference import (
     EPS,
@@ -43,6 +54,7 @@ from tests.distributed.reference import (
     make_groups,
     make_hf,
     reference,
+    tell_routes,
 )
 
 
@@ -76,6 +88,7 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
             dtype=case.dtype,
             tokens_per_microbatch=case.budget,
             megatron={"adam_eps": EPS} | case.megatron,
+            routing_replay=case.replay or "off",
         ),
     )
     mesh = Mesh(parallel)
@@ -83,11 +96,26 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
         make_hf(case.model, case.is_tied, model, case.layers)
     mesh.barrier()
     groups = make_groups(np.random.default_rng(3), case.stale, config.objective.advantage)
+    routing = Routing(read_shape(model)) if case.replay == "rollout" else None
+    if routing:
+        tell_routes(groups, routing)
     expected = reference(case, config, directory.parent, groups, mesh)
     old = expected.old
     policy = Policy(config, mesh)
     inject(case.fault, policy)
-    planned = batch_of_rank(mesh, groups, config, mesh.data, metrics={}, version=VERSION)
+    if case.fault == "wrong expert":  # one, of one token in one layer
+        told = groups[0].samples[0].routes
+        told[1, 0] = (set(range(8)) - set(told[1, : routing.per_token].tolist())).pop()
+    asked: Any = groups, config, mesh.data, {}
+    share = mesh.scatter(
+        lambda: shares(*asked, version=VERSION, routing=routing), by_stage=routing is not None
+    )
+    planned = share.batch(parallel, mesh.context_rank)
+    if case.fault == "another microbatch":
+        first, second = planned.minibatches[0][:2]
+        first.routes, second.routes = (
+            np.resize(other.routes, own.routes.shape) for own, other in ((first, second), (second, first))
+        )
     batch = policy.place(planned)
     result: dict[str, Any] = {"case": asdict(case), "microbatches": len(batch.minibatches[0])}
 
@@ -107,6 +135,11 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
         torch.equal(m.token_weights, w) for m, w in zip(scored, weights, strict=True)
     )
     result["expected_mismatch"] = expected_mismatch(groups, old, config.objective)
+    if routing:
+        by_layer = zip(routing.layers, expected.others, strict=True)
+        result["expected_mismatch"] |= {f"policy/routes_differ_layer_{n}": x for n, x in by_layer}
+        result["expected_mismatch"]["policy/routes_differ"] = float(np.mean(expected.others))
+        result["own routes"] = result["mismatch"].pop("policy/mismatch_own_routes")
     result["logprobs"] = mesh.max(_logprob_error(policy, batch, groups, old))
 
     ratio_gaps: list[float] = []
@@ -120,6 +153,10 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     result["ratio"] = mesh.max(max(ratio_gaps, default=0.0))
     Head.loss = _plain_loss  # type: ignore[method-assign]
     result |= gradient_gaps(policy, expected.grads)
+    if case.fault == "left at forward":
+        policy.routes.is_recomputed = True
+        result["noticed"] = _refusal(policy.backward, batch.minibatches[0])
+        return result
     result["toy"] = toy_metric(policy, batch)
 
     our_start = {name: weight.clone().float() for name, weight in policy.weights()}
@@ -215,8 +252,20 @@ def inject(fault: str, policy: Policy) -> None:
         for name, param in policy.chunks[0].named_parameters():
             if name.endswith("out_norm.weight"):
                 param.sequence_parallel = False
+    elif fault == "left at forward":  # what is computed again is told the last microbatch's routes
+        policy.routes.is_recomputed = False
+        forward = policy.routes.forward
+
+        @contextmanager
+        def left(chunk: int, microbatch: Any) -> Any:
+            with forward(chunk, microbatch):
+                yield
+            for replay in policy.routes.chunks[chunk]:
+                replay.is_forward = True
+
+        policy.routes.forward = left
     else:
-        assert not fault
+        assert fault in ("", "wrong expert", "another microbatch")
 
 
 def toy_metric(policy: Policy, batch: PlacedBatch) -> float:
@@ -261,7 +310,7 @@ def expected_mismatch(
 def _refusal(function: Any, argument: Any) -> str:
     try:
         function(argument)
-    except PolicyError as error:
+    except (PolicyError, AssertionError) as error:
         return str(error)
     return "accepted"
 
@@ -306,7 +355,7 @@ def main(out: str, only: str = "") -> None:
 
     prepare_rank()
     results = []
-    known = [*CASES, *FAULTS, *LAYER_FAULTS]
+    known = [*CASES, *FAULTS, *LAYER_FAULTS, *ROUTE_FAULTS]
     if only:
         known += [case for case in ALL_LAYOUTS if case not in known]
     for case in known:

@@ -18,6 +18,8 @@ from dapo.engine.embedded import as_stored, learnt_and_kept
 from dapo.learn.advantages import set_advantages
 from dapo.learn.objective import token_weights
 from dapo.mesh import Mesh
+from dapo.model.families import read_shape
+from dapo.model.routing import Routing
 from dapo.types import Group, Prompt, Sample
 from tests.distributed.cases import Case
 
@@ -164,6 +166,16 @@ def make_groups(rng: np.random.Generator, is_stale: bool, advantage: str = "grou
     return groups
 
 
+def tell_routes(groups: list[Group], routing: Routing) -> None:
+    """Give each sample random routes, which no router would choose."""
+    rng = np.random.default_rng(4)
+    for group in groups:
+        for sample in group.samples:
+            fed = len(group.prompt.tokens) + sample.length - 1
+            order = rng.random((fed, len(routing.layers), routing.shape.num_experts)).argsort(-1)
+            sample.routes = order[..., : routing.per_token].reshape(fed, -1).astype(routing.dtype)
+
+
 class HFTrainer:
     """The same equations in the plainest torch: one unpacked sample at a time, torch's AdamW and gradient
     clipping.
@@ -183,9 +195,34 @@ class HFTrainer:
             {"params": vectors, "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=LR, betas=config.optim.betas, eps=EPS)
+        # of each sample, [tokens, layers, k]: told to the routers; without them they choose, and it is kept
+        self.routes: dict[tuple[int, int], torch.Tensor] = {}
+        self.chosen: list[torch.Tensor] = []  # in the pass that is underway, by layer
+        self.told: list[torch.Tensor] = []
+        self.others: list[torch.Tensor] = []  # by layer, [tokens]
+        for module in self.model.modules():
+            if module.__class__.__name__.endswith(("TopKRouter", "TopkRouter")):
+                module.register_forward_hook(self._route)
+
+    def _route(self, router: torch.nn.Module, _: object, out: tuple[torch.Tensor, ...]) -> object:
+        logits, weights, chosen = out
+        if self.told:
+            told = self.told.pop(0)
+            self.others.append((told.sort(-1).values != chosen.sort(-1).values).any(-1))
+            chosen = told
+            is_sigmoid = hasattr(router, "e_score_correction_bias")
+            weights = (logits.sigmoid() if is_sigmoid else logits.softmax(-1)).gather(1, chosen)
+            if getattr(router, "norm_topk_prob", True):
+                weights = weights / weights.sum(-1, keepdim=True)
+            weights = weights * getattr(router, "routed_scaling_factor", 1.0)
+        self.chosen.append(chosen)
+        return logits, weights, chosen
 
     def logprobs(self, group: Group, sample: Sample) -> torch.Tensor:
         tokens = torch.from_numpy(np.concatenate([group.prompt.tokens, sample.tokens])).long()
+        key = group.id, sample.index
+        self.chosen, self.others = [], []
+        self.told = [*self.routes[key].unbind(1)] if key in self.routes else []
         logits = (
             self.model(tokens[None, :-1]).logits[0, len(group.prompt.tokens) - 1 :]
             / self.config.rollout.temperature
@@ -249,11 +286,15 @@ class Reference:
     start: dict[str, torch.Tensor]  # before the updates
     end: dict[str, torch.Tensor]  # after them
     norms: list[float]  # of each update's gradient
+    others: list[float]  # of each layer with experts: tokens whose own experts are others than they were told
 
 
 def folder(case: Case, root: Path) -> Path:
     """Return the folder of everything that does not depend on the layout."""
-    parts = case.model, case.is_tied, case.layers, case.normaliser, case.filtering, case.stale, case.objective
+    parts = (
+        case.model, case.is_tied, case.layers, case.normaliser, case.filtering, case.stale, case.objective,
+        case.replay,
+    )  # fmt: skip
     return root / "-".join(map(str, ("reference", *parts)))
 
 
@@ -267,9 +308,20 @@ def reference(case: Case, config: configs.Config, root: Path, groups: list[Group
 
 
 def _train(directory: Path, config: configs.Config, groups: list[Group]) -> Reference:
-    hf = HFTrainer(directory, config)
+    hf, old, others = HFTrainer(directory, config), {}, []
     with torch.no_grad():
-        old = {(g.id, s.index): hf.logprobs(g, s).detach() for g in groups for s in g.samples}
+        for g in groups:
+            for s in g.samples:
+                key = g.id, s.index
+                if s.routes is not None:
+                    k = read_shape(directory).experts_per_token
+                    hf.routes[key] = torch.from_numpy(s.routes).long().unflatten(1, (-1, k))
+                old[key] = hf.logprobs(g, s).detach()
+                if s.routes is not None:
+                    mask = torch.from_numpy(np.r_[[False] * (len(g.prompt.tokens) - 1), s.loss_mask])
+                    others.append(torch.stack(hf.others, 1)[mask])
+                if config.policy.routing_replay == "old":
+                    hf.routes[key] = torch.stack(hf.chosen, 1)
     hf.backward(groups[:GROUPS_PER_UPDATE], old)
     params = dict(as_stored(learnt_and_kept(hf.model)))
     grads = dict(as_stored((n, p.grad.clone()) for n, p in hf.model.named_parameters()))
@@ -279,4 +331,5 @@ def _train(directory: Path, config: configs.Config, groups: list[Group]) -> Refe
         hf.backward(groups[i * GROUPS_PER_UPDATE : (i + 1) * GROUPS_PER_UPDATE], old)
         norms.append(hf.step())
     end = {name: param.detach().clone() for name, param in params.items()}
-    return Reference(old, grads, start, end, norms)
+    differ = torch.cat(others).float().mean(0).tolist() if others else []
+    return Reference(old, grads, start, end, norms, differ)

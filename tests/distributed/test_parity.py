@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.cases import CASES, FAULTS, LAYER_FAULTS, Bounds, Case
+from tests.distributed.cases import CASES, FAULTS, LAYER_FAULTS, ROUTE_FAULTS, Bounds, Case
 from tests.distributed.launch import forked, measured
 
 
@@ -63,3 +63,16 @@ def measured_of(case: Case) -> dict[str, Any]:
 def grad_norm_gap(result: dict[str, Any]) -> float:
     """Largest of the three updates, relative."""
     return max(abs(ours - theirs) / theirs for ours, theirs in result["grad_norms"])
+
+
+@pytest.mark.parametrize("case", ROUTE_FAULTS, ids=lambda case: case.name)
+def test_wrong_routes_are_beyond_the_bounds(case: Case) -> None:
+    """Where routers are left at a forward pass's routes the log-probs are right, and an update stops."""
+    result, bounds = measured_of(case), case.bounds
+    if case.fault == "left at forward":
+        assert result["logprobs"] <= bounds.logprobs
+        assert result["gradients"] > 1000 * bounds.gradients
+        assert "routes were not asked for" in result["noticed"]
+    else:
+        assert result["logprobs"] > 1000 * bounds.logprobs
+        assert result["worst gradient"][0] > 1000 * bounds.largest
