@@ -6,7 +6,7 @@ p = tokens of a prompt, n = tokens of a response.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from signal import SIGINT
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -211,6 +211,12 @@ class Engine(Protocol):
 
     def waiting(self) -> str:
         """Say what is outstanding, and where, for a person to read. Any thread may call it."""
+        ...
+
+    def score(self, groups: Sequence[Group]) -> list[np.ndarray]:
+        """Return log softmax of the logits of every response token, [n] float32 for each sample in order, as
+        the engine computes them for a whole response. The temperature is 1.
+        """
         ...
 
     def take_idle(self) -> list[float]:

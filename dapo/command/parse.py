@@ -61,7 +61,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "bench", help="measure the layout, without weights, data and engine, beside what plan says"
     )
     bench.add_argument("--steps", type=_positive, default=3, metavar="N", help="default 3")
-    for command in (train, bench):
+    mismatch = commands.add_parser(
+        "mismatch", help="why do engine and policy disagree: stale weights, routing, numbers' types, sampling"
+    )
+    mismatch.add_argument(
+        "--responses", type=_positive, default=64, metavar="N", help="to compare; default 64"
+    )
+    mismatch.add_argument(
+        "--sampled-by",
+        type=_not_negative,
+        metavar="STEP",
+        help="sample by the weights of this checkpoint of the run; default: those of the policy",
+    )
+    for command in (train, bench, mismatch):
         command.add_argument(
             "--nproc",
             type=_positive,
@@ -79,7 +91,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             metavar="N",
             help="tokens of a sample, for the times; default half of the longest",
         )
-    for command in (train, evaluate, bench, plan):
+    for command in (train, evaluate, bench, mismatch, plan):
         command.add_argument("config", help="YAML file; every option: dapo config")
         command.add_argument(
             "overrides",

@@ -37,7 +37,13 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         ):
             return alone[args.command](args)
         config = load(args.config, args.overrides)
-        needs = {"train": hub.EVERYTHING, "eval": {"weights", "eval"}, "bench": NONE, "plan": NONE}
+        needs = {
+            "train": hub.EVERYTHING,
+            "mismatch": hub.EVERYTHING,
+            "eval": {"weights", "eval"},
+            "bench": NONE,
+            "plan": NONE,
+        }
         if local := hub.overrides(config, needs[args.command]):
             config, argv = config.changed(local), [*argv, *local]  # ranks do not ask the hub again
         if args.command == "plan":
@@ -186,6 +192,7 @@ def _run(config: Config, args: argparse.Namespace) -> int:
     from dapo.assemble import evaluate_models
     from dapo.checkpoint import CheckpointError
     from dapo.command.bench import bench
+    from dapo.command.mismatch import mismatch, with_routes
     from dapo.policy.megatron import PolicyError
     from dapo.rollout.pending import RolloutError
     from dapo.train import train
@@ -198,6 +205,9 @@ def _run(config: Config, args: argparse.Namespace) -> int:
         elif args.command == "bench":
             mesh = Mesh(config.parallel)
             bench(config, mesh, args.steps, args.mean_length)
+        elif args.command == "mismatch":
+            mesh = Mesh(config.parallel)
+            mismatch(with_routes(config), mesh, args.responses, args.sampled_by)
         else:
             mesh = Mesh(Parallel(tensor=1))
             with files.run_directory(config.run.dir) if mesh.is_main else nullcontext():

@@ -6,7 +6,7 @@ import itertools
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from dapo.engine.idle import Idle
 from dapo.engine.route_watch import RouteWatch
 from dapo.model.routing import Routing
 from dapo.model.shape import of_text, read_config
-from dapo.types import Request, Sample, Sampling
+from dapo.types import Group, Request, Sample, Sampling
 
 
 class EmbeddedEngine:
@@ -84,6 +84,18 @@ class EmbeddedEngine:
             if params:
                 raise ConfigError(f"{self.directory}: {len(params)} tensors are missing, first {min(params)}")
             self.version = version
+
+    @torch.inference_mode()
+    def score(self, groups: Sequence[Group]) -> list[np.ndarray]:
+        found = []
+        with self.lock:
+            for prompt, sample in ((group.prompt, sample) for group in groups for sample in group.samples):
+                whole = np.concatenate([prompt.tokens, sample.tokens[:-1]])
+                fed = torch.from_numpy(whole).long()[None].to(self.device)
+                logits = self.model(fed, logits_to_keep=sample.length).logits[0].float()
+                tokens = torch.from_numpy(sample.tokens).long().to(self.device)
+                found.append(logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].cpu().numpy())
+        return found
 
     def waiting(self) -> str:
         queued = sum(len(stream.queue) for stream in list(self.streams))

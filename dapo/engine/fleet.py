@@ -93,7 +93,8 @@ class Fleet:
         """
         try:
             self._wait_until_up()
-            if len(self.local) > 1:
+            # SGLang's router drops what asks for routes
+            if len(self.local) > 1 and self.config.policy.routing_replay != "rollout":
                 self.router = Router(self.config, self.key, [server.url for server in self.local])
                 self._wait_until_up()
             for server in self.local:

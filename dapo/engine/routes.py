@@ -39,9 +39,8 @@ def _check(routing: Routing, server: Server) -> None:
     except EngineError as error:
         raise ConfigError(f"{ASKED}: {error}") from error
     if (encoded := answer["meta_info"].get("routed_experts")) is None:
-        raise ConfigError(
-            f"{where} returns no routes: start it with --enable-return-routed-experts, {REMEDY}"
-        )
+        start = "start it with --enable-return-routed-experts, or, if it is a router, name its workers"
+        raise ConfigError(f"{where} returns no routes: {start}; {REMEDY}")
     try:
         routing.read(binascii.a2b_base64(encoded), len(PROMPT) + len(answer["output_ids"]) - 1)
     except (ValueError, TypeError) as error:

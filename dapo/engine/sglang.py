@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import queue
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 
 from dapo import http
@@ -14,11 +16,13 @@ from dapo.clock import heartbeat, waiting
 from dapo.config import Limits
 from dapo.engine.client import Client
 from dapo.engine.endpoint import Job, Servers
+from dapo.engine.scoring import score
 from dapo.engine.weight_sync import WeightSync
 from dapo.model.routing import Routing
-from dapo.types import EngineError, Interrupted, Request, Sample, WeightsLost
+from dapo.types import EngineError, Group, Interrupted, Request, Sample, WeightsLost
 
 DEATH_NOTICED = 20.0  # seconds within which a server ends one of whose processes has died
+SCORED_TOGETHER = 16  # responses
 CHECK_EVERY = 0.5  # seconds of waiting between two checks for an interruption, or for servers that died
 
 
@@ -94,6 +98,13 @@ class SGLangEngine:
             if not self._await_deaths():
                 raise
             self.sync.release()  # without the server that died, which has no memory
+
+    def score(self, groups: Sequence[Group]) -> list[np.ndarray]:
+        """Score on the first server, a few at a time. Raise EngineError if it does not."""
+        server = self.servers.workers[0]
+        with ThreadPoolExecutor(SCORED_TOGETHER) as pool:
+            asked = [pool.submit(score, server, g.prompt, sample) for g in groups for sample in g.samples]
+            return [future.result() for future in asked]
 
     def waiting(self) -> str:
         return self.client.waiting()

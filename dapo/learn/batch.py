@@ -57,7 +57,7 @@ class Microbatch(Generic[Array]):
     # int32 [S + 1]: sequence i is cu_seqlens[i] : cu_seqlens[i + 1], counted over all context ranks
     cu_seqlens: Array
     longest: int  # tokens of the longest sequence, over all context ranks
-    # [T, C]: the experts that tokens are told to go to, in this pipeline stage's layers; None: they choose
+    # [T, C]: experts that are replayed, in this pipeline stage's layers; None: the routers choose
     routes: Array | None = None
     dumped: list[Location] = field(default_factory=list)  # the samples whose tokens the updates trace
     scores: Scores[Array] | None = None  # from Policy.score on, on the last pipeline stage

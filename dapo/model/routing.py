@@ -27,7 +27,7 @@ def sampled_routing(config: Config) -> Routing | None:
 
 @dataclass(frozen=True)
 class Routing:
-    """Which routes a model can have."""
+    """Says which routes a model can have."""
 
     shape: ModelShape
 

@@ -129,7 +129,7 @@ def choices(config: Config) -> list[Choice]:
                "the samples are those of another run"),
         Choice("policy.dtype", config.policy.dtype, UNSAID, "bfloat16",
                "float32 rounds less and costs more"),
-        *option("policy.logits_dtype"),
+        *option("policy."),
         Choice("the engine's logits (engine.sglang.enable-fp32-lm-head)", served, UNSAID,
                "as policy.dtype",
                "they are nearer to the policy's in float32, and the server takes longer"),

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ from dapo.policy.replay import Routes, Source
 from dapo.policy.weights import StoredWeights, Weights
 from dapo.types import token_fields
 
+R = TypeVar("R")
 PlacedBatch = Batch[Tensor]
 PlacedMicrobatch = Microbatch[Tensor]
 # settings of the optimizer's groups that the config decides at a restart too; the scheduler sets the others
@@ -193,23 +194,34 @@ class Policy:
         """
         replay = self.config.policy.routing_replay
         if replay != "rollout":
-            return self._pass(work, "record" if replay == "old" else "router"), {}
-        scored = self._pass(work, "told", is_counted=True)
+            return self.forward(work, self._score, "record" if replay == "old" else "router"), {}
+        scored = self.forward(work, self._score, "replay", is_counted=True)
         assert self.routes
         others = metrics.route_sums(self.routes.routing.layers, self.routes.take_others())
         # the interleaved schedule takes as many as there are stages
         few = work[: self.config.parallel.pipeline if len(self.models) > 1 else 1]
         gaps = [
             (old - m.behavior_logprobs)[m.loss_mask & ~m.is_stale].abs()
-            for m, old in zip(few, self._pass(few, "router"), strict=False)
+            for m, old in zip(few, self.forward(few, self._score), strict=False)
             if self.reports
         ]
         return scored, others | metrics.own_route_sums(torch.cat(gaps) if gaps else metrics.EMPTY)
 
-    def _pass(self, work: list[PlacedMicrobatch], source: Source, is_counted: bool = False) -> list[Tensor]:
-        """Score, with routes of `source`."""
+    @torch.no_grad()  # Megatron's schedule would keep a graph
+    def forward(
+        self,
+        work: list[PlacedMicrobatch],
+        finish: Callable[[PlacedMicrobatch, Tensor], tuple[Tensor, R]],
+        source: Source = "router",
+        is_counted: bool = False,
+    ) -> list[R]:
+        """Run forward passes, with routes of `source`. Return what `finish` makes of each microbatch and its
+        hidden states, [T, H], beside a loss that nothing differentiates; on the last stage.
+
+        `is_counted`: count the tokens that the routers themselves would send elsewhere.
+        """
         with self.routes.replayed(source, is_counted) if self.routes else nullcontext():
-            return schedule.run(self.models, self.transformer, work, self._score, True, self.routes)
+            return schedule.run(self.models, self.transformer, work, finish, True, self.routes)
 
     @timed("update")
     def update(self, minibatch: list[PlacedMicrobatch]) -> Sums:
@@ -239,7 +251,7 @@ class Policy:
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        with self.routes.replayed("told", has_backward=True) if self.routes else nullcontext():
+        with self.routes.replayed("replay", has_backward=True) if self.routes else nullcontext():
             rows = schedule.run(self.models, self.transformer, minibatch, self._loss, False, self.routes)
         blank = metrics.update_sums(dual_clip=self.config.objective.dual_clip)
         sums = self.mesh.sum_by_key(metrics.total([blank, *(rows if self.reports else [])]))
@@ -381,12 +393,12 @@ class Policy:
 
     def _score(self, microbatch: PlacedMicrobatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return a loss that nothing differentiates, and log π_θold, [T]."""
-        logprobs = self._head.logprobs(hidden, Tokens(microbatch.targets, microbatch.loss_mask))
+        logprobs = self.head.logprobs(hidden, Tokens(microbatch.targets, microbatch.loss_mask))
         return logprobs.sum(), logprobs
 
     def _loss(self, microbatch: PlacedMicrobatch, hidden: Tensor) -> tuple[Tensor, Sums]:
         """Return the loss, a sum over this microbatch's tokens, and what its metrics are made of."""
-        scores, head = microbatch.scores, self._head
+        scores, head = microbatch.scores, self.head
         assert scores, "score comes before update"
         targets, mask = microbatch.targets, microbatch.loss_mask
         weights = microbatch.token_weights * scores.importance
@@ -412,7 +424,7 @@ class Policy:
         return Sequences(microbatch.cu_seqlens // context, group)
 
     @property
-    def _head(self) -> Head:
+    def head(self) -> Head:
         """The LM head, on the last pipeline stage."""
         return Head(
             weight=self.chunks[-1].head,

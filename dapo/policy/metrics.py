@@ -63,8 +63,8 @@ def score_sums(
 
 
 def route_sums(layers: Iterable[int], others: Mapping[int, float]) -> Sums:
-    """Return, for each layer with experts, how many tokens its router would send to others than told."""
-    return {f"layer {layer}": others.get(layer, 0.0) for layer in layers}
+    """Return, for each layer with experts, how many tokens its router would send to others."""
+    return {f"layer_{layer}": others.get(layer, 0.0) for layer in layers}
 
 
 def own_route_sums(gap: Tensor = EMPTY) -> Sums:
@@ -78,8 +78,10 @@ def own_route_metrics(sums: Sums, num_tokens: float) -> dict[str, float]:
     """
     if not sums:
         return {}
-    layers = {name.split()[1]: n / num_tokens for name, n in sums.items() if name.startswith("layer ")}
-    found = {f"policy/routes_differ_layer_{layer}": fraction for layer, fraction in layers.items()}
+    layers = {name: n / num_tokens for name, n in sums.items() if name.startswith("layer_")}
+    found: dict[str, float] = {}
+    for layer, fraction in layers.items():
+        found[f"policy/{layer}/routes_differ"] = fraction
     found["policy/routes_differ"] = sum(layers.values()) / len(layers)
     if sums["own_tokens"]:
         found["policy/mismatch_own_routes"] = sums["own_gap"] / sums["own_tokens"]

@@ -20,20 +20,20 @@ from dapo.learn.batch import Microbatch
 from dapo.model.passthrough import Passthrough
 from dapo.model.routing import Routing
 
-Source = Literal["router", "record", "told"]  # of a pass: the router chooses, and it is kept, or it is told
+Source = Literal["router", "record", "replay"]  # of a pass: the router chooses; it is kept; it was given
 TopK = Callable[..., tuple[Tensor, Tensor]]
 
 
 class Replay:
-    """Where one router gets a token's experts from. Megatron's router calls `get_replay_topk` for them.
+    """Chooses a token's experts in one router's place: Megatron's calls `get_replay_topk` for them.
 
-    A pass that computes a microbatch again for its gradients is told the same: microbatches come back in the
+    A pass that computes a microbatch again for its gradients gets the same: microbatches come back in the
     order of their forward passes.
     """
 
     def __init__(self) -> None:
         self.source: Source = "router"
-        self.rows = torch.empty(0)  # [T/tp, k], of the forward pass that is underway: told, or to be kept
+        self.rows = torch.empty(0)  # [T/tp, k], of the forward pass that is underway: replayed, or to be kept
         self.is_counted: Tensor | None = None  # [T/tp]: tokens whose own experts are compared
         self.is_forward = False
         self.later: deque[Tensor] = deque()  # rows of the forward passes that may be computed again
@@ -49,18 +49,18 @@ class Replay:
     ) -> tuple[Tensor, Tensor]:
         """Return the scores and the numbers of each token's experts, [T/tp, k]; `scores`: [T/tp, E]."""
         assert default_compute_topk
-        if self.source != "told":
+        if self.source != "replay":
             chosen = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
             if self.source == "record" and self.is_forward:
                 self.rows.copy_(chosen[1])
             return chosen
-        told = (self.rows if self.is_forward else self.later.popleft()).long()
-        assert told.shape == (len(scores), topk), f"routes {[*told.shape]} for scores {[*scores.shape]}"
+        given = (self.rows if self.is_forward else self.later.popleft()).long()
+        assert given.shape == (len(scores), topk), f"routes {[*given.shape]} for scores {[*scores.shape]}"
         if self.is_forward and self.is_counted is not None:
             own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)[1]
-            differs = (own.sort(-1).values != told.sort(-1).values).any(-1)
+            differs = (own.sort(-1).values != given.sort(-1).values).any(-1)
             self.num_other = self.num_other + (differs & self.is_counted).sum()
-        return scores.gather(1, told), told
+        return scores.gather(1, given), given
 
 
 class Routes:
@@ -117,7 +117,7 @@ class Routes:
         replays = [replay for chunk in self.chunks for replay in chunk]
         for replay in replays:
             replay.source = source
-        self._is_counted, self._has_backward = is_counted, has_backward and source == "told"
+        self._is_counted, self._has_backward = is_counted, has_backward and source == "replay"
         yield
         left = {len(replay.later) for replay in replays}
         assert not (self._has_backward and self.is_recomputed and any(left)), (

@@ -15,12 +15,17 @@ FIRST_GROUP = 1 << 59  # group id, far from training's and evaluation's
 
 
 def sample(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, run_seed: int) -> list[Group]:
-    """Return groups of one response to each of the first prompts."""
+    """Return groups of one short response to each of the first prompts."""
     short = replace(sampling, max_tokens=min(MAX_TOKENS, sampling.max_tokens))
-    groups = [Group(FIRST_GROUP + i, prompt) for i, prompt in enumerate(prompts[:NUM_PROMPTS])]
+    return responses(engine, prompts[:NUM_PROMPTS], short, run_seed)
+
+
+def responses(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, run_seed: int) -> list[Group]:
+    """Return groups of one response to each prompt."""
+    groups = [Group(FIRST_GROUP + i, prompt) for i, prompt in enumerate(prompts)]
     stream = engine.stream()
     stream.submit(
-        Request(g.id, 0, g.prompt, sample_seed(run_seed, g.id, 0), short, priority=2) for g in groups
+        Request(g.id, 0, g.prompt, sample_seed(run_seed, g.id, 0), sampling, priority=2) for g in groups
     )
     try:
         for found in stream.completed():

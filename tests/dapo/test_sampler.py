@@ -108,7 +108,7 @@ class OneRank:
     def __init__(self, is_main: bool = True):
         self.is_main = is_main
 
-    def scatter(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    def scatter(self, function: Callable[..., Any], *arguments: Any, by_stage: bool = False) -> Any:
         return next(iter(function(*arguments)))
 
     def on_main(self, function: Callable[..., Any], *arguments: Any) -> Any:

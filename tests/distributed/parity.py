@@ -137,7 +137,7 @@ def run(case: Case, directory: Path) -> dict[str, Any]:
     result["expected_mismatch"] = expected_mismatch(groups, old, config.objective)
     if routing:
         by_layer = zip(routing.layers, expected.others, strict=True)
-        result["expected_mismatch"] |= {f"policy/routes_differ_layer_{n}": x for n, x in by_layer}
+        result["expected_mismatch"] |= {f"policy/layer_{n}/routes_differ": x for n, x in by_layer}
         result["expected_mismatch"]["policy/routes_differ"] = float(np.mean(expected.others))
         result["own routes"] = result["mismatch"].pop("policy/mismatch_own_routes")
     result["logprobs"] = mesh.max(_logprob_error(policy, batch, groups, old))

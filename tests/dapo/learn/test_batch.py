@@ -1,11 +1,15 @@
 import numpy as np
 import pytest
 
+from dapo.config import ConfigError
 from dapo.learn.batch import BYTES_PER_TOKEN, Microbatch, shares
 from dapo.learn.traces import blank, merged
+from dapo.model.families import read_shape
+from dapo.model.routing import Routing
 from dapo.types import token_fields
 from tests.batches import plan, travelled
 from tests.conftest import make_config, make_group
+from tests.distributed.reference import make_hf, tell_routes
 
 
 def random_groups(num_groups, seed=0, group_size=2, longest=40):
@@ -462,3 +466,93 @@ def test_the_locations_of_dumped_samples_hold_their_tokens(tmp_path, num_ranks):
 def test_nothing_is_located_where_nothing_is_dumped(tmp_path):
     batch = plan(random_groups(4), make_config(tmp_path), 1, metrics={})[0]
     assert not any(m.dumped for minibatch in batch.minibatches for m in minibatch)
+
+
+# routes
+
+
+@pytest.fixture(scope="module")
+def routing(tmp_path_factory):
+    """Of four layers, all with 4 of 8 experts for a token."""
+    folder = tmp_path_factory.mktemp("moe") / "hf"
+    make_hf("qwen3_moe", False, folder)
+    return Routing(read_shape(folder))
+
+
+def routed_groups(routing):
+    """Of random tokens above 0, which is padding's."""
+    groups, rng = random_groups(6), np.random.default_rng(2)
+    for group in groups:
+        group.prompt.tokens[:] = rng.integers(1, 250, len(group.prompt.tokens))
+        for sample in group.samples:
+            sample.tokens[:] = rng.integers(1, 250, sample.length)
+    tell_routes(groups, routing)
+    return groups
+
+
+LAYOUTS = [
+    ((), 1),
+    (("parallel.pipeline=2",), 2),
+    (("parallel.pipeline=2", "parallel.virtual_pipeline=2"), 1),
+    (("parallel.context=2", "parallel.tensor=2"), 2),
+]
+
+
+@pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS)
+def test_each_token_has_the_routes_it_was_sampled_with_in_its_stages_layers(
+    tmp_path, routing, layout, num_ranks
+):
+    config = make_config(tmp_path, "policy.tokens_per_microbatch=96", *layout)
+    groups, parallel = routed_groups(routing), config.parallel
+    expected = {}  # by the whole sequence
+    for group in groups:
+        for sample in group.samples:
+            whole = np.concatenate([group.prompt.tokens, sample.tokens])
+            expected[tuple(whole.tolist())] = sample.routes
+    made = list(shares(groups, config, num_ranks, {}, routing=routing))
+    assert len(made) == num_ranks * parallel.pipeline
+    seen = 0
+    for i, share in enumerate(made):
+        chunks = routing.shape.chunks(parallel.pipeline, i % parallel.pipeline, parallel.virtual_pipeline)
+        columns = routing.columns([layer for chunk in chunks for layer in chunk])
+        whole = travelled(share)
+        alone = parallel.model_copy(update={"context": 1})
+        for microbatch in [m for minibatch in whole.batch(alone, 0).minibatches for m in minibatch]:
+            assert microbatch.routes.dtype == np.uint8
+            for start, end in sequences_of(microbatch):
+                fed = (*microbatch.tokens[start:end].tolist(), int(microbatch.targets[end - 1]))
+                if fed in expected:
+                    assert np.array_equal(microbatch.routes[start:end], expected[fed][:, columns])
+                    seen += 1
+            assert not routing.fault(np.tile(microbatch.routes, (1, 4))[:, :16]), "padding too has routes"
+    assert seen == len(expected) * parallel.pipeline
+
+
+def test_context_ranks_have_the_routes_of_their_own_tokens(tmp_path, routing):
+    config = make_config(tmp_path, "parallel.context=2")
+    [share] = shares(routed_groups(routing), config, 1, {}, routing=routing)
+    both = [share.batch(config.parallel, rank).minibatches[0][0] for rank in (0, 1)]
+    [whole] = shares(routed_groups(routing), config, 1, {}, routing=routing)
+    alone = whole.batch(config.parallel.model_copy(update={"context": 1}), 0).minibatches[0][0]
+    found, expected = (
+        {tuple(row) for m in ms for row in np.c_[m.tokens, m.positions, m.routes].tolist() if row[0]}
+        for ms in (both, [alone])
+    )
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda sample: None, "has no routes: it was sampled without"),
+        (lambda sample: sample.routes[:-1], "routes of "),
+        (lambda sample: sample.routes[:, :-4], "where each token has 4 layers × 4 experts"),
+        (lambda sample: 0 * sample.routes, "goes twice to expert 0 of layer 0"),
+    ],
+)
+def test_samples_whose_routes_cannot_be_replayed_are_refused_by_name(tmp_path, routing, spoil, said):
+    groups = routed_groups(routing)
+    groups[3].samples[1].routes = spoil(groups[3].samples[1])
+    with pytest.raises(ConfigError) as raised:
+        list(shares(groups, make_config(tmp_path), 1, {}, routing=routing))
+    assert "sample 1 of group 3" in str(raised.value) and said in str(raised.value)

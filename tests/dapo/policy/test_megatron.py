@@ -111,7 +111,7 @@ def test_logits_have_the_type_that_was_asked_for(
 ) -> None:
     chosen = policy.config.policy.model_copy(update={"logits_dtype": dtype})
     monkeypatch.setattr(policy, "config", policy.config.model_copy(update={"policy": chosen}))
-    head = policy._head
+    head = policy.head
     assert head.fp32_logits is (dtype == "float32")
     narrow = replace(head, weight=torch.nn.Parameter(head.weight.bfloat16()))
     assert narrow.logits_dtype == getattr(torch, dtype)

@@ -1,0 +1,247 @@
+"""Finds why engine and policy disagree: samples a fixed set of responses and compares |old − behavior|
+after one change at a time.
+
+dapo mismatch CONFIG
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+
+import numpy as np
+import torch
+from dapo_kernels import Head, Tokens
+from torch import Tensor
+
+from dapo import files
+from dapo.assemble import enter, make_sampler
+from dapo.checkpoint import Checkpoints
+from dapo.config import Config, ConfigError
+from dapo.learn.batch import Share, shares
+from dapo.measure.attribution import Attribution, Change
+from dapo.mesh import Mesh
+from dapo.model.families import read_shape
+from dapo.model.routing import sampled_routing
+from dapo.policy.megatron import PlacedMicrobatch, Policy
+from dapo.policy.replay import Source
+from dapo.policy.support import mass_above
+from dapo.rollout import probe
+from dapo.sampler import Sampler
+from dapo.types import Group
+
+COARSE = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)  # × rollout.temperature
+FINE = (0.94, 0.96, 0.98, 0.99, 1.0, 1.01, 1.02, 1.04, 1.06)  # × the best of the former
+NEAR = 0.02  # relative; a temperature that fits is the config's if it is so near
+TAIL = 20  # draws expected beyond a share of the probability, without one: they are not drawn
+
+Finish = Callable[[PlacedMicrobatch, Tensor], tuple[Tensor, Tensor]]
+
+
+def with_routes(config: Config) -> Config:
+    """Return the config with routes of the rollout, if the model has experts and the run's own engine can
+    return them.
+    """
+    if not read_shape(config.policy.model).num_experts or config.engine.urls:
+        return config
+    return config.changed(["policy.routing_replay=rollout"])
+
+
+def mismatch(config: Config, mesh: Mesh, num_responses: int, sampled_by: int | None = None) -> None:
+    """Compare, print a table, write <run.dir>/mismatch.json. The policy has the weights of the run's newest
+    checkpoint, of run.resume if that is a step, or of policy.model.
+
+    `sampled_by`: step of the checkpoint whose weights sample; None: the policy's own.
+
+    Raises:
+        ConfigError: there is no such checkpoint, or nothing can be built of the config.
+        EngineError: the engine failed.
+    """
+    with ExitStack() as opened:
+        checkpoints = Checkpoints(config.run, mesh)
+        shape = enter(config, mesh, opened)
+        found = checkpoints.find(shape)
+        sampler, _ = make_sampler(config, mesh)
+        opened.callback(sampler.close)
+        policy = Policy(config, mesh)
+        step = checkpoints.newest or 0
+        if sampled_by is not None:
+            folder = config.run.dir / "checkpoints" / f"step-{sampled_by:06}"
+            if not mesh.on_main(folder.is_dir):
+                raise ConfigError(f"--sampled-by {sampled_by}: there is no {folder}")
+            policy.load(folder / "policy")
+        elif found:
+            policy.load(found / "policy")
+        made = Comparison(config, mesh, sampler, policy, step)
+        made.sample(num_responses, step if sampled_by is None else sampled_by)
+        if sampled_by is not None and found:
+            policy.load(found / "policy")
+        result = made.compare()
+        if mesh.is_main:
+            print("\n".join(result.describe()), flush=True)
+            path = config.run.dir / "mismatch.json"
+            files.write_text(path, json.dumps(asdict(result), indent=1) + "\n")
+
+
+class Comparison:
+    """Compares the same responses again and again. Every method is collective."""
+
+    def __init__(self, config: Config, mesh: Mesh, sampler: Sampler, policy: Policy, version: int):
+        self.config, self.mesh, self.sampler, self.policy = config, mesh, sampler, policy
+        self.version = version  # of the policy's weights
+        self.routing = sampled_routing(config)
+        self.groups: list[Group] = []  # one response each, on the main rank
+        self.num_responses = 0
+        self.fitted = config.rollout.temperature
+        self.rescored: list[np.ndarray] = []  # their log-probs by the engine, of whole responses at once
+
+    def sample(self, num_responses: int, version: int) -> None:
+        """Sample by weights `version`, which the policy has now."""
+        self.sampler.load_weights(self.policy, version)
+        self.num_responses = num_responses
+        self.groups = self.mesh.on_main_only(self._sample, num_responses) or []
+        self.rescored = self._rescore()
+        self.mesh.on_main_only(lambda: self.sampler.rollouts.engine.release_memory())
+
+    def _sample(self, num_responses: int) -> list[Group]:
+        rollouts = self.sampler.rollouts
+        prompts, seed = rollouts.prompts.prompts, self.config.run.seed
+        cycled = [prompts[i % len(prompts)] for i in range(num_responses)]
+        groups = probe.responses(rollouts.engine, cycled, rollouts.sampling, seed)
+        for group in groups:  # whatever wrote them, they are compared with the policy
+            for sample in group.samples:
+                sample.versions = ((self.version, 0, sample.length),)
+        return groups
+
+    def _rescore(self) -> list[np.ndarray]:
+        score = self.mesh.on_main_only(lambda: self.sampler.rollouts.engine.score(self.groups))
+        return score or []
+
+    def compare(self) -> Attribution:
+        """Make each change, by the weights that the policy has now."""
+        behavior = [group.samples[0].behavior_logprobs for group in self.groups]
+        work = self._work(behavior)
+        own = self._logprobs(work)
+        mean, largest, count = self._gaps(work, own)
+        changes = [self._routing(work), self._head(work), self._temperature(work)]
+        whole = self._gaps(self._work(self.rescored), own)[0]
+        is_plain = abs(self.fitted - 1.0) < NEAR and self.config.rollout.temperature == 1.0
+        changes.append(
+            Change(
+                "kernels and batches",
+                "the engine scores whole responses" if is_plain else "(at temperature 1 only)",
+                whole if is_plain else None,
+                "decoding and prefill of the engine round differently: see run.deterministic",
+            )
+        )
+        before = self.rescored
+        self.sampler.load_weights(self.policy, self.version)
+        now = self._rescore()
+        moved = [b + (x - y) for b, x, y in zip(behavior, now, before, strict=True)]
+        stale = Change(
+            "stale weights",
+            "the engine gets the policy's weights once more",
+            self._gaps(self._work(moved), own)[0],
+            "the engine had other weights than the policy: look at the weight sync, or lower "
+            "rollout.max_staleness",
+        )
+        return Attribution(
+            mean, largest, self.num_responses, count, [stale, *changes], *self._support(work, count)
+        )
+
+    def _work(self, behavior: Sequence[np.ndarray]) -> list[PlacedMicrobatch]:
+        """Return the responses in microbatches, always the same ones, with these log-probs by the engine."""
+        config, mesh = self.config, self.mesh
+
+        def make() -> Iterator[Share]:
+            groups = [
+                replace(group, samples=[replace(group.samples[0], behavior_logprobs=b.astype(np.float32))])
+                for group, b in zip(self.groups, behavior, strict=True)
+            ]
+            return shares(groups, config, mesh.data, {}, self.version, routing=self.routing)
+
+        share = mesh.scatter(make, by_stage=self.routing is not None)
+        batch = self.policy.place(share.batch(config.parallel, mesh.context_rank))
+        return [microbatch for minibatch in batch.minibatches for microbatch in minibatch]
+
+    def _logprobs(
+        self, work: list[PlacedMicrobatch], head: Head | None = None, source: Source = "router"
+    ) -> list[Tensor]:
+        """Return the policy's log-probs of each microbatch, on the last stage."""
+
+        def finish(microbatch: PlacedMicrobatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            used = head or self.policy.head
+            found = used.logprobs(
+                hidden.to(used.weight.dtype), Tokens(microbatch.targets, microbatch.loss_mask)
+            )
+            return found.sum(), found
+
+        return self.policy.forward(work, finish, source)
+
+    def _gaps(self, work: list[PlacedMicrobatch], logprobs: list[Tensor]) -> tuple[float, float, int]:
+        """Return the mean and the largest |log-prob − behavior|, and the number of tokens."""
+        gaps = [
+            (found - microbatch.behavior_logprobs)[microbatch.loss_mask].abs().double()
+            for microbatch, found in zip(work, logprobs, strict=False)
+            if self.policy.reports
+        ]
+        gap = torch.cat(gaps) if gaps else torch.zeros(0)
+        total, count = self.mesh.sum(np.array([float(gap.sum()), len(gap)]))
+        return total / max(count, 1), self.mesh.max(float(gap.max()) if len(gap) else 0.0), int(count)
+
+    def _routing(self, work: list[PlacedMicrobatch]) -> Change:
+        what = "tokens go to the experts that sampled them"
+        if not self.routing:
+            has_experts = self.policy.shape.num_experts
+            what = "(the servers return no routes)" if has_experts else "(the model has no experts)"
+        mean = self._gaps(work, self._logprobs(work, source="replay"))[0] if self.routing else None
+        return Change("routing", what, mean, "set policy.routing_replay=rollout")
+
+    def _head(self, work: list[PlacedMicrobatch]) -> Change:
+        is_exact = self.config.policy.logits_dtype == "float32"
+        head = None
+        if self.policy.is_last_stage:
+            weight = self.policy.head.weight
+            weight = weight.bfloat16() if is_exact else weight
+            head = replace(self.policy.head, weight=weight, fp32_logits=not is_exact)
+        dtype = "bfloat16" if is_exact else "float32"
+        return Change(
+            "head",
+            f"the policy's logits in {dtype}",
+            self._gaps(work, self._logprobs(work, head))[0],
+            "compute both sides' in float32: policy.logits_dtype and engine.sglang.enable-fp32-lm-head",
+        )
+
+    def _temperature(self, work: list[PlacedMicrobatch]) -> Change:
+        best, mean = self.config.rollout.temperature, 0.0
+        for factors in (COARSE, FINE):
+            tried = {best * factor: 0.0 for factor in factors}
+            for t in tried:
+                head = replace(self.policy.head, temperature=t) if self.policy.is_last_stage else None
+                tried[t] = self._gaps(work, self._logprobs(work, head))[0]
+            best = min(tried, key=tried.__getitem__)
+            mean = tried[best]
+        self.fitted = best  # to the engine's log-probs
+        return Change(
+            "temperature",
+            f"the policy's at {best:.3g}, which fits best (rollout.temperature is "
+            f"{self.config.rollout.temperature:g})",
+            mean,
+            f"the engine samples, or reports, at temperature {best:.3g}: look for what overrides the request",
+        )
+
+    def _support(self, work: list[PlacedMicrobatch], count: int) -> tuple[float, float]:
+        """Return the share of the probability that the `count` tokens were drawn from, and the least that so
+        many reach if nothing is left out.
+        """
+
+        def finish(microbatch: PlacedMicrobatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            above = mass_above(self.policy.head, hidden, microbatch.targets, microbatch.loss_mask)
+            return above.sum(), above
+
+        found = self.policy.forward(work, finish)
+        masses = [x[m.loss_mask] for m, x in zip(work, found, strict=False)]
+        most = self.mesh.max(max((float(mass.max()) for mass in masses if len(mass)), default=0.0))
+        return most, max(0.0, 1 - TAIL / max(count, 1))

@@ -1,0 +1,37 @@
+"""Lets a server compute the log-probs of responses that are there already."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dapo.engine.control import Server
+from dapo.types import EngineError, Prompt, Sample
+
+TIMEOUT = 600.0  # seconds for one response
+
+
+def score(server: Server, prompt: Prompt, sample: Sample) -> np.ndarray:
+    """Return log softmax of the logits of the response's tokens, float32 [n]: nothing is generated.
+
+    Raises:
+        EngineError: the server does not answer with the log-probs of these tokens.
+    """
+    whole = [*prompt.tokens.tolist(), *sample.tokens.tolist()]
+    first = len(prompt.tokens) - 1  # of this token there is none: nothing comes before it that is asked for
+    asked = {
+        "input_ids": whole,
+        "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+        "return_logprob": True,
+        "logprob_start_len": first,
+    }
+    answer = server.post("/generate", asked, timeout=TIMEOUT, fields={"meta_info": dict})
+    entries = answer["meta_info"].get("input_token_logprobs")
+    try:
+        assert isinstance(entries, list)
+        _, *found = entries
+        logprobs, ids = np.array([e[0] for e in found], np.float32), [e[1] for e in found]
+    except (AssertionError, ValueError, TypeError, IndexError) as error:
+        raise EngineError(f"{server.url} returns no log-probs of what it is sent: {error}") from None
+    if ids != whole[first + 1 :] or not np.isfinite(logprobs).all():
+        raise EngineError(f"{server.url} returns the log-probs of other tokens than it was sent")
+    return logprobs
