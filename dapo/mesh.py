@@ -206,7 +206,7 @@ class Mesh:
                 _wait(travelling)
                 travelling = self._pass_on(message, receivers[sent])
                 sent += 1
-            assert sent == len(parties), f"{sent} shares for {len(parties)} parties"
+            assert sent == len(parties), f"{sent} shares, expected {len(parties)}"
         except BaseException as error:
             failure = FailedElsewhere(str(error), isinstance(error, ConfigError))
             message = _Message.of(error if isinstance(error, Stopped) else failure)

@@ -98,6 +98,8 @@ def main(out: str) -> None:
         "large": outcome(lambda: arrays_of(mesh.scatter(large_shares))),
         "in a tree": outcome(lambda: arrays_of(tree.scatter(lambda: [next(large_shares())]))),
         "received in a tree": outcome(tree.received),
+        "by stage": outcome(lambda: tree.scatter(lambda: ["first", "last"], by_stage=True)),
+        "bug by stage": outcome(lambda: tree.scatter(raise_error, EngineError("server 6"), by_stage=True)),
         "bug in a tree": outcome(lambda: tree.on_main(raise_error, EngineError("server 5"))),
         "bug late": outcome(lambda: mesh.scatter(one_share_then_an_error)),
         "too few": outcome(lambda: mesh.scatter(lambda: ["only one"])),

@@ -22,7 +22,7 @@ OTHER_CODE = (
     f"the code of dapo is not the same on all ranks: code 0 on {HOST}, code 1 on {HOST}: "
     "install the same version on all machines"
 )
-TOO_FEW = "1 shares for 2 data-parallel ranks"
+TOO_FEW = "1 shares, expected 2"
 
 
 def large(share: int) -> list[Any]:
@@ -41,6 +41,8 @@ EXPECTED: dict[str, list[Any]] = {
     "other code": [["ConfigError", OTHER_CODE, None]] * 4,
     "large": [large(0), large(0), large(1), large(1)],
     "in a tree": [large(0)] * 4,
+    "by stage": ["first", "first", "last", "last"],
+    "bug by stage": [["EngineError", "server 6", None]] * 4,
     "bug in a tree": [["EngineError", "server 5", None]] * 4,
     # the ranks of the first share have it already
     "bug late": [

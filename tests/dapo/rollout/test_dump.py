@@ -149,6 +149,27 @@ def test_what_is_read_is_what_was_written_without_a_copy_of_each_sample(tmp_path
     )
 
 
+def test_routes_are_in_the_dumps_of_samples_that_have_them(tmp_path: Path) -> None:
+    """Also in one dump with samples that have none; and older dumps are as they were."""
+    buffer, rng = make_buffer(7, 3), np.random.default_rng(0)
+    for number, sample in enumerate(buffer.kept[0].samples):
+        fed = len(buffer.kept[0].prompt.tokens) + sample.length - 1
+        sample.routes = rng.integers(0, 200 + 400 * number, (fed, 6)).astype([np.uint8, np.int16][number])
+    with dump.Writer() as writer:
+        writer.write(dump.path_of(tmp_path, 0), buffer, 1.0)
+        writer.write(dump.path_of(tmp_path, 1), make_buffer(7), 1.0)
+    dump.write_groups(tmp_path / "carried.parquet", buffer.kept)
+    again = dump.read(dump.path_of(tmp_path, 0), 2).kept
+    carried = dump.read_groups(tmp_path / "carried.parquet")
+    for group in (again[0], carried[0]):
+        for sample, wanted in zip(group.samples, buffer.kept[0].samples, strict=True):
+            assert np.array_equal(sample.routes, wanted.routes)
+    assert all(sample.routes is None for sample in again[1].samples)
+    assert "routes" in pq.read_schema(dump.path_of(tmp_path, 0)).names
+    assert "routes" not in pq.read_schema(dump.path_of(tmp_path, 1)).names
+    assert dump.read(dump.path_of(tmp_path, 1), 2).kept[0].samples[0].routes is None
+
+
 def test_replay_decodes_a_part_at_a_time_and_keeps_nothing_else(tmp_path: Path) -> None:
     """Of one group of rows, as all dumps are that have fewer than 2^30 tokens."""
     rng, buffer = np.random.default_rng(0), Buffer(8, is_dynamic=True)
