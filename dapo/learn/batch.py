@@ -53,6 +53,7 @@ class Microbatch(Generic[Array]):
     is_stale: Array = field(metadata=per_token(bool))  # True where older weights than π_θold wrote the target
     # int32 [S + 1]: sequence i is cu_seqlens[i] : cu_seqlens[i + 1], counted over all context ranks
     cu_seqlens: Array
+    response_starts: Array  # int32 [S]: position that predicts a sequence's first response token
     longest: int  # tokens of the longest sequence, over all context ranks
     dumped: list[Location] = field(default_factory=list)  # the samples whose tokens the updates trace
     scores: Scores[Array] | None = None  # from Policy.score on, on the last pipeline stage
@@ -266,7 +267,9 @@ def build(sequences: list[_Sequence], parallel: Parallel, least: int) -> Microba
     lengths += [padding] if padding else []
     zeros: Any = {name: np.zeros(sum(lengths), dtype) for name, dtype in token_fields(Microbatch).items()}
     cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
-    microbatch = Microbatch(**zeros, cu_seqlens=cu_seqlens, longest=max(lengths))
+    starts = np.zeros(len(lengths), np.int32)
+    starts[: len(sequences)] = [len(s.prompt) - 1 for s in sequences]
+    microbatch = Microbatch(**zeros, cu_seqlens=cu_seqlens, response_starts=starts, longest=max(lengths))
     microbatch.positions[:] = np.concatenate([np.arange(n) for n in lengths])
     for start, sequence in zip(cu_seqlens, sequences, strict=False):
         whole = np.concatenate([sequence.prompt, sequence.response["tokens"]])

@@ -32,7 +32,7 @@ GROUPS = ("tp", "cp", "embd", "pos_embd", "pp", "dp_cp", "tp_dp_cp")
 
 def on_device(microbatch: Microbatch[np.ndarray], device: torch.device) -> Microbatch[Tensor]:
     """Copy a microbatch's arrays onto the device."""
-    names = [*token_fields(type(microbatch)), "cu_seqlens"]
+    names = [*token_fields(type(microbatch)), "cu_seqlens", "response_starts"]
     arrays = {name: torch.from_numpy(getattr(microbatch, name)) for name in names}
     moved = {name: array.to(device, non_blocking=True) for name, array in arrays.items()}
     return replace(microbatch, **moved)  # type: ignore[arg-type, return-value]
