@@ -130,8 +130,9 @@ class Policy:
 
         The numerics are the trainer's own, the packing is the updates' own.
         Returns mean, tail and maximum of |old − behavior| over the current weights' tokens, the alarm for a
-        wrong weight sync, also by place and log-prob; the mean over the probe's; over the tokens that objective.importance_of names
-        the mean importance, and the part that is cut; and over all tokens the effective sample size.
+        wrong weight sync, also by place and log-prob, and the mean over the probe's; over the tokens that
+        objective.importance_of names the mean importance, and the part that is cut; and over all tokens the
+        effective sample size.
 
         Raises:
             PolicyError: a log-prob is not finite.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ ROWS = len(POSITIONS) + len(LOGPROBS)
 EDGES = (2.0 ** np.arange(-24, 5.25, 0.25)).tolist()  # of the histogram's bins; two more are open
 BINS = len(EDGES) + 1
 # what a gap counts in a tail, by its bin: the middle of the edges on a logarithmic scale
-MIDDLES = [0.0, *(math.sqrt(low * high) for low, high in zip(EDGES[:-1], EDGES[1:], strict=True)), EDGES[-1]]
+MIDDLES = [0.0, *(math.sqrt(low * high) for low, high in pairwise(EDGES)), EDGES[-1]]
 TAIL = 0.99
 
 
@@ -73,14 +74,21 @@ def metrics(total: np.ndarray) -> dict[str, float]:
     if positions[:, 1:].any():
         found["policy/mismatch_p99"] = tail(positions[:, 1:].sum(0))
     for first, row in zip(POSITIONS, positions, strict=True):
-        if count := row[1:].sum():
-            found[f"policy/mismatch_at_{first}"] = float(row[0] / count)
-            found[f"policy/mismatch_p99_at_{first}"] = tail(row[1:])
+        if row.any():
+            mean, far = _mean_and_tail(row)
+            found |= {f"policy/mismatch_at_{first}": mean, f"policy/mismatch_p99_at_{first}": far}
     for bound, row in zip(LOGPROBS, logprobs, strict=True):
-        if count := row[1:].sum():
-            found[f"policy/mismatch_logprob_{bound:g}"] = float(row[0] / count)
-            found[f"policy/mismatch_p99_logprob_{bound:g}"] = tail(row[1:])
+        if row.any():
+            mean, far = _mean_and_tail(row)
+            found |= {
+                f"policy/mismatch_logprob_{bound:g}": mean,
+                f"policy/mismatch_p99_logprob_{bound:g}": far,
+            }
     return found
+
+
+def _mean_and_tail(row: np.ndarray) -> tuple[float, float]:
+    return float(row[0] / row[1:].sum()), tail(row[1:])
 
 
 def tail(counts: np.ndarray) -> float:

@@ -80,7 +80,7 @@ class Alarm:
         return f"step {step}: {found}: run `dapo mismatch CONFIG` to see why"
 
     def thresholds(self, values: Mapping[str, Any]) -> dict[str, float]:
-        """Return, as a metric, what policy/mismatch of the next step is compared with, if `values` have one."""
+        """Return, as a metric, the next step's threshold of policy/mismatch, if its `values` have that."""
         threshold = self.watches[0].threshold
         if threshold is None or self.watches[0].name not in values:
             return {}
