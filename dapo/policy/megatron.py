@@ -170,8 +170,8 @@ class Policy:
             broken = self._broken_parameters()
             cause = _named(broken) if broken else "its parameters are finite, so its activations overflow"
             raise PolicyError(f"{found}: {cause}; resume from an earlier checkpoint with a lower optim.lr")
-        found = mismatch.metrics(self.mesh.sum(table.cpu().numpy()))
-        return metrics.score_metrics(sums, self.mesh.max(largest_gap)) | found
+        by_bucket = mismatch.metrics(self.mesh.sum(table.cpu().numpy()))
+        return metrics.score_metrics(sums, self.mesh.max(largest_gap)) | by_bucket
 
     @timed("update")
     def update(self, minibatch: list[PlacedMicrobatch]) -> Sums:

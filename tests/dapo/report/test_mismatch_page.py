@@ -49,7 +49,8 @@ def test_a_line_for_each_bucket_is_drawn_and_the_threshold_where_it_is_in_sight(
     runs = [make_mismatch_run(tmp_path / "sick", 0.05), make_mismatch_run(tmp_path / "well")]
     for run in runs:
         page.write([run], None, 0)
-    script = "document.body.dataset.width = document.documentElement.scrollWidth + ' ' + innerWidth;"
+    script = "$('more').open = true; build();"
+    script += "document.body.dataset.width = document.documentElement.scrollWidth + ' ' + innerWidth;"
     dom, complaints = open_page(runs[0] / "report.html", script=script, width=width)
     assert complaints == []
     content, window = map(int, re.search(r'data-width="(\d+) (\d+)"', dom).groups())  # type: ignore[union-attr]
