@@ -19,7 +19,8 @@ from dapo.learn.batch import Microbatch
 POSITIONS = (0, 16, 64, 256, 1024, 4096, 16384)  # first position of each bucket; a response begins at 0
 LOGPROBS = (0.0, -0.01, -0.1, -1.0, -3.0, -6.0)  # highest behavior log-prob of each bucket
 ROWS = len(POSITIONS) + len(LOGPROBS)
-EDGES = [2.0 ** (quarter / 4) for quarter in range(-96, 21)]  # of the histogram's bins; two more are open
+# of the histogram's bins, four an octave; two more are open
+EDGES: list[float] = [2.0 ** (quarter / 4) for quarter in range(-96, 21)]
 BINS = len(EDGES) + 1
 # what a gap counts in a tail, by its bin: the middle of the edges on a logarithmic scale
 MIDDLES = [0.0, *(math.sqrt(low * high) for low, high in pairwise(EDGES)), EDGES[-1]]
