@@ -24,6 +24,7 @@ from dapo.measure.profile import Profiler
 from dapo.measure.step import Meter
 from dapo.mesh import Mesh
 from dapo.report import curves, glossary
+from dapo.report.alarm import Alarm
 from dapo.types import Interrupted, StorageError, reason
 
 SLOW = 1.5  # × the ranks' mean time is worth a line
@@ -72,11 +73,14 @@ class Log:
             console.say(f"going on from step {start} of {config.run.steps} in {config.run.dir}")
         self.start, self.began = start, time.perf_counter()
         self.slow: set[float] = set()  # ranks that were said to be slow
+        self.alarm = Alarm(curves.read(self.path))
         clock.listen(console.progress)
 
     def __call__(self, step: int, values: dict[str, float]) -> None:
         """Record one step."""
-        values = {"step": step} | values
+        values = {"step": step} | values | self.alarm.thresholds(values)
+        if alarm := self.alarm(step, values):
+            warn(alarm)
         # JSON has no word for the others, and no board a place
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         self._write_row(json.dumps(values, allow_nan=False) + "\n")

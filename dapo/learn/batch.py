@@ -56,6 +56,7 @@ class Microbatch(Generic[Array]):
     is_stale: Array = field(metadata=per_token(bool))  # True where older weights than π_θold wrote the target
     # int32 [S + 1]: sequence i is cu_seqlens[i] : cu_seqlens[i + 1], counted over all context ranks
     cu_seqlens: Array
+    response_starts: Array  # int32 [S]: position that predicts a sequence's first response token
     longest: int  # tokens of the longest sequence, over all context ranks
     # [T, C]: experts that are replayed, in this pipeline stage's layers; None: the routers choose
     routes: Array | None = None
@@ -347,8 +348,12 @@ def build(
     lengths += [padding] if padding else []
     zeros: Any = {name: np.zeros(sum(lengths), dtype) for name, dtype in token_fields(Microbatch).items()}
     cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
+    starts = np.zeros(len(lengths), np.int32)
+    starts[: len(sequences)] = [len(s.prompt) - 1 for s in sequences]
     routes = filler(sum(lengths))
-    microbatch = Microbatch(**zeros, cu_seqlens=cu_seqlens, longest=max(lengths), routes=routes)
+    microbatch = Microbatch(
+        **zeros, cu_seqlens=cu_seqlens, response_starts=starts, longest=max(lengths), routes=routes
+    )
     microbatch.positions[:] = np.concatenate([np.arange(n) for n in lengths])
     for start, sequence in zip(cu_seqlens, sequences, strict=False):
         whole = np.concatenate([sequence.prompt, sequence.response["tokens"]])

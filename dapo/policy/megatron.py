@@ -34,7 +34,7 @@ from dapo.mesh import Mesh
 from dapo.model.families import read_shape
 from dapo.model.passthrough import Passthrough
 from dapo.model.routing import Routing
-from dapo.policy import chunks, cpu, metrics, schedule, torch_dist, weight_files, write_weights
+from dapo.policy import chunks, cpu, metrics, mismatch, schedule, torch_dist, weight_files, write_weights
 from dapo.policy.layout import initialize_megatron
 from dapo.policy.memory import UpdateMemory
 from dapo.policy.metrics import Sums
@@ -147,9 +147,10 @@ class Policy:
         """Compute log π_θold of every token, the ratio's denominator, and the token's importance weight.
 
         The numerics are the trainer's own, the packing is the updates' own.
-        Returns the mean and the maximum of |old − behavior| over the current weights' tokens, the alarm for a
-        wrong weight sync, and the mean over the probe's; over the tokens that objective.importance_of names
-        the mean importance, and the part that is cut; and over all tokens the effective sample size.
+        Returns mean, tail and maximum of |old − behavior| over the current weights' tokens, the alarm for a
+        wrong weight sync, also by place and log-prob, and the mean over the probe's; over the tokens that
+        objective.importance_of names the mean importance, and the part that is cut; and over all tokens the
+        effective sample size.
 
         Raises:
             PolicyError: a log-prob is not finite.
@@ -159,6 +160,7 @@ class Policy:
             return {}
         objective = self.config.objective
         rows, largest_gap = [metrics.score_sums()], 0.0
+        table = mismatch.blank(self.mesh.device)
         scored, own = self._scored(work)
         for number, (microbatch, old) in enumerate(zip(work, scored, strict=False)):  # on the last stage only
             behavior, is_stale, mask = microbatch.behavior_logprobs, microbatch.is_stale, microbatch.loss_mask
@@ -169,13 +171,16 @@ class Policy:
             microbatch.scores = Scores(old, weights if is_applied else torch.ones_like(weights))
             if not self.reports:
                 continue
-            gap = (old - behavior)[mask & ~is_stale].abs()
+            is_current = mask & ~is_stale
+            gap = (old - behavior)[is_current].abs()
             if number >= len(learnt):
                 rows.append(metrics.score_sums(old, probe=gap))
                 continue
             cut = is_cut(weights, objective)[corrected]
             rows.append(metrics.score_sums(old, gap, weights[mask], weights[corrected], cut))
             largest_gap = max(largest_gap, float(gap.max()) if len(gap) else 0.0)
+            positions = mismatch.response_positions(microbatch, self.config.parallel.context)
+            table += mismatch.table(gap, behavior[is_current], positions[is_current])
         sums = self.mesh.sum_by_key(metrics.total(rows) | own)
         if sums["broken"]:
             count = sums["tokens"]
@@ -184,9 +189,9 @@ class Policy:
             cause = _named(broken) if broken else "its parameters are finite, so its activations overflow"
             raise PolicyError(f"{found}: {cause}; resume from an earlier checkpoint with a lower optim.lr")
         routes = {name: sums.pop(name) for name in own}
-        return metrics.score_metrics(sums, self.mesh.max(largest_gap)) | metrics.own_route_metrics(
-            routes, sums["tokens"] + sums["probe_tokens"]
-        )
+        found = metrics.score_metrics(sums, self.mesh.max(largest_gap))
+        found |= metrics.own_route_metrics(routes, sums["tokens"] + sums["probe_tokens"])
+        return found | mismatch.metrics(self.mesh.sum(table.cpu().numpy()))
 
     def _scored(self, work: list[PlacedMicrobatch]) -> tuple[list[Tensor], Sums]:
         """Return log π_θold of each microbatch on the last stage; and what the routers' own choice would

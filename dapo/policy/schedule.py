@@ -35,7 +35,7 @@ GROUPS = ("tp", "cp", "embd", "pos_embd", "pp", "dp_cp", "tp_dp_cp")
 
 def on_device(microbatch: Microbatch[np.ndarray], device: torch.device) -> Microbatch[Tensor]:
     """Copy a microbatch's arrays onto the device."""
-    names = [*token_fields(type(microbatch)), "cu_seqlens"]
+    names = [*token_fields(type(microbatch)), "cu_seqlens", "response_starts"]
     if microbatch.routes is not None:
         names.append("routes")
     arrays = {name: torch.from_numpy(getattr(microbatch, name)) for name in names}

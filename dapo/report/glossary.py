@@ -32,7 +32,7 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric, or a family of them: <set> and <phase> in a name stand for any name."""
+    """One metric, or a family of them: <set>, <phase> and so on in a name stand for any name."""
 
     name: str
     unit: str
@@ -98,8 +98,8 @@ INTRODUCTION = """# Metrics
 
 A run writes each of these once a step to `metrics.jsonl`, to TensorBoard, and with `run.wandb_project` to
 Weights & Biases. `dapo metrics` prints them, `dapo metrics entropy clip` those with these words in their
-names. `<set>` is an evaluation set's name, `<phase>` a part of a step. [Reading the monitors](monitors.md)
-begins with the few that matter most.
+names. `<set>` is an evaluation set's name, `<phase>` a part of a step, `<position>` a place in the response,
+`<bound>` a log-prob. [Reading the monitors](monitors.md) begins with the few that matter most.
 """
 PARTS = {
     "rollout": "Sampling",

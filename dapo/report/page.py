@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from dapo.config import ConfigError
-from dapo.report import curves, glossary
+from dapo.report import alarm, curves, glossary
 from dapo.report.samples import Embedded, embed
 from dapo.rollout import record
 from dapo.rollout.dump import KINDS
@@ -125,6 +125,7 @@ def read(directory: Path, label: str) -> Run:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         warnings.append(f"{directory / 'config.yaml'} cannot be read, the page shows no options: {reason}")
+    warnings += [f"{directory}: {line}" for line in alarm.lines(rows)]
     run = Run(directory, label, rows, options, warnings)
     if (directory / record.NAME).exists():
         try:

@@ -188,6 +188,31 @@ def test_a_rank_that_keeps_the_others_waiting_is_named_once(tmp_path, capsys):
     ]
 
 
+def test_a_mismatch_that_jumps_is_said_once_also_by_a_run_that_resumes_meanwhile(tmp_path, capsys):
+    log = make_log(tmp_path, 0)
+    for step, value in enumerate([2e-3, 2e-3, float("nan"), 2e-3, 0.05, 0.06]):
+        log(step, {"policy/mismatch": value})
+    log.close()
+    assert [row.get("policy/mismatch_threshold") for row in read(log.path)] == [
+        None,
+        *[pytest.approx(0.02)] * 5,
+    ]
+    resumed = make_log(tmp_path, 5)
+    for step, value in enumerate([0.06, 2e-3, 0.05], start=5):
+        resumed(step, {"policy/mismatch": value})
+    resumed.close()
+    again = make_log(tmp_path, 4)
+    again(4, {"policy/mismatch": 0.07})
+    again.close()
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0].removeprefix("warning: ") for line in said] == [
+        "step 2: |old − behavior| is nan",
+        "step 4: |old − behavior| is 0.05",
+        "step 7: |old − behavior| is 0.05",
+        "step 4: |old − behavior| is 0.07",
+    ]
+
+
 def test_of_a_step_that_is_replayed_nothing_was_read(tmp_path, capsys):
     config = make_config(tmp_path, f"rollout.replay={tmp_path}")
     config.run.dir.mkdir()

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -283,6 +284,7 @@ def expected_mismatch(
 ) -> dict[str, float]:
     """Compute what Policy.score reports, token by token."""
     gaps, corrected, everything = [], [], []
+    buckets: dict[str, list[float]] = defaultdict(list)
     is_all, measured = objective.importance_of == "all", objective
     if objective.importance == "none":
         measured = objective.model_copy(update={"importance": "tis"})
@@ -294,10 +296,17 @@ def expected_mismatch(
             for version, start, end in sample.versions:
                 for t in range(start, end):
                     if sample.loss_mask[t]:
-                        gaps += [abs(off[t])] if version == VERSION else []
+                        if version == VERSION:
+                            gaps.append(abs(off[t]))
+                            for bucket in buckets_of(t, float(sample.behavior_logprobs[t])):
+                                buckets[bucket].append(abs(off[t]))
                         corrected += [importance[t]] if is_all or version < VERSION else []
                         everything.append(importance[t])
     expected = {"policy/mismatch": float(np.mean(gaps)), "policy/mismatch_max": max(gaps)}
+    expected["policy/mismatch_p99"] = float(np.quantile(gaps, 0.99, method="inverted_cdf"))
+    for bucket, found in buckets.items():
+        expected[f"policy/mismatch_{bucket}"] = float(np.mean(found))
+        expected[f"policy/mismatch_p99_{bucket}"] = float(np.quantile(found, 0.99, method="inverted_cdf"))
     if corrected:
         cut = objective.importance_cap if measured.importance == "tis" else 0.0
         expected["policy/importance"] = float(np.mean(corrected))
@@ -305,6 +314,13 @@ def expected_mismatch(
         weights = np.array(everything)
         expected["policy/ess"] = float(weights.sum() ** 2 / (len(weights) * (weights**2).sum()))
     return expected
+
+
+def buckets_of(position: int, logprob: float) -> list[str]:
+    """Responses are shorter than 64 tokens, log-probs of random behavior are anywhere."""
+    bounds = [-6, -3, -1, -0.1, -0.01, 0]
+    highest = next(bound for bound in bounds if logprob <= bound) if logprob <= 0 else 0
+    return [f"at_{0 if position < 16 else 16}", f"logprob_{highest}"]
 
 
 def _refusal(function: Any, argument: Any) -> str:

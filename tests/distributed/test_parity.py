@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -18,7 +19,14 @@ def test_policy_equals_a_plain_model(case: Case) -> None:
     assert result["ratio"] == 0.0, "the first minibatch's ratio is exactly 1"
     assert result["weights kept"], "score changes no token weight"
     assert result["toy"] == 2.0, "a metric needs a sum and a value"
-    assert result["mismatch"] == pytest.approx(result["expected_mismatch"], rel=bounds.mismatch)
+    (found, parts), (expected, expected_parts) = map(
+        parts_apart, (result["mismatch"], result["expected_mismatch"])
+    )
+    assert found == pytest.approx(expected, rel=bounds.mismatch)
+    assert set(parts) == set(expected_parts) > {"policy/mismatch_at_0", "policy/mismatch_at_16"}
+    for name, value in expected_parts.items():  # some are of a few tokens; a tail is within a bin
+        rel = bounds.mismatch + 0.1 * ("_p99" in name)
+        assert parts[name] == pytest.approx(value, rel=rel, abs=bounds.logprobs), name
     assert result["gradients"] <= bounds.gradients
     assert result["worst gradient"][0] <= bounds.largest, result["worst gradient"]
     assert grad_norm_gap(result) <= bounds.grad_norm
@@ -54,6 +62,12 @@ def test_a_damaged_policy_is_refused_before_an_update(case: Case) -> None:
     update, score = measured_of(case)["refused"]
     assert "the loss is nan" in update
     assert "log-probs of the policy are not finite" in score
+
+
+def parts_apart(metrics: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return what is of all tokens; tails, and what is of a bucket's tokens."""
+    parts = {n: value for n, value in metrics.items() if re.search("_p99|_at_|mismatch_logprob_", n)}
+    return {n: value for n, value in metrics.items() if n not in parts}, parts
 
 
 def measured_of(case: Case) -> dict[str, Any]:

@@ -103,6 +103,8 @@ def test_every_value_sits_at_the_position_that_predicts_its_token(tmp_path, mult
     [batch] = plan(groups, config, 1, {})
     [[m]] = batch.minibatches
     pairs = [(group.prompt, sample) for group in groups for sample in group.samples]
+    starts = m.response_starts.tolist()
+    assert starts[:5] == [2, 2, 2, 0, 0] and len(starts) == len(m.cu_seqlens) - 1
     for (start, end), (prompt, sample) in zip(list(sequences_of(m))[:5], pairs, strict=True):
         whole = np.concatenate([prompt.tokens, sample.tokens])
         assert np.array_equal(m.tokens[start:end], whole[:-1])
@@ -148,9 +150,11 @@ def test_padding_is_one_more_sequence_that_weighs_nothing(tmp_path, multiple):
 def test_arrays_have_the_types_that_training_expects(tmp_path):
     [batch] = plan([make_group([1, 0])], make_config(tmp_path), 1, {})
     [[m]] = batch.minibatches
-    types = {name: getattr(m, name).dtype.name for name in [*token_fields(Microbatch), "cu_seqlens"]}
+    names = [*token_fields(Microbatch), "cu_seqlens", "response_starts"]
+    types = {name: getattr(m, name).dtype.name for name in names}
     floats = dict.fromkeys(["token_weights", "advantages", "behavior_logprobs"], "float32")
-    integers = {"tokens": "int64", "targets": "int64", "positions": "int64", "cu_seqlens": "int32"}
+    integers = {"tokens": "int64", "targets": "int64", "positions": "int64"}
+    integers |= {"cu_seqlens": "int32", "response_starts": "int32"}
     assert types == integers | floats | {"loss_mask": "bool", "is_stale": "bool"}
 
 

@@ -65,7 +65,8 @@ def test_context_ranks_together_attend_as_one(context: int, chunks: list[int]) -
 
 
 def microbatch_of(tokens: np.ndarray, cu_seqlens: np.ndarray) -> Microbatch:
-    return Microbatch(**dict.fromkeys(token_fields(Microbatch), tokens), cu_seqlens=cu_seqlens, longest=0)
+    fields = dict.fromkeys([*token_fields(Microbatch), "response_starts"], tokens)
+    return Microbatch(**fields, cu_seqlens=cu_seqlens, longest=0)
 
 
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=40))

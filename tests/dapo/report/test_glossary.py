@@ -30,7 +30,7 @@ def names_in_the_source() -> set[str]:
                 names.add(text_of(node.slice))
             elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("timed", "clock.timed"):
                 names.add(f"time/{text_of(node.args[0])}")
-    return {name for name in names if re.fullmatch(rf"({PREFIXES})/(<x>[/_])?\w+", name)}
+    return {name for name in names if re.fullmatch(rf"({PREFIXES})/(<x>[/_])?\w+(<x>)?", name)}
 
 
 def families_in_the_source() -> set[str]:
