@@ -189,9 +189,9 @@ class Policy:
             cause = _named(broken) if broken else "its parameters are finite, so its activations overflow"
             raise PolicyError(f"{found}: {cause}; resume from an earlier checkpoint with a lower optim.lr")
         routes = {name: sums.pop(name) for name in own}
-        found = metrics.score_metrics(sums, self.mesh.max(largest_gap))
-        found |= metrics.own_route_metrics(routes, sums["tokens"] + sums["probe_tokens"])
-        return found | mismatch.metrics(self.mesh.sum(table.cpu().numpy()))
+        values = metrics.score_metrics(sums, self.mesh.max(largest_gap))
+        values |= metrics.own_route_metrics(routes, sums["tokens"] + sums["probe_tokens"])
+        return values | mismatch.metrics(self.mesh.sum(table.cpu().numpy()))
 
     def _scored(self, work: list[PlacedMicrobatch]) -> tuple[list[Tensor], Sums]:
         """Return log π_θold of each microbatch on the last stage; and what the routers' own choice would
