@@ -2,10 +2,10 @@
 
 python benchmarks/routing_replay.py [noise|bytes, default both]
 
-noise: a small mixture of experts whose engine draws noise onto its routers' logits. The same responses are
-scored and learnt from without and with replay, by turns: the mismatch as a KL divergence, and CPU seconds of a
-step, sampling included. bytes: a response of the paper's length of Qwen3-30B-A3B: on the wire, in the intake
-process, in the main process, on its way to the ranks, and on a rank.
+noise: a small mixture of experts whose engine draws noise onto its routers' logits. Steps without and with
+replay by turns: the mismatch as a KL divergence, and CPU seconds, sampling included. bytes: a response of the
+paper's length of Qwen3-30B-A3B: on the wire, in the intake process, in the main process, on its way to the
+ranks, and on a rank.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,7 @@ def add_noise(engine: EmbeddedEngine) -> None:
             module.register_forward_hook(noisy)
 
 
-def make_policy(folder: Path, model: Path, replay: str) -> tuple[Policy, Mesh]:
+def make_policy(folder: Path, model: Path) -> Policy:
     options = configs.Config(
         run=configs.Run(dir=folder),
         data=configs.Data(train=folder / "none", max_prompt_length=16),
@@ -91,11 +93,27 @@ def make_policy(folder: Path, model: Path, replay: str) -> tuple[Policy, Mesh]:
         optim=configs.Optim(lr=0.0, prompts_per_minibatch=PROMPTS // 4),
         parallel=configs.Parallel(tensor=1),
         policy=configs.Policy(
-            model=model, dtype="float32", tokens_per_microbatch=1024, routing_replay=replay
+            model=model, dtype="float32", tokens_per_microbatch=1024, routing_replay="rollout"
         ),
     )
-    mesh = Mesh(options.parallel)
-    return Policy(options, mesh), mesh
+    return Policy(options, Mesh(options.parallel))
+
+
+@contextmanager
+def replaying(policy: Policy, replay: str) -> Iterator[None]:
+    """Let the policy be as it is built with this policy.routing_replay."""
+    config, routes = policy.config, policy.routes
+    assert routes
+    routers = [layer.mlp.router for layer in policy.chunks[0].decoder.layers]
+    replays = [router.router_replay for router in routers]
+    if replay == "off":
+        policy.config, policy.routes = config.changed(["policy.routing_replay=off"]), None
+        for router in routers:
+            router.router_replay = None
+    yield
+    policy.config, policy.routes = config, routes
+    for router, own in zip(routers, replays, strict=True):
+        router.router_replay = own
 
 
 def requests(returns_routes: bool, seed: int) -> list[Request]:
@@ -109,11 +127,8 @@ def requests(returns_routes: bool, seed: int) -> list[Request]:
     ]
 
 
-def step(policy: Policy, mesh: Mesh, engine: EmbeddedEngine, seed: int) -> dict[str, float]:
+def step(policy: Policy, engine: EmbeddedEngine, seed: int) -> dict[str, float]:
     """Take a step; return its mismatch, and CPU seconds of its parts."""
-    from megatron.core import parallel_state
-
-    assert parallel_state.model_parallel_is_initialized()
     replayed = policy.config.policy.routing_replay == "rollout"
     start = time.process_time()
     stream = engine.stream()
@@ -154,32 +169,27 @@ def step(policy: Policy, mesh: Mesh, engine: EmbeddedEngine, seed: int) -> dict[
 
 
 def noise() -> list[str]:
-    alone = {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",
-    }
-    os.environ.update(alone)
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     torch.set_num_threads(1)
     found: dict[str, list[dict[str, float]]] = {"off": [], "rollout": []}
     with tempfile.TemporaryDirectory() as temporary:
         model = make_model(Path(temporary) / "model")
-        policies = {replay: make_policy(Path(temporary), model, replay) for replay in found}
-        routing = Routing(policies["off"][0].shape)
+        policy = make_policy(Path(temporary), model)
+        routing = Routing(policy.shape)
         engine = EmbeddedEngine(model, torch.float32, torch.device("cpu"), PROMPTS * SIZE, routing)
         add_noise(engine)
-        engine.load_weights(policies["off"][0].weights(), 0)
+        engine.load_weights(policy.weights(), 0)
         for pair in range(PAIRS + 1):
             for replay in sorted(found, reverse=pair % 2 == 1):
-                row = step(*policies[replay], engine, pair)
+                with replaying(policy, replay):
+                    row = step(policy, engine, pair)
                 if pair:  # the first warms up
                     found[replay].append(row)
                 print(pair, replay, json.dumps({k: round(v, 6) for k, v in row.items()}), flush=True)
     rows = []
     for name, shown in (
-        ("kl", "KL of engine to policy"), ("mean", "mean |old − behavior|"),
+        ("kl", "KL of engine to policy"), ("mean", "mean distance of log-probs"),
         ("sampling", "CPU s, sampling"), ("scoring", "CPU s, old log-probs"), ("updates", "CPU s, updates"),
         ("step", "CPU s, the step"),
     ):  # fmt: skip
@@ -191,12 +201,12 @@ def noise() -> list[str]:
     last = found["rollout"][-1]
     text = [
         f"## Noise of σ = {NOISE} on the logits of the engine's routers\n",
-        f"A Qwen3-MoE of 4 layers with 4 of 16 experts for a token, float32, {PROMPTS * SIZE} responses of at most "
-        f"{LENGTH} tokens, 4 updates, one rank. {PAIRS} pairs of steps by turns; the ratio is with to without, "
-        "the median and its range.\n",
+        f"A Qwen3-MoE of 4 layers with 4 of 16 experts for a token, float32, {PROMPTS * SIZE} responses of "
+        f"at most {LENGTH} tokens, 4 updates, one rank. {PAIRS} pairs of steps by turns; the ratio is with to "
+        "without, the median and its range.\n",
         table(["", "without", "with replay", "ratio"], rows),
-        f"\nWith replay {last['differ']:.1%} of the tokens' own routes, a mean over layers, are others than the "
-        f"engine's; one microbatch scored without has a mean of {last['own']:.3g}.",
+        f"\nWith replay {last['differ']:.1%} of the tokens' own routes, a mean over layers, are others than "
+        f"the engine's; one microbatch scored without has a mean of {last['own']:.3g}.",
     ]
     return text
 
@@ -239,9 +249,9 @@ def wire() -> list[str]:
     body = [
         ["int32, as SGLang has them", f"{routes.nbytes / mib:.1f} MiB"],
         ["the answer (base64 in JSON)", f"{len(whole) / mib:.1f} MiB, {len(plain) / mib:.2f} without"],
-        ["parsed, decoded and checked, in the intake process", f"{statistics.median(with_routes) * 1e3:.0f} ms "
-         f"({min(with_routes) * 1e3:.0f} to {max(with_routes) * 1e3:.0f}), "
-         f"{statistics.median(without) * 1e3:.0f} without"],
+        ["parsed, decoded and checked, in the intake process",
+         f"{statistics.median(with_routes) * 1e3:.0f} ms ({min(with_routes) * 1e3:.0f} to "
+         f"{max(with_routes) * 1e3:.0f}), {statistics.median(without) * 1e3:.0f} without"],
         ["a sample, from there to the main process", f"{frame / mib:.2f} MiB"],
         ["its routes there", f"{sample.routes.nbytes / mib:.2f} MiB"],
         ["to each stage of 2", f"{stage.nbytes / mib:.2f} MiB"],

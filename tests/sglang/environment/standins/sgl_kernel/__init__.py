@@ -28,6 +28,20 @@ def assign_req_to_token_pool_cpu(
         table[row, start : start + len(part)] = part
 
 
+class HostMemory:
+    """CUDA's runtime, as far as it registers host memory: here nothing is to be done."""
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        return 0
+
+
+if not torch.cuda.is_available():  # SGLang registers the buffer of routed experts on every device
+    torch.cuda.cudart = HostMemory
+
+
 def __getattr__(name: str) -> Callable[..., NoReturn]:
     if not name.endswith("_cpu"):
         raise AttributeError(name)
