@@ -202,8 +202,8 @@ def noise() -> list[str]:
     text = [
         f"## Noise of σ = {NOISE} on the logits of the engine's routers\n",
         f"A Qwen3-MoE of 4 layers with 4 of 16 experts for a token, float32, {PROMPTS * SIZE} responses of "
-        f"at most {LENGTH} tokens, 4 updates, one rank. {PAIRS} pairs of steps by turns; the ratio is with to "
-        "without, the median and its range.\n",
+        f"at most {LENGTH} tokens, 4 updates, one rank. {PAIRS} pairs of steps by turns; the ratio is with "
+        "to without, the median and its range.\n",
         table(["", "without", "with replay", "ratio"], rows),
         f"\nWith replay {last['differ']:.1%} of the tokens' own routes, a mean over layers, are others than "
         f"the engine's; one microbatch scored without has a mean of {last['own']:.3g}.",
