@@ -34,7 +34,7 @@ from dapo.types import Group
 
 COARSE = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)  # × rollout.temperature
 FINE = (0.94, 0.96, 0.98, 0.99, 1.0, 1.01, 1.02, 1.04, 1.06)  # × the best of the former
-NEAR = 0.02  # relative; a temperature that fits is the config's if it is so near
+EXPLAINED = 0.5  # of the mismatch by a temperature: then the engine's is another, and prefill has none
 TAIL = 20  # draws expected beyond a share of the probability, without one: they are not drawn
 
 Finish = Callable[[PlacedMicrobatch, Tensor], tuple[Tensor, Tensor]]
@@ -94,7 +94,6 @@ class Comparison:
         self.routing = sampled_routing(config)
         self.groups: list[Group] = []  # one response each, on the main rank
         self.num_responses = 0
-        self.fitted = config.rollout.temperature
         self.rescored: list[np.ndarray] = []  # their log-probs by the engine, of whole responses at once
 
     def sample(self, num_responses: int, version: int) -> None:
@@ -127,7 +126,8 @@ class Comparison:
         mean, largest, count = self._gaps(work, own)
         changes = [self._routing(work), self._head(work), self._temperature(work)]
         whole = self._gaps(self._work(self.rescored), own)[0]
-        is_plain = abs(self.fitted - 1.0) < NEAR and self.config.rollout.temperature == 1.0
+        explained = changes[-1].share(mean) or 0.0
+        is_plain = self.config.rollout.temperature == 1.0 and explained < EXPLAINED
         changes.append(
             Change(
                 "kernels and batches",
@@ -223,7 +223,6 @@ class Comparison:
                 tried[t] = self._gaps(work, self._logprobs(work, head))[0]
             best = min(tried, key=tried.__getitem__)
             mean = tried[best]
-        self.fitted = best  # to the engine's log-probs
         return Change(
             "temperature",
             f"the policy's at {best:.3g}, which fits best (rollout.temperature is "

@@ -29,9 +29,15 @@ def score(server: Server, prompt: Prompt, sample: Sample) -> np.ndarray:
     try:
         assert isinstance(entries, list)
         _, *found = entries
-        logprobs, ids = np.array([e[0] for e in found], np.float32), [e[1] for e in found]
+        logprobs, ids = np.array([e[0] for e in found], np.float32), np.array([e[1] for e in found])
     except (AssertionError, ValueError, TypeError, IndexError) as error:
         raise EngineError(f"{server.url} returns no log-probs of what it is sent: {error}") from None
-    if ids != whole[first + 1 :] or not np.isfinite(logprobs).all():
+    if len(ids) != sample.length or not np.isfinite(logprobs).all():
+        raise EngineError(
+            f"{server.url} returns {len(ids)} log-probs of {sample.length} tokens, or not finite"
+        )
+    # in place of the vocabulary's last token SGLang scores token 0: as it reported, then
+    others = ids != sample.tokens
+    if ids[others].any() or len(set(sample.tokens[others].tolist())) > 1:
         raise EngineError(f"{server.url} returns the log-probs of other tokens than it was sent")
-    return logprobs
+    return np.where(others, sample.behavior_logprobs, logprobs)
