@@ -22,6 +22,8 @@ from dapo.rollout import dump
 
 COLUMNS = {name: dump.COLUMNS[name] for name in ("group", "index", "tokens", "behavior_logprobs")}
 
+[DRAWS] = [what for what in verify.SAMPLED if what.startswith("draws")]
+
 
 def train(directory: Path, steps: int, nproc: int, options: list[str]) -> None:
     always = [f"run.dir={directory}", f"run.steps={steps}", "rollout.dump_share=1.0", "eval.data=null"]
@@ -74,6 +76,11 @@ def main(python: str, steps: str = "4") -> None:
         ("embedded engine, two tensor-parallel ranks", 2, ["parallel.tensor=2"]),
         ("SGLang, 256 requests at a time", 1, server),
         ("SGLang, one request at a time, --random-seed 1", 1, [*server, *alone, *few]),
+        (
+            "the same without dynamic sampling: no request is cancelled",
+            1,
+            [*server, *alone, *few, "rollout.dynamic_sampling=false"],
+        ),
     ]
     rows = []
     with tempfile.TemporaryDirectory() as directory:
@@ -82,34 +89,38 @@ def main(python: str, steps: str = "4") -> None:
             runs = [folder / f"{number}-{which}" for which in "ab"]
             for run in runs:
                 train(run, num_steps, nproc, options)
-            rows.append(row(name, compare(*runs, num_steps)))
+            rows.append(row(name, compare(*runs, num_steps), num_steps))
             print(rows[-1], flush=True)
         replay = [f"rollout.replay={folder / '2-a' / 'rollouts'}"]  # SGLang's
         runs = [folder / f"replay-{which}" for which in "ab"]
         for run in runs:
             train(run, num_steps, 2, replay)
         found = compare(*runs, num_steps)
-        rows.append(row("SGLang's samples of one run, learnt from twice by two ranks", found))
+        rows.append(row("SGLang's samples of one run, learnt from twice by two ranks", found, num_steps))
     save("deterministic.md", report(rows, num_steps))
 
 
-def row(name: str, found: dict[str, Any]) -> list[str]:
+def row(name: str, found: dict[str, Any], steps: int) -> list[str]:
     findings = found["findings"]
+    same_steps = f"{steps - round(findings[DRAWS] * steps)} of {steps}"
     gaps = [findings["loss"], findings["parameters"], findings["moments"]]
     shown = ["equal" if gap == 0 else f"{gap:.1e}" for gap in gaps]
-    return [name, found["same"], found["logprobs"], f"{found['gap']:.1e}", *shown]
+    return [name, found["same"], found["logprobs"], f"{found['gap']:.1e}", same_steps, *shown]
 
 
 def report(rows: list[list[str]], steps: int) -> str:
     text = heading("Two runs of the same command with run.deterministic")
     text += f"""
-The quickstart, {steps} steps, one seed, each way twice; on a CPU, where SGLang has no deterministic inference.
-Samples of step 0 are drawn by the same weights: how many have the same tokens, and how many log-probs are
-equal, as far as the tokens are. Loss: the largest difference of a step. Parameters and moments after the last
-step: the norm of the difference relative to theirs.
+The quickstart, {steps} steps, one seed, each way twice; on a CPU, where SGLang has no deterministic
+inference. Samples of step 0 are drawn by the same weights: how many have the same tokens, and how many
+log-probs are equal, as far as the tokens are. Then the steps all of whose samples are equal. Loss: the
+largest difference of a step. Parameters and moments after the last step: the norm of the difference relative
+to theirs. A server on a CPU draws from one generator, so what it draws depends on all it has drawn before,
+for requests that are cancelled at the end of a step too.
 
 """
-    names = ["run", "equal samples", "equal log-probs", "largest difference", "loss", "parameters", "moments"]
+    names = ["run", "equal samples", "equal log-probs", "largest difference"]
+    names += ["steps with equal samples", "loss", "parameters", "moments"]
     return text + table(names, rows)
 
 
