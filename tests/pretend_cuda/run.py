@@ -70,7 +70,9 @@ def run(name: str, case: Case, folder: Path) -> dict[str, Any]:
         mesh.on_main(make_base, "expert-parallel", folder / "experts")
         config = config.changed([f"policy.model={folder / 'experts'}"])
     SyncedEngine.run = directory
-    torch.use_deterministic_algorithms(False)  # a case may ask for it, of this process
+    torch.use_deterministic_algorithms(False)  # a case before may have asked for it
+    gc.collect()
+    MEMORY.give_back()  # what it has left
     REPORT.clear()
     LEFT.clear()
     train(config, mesh)
