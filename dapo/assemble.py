@@ -101,7 +101,7 @@ def make_sampler(
         _check_staleness(config, rollouts)
         return Sampler(config, mesh, rollouts, sets), record
 
-    set_gpu_environment(config.engine)
+    set_gpu_environment(config)
     return mesh.on_main_only(make) or (Sampler(config, mesh, None, {}), {})
 
 
@@ -247,7 +247,7 @@ def evaluate_models(config: Config, mesh: Mesh, models: list[Path]) -> None:
     """
     if not config.eval.data:
         raise ConfigError("eval.data is not set: name a file, or {name: file} for several")
-    set_gpu_environment(config.engine)
+    set_gpu_environment(config)
     if not mesh.is_main:
         return
     configs = [_with_model(config, model) for model in models]

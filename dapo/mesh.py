@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from dapo.config import ConfigError, Engine, Parallel
+from dapo.config import Config, ConfigError, Parallel
 from dapo.joining import join
 from dapo.types import Stopped
 
@@ -43,6 +43,13 @@ GPU_ENVIRONMENT = {  # what a process needs before it first uses CUDA; a value t
 # SGLang sets the same: processes that differ in it cannot join in a group. NCCL reads it once in a process,
 # so it holds for training's groups too, and all ranks need it: only runs that broadcast to servers set it
 WITH_SERVERS = {"NCCL_CUMEM_ENABLE": "0"}
+# with these values cuBLAS, Transformer Engine and NCCL add in a fixed order (NCCL's trees may differ from run
+# to run); where there is none, the first is set
+DETERMINISTIC = {
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
+    "NCCL_ALGO": ("Ring",),
+}
 
 
 class FailedElsewhere(Exception):
@@ -56,13 +63,26 @@ class FailedElsewhere(Exception):
         return str(self.args[0])
 
 
-def set_gpu_environment(engine: Engine | None = None) -> None:
+def set_gpu_environment(config: Config | None = None) -> None:
     """Set GPU_ENVIRONMENT, before anything asks CUDA for its devices.
 
-    `engine`: set WITH_SERVERS too, if it needs that, before the first use of NCCL.
+    `config`: set WITH_SERVERS too, if its engine needs that, and what run.deterministic needs, torch's own
+    setting included, before the first use of NCCL and cuBLAS.
+
+    Raises:
+        ConfigError: a variable has a value with which run.deterministic does not hold.
     """
-    broadcasts = engine is not None and engine.kind == "sglang" and engine.weight_sync == "broadcast"
-    for name, value in (GPU_ENVIRONMENT | (WITH_SERVERS if broadcasts else {})).items():
+    values = dict(GPU_ENVIRONMENT)
+    if config and config.engine.kind == "sglang" and config.engine.weight_sync == "broadcast":
+        values |= WITH_SERVERS
+    if config and config.run.deterministic:
+        values |= {name: accepted[0] for name, accepted in DETERMINISTIC.items()}
+        for name, accepted in DETERMINISTIC.items():
+            if (found := os.environ.get(name, accepted[0])) not in accepted:
+                remedy = f"unset it, or set {' or '.join(accepted)}"
+                raise ConfigError(f"{name}={found} with run.deterministic=true: sums may differ: {remedy}")
+        torch.use_deterministic_algorithms(True)
+    for name, value in values.items():
         os.environ.setdefault(name, value)
 
 

@@ -188,7 +188,7 @@ def _run(config: Config, args: argparse.Namespace) -> int:
     # torch and Megatron take seconds to import: not before the config is known to be good
     from dapo.mesh import FailedElsewhere, Mesh, is_lost, set_gpu_environment
 
-    set_gpu_environment(config.engine)  # importing the policy asks for devices
+    set_gpu_environment(config)  # importing the policy asks for devices
     from dapo.assemble import evaluate_models
     from dapo.checkpoint import CheckpointError
     from dapo.command.bench import bench

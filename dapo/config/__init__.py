@@ -128,6 +128,11 @@ class Config(Section):
                 f"engine.{option}={plain_yaml.shown(value)} is for servers, and "
                 f"engine.kind={self.engine.kind} has none: set engine.kind=sglang, or leave it out"
             )
+        if run.deterministic and rollout.max_staleness and rollout.replay is None:
+            raise ConfigError(
+                f"run.deterministic=true with rollout.max_staleness={rollout.max_staleness}: which weights "
+                "write a token is a matter of timing then; set 0, or replay a dump (rollout.replay)"
+            )
         if rollout.forecast_floor == 0:
             raise ConfigError(
                 "rollout.forecast_floor=0: a prompt that is forecast to be no use would never come back, "

@@ -59,6 +59,11 @@ class Run(Section):
     """How many of the newest checkpoints are kept."""
     keep_every: Positive | None = example(50, default=None)
     """Checkpoints of every so many steps are kept too. A multiple of save_every."""
+    deterministic: bool = False
+    """The same command on the same machines gives the same weights, to the bit. On GPUs it takes kernels that
+    add in a fixed order, which are slower, and servers with --enable-deterministic-inference: others are
+    refused. On a CPU the trainer and the embedded engine always are deterministic, and SGLang never is. Not
+    covered: another layout, device, version or tp-size, and an answer that comes near reward.time_limit."""
     async_save: bool = False
     """Checkpoints are written while training goes on; an update first copies what is not written yet."""
     export_every: Positive | None = example(50, default=None)

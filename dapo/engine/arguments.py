@@ -39,6 +39,10 @@ CPU = {  # for a machine without CUDA; engine.sglang overrides
     "mem-fraction-static": 0.2,
     "sleep-on-idle": True,  # else an idle server keeps a core busy
 }
+NOT_ON_CPU = (
+    "run.deterministic: SGLang has no deterministic inference on a CPU: what servers generate differs from "
+    "run to run; with engine.kind=embedded it does not"
+)
 # On a CPU keep the memory of a bucket of weights for the next: fresh pages would take as long as the copy
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 # The API key reaches the command line inside the process, where `ps` does not see it
@@ -78,6 +82,9 @@ def server_options(config: Config, known: Known, has_cuda: bool) -> dict[str, An
     }
     if config.policy.routing_replay == "rollout":
         options["enable-return-routed-experts"] = True
+    is_deterministic = config.run.deterministic and has_cuda
+    if is_deterministic:
+        options["enable-deterministic-inference"] = True
     if not has_cuda:
         longest = config.data.max_prompt_length + config.rollout.max_response_length
         most = config.engine.max_concurrent
@@ -97,7 +104,20 @@ def server_options(config: Config, known: Known, has_cuda: bool) -> dict[str, An
         options[main] = value
         if takes == "yes or no":
             options[f"no-{main}"] = not value
+    if is_deterministic:
+        if not options["enable-deterministic-inference"]:
+            asked = "engine.sglang.enable-deterministic-inference=false with run.deterministic=true"
+            raise ConfigError(f"{asked}: leave it out")
+        check_tensor_ranks(config, int(options.get("tp-size", 1)))
     return options
+
+
+def check_tensor_ranks(config: Config, tensor_ranks: int) -> None:
+    """Raise ConfigError if NCCL may not join the trainer and a deterministic server of so many GPUs."""
+    if tensor_ranks > 1 and config.engine.weight_sync == "broadcast":
+        why = f"one of tp-size {tensor_ranks} fixes its number of NCCL's channels, and the trainer does not"
+        asked = "engine.weight_sync=broadcast with run.deterministic=true"
+        raise ConfigError(f"{asked}: of servers {why}: set tensor, or disk")
 
 
 def module_command(python: str, module: str, options: dict[str, Any]) -> list[str]:

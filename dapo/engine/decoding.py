@@ -98,6 +98,9 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, T
     """Draw each row's token, [B], by inversion at its uniform number, float64 [B]; return log softmax(logits
     / T) of it too, as it is before top_p.
     """
+    device = logits.device
+    if torch.are_deterministic_algorithms_enabled():  # there are no such cumulative sums on a GPU
+        logits, uniform = logits.cpu(), uniform.cpu()
     scaled = logits.float() / sampling.temperature  # [B, V]
     logprobs = scaled.log_softmax(-1)
     top_p = sampling.top_p
@@ -106,7 +109,7 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, T
     # never a token of probability 0
     token = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)
     token = token.clamp(max=logits.shape[-1] - 1)  # where u · total rounded up to the total
-    return token[:, 0], logprobs.gather(-1, token)[:, 0]
+    return token[:, 0].to(device), logprobs.gather(-1, token)[:, 0].to(device)
 
 
 def _distinct(prompts: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[int]]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 from dapo.config import Config, ConfigError
+from dapo.engine.arguments import check_tensor_ranks
 from dapo.engine.control import KEY_VARIABLE, Server, on_all
 from dapo.engine.versions import describe
 from dapo.model.shape import read_config
@@ -17,7 +17,7 @@ class ExternalServers:
     """Implements Servers. One that does not answer before a sync is left out until it does before another."""
 
     def __init__(self, config: Config, say: Callable[[str], None]):
-        self.model = config.policy.model
+        self.config = config
         self.say = say
         urls = dict.fromkeys(url.rstrip("/") for url in config.engine.urls)  # each once
         self.servers = [Server(url) for url in urls]
@@ -37,7 +37,7 @@ class ExternalServers:
     def wait(self) -> None:
         """Check every server, and report its version and model. Raise ConfigError if one cannot be used."""
         for server in self.servers:
-            self.say(check_server(server, self.model))
+            self.say(check_server(server, self.config))
 
     def refresh(self) -> bool:
         """Check every server. Return True if others answer than before; raise EngineError if none does."""
@@ -65,19 +65,22 @@ class ExternalServers:
 
     def _failure_of(self, server: Server) -> tuple[str, str]:
         try:
-            check_server(server, self.model)
+            check_server(server, self.config)
         except ConfigError as error:
             return server.url, str(error)
         return server.url, ""
 
 
-def check_server(server: Server, model: Path) -> str:
+def check_server(server: Server, config: Config) -> str:
     """Return one line about a server: its version and model.
 
-    Raise ConfigError if it does not answer, or serves another architecture than the policy's.
+    Raise ConfigError if it does not answer, or serves another architecture than the policy's; with
+    run.deterministic, if it does not generate deterministically.
     """
+    model = config.policy.model
     try:
         line, theirs = describe(server)
+        info = server.get("/server_info") if config.run.deterministic else None
     except EngineError as error:
         hint = f"is it up, and {KEY_VARIABLE} set if it wants a key?"
         raise ConfigError(f"engine.urls: {error}; {hint}") from error
@@ -85,4 +88,9 @@ def check_server(server: Server, model: Path) -> str:
     if theirs not in (ours, None):
         wrong = f"{server.url} serves {theirs}, policy.model={model} is {ours}"
         raise ConfigError(f"engine.urls: {wrong}: start it with that model")
+    if info is not None:
+        if info.get("enable_deterministic_inference") is not True:
+            without = f"{server.url} runs without --enable-deterministic-inference"
+            raise ConfigError(f"engine.urls: {without}, and run.deterministic=true needs it")
+        check_tensor_ranks(config, info.get("tp_size", 1))
     return line

@@ -173,6 +173,8 @@ class Fleet:
         arguments.check_sglang(python, has_cuda)
         known = arguments.known_arguments(python, has_cuda) if engine.sglang else {}
         options = arguments.server_options(config, known, has_cuda)
+        if config.run.deterministic and not has_cuda:
+            self.say(arguments.NOT_ON_CPU)
         sets: list[list[str]] = [[]] * engine.servers
         if has_cuda:
             arguments.check_broadcast(config, options, python)

@@ -12,7 +12,7 @@ def check_layout(shape: ModelShape, config: Config) -> None:
     megatron = Passthrough.of(config.policy.megatron)
     checks = _divisions(shape, config.parallel, megatron) + _recompute(shape, megatron)
     checks += _offload(megatron, config.policy.dtype) + _fp8(shape, config, megatron)
-    checks += _replay(shape, config, megatron)
+    checks += _replay(shape, config, megatron) + _deterministic(shape, config, megatron)
     if wrong := [message for is_wrong, message in checks if is_wrong]:
         raise ConfigError("; ".join(wrong))
 
@@ -140,6 +140,17 @@ def _fp8(shape: ModelShape, config: Config, megatron: Passthrough) -> Checks:
          f"policy.megatron.fp8 is not known with the attention of {shape.model_type}: leave it out"),
         *[(n % multiple != 0, f"{recipe}: {what} on a rank, {n}, are no multiple of {multiple}")
           for what, n in sizes.items()],
+    ]  # fmt: skip
+
+
+def _deterministic(shape: ModelShape, config: Config, megatron: Passthrough) -> Checks:
+    """Return the checks of what cannot be repeated to the bit."""
+    asked = "run.deterministic=true"
+    return [
+        (config.run.deterministic and shape.delta is not None,
+         f"{asked}: Megatron has no deterministic DeltaNet for packed sequences, as in {shape.model_type}"),
+        (config.run.deterministic and bool(megatron.verbatim.get("tp_comm_overlap")),
+         f"policy.megatron.tp_comm_overlap=true with {asked}: its sums come in any order; leave it out"),
     ]  # fmt: skip
 
 

@@ -168,6 +168,11 @@ def _notes(plan: Plan) -> list[str]:
         (bool(config.engine.urls), "servers in engine.urls are taken to be on other devices"),
         (plan.servers is not None,
          "the optimizer's state goes to main memory and back in every step: that is not in the seconds"),
+        (is_gpu and config.run.deterministic,
+         "run.deterministic takes slower kernels: that is not in the seconds; another layout, other devices "
+         "or another tp-size give other last bits all the same"),
+        (not is_gpu and config.run.deterministic and config.engine.kind == "sglang",
+         "run.deterministic: SGLang cannot be deterministic on a CPU"),
         (is_gpu and config.engine.kind == "embedded",
          "the embedded engine's KV cache is not counted: it is there while nothing is learnt"),
     ]  # fmt: skip

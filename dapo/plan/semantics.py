@@ -28,7 +28,7 @@ VERSIONED = (
 # what older manifests do not say, because there was no other
 FORMER = {
     "objective.kind": "dapo", "objective.advantage": "group_std", "policy.logits_dtype": "float32",
-    "objective.importance_band": "none", "policy.routing_replay": "off",
+    "objective.importance_band": "none", "policy.routing_replay": "off", "run.deterministic": False,
 }  # fmt: skip
 
 
@@ -123,6 +123,8 @@ def choices(config: Config) -> list[Choice]:
                f"the paper's axis counts updates, of which a step here has {config.updates_per_step}"),
         *option("eval."),
         Choice("run.seed", config.run.seed, UNSAID, UNSAID, "prompts and samples are other draws"),
+        Choice("run.deterministic", config.run.deterministic, UNSAID, UNSAID,
+               "a run can be repeated to the bit, and takes longer on a GPU"),
         Choice("weights of data.train", weights[0], "none", "none", "the sources are not equally useful"),
         Choice("weights of reward.function", weights[1], "none", "none", "more is wanted than right answers"),
         Choice("rollout.replay", plain["rollout"]["replay"] or "none", "none", "none",

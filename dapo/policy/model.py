@@ -102,6 +102,7 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
+        deterministic_mode=config.run.deterministic,
         # with latent attention Megatron has a fused kernel for its own yarn only
         apply_rope_fusion=has_transformer_engine() and not shape.latent,
         persist_layer_norm=False,

@@ -181,9 +181,10 @@ def test_the_vocabulary_of_a_model_with_a_vision_tower_is_known(tmp_path: Path) 
 def test_only_a_run_that_broadcasts_to_servers_changes_how_nccl_allocates(
     engine: Engine | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    config: Any = engine and SimpleNamespace(engine=engine, run=SimpleNamespace(deterministic=False))
     monkeypatch.setattr(os, "environ", {})
-    set_gpu_environment(engine)
+    set_gpu_environment(config)
     assert os.environ.get("NCCL_CUMEM_ENABLE") == expected
     os.environ["NCCL_CUMEM_ENABLE"] = "1"
-    set_gpu_environment(engine)
+    set_gpu_environment(config)
     assert os.environ["NCCL_CUMEM_ENABLE"] == "1", "what is there already stays"

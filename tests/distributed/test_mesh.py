@@ -8,7 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from dapo.config import ConfigError
 from dapo.mesh import GPU_ENVIRONMENT, LARGE, MAX_PARTS, WITH_SERVERS, Mesh, set_gpu_environment
 from tests.distributed.launch import measured
 
@@ -119,13 +121,35 @@ def test_another_rank_s_own_error_is_raised_there() -> None:
 
 
 def test_the_environment_of_gpus_is_set_where_it_is_not_set_already(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine: Any = SimpleNamespace(kind="sglang", weight_sync="broadcast")
+    engine = SimpleNamespace(kind="sglang", weight_sync="broadcast")
+    config: Any = SimpleNamespace(engine=engine, run=SimpleNamespace(deterministic=False))
     monkeypatch.setattr(os, "environ", {})
     set_gpu_environment()
     assert os.environ == GPU_ENVIRONMENT
     os.environ |= dict.fromkeys(GPU_ENVIRONMENT, "mine")
-    set_gpu_environment(engine)
+    set_gpu_environment(config)
     assert os.environ == dict.fromkeys(GPU_ENVIRONMENT, "mine") | WITH_SERVERS
+
+
+def test_a_deterministic_run_sets_what_adds_in_a_fixed_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, engine = SimpleNamespace(deterministic=True), SimpleNamespace(kind="embedded")
+    config: Any = SimpleNamespace(engine=engine, run=run)
+    asked: list[bool] = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setattr(os, "environ", {"CUBLAS_WORKSPACE_CONFIG": ":16:8"})
+    set_gpu_environment(config)
+    assert asked == [True]
+    assert os.environ == GPU_ENVIRONMENT | {
+        "CUBLAS_WORKSPACE_CONFIG": ":16:8",
+        "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+        "NCCL_ALGO": "Ring",
+    }
+    os.environ["NCCL_ALGO"] = "Tree"
+    with pytest.raises(ConfigError, match=r"NCCL_ALGO=Tree with run.deterministic=true: .*, or set Ring"):
+        set_gpu_environment(config)
+    run.deterministic = False
+    set_gpu_environment(config)
+    assert asked == [True]
 
 
 def test_a_world_that_the_layout_does_not_divide_is_refused() -> None:

@@ -32,6 +32,7 @@ CASES = {  # data-parallel, in bfloat16, unless they say otherwise
     "pipeline 2": Case(["parallel.pipeline=2"]),
     "context 2": Case(["parallel.context=2"]),
     "context 2, float32": Case(["parallel.context=2", "policy.dtype=float32"]),
+    "deterministic": Case(["run.deterministic=true"]),
     "async save": Case(["run.async_save=true"]),
     "resume": Case(["run.steps=3"], goes_on_from="async save"),
     "resume, offloaded": Case([*OFFLOADED, "run.steps=3"], goes_on_from="offloaded optimizer"),
@@ -53,4 +54,5 @@ FAULTS = {  # name → kind of the finding, and the function whose call it names
     "a thread that chose no GPU": ("thread", "_write_on_the_first_gpu"),
     "memory that a sync leaves": ("cache", "post"),
     "a tensor of another GPU": ("devices", "_add_of_two_gpus"),
+    "a sum in any order": ("order", "_add_in_any_order"),
 }

@@ -11,6 +11,7 @@ Not seen: races between streams, kernels, and what C++ itself asks for a device.
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -30,6 +31,11 @@ COPIES = {"aten::copy_", "aten::_to_copy", "aten::_foreach_copy_"}  # between an
 TAKE_SCALARS = {"aten::fill_", "aten::masked_fill", "aten::masked_fill_", "aten::where", "aten::lerp"}
 # take their second argument, indices, from a CPU too
 INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
+
+
+# of a floating-point tensor on a GPU torch has no deterministic form of them
+IN_ANY_ORDER = {"aten::cumsum", "aten::cumsum_", "aten::histc", "aten::kthvalue", "aten::put_"}
+PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"}
 
 
 class Memory:
@@ -129,6 +135,7 @@ class Operations(TorchDispatchMode):
             REPORT.operations += 1
             if gpu.index != THREAD.gpu:
                 REPORT.find("thread", f"{func} on {gpu} in a thread whose GPU is {THREAD.gpu}")
+            check_order(func._schema.name, given[0])
             if func.namespace != "c10d" and func._schema.name not in COPIES:
                 check_devices(func, args, kwargs, given, gpu)
             made = REPLACED.get(func, func)(*args, **kwargs)
@@ -153,6 +160,16 @@ def check_devices(func: Any, args: Any, kwargs: Any, given: list[Tensor], gpu: t
         shown = ", ".join(f"{str(t.dtype)[6:]} {list(t.shape)} on {device_of(t)}" for t in given)
         REPORT.find("devices", f"{name}: {shown}")
         return
+
+
+def check_order(name: str, first: Tensor) -> None:
+    """Find what torch refuses where deterministic algorithms are asked for."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return
+    if name in IN_ANY_ORDER and first.is_floating_point():
+        REPORT.find("order", name)
+    if name in PRODUCTS and os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
+        REPORT.find("order", f"{name} without CUBLAS_WORKSPACE_CONFIG")
 
 
 def written(func: Any, args: Any, kwargs: Any) -> set[int]:

@@ -12,7 +12,8 @@ OWN = {Path(__file__).with_name(name) for name in ("report.py", "pretence.py", "
 
 
 class Finding(NamedTuple):
-    kind: str  # the rule: "devices", "host memory", "group", "thread", "nccl", "kernel", "cache"
+    kind: str  # the rule: "devices", "host memory", "group", "thread", "nccl", "kernel", "cache",
+    # "order"
     what: str
     where: str  # "file:line function", the innermost call first
 

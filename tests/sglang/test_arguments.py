@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from dapo.config import ConfigError
+from dapo.config import Config, ConfigError
 from dapo.engine import arguments
 from dapo.engine.arguments import (
     check_broadcast,
@@ -19,8 +21,10 @@ from dapo.engine.arguments import (
     known_arguments,
     server_options,
 )
+from dapo.engine.external import check_server
 from tests.sglang.conftest import server_config
 
+FLAG = "enable-deterministic-inference"
 KNOWN = {
     "model-path": ("model-path", "value"),
     "model": ("model-path", "value"),
@@ -134,6 +138,44 @@ def test_arguments_become_a_command_line(tmp_path: Path) -> None:
         "--preferred-sampling-params",
         '{"top_k": 1}',
     ]
+
+
+def deterministic(config: Config) -> Config:
+    return config.model_copy(update={"run": config.run.model_copy(update={"deterministic": True})})
+
+
+def test_servers_of_a_deterministic_run_are_deterministic_where_they_can_be(tmp_path: Path) -> None:
+    def options(has_cuda: bool = True, **engine: Any) -> dict[str, Any]:
+        config = deterministic(server_config(tmp_path, tmp_path, **engine))
+        return server_options(config, KNOWN | {FLAG: (FLAG, "nothing")}, has_cuda)
+
+    assert options()[FLAG] is True
+    assert FLAG not in options(has_cuda=False), "there SGLang would not start"
+    with pytest.raises(ConfigError, match=f"engine.sglang.{FLAG}=false with run.deterministic=true"):
+        options(sglang={FLAG: False})
+    with pytest.raises(ConfigError, match="of servers one of tp-size 2 fixes"):
+        options(sglang={"tp-size": 2})
+    assert options(sglang={"tp-size": 2}, weight_sync="tensor")[FLAG] is True
+
+
+@pytest.mark.parametrize(
+    ("info", "words"),
+    [
+        ({}, "http://s runs without --enable-deterministic-inference"),
+        ({"enable_deterministic_inference": False}, "http://s runs without --enable-deterministic-inference"),
+        ({"enable_deterministic_inference": True, "tp_size": 2}, "of servers one of tp-size 2 fixes"),
+        ({"enable_deterministic_inference": True, "tp_size": 1}, ""),
+    ],
+)
+def test_an_external_server_says_whether_it_is_deterministic(
+    info: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    server: Any = SimpleNamespace(url="http://s", get=lambda path: {"version": "0.5.23"} | info)
+    config = server_config(tmp_path, tmp_path)
+    assert check_server(server, config), "nobody asked"
+    with pytest.raises(ConfigError, match=words) if words else nullcontext():
+        check_server(server, deterministic(config))
 
 
 def test_servers_take_the_gpus_after_the_trainers(monkeypatch: pytest.MonkeyPatch) -> None:

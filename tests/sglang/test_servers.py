@@ -34,6 +34,7 @@ from dapo.engine.sglang import SGLangEngine
 from dapo.engine.weight_sync import make_sync
 from dapo.types import EngineError, WeightsLost
 from dapo.watch import server as guardian
+from tests.sglang.conftest import server_config
 from tests.sglang.fake_server import FakeServer, requests, tokens_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="SGLang runs on Linux")
@@ -411,10 +412,10 @@ def test_servers_of_other_people_are_checked_and_left_alone(
         ConfigError,
         match=rf"engine.urls: {url} serves \['Qwen2ForCausalLM'\], policy.model=.* is \['LlamaForCausalLM'\]",
     ):
-        check_server(Server(url), fake)
+        check_server(Server(url), server_config(fake, fake))
     theirs.close()
     with pytest.raises(ConfigError, match=rf"engine.urls: {url}/model_info: .*refused.*is it up"):
-        check_server(Server(url), fake)
+        check_server(Server(url), server_config(fake, fake))
 
 
 def test_a_url_that_is_named_twice_is_one_server(start: Callable[..., Fleet], fake: Path) -> None:

@@ -326,6 +326,10 @@ def test_of_a_wrong_item_of_a_list_nothing_else_is_said(tmp_path, override, said
             ["policy.logits_dtype=bfloat16", "policy.dtype=float32"],
             "policy.logits_dtype=bfloat16 with policy.dtype=float32",
         ),
+        (
+            ["run.deterministic=true", "rollout.max_staleness=1"],
+            "run.deterministic=true with rollout.max_staleness=1: which weights write a token",
+        ),
     ],
 )
 def test_an_objective_that_means_nothing_is_refused_in_one_line(tmp_path, overrides, said):

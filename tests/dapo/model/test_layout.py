@@ -68,6 +68,9 @@ def test_a_layout_of_experts_that_does_not_divide_is_refused_with_the_numbers(
         (f"{MODULES}=[layernorm]", None, "layernorm cannot be recomputed by itself"),
         ("parallel.expert=2", None, "parallel.expert=2, but qwen2 has no experts: leave it 1"),
         (f"{MODULES}=[moe]", None, "moe, but there are no experts; the other is mlp"),
+        ("policy.megatron.deterministic_mode=true", None, "cannot be set: use run.deterministic"),
+        ("run.deterministic=true policy.megatron.tp_comm_overlap=true", None,
+         "policy.megatron.tp_comm_overlap=true with run.deterministic=true: its sums come in any order"),
     ],
 )  # fmt: skip
 def test_a_layout_that_does_not_divide_is_refused_with_the_numbers(

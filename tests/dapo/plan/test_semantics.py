@@ -141,6 +141,7 @@ FIXED = {  # the same of choices that the code has fixed, or that are made of se
     "soft overlong punishment is at least": (-1.0, "unsaid"),
     "unit of a step": ("update", "rollout step"),
     "run.seed": ("unsaid", "unsaid"),
+    "run.deterministic": ("unsaid", "unsaid"),
     "weights of data.train": ("none", "none"),
     "weights of reward.function": ("none", "none"),
     "rollout.replay": ("none", "none"),
@@ -185,7 +186,7 @@ def test_the_published_values_of_options_are_pinned_and_their_order_too(tmp_path
         if option.json_schema_extra
     }
     assert declared == set(PUBLISHED) and all(c.reason for c in found)
-    assert len(found) == len({c.name for c in found}) == 65
+    assert len(found) == len({c.name for c in found}) == 66
 
 
 def test_a_departure_says_both_values_and_why(tmp_path):
@@ -221,6 +222,7 @@ def test_the_manifest_holds_choices_data_checker_and_versions_and_reports_what_c
     ("override", "line"),
     [
         ("run.seed=1", "run.seed was 0 and is 1 from here on"),
+        ("run.deterministic=true", "run.deterministic was false and is true from here on"),
         (
             "data.train={a.jsonl: 1, b.jsonl: 2}",
             "weights of data.train was none and is [1.0, 2.0] from here on",
