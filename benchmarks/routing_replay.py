@@ -40,7 +40,7 @@ from dapo.policy.megatron import Policy
 from dapo.types import Group, Prompt, Request, Sampling
 
 NOISE = 0.1  # σ on the logits of the engine's routers
-PAIRS = 7
+PAIRS = 15
 PROMPTS, SIZE, LENGTH = 16, 8, 96
 PAPER = 512, 20_480  # tokens of prompt and response
 QWEN3_30B = ModelShape(
