@@ -157,14 +157,14 @@ def make_model(folder: Path, num_experts: int = 0) -> Path:
     return folder
 
 
-def server_config(folder: Path, model: Path, **engine: Any) -> Config:
+def server_config(folder: Path, model: Path, replay: str = "off", **engine: Any) -> Config:
     """A run in `folder` whose engine is SGLang: `server_config(tmp_path, model, servers=2)`."""
     return Config.model_validate(
         {
             "run": {"dir": folder / "run"},
             "data": {"train": folder / "train.jsonl", "max_prompt_length": 256},
             "rollout": {"max_response_length": 256},
-            "policy": {"model": model, "dtype": "float32"},
+            "policy": {"model": model, "dtype": "float32", "routing_replay": replay},
             "engine": {"kind": "sglang", "max_concurrent": 64, **engine},
         }
     )

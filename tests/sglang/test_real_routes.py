@@ -32,8 +32,7 @@ def run(sglang_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """A server that the run starts because routes are to be replayed."""
     folder = tmp_path_factory.mktemp("routes")
     model = make_model(folder / "model", num_experts=EXPERTS)
-    config = server_config(folder, model, python=str(sglang_python))
-    config = config.changed(["policy.routing_replay=rollout", "reward.overlong_cache=16"])
+    config = server_config(folder, model, replay="rollout", python=str(sglang_python))
     servers = make_servers(config, say=lambda text: print(text, file=sys.stderr))
     try:
         servers.wait()

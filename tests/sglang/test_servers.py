@@ -202,6 +202,15 @@ def test_a_server_that_stands_still_is_started_again(start: Callable[..., Fleet]
     assert "up again" in said[-1], "once"
 
 
+def test_servers_that_return_routes_are_asked_themselves(start: Callable[..., Fleet], fake: Path) -> None:
+    """SGLang's router passes no routes on."""
+    started = start(servers=2, replay="rollout")
+    started.wait()
+    assert started.router is None and len(started.workers) == 2
+    assert started.generate_urls == [worker.url for worker in started.workers]
+    assert "--enable-return-routed-experts" in started.local[0].command
+
+
 def test_a_router_that_died_is_started_again_under_a_sync(start: Callable[..., Fleet], fake: Path) -> None:
     said: list[str] = []
     started = start(said, servers=2)

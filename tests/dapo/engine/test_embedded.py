@@ -21,7 +21,11 @@ from dapo.engine import idle, one_token
 from dapo.engine.decoding import decode
 from dapo.engine.embedded import EmbeddedEngine
 from dapo.engine.one_token import KNOWN
-from dapo.types import Prompt, Request, Sample, Sampling
+from dapo.engine.route_watch import RouteWatch
+from dapo.model.families import read_shape
+from dapo.model.routing import Routing
+from dapo.types import Group, Prompt, Request, Sample, Sampling
+from tests.sglang.conftest import make_model
 
 BASE = Path(__file__).parents[3] / "examples/arithmetic/base"
 EOS = 1
@@ -79,6 +83,39 @@ def test_behavior_logprobs_are_the_models_at_the_sampling_temperature(
             logprobs = (model(tokens).logits[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
         expected = logprobs.gather(-1, torch.from_numpy(sample.tokens).long()[:, None])[:, 0]
         np.testing.assert_allclose(sample.behavior_logprobs, expected.numpy(), atol=2e-5)
+
+
+@pytest.mark.parametrize("limit", [1, 24])
+def test_routes_are_the_models_of_prompt_and_response(tmp_path: Path, limit: int) -> None:
+    """Prompts of unlike lengths, which are padded, and rows that end early; only a request that wants routes
+    gets them.
+    """
+    model = make_model(tmp_path / "model", num_experts=8)
+    routing = Routing(read_shape(model))
+    engine = EmbeddedEngine(model, torch.float32, torch.device("cpu"), 64, routing)
+    engine.load_weights(load_file(model / "model.safetensors").items(), version=0)
+    wanted = requests(6, Sampling(1.0, limit, (EOS, 5, 7), returns_routes=True))
+    found = generate(engine, wanted)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    assert limit == 1 or len({sample.length for sample in found.values()}) > 3
+    for request in wanted:
+        sample, prompt = found[request.id], request.prompt.tokens
+        watch = RouteWatch(plain, routing)
+        with watch, torch.no_grad():
+            plain(torch.from_numpy(np.concatenate([prompt, sample.tokens[:-1]])).long()[None])
+        expected = watch._take().numpy()
+        assert sample.routes is not None and sample.routes.dtype == np.uint8
+        assert np.array_equal(sample.routes, expected)
+    [without] = generate(engine, requests(1, Sampling(1.0, 4, (EOS,)))[:1]).values()
+    assert without.routes is None
+
+
+def test_what_the_engine_scores_is_what_it_reports(engine: EmbeddedEngine) -> None:
+    wanted = requests(3, Sampling(1.0, 24, (EOS,)))
+    found = generate(engine, wanted)
+    groups = [Group(r.group, r.prompt, [found[r.id]]) for r in wanted]
+    for group, logprobs in zip(groups, engine.score(groups), strict=True):
+        np.testing.assert_allclose(logprobs, group.samples[0].behavior_logprobs, atol=2e-5)
 
 
 def test_a_response_ends_with_its_first_stop_token_or_at_the_limit(engine: EmbeddedEngine) -> None:

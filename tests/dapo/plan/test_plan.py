@@ -350,6 +350,24 @@ def parameters_on_meta(path: Path, model: Path, world: int, *layout: str) -> lis
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
+def test_routes_are_counted_on_every_stage_and_on_the_main_rank(tmp_path: Path) -> None:
+    """A byte for each of a token's 8 experts in each of 48 layers; 20,480 + 2,048 tokens of 8,192 samples."""
+    layout = ["parallel.pipeline=2", "parallel.tensor=4"]
+
+    def stage(replay: str, *more: str) -> Rank:
+        options = [f"policy.routing_replay={replay}", *layout, *more]
+        return plan_of(tmp_path, "Qwen3-30B-A3B", *options, world=16).stages[1]
+
+    tokens = 8192 // 2 * (20_480 + 2_048)
+    for replay in ("old", "rollout"):
+        assert stage(replay).batch - stage("off").batch == 24 * 8 * tokens // 4
+    shared = stage("rollout", "parallel.context=2").batch - stage("off", "parallel.context=2").batch
+    assert shared == 24 * 8 * tokens // 4, "half of the tokens, of twice as many samples"
+    assert stage("rollout").sampled_routes == 48 * 8 * 2 * tokens and stage("old").sampled_routes == 0
+    lines = describe(plan_of(tmp_path, "Qwen3-30B-A3B", "policy.routing_replay=rollout", *layout, world=16))
+    assert any("66.0 GiB of the main rank's main memory, 8.2 MiB each" in line for line in lines)
+
+
 def test_the_command_ends_with_1_where_memory_runs_out_and_with_2_where_the_layout_is_wrong(
     tmp_path: Path,
 ) -> None:

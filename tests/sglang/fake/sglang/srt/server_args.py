@@ -14,6 +14,7 @@ class ServerArgs:
         parser.add_argument("--tp-size", "--tensor-parallel-size", type=int)
         parser.add_argument("--cuda-graph-bs-decode", type=int, nargs="+")
         parser.add_argument("--sleep-on-idle", action="store_true")
+        parser.add_argument("--enable-return-routed-experts", action="store_true")
         parser.add_argument("--enable-tf32-matmul", action=argparse.BooleanOptionalAction)
         for name in (
             "config",
