@@ -38,6 +38,7 @@ from tests.distributed.cases import (
     CASES,
     FAULTS,
     LAYER_FAULTS,
+    MORE,
     OBJECTIVES,
     ROUTE_FAULTS,
     Case,
@@ -373,7 +374,7 @@ def main(out: str, only: str = "") -> None:
     results = []
     known = [*CASES, *FAULTS, *LAYER_FAULTS, *ROUTE_FAULTS]
     if only:
-        known += [case for case in ALL_LAYOUTS if case not in known]
+        known += [case for case in [*ALL_LAYOUTS, *MORE] if case not in known]
     for case in known:
         if case.world != int(os.environ["WORLD_SIZE"]) or not re.search(only, case.name):
             continue
