@@ -28,6 +28,11 @@ CASES = {  # data-parallel, in bfloat16, unless they say otherwise
     "offloaded optimizer": Case(OFFLOADED),
     "recompute, overlapped reduction": Case(RECOMPUTED),
     "mixture of experts": Case(["parallel.expert=2"], has_experts=True),
+    "routing replay": Case(
+        ["parallel.tensor=2", "parallel.expert=2", "policy.routing_replay=rollout", *RECOMPUTED],
+        has_experts=True,
+    ),
+    "old routes": Case(["parallel.pipeline=2", "policy.routing_replay=old"], has_experts=True),
     "tensor 2": Case(["parallel.tensor=2"]),
     "pipeline 2": Case(["parallel.pipeline=2"]),
     "context 2": Case(["parallel.context=2"]),

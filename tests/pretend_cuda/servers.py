@@ -88,8 +88,8 @@ class SyncedEngine(EmbeddedEngine):
     is_colocated = True
     run: Path  # its directory, set on the class, because nothing else reaches the constructor
 
-    def __init__(self, model: Path, dtype: torch.dtype, device: torch.device, max_concurrent: int):
-        super().__init__(model, dtype, device, max_concurrent)
+    def __init__(self, model: Path, dtype: torch.dtype, device: torch.device, *others: Any):
+        super().__init__(model, dtype, device, *others)
         config = self.model.config
         self.server = RecordingServer(config.num_key_value_heads)
         self.syncs = {kind: self._make_sync(kind, device) for kind in KINDS}

@@ -43,6 +43,7 @@ CASES = (  # biases, norms of q and k, a tied embedding, experts; split over ran
     "tp1pp1dp2-llama-b64-sample_mean",
     "tp2pp1dp1-qwen3_moe-b40-token_mean-ep2",
     "tp1pp1dp2-qwen3_moe-unnormalised-b64-token_mean-ep2-allgather",
+    "tp2pp1dp1-qwen3_moe-b64-token_mean-moe-ep2-replay-rollout",
 )
 PLAIN = ROOT / "tests/fixtures/0.1.0/tensor2/run/checkpoints/step-000002"  # the plain layers wrote it
 
