@@ -24,6 +24,7 @@ from dapo.learn.batch import Share, shares
 from dapo.measure.attribution import Attribution, Change
 from dapo.mesh import Mesh
 from dapo.model.families import read_shape
+from dapo.model.layout import check_layout
 from dapo.model.routing import sampled_routing
 from dapo.policy.megatron import PlacedMicrobatch, Policy
 from dapo.policy.replay import Source
@@ -44,9 +45,15 @@ def with_routes(config: Config) -> Config:
     """Return the config with routes of the rollout, if the model has experts and the run's own engine can
     return them.
     """
-    if not read_shape(config.policy.model).num_experts or config.engine.urls:
+    shape = read_shape(config.policy.model)
+    if not shape.num_experts or config.engine.urls:
         return config
-    return config.changed(["policy.routing_replay=rollout"])
+    with_replay = config.changed(["policy.routing_replay=rollout"])
+    try:
+        check_layout(shape, with_replay)
+    except ConfigError:  # what the run has excludes it, or is wrong by itself, which is said later
+        return config
+    return with_replay
 
 
 def mismatch(config: Config, mesh: Mesh, num_responses: int, sampled_by: int | None = None) -> None:
