@@ -282,6 +282,10 @@ ROUTE_FAULTS = [
 
 # alike others here: to be measured by a pattern in their name
 MORE = [
+    Case(1, 1, 1, "qwen3_moe", replay="rollout"),
+    Case(2, 2, 1, "qwen3_moe", replay="rollout", recompute="recompute"),
+    Case(2, 1, 2, "qwen3_moe", replay="rollout", budget=40),
+    Case(2, 1, 1, "qwen3_moe", expert=2, replay="rollout"),
     Case(4, 2, 2, "qwen2", is_tied=True, normaliser="group_token_mean"),
     Case(4, 2, 1, "qwen2", filtering=True),
     Case(4, 2, 2, "mistral"),
