@@ -47,11 +47,13 @@ def one_rank() -> Iterator[None]:
         environment.chdir(ROOT)
         for name, value in (alone | {"MASTER_ADDR": "127.0.0.1"}).items():
             environment.setenv(name, value)
-        yield
-    parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
-    atexit.unregister(dist.destroy_process_group)
-    meshes._connect.cache_clear()
+        try:
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+            atexit.unregister(dist.destroy_process_group)
+            meshes._connect.cache_clear()
 
 
 @pytest.fixture
