@@ -15,6 +15,7 @@ import numpy as np
 from dapo import files
 from dapo.config import ConfigError
 from dapo.learn.traces import Trace, chosen
+from dapo.model.routing import Routing
 from dapo.rollout.buffer import Buffer
 from dapo.types import Group, Prompt, Sample, StorageError, token_fields
 
@@ -136,11 +137,12 @@ def _warn(error: StorageError) -> None:
     print(f"warning: {error}", file=sys.stderr, flush=True)
 
 
-def read(path: Path, capacity: int, vocab_size: int | None = None) -> Buffer:
+def read(path: Path, capacity: int, vocab_size: int | None = None, routing: Routing | None = None) -> Buffer:
     """Return the buffer that `write` was given, as far as it was written.
 
     Raises:
-        ConfigError: no such file, or it is not a dump, or it has token ids that are not below `vocab_size`.
+        ConfigError: no such file, or it is not a dump, or it has token ids that are not below `vocab_size`,
+            or routes that a model of this `routing` cannot have.
     """
     if not path.exists():
         raise ConfigError(f"rollout.replay: {path} does not exist; run fewer steps, or dump more")
@@ -148,6 +150,10 @@ def read(path: Path, capacity: int, vocab_size: int | None = None) -> Buffer:
     for kind, group in _groups(path):
         for tokens in (group.prompt.tokens, *(sample.tokens for sample in group.samples)):
             _check_tokens(tokens, vocab_size, path)
+        for sample in group.samples if routing else ():
+            if sample.routes is not None and routing and (fault := routing.fault(sample.routes)):
+                which = f"sample {sample.index} of group {group.id}: {fault}"
+                raise ConfigError(f"rollout.replay: {path}: {which}: a dump of another model?")
         getattr(buffer, kind).append(group)
     return buffer
 

@@ -128,7 +128,8 @@ class Rollouts(Resumable):
         rollout = self.config.rollout
         if not rollout.replay:
             return None
-        return dump.read(dump.path_of(rollout.replay, step), rollout.prompts_per_step, self.vocab_size)
+        path, of_model = dump.path_of(rollout.replay, step), (self.vocab_size, self.routing)
+        return dump.read(path, rollout.prompts_per_step, *of_model)
 
     def collect(self, step: int) -> Buffer:
         """Offer groups in request order until the buffer is full (lines 4–8), at most prompts_per_round ×

@@ -550,8 +550,7 @@ def test_context_ranks_have_the_routes_of_their_own_tokens(tmp_path, routing):
     [
         (lambda sample: None, "has no routes: it was sampled without"),
         (lambda sample: sample.routes[:-1], "routes of "),
-        (lambda sample: sample.routes[:, :-4], "where each token has 4 layers × 4 experts"),
-        (lambda sample: 0 * sample.routes, "goes twice to expert 0 of layer 0"),
+        (lambda sample: sample.routes[:, :-4], ", 16] is expected"),
     ],
 )
 def test_samples_whose_routes_cannot_be_replayed_are_refused_by_name(tmp_path, routing, spoil, said):

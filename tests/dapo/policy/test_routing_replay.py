@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,8 @@ from dapo import config as configs
 from dapo import mesh as meshes
 from dapo.config import ConfigError
 from dapo.mesh import FailedElsewhere
+from dapo.model.families import read_shape
+from dapo.model.routing import Routing
 from dapo.rollout import dump
 from dapo.train import train
 from tests.dapo.command.test_mismatch import routing as make_noisy
@@ -78,6 +81,16 @@ def test_a_dump_replays_the_routes_too(runs: dict[str, SimpleNamespace], model: 
     )  # fmt: skip
     for name, weight in runs["rollout"].weights.items():
         assert weight.equal(again.weights[name]), name
+
+
+def test_a_dump_whose_routes_cannot_be_the_models_is_refused(
+    runs: dict[str, SimpleNamespace], model: Path
+) -> None:
+    path = dump.path_of(runs["rollout"].folder / "rollouts", 0)
+    shape = read_shape(model)
+    dump.read(path, 4, routing=Routing(shape))
+    with pytest.raises(ConfigError, match=r"sample \d of group \d: a token goes to expert [567], where"):
+        dump.read(path, 4, routing=Routing(replace(shape, num_experts=5)))
 
 
 def test_a_dump_without_routes_is_refused_by_name(
