@@ -74,10 +74,12 @@ def make_sampler(
     resumed: Path | None = None,
     is_interrupted: Callable[[], bool] = lambda: False,
     on_progress: Callable[[str, float], None] = lambda text, fraction: None,
+    names_changes: bool = True,
 ) -> tuple[Sampler, dict[str, str]]:
     """Make every rank's Sampler. Collective; the parts that sample are on the main rank.
 
-    `resumed`: the checkpoint that the run goes on from. Also returns, on the main rank, the files of the
+    `resumed`: the checkpoint that the run goes on from; `names_changes`: say which choices differ from those
+    of the run's record. Also returns, on the main rank, the files of the
     run's record by name: what became of the data, and what the run's numbers mean.
 
     Raises:
@@ -94,7 +96,7 @@ def make_sampler(
         sets, set_summaries = load_sets(config, tokenizer, prompts.dates)
         if resumed:
             prompts.load_state_dict(saved)
-        record = _record(config, prompts.data, summaries + set_summaries)
+        record = _record(config, prompts.data, summaries + set_summaries, names_changes)
         reward = make_reward(config, tokenizer, is_interrupted)
         evaluate.check_best(config.run.keep_best, sets, reward)
         rollouts = make_rollouts(config, mesh, tokenizer, prompts, reward, is_interrupted, on_progress)
@@ -115,7 +117,7 @@ def _check_staleness(config: Config, rollouts: Rollouts) -> None:
         )
 
 
-def _record(config: Config, data: str, summaries: list[Summary]) -> dict[str, str]:
+def _record(config: Config, data: str, summaries: list[Summary], names_changes: bool) -> dict[str, str]:
     """Print what became of the data, and what has changed since the run's record was written; return the
     new one.
 
@@ -123,7 +125,7 @@ def _record(config: Config, data: str, summaries: list[Summary]) -> dict[str, st
     """
     _say(config, summaries)
     found, path = semantics.manifest(config, data), config.run.dir / "semantics.json"
-    for change in semantics.changes(found, path):
+    for change in semantics.changes(found, path) if names_changes else ():
         print(f"warning: {change}", file=sys.stderr, flush=True)
     table = [asdict(summary) for summary in summaries]
     return {path.name: semantics.dump(found), "data.json": json.dumps(table, indent=1, default=str)}

@@ -28,7 +28,7 @@ from dapo.model.layout import check_layout
 from dapo.model.routing import sampled_routing
 from dapo.policy.megatron import PlacedMicrobatch, Policy
 from dapo.policy.replay import Source
-from dapo.policy.support import mass_above
+from dapo.policy.support import mass_above, mass_beyond
 from dapo.rollout import probe
 from dapo.sampler import Sampler
 from dapo.types import Group
@@ -36,7 +36,6 @@ from dapo.types import Group
 COARSE = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)  # × rollout.temperature
 FINE = (0.94, 0.96, 0.98, 0.99, 1.0, 1.01, 1.02, 1.04, 1.06)  # × the best of the former
 EXPLAINED = 0.5  # of the mismatch by a temperature: then the engine's is another, and prefill has none
-TAIL = 20  # draws expected beyond a share of the probability, without one: they are not drawn
 
 Finish = Callable[[PlacedMicrobatch, Tensor], tuple[Tensor, Tensor]]
 
@@ -66,11 +65,12 @@ def mismatch(config: Config, mesh: Mesh, num_responses: int, sampled_by: int | N
         ConfigError: there is no such checkpoint, or nothing can be built of the config.
         EngineError: the engine failed.
     """
+    asked, config = config, with_routes(config)
     with ExitStack() as opened:
         checkpoints = Checkpoints(config.run, mesh)
         shape = enter(config, mesh, opened)
         found = checkpoints.find(shape)
-        sampler, _ = make_sampler(config, mesh)
+        sampler, _ = make_sampler(config, mesh, names_changes=False)
         opened.callback(sampler.close)
         policy = Policy(config, mesh)
         step = checkpoints.newest or 0
@@ -81,7 +81,8 @@ def mismatch(config: Config, mesh: Mesh, num_responses: int, sampled_by: int | N
             policy.load(folder / "policy")
         elif found:
             policy.load(found / "policy")
-        made = Comparison(config, mesh, sampler, policy, step)
+        source: Source = "replay" if asked.policy.routing_replay == "rollout" else "router"
+        made = Comparison(config, mesh, sampler, policy, step, source)
         made.sample(num_responses, step if sampled_by is None else sampled_by)
         if sampled_by is not None and found:
             policy.load(found / "policy")
@@ -95,9 +96,13 @@ def mismatch(config: Config, mesh: Mesh, num_responses: int, sampled_by: int | N
 class Comparison:
     """Compares the same responses again and again. Every method is collective."""
 
-    def __init__(self, config: Config, mesh: Mesh, sampler: Sampler, policy: Policy, version: int):
+    def __init__(
+        self, config: Config, mesh: Mesh, sampler: Sampler, policy: Policy, version: int, source: Source
+    ):
+        """`version`: of the policy's weights; `source`: of its routes, in the run."""
+        self.source = source
         self.config, self.mesh, self.sampler, self.policy = config, mesh, sampler, policy
-        self.version = version  # of the policy's weights
+        self.version = version
         self.routing = sampled_routing(config)
         self.groups: list[Group] = []  # one response each, on the main rank
         self.num_responses = 0
@@ -143,9 +148,10 @@ class Comparison:
                 "decoding and prefill of the engine round differently: see run.deterministic",
             )
         )
-        before = self.rescored
+        before, support = self.rescored, self._support(work)
         self.sampler.load_weights(self.policy, self.version)
         now = self._rescore()
+        self.mesh.on_main_only(lambda: self.sampler.rollouts.engine.release_memory())
         moved = [b + (x - y) for b, x, y in zip(behavior, now, before, strict=True)]
         stale = Change(
             "stale weights",
@@ -154,9 +160,7 @@ class Comparison:
             "the engine had other weights than the policy: look at the weight sync, or lower "
             "rollout.max_staleness",
         )
-        return Attribution(
-            mean, largest, self.num_responses, count, [stale, *changes], *self._support(work, count)
-        )
+        return Attribution(mean, largest, self.num_responses, count, [stale, *changes], *support)
 
     def _work(self, behavior: Sequence[np.ndarray]) -> list[PlacedMicrobatch]:
         """Return the responses in microbatches, always the same ones, with these log-probs by the engine."""
@@ -174,7 +178,7 @@ class Comparison:
         return [microbatch for minibatch in batch.minibatches for microbatch in minibatch]
 
     def _logprobs(
-        self, work: list[PlacedMicrobatch], head: Head | None = None, source: Source = "router"
+        self, work: list[PlacedMicrobatch], head: Head | None = None, source: Source | None = None
     ) -> list[Tensor]:
         """Return the policy's log-probs of each microbatch, on the last stage."""
 
@@ -185,7 +189,7 @@ class Comparison:
             )
             return found.sum(), found
 
-        return self.policy.forward(work, finish, source)
+        return self.policy.forward(work, finish, source or self.source)
 
     def _gaps(self, work: list[PlacedMicrobatch], logprobs: list[Tensor]) -> tuple[float, float, int]:
         """Return the mean and the largest |log-prob − behavior|, and the number of tokens."""
@@ -199,11 +203,14 @@ class Comparison:
         return total / max(count, 1), self.mesh.max(float(gap.max()) if len(gap) else 0.0), int(count)
 
     def _routing(self, work: list[PlacedMicrobatch]) -> Change:
-        what = "tokens go to the experts that sampled them"
-        if not self.routing:
+        what, mean = "tokens go to the experts that sampled them", None
+        if self.source == "replay":
+            what = "(the run replays routes)"
+        elif not self.routing:
             has_experts = self.policy.shape.num_experts
-            what = "(the servers return no routes)" if has_experts else "(the model has no experts)"
-        mean = self._gaps(work, self._logprobs(work, source="replay"))[0] if self.routing else None
+            what = "(the engine returns no routes)" if has_experts else "(the model has no experts)"
+        else:
+            mean = self._gaps(work, self._logprobs(work, source="replay"))[0]
         return Change("routing", what, mean, "set policy.routing_replay=rollout")
 
     def _head(self, work: list[PlacedMicrobatch]) -> Change:
@@ -218,7 +225,9 @@ class Comparison:
             "head",
             f"the policy's logits in {dtype}",
             self._gaps(work, self._logprobs(work, head))[0],
-            "compute both sides' in float32: policy.logits_dtype and engine.sglang.enable-fp32-lm-head",
+            "the engine's are rounded: engine.sglang.enable-fp32-lm-head=true"
+            if is_exact
+            else "the policy's are rounded: policy.logits_dtype=float32",
         )
 
     def _temperature(self, work: list[PlacedMicrobatch]) -> Change:
@@ -238,16 +247,22 @@ class Comparison:
             f"the engine samples, or reports, at temperature {best:.3g}: look for what overrides the request",
         )
 
-    def _support(self, work: list[PlacedMicrobatch], count: int) -> tuple[float, float]:
-        """Return the share of the probability that the `count` tokens were drawn from, and the least that so
-        many reach if nothing is left out.
+    def _support(self, work: list[PlacedMicrobatch]) -> tuple[float, float]:
+        """Return the most probability above any token that was drawn, and how many tokens from beyond it so
+        many draws from the policy have.
         """
 
-        def finish(microbatch: PlacedMicrobatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
-            above = mass_above(self.policy.head, hidden, microbatch.targets, microbatch.loss_mask)
-            return above.sum(), above
+        def above(microbatch: PlacedMicrobatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            found = mass_above(self.policy.head, hidden, microbatch.targets, microbatch.loss_mask)
+            return found.sum(), found[microbatch.loss_mask]
 
-        found = self.policy.forward(work, finish)
-        masses = [x[m.loss_mask] for m, x in zip(work, found, strict=False)]
-        most = self.mesh.max(max((float(mass.max()) for mass in masses if len(mass)), default=0.0))
-        return most, max(0.0, 1 - TAIL / max(count, 1))
+        drawn = self.policy.forward(work, above, self.source)
+        most = self.mesh.max(max((float(mass.max()) for mass in drawn if len(mass)), default=0.0))
+
+        def beyond(microbatch: PlacedMicrobatch, hidden: Tensor) -> tuple[Tensor, float]:
+            found = mass_beyond(self.policy.head, hidden, microbatch.loss_mask, most)
+            return found.sum(), float(found.double().sum())
+
+        masses = self.policy.forward(work, beyond, self.source)
+        own = sum(masses) if self.policy.reports else 0.0
+        return most, float(self.mesh.sum(np.array([own]))[0])

@@ -192,7 +192,7 @@ def _run(config: Config, args: argparse.Namespace) -> int:
     from dapo.assemble import evaluate_models
     from dapo.checkpoint import CheckpointError
     from dapo.command.bench import bench
-    from dapo.command.mismatch import mismatch, with_routes
+    from dapo.command.mismatch import mismatch
     from dapo.policy.megatron import PolicyError
     from dapo.rollout.pending import RolloutError
     from dapo.train import train
@@ -207,7 +207,7 @@ def _run(config: Config, args: argparse.Namespace) -> int:
             bench(config, mesh, args.steps, args.mean_length)
         elif args.command == "mismatch":
             mesh = Mesh(config.parallel)
-            mismatch(with_routes(config), mesh, args.responses, args.sampled_by)
+            mismatch(config, mesh, args.responses, args.sampled_by)
         else:
             mesh = Mesh(Parallel(tensor=1))
             with files.run_directory(config.run.dir) if mesh.is_main else nullcontext():

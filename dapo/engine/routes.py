@@ -30,9 +30,12 @@ def _check(routing: Routing, server: Server) -> None:
     where = f"{ASKED}: {server.url}"
     try:
         info = server.get("/server_info")
-        if info.get("enable_hierarchical_cache"):
-            stale = "has a hierarchical cache: a prompt that comes back from main memory has another's routes"
-            raise ConfigError(f"{where} {stale}: start it without --enable-hierarchical-cache, {REMEDY}")
+        for name in filter(info.get, ("enable_hierarchical_cache", "enable_lmcache", "enable_flexkv")):
+            stale = f"has {name}: a prompt that comes back into the cache has another's routes"
+            raise ConfigError(f"{where} {stale}: start it without --{name.replace('_', '-')}, {REMEDY}")
+        if kind := info.get("speculative_algorithm"):
+            why = f"has speculative_algorithm={kind}, of which SGLang records no routes"
+            raise ConfigError(f"{where} {why}: start it without, {REMEDY}")
         sampling = {"max_new_tokens": MAX_TOKENS, "temperature": 1.0, "ignore_eos": True}
         asked = {"input_ids": PROMPT, "sampling_params": sampling, "return_routed_experts": True}
         answer = server.post("/generate", asked, fields={"output_ids": list, "meta_info": dict})

@@ -17,7 +17,7 @@ def score(server: Server, prompt: Prompt, sample: Sample) -> np.ndarray:
         EngineError: the server does not answer with the log-probs of these tokens.
     """
     whole = [*prompt.tokens.tolist(), *sample.tokens.tolist()]
-    first = len(prompt.tokens) - 1  # of this token there is none: nothing comes before it that is asked for
+    first = len(prompt.tokens) - 1  # the first entry has no log-prob: so one token earlier
     asked = {
         "input_ids": whole,
         "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
@@ -36,7 +36,7 @@ def score(server: Server, prompt: Prompt, sample: Sample) -> np.ndarray:
         raise EngineError(
             f"{server.url} returns {len(ids)} log-probs of {sample.length} tokens, or not finite"
         )
-    # in place of the vocabulary's last token SGLang scores token 0: as it reported, then
+    # SGLang scores token 0 instead of the vocabulary's last token: that one keeps what was reported
     others = ids != sample.tokens
     if ids[others].any() or len(set(sample.tokens[others].tolist())) > 1:
         raise EngineError(f"{server.url} returns the log-probs of other tokens than it was sent")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 ROUNDING = 1e-5  # a mean mismatch below it has no cause worth a search: float32 on both sides has 1e-6
+MISSING = 10  # tokens that are expected and missing: by chance one time in twenty thousand
 SMALL = 0.1  # a share below it is no cause
 
 
@@ -33,7 +34,7 @@ class Attribution:
     num_tokens: int
     changes: Sequence[Change]
     support: float  # probability of all likelier tokens, the most of any token that was drawn
-    expected_support: float  # so many draws from the whole distribution reach it
+    num_missing: float  # tokens from beyond it that so many draws from the whole distribution have
 
     @property
     def main_cause(self) -> Change | None:
@@ -62,11 +63,11 @@ class Attribution:
                 mean = f"{change.mean:.2e}"
             row = f"{change.cause:<{widths[0]}}  {change.what:<{widths[1]}}  {mean:>9}  {shown:>6}"
             lines.append(row)
-        if self.support < self.expected_support:
-            beyond = f"no token came from beyond the likeliest {self.support:.3f} of the probability"
-            expected = f"{self.expected_support:.3f} is expected"
+        if self.num_missing >= MISSING:
+            tail = f"the unlikeliest tokens, with {1 - self.support:.2g} of the probability, were never drawn"
+            expected = f"where {self.num_missing:.0f} of them are expected"
             why = "the engine samples with top_p or top_k, and the ratio takes the whole distribution"
-            lines += ["", f"{beyond}, where {expected}: {why}"]
+            lines += ["", f"{tail}, {expected}: {why}"]
         return [*lines, "", self._verdict()]
 
     def _verdict(self) -> str:

@@ -93,9 +93,13 @@ def _replay(shape: ModelShape, config: Config, megatron: Passthrough) -> Checks:
          f"{asked}, but {shape.model_type} has no experts: leave it off"),
         (is_replayed and megatron.moe_router_fusion,
          f"{asked} with policy.megatron.moe_router_fusion: the fused router takes no routes; leave it out"),
-        (from_servers and bool(arguments.get("enable-hierarchical-cache")),
-         f"{asked} with engine.sglang.enable-hierarchical-cache: a prompt that comes back from main memory "
-         "has another prompt's routes; leave it out"),
+        *[(from_servers and bool(arguments.get(name)),
+           f"{asked} with engine.sglang.{name}: a prompt that comes back into the cache has another prompt's "
+           "routes; leave it out")
+          for name in ("enable-hierarchical-cache", "enable-lmcache", "enable-flexkv")],
+        (from_servers and bool(arguments.get("speculative-algorithm")),
+         f"{asked} with engine.sglang.speculative-algorithm: SGLang does not record its routes; leave it "
+         "out"),
         (from_servers and arguments.get("enable-return-routed-experts") is False,
          f"{asked} with engine.sglang.enable-return-routed-experts=false: the run sets it; leave it out"),
     ]  # fmt: skip

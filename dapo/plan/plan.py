@@ -129,7 +129,7 @@ def _memory(plan: Plan) -> list[str]:
         each = routes / worst.config.rollout.prompts_per_step / worst.config.rollout.group_size / 2**20
         lines.append(
             f"the routes of a step's samples take {routes / GIB:.1f} GiB of the main rank's main memory, "
-            f"{each:.1f} MiB each, if all are longest"
+            f"{each:.1f} MiB each, if all are longest; groups that wait for their turn come on top"
         )
     if plan.servers:
         lines.append(plan.servers.describe(min(plan.world, MACHINE)))

@@ -190,12 +190,13 @@ class Policy:
             raise PolicyError(f"{found}: {cause}; resume from an earlier checkpoint with a lower optim.lr")
         routes = {name: sums.pop(name) for name in own}
         values = metrics.score_metrics(sums, self.mesh.max(largest_gap))
-        values |= metrics.own_route_metrics(routes, sums["tokens"] + sums["probe_tokens"])
+        values |= metrics.own_route_metrics(routes, sums["current"] + sums["probe_tokens"])
         return values | mismatch.metrics(self.mesh.sum(table.cpu().numpy()))
 
     def _scored(self, work: list[PlacedMicrobatch]) -> tuple[list[Tensor], Sums]:
-        """Return log π_θold of each microbatch on the last stage; and what the routers' own choice would
-        change: sums for metrics.own_route_metrics, {} unless routes of the rollout are replayed.
+        """Return log π_θold of each microbatch, on the last stage.
+
+        Also returns sums for metrics.own_route_metrics; {} unless routes of the rollout are replayed.
         """
         replay = self.config.policy.routing_replay
         if replay != "rollout":
@@ -220,8 +221,10 @@ class Policy:
         source: Source = "router",
         is_counted: bool = False,
     ) -> list[R]:
-        """Run forward passes, with routes of `source`. Return what `finish` makes of each microbatch and its
-        hidden states, [T, H], beside a loss that nothing differentiates; on the last stage.
+        """Run forward passes, with routes of `source`. Return the results of `finish` on the last stage.
+
+        `finish` takes a microbatch and its hidden states, [T, H]; it returns a number, which is not used, and
+        its result.
 
         `is_counted`: count the tokens that the routers themselves would send elsewhere.
         """

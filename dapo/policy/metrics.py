@@ -74,9 +74,9 @@ def own_route_sums(gap: Tensor = EMPTY) -> Sums:
 
 def own_route_metrics(sums: Sums, num_tokens: float) -> dict[str, float]:
     """Return the fraction of tokens whose own route is another, by layer and as a mean; and the mismatch with
-    routers that choose. `sums`: of both functions; {}: nothing is replayed.
+    routers that choose. `sums`: of both functions; {}: nothing is replayed. `num_tokens`: of current weights.
     """
-    if not sums:
+    if not sums or not num_tokens:
         return {}
     layers = {name: n / num_tokens for name, n in sums.items() if name.startswith("layer_")}
     found: dict[str, float] = {}

@@ -25,10 +25,10 @@ TopK = Callable[..., tuple[Tensor, Tensor]]
 
 
 class Replay:
-    """Chooses a token's experts in one router's place: Megatron's calls `get_replay_topk` for them.
+    """Chooses the experts of tokens for one router: Megatron's calls `get_replay_topk`.
 
-    A pass that computes a microbatch again for its gradients gets the same: microbatches come back in the
-    order of their forward passes.
+    With recomputation the backward pass runs the router a second time, and has to get the same routes:
+    microbatches come back in the order of their forward passes.
     """
 
     def __init__(self) -> None:
@@ -112,7 +112,8 @@ class Routes:
     ) -> Iterator[None]:
         """A block in which passes get their routes from `source`.
 
-        `is_counted`: compare them with the routers' own; `has_backward`: passes may be computed again.
+        `is_counted`: compare them with the routers' own; `has_backward`: gradients are computed, perhaps with
+        recomputation.
         """
         replays = [replay for chunk in self.chunks for replay in chunk]
         for replay in replays:
@@ -140,12 +141,13 @@ class Routes:
             replay.is_forward = True
             replay.is_counted = None
             if self._is_counted:
-                replay.is_counted = microbatch.loss_mask.chunk(self.tensor)[self.tensor_rank]
+                of_current = microbatch.loss_mask & ~microbatch.is_stale
+                replay.is_counted = of_current.chunk(self.tensor)[self.tensor_rank]
             if self._has_backward:
                 replay.later.append(replay.rows)
         yield
         for replay in replays:
-            replay.is_forward = False  # from here on a router that runs does so again
+            replay.is_forward = False  # a router that runs from here on belongs to a backward pass
 
     def take_others(self) -> dict[int, float]:
         """Return, by number of a layer of this stage, how many counted tokens' own experts were others."""

@@ -24,6 +24,7 @@ class Watch:
     name: str
     quantity: str  # in words
     floor: float  # below it rounding is no concern, whatever it was at first
+    ceiling: float  # above it nothing is rounding, whatever it was at first
     learnt: list[float] = field(default_factory=list)
 
     @property
@@ -33,15 +34,15 @@ class Watch:
             return None
         logs = [math.log(max(value, self.floor / 100)) for value in self.learnt]
         middle = median(logs)
-        spread = SPREADS * median(abs(value - middle) for value in logs)
+        spread = min(SPREADS * median(abs(value - middle) for value in logs), math.log(TIMES_AT_FIRST))
         times = TIMES if len(self.learnt) == NUM_STEPS else TIMES_AT_FIRST
-        return max(self.floor, math.exp(middle + max(spread, math.log(times))))
+        return min(self.ceiling, max(self.floor, math.exp(middle + max(spread, math.log(times)))))
 
     def take(self, value: float) -> bool:
-        """Return whether the value is too large, or no number; learn from it if it is neither."""
-        threshold = self.threshold
-        is_above = not (math.isfinite(value) if threshold is None else value <= threshold)
-        if not is_above and len(self.learnt) < NUM_STEPS:
+        """Return True if the value is too large, or NaN; learn from another one, unless it is 0."""
+        threshold = self.ceiling if self.threshold is None else self.threshold
+        is_above = not value <= threshold
+        if not is_above and value > 0 and len(self.learnt) < NUM_STEPS:
             self.learnt.append(value)
         return is_above
 
@@ -61,9 +62,9 @@ class Alarm:
     def __init__(self, rows: Iterable[Mapping[str, Any]] = ()):
         """Learn from the rows of the steps before, from step 0 on."""
         self.watches = [
-            Watch("policy/mismatch", "|old − behavior|", 1e-5),
-            Watch("policy/mismatch_p99", "the 99th percentile of |old − behavior|", 1e-4),
-            Watch("policy/mismatch_probe", "|old − behavior| of the probe", 1e-5),
+            Watch("policy/mismatch", "|old − behavior|", 1e-5, 0.1),
+            Watch("policy/mismatch_p99", "the 99th percentile of |old − behavior|", 1e-4, 1.0),
+            Watch("policy/mismatch_probe", "|old − behavior| of the probe", 1e-5, 0.1),
         ]
         self.is_on = False
         for row in rows:

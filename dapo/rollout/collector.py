@@ -36,11 +36,13 @@ class Limits:
     is_dynamic: bool  # False: every group counts as mixed
     most_samples: int  # of the groups that a batch is chosen from
     steps: int  # of the run
+    keeps_routes: bool = True  # of the groups that are not kept
 
     @classmethod
     def of(cls, rollout: config.Rollout, steps: int) -> Limits:
         most = rollout.prompts_per_round * rollout.max_rounds * rollout.group_size
-        return cls(rollout.max_staleness, rollout.prompts_per_step, rollout.dynamic_sampling, most, steps)
+        of_batch = rollout.prompts_per_step, rollout.dynamic_sampling
+        return cls(rollout.max_staleness, *of_batch, most, steps, rollout.only or rollout.dump_share > 0)
 
     def is_kept(self, group: Group) -> bool:
         """Return whether a batch keeps the group (Eq. 11)."""
@@ -150,7 +152,7 @@ class Collector:
                 else:
                     self.turn()
             self._taken = self.turned.take(batch)
-            buffer = Buffer(self.limits.capacity, self.limits.is_dynamic)
+            buffer = Buffer(self.limits.capacity, self.limits.is_dynamic, self.limits.keeps_routes)
             buffer.fill(self._taken)
             oldest = max((age(group, step) for group in buffer.kept), default=0)
             assert oldest <= self.limits.max_staleness, f"a group is {oldest} steps old at step {step}"

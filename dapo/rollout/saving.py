@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dapo.config import Config, ConfigError
+from dapo.model.routing import Routing
 from dapo.rollout import dump, record
 from dapo.rollout.asking import Asking, Question
 from dapo.rollout.collector import Collector
@@ -30,6 +31,7 @@ class Resumable:
     collector: Collector | None
     num_empty_steps: int
     mixed_fraction: float
+    routing: Routing | None
     # groups that an earlier process asked for and that are not learnt from yet, in request order; without
     # samples if they were unfinished
     carried: list[Group]
@@ -63,6 +65,8 @@ class Resumable:
         whole = {group.id: group for group in dump.read_groups(directory / "carried.parquet")}
         for group in self.carried:
             group.samples = whole[group.id].samples if group.id in whole else []
+            if self.routing and any(sample.routes is None for sample in group.samples):
+                group.samples = []  # sampled before policy.routing_replay was set: asked for again
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state but for the samples of carried groups."""

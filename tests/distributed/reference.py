@@ -16,6 +16,7 @@ import transformers
 from dapo import config as configs
 from dapo.engine.embedded import as_stored, learnt_and_kept
 from dapo.learn.advantages import set_advantages
+from dapo.learn.batch import stale_tokens
 from dapo.learn.objective import token_weights
 from dapo.mesh import Mesh
 from dapo.model.families import read_shape
@@ -318,7 +319,8 @@ def _train(directory: Path, config: configs.Config, groups: list[Group]) -> Refe
                     hf.routes[key] = torch.from_numpy(s.routes).long().unflatten(1, (-1, k))
                 old[key] = hf.logprobs(g, s).detach()
                 if s.routes is not None:
-                    mask = torch.from_numpy(np.r_[[False] * (len(g.prompt.tokens) - 1), s.loss_mask])
+                    current = s.loss_mask & ~stale_tokens(s, VERSION)
+                    mask = torch.from_numpy(np.r_[[False] * (len(g.prompt.tokens) - 1), current])
                     others.append(torch.stack(hf.others, 1)[mask])
                 if config.policy.routing_replay == "old":
                     hf.routes[key] = torch.stack(hf.chosen, 1)

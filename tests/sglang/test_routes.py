@@ -114,7 +114,7 @@ def test_servers_that_return_routes_are_used(routing: Routing) -> None:
         (Fake(None), "http://node7:30000 returns no routes: start it with --enable-return-routed-experts"),
         (Fake(routes_of(3)), "http://node7:30000 returns wrong routes: routes of 3 rows"),
         (Fake(0 * routes_of(4)), "returns wrong routes: token 0 goes twice"),
-        (Fake(routes_of(4), has_cache=True), "http://node7:30000 has a hierarchical cache"),
+        (Fake(routes_of(4), has_cache=True), "http://node7:30000 has enable_hierarchical_cache"),
     ],
 )
 def test_a_server_without_them_is_refused_by_name_before_the_first_step(

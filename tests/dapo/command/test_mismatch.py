@@ -12,7 +12,7 @@ import torch
 
 from dapo import config as configs
 from dapo import mesh as meshes
-from dapo.command.mismatch import mismatch, with_routes
+from dapo.command.mismatch import mismatch
 from dapo.engine import decoding
 from dapo.engine.embedded import EmbeddedEngine
 from dapo.measure.attribution import Attribution, Change
@@ -23,6 +23,15 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 
 
 def nothing(patch: pytest.MonkeyPatch) -> None: ...
+
+
+def top_p(patch: pytest.MonkeyPatch) -> None:
+    draw = decoding.draw
+
+    def narrower(logits: Any, uniform: Any, sampling: Any) -> Any:
+        return draw(logits, uniform, replace(sampling, top_p=0.7))
+
+    patch.setattr(decoding, "draw", narrower)
 
 
 def stale_weights(patch: pytest.MonkeyPatch) -> None:
@@ -77,7 +86,8 @@ def routing(patch: pytest.MonkeyPatch) -> None:
 
 
 PLANTS: dict[str, Plant] = {
-    "": nothing, "stale weights": stale_weights, "temperature": temperature, "head": head, "routing": routing,
+    "": nothing, "top_p": top_p, "stale weights": stale_weights, "temperature": temperature,
+    "head": head, "routing": routing,
 }  # fmt: skip
 
 
@@ -93,7 +103,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[s
         with one_rank(), pytest.MonkeyPatch.context() as patch:
             plant(patch)
             config = configs.load(ROOT / "examples/arithmetic/config.yaml", options)
-            mismatch(with_routes(config), meshes.Mesh(config.parallel), num_responses=24)
+            mismatch(config, meshes.Mesh(config.parallel), num_responses=24)
         results[name] = json.loads((run / "mismatch.json").read_text())
     yield results
 
@@ -102,7 +112,7 @@ def attribution(result: dict[str, Any]) -> Attribution:
     return Attribution(**result | {"changes": [Change(**change) for change in result["changes"]]})
 
 
-@pytest.mark.parametrize("planted", [name for name in PLANTS if name])
+@pytest.mark.parametrize("planted", [name for name in PLANTS if name not in ("", "top_p")])
 def test_what_was_planted_is_the_largest_cause(found: dict[str, Any], planted: str) -> None:
     result = attribution(found[planted])
     assert result.main_cause and result.main_cause.cause == planted
@@ -115,7 +125,15 @@ def test_where_nothing_is_wrong_nothing_is_named(found: dict[str, Any]) -> None:
     result = attribution(found[""])
     assert result.mean < 1e-6 and result.main_cause is None
     assert "nothing to explain" in result.describe()[-1]
-    assert result.support >= result.expected_support > 0.9
+    assert result.support > 0.9 and result.num_missing < 10
+
+
+def test_a_sampler_that_leaves_out_unlikely_tokens_is_noticed(found: dict[str, Any]) -> None:
+    """Its log-probs are right: of the whole distribution."""
+    result = attribution(found["top_p"])
+    assert result.mean < 1e-6 and 0.6 < result.support < 0.7 and result.num_missing > 100
+    assert any("with top_p or top_k" in line for line in result.describe())
+    assert not any("with top_p or top_k" in line for line in attribution(found[""]).describe())
 
 
 def test_a_temperature_is_found_to_a_percent(found: dict[str, Any]) -> None:

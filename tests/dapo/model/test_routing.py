@@ -95,6 +95,8 @@ def test_padding_goes_to_all_experts_alike(routing: Routing) -> None:
 REFUSED = {
     "policy.megatron.moe_router_fusion=true": "the fused router takes no routes",
     "engine.sglang.enable-hierarchical-cache=true": "has another prompt's routes",
+    "engine.sglang.enable_lmcache=true": "has another prompt's routes",
+    "engine.sglang.speculative-algorithm=EAGLE": "SGLang does not record its routes",
     "engine.sglang.enable-return-routed-experts=false": "the run sets it",
 }
 

@@ -53,6 +53,17 @@ def test_a_sync_that_missed_shows_while_the_run_still_learns(middle: float) -> N
     assert alarms([3e-3, 9e-3, 3e-3, 2e-3]) == [], "a step alone says little"
 
 
+@pytest.mark.parametrize("growth", [1.1, 1.3, 1.5])
+def test_what_grows_from_the_first_step_on_is_seen_while_it_is_below_a_hundred_times(growth: float) -> None:
+    [step, *_] = alarms([1e-3 * growth**i for i in range(100)])
+    assert growth**step < 100
+
+
+def test_what_is_wrong_from_the_first_step_on_is_seen() -> None:
+    assert alarms([0.5] * 12) == [0] and alarms([3.0] * 3, "policy/mismatch_p99") == [0]
+    assert alarms([0.05] * 12 + [0.11]) == [12]
+
+
 def test_a_step_that_was_too_far_teaches_nothing() -> None:
     alarm = Alarm([{"step": i, NAME: value} for i, value in enumerate([1e-3, 0.5, NAN, 1e-3])])
     assert alarm.watches[0].learnt == [1e-3, 1e-3]
@@ -81,7 +92,7 @@ def test_no_number_is_an_alarm_at_any_step() -> None:
 
 
 def test_a_short_run_has_no_alarm() -> None:
-    assert alarms([]) == alarms([0.5]) == alarms(noisy(3e-3, NUM_STEPS - 1)) == []
+    assert alarms([]) == alarms([0.05]) == alarms(noisy(3e-3, NUM_STEPS - 1)) == []
 
 
 @pytest.mark.parametrize("name", ["policy/mismatch_p99", "policy/mismatch_probe"])
@@ -130,5 +141,6 @@ def test_the_threshold_is_a_metric_from_the_second_step_on() -> None:
 
 
 def test_a_threshold_is_no_lower_than_its_floor() -> None:
-    watch = Watch(NAME, "it", floor=1e-5)
-    assert watch.threshold is None and not watch.take(0.0) and watch.threshold == 1e-5
+    watch = Watch(NAME, "it", floor=1e-5, ceiling=0.1)
+    assert watch.threshold is None and not watch.take(0.0) and watch.threshold is None, "0 teaches nothing"
+    assert not watch.take(1e-9) and watch.threshold == 1e-5
