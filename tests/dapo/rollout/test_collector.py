@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -278,6 +279,19 @@ def test_a_resumed_run_goes_on_with_the_groups_that_were_open(
     assert len(set(turns)) == len(turns)
     if not options:
         assert {*range(max(turns))} <= {*turns, *ids(again.collector.open_groups())}
+
+
+def test_open_groups_without_routes_are_asked_for_again_once_routes_are_replayed(tmp_path: Path) -> None:
+    system = System(tmp_path, 0, "rollout.max_staleness=2")
+    for _ in range(3):
+        system.make_step()
+    system.rollouts.save(tmp_path)
+    before = [group.id for group in system.collector.open_groups()]
+    again = System(tmp_path, 0, "rollout.max_staleness=2")
+    again.rollouts.routing = Mock()
+    again.rollouts.load(tmp_path)
+    assert [group.id for group in again.rollouts.carried] == before and before
+    assert not any(group.samples for group in again.rollouts.carried)
 
 
 @pytest.mark.parametrize("seed", range(4))
