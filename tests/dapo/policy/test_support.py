@@ -1,4 +1,4 @@
-"""How much of the distribution is likelier than a token, and how much lies beyond it, against sums by hand."""
+"""How much of the distribution is likelier than a token, and how much is beyond it, against sums by hand."""
 
 from __future__ import annotations
 
