@@ -73,17 +73,15 @@ class Log:
             console.say(f"going on from step {start} of {config.run.steps} in {config.run.dir}")
         self.start, self.began = start, time.perf_counter()
         self.slow: set[float] = set()  # ranks that were said to be slow
-        # a dump's samples were written by another policy
-        self.alarm = None if config.rollout.replay else Alarm(curves.read(self.path))
+        self.alarm = Alarm(curves.read(self.path))
         clock.listen(console.progress)
 
     def __call__(self, step: int, values: dict[str, float]) -> None:
         """Record one step."""
-        values = {"step": step} | values
-        if self.alarm:
-            values |= self.alarm.thresholds(values)
-            if line := self.alarm(step, values):
-                warn(line)
+        values = {"step": step} | values | self.alarm.thresholds(values)
+        alarm = self.alarm(step, values)
+        if alarm and not self.config.rollout.replay:  # a dump's samples may be another policy's
+            warn(alarm)
         # JSON has no word for the others, and no board a place
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         self._write_row(json.dumps(values, allow_nan=False) + "\n")

@@ -125,8 +125,7 @@ def read(directory: Path, label: str) -> Run:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         warnings.append(f"{directory / 'config.yaml'} cannot be read, the page shows no options: {reason}")
-    if any("policy/mismatch_threshold" in row for row in rows):  # a run that learns from a dump has none
-        warnings += [f"{directory}: {line}" for line in alarm.lines(rows)]
+    warnings += [f"{directory}: {line}" for line in alarm.lines(rows)]
     run = Run(directory, label, rows, options, warnings)
     if (directory / record.NAME).exists():
         try:
