@@ -7,7 +7,7 @@ dapo mismatch CONFIG
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 
@@ -36,8 +36,6 @@ from dapo.types import Group
 COARSE = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)  # × rollout.temperature
 FINE = (0.94, 0.96, 0.98, 0.99, 1.0, 1.01, 1.02, 1.04, 1.06)  # × the best of the former
 EXPLAINED = 0.5  # of the mismatch by a temperature: then the engine's is another, and prefill has none
-
-Finish = Callable[[PlacedMicrobatch, Tensor], tuple[Tensor, Tensor]]
 
 
 def with_routes(config: Config) -> Config:
@@ -233,12 +231,18 @@ class Comparison:
     def _temperature(self, work: list[PlacedMicrobatch]) -> Change:
         best, mean = self.config.rollout.temperature, 0.0
         for factors in (COARSE, FINE):
-            tried = {best * factor: 0.0 for factor in factors}
-            for t in tried:
-                head = replace(self.policy.head, temperature=t) if self.policy.is_last_stage else None
-                tried[t] = self._gaps(work, self._logprobs(work, head))[0]
-            best = min(tried, key=tried.__getitem__)
-            mean = tried[best]
+            temperatures = [best * factor for factor in factors]
+
+            def all_of_them(
+                microbatch: PlacedMicrobatch, hidden: Tensor, temperatures: list[float] = temperatures
+            ) -> tuple[Tensor, list[Tensor]]:
+                heads = [replace(self.policy.head, temperature=t) for t in temperatures]
+                tokens = Tokens(microbatch.targets, microbatch.loss_mask)
+                return hidden.sum(), [head.logprobs(hidden, tokens) for head in heads]
+
+            found = self.policy.forward(work, all_of_them, self.source)
+            means = [self._gaps(work, [each[i] for each in found])[0] for i in range(len(temperatures))]
+            mean, best = min(zip(means, temperatures, strict=True))
         return Change(
             "temperature",
             f"the policy's at {best:.3g}, which fits best (rollout.temperature is "
