@@ -1,4 +1,4 @@
-"""The class that a user writes. It runs in worker processes, so this must not import torch, even indirectly."""
+"""The class that a user writes. It runs in worker processes: this must not import torch, even indirectly."""
 
 from __future__ import annotations
 
