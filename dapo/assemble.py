@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from dapo.engine.fleet import make_servers
 from dapo.engine.routes import check_routes
 from dapo.engine.sglang import SGLangEngine
 from dapo.engine.weight_sync import make_sync
+from dapo.episodes.assemble import make_episodes, make_setup, turns_of
 from dapo.files import run_directory
 from dapo.log import check_installed, warn
 from dapo.mesh import Mesh, set_gpu_environment
@@ -36,7 +37,7 @@ from dapo.reward.pool import Decoder, Reward, what_is_read
 from dapo.rollout import evaluate
 from dapo.rollout.data_files import Summary
 from dapo.rollout.prompts import PromptStream, load_prompts, load_stream
-from dapo.rollout.render import NONE
+from dapo.rollout.render import NONE, ONE_TURN, Turns
 from dapo.rollout.rollouts import Rollouts
 from dapo.rollout.saving import read_state
 from dapo.sampler import Sampler, with_retries
@@ -91,15 +92,19 @@ def make_sampler(
         tokenizer = load_tokenizer(config.policy.model)
         check_vocabulary(config.policy.model, tokenizer)
         saved = read_state(resumed)["prompts"] if resumed else {}
-        of_run = config.run.seed, config.reward, saved.get("dates", {})
+        turns = turns_of(config)
+        of_run = config.run.seed, config.reward, saved.get("dates", {}), turns
         prompts, summaries = load_stream(config.data, tokenizer, *of_run)
-        sets, set_summaries = load_sets(config, tokenizer, prompts.dates)
+        sets, set_summaries = load_sets(config, tokenizer, prompts.dates, turns)
         if resumed:
             prompts.load_state_dict(saved)
         record = _record(config, prompts.data, summaries + set_summaries, names_changes)
         reward = make_reward(config, tokenizer, is_interrupted)
         evaluate.check_best(config.run.keep_best, sets, reward)
-        rollouts = make_rollouts(config, mesh, tokenizer, prompts, reward, is_interrupted, on_progress)
+        to_check = prompts.prompts
+        rollouts = make_rollouts(
+            config, mesh, tokenizer, prompts, to_check, reward, turns, is_interrupted, on_progress
+        )
         _check_staleness(config, rollouts)
         return Sampler(config, mesh, rollouts, sets), record
 
@@ -140,7 +145,8 @@ def _say(config: Config, summaries: list[Summary]) -> None:
 def make_reward(config: Config, tokenizer: Any, is_interrupted: Callable[[], bool] = lambda: False) -> Reward:
     """Make the Reward that the config names, and its processes. Raise ConfigError if it cannot be used."""
     disputes, longest = config.run.dir / "disputes.jsonl", config.rollout.max_response_length
-    return Reward(config.reward, longest, disputes, is_interrupted, _decoder(tokenizer))
+    judges = bool(config.rollout.environment)
+    return Reward(config.reward, longest, disputes, is_interrupted, _decoder(tokenizer), judges)
 
 
 def make_rollouts(
@@ -148,15 +154,28 @@ def make_rollouts(
     mesh: Mesh,
     tokenizer: Any,
     prompts: PromptStream,
+    samples: Sequence[Prompt],
     reward: Reward,
+    turns: Turns = ONE_TURN,
     is_interrupted: Callable[[], bool] = lambda: False,
     on_progress: Callable[[str, float], None] = lambda text, fraction: None,
 ) -> Rollouts:
-    """Make the main rank's Rollouts, with the engine that the config names."""
+    """Make the main rank's Rollouts, with the engine that the config names. `samples`: prompts to try an
+    environment with.
+    """
+
+    def engine() -> Engine:
+        return make_engine(config, mesh, is_interrupted)
+
+    if config.rollout.has_turns and not config.rollout.replay:
+        setup = make_setup(config, tokenizer, turns, prompts.dates)
+        made: Engine = make_episodes(engine, config, setup, samples, is_interrupted)
+    else:
+        made = engine()
     return Rollouts(
         config,
         mesh.data,
-        engine=make_engine(config, mesh, is_interrupted),
+        engine=made,
         prompts=prompts,
         reward=reward,
         **_own_fields(config.policy.model, tokenizer),
@@ -220,7 +239,7 @@ def make_engine(config: Config, mesh: Mesh, is_interrupted: Callable[[], bool]) 
 
 
 def load_sets(
-    config: Config, tokenizer: Any, dates: Mapping[str, str] = NONE
+    config: Config, tokenizer: Any, dates: Mapping[str, str] = NONE, turns: Turns = ONE_TURN
 ) -> tuple[dict[str, list[Prompt]], list[Summary]]:
     """Return the held-out problems of every set, by name, and what became of each file's rows.
 
@@ -230,7 +249,8 @@ def load_sets(
     paths = data if isinstance(data, dict) else {data.stem: data} if data else {}
     strict = config.data.model_copy(update={"too_long": "error"})
     loaded = {
-        name: load_prompts(path, tokenizer, strict, config.reward, dates) for name, path in paths.items()
+        name: load_prompts(path, tokenizer, strict, config.reward, dates, turns)
+        for name, path in paths.items()
     }
     sets = {name: prompts for name, (prompts, _) in loaded.items()}
     return sets, [summary for _, summary in loaded.values()]
@@ -257,7 +277,10 @@ def evaluate_models(config: Config, mesh: Mesh, models: list[Path]) -> None:
     for own, tokenizer in zip(configs, tokenizers, strict=True):
         check_vocabulary(own.policy.model, tokenizer)
         check_length(own)
-    loaded = [load_sets(*each) for each in zip(configs, tokenizers, strict=True)]
+    turns = turns_of(config)
+    loaded = [
+        load_sets(own, tokenizer, NONE, turns) for own, tokenizer in zip(configs, tokenizers, strict=True)
+    ]
     if config.engine.urls:
         for model in models:
             _check_served(config.policy.model, model)
@@ -267,7 +290,8 @@ def evaluate_models(config: Config, mesh: Mesh, models: list[Path]) -> None:
     try:
         for own, tokenizer, (sets, _) in zip(configs, tokenizers, loaded, strict=True):
             model = own.policy.model
-            if rollouts and differences(rollouts.config.policy.model, model):
+            # a chat template belongs to the workers that play with it
+            if rollouts and (config.rollout.has_turns or differences(rollouts.config.policy.model, model)):
                 rollouts.close()
                 rollouts = None
             if rollouts:
@@ -275,7 +299,9 @@ def evaluate_models(config: Config, mesh: Mesh, models: list[Path]) -> None:
                 rollouts = replace(rollouts, config=own, **_own_fields(model, tokenizer))
             else:
                 none = PromptStream([], config.run.seed)
-                rollouts = make_rollouts(own, mesh, tokenizer, none, make_reward(own, tokenizer))
+                problems = [prompt for prompts in sets.values() for prompt in prompts]
+                reward = make_reward(own, tokenizer)
+                rollouts = make_rollouts(own, mesh, tokenizer, none, problems, reward, turns)
             results[str(model)] = _evaluate(rollouts, sets)
             for name, scores in results[str(model)].items():
                 print(f"{model}  {name}: {scores}", flush=True)

@@ -7,7 +7,7 @@ p = tokens of a prompt, n = tokens of a response.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from signal import SIGINT
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -43,6 +43,10 @@ class StorageError(Stopped):
 
 class RewardError(Stopped):
     """A reward function returned no verdict. The message is one line: which function, and what happened."""
+
+
+class EpisodeError(Stopped):
+    """Environments or tools cannot go on. The message is one line: which, and what happened."""
 
 
 class EngineError(Stopped):
@@ -81,7 +85,9 @@ class Origin(Protocol):
     """Reads again what prompts were made of, when a reward function asks for it."""
 
     def read(self, prompt: Prompt, names: Collection[str]) -> dict[str, Any]:
-        """Return, by name, at least what `names` has of row, prompt and messages: see reward.function."""
+        """Return, by name, at least what `names` has of row, prompt and messages: see reward.function; or
+        task, the whole row.
+        """
         ...
 
 
@@ -123,8 +129,27 @@ class Request:
 
 
 @dataclass(slots=True)
+class Episode:
+    """How a sample of several turns came about."""
+
+    # the conversation in order, from the first message on: {"role": "user", "content": "…"}
+    messages: list[dict[str, Any]]
+    num_turns: int = 0  # of the policy
+    num_calls: int = 0  # of tools, readable or not
+    num_unreadable: int = 0  # calls that could not be read
+    num_failed: int = 0  # calls whose tool raised, or ran out of time
+    num_neutralised: int = 0  # control tokens in the environment's text, encoded as ordinary text
+    num_attempts: int = 1  # at the episode: the environment failed in those before
+    # [p], of the first messages, if the environment wrote them: they take the place of the prompt's
+    prompt_tokens: np.ndarray | None = None
+
+
+@dataclass(slots=True)
 class Sample:
-    """One response as the engine produced it, then marked by the reward and the advantage."""
+    """One response as the engine produced it, then marked by the reward and the advantage.
+
+    In a response of several turns the environment's tokens stand between the policy's.
+    """
 
     group: int
     index: int
@@ -142,6 +167,7 @@ class Sample:
     advantage: float = 0.0
     # [p + n − 1, columns]: the experts that prompt and response went to, as model.routing has them
     routes: np.ndarray | None = None
+    episode: Episode | None = None  # None: one turn
 
     @property
     def length(self) -> int:
@@ -149,9 +175,19 @@ class Sample:
         return len(self.tokens)
 
     @property
+    def num_written(self) -> int:
+        """Number of response tokens that the policy wrote."""
+        return int(self.loss_mask.sum())
+
+    @property
     def is_truncated(self) -> bool:
-        """True if the length limit ended it, not a stop token."""
+        """True if a limit ended it, of tokens or of turns, and not the policy or its environment."""
         return self.finish_reason == "length"
+
+    @property
+    def is_lost(self) -> bool:
+        """True if there is no sample: its environment failed again and again, as `text` says."""
+        return self.finish_reason == "abort"
 
 
 @dataclass(slots=True)
@@ -162,10 +198,27 @@ class Group:
     prompt: Prompt
     samples: list[Sample] = field(default_factory=list)
 
+    def add(self, sample: Sample) -> None:
+        """Append a sample. First messages that an environment wrote become the group's prompt."""
+        if sample.episode and sample.episode.prompt_tokens is not None:
+            self.prompt = replace(self.prompt, tokens=sample.episode.prompt_tokens)
+            sample.episode.prompt_tokens = None
+        self.samples.append(sample)
+
     @property
     def num_correct(self) -> int:
         """Number of correct samples."""
         return sum(sample.is_correct for sample in self.samples)
+
+    @property
+    def is_lost(self) -> bool:
+        """True if one of its samples is: it is neither learnt from nor counted as right or wrong."""
+        return any(sample.is_lost for sample in self.samples)
+
+    @property
+    def why_lost(self) -> str:
+        """What its environment did, if it is lost; else nothing."""
+        return next((sample.text for sample in self.samples if sample.is_lost), "")
 
     @property
     def is_mixed(self) -> bool:
@@ -173,7 +226,7 @@ class Group:
 
         Counted on correctness, never on the shaped reward.
         """
-        return 0 < self.num_correct < len(self.samples)
+        return 0 < self.num_correct < len(self.samples) and not self.is_lost
 
 
 class Stream(Protocol):

@@ -25,6 +25,7 @@ FLOORS = [
     {"reward", "plan"},
     {"rollout"},
     {"report", "measure"},
+    {"episodes"},
     {"engine", "policy"},
     {"checkpoint", "log", "recorder", "verify"},
     {"sampler"},

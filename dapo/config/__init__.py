@@ -166,7 +166,22 @@ class Config(Section):
                 "set reward.soft_overlong_punishment=false"
             )
 
+        self._check_turns()
         self._check_objective()
+
+    def _check_turns(self) -> None:
+        rollout, reward = self.rollout, self.reward
+        if rollout.environment and rollout.tools:
+            raise ConfigError(
+                f"rollout.tools={plain_yaml.shown(rollout.tools)} with rollout.environment="
+                f"{rollout.environment}, whose tools are those that its method tools returns: leave one out"
+            )
+        if rollout.environment and (list(reward.weights) != [DEFAULT_FUNCTION] or reward.shadow):
+            named = ", ".join([*reward.weights, *reward.shadow])
+            raise ConfigError(
+                f"reward.function={named} with rollout.environment={rollout.environment}: the environment's "
+                "rewards are learnt from; leave reward.function and reward.shadow out"
+            )
 
     def _check_objective(self) -> None:
         objective, kind, importance = self.objective, self.objective.kind, self.objective.importance

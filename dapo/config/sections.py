@@ -142,7 +142,8 @@ class Rollout(Section):
     temperature: AboveZero = option(1.0, "hotter explores more; the loss uses the same", both=1.0)
     """Of sampling, and of the log-probs in the loss."""
     max_response_length: Positive = option(20480, "other tasks, other lengths", both=20480)
-    """L_max of Eq. 13, tokens: a longer response is cut off."""
+    """L_max of Eq. 13, tokens: a longer response is cut off. With several turns what stands between the
+    policy's counts too."""
     forecast: Literal["off", "skip"] = option(
         "off", "fewer samples for the same batch: prompts of no use are seldom asked for", both="off"
     )
@@ -160,12 +161,28 @@ class Rollout(Section):
     """Of first_wave: a group stops if its chance to come out mixed is below this."""
     drop_above: Share | None = option(None, "what is solved teaches little", both=None, examples=[0.9])
     """A prompt whose record says that it is solved more often than this leaves the run."""
+    environment: str | None = example("mine:Game", default=None)
+    """module:Class of an environment that answers the policy's turns: see dapo.episodes.Environment. Rows of
+    the data may then have any columns, and its rewards take the place of reward.function."""
+    tools: list[str] = example(["mine:calculator"], default=[])
+    """module:name of functions that the policy may call, with types and docstrings. A response ends with a
+    turn that calls none; reward.function reads this turn."""
+    max_turns: Positive = option(16, "longer games, more calls")
+    """With an environment or tools: turns of the policy in a response. One that is not done then is cut
+    off."""
+    turn_seconds: AboveZero = 60.0
+    """Seconds for one answer of an environment or tool."""
     dump_share: UpToOne = 0.0
     """Share of each step's groups that is kept in run.dir/rollouts as parquet."""
     only: bool = False
     """Write every step's batch and learn nothing."""
     replay: Location | None = example("runs/earlier/rollouts", default=None)
     """Learn from a directory of dumped batches instead of sampling."""
+
+    @property
+    def has_turns(self) -> bool:
+        """True if a response has several turns: something answers the policy."""
+        return bool(self.environment or self.tools)
 
 
 class Reward(Section):
@@ -179,7 +196,8 @@ class Reward(Section):
     )
     """module:name of f(response, answer) → bool, a float that is correct above correct_above, or a pair
     (float, is it correct). By name it may take more: row (the row's other columns), prompt (its text, as the
-    model saw it), messages (of a chat, else None), truncated (was the response cut off).
+    model saw it), messages (of a chat, else None), truncated (was the response cut off), conversation (all
+    messages of a response of several turns, else None).
     Or http://host:port/path, which gets responses and answers only, its key in the environment:
     DAPO_REWARD_KEY. Or several with weights: the reward is their weighted sum, the first decides what is
     correct. The default reads what answer_format says, and nothing else."""
@@ -194,7 +212,8 @@ class Reward(Section):
     shadow: list[str] = example(["mine:stricter"], default=[])
     """Functions that change nothing: where they disagree is counted, and kept in run.dir/disputes.jsonl."""
     workers: Count = 4
-    """Processes that call the functions. 0: this process calls them, and waits for as long as they take."""
+    """Processes that call the functions. 0: this process calls them, and waits for as long as they take. As
+    many more hold environments and tools."""
     time_limit: AboveZero = 5.0
     """Seconds for one answer. After them the worker is replaced, the answer is wrong and counted."""
     memory_limit: AboveZero = 4.0

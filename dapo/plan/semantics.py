@@ -29,6 +29,7 @@ VERSIONED = (
 FORMER = {
     "objective.kind": "dapo", "objective.advantage": "group_std", "policy.logits_dtype": "float32",
     "objective.importance_band": "none", "policy.routing_replay": "off", "run.deterministic": False,
+    "rollout.environment": "none", "rollout.tools": "none",
 }  # fmt: skip
 
 
@@ -127,6 +128,10 @@ def choices(config: Config) -> list[Choice]:
                "a run can be repeated to the bit, and takes longer on a GPU"),
         Choice("weights of data.train", weights[0], "none", "none", "the sources are not equally useful"),
         Choice("weights of reward.function", weights[1], "none", "none", "more is wanted than right answers"),
+        Choice("rollout.environment", config.rollout.environment or "none", "none", "none",
+               "what the policy is to learn takes several turns"),
+        Choice("rollout.tools", ", ".join(config.rollout.tools) or "none", "none", "none",
+               "the policy need not do in its head what a tool does"),
         Choice("rollout.replay", plain["rollout"]["replay"] or "none", "none", "none",
                "the samples are those of another run"),
         Choice("policy.dtype", config.policy.dtype, UNSAID, "bfloat16",
@@ -152,7 +157,8 @@ def diff(config: Config, source: Source) -> list[str]:
 
 def manifest(config: Config, data: str) -> dict[str, Any]:
     """Return what is kept with a run. `data`: the hash of its training prompts."""
-    functions = [*config.reward.weights, *config.reward.shadow]
+    functions = [*config.reward.weights, *config.reward.shadow, *config.rollout.tools]
+    functions += filter(None, [config.rollout.environment])
     found = {name: stack.installed("dapo-rl" if name == "dapo" else name) for name in VERSIONED}
     versions = {name: version for name, version in found.items() if version}
     return {

@@ -48,7 +48,11 @@ class Reward:
     verifiers mark nothing: a sample on which one of them contradicts `is_correct` is written to `disputes`,
     a JSONL file.
 
-    Without a `decoder`, samples have their text already; else they get it, from a worker if one can.
+    Without a `decoder`, samples have their text already; else they get it, from a worker if one can. Samples
+    of several turns have it: that of the last turn.
+
+    `by_environment`: the samples come with a reward and whether they are correct, from their environments.
+    No function is called; length counts as ever.
 
     Counts begin anew with each `take_metrics`. Several threads may score: one call waits for the other.
 
@@ -61,14 +65,15 @@ class Reward:
     disputes: Path | None = None
     is_interrupted: Callable[[], bool] = lambda: False
     decoder: Decoder | None = None
+    by_environment: bool = False
 
     def __post_init__(self) -> None:
         reward = self.reward
         self.weights = reward.weights
-        self.functions = [*self.weights, *reward.shadow]
+        self.functions = [] if self.by_environment else [*self.weights, *reward.shadow]
         self.local = {name: self._import(name) for name in self.functions if not remote.is_remote(name)}
         self.asked = {name for function in self.local.values() for name in function.extras}
-        first = self.local.get(self.functions[0])
+        first = None if self.by_environment else self.local.get(self.functions[0])
         self.answer_of = None if first is None else first.answer_of
         self.finds_answers = self.answer_of is not None
         self._is_same = None if first is None else first.is_same
@@ -120,6 +125,10 @@ class Reward:
             self._score(pairs)
 
     def _score(self, pairs: Sequence[tuple[Prompt, Sample]]) -> None:
+        if self.by_environment:
+            for _, sample in pairs:
+                self._mark(sample, [(sample.reward, sample.is_correct)])
+            return
         replies = self._judge(pairs)
         verdicts = [self._checked(name, pairs, replies[name]) for name in self.functions]
         grades = [list(map(self._grade, each)) for each in verdicts]
@@ -180,7 +189,8 @@ class Reward:
         count = len(functions)
         calls: list[Job] = []
         for (prompt, sample), extras in zip(pairs, self._extras(pairs), strict=True):
-            text, tokens = ("", sample.tokens.tobytes()) if is_decoded_there else (sample.text, b"")
+            is_encoded = is_decoded_there and not sample.episode
+            text, tokens = ("", sample.tokens.tobytes()) if is_encoded else (sample.text, b"")
             for i, function in enumerate(functions):
                 asked = tuple((name, extras[name]) for name in function.extras)
                 calls.append(Job(i, text, prompt.answer, asked, tokens))
@@ -217,6 +227,8 @@ class Reward:
         for sample in samples:
             if self.is_interrupted():
                 raise Interrupted
+            if sample.episode:
+                continue
             sample.text = self.decoder.here(sample.tokens)
             heartbeat()
 
@@ -231,12 +243,12 @@ class Reward:
     def _extras(self, pairs: Sequence[tuple[Prompt, Sample]]) -> list[dict[str, Any]]:
         """Return what functions ask for beside response and answer, of each pair. A prompt is read once."""
         of_prompts: dict[int, dict[str, Any]] = {}
-        wanted = self.asked - {"truncated"}
+        wanted = self.asked - {"truncated", "conversation"}
         for prompt, _ in pairs if wanted else []:
             if id(prompt) not in of_prompts:
                 assert prompt.origin, f"prompt {prompt.index} is not from a data file"
                 of_prompts[id(prompt)] = prompt.origin.read(prompt, wanted)
-        return [of_prompts.get(id(p), {}) | {"truncated": sample.is_truncated} for p, sample in pairs]
+        return [of_prompts.get(id(p), {}) | _of_sample(sample) for p, sample in pairs]
 
     def _call(self, function: Function, job: Job) -> Reply:
         if self.is_interrupted():
@@ -272,7 +284,7 @@ class Reward:
         sample.reward = sum(w * value for w, (value, _) in zip(self.weights.values(), grades, strict=True))
         if self.reward.soft_overlong_punishment:
             limits = self.max_response_length, self.reward.overlong_cache
-            sample.reward += soft_overlong_penalty(sample.length, *limits)
+            sample.reward += soft_overlong_penalty(sample.num_written, *limits)
 
     def _keep_disputed(self, prompt: Prompt, sample: Sample, verdicts: list[Verdict]) -> None:
         """Count the sample, and write it to `disputes`."""
@@ -302,6 +314,11 @@ class Reward:
 
     def _option(self, name: str) -> str:
         return "reward.function" if name in self.weights else "reward.shadow"
+
+
+def _of_sample(sample: Sample) -> dict[str, Any]:
+    said = sample.episode.messages if sample.episode else None
+    return {"truncated": sample.is_truncated, "conversation": said}
 
 
 def what_is_read(reward: config.Reward) -> str:

@@ -18,7 +18,13 @@ from dapo.types import reason
 from dapo.watch import frames, streams
 
 Verdict = bool | float | tuple[float, bool]  # the pair: a reward, and whether it is correct
-EXTRAS = ("row", "prompt", "messages", "truncated")  # what a function may take by name: reward.function
+EXTRAS = (
+    "row",
+    "prompt",
+    "messages",
+    "truncated",
+    "conversation",
+)  # what a function may take by name: reward.function
 
 
 class Failure(NamedTuple):

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
-import os
-import socket
 import sys
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
@@ -18,38 +14,28 @@ from dapo.reward.worker import Failure, Job, Reply, serve
 from dapo.types import Interrupted, RewardError
 from dapo.watch import forked
 from dapo.watch.frames import Channel, wait
-from dapo.watch.worker import MEMORY_EXCEEDED, guard
+from dapo.watch.guarded import Guarded
 
 JOBS_PER_MESSAGE = 16
 IMPORT_TIMEOUT = 300.0  # seconds for a worker to import the functions
 STARTS = 3  # in a row, of workers that end before they have imported the functions
 CHECK_EVERY = 0.25  # seconds between two checks for an interruption
-END_TIMEOUT = 5.0  # seconds for a guardian to end its worker
 SUSPENDED = 1.0  # seconds that a wait takes too long if this process was stopped, and its workers with it
 
 # imported before the fork, so that the import takes no part of a call's timeout
 forked.context.set_forkserver_preload(["dapo.watch.worker", "dapo.reward.worker", "dapo.reward", "mpmath"])
 
 
-class _Worker:
-    """A worker under its guardian, which alone is a child of multiprocessing here.
-
-    It is no daemon, because those may have no children, and a function may use multiprocessing itself.
-    """
+class _Worker(Guarded):
+    """A worker, and what it has to do."""
 
     def __init__(self, functions: list[str], tokenizer: str | None, max_bytes: int, num_failed_before: int):
-        ours, theirs = socket.socketpair()
-        self.channel = Channel(ours)
-        arguments = (serve, theirs, functions, os.getpid(), max_bytes)
-        self.guardian = forked.context.Process(target=guard, args=arguments, name="reward")
-        forked.start(self.guardian)
-        theirs.close()
+        super().__init__(serve, functions, max_bytes, "reward")
         self.channel.send(tokenizer)  # no argument: those must be taken before `start` returns, and are kept
         self.num_failed_before = num_failed_before  # starts in a row, before this one
         self.is_ready = False
         self.todo: deque[int] = deque()  # numbers of the jobs it was sent; it is doing the first
         self.begin()
-        _running.add(self)
 
     def begin(self) -> None:
         """Give it time to import, while somebody waits: it is sent the tokenizer meanwhile."""
@@ -65,29 +51,6 @@ class _Worker:
         """True if it ended while it had nothing to do."""
         is_idle = self.is_ready and not self.todo
         return is_idle and (bool(wait([self.channel], 0.0)) or not self.guardian.is_alive())
-
-    def end(self) -> bool:
-        """End it and all that it started. Return True if it was being ended for its memory."""
-        self.channel.close()
-        self.guardian.terminate()
-        self.guardian.join(END_TIMEOUT)
-        if self.guardian.exitcode is None:
-            self.guardian.kill()  # its worker dies with it
-            self.guardian.join()
-        return self.guardian.exitcode == MEMORY_EXCEEDED
-
-
-_running: weakref.WeakSet[_Worker] = weakref.WeakSet()
-
-
-def _end_running(process: int = os.getpid()) -> None:
-    """End all workers of this process, which multiprocessing would otherwise wait for when it exits."""
-    if os.getpid() == process:  # not those of the process that this one is a fork of
-        for worker in list(_running):
-            worker.end()
-
-
-atexit.register(_end_running)  # before multiprocessing's own function, which was registered earlier
 
 
 class Workers:

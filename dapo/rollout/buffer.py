@@ -24,10 +24,14 @@ class Buffer:
     all_wrong: list[Group] = field(default_factory=list)
     # finished after the buffer was full: their prompts are unused
     surplus: list[Group] = field(default_factory=list)
+    lost: list[Group] = field(default_factory=list)  # their environments failed: they count as nothing
     num_aborted: int = 0  # groups requested but not scored when the buffer was full
 
     def offer(self, group: Group) -> None:
         """Keep the group if there is room and it is mixed (Eq. 11), or nothing is filtered."""
+        if group.is_lost:
+            self.lost.append(group)
+            return
         if not self.is_full and (group.is_mixed or not self.is_dynamic):
             self.kept.append(group)
             return
@@ -86,7 +90,7 @@ class Buffer:
         """
         rejected, decided = self.all_correct + self.all_wrong, self.decided
         samples = _samples(decided)
-        lengths = [sample.length for sample in samples]
+        lengths = [sample.num_written for sample in samples]
         learnt = [len(group.prompt.tokens) + s.length - 1 for group in self.kept for s in group.samples]
         return {
             "groups/asked": len(self.asked),
@@ -100,12 +104,32 @@ class Buffer:
             "rollout/truncated": _mean([sample.is_truncated for sample in samples]),
             "rollout/length": _mean(lengths),
             "rollout/length_max": max(lengths, default=0),
-            "rollout/length_kept": _mean([sample.length for sample in _samples(self.kept)]),
-            "rollout/length_turned_away": _mean([sample.length for sample in _samples(rejected)]),
-            "rollout/tokens": sum(sample.length for sample in _samples(self.asked)),
+            "rollout/length_kept": _mean([sample.num_written for sample in _samples(self.kept)]),
+            "rollout/length_turned_away": _mean([sample.num_written for sample in _samples(rejected)]),
+            "rollout/tokens": sum(sample.num_written for sample in _samples(self.asked)),
             "rollout/tokens_learnt": sum(learnt),
             "rollout/attended": sum(n * n for n in learnt) / (2 * sum(learnt) or 1),
             "perf/groups_aborted": self.num_aborted,
+        } | self._of_episodes(samples)
+
+    def _of_episodes(self, samples: list[Sample]) -> dict[str, float]:
+        """Return the metrics of samples of several turns, if there are any."""
+        found = [(sample, sample.episode) for sample in samples if sample.episode]
+        if not found and not self.lost:
+            return {}
+        episodes = [episode for _, episode in found]
+        num_calls = sum(episode.num_calls for episode in episodes)
+        return {
+            "groups/lost": len(self.lost),
+            "episode/turns": _mean([episode.num_turns for episode in episodes]),
+            "episode/turns_max": max((episode.num_turns for episode in episodes), default=0),
+            "episode/environment_tokens": _mean([sample.length - sample.num_written for sample, _ in found]),
+            "episode/calls": _mean([episode.num_calls for episode in episodes]),
+            "episode/with_calls": _mean([episode.num_calls > 0 for episode in episodes]),
+            "episode/unreadable": sum(episode.num_unreadable for episode in episodes) / (num_calls or 1),
+            "episode/failed_calls": sum(episode.num_failed for episode in episodes) / (num_calls or 1),
+            "episode/neutralised": sum(episode.num_neutralised for episode in episodes),
+            "episode/restarts": sum(episode.num_attempts - 1 for episode in episodes),
         }
 
 

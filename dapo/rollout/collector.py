@@ -46,7 +46,7 @@ class Limits:
 
     def is_kept(self, group: Group) -> bool:
         """Return whether a batch keeps the group (Eq. 11)."""
-        return group.is_mixed or not self.is_dynamic
+        return group.is_mixed or not (self.is_dynamic or group.is_lost)
 
 
 class Turned:
@@ -157,7 +157,7 @@ class Collector:
             oldest = max((age(group, step) for group in buffer.kept), default=0)
             assert oldest <= self.limits.max_staleness, f"a group is {oldest} steps old at step {step}"
             self.asking.step, self.next_step = step, step + 1
-            self.asking.finish_batch(buffer.decided)
+            self.asking.finish_batch(buffer.decided + buffer.lost)
         _, idle_meanwhile = self._lap()
         if learning:
             seconds = [a + b for a, b in zip(idle, idle_meanwhile, strict=False)]
@@ -328,4 +328,5 @@ class Collector:
 
 def age(group: Group, step: int) -> int:
     """Return the steps since the oldest weights that wrote a token of the group."""
-    return step - min(version for sample in group.samples for version, _, _ in sample.versions)
+    versions = [version for sample in group.samples for version, _, _ in sample.versions]
+    return step - min(versions, default=step)  # a lost sample has none

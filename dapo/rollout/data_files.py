@@ -19,7 +19,7 @@ import numpy as np
 from dapo.config import ConfigError
 from dapo.rollout.ground_truth import GroundTruths
 from dapo.rollout.parquet import RawRow, read_parquet, read_parquet_rows
-from dapo.rollout.rows import BadRow, Messages, key_of, parse_json, prompt_and_answer
+from dapo.rollout.rows import BadRow, Messages, key_of, parse_json
 
 
 @dataclass
@@ -149,7 +149,7 @@ def _rows(summary: Summary, truths: GroundTruths, skip_malformed: bool) -> Itera
     for raw in readers[path.suffix](path):
         summary.rows += raw.count
         try:
-            prompt, answer = prompt_and_answer(raw.parse(), raw.place)
+            prompt, answer = truths.read(raw.parse(), raw.place)
             if refusal := truths.refusal(answer):
                 shown = answer if len(answer) <= 80 else answer[:80] + "…"
                 raise BadRow(f"{raw.place}: the ground truth {shown!r} {refusal}")

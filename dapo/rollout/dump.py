@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -17,7 +18,7 @@ from dapo.config import ConfigError
 from dapo.learn.traces import Trace, chosen
 from dapo.model.routing import Routing
 from dapo.rollout.buffer import Buffer
-from dapo.types import Group, Prompt, Sample, StorageError, token_fields
+from dapo.types import Episode, Group, Prompt, Sample, StorageError, token_fields
 
 Rows = list[dict[str, Any]]
 Columns = Mapping[str, str]  # name → type
@@ -37,8 +38,9 @@ TYPES = {  # a field's annotation → its column; [x]: a list of x
 }
 
 
-# of samples that have them, [fed tokens × columns]; a file without such samples has no such column
-OPTIONAL = {"routes": "[int16]"}
+# of samples that have them; a file without such samples has no such column. routes: [fed tokens × columns];
+# episode: JSON of an Episode
+OPTIONAL = {"routes": "[int16]", "episode": "string"}
 
 
 def columns_of(kind: type) -> dict[str, str]:
@@ -234,6 +236,8 @@ def _groups(path: Path) -> list[tuple[str, Group]]:
             sample = Sample(**{name: values[name][i] for name in columns_of(Sample)})
             if "routes" in values and len(routes := values["routes"][i]):
                 sample.routes = routes.reshape(len(groups[id][1].prompt.tokens) + sample.length - 1, -1)
+            if "episode" in values and (said := values["episode"][i]):
+                sample.episode = Episode(**json.loads(said))
             groups[id][1].samples.append(sample)
     return list(groups.values())
 
@@ -251,10 +255,18 @@ def _values_of(groups: Iterable[tuple[str, Group]]) -> tuple[Values, Columns]:
     values |= {name: [getattr(sample, name) for _, _, sample in rows] for name in columns_of(Sample)}
     values |= {"group": [group.id for _, group, _ in rows]}
     routes = [sample.routes for _, _, sample in rows]
-    if all(each is None for each in routes):
-        return values, COLUMNS
-    values["routes"] = [np.zeros(0, np.int16) if each is None else each.ravel() for each in routes]
-    return values, COLUMNS | OPTIONAL
+    if any(each is not None for each in routes):
+        values["routes"] = [np.zeros(0, np.int16) if each is None else each.ravel() for each in routes]
+    episodes = [sample.episode for _, _, sample in rows]
+    if any(episodes):
+        values["episode"] = [_json(each) if each else "" for each in episodes]
+    return values, COLUMNS | {name: OPTIONAL[name] for name in OPTIONAL if name in values}
+
+
+def _json(episode: Episode) -> str:
+    return json.dumps(
+        {f.name: getattr(episode, f.name) for f in fields(Episode) if f.name != "prompt_tokens"}
+    )
 
 
 def _tables(values: Values, columns: Columns) -> Iterator[Any]:

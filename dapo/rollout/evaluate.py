@@ -22,7 +22,7 @@ from dapo.config import ConfigError
 from dapo.files import write_text, writing
 from dapo.reward.pool import Reward
 from dapo.rollout.rollouts import Rollouts
-from dapo.types import Group, Prompt, Sampling
+from dapo.types import EpisodeError, Group, Prompt, Sampling
 
 # Group ids of evaluation, far from training's: every evaluation has the same seeds
 FIRST_GROUP = 1 << 60
@@ -43,8 +43,9 @@ class Scores:
     pass_at: dict[int, float]  # pass@1, 2, 4 … k, the unbiased estimator
     length: float  # tokens
     truncated: float
-    reward: dict[str, float]  # of the reward's calls: timeouts, crashes, …
-    per_problem: list[float]  # accuracy of each problem, in the file's order
+    reward: dict[str, float]  # of the reward's calls: timeouts, crashes, …; lost: problems that are left out
+    # accuracy of each problem, in the file's order; None: its environment failed
+    per_problem: list[float | None]
 
     def __str__(self) -> str:
         interval = "" if self.mean_half_width is None else f" ± {self.mean_half_width:.3f}"
@@ -109,12 +110,17 @@ def run(rollouts: Rollouts, sets: dict[str, list[Prompt]], title: str) -> dict[s
         reward = rollouts.reward.apart()
         asked = problems, config.eval.samples, sampling, first_group
         groups = rollouts.sample(*asked, f"{title}, {name}", reward)
+        if all(group.is_lost for group in groups):
+            raise EpisodeError(f"all problems of {name} are lost, the last because {groups[-1].why_lost}")
         results[name] = score(groups, reward)
     return results
 
 
-def score(groups: list[Group], reward: Reward) -> Scores:
-    """Return the statistics of groups whose samples `reward` has marked correct or wrong."""
+def score(all_groups: list[Group], reward: Reward) -> Scores:
+    """Return the statistics of groups whose samples `reward` has marked correct or wrong. Those that are lost
+    are counted, and left out.
+    """
+    groups = [group for group in all_groups if not group.is_lost]
     samples = [sample for group in groups for sample in group.samples]
     k = len(groups[0].samples)
     accuracies = [group.num_correct / k for group in groups]
@@ -123,6 +129,7 @@ def score(groups: list[Group], reward: Reward) -> Scores:
     }
     majorities = majorities_of(groups, reward)
     counts = {name.removeprefix("reward/"): value for name, value in reward.take_metrics().items()}
+    counts |= {"lost": len(all_groups) - len(groups)} if len(groups) < len(all_groups) else {}
     return Scores(
         problems=len(groups),
         samples=k,
@@ -130,10 +137,10 @@ def score(groups: list[Group], reward: Reward) -> Scores:
         mean_half_width=half_width(accuracies),
         majority=None if majorities is None else float(np.mean(majorities)),
         pass_at=passes,
-        length=float(np.mean([sample.length for sample in samples])),
+        length=float(np.mean([sample.num_written for sample in samples])),
         truncated=float(np.mean([sample.is_truncated for sample in samples])),
         reward=counts,
-        per_problem=accuracies,
+        per_problem=[None if group.is_lost else group.num_correct / k for group in all_groups],
     )
 
 
@@ -214,8 +221,10 @@ def compare(before: Scores, after: Scores) -> Comparison:
     their means differ at least as much.
     """
     k = before.samples
-    assert (k, before.problems) == (after.samples, after.problems), "other problems or numbers of samples"
-    differences = np.array(after.per_problem) - np.array(before.per_problem)
+    counted = k, len(before.per_problem)
+    assert counted == (after.samples, len(after.per_problem)), "other problems or numbers of samples"
+    pairs = zip(before.per_problem, after.per_problem, strict=True)
+    differences = np.array([b - a for a, b in pairs if a is not None and b is not None])
     counts = np.rint(k * differences).astype(int)  # of correct samples
     largest = int(np.abs(counts).sum())
     chances = np.zeros(2 * largest + 1)  # of each sum, from −largest to largest

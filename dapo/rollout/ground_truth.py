@@ -12,6 +12,7 @@ from dapo import config
 from dapo.config import ConfigError
 from dapo.reward.remote import is_remote
 from dapo.reward.worker import Function
+from dapo.rollout.rows import Messages, prompt_and_answer, task_and_answer
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,15 @@ class GroundTruths:
     """Calls `refusal_of` and `is_same` of a reward function's module; texts are compared if it has none."""
 
     function: str
+    # makes a prompt and a ground truth of a row and its place
+    read: Callable[[Any, str], tuple[str | Messages, str]] = prompt_and_answer
     refusal_of: Callable[[str], str | None] = lambda answer: None
     is_same: Callable[[str, str], bool] = lambda a, b: a == b
+
+    @staticmethod
+    def of_environment(path: str) -> GroundTruths:
+        """Return those of rows that an environment reads: it judges for itself."""
+        return GroundTruths(path, read=task_and_answer)
 
     @staticmethod
     def of(reward: config.Reward) -> GroundTruths:

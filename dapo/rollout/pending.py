@@ -19,11 +19,12 @@ import numpy as np
 
 from dapo.clock import heartbeat
 from dapo.reward.pool import Reward
-from dapo.types import Group, Prompt, Request, Sample, Sampling, Stream
+from dapo.types import EpisodeError, Group, Prompt, Request, Sample, Sampling, Stream
 
 # Safety margin, in standard deviations: a smaller one makes steps wait for one more group, a larger one costs
 # tokens
 DEVIATIONS = 1.0
+MOST_LOST = 8  # groups in a row; then the environment is wrong, not an episode
 BRIEF = 0.05  # seconds: while scoring takes less than this, every complete group is scored at once
 
 
@@ -82,7 +83,7 @@ class Pending:
         group = self.unfinished[sample.group]
         is_new = all(other.index != sample.index for other in group.samples)
         assert is_new, f"sample {sample.group}.{sample.index} came twice"
-        group.samples.append(sample)
+        group.add(sample)
         self.num_outstanding -= 1
         if len(group.samples) < self.requested[group.id]:
             return
@@ -107,7 +108,7 @@ class Pending:
             self.num_scored.pop(group.id, None)
         going_on = []
         for group in self.first_waves:
-            if is_stopped(group):
+            if group.is_lost or is_stopped(group):
                 self.scored[group.id] = False
                 self.num_samples -= self.group_size - len(group.samples)
                 del self.unfinished[group.id], self.requested[group.id]
@@ -178,6 +179,7 @@ class GroupSampler:
         self.pending = Pending(self.group_size)
         self.lock = threading.RLock()
         self._num_submitted = 0  # calls of submit
+        self._num_lost = 0  # groups in a row
         self._score_from = 0.0  # time.monotonic()
 
     def request(self, groups: Sequence[Group]) -> None:
@@ -242,13 +244,22 @@ class GroupSampler:
         if not (work := self.pending.to_score):
             return
         start = time.monotonic()
-        self.reward.score([(group.prompt, sample) for group, samples in work for sample in samples])
+        whole = [(group, samples) for group, samples in work if not group.is_lost]
+        self._stop_if_all_are_lost([group for group, _ in work])
+        self.reward.score([(group.prompt, sample) for group, samples in whole for sample in samples])
         is_stopped = self.first_waves.is_stopped if self.first_waves else lambda group: False
         with self.lock:
             if going_on := self.pending.mark_scored(is_stopped):
                 self._submit((group, len(group.samples)) for group in going_on)
         end = time.monotonic()
         self._score_from = 2 * end - start if end - start > BRIEF else end
+
+    def _stop_if_all_are_lost(self, groups: Sequence[Group]) -> None:
+        """Raise EpisodeError when so many groups in a row are lost that none will come."""
+        for group in groups:
+            self._num_lost = self._num_lost + 1 if group.is_lost else 0
+            if self._num_lost == MOST_LOST:
+                raise EpisodeError(f"{MOST_LOST} groups in a row are lost, the last because {group.why_lost}")
 
     def cancel(self) -> list[Group]:
         """Abort outstanding requests. Return the groups left in the queue, in order, without samples unless

@@ -29,7 +29,7 @@ def responses(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, run
     )
     try:
         for found in stream.completed():
-            groups[found.group - FIRST_GROUP].samples.append(found)
+            groups[found.group - FIRST_GROUP].add(found)
     finally:
         stream.abort()
     return groups

@@ -15,7 +15,7 @@ from dapo import config
 from dapo.config import ConfigError
 from dapo.rollout.data_files import Row, Summary, distinct_rows, row_reader
 from dapo.rollout.ground_truth import GroundTruths
-from dapo.rollout.render import NONE, Renderer
+from dapo.rollout.render import NONE, ONE_TURN, Renderer, Turns
 from dapo.rollout.rows import BadRow, key_of, prompt_and_answer
 from dapo.types import Prompt, RewardError, reason
 
@@ -36,16 +36,20 @@ class RowTable:
         self._readers: dict[int, Callable[[int], dict[str, Any]]] = {}  # of the files that were asked for
 
     def read(self, prompt: Prompt, names: Collection[str]) -> dict[str, Any]:
-        """Return what a reward function asks for, by name. Raise RewardError if a row is lost."""
+        """Return what a reward function or an environment asks for, by name. Raise RewardError if a row is
+        lost.
+        """
         found: dict[str, Any] = {"prompt": self.text_of(prompt.tokens)} if "prompt" in names else {}
-        if {"row", "messages"} & set(names):
+        if {"row", "messages", "task"} & set(names):
             try:
                 row = self[prompt.index]
+                if "task" in names:
+                    return {"task": row}
                 content, _ = prompt_and_answer(row, f"prompt {prompt.index}")
             except (OSError, ValueError, LookupError) as error:
                 path = self.files[self._file_of(prompt.index)][0]
                 failed = f"data file {path} cannot be read again: {reason(error)}"
-                raise RewardError(f"{failed}; a reward function asks for its rows: restore it") from error
+                raise RewardError(f"{failed}; the run asks for its rows: restore it") from error
             found["messages"] = None if isinstance(content, str) else content
             known = {"prompt"} if "reward_model" in row else {"prompt", "answer"}
             found["row"] = {name: row[name] for name in row if name not in known}
@@ -192,14 +196,16 @@ def load_stream(
     seed: int,
     reward: config.Reward = DEFAULT_REWARD,
     dates: Mapping[str, str] = NONE,
+    turns: Turns = ONE_TURN,
 ) -> tuple[PromptStream, list[Summary]]:
     """Load the training prompts: of one file, of several as if they were one, or mixed by weights.
 
     Args:
         reward: its first function has to understand the ground truths.
         dates: of the run that goes on, from its stream's state.
+        turns: of a rollout of several.
     """
-    truths, renderer = GroundTruths.of(reward), Renderer(tokenizer, data.template_arguments, dates)
+    truths, renderer = _truths(reward, turns), Renderer(tokenizer, data.template_arguments, dates, turns)
     skip_malformed = data.on_error == "skip"
     if isinstance(data.train, dict):  # each in its own epochs
         files = [file for path in data.train for file in distinct_rows([path], truths, skip_malformed)]
@@ -229,9 +235,10 @@ def load_prompts(
     data: config.Data,
     reward: config.Reward = DEFAULT_REWARD,
     dates: Mapping[str, str] = NONE,
+    turns: Turns = ONE_TURN,
 ) -> tuple[list[Prompt], Summary]:
-    """Load the distinct prompts of a file, in the order of their first rows. `reward` and `dates`: see
-    `load_stream`.
+    """Load the distinct prompts of a file, in the order of their first rows. `reward`, `dates` and `turns`:
+    see `load_stream`.
 
     Args:
         path: .jsonl of {prompt, answer} or of the parquet's columns; .parquet with `prompt` and
@@ -242,12 +249,16 @@ def load_prompts(
         ConfigError: no such file, a row that cannot be used (with its line, unless data.on_error=skip), an
             unknown format, or no prompts.
     """
-    [(summary, rows)] = distinct_rows([path], GroundTruths.of(reward), data.on_error == "skip")
-    renderer = Renderer(tokenizer, data.template_arguments, dates)
+    [(summary, rows)] = distinct_rows([path], _truths(reward, turns), data.on_error == "skip")
+    renderer = Renderer(tokenizer, data.template_arguments, dates, turns)
     kept = _tokenized(rows, renderer, data, summary)
     if not kept:
         raise _no_prompts(summary, data)
     return _prompts([(path, kept)], renderer), summary
+
+
+def _truths(reward: config.Reward, turns: Turns) -> GroundTruths:
+    return GroundTruths.of_environment(turns.environment) if turns.environment else GroundTruths.of(reward)
 
 
 def _prompts(files: list[tuple[Path, list[tuple[Row, np.ndarray]]]], renderer: Renderer) -> list[Prompt]:

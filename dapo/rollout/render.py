@@ -7,6 +7,7 @@ import json
 import re
 import string
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 SET_HERE = {
     "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "max_length",
     "messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors",
-    "sanitize_control_tokens", "tokenize", "tokenizer_kwargs", "truncation",
+    "sanitize_control_tokens", "tokenize", "tokenizer_kwargs", "tools", "truncation",
 }  # fmt: skip
 # how templates ask for the date
 _CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
@@ -33,19 +34,37 @@ NONE: Mapping[str, str] = {}
 SAMPLE = 16  # rows whose tokens say which tokenizer it is
 
 
+@dataclass(frozen=True)
+class Turns:
+    """What a rollout of several turns asks of its prompts."""
+
+    environment: str | None = None  # it writes the first messages: a row is no prompt, but what it gets
+    tools: Sequence[Mapping[str, Any]] = ()  # JSON schemas for the chat template
+
+
+ONE_TURN = Turns()
+
+
 class Renderer:
     """Turns prompts into tokens.
 
     Args:
         arguments: data.template_arguments, variables of the template.
         dates: what the template gets where it asks for the date, by format; others are the present.
+        turns: an environment's rows have no tokens; tools are named to the policy.
 
     Raises:
         ConfigError: the template has no such variable.
     """
 
-    def __init__(self, tokenizer: Any, arguments: Mapping[str, Any], dates: Mapping[str, str] = NONE):
-        self.tokenizer, self.arguments = copy.copy(tokenizer), arguments
+    def __init__(
+        self,
+        tokenizer: Any,
+        arguments: Mapping[str, Any],
+        dates: Mapping[str, str] = NONE,
+        turns: Turns = ONE_TURN,
+    ):
+        self.tokenizer, self.arguments, self.turns = copy.copy(tokenizer), arguments, turns
         template = tokenizer.chat_template  # or several, by name
         if not isinstance(template, str | dict | None):
             raise ConfigError(f"the model's chat_template is {type(template).__name__}; expected text")
@@ -71,6 +90,10 @@ class Renderer:
             BadRow: the template refuses the chat, or the prompt is empty.
             ConfigError: a chat, and there is no template.
         """
+        if self.turns.environment:
+            return []
+        if self.turns.tools and isinstance(prompt, str):
+            raise BadRow(f"{place}: the prompt is text; with rollout.tools it has to be a list of messages")
         tokens = self._of_text(prompt) if isinstance(prompt, str) else self._of_chat(prompt, place)
         if not tokens:
             raise BadRow(f"{place}: the prompt is empty")
@@ -88,8 +111,10 @@ class Renderer:
             for row in rows[:SAMPLE]
         ]
         samples = [self.tokenizer(text)["input_ids"] for text in [string.printable, *contents]]
-        template = [self.template, json.dumps(self.arguments, sort_keys=True)] if chats else []
-        return json.dumps([*template, *map(list, samples)]).encode()
+        has_turns = self.turns != ONE_TURN
+        template = [self.template, json.dumps(self.arguments, sort_keys=True)] if chats or has_turns else []
+        turns = [self.turns.environment, *self.turns.tools] if has_turns else []
+        return json.dumps([*template, *map(list, samples), *turns]).encode()
 
     def _of_text(self, text: str) -> list[int]:
         """Tokenize text for a model to continue: begun once, and not ended.
@@ -114,7 +139,9 @@ class Renderer:
         is_begun = chat[-1]["role"] == "assistant"
         if is_begun and not chat[-1].get("content", "").strip() and len(chat) > 1:
             chat, is_begun = chat[:-1], False
-        way = {"continue_final_message": True} if is_begun else {"add_generation_prompt": True}
+        way: dict[str, Any] = {"continue_final_message" if is_begun else "add_generation_prompt": True}
+        if self.turns.tools:
+            way["tools"] = list(self.turns.tools)
         try:
             text = self.tokenizer.apply_chat_template(chat, tokenize=False, **way, **self.arguments)
         except jinja2.TemplateSyntaxError as error:

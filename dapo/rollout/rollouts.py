@@ -27,7 +27,7 @@ from dapo.rollout.forecast import Forecast, Rules
 from dapo.rollout.pending import Chances, GroupSampler, RolloutError
 from dapo.rollout.prompts import PromptStream
 from dapo.rollout.saving import Resumable
-from dapo.types import Engine, Group, Interrupted, Prompt, Sampling, Stopped
+from dapo.types import Engine, EpisodeError, Group, Interrupted, Prompt, Sampling, Stopped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -158,7 +158,7 @@ class Rollouts(Resumable):
             left = sampler.cancel()
         buffer.num_aborted = sum(not group.samples for group in left)
         buffer.surplus = [group for group in left if group.samples]
-        asking.finish_batch(buffer.decided)
+        asking.finish_batch(buffer.decided + buffer.lost)
         asking.put_back_recent()
         self._note_mixed(buffer)
         return buffer
@@ -356,6 +356,9 @@ class Rollouts(Resumable):
         rollout, function = self.config.rollout, f"reward.function={self.config.reward.function}"
         self.num_empty_steps = 0 if buffer.num_learnt else self.num_empty_steps + 1
         asked = len(buffer.asked)
+        if not asked and buffer.lost:
+            count = f"all {len(buffer.lost)} groups of the step are lost"
+            raise EpisodeError(f"{count}, the last because {buffer.lost[-1].why_lost}")
         correct, wrong = buffer.num_all_correct / asked, buffer.num_all_wrong / asked
         # with max_staleness the counts are of later groups too
         if not (buffer.num_learnt or rollout.max_staleness) and rewarded.get("reward/undecided") == 1.0:

@@ -74,6 +74,22 @@ def prompt_and_answer(row: Any, place: str) -> tuple[str | Messages, str]:
     return prompt, answer
 
 
+def task_and_answer(row: Any, place: str) -> tuple[str, str]:
+    """Return an environment's row as text, which tells it from others, and no ground truth.
+
+    Raises:
+        BadRow: it is no object.
+    """
+    if not isinstance(row, dict):
+        raise BadRow(f"{place}: {type(row).__name__}; expected an object, which the environment's reset gets")
+    try:
+        text = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
+        text.encode()
+    except (UnicodeEncodeError, RecursionError) as error:
+        raise BadRow(f"{place}: no text can be made of it: {type(error).__name__}") from None
+    return text, ""
+
+
 def key_of(prompt: str | Messages) -> str:
     """Return a text that is the same for equal prompts only."""
     return (

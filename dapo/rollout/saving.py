@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,9 @@ class Resumable:
         self.load_state_dict(read_state(directory), directory / record.NAME)
         whole = {group.id: group for group in dump.read_groups(directory / "carried.parquet")}
         for group in self.carried:
-            group.samples = whole[group.id].samples if group.id in whole else []
+            if found := whole.get(group.id):
+                group.samples = found.samples
+                group.prompt = replace(group.prompt, tokens=found.prompt.tokens)  # an environment's
             if self.routing and any(sample.routes is None for sample in group.samples):
                 group.samples = []  # sampled before policy.routing_replay was set: asked for again
 

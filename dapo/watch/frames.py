@@ -22,6 +22,10 @@ def length(head: bytes | bytearray) -> int:
     return int.from_bytes(head, "little")
 
 
+def loads(text: bytes | bytearray) -> Any:
+    return pickle.loads(text)
+
+
 def messages(connection: socket.socket) -> Iterator[Any]:
     """Wait for whole frames and yield what they hold, until the other side closes, or ends."""
     with suppress(OSError):

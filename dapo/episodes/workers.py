@@ -1,0 +1,289 @@
+"""Worker processes for environments and tools, from the main rank. A thread speaks with all of them."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing import forkserver
+from typing import Any
+
+from dapo.clock import heartbeat
+from dapo.config import ConfigError
+from dapo.episodes.player import (
+    Alive,
+    Answer,
+    Began,
+    Begin,
+    End,
+    Failed,
+    Fault,
+    Ready,
+    Running,
+    Setup,
+    Step,
+    Warned,
+    serve,
+)
+from dapo.types import EpisodeError
+from dapo.watch import forked
+from dapo.watch.frames import Channel, wait
+from dapo.watch.guarded import Guarded
+
+PRELOADED = ["dapo.watch.worker", "dapo.reward.worker", "dapo.reward", "dapo.episodes.player", "mpmath"]
+IMPORT_TIMEOUT = 300.0  # seconds for a worker to import the user's code
+SILENT = 5.0  # seconds beyond the time limit of a call without a sign of life: something holds the process
+CLOSE_TIMEOUT = 3.0  # seconds for environments to close when the run ends
+MOST_DEATHS = 20  # of workers, while no call is answered
+WARNINGS = 10  # that are printed at most
+
+
+@dataclass(eq=False)
+class Call:
+    """A message that a worker is to answer, and what the workers' thread does with the answer."""
+
+    message: Begin | Step
+    done: Callable[[Began | Answer | Fault], None]
+
+
+@dataclass(eq=False)
+class _Worker:
+    process: Guarded
+    is_ready: bool = False
+    episodes: set[int] = field(default_factory=set)  # that live there
+    calls: dict[int, Call] = field(default_factory=dict)  # that it is to answer, by episode
+    running: set[int] = field(default_factory=set)  # episodes whose code is being called
+    heard_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def channel(self) -> Channel:
+        return self.process.channel
+
+
+class Workers:
+    """Up to `count` processes, which start when there is work for them.
+
+    An environment lives in one of them, from its Begin to its End. Tools answer in any. If a process dies, or
+    shows no sign of life for longer than a call may take, or needs more than `memory` GiB with what it
+    started, it is replaced. Tools' calls are made again elsewhere, those that were being made one at a time:
+    then it is known whose fault it is, and its answer is a Fault.
+    """
+
+    def __init__(self, setup: Setup, count: int, memory: float):
+        self.setup, self.count, self.memory = setup, max(count, 1), memory
+        self.listener: Callable[[int, str, bool], None] | None = None
+        self.numbers = itertools.count()
+        self.workers: list[_Worker] = []
+        self.alone: _Worker | None = None  # makes one call at a time, of those that may have ended a process
+        self.suspects: deque[Call] = deque()  # calls of tools for it
+        self.inbox: deque[Call | End] = deque()
+        self.failure: BaseException | None = None
+        self.num_deaths = 0  # since a call was answered
+        self.num_warnings = 0
+        self.is_closed = False
+        self.ours, theirs = socket.socketpair()
+        self.ours.setblocking(False)
+        self.wakes = Channel(theirs)
+        forkserver.ensure_running()
+        self.thread = threading.Thread(target=self._run, name="environments", daemon=True)
+        self.thread.start()
+
+    def ask(self, call: Call) -> None:
+        """Have it answered. Any thread may call this."""
+        self.inbox.append(call)
+        self._wake()
+
+    def end(self, episode: int) -> None:
+        """Close an episode's environment. Its call, if there is one, is answered no more."""
+        self.inbox.append(End(episode))
+        self._wake()
+
+    def listen(self, listener: Callable[[int, str, bool], None]) -> None:
+        """Have it called with each episode whose environment is gone with its process, how that ended, and
+        whether the environment's code was being called.
+        """
+        self.listener = listener
+
+    def close(self) -> None:
+        """Let environments close, and end all processes."""
+        self.is_closed = True
+        self._wake()
+        self.thread.join()
+
+    @property
+    def num_episodes(self) -> int:
+        """Number of environments that live."""
+        return sum(len(worker.episodes) for worker in list(self.workers))
+
+    def warn(self, text: str) -> None:
+        """Print a warning, a few times."""
+        self.num_warnings += 1
+        if self.num_warnings <= WARNINGS:
+            last = "; no more of these are shown" if self.num_warnings == WARNINGS else ""
+            print(f"warning: {self._name}: {text}{last}", file=sys.stderr, flush=True)
+
+    @property
+    def _name(self) -> str:
+        return f"rollout.environment={self.setup.environment}" if self.setup.environment else "rollout.tools"
+
+    def _wake(self) -> None:
+        with suppress(BlockingIOError, OSError):  # it is awake, or has ended
+            self.ours.send(b"\0")
+
+    # --- the thread ---
+
+    def _run(self) -> None:
+        try:
+            while not self.is_closed:
+                self._turn()
+        except BaseException as error:  # noqa: BLE001  # streams raise it
+            self.failure = error
+        finally:
+            self._end_all()
+
+    def _turn(self) -> None:
+        """Send what there is, wait, and take what comes."""
+        outgoing: dict[_Worker, list[Any]] = {}
+        while self.inbox:
+            item = self.inbox.popleft()
+            if isinstance(item, End):
+                self._drop(item, outgoing)
+            else:
+                self._assign(item, outgoing)
+        if self.alone and self.suspects and not self.alone.calls:
+            self._give(self.alone, self.suspects.popleft(), outgoing)
+        for worker, messages in outgoing.items():
+            worker.channel.send(messages)
+        everyone = self._everyone()
+        ready = wait([self.wakes, *(worker.channel for worker in everyone)], 0.25)
+        if self.wakes in ready:
+            with suppress(OSError):
+                self.wakes.socket.recv(2**16)
+        now = time.monotonic()
+        for worker in everyone:
+            if worker.channel in ready:
+                worker.heard_at = now
+                for messages in worker.channel.receive():
+                    for message in messages:
+                        self._take(worker, message)
+            limit = IMPORT_TIMEOUT if not worker.is_ready else self.setup.seconds + SILENT
+            if worker.channel.has_ended:
+                self._replace(worker, is_late=False)
+            elif (worker.calls or not worker.is_ready) and now - worker.heard_at > limit:
+                self._replace(worker, is_late=True)
+
+    def _everyone(self) -> list[_Worker]:
+        return [*self.workers, self.alone] if self.alone else list(self.workers)
+
+    def _assign(self, call: Call, outgoing: dict[_Worker, list[Any]]) -> None:
+        episode = call.message.episode
+        if isinstance(call.message, Step) and self.setup.environment:
+            worker = next((each for each in self.workers if episode in each.episodes), None)
+            if worker is None:  # it died before it heard of this call: `lost` was called
+                return
+        else:
+            if len(self.workers) < self.count:
+                self.workers.append(self._start())
+                worker = self.workers[-1]
+            else:
+                worker = min(self.workers, key=lambda each: len(each.episodes) + len(each.calls))
+            if isinstance(call.message, Begin):
+                worker.episodes.add(episode)
+        self._give(worker, call, outgoing)
+
+    def _give(self, worker: _Worker, call: Call, outgoing: dict[_Worker, list[Any]]) -> None:
+        if not worker.calls:
+            worker.heard_at = time.monotonic()
+        worker.calls[call.message.episode] = call
+        outgoing.setdefault(worker, []).append(call.message)
+
+    def _drop(self, end: End, outgoing: dict[_Worker, list[Any]]) -> None:
+        self.suspects = deque(call for call in self.suspects if call.message.episode != end.episode)
+        for worker in self._everyone():
+            worker.calls.pop(end.episode, None)
+            if end.episode in worker.episodes:
+                worker.episodes.discard(end.episode)
+                outgoing.setdefault(worker, []).append(end)
+
+    def _take(self, worker: _Worker, message: Any) -> None:
+        match message:
+            case Running(episode):
+                worker.running |= {episode} & worker.calls.keys()
+            case Began(episode) | Answer(episode) | Fault(episode):
+                worker.running.discard(episode)
+                self.num_deaths = 0
+                heartbeat()
+                if call := worker.calls.pop(episode, None):
+                    call.done(message)
+            case Ready():
+                worker.is_ready = True
+            case Warned(text):
+                self.warn(text)
+            case Failed(what):
+                raise ConfigError(what)
+            case Alive():
+                pass
+
+    def _start(self) -> _Worker:
+        process = Guarded(serve, [], int(self.memory * 2**30), "environment")
+        process.channel.send(self.setup)
+        return _Worker(process)
+
+    def _replace(self, worker: _Worker, is_late: bool) -> None:
+        is_too_large = worker.process.end()
+        how = "the process that ran it ended"
+        if is_late:
+            how = f"it did not answer within rollout.turn_seconds={self.setup.seconds:g} and held its process"
+        if is_too_large:
+            how = f"the process that ran it needed more than reward.memory_limit={self.memory:g} GiB"
+        self.num_deaths += 1
+        if not worker.is_ready and is_late:
+            raise EpisodeError(f"{self._name} was not imported within {IMPORT_TIMEOUT:.0f} s")
+        if self.num_deaths > MOST_DEATHS or (not worker.is_ready and self.num_deaths >= 3):
+            what = "while it was imported" if not worker.is_ready else "and no call was answered meanwhile"
+            raise EpisodeError(f"{self._name}: {self.num_deaths} processes ended {what}: {how}")
+        is_alone = worker is self.alone
+        if is_alone:
+            self.alone = None
+        else:
+            self.workers.remove(worker)
+        if self.setup.environment:
+            for episode in worker.episodes:
+                if self.listener:
+                    self.listener(episode, how, episode in worker.running)
+                elif call := worker.calls.get(episode):
+                    call.done(Fault(episode, how))
+            return
+        for episode, call in worker.calls.items():
+            if episode not in worker.running:
+                self.inbox.append(call)
+            elif is_alone or len(worker.running) == 1:
+                call.done(Fault(episode, how))
+            else:
+                self.suspects.append(call)
+        if self.suspects and not self.alone:
+            self.alone = self._start()
+
+    def _end_all(self) -> None:
+        everyone = self._everyone()
+        for worker in everyone:
+            with suppress(OSError):
+                worker.channel.socket.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + CLOSE_TIMEOUT
+        while (left := [w for w in everyone if not w.channel.has_ended]) and time.monotonic() < deadline:
+            for channel in wait([worker.channel for worker in left], 0.1):
+                channel.receive()
+        for worker in everyone:
+            worker.process.end()
+        self.workers, self.alone = [], None
+        self.ours.close()
+        self.wakes.close()
+
+
+forked.context.set_forkserver_preload(PRELOADED)
