@@ -123,10 +123,9 @@ def test_messages_of_the_policy_in_the_prompt_are_not_its_turns() -> None:
 
 
 def test_messages_that_do_not_fit_the_tokens_name_nobody() -> None:
-    episode = episode_of([{"role": "tool", "content": "b", "name": "times"}, *GUESSED[:1]])
-    found = turns(episode, [True, False, True], ["a", "b", "c"])
-    assert [turn["by"] for turn in found] == ["policy", "environment", "policy"]
-    assert [turn["marked"] for turn in found] == [[], [], []]
+    found = turns(episode_of(ASKED), [True, False, True, False, True], ["a", "12 é", "b", "c", "d"])
+    assert [turn["by"] for turn in found] == ["policy", "environment", "policy", "environment", "policy"]
+    assert all(turn["marked"] == [] for turn in found)
 
 
 def test_a_message_that_the_template_has_changed_is_not_marked() -> None:
