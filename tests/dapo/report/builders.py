@@ -128,7 +128,7 @@ GUESSED = [
 
 
 def chatml(messages: Messages) -> list[tuple[bool, str]]:
-    """The parts of a response of several turns: whether the policy wrote it, and its text, in ChatML."""
+    """The parts of a response in ChatML, up to the policy's last: did the policy write it, and its text."""
     parts = []
     for own, run in groupby(messages, lambda message: message["role"] == "assistant"):
         for message in run if own else ():
@@ -136,7 +136,7 @@ def chatml(messages: Messages) -> list[tuple[bool, str]]:
         said = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in run]
         if not own:
             parts.append((False, "\n" + "".join(said) + "<|im_start|>assistant\n"))
-    return parts
+    return parts if parts[-1][0] else parts[:-1]
 
 
 def make_episodes(

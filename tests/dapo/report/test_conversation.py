@@ -15,7 +15,7 @@ from dapo.config import ConfigError
 from dapo.report import page, samples
 from dapo.report.conversation import Episode, turns
 from dapo.rollout import dump
-from tests.dapo.report.builders import ASKED, GUESSED, Messages, data_of, make_episodes, make_run
+from tests.dapo.report.builders import ASKED, GUESSED, HOSTILE, Messages, data_of, make_episodes, make_run
 from tests.dapo.report.test_page import in_a_browser, open_page, words
 
 COUNTED = {"num_calls": 2, "num_unreadable": 1, "num_neutralised": 1, "num_attempts": 2}
@@ -259,3 +259,14 @@ def test_a_conversation_without_a_tokenizer_is_shown_by_its_messages(tmp_path: P
     dom, complaints = open_page(run / "report.html")
     assert complaints == []
     assert blocks(dom)[1] == ("turn theirs", "environmenthigher")
+
+
+@in_a_browser
+def test_nothing_that_an_environment_says_is_read_as_html(tmp_path: Path) -> None:
+    said = {"role": "tool", "content": HOSTILE, "name": "<b>times"}
+    page.write([make_episodes(tmp_path / "run", [GUESSED[0], said, GUESSED[2], said], None)], None, 1)
+    dom, complaints = open_page(tmp_path / "run" / "report.html")
+    assert complaints == []
+    assert "<img" not in dom and "<b>bold" not in dom and "<b>times" not in dom and "hurt</title>" not in dom
+    last = blocks(dom)[-1][1]
+    assert last.startswith("tool &lt;b&gt;timesthe policy has not read ita&lt;/script&gt;")
