@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 COUNTS = ("turns", "calls", "unreadable", "failed", "neutralised", "attempts")
-# How models call tools; with the last forms, JSON as a whole turn among them, a call ends with the turn
+# Calls as the templates ask for them that episodes can be played with; JSON alone ends with its turn
 CALL = re.compile(
-    r"<tool_call>.*?(?:</tool_call>|\Z)"
-    r"|<｜tool▁calls▁begin｜>.*?(?:<｜tool▁calls▁end｜>|\Z)"
-    r'|(?:<\|python_tag\|>|\[TOOL_CALLS\]|\A\s*\{\s*"(?:name|type)"\s*:).*?(?=<\||</s>|\Z)',
+    r"<tool_call>.*?(?:</tool_call>|(?=<tool_call>)|\Z)"
+    r'|\A\s*(?:<\|python_tag\|>)?\s*\{\s*"(?:name|type)"\s*:.*?(?=<\||\Z)',
     re.DOTALL,
 )
+THOUGHT = "</think>"  # what stands before it is no call yet
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Episode:
+class Conversation:
     """A dump's column `episode`: the messages from the first on, and what was counted."""
 
     messages: list[Message]
     counts: dict[str, int]  # by the names in COUNTS
 
     @classmethod
-    def read(cls, text: str) -> Episode:
+    def read(cls, text: str) -> Conversation:
         """Read the column's JSON. Raise ValueError if it is none, or lacks something."""
         try:
             content = json.loads(text)
@@ -88,7 +88,9 @@ def _plain(content: Any) -> str:
     return content if isinstance(content, str) else json.dumps(content)
 
 
-def turns(episode: Episode, loss_mask: Sequence[bool], pieces: list[str] | None) -> list[dict[str, Any]]:
+def turns(
+    conversation: Conversation, loss_mask: Sequence[bool], pieces: list[str] | None
+) -> list[dict[str, Any]]:
     """Return the turns of a sample in order, as the page takes them.
 
     Args:
@@ -100,7 +102,7 @@ def turns(episode: Episode, loss_mask: Sequence[bool], pieces: list[str] | None)
         its tokens, and `marked`, spans of tokens in it: the policy's calls, or what others wrote, between
         what the chat template adds. Or `text`, without a tokenizer, and of what the policy has not read.
     """
-    parts, spans = episode.parts(), [] if pieces is None else _spans(loss_mask)
+    parts, spans = conversation.parts(), [] if pieces is None else _spans(loss_mask)
     roles = [part[0].role == "assistant" for part in parts[: len(spans)]]
     if roles != [loss_mask[start] for start, _ in spans]:
         parts = []  # they do not say who wrote what
@@ -113,7 +115,7 @@ def turns(episode: Episode, loss_mask: Sequence[bool], pieces: list[str] | None)
             turn["turn"] = 1 + sum("turn" in each for each in found)
         if span and pieces:
             text = "".join(pieces[span[0] : span[1]])
-            places = _calls(episode, text) if own else _contents(text, part)
+            places = _calls(conversation, text) if own else _contents(text, part)
             turn |= {"start": span[0], "end": span[1], "marked": _tokens(pieces, span, places)}
         else:
             turn["text"] = "\n".join(message.content for message in part)
@@ -131,10 +133,12 @@ def _authors(part: list[Message]) -> str:
     return ", ".join(dict.fromkeys(message.author for message in part)) or "environment"
 
 
-def _calls(episode: Episode, text: str) -> list[tuple[int, int]]:
+def _calls(conversation: Conversation, text: str) -> list[tuple[int, int]]:
     """Return (start, end) of the calls in a turn of the policy, in characters; none if none was counted."""
-    has_calls = episode.counts["calls"] or episode.counts["unreadable"]
-    return [call.span() for call in CALL.finditer(text)] if has_calls else []
+    thought, mark, rest = text.rpartition(THOUGHT)
+    start = len(thought + mark)
+    calls = CALL.finditer(rest) if conversation.counts["calls"] else ()
+    return [(start + call.start(), start + call.end()) for call in calls]
 
 
 def _contents(text: str, part: list[Message]) -> list[tuple[int, int]]:

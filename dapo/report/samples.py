@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dapo.config import ConfigError
-from dapo.report.conversation import Episode, turns
+from dapo.report.conversation import Conversation, turns
 from dapo.report.curves import rounded
 from dapo.rollout.dump import COLUMNS, KINDS, TRACE_COLUMNS, path_of, read_rows, traces_path_of
 
@@ -124,15 +124,17 @@ def read_groups(rollouts: Path, step: int, part: slice) -> list[list[dict[str, A
     groups: dict[int, list[dict[str, Any]]] = {group: [] for group in wanted}
     for row in read_rows(path, COLUMNS, wanted, EPISODE):
         key = row["group"], row["index"]
-        groups[row["group"]].append(row | {"trace": traces.get(key), "episode": _episode(path, row)})
+        groups[row["group"]].append(
+            row | {"trace": traces.get(key), "conversation": _conversation(path, row)}
+        )
     if not all(groups.values()):
         raise ConfigError(f"{path} is damaged: it names groups of which it holds no sample")
     return list(groups.values())
 
 
-def _episode(path: Path, row: dict[str, Any]) -> Episode | None:
+def _conversation(path: Path, row: dict[str, Any]) -> Conversation | None:
     try:
-        return Episode.read(row["episode"]) if row.get("episode") else None
+        return Conversation.read(row["episode"]) if row.get("episode") else None
     except ValueError as error:
         which = f"sample {row['index']} of group {row['group']}"
         raise ConfigError(f"{path} is damaged: episode of {which}: {error}") from None
@@ -149,10 +151,12 @@ def describe(
         "step": step,
         "group": first["group"],
         "kind": first["kind"],
-        "preview": " ".join((first["episode"].task if first["episode"] else prompt).split())[:PREVIEW],
+        "preview": " ".join((first["conversation"].task if first["conversation"] else prompt).split())[
+            :PREVIEW
+        ],
         "outcomes": "".join(map(_outcome, rows)),
     }
-    if num_turns := [row["episode"].counts["turns"] for row in rows if row["episode"]]:
+    if num_turns := [row["conversation"].counts["turns"] for row in rows if row["conversation"]]:
         entry["turns"] = [min(num_turns), max(num_turns)]
     samples = [_describe_sample(row, tokenizer) for row in rows]
     return entry, {"prompt": prompt, "answer": first["answer"], "samples": samples}
@@ -181,14 +185,14 @@ def _describe_sample(row: dict[str, Any], tokenizer: Tokenizer | None) -> dict[s
         "probability": rounded(float(np.exp(logprobs[mask]).mean())) if mask.any() else None,
     }
     pieces = tokenizer.pieces(row["tokens"]) if tokenizer else None
-    if episode := row["episode"]:
-        sample["episode"] = episode.counts | {"own": int(mask.sum())}
-        sample["turns"] = turns(episode, row["loss_mask"], pieces)
+    if conversation := row["conversation"]:
+        sample["episode"] = conversation.counts | {"own": int(mask.sum())}
+        sample["turns"] = turns(conversation, row["loss_mask"], pieces)
     if pieces is None:
         return sample | {"text": row["text"]}
     # −log p in hundredths
     sample |= {"pieces": pieces, "surprise": np.rint(-100 * logprobs).clip(0, 9999).astype(int).tolist()}
-    if not mask.all() and not episode:
+    if not mask.all() and not conversation:
         sample["foreign"] = np.flatnonzero(~mask).tolist()
     if trace := row["trace"]:
         low, high = np.array(trace["clipped_low"]), np.array(trace["clipped_high"])

@@ -13,7 +13,7 @@ import pytest
 
 from dapo.config import ConfigError
 from dapo.report import page, samples
-from dapo.report.conversation import Episode, turns
+from dapo.report.conversation import Conversation, turns
 from dapo.rollout import dump
 from tests.dapo.report.builders import ASKED, GUESSED, HOSTILE, Messages, data_of, make_episodes, make_run
 from tests.dapo.report.test_page import in_a_browser, open_page, words
@@ -28,10 +28,10 @@ def described(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return entry, content["samples"]
 
 
-def episode_of(messages: Messages, **counts: int) -> Episode:
+def conversation_of(messages: Messages, **counts: int) -> Conversation:
     zeros = {f"num_{name}": 0 for name in ("calls", "unreadable", "failed", "neutralised")}
     num_turns = sum(message["role"] == "assistant" for message in messages)
-    return Episode.read(
+    return Conversation.read(
         json.dumps({"messages": messages, "num_attempts": 1, "num_turns": num_turns} | zeros | counts)
     )
 
@@ -108,8 +108,8 @@ def test_without_a_tokenizer_the_turns_are_the_messages(tmp_path: Path) -> None:
 
 
 def test_what_comes_after_the_last_turn_has_a_text_and_no_tokens() -> None:
-    episode = episode_of([*GUESSED[:1], {"role": "user", "content": "right!"}])
-    assert turns(episode, [True, True], ["is the number 5?", "."]) == [
+    conversation = conversation_of([*GUESSED[:1], {"role": "user", "content": "right!"}])
+    assert turns(conversation, [True, True], ["is the number 5?", "."]) == [
         {"by": "policy", "turn": 1, "start": 0, "end": 2, "marked": []},
         {"by": "environment", "text": "right!"},
     ]
@@ -117,13 +117,13 @@ def test_what_comes_after_the_last_turn_has_a_text_and_no_tokens() -> None:
 
 def test_messages_of_the_policy_in_the_prompt_are_not_its_turns() -> None:
     shots = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
-    episode = episode_of([*shots, {"role": "user", "content": "2+2"}, *GUESSED[:1]], num_turns=1)
-    assert episode.task == "2+2"
-    assert [part[0].content for part in episode.parts()] == ["is the number 5?"]
+    conversation = conversation_of([*shots, {"role": "user", "content": "2+2"}, *GUESSED[:1]], num_turns=1)
+    assert conversation.task == "2+2"
+    assert [part[0].content for part in conversation.parts()] == ["is the number 5?"]
 
 
 def test_messages_that_do_not_fit_the_tokens_name_nobody() -> None:
-    found = turns(episode_of(ASKED), [True, False, True, False, True], ["a", "12 é", "b", "c", "d"])
+    found = turns(conversation_of(ASKED), [True, False, True, False, True], ["a", "12 é", "b", "c", "d"])
     assert [turn["by"] for turn in found] == ["policy", "environment", "policy", "environment", "policy"]
     assert all(turn["marked"] == [] for turn in found)
 
@@ -131,7 +131,7 @@ def test_messages_that_do_not_fit_the_tokens_name_nobody() -> None:
 def test_a_message_that_the_template_has_changed_is_not_marked() -> None:
     for content in ('say "12"', [{"type": "text", "text": "12"}]):
         messages = [GUESSED[0], {"role": "tool", "content": content}, GUESSED[2]]
-        [_, turn, _] = turns(episode_of(messages), [True, False, True], ["a", '"say \\"12\\""', "c"])
+        [_, turn, _] = turns(conversation_of(messages), [True, False, True], ["a", '"say \\"12\\""', "c"])
         assert turn == {"by": "tool", "start": 1, "end": 2, "marked": []}
 
 
@@ -140,18 +140,18 @@ def test_a_message_that_the_template_has_changed_is_not_marked() -> None:
     [
         ("so <tool_call>{}</tool_call> then<|im_end|>", "<tool_call>{}</tool_call>"),
         ("so <tool_call>{ and no end", "<tool_call>{ and no end"),
+        ("I <tool_call>1</tool_call></think>\n<tool_call>2</tool_call>", "<tool_call>2</tool_call>"),
         ('\n{"name": "f", "parameters": {"a": {}}}<|eot_id|>', '\n{"name": "f", "parameters": {"a": {}}}'),
         ('<|python_tag|>{"name": "f"}<|eom_id|>', '<|python_tag|>{"name": "f"}'),
-        ('[TOOL_CALLS] [{"name": "f"}]</s>', '[TOOL_CALLS] [{"name": "f"}]'),
         ('it is {"name": "f"}', None),
     ],
 )
 def test_a_call_is_known_by_its_form(text: str, call: str | None) -> None:
     [turn] = turns(
-        episode_of([{"role": "assistant", "content": text}], num_calls=1), [True] * len(text), [*text]
+        conversation_of([{"role": "assistant", "content": text}], num_calls=1), [True] * len(text), [*text]
     )
     assert [text[start:end] for start, end in turn["marked"]] == ([call] if call else [])
-    [turn] = turns(episode_of([{"role": "assistant", "content": text}]), [True] * len(text), [*text])
+    [turn] = turns(conversation_of([{"role": "assistant", "content": text}]), [True] * len(text), [*text])
     assert turn["marked"] == [], "no call was counted"
 
 
