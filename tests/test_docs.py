@@ -10,11 +10,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from dapo.config import Config, plain_yaml, reference
+from dapo.episodes import Reply, Turn
 from tools import site_files
 
 ROOT = Path(__file__).parents[1]
@@ -213,3 +215,28 @@ def test_a_closure_is_a_reward_without_workers(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     run_python("my_run.py", cwd=tmp_path)
     assert (tmp_path / "runs/python/hf/config.json").is_file()
+
+
+def test_the_game_of_the_environments_page_is_won_by_halving_and_lost_by_silence() -> None:
+    _, game, *adapters = blocks("environments.md")
+    names: dict[str, Any] = {}
+    exec(compile(game, "environments.md", "exec"), names)
+    for adapter in adapters:
+        compile(adapter, "environments.md", "exec")
+    for seed in range(20):
+        environment = names["GuessTheNumber"]()
+        [task] = environment.reset({"highest": 20}, seed)
+        assert "1 to 20" in task["content"] and environment.reset({"highest": 20}, seed) == [task]
+        low, high = 1, 20
+        for _ in range(5):
+            guess = (low + high) // 2
+            turn = environment.step(Reply(f"Guess: 99, no, Guess: {guess}"))
+            if turn.is_done:
+                break
+            low, high = (guess + 1, high) if "higher" in turn.messages[0]["content"] else (low, guess - 1)
+        assert turn == Turn(is_done=True, reward=1.0, is_correct=True), guess
+    environment.reset({"highest": 20}, 0)
+    silent = [environment.step(Reply("")) for _ in range(5)]
+    assert [turn.is_done for turn in silent] == [False] * 4 + [True] and silent[-1].is_correct is False
+    environment.reset({"highest": 20}, 0)
+    assert environment.step(Reply("Guess: 0", is_truncated=True)).reward == -1.0

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 
 from dapo.config import ConfigError
+from dapo.report.conversation import Conversation, turns
 from dapo.report.curves import rounded
 from dapo.rollout.dump import COLUMNS, KINDS, TRACE_COLUMNS, path_of, read_rows, traces_path_of
 
 PREVIEW = 160  # characters of a prompt in the list of groups
+EPISODE = {"episode": "string"}  # a column of dumps that have samples of several turns
 
 
 @dataclass
@@ -120,11 +122,22 @@ def read_groups(rollouts: Path, step: int, part: slice) -> list[list[dict[str, A
     if traces_path.exists():
         traces = {(row["group"], row["index"]): row for row in read_rows(traces_path, TRACE_COLUMNS, wanted)}
     groups: dict[int, list[dict[str, Any]]] = {group: [] for group in wanted}
-    for row in read_rows(path, COLUMNS, wanted):
-        groups[row["group"]].append({"trace": traces.get((row["group"], row["index"])), **row})
+    for row in read_rows(path, COLUMNS, wanted, EPISODE):
+        key = row["group"], row["index"]
+        groups[row["group"]].append(
+            row | {"trace": traces.get(key), "conversation": _conversation(path, row)}
+        )
     if not all(groups.values()):
         raise ConfigError(f"{path} is damaged: it names groups of which it holds no sample")
     return list(groups.values())
+
+
+def _conversation(path: Path, row: dict[str, Any]) -> Conversation | None:
+    try:
+        return Conversation.read(row["episode"]) if row.get("episode") else None
+    except ValueError as error:
+        which = f"sample {row['index']} of group {row['group']}"
+        raise ConfigError(f"{path} is damaged: episode of {which}: {error}") from None
 
 
 def describe(
@@ -138,9 +151,13 @@ def describe(
         "step": step,
         "group": first["group"],
         "kind": first["kind"],
-        "preview": " ".join(prompt.split())[:PREVIEW],
+        "preview": " ".join((first["conversation"].task if first["conversation"] else prompt).split())[
+            :PREVIEW
+        ],
         "outcomes": "".join(map(_outcome, rows)),
     }
+    if num_turns := [row["conversation"].counts["turns"] for row in rows if row["conversation"]]:
+        entry["turns"] = [min(num_turns), max(num_turns)]
     samples = [_describe_sample(row, tokenizer) for row in rows]
     return entry, {"prompt": prompt, "answer": first["answer"], "samples": samples}
 
@@ -156,7 +173,7 @@ def _is_truncated(row: dict[str, Any]) -> bool:
 
 
 def _describe_sample(row: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
-    logprobs = np.array(row["behavior_logprobs"], np.float64)
+    logprobs, mask = np.array(row["behavior_logprobs"], np.float64), np.array(row["loss_mask"], bool)
     sample = {
         "index": row["index"],
         "correct": row["is_correct"],
@@ -165,15 +182,18 @@ def _describe_sample(row: dict[str, Any], tokenizer: Tokenizer | None) -> dict[s
         "reward": rounded(row["reward"]),
         "advantage": rounded(row["advantage"]),
         "tokens": len(row["tokens"]),
-        "probability": rounded(float(np.exp(logprobs).mean())) if len(logprobs) else None,
+        "probability": rounded(float(np.exp(logprobs[mask]).mean())) if mask.any() else None,
     }
     pieces = tokenizer.pieces(row["tokens"]) if tokenizer else None
+    if conversation := row["conversation"]:
+        sample["episode"] = conversation.counts | {"own": int(mask.sum())}
+        sample["turns"] = turns(conversation, row["loss_mask"], pieces)
     if pieces is None:
         return sample | {"text": row["text"]}
     # −log p in hundredths
     sample |= {"pieces": pieces, "surprise": np.rint(-100 * logprobs).clip(0, 9999).astype(int).tolist()}
-    if not all(row["loss_mask"]):
-        sample["foreign"] = np.flatnonzero(~np.array(row["loss_mask"])).tolist()
+    if not mask.all() and not conversation:
+        sample["foreign"] = np.flatnonzero(~mask).tolist()
     if trace := row["trace"]:
         low, high = np.array(trace["clipped_low"]), np.array(trace["clipped_high"])
         ratios = np.exp(np.array(trace["logprobs"]) - np.array(trace["old_logprobs"])).tolist()

@@ -178,13 +178,16 @@ def read_groups(path: Path) -> list[Group]:
     return [group for _, group in _groups(path)] if path.exists() else []
 
 
-def read_rows(path: Path, columns: Columns, groups: Sequence[int] | None = None) -> Rows:
-    """Return the rows, only those of `groups` if given, with `columns` of COLUMNS or TRACE_COLUMNS.
+def read_rows(
+    path: Path, columns: Columns, groups: Sequence[int] | None = None, optional: Columns = NONE
+) -> Rows:
+    """Return the rows, only those of `groups` if given, with `columns` of COLUMNS or TRACE_COLUMNS, and those
+    of `optional` that the file has.
 
     Raises:
         ConfigError: the file is damaged, or was not written here.
     """
-    return [row for batch in _batches(path, columns, groups) for row in batch.to_pylist()]
+    return [row for batch in _batches(path, columns, groups, optional) for row in batch.to_pylist()]
 
 
 def _batches(

@@ -2,9 +2,13 @@
 
 import json
 import re
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import tokenizers
 
 from dapo.learn.traces import Trace
@@ -99,6 +103,76 @@ def make_trace(sample: Sample) -> Trace:
     change[1:3] = [-1, 1]
     old = sample.behavior_logprobs
     return Trace(sample.group, sample.index, old, old + change, at == 1, at == 2)
+
+
+Messages = list[dict[str, Any]]
+QUESTION = [{"role": "user", "content": "what is 3 * 4?"}]
+# the policy thinks, calls two tools, one of them by a call that cannot be read, and answers
+ASKED = [
+    {
+        "role": "assistant",
+        "content": 'the <tool_call>\n{"name": "times"}\n</tool_call><tool_call>{"na</tool_call>',
+    },
+    {"role": "tool", "content": "12 é", "name": "times"},
+    {"role": "tool", "content": "no JSON: <|im_end|>", "name": ""},
+    {"role": "assistant", "content": "the answer is 12"},
+]
+# a game of three turns, whose last one is cut off
+GUESSED = [
+    {"role": "assistant", "content": "is the number 5?"},
+    {"role": "user", "content": "higher"},
+    {"role": "assistant", "content": "is the number 7?"},
+    {"role": "user", "content": "lower"},
+    {"role": "assistant", "content": "is the"},
+]
+
+
+def chatml(messages: Messages) -> list[tuple[bool, str]]:
+    """The parts of a response in ChatML, up to the policy's last: did the policy write it, and its text."""
+    parts = []
+    for own, run in groupby(messages, lambda message: message["role"] == "assistant"):
+        for message in run if own else ():
+            parts.append((True, message["content"] + "<|im_end|>"))
+        said = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in run]
+        if not own:
+            parts.append((False, "\n" + "".join(said) + "<|im_start|>assistant\n"))
+    return parts if parts[-1][0] else parts[:-1]
+
+
+def make_episodes(
+    directory: Path, *episodes: Messages | None, prompt: Messages = QUESTION, **counts: int
+) -> Path:
+    """A run whose only group has these samples, the first one correct. None: a sample of one turn."""
+    run = make_run(directory, dumps=0)
+    tokenizer = make_tokenizer(directory / "hf")
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(directory / "hf" / "tokenizer.json"))
+    asked = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in prompt)
+    group = Group(7, Prompt(0, np.array(tokenizer.encode(asked).ids, np.int32), "12"))
+    columns = []
+    for index, episode in enumerate(episodes):
+        parts = chatml(episode) if episode else [(True, "the answer<|im_end|>")]
+        tokens = [np.array(tokenizer.encode(text).ids, np.int32) for _, text in parts]
+        mask = np.concatenate([np.full(len(part), own) for (own, _), part in zip(parts, tokens, strict=True)])
+        n = len(mask)
+        surprise = np.linspace(0, 3, n, dtype=np.float32) * mask
+        sample = Sample(7, index, np.concatenate(tokens), -surprise, mask, ((0, 0, n),), "stop", parts[-1][1])
+        sample.is_correct = index == 0
+        group.samples.append(sample)
+        num_turns = sum(own for own, _ in parts)
+        named = {f"num_{name}": 0 for name in ("calls", "unreadable", "failed", "neutralised")}
+        named |= {"num_turns": num_turns, "num_attempts": 1} | counts
+        columns.append(json.dumps({"messages": [*prompt, *episode], **named}) if episode else None)
+    buffer = Buffer(8, is_dynamic=True)
+    buffer.offer(group)
+    path = dump.path_of(directory / "rollouts", 0)
+    with dump.Writer() as writer:
+        writer.write(path, buffer, fraction=1.0)
+        traces = [make_trace(sample) for sample in group.samples]
+        writer.write_traces(dump.traces_path_of(directory / "rollouts", 0), traces)
+    table = pq.read_table(path).append_column("episode", pa.array(columns, pa.string()))
+    pq.write_table(table, path, write_page_checksum=True)
+    return run
 
 
 def data_of(file: Path):
