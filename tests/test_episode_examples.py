@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers.utils import get_json_schema
 
-from dapo.episodes.environment import Reply
+from dapo.episodes import Reply
 from dapo.model.tokenizer import check_vocabulary, decoder_json, load_tokenizer, stop_ids
 from examples.calculator import task as sums
 from examples.calculator.calculator import calculator

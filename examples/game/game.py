@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dapo.episodes.environment import Environment, Message, Reply, Turn
+from dapo.episodes import Environment, Message, Reply, Turn
 
 GUESSES = 5  # enough for 1 … 31, if each guess halves what is left
 

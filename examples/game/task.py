@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from dapo.episodes.environment import Reply
+from dapo.episodes import Reply
 from examples.game.game import GuessNumber
 
 LEAST, MOST = 16, 31  # of the highest number
