@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,11 @@ import torch
 import transformers
 from transformers.utils import get_json_schema
 
+from dapo import config
 from dapo.episodes import Reply
+from dapo.episodes.assemble import make_setup, turns_of
+from dapo.episodes.calls import read_hermes
+from dapo.episodes.tools import ToolBox
 from dapo.model.tokenizer import check_vocabulary, decoder_json, load_tokenizer, stop_ids
 from examples.calculator import task as sums
 from examples.calculator.calculator import calculator
@@ -23,7 +29,7 @@ from examples.tiny_chat import Messages, School, make_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 WORDS = {"calculator": sums.WORDS, "game": games.WORDS}
-TOOLS = {"calculator": [get_json_schema(calculator)], "game": None}
+TOOLS: dict[str, Any] = {"calculator": [get_json_schema(calculator)], "game": None}
 FLAWS = sums.Flaws(guess=0.3, slip=0.3, equals=0.3)
 
 
@@ -143,25 +149,41 @@ def test_a_base_has_its_makers_tokenizer_in_every_class(example: str, tmp_path: 
 
 @pytest.mark.parametrize("example", WORDS)
 def test_demonstrations_have_the_tokens_of_episodes(example: str) -> None:
-    """An episode's prompt, then the turns as the policy writes them, then what the template adds between."""
-    school = school_of(example)
-    tokenizer = school.tokenizer
-
-    def encoded(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
+    """An episode's prompt, then the turns as the policy writes them, then what the chat adds between."""
+    school, tools = school_of(example), TOOLS[example] or []
+    loaded = config.load(EXAMPLES / example / "config.yaml")
+    chat = make_setup(loaded, school.tokenizer, turns_of(loaded)).chat
     for episode in episodes_of(example):
-        expected, is_written = [], []
-        for i, message in enumerate(episode):
-            if message["role"] == "assistant":
-                prompt = tokenizer.apply_chat_template(
-                    episode[:i], tools=school.tools, add_generation_prompt=True, tokenize=False
-                )
-                between = encoded(prompt)[len(expected) :]
-                turn = [*encoded(message["content"]), tokenizer.eos_token_id]
-                expected += between + turn
-                is_written += [False] * len(between) + [True] * len(turn)
+        expected = chat.start(episode[:1], tools)
+        is_written = [False] * len(expected)
+        for i in range(1, len(episode), 2):
+            following = episode[i + 1 : i + 2]
+            turn = school.tokenizer(episode[i]["content"], add_special_tokens=False)["input_ids"]
+            turn.append(school.tokenizer.eos_token_id)
+            between = chat.after(turn[-1], following, tools, room=1000).tokens if following else []
+            assert between is not None
+            expected += turn + between
+            is_written += [True] * len(turn) + [False] * len(between)
         assert school.tokens(episode) == (expected, is_written)
+
+
+def test_demonstrations_have_the_answers_of_episodes() -> None:
+    """Results and errors, which the policy reads."""
+
+    async def call(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        return function(**arguments)
+
+    toolbox = ToolBox({"calculator": calculator})
+    answers = []
+    for episode in episodes_of("calculator", 40):
+        for message, following in zip(episode[1::2], episode[2::2], strict=False):
+            reply = Reply(message["content"], read_hermes(message["content"], TOOLS["calculator"]))
+            turn, _ = asyncio.run(toolbox.step(reply, call))
+            assert turn.messages == [following]
+            answers.append(following["content"])
+        last = Reply(episode[-1]["content"], read_hermes(episode[-1]["content"], TOOLS["calculator"]))
+        assert asyncio.run(toolbox.step(last, call))[0].is_done
+    assert any(answer.startswith("Error: ") for answer in answers) and len(answers) > 20
 
 
 def test_the_template_writes_tool_calls_as_qwen2_5_does() -> None:

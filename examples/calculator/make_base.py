@@ -17,15 +17,15 @@ from examples.tiny_chat import Messages, Phase, School, make_base, make_tokenize
 TARGET = Path(__file__).parent / "base"
 
 
-def clean(rng: random.Random) -> Messages:
-    return demonstrate(make_problem(rng), rng, Flaws())
+def careful(rng: random.Random) -> Messages:
+    return demonstrate(make_problem(rng), rng, Flaws(equals=0.15))
 
 
 def careless(rng: random.Random) -> Messages:
     return demonstrate(make_problem(rng), rng, Flaws(guess=0.75, slip=0.06, equals=0.1))
 
 
-PHASES = [Phase(1200, 5e-3, clean), Phase(400, 2e-3, careless)]
+PHASES = [Phase(1200, 5e-3, careful), Phase(400, 2e-3, careless)]
 
 
 def main() -> None:

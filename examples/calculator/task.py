@@ -10,7 +10,7 @@ from examples.calculator.calculator import calculator
 
 SHAPES = ["{}*{}", "{}*{}+{}", "{}*{}-{}", "{}*{}+{}*{}"]
 CALL, CALL_ENDS = '{"name": "calculator", "arguments": {"expression": "', '"}}'
-WORDS = [CALL, CALL_ENDS, "calculator", "Answer: ", "Tools: ", "Error: "]  # a token each
+WORDS = [CALL, CALL_ENDS, "calculator", "Answer: ", "Tools: ", "Error: ValueError: "]  # a token each
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def called(expression: str) -> list[dict[str, Any]]:
     try:
         answer = calculator(expression)
     except ValueError as error:
-        answer = f"Error: {error}"
+        answer = f"Error: ValueError: {error}"  # as the policy will read it
     call = f"<tool_call>\n{CALL}{expression}{CALL_ENDS}\n</tool_call>"
     return [
         {"role": "assistant", "content": call},
