@@ -130,7 +130,7 @@ class Request:
 
 @dataclass(slots=True)
 class Episode:
-    """How a sample of several turns came about."""
+    """A conversation of several turns, which a sample is made of, and what happened in it."""
 
     # the conversation in order, from the first message on: {"role": "user", "content": "…"}
     messages: list[dict[str, Any]]
@@ -217,7 +217,7 @@ class Group:
 
     @property
     def why_lost(self) -> str:
-        """What its environment did, if it is lost; else nothing."""
+        """Reason why it is lost, if it is; else nothing."""
         return next((sample.text for sample in self.samples if sample.is_lost), "")
 
     @property

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from dapo.config import plain_yaml
 from dapo.config.options import UNSAID, ConfigError, Section
+from dapo.config.parallel import Parallel
 from dapo.config.sections import (
     DEFAULT_FUNCTION,
     Data,
@@ -20,7 +21,6 @@ from dapo.config.sections import (
     Limits,
     Objective,
     Optim,
-    Parallel,
     Policy,
     Reward,
     Rollout,

@@ -14,7 +14,7 @@ from dapo.episodes.environment import Message
 from dapo.episodes.player import Answer, Began, Begin, Fault, Setup, import_environment
 from dapo.episodes.stream import EpisodeEngine, Limits, group_seed
 from dapo.episodes.tools import schemas
-from dapo.episodes.workers import Call, Workers
+from dapo.episodes.workers import Call, Workers, preload
 from dapo.model.tokenizer import decoder_json, stop_ids
 from dapo.rollout.render import NONE, ONE_TURN, Renderer, Turns
 from dapo.types import Engine, Interrupted, Prompt
@@ -25,6 +25,8 @@ CHECKED = 4  # prompts whose environments are reset twice, before the run
 def turns_of(config: Config) -> Turns:
     """Return what the config's rollout asks of prompts. Raise ConfigError if its code cannot be used."""
     rollout = config.rollout
+    if rollout.has_turns:
+        preload()
     if rollout.environment:
         import_environment(rollout.environment)
         return Turns(environment=rollout.environment)

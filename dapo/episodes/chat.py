@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import jinja2
@@ -21,12 +22,17 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from dapo.config import ConfigError
 from dapo.episodes.environment import Message
 
-TURN = "\ue0f0turn\ue0f0"  # stands for the policy's turn; these characters have no meaning in Unicode
-OPEN, CLOSE = "\ue0f1", "\ue0f2"  # around a control token in the environment's text
-MARKED = re.compile(f"{OPEN}([^{OPEN}{CLOSE}]*){CLOSE}|[{OPEN}{CLOSE}]")
+# private characters, which have no meaning in Unicode; messages lose theirs
+TURN = "\ue0f0turn\ue0f0"  # stands for the policy's turn
+BREAK = "\ue0f1"  # inside a control token, or a piece of one, in a message: it is ordinary text
+PRIVATE = re.compile("[\ue0f0\ue0f1]")
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, from JSON: no tokenizer takes it
+MARKER = re.compile(r"<[|｜].*[|｜]>")  # how most control tokens are written
 QUESTION: Message = {"role": "user", "content": "question"}
 SYSTEM: Message = {"role": "system", "content": "system"}
-REFUSALS = (jinja2.TemplateError, ValueError, TypeError, KeyError, RecursionError)
+REFUSALS = (
+    jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
+)  # fmt: skip
 
 
 class ChatError(ConfigError):
@@ -35,7 +41,7 @@ class ChatError(ConfigError):
 
 @dataclass(frozen=True)
 class Suffix:
-    """What follows the policy's turn."""
+    """Holds what follows the policy's turn."""
 
     tokens: list[int] | None  # None: they have no room
     num_neutralised: int  # control tokens in the messages, which became ordinary text
@@ -51,18 +57,26 @@ class Chat:
     arguments: dict[str, Any]  # data.template_arguments
     stop_ids: tuple[int, ...]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the fields alone: what is derived from them is derived again in another process."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
     def start(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[int]:
-        """Return the tokens of an environment's first messages, up to where the policy writes.
+        """Return the tokens of an environment's first messages, up to where the policy writes: a new message,
+        or one of the assistant that they end with.
 
         Raises:
             ChatError: the template refuses them.
         """
-        marked, _ = self._mark(list(messages))
+        marked = self._marked(messages)
+        is_begun = marked[-1].get("role") == "assistant"
+        if is_begun and not str(marked[-1].get("content")).strip() and len(marked) > 1:
+            marked, is_begun = marked[:-1], False
         try:
-            text = self._render(marked, tools, goes_on=True)
+            text = self._render(marked, self._mark(list(tools)), goes_on=not is_begun, is_begun=is_begun)
         except REFUSALS as error:
             raise ChatError(f"the chat template refuses the first messages: {_line(error)}") from error
-        return self._encode(text)
+        return self._encode(text)[0]
 
     def after(
         self, last: int, messages: Sequence[Message], tools: Sequence[dict[str, Any]], room: int
@@ -76,8 +90,7 @@ class Chat:
         # each token is at least a character of a known length: what is far too long is not tokenized
         if sum(len(str(message.get("content"))) for message in messages) > room * self._longest:
             return Suffix(None, 0)
-        marked, count = self._mark(list(messages))
-        tokens = self._encode(self._text_after(marked, tools))
+        tokens, count = self._encode(self._text_after(self._marked(messages), tools))
         if tokens[:1] == [last]:
             tokens = tokens[1:]
         return Suffix(tokens if len(tokens) < room else None, count)
@@ -105,13 +118,16 @@ class Chat:
 
     # --- text ---
 
-    def _render(self, messages: list[Message], tools: Sequence[dict[str, Any]], goes_on: bool) -> str:
+    def _render(
+        self, messages: list[Message], tools: Sequence[dict[str, Any]], goes_on: bool, is_begun: bool = False
+    ) -> str:
         variables = {**self.special_tokens, **self.arguments}
         made, _ = render_jinja_template(
             conversations=[messages],
             tools=list(tools) or None,
             chat_template=self.template,
             add_generation_prompt=goes_on,
+            continue_final_message=is_begun,
             **variables,
         )
         return str(made[0])
@@ -129,9 +145,9 @@ class Chat:
                     own = self._behind_turn(self._render(before, tools, goes_on=False))
                 whole = self._behind_turn(self._render([*before, *messages], tools, goes_on=True))
                 text = self._from_end_of_turn(own, whole)
-                shown = str(messages[-1].get("content"))
-                if role not in self._known and _letters(shown) not in _letters(text):
-                    raise ValueError(f"it leaves out {shown[:60]!r}")
+                for shown in (str(message.get("content")) for message in messages):
+                    if role not in self._known and _letters(shown) not in _letters(text):
+                        raise ValueError(f"it leaves out {shown[:60]!r}")
             except REFUSALS as error:
                 failure = failure or _line(error)
                 continue
@@ -170,28 +186,56 @@ class Chat:
 
     # --- tokens ---
 
-    def _mark(self, value: Any) -> tuple[Any, int]:
-        """Return messages whose control tokens are marked, and how many there are. Roles are left alone."""
-        if isinstance(value, str):
-            value = re.sub(f"[{OPEN}{CLOSE}]", "", value).replace(TURN, "")
-            return self._control.subn(f"{OPEN}\\g<0>{CLOSE}", value)
-        if isinstance(value, dict):
-            pairs = {name: (each, 0) if name == "role" else self._mark(each) for name, each in value.items()}
-            return {name: each for name, (each, _) in pairs.items()}, sum(n for _, n in pairs.values())
-        if isinstance(value, list | tuple):
-            found = [self._mark(each) for each in value]
-            return [each for each, _ in found], sum(n for _, n in found)
-        return value, 0
+    def _marked(self, messages: Sequence[Message]) -> list[Message]:
+        """Return messages without control tokens, see `_broken`. Roles are left alone: they are of a few."""
+        roles = [{"role": message["role"]} if "role" in message else {} for message in messages]
+        return [self._mark(message) | role for message, role in zip(messages, roles, strict=True)]
 
-    def _encode(self, text: str) -> list[int]:
-        """Return the tokens of rendered text: marked control tokens as ordinary text."""
+    def _mark(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self._broken(value)
+        if isinstance(value, dict):
+            return {self._mark(name): self._mark(each) for name, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._mark(each) for each in value]
+        return value
+
+    def _broken(self, text: str) -> str:
+        """Return a text with a break inside each control token, and inside what could be a piece of one with
+        the text that the template writes before or after.
+        """
+        text = SURROGATE.sub("\ufffd", PRIVATE.sub("", text))
+        end = len(text.rstrip())
+        start = min(len(text) - len(text.lstrip()), end)
+        heads, tails = self._pieces
+        lengths = range(1, min(self._longest, end - start) + 1)
+        at = {found.start() + 1 for found in self._control.finditer(text)}
+        at |= {end - n + 1 for n in lengths if text[end - n : end] in heads}
+        at |= {start + n - 1 for n in lengths if text[start : start + n] in tails}
+        if not at:
+            return text
+        bounds = [0, *sorted(at), len(text)]
+        return BREAK.join(text[i:j] for i, j in pairwise(bounds))
+
+    def _encode(self, text: str) -> tuple[list[int], int]:
+        """Return the tokens of rendered text, and how many control tokens became ordinary text: those with a
+        break inside.
+        """
+        if BREAK not in text:
+            return self._own.encode(text, add_special_tokens=False).ids, 0
         tokens: list[int] = []
-        for i, piece in enumerate(MARKED.split(text)):
-            if piece:
-                tokens += (
-                    self._as_text(piece) if i % 2 else self._own.encode(piece, add_special_tokens=False).ids
-                )
-        return tokens
+        count, plain = 0, ""
+        end = 0
+        for own in [*self._control.finditer(text), None]:  # the template's own
+            part = text[end : own.start() if own else None].replace(BREAK, "")
+            start = 0
+            for forged in self._control.finditer(part):
+                plain += part[start : forged.start()]
+                tokens += self._own.encode(plain, add_special_tokens=False).ids + self._as_text(forged[0])
+                count, plain, start = count + 1, "", forged.end()
+            plain += part[start:] + (own[0] if own else "")
+            end = own.end() if own else end
+        return tokens + self._own.encode(plain, add_special_tokens=False).ids, count
 
     def _as_text(self, control: str) -> list[int]:
         tokens = self._plain.encode(control, add_special_tokens=False).ids
@@ -209,18 +253,30 @@ class Chat:
 
     @cached_property
     def _own(self) -> Tokenizer:
-        return Tokenizer.from_str(self.tokenizer)
+        return _unlimited(Tokenizer.from_str(self.tokenizer))
 
     @cached_property
     def _plain(self) -> Tokenizer:
         """The tokenizer without the tokens that were added to it."""
-        return Tokenizer.from_str(json.dumps(json.loads(self.tokenizer) | {"added_tokens": []}))
+        bare = json.loads(self.tokenizer) | {"added_tokens": []}
+        return _unlimited(Tokenizer.from_str(json.dumps(bare)))
 
     @cached_property
     def _control_tokens(self) -> dict[int, str]:
-        """Control tokens: special ones, and added ones that the template writes."""
-        added = self._own.get_added_tokens_decoder().items()
-        return {i: each.content for i, each in added if each.special or each.content in self.template}
+        """Control tokens by id: special ones, those that end a turn, and added ones that the template writes
+        or that are written like one. Runs of spaces are none, nor is a single character.
+        """
+        return {
+            id: token.content
+            for id, token in self._own.get_added_tokens_decoder().items()
+            if len(token.content.strip()) > 1
+            and (
+                token.special
+                or id in self.stop_ids
+                or token.content in self.template
+                or MARKER.fullmatch(token.content)
+            )
+        }
 
     @cached_property
     def _control_ids(self) -> frozenset[int]:
@@ -228,8 +284,15 @@ class Chat:
 
     @cached_property
     def _control(self) -> re.Pattern[str]:
-        longest_first = sorted(filter(None, self._control_tokens.values()), key=len, reverse=True)
+        longest_first = sorted(self._control_tokens.values(), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    @cached_property
+    def _pieces(self) -> tuple[frozenset[str], frozenset[str]]:
+        """What control tokens begin with, and what they end with, without whole ones."""
+        whole = self._control_tokens.values()
+        heads = frozenset(token[:n] for token in whole for n in range(1, len(token)))
+        return heads, frozenset(token[n:] for token in whole for n in range(1, len(token)))
 
     @cached_property
     def _stops(self) -> list[str]:
@@ -243,7 +306,14 @@ class Chat:
 
 def _letters(text: str) -> str:
     """Return a text without what templates change in it: spaces, quotes' escapes, marks."""
-    return re.sub(rf"\\[nrt]|[\s\\{OPEN}{CLOSE}]", "", text)
+    return re.sub(rf"\\[nrt]|[\s\\{BREAK}]", "", text)
+
+
+def _unlimited(tokenizer: Tokenizer) -> Tokenizer:
+    """Return it without limits on its texts' lengths, which its file may have from training."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _call(name: str, arguments: Any) -> dict[str, Any]:

@@ -286,4 +286,6 @@ class Workers:
         self.wakes.close()
 
 
-forked.context.set_forkserver_preload(PRELOADED)
+def preload() -> None:
+    """Have the fork server import what workers need, once for all of them. It must not have started yet."""
+    forked.context.set_forkserver_preload(PRELOADED)

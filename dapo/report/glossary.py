@@ -104,6 +104,7 @@ names. `<set>` is an evaluation set's name, `<phase>` a part of a step, `<positi
 PARTS = {
     "rollout": "Sampling",
     "groups": "Dynamic sampling",
+    "episode": "Several turns",
     "forecast": "Predictive sampling",
     "policy": "Learning",
     "reward": "The reward function",

@@ -36,7 +36,7 @@ SAMPLE = 16  # rows whose tokens say which tokenizer it is
 
 @dataclass(frozen=True)
 class Turns:
-    """What a rollout of several turns asks of its prompts."""
+    """A rollout of several turns asks this of its prompts."""
 
     environment: str | None = None  # it writes the first messages: a row is no prompt, but what it gets
     tools: Sequence[Mapping[str, Any]] = ()  # JSON schemas for the chat template

@@ -75,7 +75,7 @@ def prompt_and_answer(row: Any, place: str) -> tuple[str | Messages, str]:
 
 
 def task_and_answer(row: Any, place: str) -> tuple[str, str]:
-    """Return an environment's row as text, which tells it from others, and no ground truth.
+    """Return an environment's row as text, by which it is compared with others, and no ground truth.
 
     Raises:
         BadRow: it is no object.

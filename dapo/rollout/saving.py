@@ -67,7 +67,8 @@ class Resumable:
         for group in self.carried:
             if found := whole.get(group.id):
                 group.samples = found.samples
-                group.prompt = replace(group.prompt, tokens=found.prompt.tokens)  # an environment's
+                if not np.array_equal(found.prompt.tokens, group.prompt.tokens):  # an environment's
+                    group.prompt = replace(group.prompt, tokens=found.prompt.tokens)
             if self.routing and any(sample.routes is None for sample in group.samples):
                 group.samples = []  # sampled before policy.routing_replay was set: asked for again
 

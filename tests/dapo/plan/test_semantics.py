@@ -58,6 +58,7 @@ def test_every_option_that_changes_the_algorithm_is_a_choice(tmp_path):
     named = {word for name in found for word in re.findall(r"[\w.]+", name)}
     silent = {
         "rollout.max_empty_steps",
+        "rollout.turn_seconds",
         "rollout.dump_share",
         "rollout.only",
         "rollout.replay",
@@ -100,6 +101,7 @@ PUBLISHED = {  # the options' values in the paper and in the released code
     "rollout.first_wave": (0, 0),
     "rollout.stop_below": ("unsaid", "unsaid"),
     "rollout.drop_above": (None, None),
+    "rollout.max_turns": ("unsaid", "unsaid"),
     "data.max_prompt_length": ("unsaid", 2048),
     "data.too_long": ("unsaid", "truncate"),
     "data.template_arguments": ("unsaid", "unsaid"),
@@ -144,6 +146,8 @@ FIXED = {  # the same of choices that the code has fixed, or that are made of se
     "run.deterministic": ("unsaid", "unsaid"),
     "weights of data.train": ("none", "none"),
     "weights of reward.function": ("none", "none"),
+    "rollout.environment": ("none", "none"),
+    "rollout.tools": ("none", "none"),
     "rollout.replay": ("none", "none"),
     "policy.dtype": ("unsaid", "bfloat16"),
     "policy.megatron": ("unsaid", "unsaid"),
@@ -186,7 +190,7 @@ def test_the_published_values_of_options_are_pinned_and_their_order_too(tmp_path
         if option.json_schema_extra
     }
     assert declared == set(PUBLISHED) and all(c.reason for c in found)
-    assert len(found) == len({c.name for c in found}) == 66
+    assert len(found) == len({c.name for c in found}) == 69
 
 
 def test_a_departure_says_both_values_and_why(tmp_path):

@@ -136,7 +136,9 @@ def test_a_worker_is_sent_only_what_its_function_asks_for(reward, monkeypatch):
 @pytest.mark.parametrize("option", ["function={}", "shadow=[{}]"])
 def test_a_function_that_needs_what_nobody_knows_is_refused_at_once(reward, option, name, what):
     path = f"{FUNCTIONS}:{name}"
-    expected = r"expected f\(response, answer\), and by name any of row, prompt, messages, truncated$"
+    expected = (
+        r"expected f\(response, answer\), and by name any of row, prompt, messages, truncated, conversation$"
+    )
     with pytest.raises(ConfigError, match=rf"^reward\.\w+={path}: .*{what}.*; {expected}") as error:
         reward(option.format(path))
     assert "\n" not in str(error.value)
