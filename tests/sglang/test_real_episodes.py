@@ -21,9 +21,16 @@ pytestmark = pytest.mark.slow
 
 def test_a_game_is_played_and_learnt_token_for_token(sglang_python: Path, tmp_path: Path) -> None:
     options = [
-        f"run.dir={tmp_path / 'run'}", "run.steps=2", "rollout.dump_share=1.0", "rollout.prompts_per_step=4",
-        "rollout.prompts_per_round=16", "rollout.max_rounds=4", "eval.data=null", "engine.kind=sglang", f"engine.python={sglang_python}",
-    ]  # fmt: skip
+        f"run.dir={tmp_path / 'run'}",
+        "run.steps=2",
+        "rollout.dump_share=1.0",
+        "rollout.prompts_per_step=4",
+        "rollout.prompts_per_round=16",
+        "rollout.max_rounds=4",
+        "eval.data=null",
+        "engine.kind=sglang",
+        f"engine.python={sglang_python}",
+    ]
     path = ROOT / "examples/game/config.yaml"
     command = [sys.executable, "-m", "dapo", "train", str(path), "--nproc", "1", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
