@@ -300,9 +300,9 @@ def test_schemas_may_lack_anything() -> None:
 
 PIECES = [
     "<tool_call>", "</tool_call>", "<think>", "</think>", "<function=f>", "</function>", "<function=",
-    "<parameter=a>", "</parameter>", "<parameter=", ">", "{", "}", "[", "]", '"', "\\", '"name"', '"arguments"',
-    '"parameters"', ":", ",", "1", "null", "\n", " ", ";", "<|python_tag|>", CALL, "é", "\ud800", "\0", "-",
-    "NaN", "f", "\\u", "e9",
+    "<parameter=a>", "</parameter>", "<parameter=", ">", "{", "}", "[", "]", '"', "\\", '"name"',
+    '"arguments"', '"parameters"', ":", ",", "1", "null", "\n", " ", ";", "<|python_tag|>", CALL, "é",
+    "\ud800", "\0", "-", "NaN", "f", "\\u", "e9",
 ]  # fmt: skip
 
 
