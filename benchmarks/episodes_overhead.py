@@ -45,7 +45,7 @@ class Echo(Environment):
 
 
 class Scripted:
-    """An engine's stream that answers at once, the same tokens each time; it notes the CPU time of each turn."""
+    """Answers at once, the same tokens each time. It notes the CPU time of each turn."""
 
     def __init__(self, tokens: np.ndarray):
         self.tokens = tokens
