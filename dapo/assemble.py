@@ -138,7 +138,8 @@ def _record(config: Config, data: str, summaries: list[Summary], names_changes: 
 
 def _say(config: Config, summaries: list[Summary]) -> None:
     """Print what became of the data, and which answers the default reward reads."""
-    for line in filter(None, [*map(str, summaries), what_is_read(config.reward)]):
+    read = "" if config.rollout.environment else what_is_read(config.reward)
+    for line in filter(None, [*map(str, summaries), read]):
         print(line, flush=True)
 
 
@@ -167,7 +168,7 @@ def make_rollouts(
     def engine() -> Engine:
         return make_engine(config, mesh, is_interrupted)
 
-    if config.rollout.has_turns and not config.rollout.replay:
+    if config.rollout.has_turns:
         setup = make_setup(config, tokenizer, turns, prompts.dates)
         made: Engine = make_episodes(engine, config, setup, samples, is_interrupted)
     else:

@@ -140,6 +140,8 @@ class Episode:
     num_failed: int = 0  # calls whose tool raised, or ran out of time
     num_neutralised: int = 0  # control tokens in the environment's text, encoded as ordinary text
     num_attempts: int = 1  # at the episode: the environment failed in those before
+    # of each turn: tokens that it was asked for with, and those of them in the engine's prefix cache
+    cached: list[list[int]] = field(default_factory=list)
     # [p], of the first messages, if the environment wrote them: they take the place of the prompt's
     prompt_tokens: np.ndarray | None = None
 
@@ -168,6 +170,7 @@ class Sample:
     # [p + n − 1, columns]: the experts that prompt and response went to, as model.routing has them
     routes: np.ndarray | None = None
     episode: Episode | None = None  # None: one turn
+    num_cached: int = 0  # tokens of the request that the engine had in its prefix cache; not dumped
 
     @property
     def length(self) -> int:

@@ -112,7 +112,7 @@ def _hermes(text: str) -> Iterator[ToolCall]:
             yield UNCLOSED
             end = limit
         else:
-            yield _no_json(failure or ValueError(f"{text[end : end + 40]!r} follows"))
+            yield _no_json(failure or ValueError(f"{text[end:close].strip()[:40]!r} follows"))
             end = close + len(CLOSE)
 
 
@@ -150,7 +150,8 @@ def _call(value: Any) -> ToolCall:
 
 
 def _no_json(error: Exception) -> ToolCall:
-    return ToolCall("", {}, f"no JSON of a call: {error}"[:200])
+    what = error.msg if isinstance(error, json.JSONDecodeError) else error  # without its place in the turn
+    return ToolCall("", {}, f"no JSON of a call: {what}"[:200])
 
 
 # --- XML ---

@@ -263,8 +263,8 @@ class Chat:
 
     @cached_property
     def _control_tokens(self) -> dict[int, str]:
-        """Control tokens by id: special ones, those that end a turn, and added ones that the template writes
-        or that are written like one. Runs of spaces are none, nor is a single character.
+        """Control tokens by id: special ones, those that end a turn, added ones that the template writes, or
+        their counterparts (<think>, </think>), and such as <|this|>. Spaces are none, nor a single character.
         """
         return {
             id: token.content
@@ -274,6 +274,8 @@ class Chat:
                 token.special
                 or id in self.stop_ids
                 or token.content in self.template
+                or token.content.replace("</", "<") in self.template
+                or token.content.replace("<", "</") in self.template
                 or MARKER.fullmatch(token.content)
             )
         }

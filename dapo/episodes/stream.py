@@ -10,19 +10,20 @@ import hashlib
 import queue
 import struct
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from dapo.clock import waiting
 from dapo.episodes.environment import Message
+from dapo.episodes.episode import Playing
 from dapo.episodes.player import Answer, Began, Begin, Fault, Step
 from dapo.episodes.workers import Call, Workers
 from dapo.types import (
     Engine,
-    Episode,
     EpisodeError,
     FinishReason,
     Group,
@@ -44,86 +45,6 @@ class Limits:
 
     max_turns: int  # of the policy
     max_prompt_length: int  # tokens of an environment's first messages
-
-
-@dataclass(eq=False)
-class _Episode:
-    """An episode that is being played."""
-
-    request: Request
-    number: int = -1  # of this attempt, for the workers
-    attempt: int = 1
-    prompt: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # [p]
-    turns: list[Sample] = field(default_factory=list)  # of the policy
-    suffixes: list[np.ndarray] = field(default_factory=list)  # after each turn but the last
-    messages: list[Message] = field(default_factory=list)
-    counts: Episode = field(default_factory=lambda: Episode([]))
-    reward: float = 0.0
-    is_correct: bool | None = None
-    is_wanted: bool = True  # neither aborted nor read
-
-    @property
-    def length(self) -> int:
-        """Number of tokens after the prompt."""
-        return sum(turn.length for turn in self.turns) + sum(map(len, self.suffixes))
-
-    def tokens(self) -> np.ndarray:
-        """Return all tokens so far, [p + n], int32: what the next turn is asked for with."""
-        return np.concatenate([self.prompt, *(tokens for tokens, _ in self.parts())])
-
-    def parts(self) -> Iterator[tuple[np.ndarray, Sample | None]]:
-        """Yield the tokens after the prompt, by turn: the policy's with their sample, and the others."""
-        for i, turn in enumerate(self.turns):
-            yield turn.tokens, turn
-            if i < len(self.suffixes):
-                yield self.suffixes[i], None
-
-    def sample(self, finish_reason: FinishReason, correct_above: float, text: str) -> Sample:
-        """Return the episode as one sample. `text`: of the last turn."""
-        parts = list(self.parts())
-        masks = [np.full(len(tokens), turn is not None) for tokens, turn in parts]
-        logprobs = [
-            np.zeros(len(tokens), np.float32) if turn is None else turn.behavior_logprobs
-            for tokens, turn in parts
-        ]
-        starts = np.cumsum([0, *(len(tokens) for tokens, _ in parts)]).tolist()
-        versions = tuple(
-            (version, start + first, start + end)
-            for start, (_, turn) in zip(starts, parts, strict=False)
-            for version, first, end in (turn.versions if turn else ())
-        )
-        is_correct = self.reward > correct_above if self.is_correct is None else self.is_correct
-        return Sample(
-            self.request.group,
-            self.request.index,
-            np.concatenate([tokens for tokens, _ in parts]),
-            np.concatenate(logprobs),
-            np.concatenate(masks),
-            versions,
-            finish_reason,
-            text,
-            is_correct,
-            self.reward,
-            routes=self._routes(),
-            episode=replace(
-                self.counts,
-                messages=self.messages,
-                num_turns=len(self.turns),
-                num_attempts=self.attempt,
-                prompt_tokens=self.prompt,
-            ),
-        )
-
-    def _routes(self) -> np.ndarray | None:
-        """Return the routes of all tokens that were fed: those of a token's first time."""
-        rows: list[np.ndarray] = []
-        count = 0
-        for turn in self.turns:
-            if turn.routes is None:
-                return None
-            rows.append(turn.routes[count:])
-            count = len(turn.routes)
-        return np.concatenate(rows)
 
 
 class EpisodeEngine:
@@ -156,7 +77,7 @@ class EpisodeEngine:
             correct_above,
         )
         self.row_of, self.messages_of, self.is_interrupted = row_of, messages_of, is_interrupted
-        self.players: dict[int, tuple[EpisodeStream, _Episode]] = {}  # by number of the attempt
+        self.players: dict[int, tuple[EpisodeStream, Playing]] = {}  # by number of the attempt
         self.workers = workers
         workers.listen(self._lost)
 
@@ -215,12 +136,13 @@ class EpisodeStream:
     def __init__(self, engine: EpisodeEngine, inner: Stream):
         self.engine, self.inner = engine, inner
         self.changed = threading.Condition(threading.RLock())
-        self.episodes: dict[str, _Episode] = {}  # not read yet, by request id
+        self.episodes: dict[str, Playing] = {}  # not read yet, by request id
         self.starts: dict[int, np.ndarray] = {}  # group → tokens of its first messages
-        self.generating: dict[str, _Episode] = {}
-        self.answering: dict[int, _Episode] = {}  # by number of the attempt
-        self.ready: list[_Episode] = []  # whose next turn is to be asked for
-        self.finished: queue.SimpleQueue[tuple[_Episode, Sample] | None] = queue.SimpleQueue()
+        self.generating: dict[str, Playing] = {}
+        self.answering: dict[int, Playing] = {}  # by number of the attempt
+        self.ready: dict[str, Playing] = {}  # whose next turn is to be asked for
+        self.num_open: Counter[int] = Counter()  # episodes that are not read yet, by group
+        self.finished: queue.SimpleQueue[tuple[Playing, Sample] | None] = queue.SimpleQueue()
         self.num_playing = 0
         self.failure: BaseException | None = None
         self.thread: threading.Thread | None = None
@@ -229,8 +151,9 @@ class EpisodeStream:
         with self.changed:
             for request in requests:
                 assert request.id not in self.episodes, f"request {request.id} is outstanding already"
-                episode = self.episodes[request.id] = _Episode(request)
+                episode = self.episodes[request.id] = Playing(request)
                 self.num_playing += 1
+                self.num_open[request.group] += 1
                 self._begin(episode)
             self._ask_ready()
             if self.num_playing and not self.thread and not self.failure:
@@ -255,41 +178,45 @@ class EpisodeStream:
             episode, sample = found
             with self.changed:
                 episode.is_wanted = False
-                self.episodes.pop(episode.request.id, None)
-                if not any(e.request.group == episode.request.group for e in self.episodes.values()):
-                    self.starts.pop(episode.request.group, None)
+                if self.episodes.pop(episode.request.id, None):
+                    self._forget(episode.request.group)
             yield sample
 
     def abort(self, ids: Iterable[str] | None = None) -> None:
         with self.changed:
             dropped = list(self.episodes) if ids is None else [id for id in ids if id in self.episodes]
             for id in dropped:
-                self._end(self.episodes.pop(id))
+                self._end(episode := self.episodes.pop(id))
+                self._forget(episode.request.group)
             self.inner.abort(None if ids is None else dropped)
             if ids is None:
                 self.failure = None
-                self.starts.clear()
             self.finished.put(None)
             self.changed.notify_all()
 
     # --- one episode; the caller has the lock ---
 
-    def _begin(self, episode: _Episode) -> None:
+    def _forget(self, group: int) -> None:
+        """Note that an episode of a group is read, or aborted."""
+        self.num_open[group] -= 1
+        if not self.num_open[group]:
+            del self.num_open[group]
+            self.starts.pop(group, None)
+
+    def _begin(self, episode: Playing) -> None:
         """Begin, or begin again, under the same names and seeds."""
         engine, request = self.engine, episode.request
         engine.players.pop(episode.number, None)
-        episode.number = next(engine.workers.numbers)
+        episode.begin(next(engine.workers.numbers))
         engine.players[episode.number] = self, episode
-        episode.turns, episode.suffixes, episode.reward, episode.is_correct = [], [], 0.0, None
-        episode.counts = Episode([])
         if engine.row_of is None:
             episode.prompt, episode.messages = request.prompt.tokens, list(engine.messages_of(request.prompt))
-            self.ready.append(episode)
+            self.ready[request.id] = episode
         else:
             row, seed = engine.row_of(request.prompt), group_seed(engine.run_seed, request.group)
             self._call(episode, Begin(episode.number, row, seed), self._begun)
 
-    def _call(self, episode: _Episode, message: Begin | Step, done: Callable[..., None]) -> None:
+    def _call(self, episode: Playing, message: Begin | Step, done: Callable[..., None]) -> None:
         self.answering[episode.number] = episode
         number = episode.number
 
@@ -306,7 +233,7 @@ class EpisodeStream:
 
         self.engine.workers.ask(Call(message, answered))
 
-    def _begun(self, episode: _Episode, answer: Began) -> None:
+    def _begun(self, episode: Playing, answer: Began) -> None:
         request, limits = episode.request, self.engine.limits
         episode.prompt = np.frombuffer(answer.tokens, np.int32)
         episode.messages = list(answer.messages)
@@ -318,25 +245,27 @@ class EpisodeStream:
             what = f"first messages of {len(episode.prompt)} tokens"
             limit = f"data.max_prompt_length={limits.max_prompt_length}"
             self._fail(EpisodeError(f"rollout.environment: {what}, {limit}: raise it, or write less"))
-        self.ready.append(episode)
+        self.ready[request.id] = episode
 
     def _ask_ready(self) -> None:
         """Ask for the turns that are ready; in rounds, when every environment has answered."""
         if self.failure or (self.engine.in_rounds and (self.answering or self.generating)):
             return
-        ready = sorted(self.ready, key=lambda e: (e.request.group, e.request.index))
-        self.ready = []
+        if not self.ready:
+            return
+        ready = sorted(self.ready.values(), key=lambda e: (e.request.group, e.request.index))
+        self.ready = {}
         for episode in ready:
             self.generating[episode.request.id] = episode
         self.inner.submit([self._turn(episode) for episode in ready])
 
-    def _turn(self, episode: _Episode) -> Request:
+    def _turn(self, episode: Playing) -> Request:
         """Return the request of the next turn: it is sent before the first turns of others."""
         request, number = episode.request, len(episode.turns)
         sampling = replace(request.sampling, max_tokens=request.sampling.max_tokens - episode.length)
         return replace(
             request,
-            prompt=replace(request.prompt, tokens=episode.tokens()),
+            prompt=replace(request.prompt, tokens=episode.next_input()),
             seed=turn_seed(request.seed, number),
             sampling=sampling,
             priority=max(request.priority, number > 0),
@@ -347,13 +276,13 @@ class EpisodeStream:
         episode = self.generating.pop(f"{turn.group}.{turn.index}", None)
         if episode is None or not episode.is_wanted:
             return
-        episode.turns.append(turn)
+        episode.add(turn)
         room = episode.request.sampling.max_tokens - episode.length
         is_last = len(episode.turns) == self.engine.limits.max_turns
         step = Step(episode.number, turn.tokens.tobytes(), turn.is_truncated, 0 if is_last else room)
         self._call(episode, step, self._answered)
 
-    def _answered(self, episode: _Episode, answer: Answer) -> None:
+    def _answered(self, episode: Playing, answer: Answer) -> None:
         counts, turn = episode.counts, answer.turn
         counts.num_calls += answer.num_calls
         counts.num_unreadable += answer.num_unreadable
@@ -369,22 +298,22 @@ class EpisodeStream:
             return
         episode.messages += turn.messages
         episode.suffixes.append(np.frombuffer(answer.tokens, np.int32))
-        self.ready.append(episode)
+        self.ready[episode.request.id] = episode
 
-    def _finish(self, episode: _Episode, finish_reason: FinishReason, text: str) -> None:
+    def _finish(self, episode: Playing, finish_reason: FinishReason, text: str) -> None:
         sample = episode.sample(finish_reason, self.engine.correct_above, text)
         if self.engine.row_of is None and sample.episode:
             sample.episode.prompt_tokens = None  # the prompt has them
         self._end(episode, is_wanted=True)
         self.finished.put((episode, sample))
 
-    def begin_again(self, episode: _Episode, what: str, is_at_fault: bool) -> None:
+    def begin_again(self, episode: Playing, what: str, is_at_fault: bool) -> None:
         """Play an episode anew whose environment has failed. After ATTEMPTS its group is lost."""
         with self.changed:
             if not episode.is_wanted or episode.number not in self.engine.players:
                 return
             self.answering.pop(episode.number, None)
-            self.ready = [each for each in self.ready if each is not episode]
+            self.ready.pop(episode.request.id, None)
             if self.generating.pop(episode.request.id, None):
                 self.inner.abort([episode.request.id])
             self.engine.workers.end(episode.number)
@@ -408,11 +337,11 @@ class EpisodeStream:
                 self._end(episode, is_wanted=True)
                 self.finished.put((episode, lost(episode.request, what)))
 
-    def _end(self, episode: _Episode, is_wanted: bool = False) -> None:
+    def _end(self, episode: Playing, is_wanted: bool = False) -> None:
         """Forget an episode, and close its environment."""
         episode.is_wanted = is_wanted
         self.generating.pop(episode.request.id, None)
-        self.ready = [each for each in self.ready if each is not episode]
+        self.ready.pop(episode.request.id, None)
         self.answering.pop(episode.number, None)
         if self.engine.players.pop(episode.number, None):
             self.num_playing -= 1

@@ -80,6 +80,7 @@ class Workers:
         self.listener: Callable[[int, str, bool], None] | None = None
         self.numbers = itertools.count()
         self.workers: list[_Worker] = []
+        self.homes: dict[int, _Worker] = {}  # where each episode's environment lives
         self.alone: _Worker | None = None  # makes one call at a time, of those that may have ended a process
         self.suspects: deque[Call] = deque()  # calls of tools for it
         self.inbox: deque[Call | End] = deque()
@@ -184,9 +185,9 @@ class Workers:
     def _assign(self, call: Call, outgoing: dict[_Worker, list[Any]]) -> None:
         episode = call.message.episode
         if isinstance(call.message, Step) and self.setup.environment:
-            worker = next((each for each in self.workers if episode in each.episodes), None)
-            if worker is None:  # it died before it heard of this call: `lost` was called
+            if episode not in self.homes:  # its process has died, and the listener was called
                 return
+            worker = self.homes[episode]
         else:
             if len(self.workers) < self.count:
                 self.workers.append(self._start())
@@ -195,6 +196,7 @@ class Workers:
                 worker = min(self.workers, key=lambda each: len(each.episodes) + len(each.calls))
             if isinstance(call.message, Begin):
                 worker.episodes.add(episode)
+                self.homes[episode] = worker
         self._give(worker, call, outgoing)
 
     def _give(self, worker: _Worker, call: Call, outgoing: dict[_Worker, list[Any]]) -> None:
@@ -209,6 +211,7 @@ class Workers:
             worker.calls.pop(end.episode, None)
             if end.episode in worker.episodes:
                 worker.episodes.discard(end.episode)
+                del self.homes[end.episode]
                 outgoing.setdefault(worker, []).append(end)
 
     def _take(self, worker: _Worker, message: Any) -> None:
@@ -255,6 +258,7 @@ class Workers:
             self.workers.remove(worker)
         if self.setup.environment:
             for episode in worker.episodes:
+                del self.homes[episode]
                 if self.listener:
                     self.listener(episode, how, episode in worker.running)
                 elif call := worker.calls.get(episode):

@@ -119,10 +119,12 @@ class Buffer:
             return {}
         episodes = [episode for _, episode in found]
         num_calls = sum(episode.num_calls for episode in episodes)
+        later = [turn for episode in episodes for turn in episode.cached[1:]]
         return {
             "groups/lost": len(self.lost),
             "episode/turns": _mean([episode.num_turns for episode in episodes]),
             "episode/turns_max": max((episode.num_turns for episode in episodes), default=0),
+            "episode/prefix_cached": sum(n for _, n in later) / (sum(n for n, _ in later) or 1),
             "episode/environment_tokens": _mean([sample.length - sample.num_written for sample, _ in found]),
             "episode/calls": _mean([episode.num_calls for episode in episodes]),
             "episode/with_calls": _mean([episode.num_calls > 0 for episode in episodes]),

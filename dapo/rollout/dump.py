@@ -49,7 +49,7 @@ def columns_of(kind: type) -> dict[str, str]:
     return {
         f.name: f"[{per_token[f.name]}]" if f.name in per_token else TYPES[str(f.type)]
         for f in fields(kind)
-        if f.name not in OPTIONAL
+        if f.name not in (*OPTIONAL, "num_cached")
     }
 
 

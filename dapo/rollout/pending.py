@@ -278,7 +278,7 @@ class GroupSampler:
         self.on_sample(self.pending.num_outstanding)
 
     def _check(self, sample: Sample, prompt: Prompt) -> None:
-        if not np.isfinite(sample.behavior_logprobs).all():
+        if not np.isfinite(sample.behavior_logprobs[sample.loss_mask]).all():
             raise RolloutError(
                 f"prompt {prompt.index}: the engine's log-probs are not finite: the policy is damaged; "
                 "resume from a checkpoint"
