@@ -80,8 +80,8 @@ def main() -> None:
         "A call's input ids have to be a prefix of the episode, each turn the tokens that were sampled, the "
         "mask True on them and nowhere else, and the text between two turns the template's. Wrong tokens: "
         "any of these but the mask, and log-probs and versions. Rendered anew: the conversation's messages "
-        "by the same template, in place of the tokens that were kept; how many later calls would have had other "
-        "text, and other tokens. CPU: the whole play, scripted policy included, on a machine with other "
+        "by the same template, in place of the tokens that were kept; how many later calls would have had "
+        "other text, and other tokens. CPU: the whole play, scripted policy included, on a machine with other "
         "load.\n\n"
         f"{record.table(header, rows)}"
     )
