@@ -79,10 +79,10 @@ def main() -> None:
         f"{HOSTILE:.0%} of the environments' messages hold a control token.\n\n"
         "A call's input ids have to be a prefix of the episode, each turn the tokens that were sampled, the "
         "mask True on them and nowhere else, and the text between two turns the template's. Wrong tokens: "
-        "any of these but the mask, and log-probs and versions. Rendered anew: the conversation's messages by "
-        "the same template, in place of the tokens that were kept; how many later calls would have had other "
-        "text, and other tokens. CPU: the whole play, scripted policy included, on a machine with other "
-        "load.\n\n"
+        "any of these but the mask, and log-probs and versions. Rendered anew: the conversation's messages "
+        "by the same template, in place of the tokens that were kept; how many later calls would have had "
+        "other text, and other tokens. CPU: the whole play, scripted policy included, on a machine with "
+        "other load.\n\n"
         f"{record.table(header, rows)}"
     )
     record.save("episode_exactness.md", text)
