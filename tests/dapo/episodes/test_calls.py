@@ -75,7 +75,7 @@ NESTED = {"a": {"b": [{"c": "}}{"}, [], {}]}, "d": 'say "{"'}
 @pytest.mark.parametrize(
     ("family", "reader"),
     [(family, read_llama if family.name == "llama" else read_hermes) for family in FAMILIES],
-    ids=str,
+    ids=[family.name for family in FAMILIES],
 )
 def test_the_form_is_the_templates(family: Any, reader: Reader) -> None:
     assert reader_of(family.template) is reader
