@@ -81,13 +81,8 @@ def main() -> None:
         "mask True on them and nowhere else, and the text between two turns the template's. Wrong tokens: "
         "any of these but the mask, and log-probs and versions. Rendered anew: the conversation's messages "
         "by the same template, in place of the tokens that were kept; how many later calls would have had "
-<<<<<<< HEAD
-        "other text, and other tokens. CPU: the whole play, scripted policy included, on a machine with other "
-        "load.\n\n"
-=======
         "other text, and other tokens. CPU: the whole play, scripted policy included, on a machine with "
         "other load.\n\n"
->>>>>>> 6e8955df75fbff34e9c4f8e2ee1fbd92daf68c71
         f"{record.table(header, rows)}"
     )
     record.save("episode_exactness.md", text)
