@@ -22,7 +22,7 @@ from record import ROOT, heading, save, table
 from dapo import config
 from dapo.episodes import Environment, Message, Reply, Turn
 from dapo.episodes.assemble import make_setup
-from dapo.episodes.stream import EpisodeEngine, Limits
+from dapo.episodes.stream import EpisodeEngine
 from dapo.episodes.workers import Workers, preload
 from dapo.model.tokenizer import load_tokenizer
 from dapo.rollout.render import Turns
@@ -113,7 +113,7 @@ def measure(num_workers: int, in_rounds: bool) -> list[object]:
     episodes = EpisodeEngine(
         engine,
         workers,
-        Limits(NUM_TURNS, 10**6),
+        NUM_TURNS,
         0,
         in_rounds,
         0.0,

@@ -10,9 +10,10 @@ from dapo.clock import waiting
 from dapo.config import Config, ConfigError
 from dapo.episodes.calls import reader_of
 from dapo.episodes.chat import Chat
+from dapo.episodes.checks import import_environment
 from dapo.episodes.environment import Message
-from dapo.episodes.player import Answer, Began, Begin, Fault, Setup, import_environment
-from dapo.episodes.stream import EpisodeEngine, Limits, group_seed
+from dapo.episodes.player import Answer, Began, Begin, Fault, Setup
+from dapo.episodes.stream import EpisodeEngine, group_seed
 from dapo.episodes.tools import schemas
 from dapo.episodes.workers import Call, Workers, preload
 from dapo.model.tokenizer import decoder_json, stop_ids
@@ -63,7 +64,8 @@ def make_setup(config: Config, tokenizer: Any, turns: Turns, dates: Mapping[str,
     except ConfigError as error:
         raise ConfigError(f"{model}: {error}") from error
     rollout = config.rollout
-    return Setup(chat, rollout.environment, tuple(rollout.tools), tools, rollout.turn_seconds)
+    of_config = rollout.environment, tuple(rollout.tools), tools, rollout.turn_seconds
+    return Setup(chat, *of_config, max_prompt_length=config.data.max_prompt_length)
 
 
 def make_episodes(
@@ -101,7 +103,7 @@ def make_episodes(
     return EpisodeEngine(
         engine,
         workers,
-        Limits(rollout.max_turns, config.data.max_prompt_length),
+        rollout.max_turns,
         config.run.seed,
         in_rounds=not config.engine.is_streaming,
         correct_above=config.reward.correct_above,

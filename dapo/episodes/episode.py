@@ -21,6 +21,7 @@ class Playing:
     request: Request
     number: int = -1  # of this attempt, among all attempts at all episodes
     attempt: int = 1
+    turn_id: str = ""  # of the request for the turn that was last asked for
     prompt: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # [p]
     turns: list[Sample] = field(default_factory=list)  # of the policy
     asked: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # the last turn's input

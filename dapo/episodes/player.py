@@ -1,26 +1,23 @@
 """The code of a worker process, in which environments live and tools are called: thousands of episodes in one
 event loop. It must not import torch, even indirectly.
 
-Calls that are async run side by side. Others run one after the other in a thread, so that a user's code needs
-no locks, and whoever ends the process is known.
+Answers are sent together at the end of each turn of the event loop: the main process reads them at once.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import inspect
-import math
 import os
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
+from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,17 +25,17 @@ import numpy as np
 from dapo.config import ConfigError
 from dapo.episodes.calls import Reader, reader_of
 from dapo.episodes.chat import Chat
+from dapo.episodes.checks import Wrong, cut, import_environment, messages_of, schemas_of, turn_of
 from dapo.episodes.environment import Environment, Message, Reply, Turn
-from dapo.episodes.tools import MOST, TimeUp, ToolBox, load
-from dapo.reward.worker import import_function
+from dapo.episodes.tools import ToolBox, load
+from dapo.episodes.user_code import LOOP, NOBODY, Marks, Raised, TimeUp, UserCode
 from dapo.types import reason
 from dapo.watch import frames, streams
 
 ALIVE_EVERY = 1.0  # seconds between two signs of life
 BLOCKED = 1.0  # seconds for which an async function may keep the others waiting, without a warning
-MOST_STUCK = 8  # threads that no call ends; then the process is to be replaced
 CLOSE_TIMEOUT = 2.0  # seconds for environments to close when the run ends
-ROLES = ("user", "tool", "system", "developer", "assistant")
+CHARACTERS = 256  # of a token at most, for first messages that are far too long to be encoded
 
 
 class Setup(NamedTuple):
@@ -49,6 +46,7 @@ class Setup(NamedTuple):
     tools: tuple[str, ...]  # module:function
     schemas: list[dict[str, Any]]  # theirs
     seconds: float  # for one call of the user's code
+    max_prompt_length: int = 2**31  # tokens of an environment's first messages
 
 
 class Begin(NamedTuple):
@@ -66,6 +64,7 @@ class Step(NamedTuple):
     tokens: bytes  # int32
     is_truncated: bool
     room: int
+    failure: str = ""  # what became of the process when its tools were called: they are not called again
 
 
 class End(NamedTuple):
@@ -102,10 +101,8 @@ class Fault(NamedTuple):
     what: str
 
 
-class Running(NamedTuple):
-    """The user's code is called for this episode now."""
-
-    episode: int
+class Leaving(NamedTuple):
+    """The process ends itself, through no fault of an episode that lives there."""
 
 
 class Warned(NamedTuple):
@@ -129,203 +126,202 @@ class Failed(NamedTuple):
 
 
 def serve(connection: socket.socket, paths: Sequence[str]) -> None:
-    """Answer messages until the other side closes. The first one is the Setup."""
+    """Answer messages until the other side closes. The first are a file for Marks, and the Setup."""
     streams.keep_open()  # an environment may print
-    setup = next(frames.messages(connection), None)
+    _, files, *_ = socket.recv_fds(connection, 1, 1)
+    setup = next(frames.messages(connection), None) if files else None
     if setup is None:
         return
     try:
-        player = Player(setup)
+        player = Player(setup, Marks(files[0]), connection)
     except ConfigError as error:
         _send(connection, [Failed(reason(error))])
         return
     except (Exception, SystemExit) as error:  # noqa: BLE001  # the user's module may raise anything
         _send(connection, [Failed(f"{setup.environment or ', '.join(setup.tools)}: {reason(error)}")])
         return
-    asyncio.run(player.run(connection))
+    asyncio.run(player.run())
 
 
 def _send(connection: socket.socket, messages: list[Any]) -> None:
-    with suppress(OSError):  # the other side has ended
+    with suppress(OSError):  # the other side has ended, or takes no more
         connection.sendall(frames.frame(messages))
+
+
+class Refusal(Exception):
+    """The user's code gave no answer. The message says why: "step raised KeyError: 'x' (game.py:7)"."""
+
+
+@dataclass(eq=False)
+class _Episode:
+    """An episode of which something is to be answered, or whose environment lives."""
+
+    environment: Environment | None = None
+    tools: list[dict[str, Any]] = field(default_factory=list)  # schemas
+    task: asyncio.Task[None] | None = None  # answers the message that came last
 
 
 class Player:
     """Environments of many episodes, or the tools that answer all of them."""
 
-    def __init__(self, setup: Setup):
+    def __init__(self, setup: Setup, marks: Marks, connection: socket.socket):
         self.setup, self.chat = setup, setup.chat
+        self.marks, self.connection = marks, connection
         self.make = import_environment(setup.environment) if setup.environment else None
         self.toolbox = ToolBox(load(setup.tools))
-        self.environments: dict[int, Environment] = {}
-        self.schemas: dict[int, list[dict[str, Any]]] = {}  # of environments that have tools
+        self.episodes: dict[int, _Episode] = {}
         self.reader: Reader | None = reader_of(self.chat.template) if setup.tools else None
-        self.thread = ThreadPoolExecutor(1)
-        self.one_at_a_time = asyncio.Lock()
-        self.stuck: list[int] = []  # ids of threads that were given up
-        self.tasks: set[asyncio.Task[None]] = set()
-        self.beat = time.monotonic()
+        self.ends: set[asyncio.Task[None]] = set()  # close what has ended
+        self.outbox: list[Any] = []
+        self.turned_at = time.monotonic()  # when the event loop turned last
         self.reported: set[str] = set()
         self.is_checked = not self.make  # the chat template can be continued
 
-    async def run(self, connection: socket.socket) -> None:
-        connection.setblocking(False)
-        reader, self.writer = await asyncio.open_connection(sock=connection, limit=2**26)
+    async def run(self) -> None:
+        self.connection.setblocking(False)
+        reader, self.writer = await asyncio.open_connection(sock=self.connection)
+        self.loop = asyncio.get_running_loop()
+        self.code = UserCode(self.marks, self.setup.seconds, self._leave)
         self.send(Ready())
         background = [asyncio.create_task(self._live()), asyncio.create_task(self._sign())]
-        loop = asyncio.get_running_loop()
-        threading.Thread(target=self._watch, args=(loop, threading.get_ident()), daemon=True).start()
+        threading.Thread(target=self._watch, args=(threading.get_ident(),), daemon=True).start()
         with suppress(asyncio.IncompleteReadError, OSError):
             while True:
                 head = await reader.readexactly(frames.LENGTH)
                 for message in frames.loads(await reader.readexactly(frames.length(head))):
-                    task = asyncio.create_task(self._handle(message))
-                    self.tasks.add(task)
-                    task.add_done_callback(self.tasks.discard)
+                    self._take(message)
         for task in background:
             task.cancel()
-        for task in list(self.tasks):
-            task.cancel()
-        ends = [self._close(episode) for episode in list(self.environments)]
-        with suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.gather(*ends), CLOSE_TIMEOUT)
+        for episode in list(self.episodes):
+            self._take(End(episode))
+        if self.ends:
+            await asyncio.wait(self.ends, timeout=CLOSE_TIMEOUT)
         os._exit(0)  # threads that are stuck would be waited for
 
     def send(self, message: Any) -> None:
-        self.writer.write(frames.frame([message]))
+        """Send a message, together with others."""
+        if not self.outbox:
+            self.loop.call_soon(self._flush)
+        self.outbox.append(message)
+
+    def _flush(self) -> None:
+        messages, self.outbox = self.outbox, []
+        self.writer.write(frames.frame(messages))
 
     # --- messages ---
 
-    async def _handle(self, message: Begin | Step | End) -> None:
-        if isinstance(message, End):
-            await self._close(message.episode)
+    def _take(self, message: Begin | Step | End) -> None:
+        episode = self.episodes.setdefault(message.episode, _Episode())
+        if not isinstance(message, End):
+            episode.task = asyncio.create_task(self._answer(episode, message))
             return
-        process = os.getpid()
+        del self.episodes[message.episode]
+        end = asyncio.create_task(self._end(message.episode, episode))
+        self.ends.add(end)
+        end.add_done_callback(self.ends.discard)
+
+    async def _answer(self, episode: _Episode, message: Begin | Step) -> None:
         try:
-            answer: Any
+            answer: Began | Answer
             if isinstance(message, Begin):
-                answer = await self._begin(message)
+                answer = await self._begin(episode, message)
             else:
-                answer = await self._step(message)
-        except ConfigError as error:
-            answer = Fault(message.episode, reason(error))
-        except TimeUp:
-            what = f"did not answer in rollout.turn_seconds={self.setup.seconds:g}"
-            answer = Fault(message.episode, f"{_method(message)} {what}")
-        except _NoTurn as error:
-            answer = Fault(message.episode, f"{_method(message)} returned {error}")
-        except (Exception, SystemExit) as error:  # noqa: BLE001  # the user's code may raise anything
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            said = f"raised {type(error).__name__}: {reason(error)[:300]} ({place.filename}:{place.lineno})"
-            answer = Fault(message.episode, f"{_method(message)} {said}")
-        if os.getpid() != process:  # a child that the user's code left behind: its parent answers
-            os._exit(0)
-        self.send(answer)
+                answer = await self._step(episode, message)
+        except (Refusal, ConfigError) as error:
+            self.send(Fault(message.episode, reason(error)))
+        except Exception as error:  # noqa: BLE001  # of the template or the tokenizer, about the user's text
+            self.send(Fault(message.episode, f"its messages cannot be encoded: {_raised(error)}"))
+        else:
+            self.send(answer)
+        if not self.make:
+            self.episodes.pop(message.episode, None)
 
-    async def _begin(self, message: Begin) -> Began:
+    async def _begin(self, episode: _Episode, message: Begin) -> Began:
         assert self.make
-        environment: Environment = await self.call(message.episode, self.make)
-        self.environments[message.episode] = environment
-        messages = _messages(await self.call(message.episode, environment.reset, message.row, message.seed))
-        tools: list[dict[str, Any]] = []
-        if getattr(type(environment), "tools", Environment.tools) is not Environment.tools:
-            tools = await self.call(message.episode, environment.tools)
-        if tools:
-            self.reader = self.reader or reader_of(self.chat.template)
-            self.schemas[message.episode] = tools
-        if not self.is_checked:
-            self.chat.check(tools)
-            self.is_checked = True
+        number = message.episode
+        made = episode.environment = await self._call(number, "its constructor", self.make)
+        reset = partial(made.reset, message.row, message.seed)
+        messages = await self._call(number, "reset", reset, messages_of)
         if not messages:
-            raise _NoTurn("no messages")
-        return Began(message.episode, _bytes(self.chat.start(messages, tools)), messages)
+            raise Refusal("reset returned no messages")
+        if getattr(type(made), "tools", Environment.tools) is not Environment.tools:
+            episode.tools = await self._call(number, "tools", made.tools, schemas_of)
+        if episode.tools:
+            self.reader = self.reader or reader_of(self.chat.template)
+        if not self.is_checked:
+            self.chat.check(episode.tools)
+            self.is_checked = True
+        limit = self.setup.max_prompt_length
+        count, unit = sum(len(each["content"]) for each in messages), "characters"
+        if is_short := count <= CHARACTERS * limit:
+            tokens = self.chat.start(messages, episode.tools)
+            count, unit = len(tokens), "tokens"
+        if not is_short or count > limit:
+            wrong = f"reset returned first messages of {count} {unit}"
+            raise Refusal(f"{wrong}, beyond data.max_prompt_length={limit}: raise it, or write less")
+        return Began(number, _bytes(tokens), messages)
 
-    async def _step(self, message: Step) -> Answer:
+    async def _step(self, episode: _Episode, message: Step) -> Answer:
+        number, environment = message.episode, episode.environment
         raw = np.frombuffer(message.tokens, np.int32).tolist()
         text = self.chat.text(raw)
-        environment = self.environments.get(message.episode)
-        tools = self.schemas.get(message.episode, []) if environment else self.setup.schemas
+        tools = episode.tools if environment else self.setup.schemas
         calls = self.reader(text, tools) if self.reader and tools else []
         num_unreadable = sum(bool(call.error) for call in calls)
         reply = Reply(text, calls, message.is_truncated)
         num_failed = 0
         if environment:
-            turn = _checked(await self.call(message.episode, environment.step, reply))
+            turn = await self._call(number, "step", partial(environment.step, reply), turn_of)
         else:
-            turn, num_failed = await self.toolbox.step(reply, partial(self._call_tool, message.episode))
+            call = partial(self.code.call, number)
+            turn, num_failed = await self.toolbox.step(reply, call, message.failure)
+            turn = turn_of(turn)
         tokens, num_neutralised = None, 0
         if not (turn.is_done or message.is_truncated):
             suffix = self.chat.after(raw[-1], turn.messages, tools, message.room)
             num_neutralised = suffix.num_neutralised
             tokens = None if suffix.tokens is None else _bytes(suffix.tokens)
-            if tokens is None:
-                turn = Turn([_cut(each) for each in turn.messages], False, turn.reward, turn.is_correct)
+        if tokens is None:  # the policy does not read them
+            turn = Turn(cut(turn.messages), turn.is_done, turn.reward, turn.is_correct)
         counts = len(calls), num_unreadable, num_failed, num_neutralised
-        return Answer(message.episode, text, turn, tokens, *counts)
+        return Answer(number, text, turn, tokens, *counts)
 
-    async def _close(self, episode: int) -> None:
-        self.schemas.pop(episode, None)
-        environment = self.environments.pop(episode, None)
-        if environment and getattr(type(environment), "close", Environment.close) is not Environment.close:
+    async def _end(self, number: int, episode: _Episode) -> None:
+        """Close an episode's environment, after the call that is being made."""
+        if episode.task and not episode.task.done():
+            if self.code.in_thread != number:
+                episode.task.cancel()
+            await asyncio.wait({episode.task})
+        made = episode.environment
+        if made and getattr(type(made), "close", Environment.close) is not Environment.close:
             try:
-                await self.call(episode, environment.close)
-            except (Exception, SystemExit) as error:  # noqa: BLE001  # the user's code; the episode is over
-                self._warn(f"close raised {type(error).__name__}: {reason(error)[:300]}")
+                await self._call(number, "close", made.close)
+            except Refusal as error:  # the episode is over
+                self._warn(str(error))
 
-    # --- calls of the user's code ---
-
-    async def _call_tool(self, episode: int, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        return await self.call(episode, function, **arguments)
-
-    async def call(self, episode: int, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
-        """Call it within the time limit. Raise TimeUp after that, or what it raises."""
-        if inspect.iscoroutinefunction(function):
-            self.send(Running(episode))
-            return await self._in_time(function(*args, **named))
-        async with self.one_at_a_time:
-            self.send(Running(episode))
-            ids: list[int] = []
-
-            def called() -> Any:
-                ids.append(threading.get_ident())
-                return function(*args, **named)
-
-            try:
-                found = await self._in_time(asyncio.get_running_loop().run_in_executor(self.thread, called))
-            except TimeUp:
-                self._give_up(ids)
-                raise
-        if inspect.isawaitable(found):  # a plain function that hands on what an async one returns
-            return await self._in_time(found)
-        return found
-
-    async def _in_time(self, work: Awaitable[Any]) -> Any:
-        limit = asyncio.timeout(self.setup.seconds)
+    async def _call(
+        self,
+        episode: int,
+        name: str,
+        function: Callable[[], Any],
+        checked: Callable[[Any], Any] = lambda found: found,
+    ) -> Any:
+        """Call the user's code; return what it returns, `checked`. Raise Refusal."""
         try:
-            async with limit:
-                return await work
-        except TimeoutError:  # or the user's own
-            if limit.expired():
-                raise TimeUp from None
-            raise
-
-    def _give_up(self, ids: list[int]) -> None:
-        """Go on with another thread. A loop in Python is ended; what waits elsewhere, stays."""
-        for id in ids:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(id), ctypes.py_object(SystemExit))
-        self.thread.shutdown(wait=False)
-        self.thread = ThreadPoolExecutor(1)
-        alive = {thread.ident for thread in threading.enumerate()}
-        self.stuck = [id for id in [*self.stuck, *ids] if id in alive]
-        if len(self.stuck) > MOST_STUCK:
-            self._warn(f"{len(self.stuck)} calls did not end after their time: their process is replaced")
-            os._exit(1)
+            return checked(await self.code.call(episode, function))
+        except TimeUp:
+            limit = f"rollout.turn_seconds={self.setup.seconds:g}"
+            raise Refusal(f"{name} did not answer in {limit}") from None
+        except Raised as error:
+            raise Refusal(f"{name} raised {_raised(error.error)}") from error
+        except Wrong as error:
+            raise Refusal(f"{name} returned {error}") from error
 
     # --- signs of life ---
 
     async def _live(self) -> None:
         while True:
-            self.beat = time.monotonic()
+            self.turned_at = time.monotonic()
             await asyncio.sleep(BLOCKED / 10)
 
     async def _sign(self) -> None:
@@ -333,18 +329,32 @@ class Player:
             self.send(Alive())
             await asyncio.sleep(ALIVE_EVERY)
 
-    def _watch(self, loop: asyncio.AbstractEventLoop, main: int) -> None:
-        """Name an async function that blocks the event loop, once for each place."""
+    def _watch(self, main: int) -> None:
+        """Name an async function that blocks the event loop, once for each place. End the process where one
+        does so for longer than a call may take: nothing else can.
+        """
         while True:
             time.sleep(BLOCKED / 4)
-            if time.monotonic() - self.beat < BLOCKED or not (frame := sys._current_frames().get(main)):
+            seconds = time.monotonic() - self.turned_at
+            if seconds < BLOCKED or not (frame := sys._current_frames().get(main)):
                 continue
-            stack = traceback.extract_stack(frame)
-            own = [each for each in stack if not _is_ours(each.filename)]
-            if own and _is_ours(stack[0].filename) and not any("chat.py" in each.filename for each in stack):
-                what = f"{own[0].name} is async and blocks its worker ({own[0].filename}:{own[0].lineno})"
-                remedy = "await what it waits for, or make it a plain function"
-                loop.call_soon_threadsafe(self._warn, f"{what}: {remedy}")
+            if not (place := _place_of_user_code(frame)):
+                continue
+            blocks = f"is async and blocks its worker ({place.filename}:{place.lineno})"
+            remedy = "await what it waits for, or make it a plain function"
+            self.loop.call_soon_threadsafe(self._warn, f"{place.name} {blocks}: {remedy}")
+            episode = self.marks.values[LOOP]
+            if seconds > self.setup.seconds + BLOCKED and episode != NOBODY:
+                if not self.writer.transport.get_write_buffer_size():  # nobody else writes meanwhile
+                    _send(self.connection, [Fault(episode, f"{place.name} {blocks}: {remedy}"), Leaving()])
+                os._exit(1)
+
+    def _leave(self, why: str) -> None:
+        """End the process."""
+        self._warn(f"{why}: their process is replaced")
+        self.send(Leaving())
+        self._flush()
+        os._exit(1)
 
     def _warn(self, text: str) -> None:
         if text not in self.reported:
@@ -352,83 +362,28 @@ class Player:
             self.send(Warned(text))
 
 
-class _NoTurn(Exception):
-    """An environment returned what is none of its turns. The message says what."""
+def _place_of_user_code(frame: FrameType) -> traceback.FrameSummary | None:
+    """Return the outermost line of the user's code in a stack that begins with ours; None if it has none."""
+    stack = traceback.extract_stack(frame)
+    own = [each for each in stack if not _is_ours(each.filename)]
+    is_encoding = any(each.filename.endswith("episodes/chat.py") for each in stack)
+    return own[0] if own and _is_ours(stack[0].filename) and not is_encoding else None
 
 
 def _is_ours(path: str) -> bool:
-    """True for the frames that stand above every call of the user's code."""
+    """Return True for the frames that stand above every call of the user's code."""
     here = os.path.dirname(__file__)
     library = os.path.dirname(os.__file__)
     is_library = path.startswith(library) and "site-packages" not in path
     return is_library or path.startswith((os.path.dirname(here), "<frozen", "<string>"))
 
 
-def _method(message: Begin | Step) -> str:
-    return "reset" if isinstance(message, Begin) else "step"
-
-
-def _messages(found: Any) -> list[Message]:
-    """Return messages of an environment, checked. Raise _NoTurn."""
-    if not isinstance(found, list):
-        raise _NoTurn(f"{type(found).__name__}; expected a list of {{role, content}}")
-    for message in found:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise _NoTurn(f"{str(message)[:80]}; expected {{role, content}}, both text")
-        if message.get("role") not in ROLES:
-            raise _NoTurn(f"a message with role {message.get('role')!r}; known: {', '.join(ROLES)}")
-    return found
-
-
-def _checked(turn: Any) -> Turn:
-    """Return an environment's turn. Raise _NoTurn unless it is one."""
-    if not isinstance(turn, Turn):
-        raise _NoTurn(f"{type(turn).__name__}; expected a Turn")
-    if (
-        isinstance(turn.reward, bool)
-        or not isinstance(turn.reward, int | float)
-        or not math.isfinite(turn.reward)
-    ):
-        raise _NoTurn(f"a reward of {turn.reward!r}; expected a finite number")
-    if turn.is_correct not in (None, True, False):
-        raise _NoTurn(f"is_correct={turn.is_correct!r}; expected True, False or None")
-    if not _messages(turn.messages) and not turn.is_done:
-        raise _NoTurn("no messages, and is not done")
-    return turn
-
-
-def _cut(message: Message) -> Message:
-    """Return a message for the record: it is too long for the policy to read."""
-    return message | {"content": message["content"][:MOST]}
+def _raised(error: BaseException) -> str:
+    """Return kind, message and place of an error, in one line."""
+    place = traceback.extract_tb(error.__traceback__)[-1:]
+    where = "".join(f" ({each.filename}:{each.lineno})" for each in place)
+    return f"{type(error).__name__}: {reason(error)[:300]}{where}"
 
 
 def _bytes(tokens: Sequence[int]) -> bytes:
     return np.asarray(tokens, np.int32).tobytes()
-
-
-def import_environment(path: str) -> Callable[[], Environment]:
-    """Import the class at `path`, "module:Class".
-
-    Raises:
-        ConfigError: there is none, or it lacks reset or step.
-    """
-    try:
-        kind = import_function(path)
-    except ValueError as error:
-        raise ConfigError(f"rollout.environment={str(error).partition('; expected')[0]}") from error
-    wanted = "expected a class with reset(row, seed) and step(reply), as dapo.episodes.Environment"
-    if not inspect.isclass(kind):
-        raise ConfigError(f"rollout.environment={path} is {type(kind).__name__}; {wanted}")
-    for name, count in (("reset", 2), ("step", 1)):
-        method = getattr(kind, name, None)
-        if method is None or method is getattr(Environment, name):
-            raise ConfigError(f"rollout.environment={path} has no method {name}; {wanted}")
-        try:
-            inspect.signature(method).bind(None, *[None] * count)
-        except TypeError as error:
-            raise ConfigError(f"rollout.environment={path}.{name}: {error}; {wanted}") from error
-    try:
-        inspect.signature(kind).bind()
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"rollout.environment={path} is made without arguments: {error}") from error
-    return kind  # type: ignore[return-value]  # as far as can be seen

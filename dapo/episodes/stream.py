@@ -10,9 +10,8 @@ import hashlib
 import queue
 import struct
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -36,21 +35,24 @@ from dapo.types import (
 
 ATTEMPTS = 3  # at an episode whose environment fails; then its group is lost
 CHECK_EVERY = 0.5  # seconds of waiting between two checks for an interruption
+ABORTED = 1_000_000  # added to the index of a turn's request for each turn that was aborted before
 Reading = Callable[[Prompt], dict[str, object]]
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Says how long an episode may be, beside the tokens of its request (Sampling.max_tokens)."""
+@dataclass(eq=False)
+class _Group:
+    """What the episodes of one group have in common."""
 
-    max_turns: int  # of the policy
-    max_prompt_length: int  # tokens of an environment's first messages
+    row: dict[str, object] = field(default_factory=dict)  # for their environments
+    first: np.ndarray | None = None  # tokens of their first messages
+    episodes: dict[str, Playing] = field(default_factory=dict)  # not read yet, by request id
 
 
 class EpisodeEngine:
     """The Engine protocol over another engine, whose turns it makes episodes of.
 
     Args:
+        max_turns: of the policy, in an episode.
         in_rounds: ask for turns when all environments have answered, in the order of the requests: then what
             is generated together depends on no timing.
         row_of: reads a prompt's row for its environment; None: `rollout.tools`, whose conversations begin
@@ -61,7 +63,7 @@ class EpisodeEngine:
         self,
         engine: Engine,
         workers: Workers,
-        limits: Limits,
+        max_turns: int,
         run_seed: int,
         in_rounds: bool,
         correct_above: float,
@@ -70,12 +72,8 @@ class EpisodeEngine:
         is_interrupted: Callable[[], bool] = lambda: False,
     ):
         self.engine = engine
-        self.limits, self.run_seed, self.in_rounds, self.correct_above = (
-            limits,
-            run_seed,
-            in_rounds,
-            correct_above,
-        )
+        self.max_turns, self.run_seed, self.in_rounds = max_turns, run_seed, in_rounds
+        self.correct_above = correct_above
         self.row_of, self.messages_of, self.is_interrupted = row_of, messages_of, is_interrupted
         self.players: dict[int, tuple[EpisodeStream, Playing]] = {}  # by number of the attempt
         self.workers = workers
@@ -119,7 +117,7 @@ class EpisodeEngine:
         """Note that an environment is gone with its process."""
         if found := self.players.get(number):
             stream, episode = found
-            stream.begin_again(episode, how, is_at_fault)
+            stream.begin_again(episode, number, how, is_at_fault)
 
 
 class EpisodeStream:
@@ -137,11 +135,14 @@ class EpisodeStream:
         self.engine, self.inner = engine, inner
         self.changed = threading.Condition(threading.RLock())
         self.episodes: dict[str, Playing] = {}  # not read yet, by request id
-        self.starts: dict[int, np.ndarray] = {}  # group → tokens of its first messages
-        self.generating: dict[str, Playing] = {}
-        self.answering: dict[int, Playing] = {}  # by number of the attempt
-        self.ready: dict[str, Playing] = {}  # whose next turn is to be asked for
-        self.num_open: Counter[int] = Counter()  # episodes that are not read yet, by group
+        self.groups: dict[int, _Group] = {}  # theirs
+        # an episode that is played is in one of these
+        self.generating: dict[str, Playing] = {}  # by id of the turn's request
+        self.answering: set[int] = set()  # by number of the attempt
+        self.ready: dict[str, Playing] = {}  # whose next turn is to be asked for, by request id
+        self.aborted: list[str] = []  # ids of turns that the engine's stream is to abort
+        self.num_aborts = 0  # of turns
+        self.num_asked = 0  # times that turns were asked for
         self.finished: queue.SimpleQueue[tuple[Playing, Sample] | None] = queue.SimpleQueue()
         self.num_playing = 0
         self.failure: BaseException | None = None
@@ -151,9 +152,9 @@ class EpisodeStream:
         with self.changed:
             for request in requests:
                 assert request.id not in self.episodes, f"request {request.id} is outstanding already"
-                episode = self.episodes[request.id] = Playing(request)
+                episode = self._group_of(request).episodes[request.id] = Playing(request)
+                self.episodes[request.id] = episode
                 self.num_playing += 1
-                self.num_open[request.group] += 1
                 self._begin(episode)
             self._ask_ready()
             if self.num_playing and not self.thread and not self.failure:
@@ -173,98 +174,116 @@ class EpisodeStream:
                 found = self.finished.get(timeout=CHECK_EVERY)
             except queue.Empty:
                 continue
-            if found is None or not found[0].is_wanted:
-                continue
-            episode, sample = found
-            with self.changed:
-                episode.is_wanted = False
-                if self.episodes.pop(episode.request.id, None):
-                    self._forget(episode.request.group)
-            yield sample
+            if found and self._is_taken(found[0]):
+                yield found[1]
 
     def abort(self, ids: Iterable[str] | None = None) -> None:
         with self.changed:
-            dropped = list(self.episodes) if ids is None else [id for id in ids if id in self.episodes]
+            dropped = list(self.episodes if ids is None else self.episodes.keys() & set(ids))
             for id in dropped:
-                self._end(episode := self.episodes.pop(id))
-                self._forget(episode.request.group)
-            self.inner.abort(None if ids is None else dropped)
+                self._end(self.episodes[id])
+                self._forget(self.episodes[id])
             if ids is None:
+                self.inner.abort()
+                self.aborted = []
                 self.failure = None
+            self._abort_turns()
+            self._ask_ready()
             self.finished.put(None)
             self.changed.notify_all()
 
     # --- one episode; the caller has the lock ---
 
-    def _forget(self, group: int) -> None:
-        """Note that an episode of a group is read, or aborted."""
-        self.num_open[group] -= 1
-        if not self.num_open[group]:
-            del self.num_open[group]
-            self.starts.pop(group, None)
+    def _group_of(self, request: Request) -> _Group:
+        if request.group not in self.groups:
+            group = self.groups[request.group] = _Group()
+            if self.engine.row_of:
+                group.row = self.engine.row_of(request.prompt)
+                # the group's other samples, asked for earlier, began with these
+                group.first = request.prompt.tokens if len(request.prompt.tokens) else None
+        return self.groups[request.group]
+
+    def _is_taken(self, episode: Playing) -> bool:
+        """Forget an episode that is read. Return False if it was aborted before."""
+        with self.changed:
+            is_wanted = episode.is_wanted
+            if is_wanted:
+                self._forget(episode)
+            return is_wanted
+
+    def _forget(self, episode: Playing) -> None:
+        request = episode.request
+        episode.is_wanted = False
+        del self.episodes[request.id]
+        group = self.groups[request.group]
+        del group.episodes[request.id]
+        if not group.episodes:
+            del self.groups[request.group]
 
     def _begin(self, episode: Playing) -> None:
         """Begin, or begin again, under the same names and seeds."""
         engine, request = self.engine, episode.request
-        engine.players.pop(episode.number, None)
         episode.begin(next(engine.workers.numbers))
         engine.players[episode.number] = self, episode
         if engine.row_of is None:
             episode.prompt, episode.messages = request.prompt.tokens, list(engine.messages_of(request.prompt))
             self.ready[request.id] = episode
         else:
-            row, seed = engine.row_of(request.prompt), group_seed(engine.run_seed, request.group)
+            row, seed = self.groups[request.group].row, group_seed(engine.run_seed, request.group)
             self._call(episode, Begin(episode.number, row, seed), self._begun)
 
     def _call(self, episode: Playing, message: Begin | Step, done: Callable[..., None]) -> None:
-        self.answering[episode.number] = episode
         number = episode.number
+        self.answering.add(number)
 
         def answered(answer: Began | Answer | Fault) -> None:
             with self.changed:
-                is_current = self.answering.pop(number, None) is episode and episode.number == number
-                if is_current and episode.is_wanted:
-                    if isinstance(answer, Fault):
-                        self.begin_again(episode, answer.what, is_at_fault=True)
-                    else:
-                        done(episode, answer)
+                if number not in self.answering:  # the attempt was aborted
+                    return
+                if isinstance(answer, Fault):
+                    self.begin_again(episode, number, answer.what, is_at_fault=True)
+                else:
+                    self.answering.remove(number)
+                    done(episode, answer)
                     self._ask_ready()
                 self.changed.notify_all()
 
         self.engine.workers.ask(Call(message, answered))
 
     def _begun(self, episode: Playing, answer: Began) -> None:
-        request, limits = episode.request, self.engine.limits
+        request, group = episode.request, self.groups[episode.request.group]
         episode.prompt = np.frombuffer(answer.tokens, np.int32)
         episode.messages = list(answer.messages)
-        first = self.starts.setdefault(request.group, episode.prompt)
-        if not np.array_equal(first, episode.prompt):
+        group.first = episode.prompt if group.first is None else group.first
+        if not np.array_equal(group.first, episode.prompt):
             what = f"the episodes of group {request.group} begin with different messages for one row and seed"
             self._fail(EpisodeError(f"rollout.environment: {what}: take all chance from reset's seed"))
-        if len(episode.prompt) > limits.max_prompt_length:
-            what = f"first messages of {len(episode.prompt)} tokens"
-            limit = f"data.max_prompt_length={limits.max_prompt_length}"
-            self._fail(EpisodeError(f"rollout.environment: {what}, {limit}: raise it, or write less"))
         self.ready[request.id] = episode
 
     def _ask_ready(self) -> None:
         """Ask for the turns that are ready; in rounds, when every environment has answered."""
-        if self.failure or (self.engine.in_rounds and (self.answering or self.generating)):
-            return
-        if not self.ready:
+        is_round = not (self.answering or self.generating)
+        if not self.ready or self.failure or (self.engine.in_rounds and not is_round):
             return
         ready = sorted(self.ready.values(), key=lambda e: (e.request.group, e.request.index))
         self.ready = {}
-        for episode in ready:
-            self.generating[episode.request.id] = episode
-        self.inner.submit([self._turn(episode) for episode in ready])
+        turns = [self._turn(episode) for episode in ready]
+        for episode, turn in zip(ready, turns, strict=True):
+            episode.turn_id = turn.id
+            self.generating[turn.id] = episode
+        self.inner.submit(turns)
+        self.num_asked += 1
 
     def _turn(self, episode: Playing) -> Request:
-        """Return the request of the next turn: it is sent before the first turns of others."""
+        """Return the request of the next turn: it is sent before the first turns of others.
+
+        One that was aborted may still come, so its name is not used again.
+        """
         request, number = episode.request, len(episode.turns)
         sampling = replace(request.sampling, max_tokens=request.sampling.max_tokens - episode.length)
         return replace(
             request,
+            index=request.index + ABORTED * self.num_aborts,
             prompt=replace(request.prompt, tokens=episode.next_input()),
             seed=turn_seed(request.seed, number),
             sampling=sampling,
@@ -274,11 +293,11 @@ class EpisodeStream:
     def _take_turn(self, turn: Sample) -> None:
         """Add the policy's turn, and hand it to the environment."""
         episode = self.generating.pop(f"{turn.group}.{turn.index}", None)
-        if episode is None or not episode.is_wanted:
+        if episode is None:  # it was aborted
             return
         episode.add(turn)
         room = episode.request.sampling.max_tokens - episode.length
-        is_last = len(episode.turns) == self.engine.limits.max_turns
+        is_last = len(episode.turns) == self.engine.max_turns
         step = Step(episode.number, turn.tokens.tobytes(), turn.is_truncated, 0 if is_last else room)
         self._call(episode, step, self._answered)
 
@@ -291,12 +310,11 @@ class EpisodeStream:
         episode.reward += turn.reward
         episode.is_correct = episode.is_correct if turn.is_correct is None else turn.is_correct
         episode.messages.append({"role": "assistant", "content": answer.text})
+        episode.messages += turn.messages
         is_cut = episode.turns[-1].is_truncated
-        if answer.tokens is None or is_cut:
-            episode.messages += turn.messages  # which the policy has not read
+        if answer.tokens is None or is_cut:  # the policy has not read them
             self._finish(episode, "stop" if turn.is_done and not is_cut else "length", answer.text)
             return
-        episode.messages += turn.messages
         episode.suffixes.append(np.frombuffer(answer.tokens, np.int32))
         self.ready[episode.request.id] = episode
 
@@ -304,49 +322,52 @@ class EpisodeStream:
         sample = episode.sample(finish_reason, self.engine.correct_above, text)
         if self.engine.row_of is None and sample.episode:
             sample.episode.prompt_tokens = None  # the prompt has them
-        self._end(episode, is_wanted=True)
+        self._end(episode)
         self.finished.put((episode, sample))
 
-    def begin_again(self, episode: Playing, what: str, is_at_fault: bool) -> None:
-        """Play an episode anew whose environment has failed. After ATTEMPTS its group is lost."""
+    def begin_again(self, episode: Playing, number: int, what: str, is_at_fault: bool) -> None:
+        """Play an episode anew whose attempt of that number has failed. After ATTEMPTS its group is lost."""
         with self.changed:
-            if not episode.is_wanted or episode.number not in self.engine.players:
+            if episode.number != number or number not in self.engine.players:
                 return
-            self.answering.pop(episode.number, None)
-            self.ready.pop(episode.request.id, None)
-            if self.generating.pop(episode.request.id, None):
-                self.inner.abort([episode.request.id])
-            self.engine.workers.end(episode.number)
             if is_at_fault:
                 episode.attempt += 1
                 self.engine.workers.warn(f"episode {episode.request.id}: {what}")
             if episode.attempt <= ATTEMPTS:
+                self._end(episode)
+                self.num_playing += 1
                 self._begin(episode)
             else:
                 self._lose(episode.request.group, what)
+            self._abort_turns()
             self._ask_ready()
             self.changed.notify_all()
 
     def _lose(self, group: int, what: str) -> None:
         """End all episodes of a group that are played, without samples."""
-        for id, episode in self.episodes.items():
-            if episode.request.group == group and episode.number in self.engine.players:
-                if self.generating.pop(id, None):
-                    self.inner.abort([id])
-                self.engine.workers.end(episode.number)
-                self._end(episode, is_wanted=True)
+        for episode in self.groups[group].episodes.values():
+            if episode.number in self.engine.players:
+                self._end(episode)
                 self.finished.put((episode, lost(episode.request, what)))
 
-    def _end(self, episode: Playing, is_wanted: bool = False) -> None:
-        """Forget an episode, and close its environment."""
-        episode.is_wanted = is_wanted
-        self.generating.pop(episode.request.id, None)
+    def _end(self, episode: Playing) -> None:
+        """Play an episode no more, and close its environment."""
+        if not self.engine.players.pop(episode.number, None):  # it has finished
+            return
+        self.num_playing -= 1
         self.ready.pop(episode.request.id, None)
-        self.answering.pop(episode.number, None)
-        if self.engine.players.pop(episode.number, None):
-            self.num_playing -= 1
-            if self.engine.row_of:
-                self.engine.workers.end(episode.number)
+        if self.generating.pop(episode.turn_id, None):
+            self.aborted.append(episode.turn_id)
+            self.num_aborts += 1
+        is_called = episode.number in self.answering
+        self.answering.discard(episode.number)
+        if is_called or self.engine.row_of:
+            self.engine.workers.end(episode.number)
+
+    def _abort_turns(self) -> None:
+        if self.aborted:
+            self.inner.abort(self.aborted)
+            self.aborted = []
 
     def _fail(self, error: BaseException) -> None:
         self.failure = error
@@ -358,10 +379,13 @@ class EpisodeStream:
         """Read turns from the engine as long as episodes are played."""
         try:
             while self._has_turns():
+                num_asked = self.num_asked
                 for turn in self.inner.completed():
                     with self.changed:
                         self._take_turn(turn)
-                        self.changed.notify_all()
+                with self.changed:
+                    missing = list(self.generating) if self.num_asked == num_asked else []
+                    assert not missing, f"the engine has returned everything, but not the turns {missing[:8]}"
         except BaseException as error:  # noqa: BLE001  # `completed` raises it
             with self.changed:
                 self.thread = None

@@ -6,17 +6,18 @@ import asyncio
 import inspect
 import json
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from dapo.config import ConfigError
 from dapo.episodes.environment import Message, Reply, ToolCall, Turn
+from dapo.episodes.user_code import Raised, TimeUp
 from dapo.reward.worker import import_function
-from dapo.types import reason
 
 MOST = 8192  # characters of a tool's answer; the rest is cut off
 Tool = Callable[..., Any]
-# calls a function with arguments, within the time that is left
-Caller = Callable[[Tool, dict[str, Any]], Awaitable[Any]]
+Caller = Callable[[Callable[[], Any]], Awaitable[Any]]  # UserCode.call, for an episode
 
 
 def load(paths: Sequence[str]) -> dict[str, Tool]:
@@ -59,49 +60,59 @@ def schemas(paths: Sequence[str]) -> list[dict[str, Any]]:
     return found
 
 
-class TimeUp(Exception):
-    """A call of the user's code took longer than rollout.turn_seconds."""
-
-
 class ToolBox:
     """Answers the policy's tool calls. It keeps nothing between them."""
 
     def __init__(self, tools: dict[str, Tool]):
         self.tools = tools
 
-    async def step(self, reply: Reply, call: Caller) -> tuple[Turn, int]:
+    async def step(self, reply: Reply, call: Caller, failure: str = "") -> tuple[Turn, int]:
         """Return the answers to the turn's calls, and how many of them are errors. Without calls the episode
-        is done.
+        is done. `failure`: what became of the process when they were called before; they are not called.
         """
         if reply.is_truncated or not reply.tool_calls:
             return Turn(is_done=True), 0
-        answers = await asyncio.gather(*(self._answer(each, call) for each in reply.tool_calls))
+        late = [failure] if failure else []  # why no others are called
+        lock = asyncio.Lock()
+        answers = await asyncio.gather(*(self._answer(each, call, late, lock) for each in reply.tool_calls))
         messages: list[Message] = [
             {"role": "tool", "name": each.name, "content": text}
             for each, (text, _) in zip(reply.tool_calls, answers, strict=True)
         ]
         return Turn(messages), sum(is_error for _, is_error in answers)
 
-    async def _answer(self, asked: ToolCall, call: Caller) -> tuple[str, bool]:
-        """Return the text of an answer, and whether the tool failed."""
+    async def _answer(
+        self, asked: ToolCall, call: Caller, late: list[str], lock: asyncio.Lock
+    ) -> tuple[str, bool]:
+        """Return the text of an answer, and whether the tool failed.
+
+        Calls that are not async are made one by one, none after one that was late: a turn may hold hundreds.
+        """
         if asked.error:
             return f"Error: the call cannot be read: {asked.error}", False
         if asked.name not in self.tools:
-            return f"Error: there is no tool {asked.name!r}; there is {', '.join(self.tools)}", True
+            return f"Error: there is no tool {asked.name!r}; there is {', '.join(self.tools)}"[:MOST], True
         function = self.tools[asked.name]
         try:
             inspect.signature(function).bind(**asked.arguments)
         except TypeError as error:
-            return f"Error: {asked.name}: {error}", True
-        try:
-            answer = await call(function, asked.arguments)
-        except TimeUp:
-            return f"Error: {asked.name} did not answer in time", True
-        except (Exception, SystemExit) as error:  # noqa: BLE001  # the user's function may raise anything
-            return f"Error: {type(error).__name__}: {reason(error)}"[:MOST], True
-        return _shown(answer), False
+            return f"Error: {asked.name}: {error}"[:MOST], True
+        async with nullcontext() if inspect.iscoroutinefunction(function) else lock:
+            if late:
+                return f"Error: {late[0]}", True
+            try:
+                return _shown(await call(partial(function, **asked.arguments))), False
+            except TimeUp:
+                late.append(f"not called, for {asked.name} did not answer in time")
+                return f"Error: {asked.name} did not answer in time", True
+            except Raised as error:
+                return f"Error: {error}"[:MOST], True
 
 
 def _shown(answer: Any) -> str:
-    text = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False, default=str)
+    """Return an answer as text, else as JSON. Raise Raised if there is none."""
+    try:
+        text = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False, default=str)
+    except Exception as error:  # `str` is the user's
+        raise Raised(error) from error
     return text if len(text) <= MOST else f"{text[:MOST]} … ({len(text) - MOST} characters more)"

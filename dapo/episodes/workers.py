@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import socket
 import sys
 import threading
@@ -24,13 +25,14 @@ from dapo.episodes.player import (
     End,
     Failed,
     Fault,
+    Leaving,
     Ready,
-    Running,
     Setup,
     Step,
     Warned,
     serve,
 )
+from dapo.episodes.user_code import Marks
 from dapo.types import EpisodeError
 from dapo.watch import forked
 from dapo.watch.frames import Channel, wait
@@ -41,7 +43,9 @@ IMPORT_TIMEOUT = 300.0  # seconds for a worker to import the user's code
 SILENT = 5.0  # seconds beyond the time limit of a call without a sign of life: something holds the process
 CLOSE_TIMEOUT = 3.0  # seconds for environments to close when the run ends
 MOST_DEATHS = 20  # of workers, while no call is answered
+CHECK_EVERY = 0.25  # seconds between two checks of the processes
 WARNINGS = 10  # that are printed at most
+SUSPENDED = 1.0  # seconds that a wait takes too long if this process was stopped, and its workers with it
 
 
 @dataclass(eq=False)
@@ -55,15 +59,24 @@ class Call:
 @dataclass(eq=False)
 class _Worker:
     process: Guarded
+    marks: Marks
     is_ready: bool = False
+    is_leaving: bool = False
     episodes: set[int] = field(default_factory=set)  # that live there
     calls: dict[int, Call] = field(default_factory=dict)  # that it is to answer, by episode
-    running: set[int] = field(default_factory=set)  # episodes whose code is being called
     heard_at: float = field(default_factory=time.monotonic)
 
     @property
     def channel(self) -> Channel:
         return self.process.channel
+
+    def suspects(self) -> set[int]:
+        """Return the episodes that may have ended it: those whose code it executed; if it executed none,
+        those that it was to answer, else all. Nobody may have if it has not begun, or left by itself.
+        """
+        if self.is_leaving or not self.is_ready:
+            return set()
+        return self.marks.executed() or set(self.calls) or set(self.episodes)
 
 
 class Workers:
@@ -71,8 +84,8 @@ class Workers:
 
     An environment lives in one of them, from its Begin to its End. Tools answer in any. If a process dies, or
     shows no sign of life for longer than a call may take, or needs more than `memory` GiB with what it
-    started, it is replaced. Tools' calls are made again elsewhere, those that were being made one at a time:
-    then it is known whose fault it is, and its answer is a Fault.
+    started, it is replaced. Turns of tools are answered again elsewhere, those that may have ended it one at
+    a time: then it is known which did, and its calls have failed.
     """
 
     def __init__(self, setup: Setup, count: int, memory: float):
@@ -97,13 +110,11 @@ class Workers:
 
     def ask(self, call: Call) -> None:
         """Have it answered. Any thread may call this."""
-        self.inbox.append(call)
-        self._wake()
+        self._send(call)
 
     def end(self, episode: int) -> None:
         """Close an episode's environment. Its call, if there is one, is answered no more."""
-        self.inbox.append(End(episode))
-        self._wake()
+        self._send(End(episode))
 
     def listen(self, listener: Callable[[int, str, bool], None]) -> None:
         """Have it called with each episode whose environment is gone with its process, how that ended, and
@@ -132,6 +143,12 @@ class Workers:
     @property
     def _name(self) -> str:
         return f"rollout.environment={self.setup.environment}" if self.setup.environment else "rollout.tools"
+
+    def _send(self, item: Call | End) -> None:
+        self.inbox.append(item)
+        # what stood there before has woken the thread, and it takes all
+        if len(self.inbox) == 1 and threading.get_ident() != self.thread.ident:
+            self._wake()
 
     def _wake(self) -> None:
         with suppress(BlockingIOError, OSError):  # it is awake, or has ended
@@ -162,12 +179,16 @@ class Workers:
         for worker, messages in outgoing.items():
             worker.channel.send(messages)
         everyone = self._everyone()
-        ready = wait([self.wakes, *(worker.channel for worker in everyone)], 0.25)
+        before = time.monotonic()
+        ready = wait([self.wakes, *(worker.channel for worker in everyone)], CHECK_EVERY)
         if self.wakes in ready:
             with suppress(OSError):
                 self.wakes.socket.recv(2**16)
         now = time.monotonic()
+        was_stopped = now - before > CHECK_EVERY + SUSPENDED  # the whole job was stopped, and goes on
         for worker in everyone:
+            if was_stopped:
+                worker.heard_at = now
             if worker.channel in ready:
                 worker.heard_at = now
                 for messages in worker.channel.receive():
@@ -206,20 +227,18 @@ class Workers:
         outgoing.setdefault(worker, []).append(call.message)
 
     def _drop(self, end: End, outgoing: dict[_Worker, list[Any]]) -> None:
-        self.suspects = deque(call for call in self.suspects if call.message.episode != end.episode)
+        if self.suspects:
+            self.suspects = deque(call for call in self.suspects if call.message.episode != end.episode)
         for worker in self._everyone():
-            worker.calls.pop(end.episode, None)
-            if end.episode in worker.episodes:
+            is_called = worker.calls.pop(end.episode, None)
+            if is_called or end.episode in worker.episodes:
                 worker.episodes.discard(end.episode)
-                del self.homes[end.episode]
+                self.homes.pop(end.episode, None)
                 outgoing.setdefault(worker, []).append(end)
 
     def _take(self, worker: _Worker, message: Any) -> None:
         match message:
-            case Running(episode):
-                worker.running |= {episode} & worker.calls.keys()
             case Began(episode) | Answer(episode) | Fault(episode):
-                worker.running.discard(episode)
                 self.num_deaths = 0
                 heartbeat()
                 if call := worker.calls.pop(episode, None):
@@ -228,6 +247,8 @@ class Workers:
                 worker.is_ready = True
             case Warned(text):
                 self.warn(text)
+            case Leaving():
+                worker.is_leaving = True
             case Failed(what):
                 raise ConfigError(what)
             case Alive():
@@ -235,8 +256,12 @@ class Workers:
 
     def _start(self) -> _Worker:
         process = Guarded(serve, [], int(self.memory * 2**30), "environment")
+        marks, file = Marks.make()
+        with suppress(OSError):  # it has ended, which is seen later
+            socket.send_fds(process.channel.socket, [b"\0"], [file])
+        os.close(file)
         process.channel.send(self.setup)
-        return _Worker(process)
+        return _Worker(process, marks)
 
     def _replace(self, worker: _Worker, is_late: bool) -> None:
         is_too_large = worker.process.end()
@@ -256,23 +281,32 @@ class Workers:
             self.alone = None
         else:
             self.workers.remove(worker)
+        suspects = worker.suspects()
         if self.setup.environment:
             for episode in worker.episodes:
                 del self.homes[episode]
                 if self.listener:
-                    self.listener(episode, how, episode in worker.running)
+                    self.listener(episode, how, episode in suspects)
                 elif call := worker.calls.get(episode):
                     call.done(Fault(episode, how))
             return
         for episode, call in worker.calls.items():
-            if episode not in worker.running:
+            if episode not in suspects:
                 self.inbox.append(call)
-            elif is_alone or len(worker.running) == 1:
-                call.done(Fault(episode, how))
+            elif is_alone or len(suspects) == 1:
+                self._note_failure(call, how)
             else:
                 self.suspects.append(call)
         if self.suspects and not self.alone:
             self.alone = self._start()
+
+    def _note_failure(self, call: Call, how: str) -> None:
+        """Have the policy read that its calls have ended a process."""
+        message = call.message
+        if isinstance(message, Step) and not message.failure:
+            self.inbox.append(Call(message._replace(failure=how), call.done))
+        else:
+            call.done(Fault(message.episode, how))
 
     def _end_all(self) -> None:
         everyone = self._everyone()

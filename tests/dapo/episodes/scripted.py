@@ -15,7 +15,7 @@ import numpy as np
 from dapo.episodes.chat import Chat
 from dapo.episodes.environment import Message, Turn
 from dapo.episodes.player import Answer, Began, Begin, End, Step
-from dapo.episodes.stream import EpisodeEngine, Limits
+from dapo.episodes.stream import EpisodeEngine
 from dapo.episodes.workers import Call
 from dapo.types import Prompt, Request, Sample, Sampling
 from tests.dapo.episodes.families import TOOL, Family, split_randomly, words
@@ -170,7 +170,7 @@ def play(
     )
     inner: Any = Engine(family, scripts, seed)
     engine = EpisodeEngine(
-        inner, workers, Limits(NUM_TURNS - 1, 10_000), seed, False, 0.5, lambda prompt: {}, lambda prompt: []
+        inner, workers, NUM_TURNS - 1, seed, False, 0.5, lambda prompt: {}, lambda prompt: []
     )
     stream = engine.stream()
     stream.submit(requests)
