@@ -96,7 +96,7 @@ def main(num_seeds: int, processes: int, overrides: list[str]) -> None:
     name = "episodes_sglang" if "engine.kind=sglang" in overrides else "episodes"
     text = heading("The examples of several turns, seed by seed")
     text += f"""
-mean@k on held-out rows (`eval/accuracy`) after so many steps, {processes} processes, tensor parallel; the
+mean@k on held-out rows (`eval/accuracy`) after so many steps, tensor parallel over {processes}; the
 largest mismatch of any step, mean |old − behavior log-prob|; wall seconds from launch to end, evaluation and
 export included. Configs and bases were tuned with other seeds, and committed before these ran.
 """

@@ -45,7 +45,7 @@ class Echo(Environment):
 
 
 class Scripted:
-    """An engine's stream that answers at once, with the same tokens; it notes the CPU time of each turn."""
+    """Answers at once, the same tokens each time. It notes the CPU time of each turn."""
 
     def __init__(self, tokens: np.ndarray):
         self.tokens = tokens
@@ -105,7 +105,7 @@ def measure(num_workers: int, in_rounds: bool) -> list[object]:
     made = config.load(path, [f"reward.workers={num_workers}", f"rollout.max_turns={NUM_TURNS}"])
     tokenizer = load_tokenizer(made.policy.model)
     setup = make_setup(made, tokenizer, Turns(environment="episodes_overhead:Echo"))
-    setup = setup._replace(environment="episodes_overhead:Echo")
+    setup = setup._replace(environment="episodes_overhead:Echo", max_prompt_length=10_000)
     words = setup.chat._own.encode("123" * OWN, add_special_tokens=False).ids[: OWN - 1]
     inner = Scripted(np.array([*words, setup.chat.stop_ids[0]], np.int32))
     workers = Workers(setup, num_workers, 4.0)
@@ -168,15 +168,13 @@ def main() -> None:
     preload()
     rows = [measure(count, in_rounds) for count in (1, 4) for in_rounds in (False, True)]
     text = f"""{heading("The cost of turns")}
-    python benchmarks/episodes_overhead.py
-
 {NUM_EPISODES:,} episodes at once, {NUM_TURNS} turns each, of {OWN} tokens of the policy and the environment's
-answer; the engine answers at once. CPU milliseconds are of all processes; "main process" is the main rank's share of
-them. The quarters are of an episode's turns: whether a turn costs more the longer the conversation is.
+answer; the engine answers at once. CPU milliseconds are of all processes; "main process" is the main rank's
+share of them. The quarters are of an episode's turns: does a turn cost more the longer the conversation is?
+Other work ran on the machine meanwhile.
 
-{table(HEAD, rows)}
-"""
-    save("episodes_overhead", text)
+{table(HEAD, rows)}"""
+    save("episodes_overhead.md", text)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from dapo.episodes import Reply
 from dapo.episodes.assemble import make_setup, turns_of
 from dapo.episodes.calls import read_hermes
 from dapo.episodes.tools import ToolBox
+from dapo.episodes.user_code import Raised
 from dapo.model.tokenizer import check_vocabulary, decoder_json, load_tokenizer, stop_ids
 from examples.calculator import task as sums
 from examples.calculator.calculator import calculator
@@ -170,8 +171,11 @@ def test_demonstrations_have_the_tokens_of_episodes(example: str) -> None:
 def test_demonstrations_have_the_answers_of_episodes() -> None:
     """Results and errors, which the policy reads."""
 
-    async def call(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        return function(**arguments)
+    async def call(function: Callable[[], Any]) -> Any:
+        try:
+            return function()
+        except ValueError as error:
+            raise Raised(error) from error
 
     toolbox = ToolBox({"calculator": calculator})
     answers = []

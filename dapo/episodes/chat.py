@@ -291,7 +291,7 @@ class Chat:
 
     @cached_property
     def _pieces(self) -> tuple[frozenset[str], frozenset[str]]:
-        """What control tokens begin with, and what they end with, without whole ones."""
+        """Beginnings and ends of control tokens, shorter than whole ones."""
         whole = self._control_tokens.values()
         heads = frozenset(token[:n] for token in whole for n in range(1, len(token)))
         return heads, frozenset(token[n:] for token in whole for n in range(1, len(token)))

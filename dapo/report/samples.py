@@ -190,8 +190,9 @@ def _describe_sample(row: dict[str, Any], tokenizer: Tokenizer | None) -> dict[s
         sample["turns"] = turns(conversation, row["loss_mask"], pieces)
     if pieces is None:
         return sample | {"text": row["text"]}
-    # −log p in hundredths
-    sample |= {"pieces": pieces, "surprise": np.rint(-100 * logprobs).clip(0, 9999).astype(int).tolist()}
+    # −log p in hundredths; 0 where the policy did not write the token
+    surprise = np.rint(-100 * np.where(mask, logprobs, 0.0)).clip(0, 9999).astype(int)
+    sample |= {"pieces": pieces, "surprise": surprise.tolist()}
     if not mask.all() and not conversation:
         sample["foreign"] = np.flatnonzero(~mask).tolist()
     if trace := row["trace"]:

@@ -34,6 +34,7 @@ class Script:
         default_factory=list
     )  # input ids, the policy's raw tokens
     versions: list[int] = field(default_factory=list)  # of each raw token
+    budget: int = 0  # tokens
 
 
 def make_script(family: Family, rng: random.Random) -> Script:
@@ -160,6 +161,7 @@ def play(
         sampling = Sampling(1.0, rng.choice([20, 60, 150, 2000]), family.stop_ids)
         requests.append(Request(group, index, prompt, rng.getrandbits(60), sampling))
         scripts[requests[-1].id] = script_of(family, rng)
+        scripts[requests[-1].id].budget = sampling.max_tokens
     order = iter([scripts[request.id] for request in requests])  # environments are made in that of requests
     workers: Any = Workers(
         family.chat(),
@@ -200,6 +202,8 @@ def faults(family: Family, script: Script, sample: Sample) -> list[str]:
             following = whole[end : len(script.calls[number + 1][0])]
             if family.tokenizer.decode(following, skip_special_tokens=False) != expected:
                 found.append(f"turn {number} is followed by other text")
+    if sample.length > script.budget:
+        found.append("it has more tokens than it may")
     if end != len(whole):
         found.append("the last turn does not end the episode")
     if is_written[len(prompt) :] != sample.loss_mask.tolist():

@@ -75,7 +75,7 @@ NESTED = {"a": {"b": [{"c": "}}{"}, [], {}]}, "d": 'say "{"'}
 @pytest.mark.parametrize(
     ("family", "reader"),
     [(family, read_llama if family.name == "llama" else read_hermes) for family in FAMILIES],
-    ids=str,
+    ids=[family.name for family in FAMILIES],
 )
 def test_the_form_is_the_templates(family: Any, reader: Reader) -> None:
     assert reader_of(family.template) is reader
@@ -300,9 +300,9 @@ def test_schemas_may_lack_anything() -> None:
 
 PIECES = [
     "<tool_call>", "</tool_call>", "<think>", "</think>", "<function=f>", "</function>", "<function=",
-    "<parameter=a>", "</parameter>", "<parameter=", ">", "{", "}", "[", "]", '"', "\\", '"name"', '"arguments"',
-    '"parameters"', ":", ",", "1", "null", "\n", " ", ";", "<|python_tag|>", CALL, "é", "\ud800", "\0", "-",
-    "NaN", "f", "\\u", "e9",
+    "<parameter=a>", "</parameter>", "<parameter=", ">", "{", "}", "[", "]", '"', "\\", '"name"',
+    '"arguments"', '"parameters"', ":", ",", "1", "null", "\n", " ", ";", "<|python_tag|>", CALL, "é",
+    "\ud800", "\0", "-", "NaN", "f", "\\u", "e9",
 ]  # fmt: skip
 
 

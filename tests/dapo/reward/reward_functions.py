@@ -190,6 +190,14 @@ def level(response, answer, row):
     return row.pop("level") == response  # as a careless function may
 
 
+def calls_once(response, answer, conversation):
+    """True if the response is that of the last turn, after one answer of a tool."""
+    if conversation is None:
+        return False
+    last, tools = conversation[-1], [message for message in conversation if message["role"] == "tool"]
+    return last == {"role": "assistant", "content": response} and len(tools) == 1
+
+
 def unfinished(response, answer, truncated):
     return truncated
 

@@ -184,6 +184,17 @@ def test_one_log_prob_that_is_not_finite_among_finite_ones_ends_the_run(tmp_path
         next_batches(rollouts, 0)
 
 
+def test_a_log_prob_that_is_not_finite_of_a_token_that_the_policy_did_not_write_is_not_read(tmp_path):
+    class Foreign(ScriptedEngine):
+        def answer(self, request):
+            sample = super().answer(request)
+            sample.loss_mask[1], sample.behavior_logprobs[1] = False, np.nan
+            return sample
+
+    engine = Foreign(lambda prompt: "10")
+    assert next_batches(make_rollouts(tmp_path, engine), 0)
+
+
 @pytest.mark.parametrize("replayed", [False, True])
 def test_the_engine_releases_its_memory_once_a_step_when_all_samples_are_in(tmp_path, replayed):
     class Watched(ScriptedEngine):
