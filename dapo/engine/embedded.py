@@ -8,6 +8,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,8 @@ class EmbeddedEngine:
     ) -> list[Sample]:
         """Generate one sample per request, all together. The caller holds the lock.
 
+        `sampling.max_tokens` is the largest of the requests'; each is cut at its own.
+
         Ends at the next token, with samples that are cut off, when `is_wanted()` is no longer true.
         """
         prompts, seeds = [r.prompt.tokens for r in requests], [r.seed for r in requests]
@@ -133,7 +136,8 @@ class EmbeddedEngine:
     def _sample(
         self, request: Request, tokens: np.ndarray, logprobs: np.ndarray, is_stop: np.ndarray
     ) -> Sample:
-        """Cut at the first stop token, inclusive."""
+        """Cut at the first stop token, inclusive, or at the request's limit."""
+        tokens, is_stop = tokens[: request.sampling.max_tokens], is_stop[: request.sampling.max_tokens]
         has_stop = bool(is_stop.any())
         length = int(is_stop.argmax()) + 1 if has_stop else len(tokens)
         return Sample(
@@ -187,19 +191,24 @@ class EmbeddedStream:
             self.finished = deque(s for s in self.finished if f"{s.group}.{s.index}" not in dropped)
 
     def _generate_next(self) -> None:
-        """Generate the first requests of the queue that have the same sampling settings."""
+        """Generate the first requests of the queue that have the same sampling settings except max_tokens."""
         with self.lock:
             if not self.queue:
                 return
-            sampling, before = self.queue[0].sampling, self.num_aborts
-            alike = itertools.takewhile(lambda request: request.sampling == sampling, self.queue)
+            first, before = self.queue[0].sampling, self.num_aborts
+            alike = itertools.takewhile(lambda request: _are_alike(request.sampling, first), self.queue)
             batch = list(itertools.islice(alike, self.engine.max_concurrent))
+            sampling = replace(first, max_tokens=max(request.sampling.max_tokens for request in batch))
             self.queue = self.queue[len(batch) :]
         with self.engine.lock:
             samples = self.engine.generate(batch, sampling, lambda: self.num_aborts == before)
         with self.lock:
             if self.num_aborts == before:
                 self.finished.extend(samples)
+
+
+def _are_alike(one: Sampling, other: Sampling) -> bool:
+    return replace(one, max_tokens=0) == replace(other, max_tokens=0)
 
 
 def learnt_and_kept(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:

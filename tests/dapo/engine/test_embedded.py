@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,29 @@ def test_a_sample_does_not_depend_on_what_it_was_batched_with(engine: EmbeddedEn
     assert len({tuple(sample.tokens) for sample in together.values()}) > 3, (
         "different seeds draw differently from the same prompt"
     )
+
+
+def test_requests_with_other_limits_are_generated_together_each_up_to_its_own(
+    engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The turns of episodes have what is left of their tokens."""
+    wanted = requests(3, Sampling(1.0, 12, (EOS,)))
+    limits = [3, 12, 1, 7, 5, 9]
+    wanted = [
+        replace(r, sampling=replace(r.sampling, max_tokens=n)) for r, n in zip(wanted, limits, strict=True)
+    ]
+    alone = {id: sample for request in wanted for id, sample in generate(engine, [request]).items()}
+    sizes, generated = [], engine.generate
+    monkeypatch.setattr(
+        engine, "generate", lambda batch, *rest: sizes.append(len(batch)) or generated(batch, *rest)
+    )
+    together = generate(engine, wanted)
+    assert sizes == [6]
+    for request in wanted:
+        ours, theirs = together[request.id], alone[request.id]
+        assert ours.tokens.tolist() == theirs.tokens.tolist() and ours.finish_reason == theirs.finish_reason
+        assert 0 < ours.length == len(ours.behavior_logprobs) <= request.sampling.max_tokens
+    assert any(sample.finish_reason == "length" for sample in together.values())
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])

@@ -5,6 +5,7 @@ torch.
 import asyncio
 import contextlib
 import os
+import random
 import re
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import time
 import numpy as np
 
 from dapo.episodes import Environment, Turn
+from examples.game.game import GuessNumber
 
 SAID = {"role": "user", "content": "go on"}
 MANY = 10_000_000  # characters
@@ -183,6 +185,14 @@ class Tooled(Obedient):
 
     def tools(self):
         return eval(self.row["tools"])
+
+
+class Slow(GuessNumber):
+    """The example's game, which takes its time."""
+
+    def step(self, reply):
+        time.sleep(random.random() / 100)
+        return super().step(reply)
 
 
 class NoStep(Environment):
