@@ -1,4 +1,4 @@
-"""What an environment returns, checked, and as plain values: only these leave the worker's process.
+"""Checks of what an environment returns, made plain values: only these leave the worker's process.
 
 This must not import torch, even indirectly.
 """
