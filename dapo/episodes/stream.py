@@ -117,7 +117,7 @@ class EpisodeEngine:
         """Note that an environment is gone with its process."""
         if found := self.players.get(number):
             stream, episode = found
-            stream.begin_again(episode, number, how, is_at_fault)
+            stream.begin_again(episode, how, is_at_fault)
 
 
 class EpisodeStream:
@@ -241,7 +241,7 @@ class EpisodeStream:
                 if number not in self.answering:  # the attempt was aborted
                     return
                 if isinstance(answer, Fault):
-                    self.begin_again(episode, number, answer.what, is_at_fault=True)
+                    self.begin_again(episode, answer.what, is_at_fault=True)
                 else:
                     self.answering.remove(number)
                     done(episode, answer)
@@ -325,10 +325,13 @@ class EpisodeStream:
         self._end(episode)
         self.finished.put((episode, sample))
 
-    def begin_again(self, episode: Playing, number: int, what: str, is_at_fault: bool) -> None:
-        """Play an episode anew whose attempt of that number has failed. After ATTEMPTS its group is lost."""
+    def begin_again(self, episode: Playing, what: str, is_at_fault: bool) -> None:
+        """Play an episode anew whose environment has failed. After ATTEMPTS its group is lost.
+
+        The workers' thread alone calls this.
+        """
         with self.changed:
-            if episode.number != number or number not in self.engine.players:
+            if episode.number not in self.engine.players:  # it was aborted
                 return
             if is_at_fault:
                 episode.attempt += 1
