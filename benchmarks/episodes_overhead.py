@@ -105,7 +105,7 @@ def measure(num_workers: int, in_rounds: bool) -> list[object]:
     made = config.load(path, [f"reward.workers={num_workers}", f"rollout.max_turns={NUM_TURNS}"])
     tokenizer = load_tokenizer(made.policy.model)
     setup = make_setup(made, tokenizer, Turns(environment="episodes_overhead:Echo"))
-    setup = setup._replace(environment="episodes_overhead:Echo")
+    setup = setup._replace(environment="episodes_overhead:Echo", max_prompt_length=10_000)
     words = setup.chat._own.encode("123" * OWN, add_special_tokens=False).ids[: OWN - 1]
     inner = Scripted(np.array([*words, setup.chat.stop_ids[0]], np.int32))
     workers = Workers(setup, num_workers, 4.0)

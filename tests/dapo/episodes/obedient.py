@@ -3,6 +3,7 @@ torch.
 """
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -39,7 +40,7 @@ def act(command: str):
                 try:
                     while True:
                         time.sleep(0.01)
-                except BaseException:
+                except BaseException:  # noqa: BLE001
                     pass
         case "hold":
             sum(range(10**12))
@@ -89,13 +90,15 @@ class Own(Turn):
 
 
 class Obedient(Environment):
-    """Does `row["reset"]`, and in each turn the next of `row["steps"]`; what is `once`, in a first attempt."""
+    """Do `row["reset"]`, and in each turn the next of `row["steps"]`; what is `once`, at a first attempt."""
 
     def reset(self, row, seed):
         self.row, self.number = row, 0
         match row.get("reset", "ok"):
             case "raise":
                 raise ValueError("no such row")
+            case "exit":
+                os._exit(3)
             case "none":
                 return None
             case "empty":
@@ -145,10 +148,8 @@ class Waiting(Obedient):
             await asyncio.sleep(600)
         if what == "unending":
             while True:
-                try:
+                with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.sleep(0.05)
-                except asyncio.CancelledError:
-                    pass
         if what == "cancelled":
             raise asyncio.CancelledError
         await asyncio.sleep(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ from tests.dapo.episodes.families import FAMILIES
 HERE = "tests.dapo.episodes.obedient"
 FAMILY = FAMILIES[0]
 REFUSING = FAMILY.template + (
-    "{% for m in messages %}{% if m.role == 'developer' %}{{ raise_exception('no developers') }}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'developer' %}{{ raise_exception('no developers') }}"
+    "{% endif %}{% endfor %}"
 )
 SECONDS = 0.5  # rollout.turn_seconds
 MOST = 400  # tokens of an episode
@@ -44,7 +46,7 @@ class Policy:
         turn = next(n for n in range(99) if turn_seed(seed_of(group, index), n) == request.seed)
         tokens = encode(self.say(group, index, turn))[: request.sampling.max_tokens]
         n = len(tokens)
-        logprobs = -np.random.default_rng(request.seed).random(n, np.float32) - 1e-3
+        logprobs = logprobs_of(request.seed, request.prompt.tokens, n)
         is_whole = tokens[-1] in FAMILY.stop_ids
         return Sample(
             group,
@@ -77,7 +79,7 @@ class Policy:
 
 
 class PolicyStream:
-    """Answers in order, as the embedded engine does: what is popped is answered, even if it is aborted then."""
+    """Answers in order, as the embedded engine does: what is popped is answered, even if it is aborted."""
 
     def __init__(self, policy: Policy):
         self.policy = policy
@@ -110,6 +112,12 @@ class PolicyStream:
 
 def encode(text: str) -> list[int]:
     return [*FAMILY.tokenizer.encode(text, add_special_tokens=False).ids, FAMILY.stop_ids[0]]
+
+
+def logprobs_of(seed: int, given: np.ndarray, count: int) -> np.ndarray:
+    """Log-probs of a turn: others for another seed, or other tokens before it."""
+    rng = np.random.default_rng([seed, zlib.crc32(np.asarray(given, np.int32).tobytes())])
+    return -rng.random(count, np.float32) - 1e-3
 
 
 def seed_of(group: int, index: int) -> int:
@@ -198,17 +206,19 @@ def assert_nothing_is_left(stage: Stage, stream: Any) -> None:
 
 
 def assert_is_exact(sample: Sample) -> None:
-    """The policy's tokens are what it said, with the log-probs that it had; the others are not learnt from."""
+    """The policy's tokens are what it said to what stands before them; the others are not learnt from."""
     if sample.is_lost:
         assert not len(sample.tokens) and sample.text
         return
     assert sample.episode and sample.finish_reason in ("stop", "length")
+    of_environment = sample.episode.prompt_tokens
+    prompt = encode("begin") if of_environment is None else of_environment
     edges = np.flatnonzero(np.diff(sample.loss_mask)) + 1
     own = np.split(np.arange(sample.length), edges)[::2]
     assert sample.loss_mask[0] and sample.loss_mask[-1] and len(own) == sample.episode.num_turns
     for turn, places in enumerate(own):
-        rng = np.random.default_rng(turn_seed(seed_of(sample.group, sample.index), turn))
-        expected = -rng.random(len(places), np.float32) - 1e-3
+        seed = turn_seed(seed_of(sample.group, sample.index), turn)
+        expected = logprobs_of(seed, np.concatenate([prompt, sample.tokens[: places[0]]]), len(places))
         assert np.array_equal(sample.behavior_logprobs[places], expected)
     assert not sample.behavior_logprobs[~sample.loss_mask].any()
     said = [m["content"] for m in sample.episode.messages if m["role"] == "assistant"]
