@@ -1,4 +1,4 @@
-"""What an environment returns, checked, and as plain values: only these leave the worker's process.
+"""Checks answers of environments, and makes plain values of them: only these leave the worker's process.
 
 This must not import torch, even indirectly.
 """

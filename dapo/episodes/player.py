@@ -82,7 +82,7 @@ class Began(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What became of a turn. `tokens`, int32, follow it; None: they have no room."""
+    """An answer to a turn. `tokens`, int32, follow it; None: they have no room."""
 
     episode: int
     text: str  # of the policy's turn
