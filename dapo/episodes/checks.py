@@ -1,4 +1,4 @@
-"""Checks of what an environment returns, made plain values: only these leave the worker's process.
+"""Checks answers of environments, and makes plain values of them: only these leave the worker's process.
 
 This must not import torch, even indirectly.
 """

@@ -82,7 +82,7 @@ class Began(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """The outcome of a turn. `tokens`, int32, follow it; None: they have no room, or nobody reads them."""
+    """An answer to a turn. `tokens`, int32, follow it; None: they have no room, or the turn is the last."""
 
     episode: int
     text: str  # of the policy's turn

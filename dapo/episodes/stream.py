@@ -41,7 +41,7 @@ Reading = Callable[[Prompt], dict[str, object]]
 
 @dataclass(eq=False)
 class _Group:
-    """Holds what the episodes of one group have in common."""
+    """A group's episodes, and the things that they have in common."""
 
     row: dict[str, object] = field(default_factory=dict)  # for their environments
     first: np.ndarray | None = None  # tokens of their first messages

@@ -84,7 +84,7 @@ class UserCode:
         """Return what `function()` returns, awaited if it has to be.
 
         Raises:
-            TimeUp: it takes longer than `seconds`. It is made to end, and not waited for.
+            TimeUp: it takes longer than `seconds`. It is made to end if that can be, and not waited for.
             Raised: it raised something, of whatever kind.
         """
         if inspect.iscoroutinefunction(function):

@@ -189,7 +189,7 @@ def test_what_is_aborted_in_any_state_does_not_come_and_can_be_asked_for_again(s
 
 
 def test_a_turn_of_an_aborted_request_is_not_taken_for_the_new_ones():
-    """The embedded engine cannot abort a turn that is generated: it comes when the id is asked for anew."""
+    """The embedded engine cannot abort a turn that it generates: it comes when its id is asked for anew."""
     policy = GatedPolicy()
     engine = make_engine(done_after(2), policy=policy, has_environment=False)
     stream, [request] = engine.stream(), requests(1, 1, has_environment=False)
