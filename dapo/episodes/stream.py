@@ -44,6 +44,7 @@ class _Group:
     """A group's episodes, and the things that they have in common."""
 
     row: dict[str, object] = field(default_factory=dict)  # for their environments
+    messages: list[Message] = field(default_factory=list)  # the first ones, with rollout.tools
     first: np.ndarray | None = None  # tokens of their first messages
     episodes: dict[str, Playing] = field(default_factory=dict)  # not read yet, by request id
 
@@ -201,6 +202,8 @@ class EpisodeStream:
                 group.row = self.engine.row_of(request.prompt)
                 # the group's other samples, asked for earlier, began with these
                 group.first = request.prompt.tokens if len(request.prompt.tokens) else None
+            else:
+                group.messages = self.engine.messages_of(request.prompt)
         return self.groups[request.group]
 
     def _is_taken(self, episode: Playing) -> bool:
@@ -226,7 +229,8 @@ class EpisodeStream:
         episode.begin(next(engine.workers.numbers))
         engine.players[episode.number] = self, episode
         if engine.row_of is None:
-            episode.prompt, episode.messages = request.prompt.tokens, list(engine.messages_of(request.prompt))
+            episode.prompt = request.prompt.tokens
+            episode.messages = list(self.groups[request.group].messages)
             self.ready[request.id] = episode
         else:
             row, seed = self.groups[request.group].row, group_seed(engine.run_seed, request.group)

@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -244,3 +245,23 @@ def test_environments_that_never_let_a_call_be_answered_stop_the_run(monkeypatch
     monkeypatch.setattr(workers_module, "MOST_DEATHS", 3)
     with Stage(setup_of()) as stage, pytest.raises(EpisodeError, match="4 processes ended and no call was"):
         stage.play([{"steps": [], "reset": "exit"}] * 12)
+
+
+def test_time_in_which_the_whole_job_was_stopped_counts_for_no_call(monkeypatch):
+    ahead = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0])
+    waited, wait = [], workers_module.wait
+    with Stage(setup_of(seconds=20.0)) as stage:
+        monkeypatch.setattr(workers_module, "time", clock)
+
+        def stopped_once(channels, seconds):
+            if not waited and any(worker.calls for worker in stage.workers.workers):
+                waited.append(True)
+                ahead[0] = 600.0
+                return []
+            return wait(channels, seconds)
+
+        monkeypatch.setattr(workers_module, "wait", stopped_once)
+        found = stage.play([{"steps": ["wait 0.2", "done"]}])["0.0"]
+    assert waited and found.reward == 1.25 and found.episode.num_attempts == 1
+    assert stage.workers.num_warnings == 0
