@@ -21,7 +21,7 @@ def sample(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, run_se
 
 
 def responses(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, run_seed: int) -> list[Group]:
-    """Return groups of one response to each prompt."""
+    """Return groups of one response to each prompt, without those that are lost."""
     groups = [Group(FIRST_GROUP + i, prompt) for i, prompt in enumerate(prompts)]
     stream = engine.stream()
     stream.submit(
@@ -32,4 +32,4 @@ def responses(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, run
             groups[found.group - FIRST_GROUP].add(found)
     finally:
         stream.abort()
-    return groups
+    return [group for group in groups if not group.is_lost]

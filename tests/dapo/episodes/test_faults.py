@@ -304,6 +304,18 @@ def test_async_faults_lose_their_group_and_no_other(waiting):
         assert_is_innocent(found[f"{number}.0"])
 
 
+def test_what_is_aborted_waits_no_longer_and_is_closed(tmp_path):
+    path = tmp_path / "closed"
+    with Stage(setup_of("Waiting", seconds=600.0)) as stage:
+        stream = stage.engine.stream()
+        stream.submit(stage.requests([{"steps": ["never"], "close": str(path), "name": "x"}]))
+        while not any(episode.turns for _, episode in [*stage.engine.players.values()]):
+            time.sleep(0.01)
+        stream.abort()
+        stage.play([{"steps": ["pause 0.5", "done"]}])
+        assert path.read_text() == "x\n", "its call would have gone on for ten minutes"
+
+
 def test_async_calls_wait_side_by_side(waiting):
     start = time.monotonic()
     found = waiting.play([{"steps": ["pause 0.3", "done"]}] * 40)

@@ -10,7 +10,7 @@ from dapo.episodes.environment import Turn
 from dapo.episodes.player import Begin
 from dapo.episodes.stream import ABORTED, EpisodeEngine
 from dapo.reward.pool import Reward
-from dapo.rollout import dump, evaluate
+from dapo.rollout import dump, evaluate, probe
 from dapo.rollout.prompts import PromptStream
 from dapo.rollout.rollouts import Rollouts
 from dapo.types import EpisodeError, Prompt, Sample
@@ -159,6 +159,15 @@ def test_a_problem_that_is_lost_is_left_out_of_an_evaluation_and_counted(tmp_pat
         EpisodeError, match=f"all problems of lost are lost, the last because {re.escape(WHY)}"
     ):
         evaluate.run(rollouts, {"lost": problems[2:3]}, "evaluating")
+    rollouts.close()
+
+
+def test_a_response_that_is_lost_is_no_probe(tmp_path):
+    rollouts, _ = make_rollouts(tmp_path, by_place("10", "xx"), LONG)
+    prompts = [rollouts.prompts.prompts[i] for i in order(3)]
+    groups = probe.responses(rollouts.engine, prompts, rollouts.sampling, 0)
+    assert [group.prompt.index for group in groups] == [order(3)[0], order(3)[2]]
+    assert all(len(group.prompt.tokens) and group.samples[0].length for group in groups)
     rollouts.close()
 
 
