@@ -31,6 +31,8 @@ SLOW = (  # start torchrun, a server, a browser or Triton's interpreter: not par
     "tests/dapo/plan/test_plan.py::test_the_mixture_of_experts_layout_is_built",
     "tests/dapo/report/test_page.py",
     "tests/dapo/test_watch.py",
+    "tests/dapo/episodes/test_faults.py",
+    "tests/dapo/episodes/test_workers.py",
     "tests/dapo/reward/test_pool.py",
     "tests/dapo/rollout/test_evaluate.py::test_the_eval_command",
     "tests/distributed/",
