@@ -340,7 +340,8 @@ def test_an_async_function_that_blocks_is_named_with_its_line(capfd):
     )
 
 
-def test_an_async_function_that_blocks_for_ever_is_ended_and_named(capfd):
+def test_an_async_function_that_blocks_for_ever_is_ended_and_named(monkeypatch):
+    monkeypatch.setattr(workers_module, "SILENT", 30.0)  # the worker says so itself
     with Stage(setup_of("Waiting")) as stage:
         found = stage.play([{"steps": ["ok", "sleep"]}, {"steps": ["ok", "pause 0.1", "done"]}])
         assert matches(r"step is async and blocks its worker \(.*obedient.py:\d+\)", found["0.0"].text)
