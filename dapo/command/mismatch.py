@@ -31,7 +31,7 @@ from dapo.policy.replay import Source
 from dapo.policy.support import mass_above, mass_beyond
 from dapo.rollout import probe
 from dapo.sampler import Sampler
-from dapo.types import Group
+from dapo.types import EpisodeError, Group
 
 COARSE = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)  # × rollout.temperature
 FINE = (0.94, 0.96, 0.98, 0.99, 1.0, 1.01, 1.02, 1.04, 1.06)  # × the best of the former
@@ -109,8 +109,8 @@ class Comparison:
     def sample(self, num_responses: int, version: int) -> None:
         """Sample by weights `version`, which the policy has now."""
         self.sampler.load_weights(self.policy, version)
-        self.num_responses = num_responses
         self.groups = self.mesh.on_main_only(self._sample, num_responses) or []
+        self.num_responses = self.mesh.on_main(lambda: len(self.groups))
         self.rescored = self._rescore()
         self.mesh.on_main_only(lambda: self.sampler.rollouts.engine.release_memory())
 
@@ -119,6 +119,8 @@ class Comparison:
         prompts, seed = rollouts.prompts.prompts, self.config.run.seed
         cycled = [prompts[i % len(prompts)] for i in range(num_responses)]
         groups = probe.responses(rollouts.engine, cycled, rollouts.sampling, seed)
+        if not groups:
+            raise EpisodeError("all responses are lost: their environments failed, as the warnings say")
         for group in groups:  # whatever wrote them, they are compared with the policy
             for sample in group.samples:
                 sample.versions = ((self.version, 0, sample.length),)

@@ -176,11 +176,15 @@ class Config(Section):
                 f"rollout.tools={plain_yaml.shown(rollout.tools)} with rollout.environment="
                 f"{rollout.environment}, whose tools are those that its method tools returns: leave one out"
             )
-        if rollout.environment and (list(reward.weights) != [DEFAULT_FUNCTION] or reward.shadow):
-            named = ", ".join([*reward.weights, *reward.shadow])
+        unused = {
+            "function": reward.weights != {DEFAULT_FUNCTION: 1.0},
+            "shadow": bool(reward.shadow),
+            "answer_format": reward.answer_format != "answer_line",
+        }
+        if rollout.environment and (name := next((name for name in unused if unused[name]), "")):
             raise ConfigError(
-                f"reward.function={named} with rollout.environment={rollout.environment}: the environment's "
-                "rewards are learnt from; leave reward.function and reward.shadow out"
+                f"reward.{name}={plain_yaml.shown(getattr(reward, name))} with rollout.environment="
+                f"{rollout.environment}: the environment's rewards are learnt from; leave reward.{name} out"
             )
 
     def _check_objective(self) -> None:

@@ -133,7 +133,7 @@ def read(answer: bytes, asked: Asked, vocab_size: int, routing: Routing | None =
         matched = meta["finish_reason"].get("matched")
         answered, num_prompt_tokens = meta["id"], meta["prompt_tokens"]
         encoded = meta.pop("routed_experts", None)
-        [num_cached] = _of_types([meta.get("cached_tokens", 0)], int)
+        num_cached = meta.get("cached_tokens")
     except (ValueError, TypeError, KeyError, IndexError, OverflowError, AttributeError) as error:
         raise BadAnswer(f"no answer of SGLang: {type(error).__name__}: {error}") from None
     if answered != asked.rid:
@@ -173,7 +173,7 @@ def read(answer: bytes, asked: Asked, vocab_size: int, routing: Routing | None =
         versions=tuple((v, start, min(end, length)) for v, start, end in versions if start < length),
         finish_reason=finish_reason,
         routes=routes,
-        num_cached=num_cached,
+        num_cached=num_cached if isinstance(num_cached, int) else 0,
     )
 
 

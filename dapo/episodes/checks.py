@@ -106,7 +106,7 @@ def import_environment(path: str) -> Callable[[], Environment]:
     try:
         inspect.signature(kind).bind()
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"rollout.environment={path} is made without arguments: {error}") from error
+        raise ConfigError(f"rollout.environment={path} has to be made without arguments: {error}") from error
     return kind  # type: ignore[return-value]  # as far as can be seen
 
 

@@ -168,7 +168,7 @@ class Player:
         self.setup, self.chat = setup, setup.chat
         self.marks, self.connection = marks, connection
         self.make = import_environment(setup.environment) if setup.environment else None
-        self.toolbox = ToolBox(load(setup.tools))
+        self.toolbox = ToolBox(load(setup.tools), self._warn)
         self.episodes: dict[int, _Episode] = {}
         self.reader: Reader | None = reader_of(self.chat.template) if setup.tools else None
         self.ends: set[asyncio.Task[None]] = set()  # close what has ended

@@ -81,6 +81,12 @@ class EpisodeEngine:
         workers.listen(self._lost)
 
     @property
+    def name(self) -> str:
+        """The option whose code answers the policy."""
+        path = self.workers.setup.environment
+        return f"rollout.environment={path}" if path else "rollout.tools"
+
+    @property
     def is_colocated(self) -> bool:
         return self.engine.is_colocated
 
@@ -339,7 +345,7 @@ class EpisodeStream:
                 return
             if is_at_fault:
                 episode.attempt += 1
-                self.engine.workers.warn(f"episode {episode.request.id}: {what}")
+                self.engine.workers.warn(what, f"episode {episode.request.id}: ")
             if episode.attempt <= ATTEMPTS:
                 self._end(episode)
                 self.num_playing += 1
@@ -355,7 +361,7 @@ class EpisodeStream:
         for episode in self.groups[group].episodes.values():
             if episode.number in self.engine.players:
                 self._end(episode)
-                self.finished.put((episode, lost(episode.request, what)))
+                self.finished.put((episode, lost(episode.request, f"of {self.engine.name}: {what}")))
 
     def _end(self, episode: Playing) -> None:
         """Play an episode no more, and close its environment."""

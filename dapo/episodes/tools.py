@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -61,10 +62,12 @@ def schemas(paths: Sequence[str]) -> list[dict[str, Any]]:
 
 
 class ToolBox:
-    """Answers the policy's tool calls. It keeps nothing between them."""
+    """Answers the policy's tool calls. It keeps nothing between them. `warn`: called with what a tool raised,
+    and where.
+    """
 
-    def __init__(self, tools: dict[str, Tool]):
-        self.tools = tools
+    def __init__(self, tools: dict[str, Tool], warn: Callable[[str], None] = lambda text: None):
+        self.tools, self.warn = tools, warn
 
     async def step(self, reply: Reply, call: Caller, failure: str = "") -> tuple[Turn, int]:
         """Return the answers to the turn's calls, and how many of them are errors. Without calls the episode
@@ -106,6 +109,9 @@ class ToolBox:
                 late.append(f"not called, for {asked.name} did not answer in time")
                 return f"Error: {asked.name} did not answer in time", True
             except Raised as error:
+                place = traceback.extract_tb(error.error.__traceback__)[-1:]
+                where = "".join(f" ({each.filename}:{each.lineno})" for each in place)
+                self.warn(f"{asked.name} raised {type(error.error).__name__}{where}; the policy reads that")
                 return f"Error: {error}"[:MOST], True
 
 

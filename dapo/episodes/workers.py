@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -43,8 +43,9 @@ IMPORT_TIMEOUT = 300.0  # seconds for a worker to import the user's code
 SILENT = 5.0  # seconds beyond the time limit of a call without a sign of life: something holds the process
 CLOSE_TIMEOUT = 3.0  # seconds for environments to close when the run ends
 MOST_DEATHS = 20  # of workers, while no call is answered
+MOST_FAILURES = 32  # of steps, if none was ever answered
 CHECK_EVERY = 0.25  # seconds between two checks of the processes
-WARNINGS = 10  # that are printed at most
+WARNINGS, SAME = 20, 2  # different warnings that are printed, and alike ones
 SUSPENDED = 1.0  # seconds that a wait takes too long if this process was stopped, and its workers with it
 
 
@@ -99,7 +100,9 @@ class Workers:
         self.inbox: deque[Call | End] = deque()
         self.failure: BaseException | None = None
         self.num_deaths = 0  # since a call was answered
-        self.num_warnings = 0
+        self.num_failures = 0  # of steps
+        self.has_answered = False  # a step
+        self.warned: Counter[str] = Counter()
         self.is_closed = False
         self.ours, theirs = socket.socketpair()
         self.ours.setblocking(False)
@@ -133,12 +136,15 @@ class Workers:
         """Number of environments that live."""
         return sum(len(worker.episodes) for worker in list(self.workers))
 
-    def warn(self, text: str) -> None:
-        """Print a warning, a few times."""
-        self.num_warnings += 1
-        if self.num_warnings <= WARNINGS:
-            last = "; no more of these are shown" if self.num_warnings == WARNINGS else ""
-            print(f"warning: {self._name}: {text}{last}", file=sys.stderr, flush=True)
+    def warn(self, text: str, place: str = "") -> None:
+        """Print a warning, twice at most, and so many different ones. `place`: no part of what it says."""
+        self.warned[text] += 1
+        is_known = len(self.warned) <= WARNINGS
+        if is_known and self.warned[text] <= SAME:
+            last = "; more like this are not shown" if self.warned[text] == SAME else ""
+            print(f"warning: {self._name}: {place}{text}{last}", file=sys.stderr, flush=True)
+        elif not is_known:
+            del self.warned[text]
 
     @property
     def _name(self) -> str:
@@ -239,9 +245,17 @@ class Workers:
     def _take(self, worker: _Worker, message: Any) -> None:
         match message:
             case Began(episode) | Answer(episode) | Fault(episode):
-                self.num_deaths = 0
                 heartbeat()
-                if call := worker.calls.pop(episode, None):
+                call = worker.calls.pop(episode, None)
+                if not isinstance(message, Fault):
+                    self.num_deaths = 0
+                    self.has_answered |= isinstance(message, Answer)
+                elif call and not self.setup.environment:
+                    self._note_failure(call, message.what)
+                    return
+                elif call and isinstance(call.message, Step):
+                    self._count_failure(message.what)
+                if call:
                     call.done(message)
             case Ready():
                 worker.is_ready = True
@@ -253,6 +267,12 @@ class Workers:
                 raise ConfigError(what)
             case Alive():
                 pass
+
+    def _count_failure(self, what: str) -> None:
+        """Raise EpisodeError if steps have always failed so far."""
+        self.num_failures += 1
+        if not self.has_answered and self.num_failures == MOST_FAILURES:
+            raise EpisodeError(f"{self._name}: the first {MOST_FAILURES} calls of step have failed: {what}")
 
     def _start(self) -> _Worker:
         process = Guarded(serve, [], int(self.memory * 2**30), "environment")

@@ -52,9 +52,10 @@ class Scores:
         majority = "" if self.majority is None else f", maj@{self.samples} {self.majority:.3f}"
         passes = "".join(f", pass@{k} {value:.3f}" for k, value in self.pass_at.items() if k > 1)
         undecided = self.reward.get("undecided", 0.0)
+        lost = f" ({self.reward['lost']:.0f} lost)" if "lost" in self.reward else ""
         return (
-            f"mean@{self.samples} {self.mean:.3f}{interval}{majority}{passes}; {self.problems} problems, "
-            f"{self.length:.0f} tokens, {self.truncated:.1%} truncated"
+            f"mean@{self.samples} {self.mean:.3f}{interval}{majority}{passes}; {self.problems} problems{lost}"
+            f", {self.length:.0f} tokens, {self.truncated:.1%} truncated"
             f"{f', {undecided:.1%} without a verdict' if undecided else ''}"
         )
 
@@ -225,6 +226,8 @@ def compare(before: Scores, after: Scores) -> Comparison:
     assert counted == (after.samples, len(after.per_problem)), "other problems or numbers of samples"
     pairs = zip(before.per_problem, after.per_problem, strict=True)
     differences = np.array([b - a for a, b in pairs if a is not None and b is not None])
+    if not len(differences):
+        raise EpisodeError("no problem has a score of both models: their environments failed")
     counts = np.rint(k * differences).astype(int)  # of correct samples
     largest = int(np.abs(counts).sum())
     chances = np.zeros(2 * largest + 1)  # of each sum, from −largest to largest

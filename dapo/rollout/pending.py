@@ -24,7 +24,7 @@ from dapo.types import EpisodeError, Group, Prompt, Request, Sample, Sampling, S
 # Safety margin, in standard deviations: a smaller one makes steps wait for one more group, a larger one costs
 # tokens
 DEVIATIONS = 1.0
-MOST_LOST = 8  # groups in a row; then the environment is wrong, not an episode
+MOST_LOST = 8  # groups in a row, in request order
 BRIEF = 0.05  # seconds: while scoring takes less than this, every complete group is scored at once
 
 
@@ -232,8 +232,16 @@ class GroupSampler:
         self.score()
 
     def ready(self) -> Iterator[Group]:
-        """Remove and yield the groups whose turn has come. The caller may stop at any of them."""
-        return self.pending.ready()
+        """Remove and yield the groups whose turn has come. The caller may stop at any of them.
+
+        Raises:
+            EpisodeError: so many groups in a row are lost that the environment is wrong, not an episode.
+        """
+        for group in self.pending.ready():
+            self._num_lost = self._num_lost + 1 if group.is_lost else 0
+            yield group
+            if self._num_lost == MOST_LOST:
+                raise EpisodeError(f"{MOST_LOST} groups in a row are lost, the last because {group.why_lost}")
 
     def score(self) -> None:
         """Score every complete group and first wave, and request the rest of those that go on.
@@ -245,7 +253,6 @@ class GroupSampler:
             return
         start = time.monotonic()
         whole = [(group, samples) for group, samples in work if not group.is_lost]
-        self._stop_if_all_are_lost([group for group, _ in work])
         self.reward.score([(group.prompt, sample) for group, samples in whole for sample in samples])
         is_stopped = self.first_waves.is_stopped if self.first_waves else lambda group: False
         with self.lock:
@@ -253,13 +260,6 @@ class GroupSampler:
                 self._submit((group, len(group.samples)) for group in going_on)
         end = time.monotonic()
         self._score_from = 2 * end - start if end - start > BRIEF else end
-
-    def _stop_if_all_are_lost(self, groups: Sequence[Group]) -> None:
-        """Raise EpisodeError when so many groups in a row are lost that none will come."""
-        for group in groups:
-            self._num_lost = self._num_lost + 1 if group.is_lost else 0
-            if self._num_lost == MOST_LOST:
-                raise EpisodeError(f"{MOST_LOST} groups in a row are lost, the last because {group.why_lost}")
 
     def cancel(self) -> list[Group]:
         """Abort outstanding requests. Return the groups left in the queue, in order, without samples unless

@@ -313,6 +313,12 @@ def _tokenized(
                     f"{row.place}: prompt of {len(tokens)} tokens, "
                     f"data.max_prompt_length={data.max_prompt_length}: raise it, or set data.too_long=drop"
                 )
+            if renderer.turns.tools and data.too_long == "truncate":
+                raise ConfigError(
+                    f"{row.place}: prompt of {len(tokens)} tokens, data.max_prompt_length="
+                    f"{data.max_prompt_length}: cut, it would lose its tools: raise it, or set "
+                    "data.too_long=drop"
+                )
             if data.too_long == "drop":
                 summary.dropped += 1
                 continue

@@ -157,7 +157,8 @@ class Rollouts(Resumable):
                 raise
             left = sampler.cancel()
         buffer.num_aborted = sum(not group.samples for group in left)
-        buffer.surplus = [group for group in left if group.samples]
+        buffer.surplus = [group for group in left if group.samples and not group.is_lost]
+        buffer.lost += [group for group in left if group.is_lost]
         asking.finish_batch(buffer.decided + buffer.lost)
         asking.put_back_recent()
         self._note_mixed(buffer)
@@ -354,6 +355,8 @@ class Rollouts(Resumable):
         such steps; and at the cap if `at_cap` says so. `rewarded`: the reward's metrics of the step.
         """
         rollout, function = self.config.rollout, f"reward.function={self.config.reward.function}"
+        if rollout.environment:
+            function = f"rollout.environment={rollout.environment}"
         self.num_empty_steps = 0 if buffer.num_learnt else self.num_empty_steps + 1
         asked = len(buffer.asked)
         if not asked and buffer.lost:
@@ -368,9 +371,10 @@ class Rollouts(Resumable):
                 f"reward.time_limit={self.config.reward.time_limit}, {crashes:.0f} ended their process: call "
                 "it by hand on one response"
             )
+        lost = f", {len(buffer.lost)} lost" if buffer.lost else ""
         found = (
             f"{buffer.num_learnt} of {buffer.capacity} mixed groups among {asked} sampled ({correct:.0%} all "
-            f"correct, {wrong:.0%} all wrong): use harder or easier data, or check {function}"
+            f"correct, {wrong:.0%} all wrong){lost}: use harder or easier data, or check {function}"
         )
         if not buffer.is_full and rollout.at_cap == "stop":
             raise RolloutError(f"rollout.max_rounds={rollout.max_rounds} reached with {found}")

@@ -129,7 +129,7 @@ def test_a_lost_group_leaves_the_step_and_the_batch_is_whole(tmp_path, mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_when_everything_is_lost_the_run_stops_with_the_reason(tmp_path, mode):
     rollouts, _ = make_rollouts(tmp_path, lambda prompt: "xx", *MODES[mode])
-    with pytest.raises(EpisodeError, match=f"groups.*lost, the last because {re.escape(WHY)}"):
+    with pytest.raises(EpisodeError, match=f"groups.*lost, the last because of rollout.environment=actors: {re.escape(WHY)}"):
         next_batches(rollouts, 0)
     rollouts.close()
 
@@ -156,7 +156,7 @@ def test_a_problem_that_is_lost_is_left_out_of_an_evaluation_and_counted(tmp_pat
     assert (scores.problems, scores.mean, scores.reward["lost"]) == (4, 0.75, 2)
     assert scores.per_problem == [1.0, 0.5, None] * 2
     with pytest.raises(
-        EpisodeError, match=f"all problems of lost are lost, the last because {re.escape(WHY)}"
+        EpisodeError, match=f"all problems of lost are lost, the last because of rollout.environment=actors: {re.escape(WHY)}"
     ):
         evaluate.run(rollouts, {"lost": problems[2:3]}, "evaluating")
     rollouts.close()

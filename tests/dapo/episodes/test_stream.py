@@ -54,7 +54,7 @@ class Actors:
     def end(self, number):
         self.alive.discard(number)
 
-    def warn(self, text):
+    def warn(self, text, place=""):
         self.warnings.append(text)
 
     def close(self):

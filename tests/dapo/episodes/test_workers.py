@@ -34,7 +34,7 @@ def impatient(monkeypatch):
         (f"{HERE}:NoStep", "NoStep has no method step; expected a class with reset"),
         (f"{HERE}:NoReset", "NoReset has no method reset; expected a class with reset"),
         (f"{HERE}:act", "act is function; expected a class"),
-        (f"{HERE}:Needy", "Needy is made without arguments: missing a required argument: 'name'"),
+        (f"{HERE}:Needy", "Needy has to be made without arguments: missing a required argument: 'name'"),
     ],
 )
 def test_what_is_no_environment_is_refused(path, what):
@@ -264,4 +264,4 @@ def test_time_in_which_the_whole_job_was_stopped_counts_for_no_call(monkeypatch)
         monkeypatch.setattr(workers_module, "wait", stopped_once)
         found = stage.play([{"steps": ["wait 0.2", "done"]}])["0.0"]
     assert waited and found.reward == 1.25 and found.episode.num_attempts == 1
-    assert stage.workers.num_warnings == 0
+    assert not stage.workers.warned

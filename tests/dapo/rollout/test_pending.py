@@ -53,7 +53,6 @@ def test_after_a_slow_call_of_the_reward_groups_wait_as_long_to_be_scored_togeth
         reward=SimpleNamespace(score=lambda pairs: None),
         first_waves=None,
         lock=threading.RLock(),
-        _stop_if_all_are_lost=lambda groups: None,
     )
     pending.GroupSampler.score(own)
     assert own._score_from == pytest.approx(100.0 + seconds + pause)
