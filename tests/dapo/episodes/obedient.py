@@ -272,3 +272,13 @@ def untyped(x):
 
 def undocumented(x: int) -> int:
     return x
+
+
+async def block(seconds: float) -> str:
+    """Wait without awaiting.
+
+    Args:
+        seconds: How long.
+    """
+    time.sleep(seconds)
+    return "woke up"

@@ -21,6 +21,7 @@ from tests.dapo.episodes.test_stream import CHAT, SAID, Actors
 
 NUM_PROMPTS = 40
 WHY = "step raised KeyError: 'board' (game.py:7)"
+NAMED = f"rollout.environment=actors: {WHY}"
 
 
 class Scripted(Policy):
@@ -127,9 +128,21 @@ def test_a_lost_group_leaves_the_step_and_the_batch_is_whole(tmp_path, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_many_lost_groups_among_whole_ones_stop_nothing(tmp_path, mode):
+    """They are known to be lost after all others, or before: what counts is the order of asking."""
+    scripts = ["xx", "10", "10"] * 10
+    more = "rollout.prompts_per_step=20", "rollout.prompts_per_round=40", "optim.prompts_per_minibatch=20"
+    rollouts, _ = make_rollouts(tmp_path, by_place(*scripts), *MODES[mode], *more)
+    [batch] = next_batches(rollouts, 0)
+    assert batch.metrics["groups/kept"] == 20
+    assert batch.metrics["groups/lost"] >= 9
+    rollouts.close()
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_when_everything_is_lost_the_run_stops_with_the_reason(tmp_path, mode):
     rollouts, _ = make_rollouts(tmp_path, lambda prompt: "xx", *MODES[mode])
-    with pytest.raises(EpisodeError, match=f"groups.*lost, the last because of rollout.environment=actors: {re.escape(WHY)}"):
+    with pytest.raises(EpisodeError, match=f"groups.*lost, the last because of {re.escape(NAMED)}"):
         next_batches(rollouts, 0)
     rollouts.close()
 
@@ -155,9 +168,7 @@ def test_a_problem_that_is_lost_is_left_out_of_an_evaluation_and_counted(tmp_pat
     scores = evaluate.run(rollouts, {"games": problems}, "evaluating")["games"]
     assert (scores.problems, scores.mean, scores.reward["lost"]) == (4, 0.75, 2)
     assert scores.per_problem == [1.0, 0.5, None] * 2
-    with pytest.raises(
-        EpisodeError, match=f"all problems of lost are lost, the last because of rollout.environment=actors: {re.escape(WHY)}"
-    ):
+    with pytest.raises(EpisodeError, match=f"all problems of lost are lost.* of {re.escape(NAMED)}"):
         evaluate.run(rollouts, {"lost": problems[2:3]}, "evaluating")
     rollouts.close()
 

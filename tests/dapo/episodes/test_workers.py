@@ -1,6 +1,7 @@
 """Worker processes of environments and tools: what cannot be imported, tools and their faults."""
 
 import json
+import re
 import time
 from types import SimpleNamespace
 
@@ -215,6 +216,31 @@ def test_a_tool_that_ends_its_process_has_failed_and_the_episode_goes_on(command
     assert found["0.0"].episode.num_failed == 1
 
 
+def test_a_tool_that_blocks_its_worker_has_failed_and_the_episode_goes_on():
+    blocks, others = call("block", seconds=600), call("await_it", seconds=0.1)
+
+    def say(group, index, turn):
+        return DONE if turn == 2 else blocks if group == 0 and turn == 1 else others
+
+    with Stage(setup_of(tools=["block", "await_it"]), Policy(say)) as stage:
+        found = stage.play([None] * 3)
+    [first, second] = answers(found["0.0"])
+    assert first == "waited 0.1"
+    assert re.search(
+        "Error: (block is async and blocks its worker|it did not answer .* held its process)", second
+    )
+    assert all(answers(found[f"{g}.0"]) == ["waited 0.1"] * 2 for g in (1, 2))
+    assert all(sample.episode.num_attempts == 1 for sample in found.values())
+
+
+def test_a_tool_that_raises_is_named_once_with_its_place(tooled, capfd):
+    for _ in range(3):
+        tooled(call("do", command="raise"))
+    lines = [line for line in capfd.readouterr().err.splitlines() if "do raised ValueError" in line]
+    assert len(lines) <= 1  # other tests may have made it raise
+    assert all("obedient.py:" in line for line in lines)
+
+
 def test_an_endless_tool_loop_ends_with_the_last_turn(tooled):
     sample = tooled(*[call("odd", kind="number")] * 20)
     assert (sample.finish_reason, sample.episode.num_turns) == ("length", 6)
@@ -245,6 +271,19 @@ def test_environments_that_never_let_a_call_be_answered_stop_the_run(monkeypatch
     monkeypatch.setattr(workers_module, "MOST_DEATHS", 3)
     with Stage(setup_of()) as stage, pytest.raises(EpisodeError, match="4 processes ended and no call was"):
         stage.play([{"steps": [], "reset": "exit"}] * 12)
+
+
+def test_steps_that_have_always_failed_stop_the_run(monkeypatch):
+    monkeypatch.setattr(workers_module, "MOST_FAILURES", 4)
+    with Stage(setup_of()) as stage, pytest.raises(EpisodeError, match="first 4 calls of step have failed"):
+        stage.play([{"steps": ["raise"]}] * 12)
+
+
+def test_steps_that_fail_after_one_that_did_not_are_lost_one_by_one(monkeypatch):
+    monkeypatch.setattr(workers_module, "MOST_FAILURES", 4)
+    with Stage(setup_of()) as stage:
+        stage.play([{"steps": ["done"]}])
+        assert all(sample.is_lost for sample in stage.play([{"steps": ["raise"]}] * 4).values())
 
 
 def test_time_in_which_the_whole_job_was_stopped_counts_for_no_call(monkeypatch):
