@@ -32,7 +32,8 @@ def load(paths: Sequence[str]) -> dict[str, Tool]:
         try:
             function = import_function(path)
         except ValueError as error:
-            raise ConfigError(f"rollout.tools={str(error).partition('; expected')[0]}") from error
+            what = str(error).partition("; expected")[0]
+            raise ConfigError(f"rollout.tools={what}; expected module:function") from error
         name = getattr(function, "__name__", "")
         if not inspect.isfunction(function):
             raise ConfigError(f"rollout.tools={path} is {type(function).__name__}; expected a plain function")
@@ -55,7 +56,7 @@ def schemas(paths: Sequence[str]) -> list[dict[str, Any]]:
         try:
             found.append(hf.get_json_schema(function))
         except (hf.DocstringParsingException, hf.TypeHintParsingException, NameError) as error:
-            line = " ".join(str(error).split())
+            line = " ".join(str(error).split()).rstrip("!.")
             wanted = "give it types, and a docstring with a line for each argument below Args:"
             raise ConfigError(f"rollout.tools={path}: {line}; {wanted}") from error
     return found
