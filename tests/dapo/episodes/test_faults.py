@@ -49,9 +49,6 @@ RESETS = {
 }
 
 
-workers_module.preload()  # if nothing has started processes before: it saves seconds of each
-
-
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setattr(workers_module, "SILENT", 1.0)
