@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from dapo.clock import waiting
@@ -93,13 +94,12 @@ def make_episodes(
         return list(found or [])
 
     workers = Workers(setup, config.reward.workers, config.reward.memory_limit)
-    try:
+    with ExitStack() as failing:
+        failing.callback(workers.close)
         if is_of_environment:
             check_reset(workers, [row_of(p) for p in prompts[:CHECKED]], config.run.seed, is_interrupted)
         engine = make_engine()
-    except BaseException:
-        workers.close()
-        raise
+        failing.pop_all()
     return EpisodeEngine(
         engine,
         workers,
@@ -125,7 +125,7 @@ def check_reset(
             numbers[number] = i
             workers.ask(Call(Begin(number, row, group_seed(run_seed, i)), answers.put))
     found: dict[int, Began] = {}
-    name = f"rollout.environment={workers.setup.environment}"
+    name = workers.setup.name
     for _ in numbers:
         answer = _next(answers, workers, is_interrupted)
         if isinstance(answer, Fault):

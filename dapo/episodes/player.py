@@ -29,6 +29,7 @@ from dapo.episodes.checks import Wrong, cut, import_environment, messages_of, sc
 from dapo.episodes.environment import Environment, Message, Reply, Turn
 from dapo.episodes.tools import ToolBox, load
 from dapo.episodes.user_code import LOOP, NOBODY, Marks, Raised, TimeUp, UserCode
+from dapo.reward.worker import described
 from dapo.types import reason
 from dapo.watch import frames, streams
 
@@ -47,6 +48,11 @@ class Setup(NamedTuple):
     schemas: list[dict[str, Any]]  # theirs
     seconds: float  # for one call of the user's code
     max_prompt_length: int = 2**31  # tokens of an environment's first messages
+
+    @property
+    def name(self) -> str:
+        """The option whose code answers the policy, for messages."""
+        return f"rollout.environment={self.environment}" if self.environment else "rollout.tools"
 
 
 class Begin(NamedTuple):
@@ -230,7 +236,7 @@ class Player:
         except (Refusal, ConfigError) as error:
             self.send(Fault(message.episode, reason(error)))
         except Exception as error:  # noqa: BLE001  # of the template or the tokenizer, about the user's text
-            self.send(Fault(message.episode, f"its messages cannot be encoded: {_raised(error)}"))
+            self.send(Fault(message.episode, f"its messages cannot be encoded: {described(error)}"))
         else:
             self.send(answer)
         if not self.make:
@@ -313,7 +319,7 @@ class Player:
             limit = f"rollout.turn_seconds={self.setup.seconds:g}"
             raise Refusal(f"{name} did not answer in {limit}") from None
         except Raised as error:
-            raise Refusal(f"{name} raised {_raised(error.error)}") from error
+            raise Refusal(f"{name} raised {described(error.error)}") from error
         except Wrong as error:
             raise Refusal(f"{name} returned {error}") from error
 
@@ -376,13 +382,6 @@ def _is_ours(path: str) -> bool:
     library = os.path.dirname(os.__file__)
     is_library = path.startswith(library) and "site-packages" not in path
     return is_library or path.startswith((os.path.dirname(here), "<frozen", "<string>"))
-
-
-def _raised(error: BaseException) -> str:
-    """Return kind, message and place of an error, in one line."""
-    place = traceback.extract_tb(error.__traceback__)[-1:]
-    where = "".join(f" ({each.filename}:{each.lineno})" for each in place)
-    return f"{type(error).__name__}: {reason(error)[:300]}{where}"
 
 
 def _bytes(tokens: Sequence[int]) -> bytes:

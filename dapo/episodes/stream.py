@@ -81,12 +81,6 @@ class EpisodeEngine:
         workers.listen(self._lost)
 
     @property
-    def name(self) -> str:
-        """The option whose code answers the policy."""
-        path = self.workers.setup.environment
-        return f"rollout.environment={path}" if path else "rollout.tools"
-
-    @property
     def is_colocated(self) -> bool:
         return self.engine.is_colocated
 
@@ -361,7 +355,9 @@ class EpisodeStream:
         for episode in self.groups[group].episodes.values():
             if episode.number in self.engine.players:
                 self._end(episode)
-                self.finished.put((episode, lost(episode.request, f"of {self.engine.name}: {what}")))
+                self.finished.put(
+                    (episode, lost(episode.request, f"of {self.engine.workers.setup.name}: {what}"))
+                )
 
     def _end(self, episode: Playing) -> None:
         """Play an episode no more, and close its environment."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -14,7 +13,7 @@ from typing import Any
 from dapo.config import ConfigError
 from dapo.episodes.environment import Message, Reply, ToolCall, Turn
 from dapo.episodes.user_code import Raised, TimeUp
-from dapo.reward.worker import import_function
+from dapo.reward.worker import import_function, place_of
 
 MOST = 8192  # characters of a tool's answer; the rest is cut off
 Tool = Callable[..., Any]
@@ -110,9 +109,8 @@ class ToolBox:
                 late.append(f"not called, for {asked.name} did not answer in time")
                 return f"Error: {asked.name} did not answer in time", True
             except Raised as error:
-                place = traceback.extract_tb(error.error.__traceback__)[-1:]
-                where = "".join(f" ({each.filename}:{each.lineno})" for each in place)
-                self.warn(f"{asked.name} raised {type(error.error).__name__}{where}; the policy reads that")
+                kind, place = type(error.error).__name__, place_of(error.error)
+                self.warn(f"{asked.name} raised {kind}{place}; the policy reads that")
                 return f"Error: {error}"[:MOST], True
 
 

@@ -131,24 +131,15 @@ class Workers:
         self._wake()
         self.thread.join()
 
-    @property
-    def num_episodes(self) -> int:
-        """Number of environments that live."""
-        return sum(len(worker.episodes) for worker in list(self.workers))
-
     def warn(self, text: str, place: str = "") -> None:
         """Print a warning, twice at most, and so many different ones. `place`: no part of what it says."""
         self.warned[text] += 1
         is_known = len(self.warned) <= WARNINGS
         if is_known and self.warned[text] <= SAME:
             last = "; more like this are not shown" if self.warned[text] == SAME else ""
-            print(f"warning: {self._name}: {place}{text}{last}", file=sys.stderr, flush=True)
+            print(f"warning: {self.setup.name}: {place}{text}{last}", file=sys.stderr, flush=True)
         elif not is_known:
             del self.warned[text]
-
-    @property
-    def _name(self) -> str:
-        return f"rollout.environment={self.setup.environment}" if self.setup.environment else "rollout.tools"
 
     def _send(self, item: Call | End) -> None:
         self.inbox.append(item)
@@ -272,7 +263,9 @@ class Workers:
         """Raise EpisodeError if steps have always failed so far."""
         self.num_failures += 1
         if not self.has_answered and self.num_failures == MOST_FAILURES:
-            raise EpisodeError(f"{self._name}: the first {MOST_FAILURES} calls of step have failed: {what}")
+            raise EpisodeError(
+                f"{self.setup.name}: the first {MOST_FAILURES} calls of step have failed: {what}"
+            )
 
     def _start(self) -> _Worker:
         process = Guarded(serve, [], int(self.memory * 2**30), "environment")
@@ -292,10 +285,10 @@ class Workers:
             how = f"the process that ran it needed more than reward.memory_limit={self.memory:g} GiB"
         self.num_deaths += 1
         if not worker.is_ready and is_late:
-            raise EpisodeError(f"{self._name} was not imported within {IMPORT_TIMEOUT:.0f} s")
+            raise EpisodeError(f"{self.setup.name} was not imported within {IMPORT_TIMEOUT:.0f} s")
         if self.num_deaths > MOST_DEATHS or (not worker.is_ready and self.num_deaths >= 3):
             what = "while it was imported" if not worker.is_ready else "and no call was answered meanwhile"
-            raise EpisodeError(f"{self._name}: {self.num_deaths} processes ended {what}: {how}")
+            raise EpisodeError(f"{self.setup.name}: {self.num_deaths} processes ended {what}: {how}")
         is_alone = worker is self.alone
         if is_alone:
             self.alone = None

@@ -80,13 +80,22 @@ class Function:
             verdict = checked(self.call(job.response, job.answer, **extras))
             has_answer = None if self.answer_of is None else self.answer_of(job.response) is not None
         except (Exception, SystemExit) as error:  # noqa: BLE001  # the user's function may raise anything
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            text = reason(error)[:300]
-            verdict = Failure(f"raised {type(error).__name__}: {text} ({place.filename}:{place.lineno})")
+            verdict = Failure(f"raised {described(error)}")
             has_answer = None
         if os.getpid() != process:  # a child that the function left behind: its parent has the verdict
             os._exit(0)
         return Reply(verdict, has_answer)
+
+
+def described(error: BaseException) -> str:
+    """Return kind, message and place of an error, in one line: "KeyError: 'x' (rules.py:7)"."""
+    return f"{type(error).__name__}: {reason(error)[:300]}{place_of(error)}"
+
+
+def place_of(error: BaseException) -> str:
+    """Return where an error was raised: " (rules.py:7)"; nothing if it never was."""
+    places = traceback.extract_tb(error.__traceback__)[-1:]
+    return "".join(f" ({each.filename}:{each.lineno})" for each in places)
 
 
 def serve(connection: socket.socket, paths: Sequence[str]) -> None:

@@ -103,7 +103,7 @@ class Engine:
 class Workers:
     """Answers at once, in this process, as a Player does."""
 
-    setup = SimpleNamespace(environment="scripted:Environment")
+    setup = SimpleNamespace(environment="scripted:Environment", name="rollout.environment=scripted")
     failure: BaseException | None = None
 
     def __init__(
