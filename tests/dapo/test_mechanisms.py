@@ -13,19 +13,30 @@ import torch
 from dapo_kernels.reference import logprobs, policy_loss
 from torch import Tensor
 
-from dapo.config import Objective
 from dapo.learn.advantages import set_advantages
 from dapo.learn.batch import Microbatch
-from dapo.learn.objective import NORMALISERS, token_weights
+from dapo.learn.objective import NORMALISERS
 from dapo.reward.overlong import soft_overlong_penalty
 from dapo.rollout.buffer import Buffer
 from dapo.types import Group
 from tests.batches import plan
 from tests.conftest import make_config, make_group
+from tests.gradients import (
+    HIGH,
+    LOW,
+    VOCAB,
+    advantages_of,
+    ascend,
+    at_ratios,
+    gradient_at,
+    kept_of,
+    punish,
+    pushes,
+    steps_to,
+    weights_of,
+)  # fmt: skip
 
-LOW, HIGH = 0.2, 0.28
 ROUNDED = 5e-6  # advantages are float32, and 1e-6 is added to their standard deviation
-LONGEST = 256
 
 
 # Clip-Higher
@@ -33,24 +44,6 @@ LONGEST = 256
 EDGE = 1e-9  # distance of a ratio from a bound, relative
 BOUNDS = [0.8, 1.2, 1.28, 10.0]
 RATIOS = [0.01, *[b * side for b in BOUNDS for side in (1 - EDGE, 1 + EDGE)], 1.0, 1.24, 3.0, 50.0]
-
-
-def at_ratios(advantage: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One token for each of RATIOS: logits, targets, old log-probs, advantages, mask."""
-    count = len(RATIOS)
-    g = torch.Generator().manual_seed(0)
-    logits = torch.randn(count, 7, generator=g, dtype=torch.float64)
-    targets, mask = torch.randint(7, (count,), generator=g), torch.ones(count, dtype=torch.bool)
-    old = logprobs(logits, targets, mask) - torch.tensor(RATIOS, dtype=torch.float64).log()
-    return logits, targets, old, torch.full((count,), advantage, dtype=torch.float64), mask
-
-
-def gradient_at_ratios(advantage: float, clip_high: float = HIGH, dual_clip: float | None = None) -> Tensor:
-    logits, *rest = at_ratios(advantage)
-    logits.requires_grad_()
-    policy_loss(logits, *rest, clip_low=LOW, clip_high=clip_high, dual_clip=dual_clip).loss.backward()
-    assert logits.grad is not None
-    return logits.grad
 
 
 @pytest.mark.parametrize(
@@ -66,8 +59,8 @@ def gradient_at_ratios(advantage: float, clip_high: float = HIGH, dual_clip: flo
 def test_a_token_has_its_whole_gradient_up_to_the_bound_and_none_beyond(
     advantage, clip_high, dual_clip, num_silent
 ):
-    logits, targets, *_ = at_ratios(advantage)
-    gradient = gradient_at_ratios(advantage, clip_high, dual_clip)
+    logits, targets, *_ = at_ratios(RATIOS, advantage)
+    gradient = gradient_at(RATIOS, advantage, clip_high, dual_clip)
     silent = []
     for t, ratio in enumerate(RATIOS):
         if advantage > 0:
@@ -75,7 +68,7 @@ def test_a_token_has_its_whole_gradient_up_to_the_bound_and_none_beyond(
         else:
             is_silent = ratio < 1 - LOW or (dual_clip is not None and ratio > dual_clip)
         push = 0.0 if is_silent else ratio * advantage
-        onehot = torch.eye(7, dtype=torch.float64)[targets[t]]
+        onehot = torch.eye(VOCAB, dtype=torch.float64)[targets[t]]
         expected = push * (logits[t].softmax(-1) - onehot)  # of −push · log-prob, by the logits
         torch.testing.assert_close(gradient[t], expected, rtol=1e-9, atol=1e-12)
         assert bool(gradient[t].any()) is not is_silent, (ratio, "silent tokens are exactly zero")
@@ -85,23 +78,8 @@ def test_a_token_has_its_whole_gradient_up_to_the_bound_and_none_beyond(
 
 def test_clip_higher_changes_only_good_tokens_between_the_two_bounds():
     for advantage, expected in ((1.0, {1.2 * (1 + EDGE), 1.24, 1.28 * (1 - EDGE)}), (-1.0, set())):
-        change = gradient_at_ratios(advantage, 0.28) - gradient_at_ratios(advantage, 0.2)
+        change = gradient_at(RATIOS, advantage, 0.28) - gradient_at(RATIOS, advantage, 0.2)
         assert {ratio for ratio, row in zip(RATIOS, change, strict=True) if row.any()} == expected
-
-
-def ascend(p: float, clip_high: float, step: float = 1e-3, most: float = 0.99) -> float:
-    """Follow the gradient of one token of probability p with advantage 1 until it is zero, or p is `most`."""
-    logits = torch.log(torch.tensor([[p] + [(1 - p) / 7] * 7], dtype=torch.float64))
-    one, old = torch.ones(1, dtype=torch.float64), logits[0, :1].clone()
-    target, mask = torch.tensor([0]), torch.tensor([True])
-    while (now := logits.softmax(-1)[0, 0].item()) < most:
-        leaf = logits.requires_grad_()
-        loss = policy_loss(leaf, target, old, one, mask, clip_low=LOW, clip_high=clip_high).loss
-        (gradient,) = torch.autograd.grad(loss, leaf)
-        if not gradient.any():
-            break
-        logits = logits.detach() - step * gradient / gradient.abs().max()
-    return now
 
 
 @pytest.mark.parametrize(
@@ -123,53 +101,10 @@ def test_a_token_likelier_than_the_inverse_of_the_bound_is_never_clipped(clip_hi
 @pytest.mark.parametrize(("clip_high", "steps"), [(0.2, 19), (0.28, 14)])
 def test_steps_from_a_rare_token_to_a_coin_s_toss_are_a_logarithm(clip_high, steps):
     assert math.ceil(math.log(0.5 / 0.016) / math.log(1 + clip_high)) == steps
-    p, taken = 0.016, 0
-    while p < 0.5:
-        p, taken = ascend(p, clip_high), taken + 1
-    assert taken == steps
+    assert steps_to(0.5, 0.016, clip_high) == steps
 
 
 # What every token of a minibatch is pushed with
-
-VOCAB = 5
-
-
-def pushes(
-    groups: Sequence[Group], normaliser: str = "token_mean", filtering: bool = False
-) -> list[list[float]]:
-    """Σ w · A over each sample's tokens, [group][sample], read off the gradient of the loss.
-
-    The policy is uniform and has not moved: the gradient by a token's own logit is −w · A · (1 − 1/V).
-    Advantages must be set.
-    """
-    objective = Objective.model_construct(normaliser=normaliser, overlong_filtering=filtering)
-    weights = token_weights(groups, objective, LONGEST)
-    return [
-        [_push(sample.length, w, sample.advantage) for sample, w in zip(group.samples, ws, strict=True)]
-        for group, ws in zip(groups, weights, strict=True)
-    ]
-
-
-def _push(length: int, weight: float, advantage: float) -> float:
-    logits = torch.zeros(length, VOCAB, dtype=torch.float64, requires_grad=True)
-    old = torch.full((length,), -math.log(VOCAB), dtype=torch.float64)
-    targets, mask = torch.arange(length) % VOCAB, torch.ones(length, dtype=torch.bool)
-    advantages, weights = (torch.full((length,), x, dtype=torch.float64) for x in (advantage, weight))
-    clip = {"clip_low": LOW, "clip_high": HIGH}
-    policy_loss(logits, targets, old, advantages, mask, weights=weights, **clip).loss.backward()
-    assert logits.grad is not None
-    if weight * advantage == 0:
-        assert not logits.grad.any(), "no other logit has a gradient either"
-    return -float(logits.grad[mask, targets].sum()) / (1 - 1 / VOCAB)
-
-
-def shares_of(groups: Sequence[Group], normaliser: str) -> list[list[float]]:
-    """Every sample's weight: what its tokens are pushed with where all advantages are 1."""
-    for group in groups:
-        for sample in group.samples:
-            sample.advantage = 1.0
-    return pushes(groups, normaliser)
-
 
 # Token-level loss
 
@@ -186,7 +121,7 @@ def shares_of(groups: Sequence[Group], normaliser: str) -> list[list[float]]:
 def test_two_long_responses_of_sixteen_weigh_their_tokens_or_their_number(
     normaliser, of_long, of_all, per_token
 ):
-    [found] = shares_of([make_group([1] * 16, [30] * 14 + [256] * 2)], normaliser)
+    [found] = weights_of([make_group([1] * 16, [30] * 14 + [256] * 2)], normaliser)
     assert sum(found[14:]) == pytest.approx(of_long, rel=1e-12)
     assert sum(found) == pytest.approx(of_all, rel=1e-12)
     assert (found[-1] / 256) / (found[0] / 30) == pytest.approx(per_token, rel=1e-12)
@@ -197,7 +132,7 @@ def test_two_long_responses_of_sixteen_weigh_their_tokens_or_their_number(
     [("token_mean", 256 / 286), ("constant", 256 / 286), ("group_token_mean", 1 / 2), ("sample_mean", 1 / 2)],
 )
 def test_between_groups_eq_8_to_the_letter_and_the_released_code_differ(normaliser, of_long):
-    short, long = shares_of([make_group([1] * 16, [n] * 16, id=n) for n in (30, 256)], normaliser)
+    short, long = weights_of([make_group([1] * 16, [n] * 16, id=n) for n in (30, 256)], normaliser)
     assert sum(long) / (sum(short) + sum(long)) == pytest.approx(of_long, rel=1e-12)
 
 
@@ -307,13 +242,6 @@ def test_a_group_whose_wrong_samples_are_all_truncated_is_kept_and_only_pushed_u
 # Dynamic sampling
 
 
-def kept_of(groups: Sequence[Group], is_dynamic: bool) -> list[Group]:
-    buffer = Buffer(len(groups), is_dynamic)
-    buffer.fill(groups)
-    set_advantages(buffer.kept)
-    return buffer.kept
-
-
 def outcomes() -> list[Group]:
     """A mixed group, one all right, one all wrong, each of four responses of ten tokens."""
     return [make_group(correct, [10] * 4, id=i) for i, correct in enumerate(([1, 0, 0, 0], [1] * 4, [0] * 4))]
@@ -333,10 +261,7 @@ def test_groups_without_a_gradient_dilute_that_of_the_others_where_they_are_kept
 @pytest.mark.parametrize("correct", [0, 1])
 def test_a_shaped_reward_gives_a_group_a_gradient_and_does_not_save_it(correct):
     def shaped() -> Group:
-        group = make_group([correct] * 4, [30, 40, 60, 90])
-        for sample in group.samples:
-            sample.reward += soft_overlong_penalty(sample.length, 96, 48)
-        return group
+        return punish(make_group([correct] * 4, [30, 40, 60, 90]))
 
     assert kept_of([shaped()], is_dynamic=True) == []
     [found] = pushes(kept_of([shaped()], is_dynamic=False))
@@ -363,17 +288,6 @@ def test_the_penalty_of_every_length_is_eq_13_and_a_token_in_the_cache_costs_one
         last = expected
     right, wrong = (verdict + soft_overlong_penalty(budget, budget, cache) for verdict in (1.0, -1.0))
     assert (right, wrong) == (0.0, -2.0)
-
-
-def advantages_of(
-    correct: Sequence[int], lengths: Sequence[int], estimator: str = "group_std"
-) -> list[float]:
-    """Advantages of a group by the reward of Eq. 7 and 13, of 96 tokens and a cache of 48."""
-    group = make_group(correct, lengths)
-    for sample in group.samples:
-        sample.reward = (1.0 if sample.is_correct else -1.0) + soft_overlong_penalty(sample.length, 96, 48)
-    set_advantages([group], estimator)
-    return [sample.advantage for sample in group.samples]
 
 
 @pytest.mark.parametrize("longest", [52, 96])
