@@ -160,8 +160,8 @@ def dynamic_sampling() -> str:
 
 Σ |w · A| of three groups of four responses, lengths 30, 40, 50 and 60 of {BUDGET} tokens: one mixed, one all
 right, one all wrong; token_mean, one minibatch. Soft punishment begins at {BUDGET - CACHE} tokens. A kept
-group without a gradient counts in the denominator: it dilutes the others. With a punishment it has a gradient,
-of lengths alone.
+group without a gradient counts in the denominator: it dilutes the others. With a punishment it has a
+gradient, of lengths alone.
 
 """
     return text + table(["dynamic sampling", "punishment", "mixed", "all right", "all wrong"], rows)
