@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig, Qwen2ForCausalLM
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples/arithmetic"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples/arithmetic"))
 import make_base
 from task import Flaws, Problem, demonstrate, make_problem
 
-EXAMPLE = ROOT / "examples/arithmetic/base"
+EXAMPLE = Path(make_base.__file__).parent / "base"
 BATCH = 32
 MOST = 230  # characters of a demonstration
 

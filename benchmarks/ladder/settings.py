@@ -1,7 +1,7 @@
 """The runs of the ladder: each experiment, its arms, and the options in which they differ.
 
-Written before the seeds ran. Where a technique has a setting of its own, its mechanism can act in it: the options
-say how. Nothing is tuned towards the paper's order.
+Written before the seeds ran. Where a technique has a setting of its own, its mechanism can act in it: the
+options say how. Nothing is tuned towards the paper's order.
 """
 
 from __future__ import annotations
