@@ -91,20 +91,14 @@ def run(name: str, arm: str, seed: int) -> report.Run:
 
 def main(num_seeds: int, names: Sequence[str]) -> None:
     prepare([EXPERIMENTS[name] for name in names])
-    keys = [
-        (name, arm, seed)
-        for name in names
-        for seed in range(FIRST_SEED, FIRST_SEED + num_seeds)
-        for arm in EXPERIMENTS[name].arms
-    ]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = dict(zip(keys, pool.map(lambda key: run(*key), keys), strict=True))
+    seeds = range(FIRST_SEED, FIRST_SEED + num_seeds)
     for name in names:
-        arms = {
-            arm: [found[name, arm, seed] for seed in range(FIRST_SEED, FIRST_SEED + num_seeds)]
-            for arm in EXPERIMENTS[name].arms
-        }
-        report.write(name, EXPERIMENTS[name], arms)
+        arms = EXPERIMENTS[name].arms
+        keys = [(name, arm, seed) for seed in seeds for arm in arms]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            found = dict(zip(keys, pool.map(lambda key: run(*key), keys), strict=True))
+        runs = {arm: [found[name, arm, seed] for seed in seeds] for arm in arms}
+        report.write(name, EXPERIMENTS[name], runs)
 
 
 if __name__ == "__main__":
