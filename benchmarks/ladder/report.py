@@ -184,8 +184,9 @@ def write(name: str, experiment: Experiment, arms: dict[str, list[Run]]) -> None
     num_seeds = len(next(iter(arms.values())))
     text = heading(experiment.question)
     text += f"""
-{num_seeds} seeds; the settings (benchmarks/ladder/settings.py) were found with others and written before these
-ran, at commit {", ".join(sorted({run.commit for run in runs}))}. Mean ± standard error over seeds. Accuracy is
+{num_seeds} seeds; the settings (benchmarks/ladder/settings.py) were found with others, and written before
+these ran, at commit {", ".join(sorted({run.commit for run in runs}))}.
+Mean ± standard error over seeds. Accuracy is
 mean@4 on 200 held-out problems: at the end, and where the run had spent as much compute as the cheapest.
 Entropy, length and truncation are of training, mean of the last {LAST} steps; clipped tokens of all steps.
 Compute is in forward passes of a token: 1 for each sampled token, 4 for each that is learnt from. CPU seconds
