@@ -1,0 +1,82 @@
+"""The runs of the ladder: each experiment, its arms, and the options in which they differ.
+
+Written before the seeds ran. Where a technique has a setting of its own, its mechanism can act in it: the
+options say how. Nothing is tuned towards the paper's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROWS = sorted((HERE / "rows").glob("*.yaml"))  # each is one option away from the row before
+ROW_NAMES = {
+    "naive GRPO": 1, "+ overlong filtering": 2, "+ Clip-Higher": 3, "+ soft overlong punishment": 4,
+    "+ token-level loss": 5, "+ dynamic sampling": 6,
+}  # fmt: skip
+TOKEN_MEAN, DYNAMIC = "objective.normaliser=token_mean", "rollout.dynamic_sampling=true"
+LENGTHS = [DYNAMIC, "reward.function=rewards:echoes", "run.steps=25"]
+CLIPS = {f"clip_high {bound}": [f"objective.clip_high={bound}"] for bound in ("0.05", "0.20", "0.28")}
+RARE = [
+    DYNAMIC, TOKEN_MEAN, "rollout.group_size=16", "optim.prompts_per_minibatch=1",
+    "rollout.max_response_length=64",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Experiment:
+    question: str
+    arms: dict[str, Sequence[str]]  # name → options, or files of options
+    base: str = ""  # of bases.BASES; empty: the example's
+    shared: Sequence[str] = field(default_factory=list)
+    num_prompts: int | None = None  # the example's first prompts alone: a finite set
+    takes_off_above: float | None = None  # mean response length, tokens: the rare strategy has been found
+
+
+EXPERIMENTS = {
+    "rows": Experiment(
+        "The rows of the paper's Table 1, from naive GRPO to DAPO",
+        {name: [str(path) for path in ROWS[:count]] for name, count in ROW_NAMES.items()},
+    ),
+    "rare16": Experiment(
+        "Clip-Higher, where 3 in 100 demonstrations work the answer out and the others guess",
+        CLIPS,
+        base="rare",
+        shared=[*RARE, "run.steps=16"],
+        takes_off_above=20,
+    ),
+    "rarer": Experiment(
+        "Clip-Higher, where 5 in 1,000 demonstrations work the answer out",
+        CLIPS,
+        base="rarer",
+        shared=[*RARE, "run.steps=30"],
+        takes_off_above=20,
+    ),
+    "echopays": Experiment(
+        "Soft punishment and filtering, where saying the answer again pays, up to the limit",
+        {
+            "neither": [],
+            "soft punishment": ["reward.soft_overlong_punishment=true"],
+            "overlong filtering": ["objective.overlong_filtering=true"],
+        },
+        base="echo",
+        shared=[*LENGTHS, TOKEN_MEAN, "rollout.max_response_length=96", "reward.overlong_cache=32"],
+    ),
+    "longpays": Experiment(
+        "Token-level loss, where responses are of 6 to 192 tokens and length pays",
+        {
+            name: [f"objective.normaliser={name}"]
+            for name in ("sample_mean", "group_token_mean", "token_mean")
+        },
+        base="long_echo",
+        shared=[*LENGTHS, "rollout.max_response_length=192"],
+    ),
+    "finite": Experiment(
+        "Dynamic sampling, with 160 prompts that come again",
+        {"without": [], "dynamic sampling": [DYNAMIC]},
+        shared=[TOKEN_MEAN, "objective.clip_high=0.28", "run.steps=60"],
+        num_prompts=160,
+    ),
+}
