@@ -1,9 +1,9 @@
-"""The arithmetic example by dapo, by TRL's GRPOTrainer and by ms-swift's GRPO trainer (each with DAPO's loss).
+"""The arithmetic example by dapo, by TRL's GRPOTrainer and by ms-swift's GRPO trainer, all with DAPO's loss.
 
-All start from the same model, with 16 prompts of 8 samples a step, four updates, the same reward, one thread,
-and the recipe's optimizer. Each run is a process of its own, of its trainer's environment, which is made where
-it is absent. Runs alternate, seed by seed. Weights are saved outside the clock; later one and the same code,
-ours, measures their held-out accuracy.
+All start from the same model, with 16 prompts of 8 samples a step, four updates, the same reward, one
+thread, and the recipe's optimizer. Each run is a process of its own, of its trainer's environment, which is
+made where it is absent. Runs alternate, seed by seed. Weights are saved outside the clock; later one and the
+same code, ours, measures their held-out accuracy.
 
 python benchmarks/beside_peers.py [seeds, default 5] [steps, default 40]
 """
@@ -165,7 +165,7 @@ def report(runs: dict[str, list[Run]], seeds: int, steps: int, planned: tuple[in
         rows.append([name, *(spread([each[name][0] for each in some], digits) for some in found.values())])
     text = heading("The arithmetic example beside TRL and ms-swift")
     if (seeds, steps) < (5, 40):
-        text += f"\n**A rehearsal of {seeds} seed(s) and {steps} steps, on a machine that did other work: no result.**\n"
+        text += f"\n**A rehearsal, {seeds} seed(s) and {steps} steps: no result.**\n"
     elif (seeds, steps) != planned:
         text += f"\n**Not finished: {seeds} of {planned[0]} seeds.**\n"
     text += about(runs, seeds, steps) + table(["", *runs], rows)
@@ -216,23 +216,25 @@ def about(runs: dict[str, list[Run]], seeds: int, steps: int) -> str:
         if kind in ("dapo, equal work", "TRL", "ms-swift")
     )
     return f"""
-{seeds} seeds, {steps} steps of 16 prompts × 8 samples and four updates; AdamW, learning rate 2e-4, temperature
-1, at most 64 new tokens, clipping 0.2 and 0.28, no KL term, one thread, float32. {versions}; all with the
-same torch. Median (min–max) over seeds, without the first {WARM_UP} steps for times and tokens.
+{seeds} seeds, {steps} steps of 16 prompts × 8 samples and four updates; AdamW, learning rate 2e-4,
+temperature 1, at most 64 new tokens, clipping 0.2 and 0.28, no KL term, one thread, float32. {versions};
+all with the same torch. Median (min–max) over seeds, without the first {WARM_UP} steps for times and tokens.
 
 - Equal work: 16 groups a step, as TRL and ms-swift take; these three ask the same prompts in the same order.
-- As configured: dapo samples until 16 groups are mixed, of at most 64. ms-swift, dynamic: it, too, asks up to
-  64 prompts for 16 groups whose rewards differ; if they do not suffice it trains on the first 16 as they are.
-  Its further prompts come from a second pass over the prompts, in another order, so it shuffles both passes
-  itself; and with four updates a step this second pass hands out each 16 prompts four times in a row. Only this
-  trainer's prompts differ from the others'.
-- TRL and ms-swift as fast as they were found to be: sdpa, static cache, fused AdamW, no gradient checkpointing,
-  no progress bar. ms-swift decodes samples at each token to look for stop words; no option turns this off.
+- As configured: dapo samples until 16 groups are mixed, of at most 64. ms-swift, dynamic: it, too, has up to
+  64 prompts for 16 groups whose rewards differ; if they do not suffice it samples 16 prompts more, without
+  use, and trains on the first 16 as they are. Its further prompts come from a second pass over the prompts, in
+  another order, so it shuffles both passes itself; and with four updates a step this second pass hands out
+  the same 16 prompts four times in a row. Only this trainer's prompts differ from the others'.
+- TRL and ms-swift as fast as they were found to be: sdpa, static cache, fused AdamW, no gradient
+  checkpointing, no progress bar. ms-swift decodes samples at each token to look for stop words; no option
+  turns this off.
 - ms-swift's second Adam beta is set to 0.999, as of the others; its default is 0.95.
-- A step's seconds are all of sampling, rewards and updates, by `process_time` (all threads of the process) and by
-  the wall clock. Saving weights for the evaluation is outside.
-- Memory is the process's resident memory: its maximum since its start (VmHWM), so with Python, torch and all that
-  the trainer imports, and what of it was there before the first step. Evaluation happens in another process.
+- A step's seconds are all of sampling, rewards and updates, by `process_time` (all threads of the process)
+  and by the wall clock. Saving weights for the evaluation is outside.
+- Memory is the process's resident memory: its maximum since its start (VmHWM), so with Python, torch and all
+  that the trainer imports, and what of it was there before the first step. Evaluation happens in another
+  process.
 - Accuracy is mean@4 on 200 problems, measured by dapo's code for all.
 
 """

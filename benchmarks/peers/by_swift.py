@@ -1,8 +1,8 @@
 """ms-swift's GRPO trainer with loss_type="dapo", sampling by its transformers engine.
 
 As fast as it was found to be: sdpa, static cache, fused AdamW. With the option "dynamic" it samples
-dynamically: it asks further prompts instead of groups whose rewards are all the same. These come from a second
-pass over the prompts, in another order, so here both passes are shuffled by ms-swift itself.
+dynamically: it asks further prompts instead of groups whose rewards are all the same. These come from a
+second pass over the prompts, in another order, so here both passes are shuffled by ms-swift itself.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from peers import work
 
-# four rounds of 16 prompts, as many as ours at most; it counts rounds beyond the first, and does not use the last
+# four rounds of 16 prompts, as many as ours at most: it counts rounds beyond the first, the last is not used
 MAX_RESAMPLE_TIMES = 4
 
 

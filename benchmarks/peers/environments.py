@@ -17,7 +17,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dapo
 def python_of(name: str) -> str:
     """Return the Python of this package's environment, which is there when this returns.
 
-    It lies in $XDG_CACHE_HOME/dapo/peers-NAME-VERSION. `python_of("trl")` → ".../peers-trl-1.16.0/bin/python".
+    It lies in $XDG_CACHE_HOME/dapo/peers-NAME-VERSION: `python_of("trl")` → "…/peers-trl-1.16.0/bin/python".
     """
     pins = ROOT / f"constraints/peers-{name}.txt"
     text = pins.read_text()

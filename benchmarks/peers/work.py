@@ -1,7 +1,7 @@
 """One run of one trainer: its task, its clock, its reward.
 
-A trainer's file calls `main(run)`; `run` trains as the task says and calls the clock. Imported in environments
-without most of dapo's requirements: only torch, safetensors and `dapo.reward` may be used here.
+A trainer's file calls `main(run)`; `run` trains as the task says and calls the clock. Imported in
+environments without most of dapo's requirements: only torch, safetensors and `dapo.reward` may be used here.
 """
 
 from __future__ import annotations
