@@ -223,18 +223,21 @@ all with the same torch. Median (min–max) over seeds, without the first {WARM_
 - Equal work: 16 groups a step, as TRL and ms-swift take; these three ask the same prompts in the same order.
 - As configured: dapo samples until 16 groups are mixed, of at most 64. ms-swift, dynamic: it, too, has up to
   64 prompts for 16 groups whose rewards differ; if they do not suffice it samples 16 prompts more, without
-  use, and trains on the first 16 as they are. Its further prompts come from a second pass over the prompts, in
-  another order, so it shuffles both passes itself; and with four updates a step this second pass hands out
-  the same 16 prompts four times in a row. Only this trainer's prompts differ from the others'.
+  use, and trains on the first 16 as they are. Its further prompts come from a second pass over the prompts,
+  in another order, so it shuffles both passes itself; and with four updates a step this second pass hands
+  out the same 16 prompts four times in a row. Only this trainer's prompts differ from the others'.
 - TRL and ms-swift as fast as they were found to be: sdpa, static cache, fused AdamW, no gradient
-  checkpointing, no progress bar. ms-swift decodes samples at each token to look for stop words; no option
-  turns this off.
-- ms-swift's second Adam beta is set to 0.999, as of the others; its default is 0.95.
+  checkpointing, no progress bar. ms-swift's cache and fused AdamW made no difference beyond noise. It decodes
+  samples at each token to look for stop words; no option turns this off, which was up to 5 % of a step.
+- ms-swift's second Adam beta is set to 0.999, as of the others; its default is 0.95. It divides an update's
+  loss by the tokens of all four updates of the step, so its gradients are about a quarter of TRL's; AdamW
+  undoes this, and the bound of the norm is a quarter, too.
 - A step's seconds are all of sampling, rewards and updates, by `process_time` (all threads of the process)
   and by the wall clock. Saving weights for the evaluation is outside.
 - Memory is the process's resident memory: its maximum since its start (VmHWM), so with Python, torch and all
   that the trainer imports, and what of it was there before the first step. Evaluation happens in another
   process.
+- Generated tokens count all samples, also those that are not trained on. inf: not reached.
 - Accuracy is mean@4 on 200 problems, measured by dapo's code for all.
 
 """

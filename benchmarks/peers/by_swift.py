@@ -13,7 +13,9 @@ from typing import Any
 
 from peers import work
 
-# four rounds of 16 prompts, as many as ours at most: it counts rounds beyond the first, the last is not used
+# It divides an update's loss by the tokens of the step's four updates, so the bound of the gradient's norm is
+# divided by four, too.
+# Four rounds of 16 prompts, as many as ours at most: it counts rounds beyond the first, the last is not used.
 MAX_RESAMPLE_TIMES = 4
 
 
@@ -68,9 +70,9 @@ def run(task: work.Task, clock: work.Clock) -> None:
         per_device_train_batch_size=task.prompts_per_minibatch * task.group_size,
         gradient_accumulation_steps=1, max_steps=task.updates * task.steps, max_length=128,
         learning_rate=task.learning_rate, lr_scheduler_type="constant", warmup_ratio=0.0,
-        optim="adamw_torch_fused", weight_decay=task.weight_decay, max_grad_norm=task.clip_grad,
-        adam_beta2=0.999, gradient_checkpointing=False, temperature=1.0, top_p=1.0, top_k=-1,
-        max_completion_length=task.max_tokens,
+        optim="adamw_torch_fused", weight_decay=task.weight_decay, adam_beta2=0.999,
+        max_grad_norm=task.clip_grad / task.updates, gradient_checkpointing=False,
+        temperature=1.0, top_p=1.0, top_k=-1, max_completion_length=task.max_tokens,
     )  # fmt: skip
     Pipeline(RLHFArguments(**options)).run()
 
