@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class Run:
     cpu_seconds: float  # of the whole process: start and evaluation included
     seconds: float  # from launch to end
     commit: str
+    wider: dict[str, float] = field(default_factory=dict)  # accuracy, length, truncated of another evaluation
 
     @property
     def steps(self) -> list[dict[str, float]]:
@@ -91,8 +92,8 @@ def figures(arms: dict[str, list[Run]]) -> list[list[object]]:
 
 
 def differences(arms: dict[str, list[Run]]) -> list[list[object]]:
-    """Return a row an arm but the first: by how much its accuracy differs, of the same seed, from the arm
-    before it and from the first, and each seed's accuracy.
+    """Return a row an arm: by how much its accuracy differs, of the same seed, from the arm before it and from
+    the first; and each seed's accuracy.
     """
     found = {arm: [run.curve("eval/accuracy")[1][-1] for run in runs] for arm, runs in arms.items()}
     names = list(found)
@@ -204,8 +205,21 @@ are of whole processes, start and evaluation included. All runs together took
             f"\nThe first step with a mean response of more than {experiment.takes_off_above:.0f} tokens:\n\n"
         )
         text += table(["", "found", "step", "each seed"], take_offs(arms, experiment.takes_off_above))
+    if experiment.wider:
+        text += f"\nWhat was learnt, evaluated with {' '.join(experiment.wider)}:\n\n"
+        names = ("accuracy", "length", "truncated")
+        text += table(
+            ["", *names],
+            [
+                [arm, *(mean_and_error([run.wider[n] for run in some]) for n in names)]
+                for arm, some in arms.items()
+            ],
+        )
     text += "\nDifferences of accuracy at the end, seed by seed:\n\n"
-    text += table(["", "to the one before", "to the first", "accuracy of each seed"], differences(arms))
+    header, rows = ["", "to the one before", "to the first", "accuracy of each seed"], differences(arms)
+    if not experiment.is_cumulative:
+        header, rows = [header[0], *header[2:]], [[row[0], *row[2:]] for row in rows]
+    text += table(header, rows)
     text += f"\n![Accuracy, entropy, length, truncation](ladder_{name}.png)\n"
     RESULTS.mkdir(parents=True, exist_ok=True)
     plot(arms, RESULTS / f"ladder_{name}.png")

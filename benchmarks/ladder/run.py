@@ -69,24 +69,39 @@ def run(name: str, arm: str, seed: int) -> report.Run:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     command = [sys.executable, "-m", "dapo", "train", *options, f"run.dir={directory}", f"run.seed={seed}"]
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", HERE)))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     start = time.perf_counter()
     with (directory / "output").open("w") as output:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=output, stderr=output)
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         last = (directory / "output").read_text().splitlines()[-1:]
         sys.exit(f"{name}, {arm}, seed {seed}: {' '.join(last)}; all of it: {directory / 'output'}")
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    found = report.Run(
-        seed, rows, used.ru_utime + used.ru_stime, time.perf_counter() - start, commit=commit()
-    )
+    seconds = time.perf_counter() - start
+    wider = evaluate(options, EXPERIMENTS[name].wider, directory) if EXPERIMENTS[name].wider else {}
+    found = report.Run(seed, rows, used.ru_utime + used.ru_stime, seconds, commit(), wider)
     write_whole(done, json.dumps({"asked": asked, "run": vars(found)}))
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
     print(f"{name}, {arm}, seed {seed}: {found.seconds:.0f} s", flush=True)
     return found
+
+
+def evaluate(options: Sequence[str], wider: Sequence[str], directory: Path) -> dict[str, float]:
+    """Return accuracy, length and truncation of what was learnt, on the held-out problems, with other options."""
+    command = [sys.executable, "-m", "dapo", "eval", *options, *wider, f"run.dir={directory / 'wider'}"]
+    subprocess.run(
+        [*command, "--model", str(directory / "hf")],
+        check=True, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    [scores] = json.loads((directory / "wider/eval.json").read_text())["models"].values()
+    [found] = scores.values()
+    return {"accuracy": found["mean"], "length": found["length"], "truncated": found["truncated"]}
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", HERE)))
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def main(num_seeds: int, names: Sequence[str]) -> None:
