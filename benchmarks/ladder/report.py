@@ -92,8 +92,8 @@ def figures(arms: dict[str, list[Run]]) -> list[list[object]]:
 
 
 def differences(arms: dict[str, list[Run]]) -> list[list[object]]:
-    """Return a row an arm: by how much its accuracy differs, of the same seed, from the arm before it and from
-    the first; and each seed's accuracy.
+    """Return a row an arm: by how much its accuracy differs, of the same seed, from the arm before it and
+    from the first; and each seed's accuracy.
     """
     found = {arm: [run.curve("eval/accuracy")[1][-1] for run in runs] for arm, runs in arms.items()}
     names = list(found)

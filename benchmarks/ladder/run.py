@@ -88,7 +88,7 @@ def run(name: str, arm: str, seed: int) -> report.Run:
 
 
 def evaluate(options: Sequence[str], wider: Sequence[str], directory: Path) -> dict[str, float]:
-    """Return accuracy, length and truncation of what was learnt, on the held-out problems, with other options."""
+    """Return accuracy, length and truncation of what was learnt, on held-out problems, with other options."""
     command = [sys.executable, "-m", "dapo", "eval", *options, *wider, f"run.dir={directory / 'wider'}"]
     subprocess.run(
         [*command, "--model", str(directory / "hf")],

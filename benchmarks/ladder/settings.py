@@ -77,7 +77,7 @@ EXPERIMENTS = {
         shared=[*LENGTHS, "rollout.max_response_length=192"],
     ),
     "tight": Experiment(
-        "Overlong filtering, where training cuts off at 28 tokens, as half of the worked answers are longer",
+        "Overlong filtering, where training cuts off at 28 tokens and evaluation at 64",
         {"without": [], "overlong filtering": ["objective.overlong_filtering=true"]},
         shared=[DYNAMIC, TOKEN_MEAN, "run.steps=40", "rollout.max_response_length=28"],
         wider=["rollout.max_response_length=64"],
