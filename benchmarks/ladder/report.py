@@ -179,11 +179,14 @@ def plot(arms: dict[str, list[Run]], path: Path) -> None:
     plt.close(figure)
 
 
-def write(name: str, experiment: Experiment, arms: dict[str, list[Run]]) -> None:
-    """Write results/ladder_NAME.md and .png."""
+def write(
+    name: str, experiment: Experiment, arms: dict[str, list[Run]], overrides: Sequence[str] = ()
+) -> None:
+    """Write results/ladder_NAME.md and .png. `overrides`: options of all runs."""
     runs = [run for some in arms.values() for run in some]
     num_seeds = len(next(iter(arms.values())))
     text = heading(experiment.question)
+    text += f"\nWith {' '.join(overrides)}.\n" if overrides else ""
     text += f"""
 {num_seeds} seeds; the settings (benchmarks/ladder/settings.py) were found with others, and written before
 these ran, at commit {", ".join(sorted({run.commit for run in runs}))}.
