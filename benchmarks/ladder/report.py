@@ -128,7 +128,11 @@ def take_offs(arms: dict[str, list[Run]], bound: float) -> list[list[object]]:
 
 
 def draw(axis: Any, curves: Sequence[Curve], label: str) -> None:
-    """Draw the mean of seeds, and its standard error as a band, over what all of them reached."""
+    """Draw the mean of seeds, and its standard error as a band, over what all of them reached; nothing if a
+    run has no point, as one that never learnt has none of the policy.
+    """
+    if not all(x for x, _ in curves):
+        return
     low, high = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
     grid = np.linspace(low, high, GRID)
     values = np.stack([np.interp(grid, x, y) for x, y in curves])
@@ -172,7 +176,7 @@ def plot(arms: dict[str, list[Run]], path: Path) -> None:
             for row in run.steps
             if "policy/entropy" in row
         ]
-        axes[1, 1].scatter(*zip(*points, strict=True), s=4, alpha=0.5)
+        axes[1, 1].scatter(*np.reshape(points, (-1, 2)).T, s=4, alpha=0.5)
         draw(axes[1, 2], [run.curve("rollout/truncated") for run in runs], arm)
     axes[0, 0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=90)
