@@ -1,4 +1,4 @@
-# make quickstart · test · test-fast · lint · bench · ladder · docs · kernel-report · gpu-check · gpu-wheels · sglang-cpu · env-check. Each makes .venv if it is not there; nothing else is needed.
+# make quickstart · test · test-fast · lint · bench · ladder · peers-bench · docs · kernel-report · gpu-check · gpu-wheels · sglang-cpu · env-check. Each makes .venv if it is not there; nothing else is needed.
 #   TORCH="torch==2.13.0"     another torch than constraints/ name, which then do not apply: any requirement pip understands, or a wheel's path
 #   PIP_ARGS="--index-url …"  where torch is from (a CPU-only or CUDA build)
 #   EXTRAS=dev,gpu            optional parts, see setup.py
@@ -51,6 +51,10 @@ ladder: $(VENV)/.ready
 	$(VENV)/bin/python benchmarks/ladder/mechanisms.py
 	$(VENV)/bin/python benchmarks/ladder/run.py $(SEEDS)
 
+# beside TRL and ms-swift, each in an environment of its own, outside the clone, that is made where it is absent
+peers-bench: $(VENV)/.ready
+	$(VENV)/bin/python benchmarks/beside_peers.py
+
 # the documentation's site, in build/docs, by mkdocs-material in an environment of its own, outside the clone
 DOCS_VENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/dapo/docs
 docs: $(DOCS_VENV)/.ready
@@ -101,4 +105,4 @@ $(VENV)/.ready: setup.py $(CONSTRAINTS)
 	$(VENV)/bin/python -c "import sys; sys.exit(sys.version_info < (3, 12))" || $(PIP) --no-deps --ignore-requires-python megatron-core==0.19.2
 	touch $@
 
-.PHONY: quickstart test test-fast lint bench ladder docs kernel-report gpu-check gpu-wheels sglang-cpu env-check
+.PHONY: quickstart test test-fast lint bench ladder peers-bench docs kernel-report gpu-check gpu-wheels sglang-cpu env-check

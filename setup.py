@@ -63,7 +63,7 @@ setup(
             "sglang-router==0.3.2",
         ],  # those that the tests run: tests/sglang/environment/requirements.txt
         "wandb": ["wandb"],
-        "trl": ["trl==1.16.0"],  # for benchmarks/beside_trl.py
+        "trl": ["trl==1.16.0"],  # for benchmarks/loss_contenders.py
         "test": TEST,
         "dev": [*TEST, "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "types-psutil"],
     },

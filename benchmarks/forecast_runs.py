@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from beside_trl import accuracy, make
+from peers.arithmetic import accuracy, make
 from record import RESULTS, heading, save, spread, table
 
 ROOT = Path(__file__).parents[1]
