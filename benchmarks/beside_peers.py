@@ -223,8 +223,8 @@ all with the same torch. Median (min–max) over seeds, without the first {WARM_
 - Equal work: 16 groups a step, as TRL and ms-swift take; these three ask the same prompts in the same order.
 - As configured: dapo samples until 16 groups are mixed, of at most 64. ms-swift, dynamic: it, too, has up to
   64 prompts for 16 groups whose rewards differ; if they do not suffice it samples 16 prompts more, without
-  use, and trains on the first 16 as they are. Its further prompts come from a second pass over the prompts, in
-  another order, so it shuffles both passes itself; and with four updates a step this second pass hands out
+  use, and trains on the first 16 as they are. Its further prompts come from a second pass over the prompts,
+  in another order, so it shuffles both passes itself; and with four updates a step this second pass hands out
   the same 16 prompts four times in a row. Only this trainer's prompts differ from the others'.
 - TRL and ms-swift as fast as they were found to be: sdpa, static cache, fused AdamW, no gradient
   checkpointing, no progress bar. ms-swift decodes samples at each token to look for stop words; no option
