@@ -53,6 +53,8 @@ NOT_RUN = {
     ".venv/bin/dapo report runs/7b": "wants that run; others are reported",
     "pip install --no-deps .": "installs into the reader's environment",
     "make test-fast": "runs tests, as this one",
+    "make ladder": "takes half an hour",
+    "make ladder SEEDS=5": "takes an hour",
     ".venv/bin/torchrun --nproc-per-node 2 my_run.py": "test_docs.py runs the file, on one rank",
     ".venv/bin/python my_run.py": "test_docs.py does",
 }

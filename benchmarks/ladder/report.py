@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class Run:
     cpu_seconds: float  # of the whole process: start and evaluation included
     seconds: float  # from launch to end
     commit: str
+    wider: dict[str, float] = field(default_factory=dict)  # accuracy, length, truncated of another evaluation
 
     @property
     def steps(self) -> list[dict[str, float]]:
@@ -91,8 +92,8 @@ def figures(arms: dict[str, list[Run]]) -> list[list[object]]:
 
 
 def differences(arms: dict[str, list[Run]]) -> list[list[object]]:
-    """Return a row an arm but the first: by how much its accuracy differs, of the same seed, from the arm
-    before it and from the first, and each seed's accuracy.
+    """Return a row an arm: by how much its accuracy differs, of the same seed, from the arm before it and
+    from the first; and each seed's accuracy.
     """
     found = {arm: [run.curve("eval/accuracy")[1][-1] for run in runs] for arm, runs in arms.items()}
     names = list(found)
@@ -127,7 +128,11 @@ def take_offs(arms: dict[str, list[Run]], bound: float) -> list[list[object]]:
 
 
 def draw(axis: Any, curves: Sequence[Curve], label: str) -> None:
-    """Draw the mean of seeds, and its standard error as a band, over what all of them reached."""
+    """Draw the mean of seeds, and its standard error as a band, over what all of them reached; nothing if a
+    run has no point, as one that never learnt has none of the policy.
+    """
+    if not all(x for x, _ in curves):
+        return
     low, high = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
     grid = np.linspace(low, high, GRID)
     values = np.stack([np.interp(grid, x, y) for x, y in curves])
@@ -171,18 +176,21 @@ def plot(arms: dict[str, list[Run]], path: Path) -> None:
             for row in run.steps
             if "policy/entropy" in row
         ]
-        axes[1, 1].scatter(*zip(*points, strict=True), s=4, alpha=0.5)
+        axes[1, 1].scatter(*np.reshape(points, (-1, 2)).T, s=4, alpha=0.5)
         draw(axes[1, 2], [run.curve("rollout/truncated") for run in runs], arm)
     axes[0, 0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
-def write(name: str, experiment: Experiment, arms: dict[str, list[Run]]) -> None:
-    """Write results/ladder_NAME.md and .png."""
+def write(
+    name: str, experiment: Experiment, arms: dict[str, list[Run]], overrides: Sequence[str] = ()
+) -> None:
+    """Write results/ladder_NAME.md and .png. `overrides`: options of all runs."""
     runs = [run for some in arms.values() for run in some]
     num_seeds = len(next(iter(arms.values())))
     text = heading(experiment.question)
+    text += f"\nWith {' '.join(overrides)}.\n" if overrides else ""
     text += f"""
 {num_seeds} seeds; the settings (benchmarks/ladder/settings.py) were found with others, and written before
 these ran, at commit {", ".join(sorted({run.commit for run in runs}))}.
@@ -204,8 +212,21 @@ are of whole processes, start and evaluation included. All runs together took
             f"\nThe first step with a mean response of more than {experiment.takes_off_above:.0f} tokens:\n\n"
         )
         text += table(["", "found", "step", "each seed"], take_offs(arms, experiment.takes_off_above))
+    if experiment.wider:
+        text += f"\nWhat was learnt, evaluated with {' '.join(experiment.wider)}:\n\n"
+        names = ("accuracy", "length", "truncated")
+        text += table(
+            ["", *names],
+            [
+                [arm, *(mean_and_error([run.wider[n] for run in some]) for n in names)]
+                for arm, some in arms.items()
+            ],
+        )
     text += "\nDifferences of accuracy at the end, seed by seed:\n\n"
-    text += table(["", "to the one before", "to the first", "accuracy of each seed"], differences(arms))
+    header, rows = ["", "to the one before", "to the first", "accuracy of each seed"], differences(arms)
+    if not experiment.is_cumulative:
+        header, rows = [header[0], *header[2:]], [[row[0], *row[2:]] for row in rows]
+    text += table(header, rows)
     text += f"\n![Accuracy, entropy, length, truncation](ladder_{name}.png)\n"
     RESULTS.mkdir(parents=True, exist_ok=True)
     plot(arms, RESULTS / f"ladder_{name}.png")

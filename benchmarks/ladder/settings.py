@@ -33,12 +33,15 @@ class Experiment:
     shared: Sequence[str] = field(default_factory=list)
     num_prompts: int | None = None  # the example's first prompts alone: a finite set
     takes_off_above: float | None = None  # mean response length, tokens: the rare strategy has been found
+    is_cumulative: bool = False  # each arm is the one before and one option more
+    wider: Sequence[str] = field(default_factory=list)  # options of another evaluation, of what was learnt
 
 
 EXPERIMENTS = {
     "rows": Experiment(
         "The rows of the paper's Table 1, from naive GRPO to DAPO",
         {name: [str(path) for path in ROWS[:count]] for name, count in ROW_NAMES.items()},
+        is_cumulative=True,
     ),
     "rare16": Experiment(
         "Clip-Higher, where 3 in 100 demonstrations work the answer out and the others guess",
@@ -72,6 +75,12 @@ EXPERIMENTS = {
         },
         base="long_echo",
         shared=[*LENGTHS, "rollout.max_response_length=192"],
+    ),
+    "tight": Experiment(
+        "Overlong filtering, where training cuts off at 28 tokens and evaluation at 64",
+        {"without": [], "overlong filtering": ["objective.overlong_filtering=true"]},
+        shared=[DYNAMIC, TOKEN_MEAN, "run.steps=40", "rollout.max_response_length=28"],
+        wider=["rollout.max_response_length=64"],
     ),
     "finite": Experiment(
         "Dynamic sampling, with 160 prompts that come again",

@@ -19,6 +19,7 @@ class Buffer:
     is_dynamic: bool  # False: every group is kept
     # False: groups that are not kept give back the memory of their routes, a hundred times their tokens'
     keeps_routes: bool = True
+    filters_overlong: bool = False  # True: truncated samples have no gradient (objective.overlong_filtering)
     kept: list[Group] = field(default_factory=list)
     all_correct: list[Group] = field(default_factory=list)
     all_wrong: list[Group] = field(default_factory=list)
@@ -78,9 +79,15 @@ class Buffer:
         return sum(not group.num_correct for group in self.decided)
 
     @property
+    def unmasked(self) -> list[Group]:
+        """The kept groups of which overlong filtering leaves a sample."""
+        filters = self.filters_overlong
+        return [g for g in self.kept if not (filters and all(s.is_truncated for s in g.samples))]
+
+    @property
     def num_learnt(self) -> int:
         """Number of kept groups with a gradient: equal rewards give no advantage (Eq. 9)."""
-        return sum(len({sample.reward for sample in group.samples}) > 1 for group in self.kept)
+        return sum(len({sample.reward for sample in group.samples}) > 1 for group in self.unmasked)
 
     def ledger(self) -> dict[str, float]:
         """Return the step's metrics: groups by kind; accuracy, reward and lengths (tokens) of their samples.

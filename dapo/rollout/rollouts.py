@@ -101,6 +101,7 @@ class Rollouts(Resumable):
         has_probe = rollout.max_staleness and self.config.engine.is_streaming and not replayed
         probes = probe.sample(*asked) if has_probe else []
         buffer = replayed or (self.take(step) if rollout.max_staleness else self.collect(step))
+        buffer.filters_overlong = self.config.objective.overlong_filtering
         fraction = 1.0 if rollout.only else rollout.dump_share
         try:
             self.engine.release_memory()
@@ -372,6 +373,8 @@ class Rollouts(Resumable):
                 "it by hand on one response"
             )
         lost = f", {len(buffer.lost)} lost" if buffer.lost else ""
+        if masked := len(buffer.kept) - len(buffer.unmasked):
+            lost += f", {masked} masked by objective.overlong_filtering (all samples truncated)"
         found = (
             f"{buffer.num_learnt} of {buffer.capacity} mixed groups among {asked} sampled ({correct:.0%} all "
             f"correct, {wrong:.0%} all wrong){lost}: use harder or easier data, or check {function}"
@@ -379,10 +382,8 @@ class Rollouts(Resumable):
         if not buffer.is_full and rollout.at_cap == "stop":
             raise RolloutError(f"rollout.max_rounds={rollout.max_rounds} reached with {found}")
         if self.num_empty_steps >= rollout.max_empty_steps:
-            raise RolloutError(
-                f"rollout.max_empty_steps={rollout.max_empty_steps} steps in a row without a mixed group, "
-                f"now {found}"
-            )
+            steps = f"rollout.max_empty_steps={rollout.max_empty_steps} steps in a row"
+            raise RolloutError(f"{steps} without a mixed group, now {found}")
 
 
 def _with_heartbeats(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -18,9 +18,11 @@ from dapo.learn.batch import Microbatch
 from dapo.learn.objective import NORMALISERS
 from dapo.reward.overlong import soft_overlong_penalty
 from dapo.rollout.buffer import Buffer
+from dapo.rollout.pending import RolloutError
 from dapo.types import Group
 from tests.batches import plan
 from tests.conftest import make_config, make_group
+from tests.dapo.rollout.test_rollouts import ScriptedEngine, make_rollouts
 from tests.gradients import (
     HIGH,
     LOW,
@@ -226,6 +228,30 @@ def test_what_is_left_after_filtering_weighs_more(normaliser, grown):
     [whole], [filtered] = pushes([group], normaliser), pushes([group], normaliser, filtering=True)
     for before, after in zip(whole[:10], filtered[:10], strict=True):
         assert after / before == pytest.approx(grown, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("filtering", "num_truncated", "no_gradient"), [(True, 2, 1), (True, 1, 0), (False, 2, 0)]
+)
+def test_a_mixed_group_of_truncated_samples_alone_teaches_nothing_where_they_are_filtered(
+    filtering, num_truncated, no_gradient
+):
+    buffer = Buffer(1, is_dynamic=True, filters_overlong=filtering)
+    group = make_group([1, 0], truncated=range(num_truncated))
+    for sample in group.samples:
+        sample.reward = 1.0 if sample.is_correct else -1.0
+    buffer.offer(group)
+    assert buffer.kept == [group] and buffer.ledger()["rollout/no_gradient"] == no_gradient
+
+
+def test_steps_of_which_filtering_leaves_nothing_count_as_empty(tmp_path):
+    def rollouts(*options):
+        engine = ScriptedEngine(lambda prompt: "10", length=lambda request: request.sampling.max_tokens)
+        return make_rollouts(tmp_path, engine, "rollout.max_empty_steps=1", *options)
+
+    rollouts().next_batch(0)
+    with pytest.raises(RolloutError, match=r"0 of 4 .*, 4 masked by objective.overlong_filtering"):
+        rollouts("objective.overlong_filtering=true").next_batch(0)
 
 
 def test_a_group_whose_wrong_samples_are_all_truncated_is_kept_and_only_pushed_up():
