@@ -227,8 +227,9 @@ all with the same torch. Median (min–max) over seeds, without the first {WARM_
   in another order, so it shuffles both passes itself; and with four updates a step this second pass hands
   out the same 16 prompts four times in a row. Only this trainer's prompts differ from the others'.
 - TRL and ms-swift as fast as they were found to be: sdpa, static cache, fused AdamW, no gradient
-  checkpointing, no progress bar. ms-swift's cache and fused AdamW made no difference beyond noise. It decodes
-  samples at each token to look for stop words; no option turns this off, which was up to 5 % of a step.
+  checkpointing, no progress bar. ms-swift decodes samples at each token to look for stop words; no option
+  turns this off. Beforehand, in two runs each of 8 steps on a machine that did other work, ms-swift was no
+  faster with another cache or AdamW beyond noise, and 5 % and 0 % faster without that decoding.
 - ms-swift's second Adam beta is set to 0.999, as of the others; its default is 0.95. It divides an update's
   loss by the tokens of all four updates of the step, so its gradients are about a quarter of TRL's; AdamW
   undoes this, and the bound of the norm is a quarter, too.
