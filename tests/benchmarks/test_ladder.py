@@ -1,10 +1,9 @@
-"""The settings of the ladder and the statistics of the runs beside peers, without a run."""
+"""The settings of the ladder and the statistics of its runs, without a run."""
 
 from __future__ import annotations
 
 import importlib
 import itertools
-import math
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +23,7 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks/ladder"))
     monkeypatch.chdir(ROOT)
-    names = ("record", "settings", "report", "beside_peers")
+    names = ("record", "settings", "report")
     found = {name: importlib.import_module(name) for name in names}
     for name in names:  # so plain a name is left to others
         monkeypatch.delitem(sys.modules, name)
@@ -113,12 +112,3 @@ def test_a_run_that_never_learnt_is_drawn_and_tabled(modules, tmp_path):
     modules["report"].plot(arms, tmp_path / "plot.png")
     [row] = modules["report"].figures(arms)
     assert row[:2] == ["a", "0.200 ± 0.000"] and (tmp_path / "plot.png").stat().st_size > 1000
-
-
-def test_accuracies_at_equal_cpu_seconds_are_of_runs_that_went_so_far(modules):
-    peers = modules["beside_peers"]
-    runs = [{"at": [0, 2, 4], "accuracy": [0.1, 0.5, 0.9]}, {"at": [0, 4], "accuracy": [0.1, 0.5]}]
-    assert peers.accuracies_at(runs, 1) == pytest.approx([0.3, 0.2])
-    assert peers.accuracies_at(runs, 5) is None
-    assert peers.until({"at": [0, 2, 4], "accuracy": [0.1, 0.8, 0.9]}) == pytest.approx(3)
-    assert math.isinf(peers.until(runs[1]))
