@@ -53,6 +53,7 @@ NOT_RUN = {
     ".venv/bin/dapo report runs/7b": "wants that run; others are reported",
     "pip install --no-deps .": "installs into the reader's environment",
     "make test-fast": "runs tests, as this one",
+    "make peers-bench": "takes 20 minutes and two environments",
     "make ladder": "takes half an hour",
     "make ladder SEEDS=5": "takes an hour",
     ".venv/bin/torchrun --nproc-per-node 2 my_run.py": "test_docs.py runs the file, on one rank",
