@@ -27,7 +27,7 @@ from record import ROOT, commit, write_whole
 from settings import EXPERIMENTS, Experiment
 
 HERE = Path(__file__).parent
-KEPT = Path(os.environ.get("DAPO_LADDER", ROOT / "runs/ladder"))
+KEPT = Path(os.environ.get("DAPO_LADDER", ROOT / "runs/ladder")).absolute()
 FIRST_SEED = 101  # settings were found with others
 
 
@@ -96,7 +96,7 @@ def run(ladder: Ladder, name: str, arm: str, seed: int) -> report.Run:
         process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=output, stderr=output)
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+    if process.returncode or not (directory / "hf").exists():  # a run that was stopped exports nothing
         last = (directory / "output").read_text().splitlines()[-1:]
         sys.exit(f"{name}, {arm}, seed {seed}: {' '.join(last)}; all of it: {directory / 'output'}")
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
@@ -135,7 +135,10 @@ def main(ladder: Ladder, num_seeds: int, names: Sequence[str]) -> None:
         arms = EXPERIMENTS[name].arms
         keys = [(name, arm, seed) for seed in seeds for arm in arms]
         with ThreadPoolExecutor(1 if torch.cuda.is_available() else os.cpu_count()) as pool:
-            found = dict(zip(keys, pool.map(lambda key: run(ladder, *key), keys), strict=True))
+            try:
+                found = dict(zip(keys, pool.map(lambda key: run(ladder, *key), keys), strict=True))
+            finally:  # a failure ends the others that have not begun
+                pool.shutdown(cancel_futures=True)
         runs = {arm: [found[name, arm, seed] for seed in seeds] for arm in arms}
         place = name if ladder.size == bases.EXAMPLE else f"{ladder.size}_{name}"
         report.write(place, EXPERIMENTS[name], runs, ladder.overrides)
