@@ -128,7 +128,8 @@ def context(
     if "weights" in options:
         options["weights"] = WEIGHTS[own]
     leaf, head = hidden[own].requires_grad_(), weight.clone().requires_grad_()
-    done = linear_policy_loss(leaf, head, *(x[own] for x in rest), **options, chunk_bytes=CHUNKS[1])
+    options["chunk_bytes"] = CHUNKS[1]
+    done = linear_policy_loss(leaf, head, *(x[own] for x in rest), **options)
     done.loss.backward()
     loss = done.loss.detach().clone()
     for x in (loss, head.grad):

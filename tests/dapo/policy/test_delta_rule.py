@@ -69,21 +69,38 @@ def test_it_is_the_recurrence_of_each_sequence(
 
 
 @pytest.mark.parametrize("lengths", PACKS, ids=str)
-def test_a_sequence_alone_is_itself_in_a_pack_to_the_last_bit(lengths: list[int]) -> None:
+def test_a_sequence_alone_is_itself_in_a_pack(lengths: list[int]) -> None:
+    """But for rounding: a processor's library multiplies many small matrices otherwise than few."""
     packed = inputs(sum(lengths), torch.float32)
     direction = torch.randn(1, sum(lengths), 3, 7)
-    out, _ = chunk_gated_delta_rule(*packed, cu_seqlens=boundaries(lengths))
-    whole = [out, *torch.autograd.grad((out * direction).sum(), packed)]
+    whole = outcome(packed, direction, boundaries(lengths))
     for i, (start, length) in enumerate(zip(boundaries(lengths)[:-1].tolist(), lengths, strict=True)):
         place = slice(start, start + length)
-        alone = [x.detach()[:, place].clone().requires_grad_() for x in packed]
-        # without cu_seqlens in turn
         cu_seqlens = boundaries([length]) if i % 2 else None
-        out, _ = chunk_gated_delta_rule(*alone, cu_seqlens=cu_seqlens)
-        for ours, theirs in zip(
-            [out, *torch.autograd.grad((out * direction[:, place]).sum(), alone)], whole, strict=True
-        ):
-            assert torch.equal(ours, theirs[:, place])
+        alone = outcome([x[:, place] for x in packed], direction[:, place], cu_seqlens)
+        for ours, theirs in zip(alone, whole, strict=True):
+            torch.testing.assert_close(ours, theirs[:, place], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("lengths", PACKS[1:2] + PACKS[3:], ids=str)
+def test_a_packs_other_sequences_do_not_reach_a_bit(lengths: list[int]) -> None:
+    packed, cu_seqlens = inputs(sum(lengths), torch.float32), boundaries(lengths)
+    direction = torch.randn(1, sum(lengths), 3, 7)
+    whole = outcome(packed, direction, cu_seqlens)
+    for start, length in zip(cu_seqlens[:-1].tolist(), lengths, strict=True):
+        place = slice(start, start + length)
+        others = [torch.full_like(x, torch.nan) for x in (*packed, direction)]
+        for x, own in zip(others, (*packed, direction), strict=True):
+            x[:, place] = own.detach()[:, place]
+        for ours, theirs in zip(outcome(others[:-1], others[-1], cu_seqlens), whole, strict=True):
+            assert torch.equal(ours[:, place], theirs[:, place])
+
+
+def outcome(tensors: list[Tensor], direction: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
+    """Return the result and the gradients of its product with `direction`."""
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    out, _ = chunk_gated_delta_rule(*leaves, cu_seqlens=cu_seqlens)
+    return [out, *torch.autograd.grad((out * direction).sum(), leaves)]
 
 
 def test_it_is_transformers_function() -> None:
