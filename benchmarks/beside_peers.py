@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -23,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from record import RESULTS, heading, keep, save, spread, table
+from record import RESULTS, average, difference, heading, keep, mean_and_error, save, spread, table
 
 ROOT = Path(__file__).parents[1]
 EVERY, GOAL, WARM_UP = 5, 0.85, 3  # steps between evaluations; accuracy to reach; steps that do not count
+OURS = "dapo, equal work"
 KINDS: dict[str, tuple[str, list[str]]] = {  # name → environment ("": ours) and options
-    "dapo, equal work": ("", ["rollout.dynamic_sampling=false"]),
+    OURS: ("", ["rollout.dynamic_sampling=false"]),
     "TRL": ("trl", []),
     "ms-swift": ("ms-swift", []),
     "dapo, as configured": ("", []),
@@ -96,10 +96,8 @@ def figures(run: Run) -> dict[str, tuple[float, int]]:
     }
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and its standard error (nan for a single value): `mean_and_error([1, 3])` → (2, 1)."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
-    return statistics.mean(values), error
+def accuracies(runs: Sequence[Run], evaluation: int) -> list[float]:
+    return [run["accuracy"][evaluation] for run in runs]
 
 
 def accuracies_at(runs: Sequence[Run], seconds: float) -> list[float] | None:
@@ -118,13 +116,6 @@ def grid(runs: dict[str, list[Run]], count: int = 8) -> list[float]:
         step for step in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if last / step <= count + 1
     )
     return [step * i for i in range(1, int(last / step + 1e-9) + 1)]
-
-
-def written(values: Sequence[float] | None) -> str:
-    if values is None:
-        return "–"
-    mean, error = mean_and_error(values)
-    return f"{mean:.3f}" if math.isnan(error) else f"{mean:.3f} ± {error:.3f}"
 
 
 def plot(runs: dict[str, list[Run]], path: Path) -> None:
@@ -172,13 +163,20 @@ def report(runs: dict[str, list[Run]], seeds: int, steps: int, planned: tuple[in
     text += "\nOurs ÷ theirs, seed by seed: median (min–max).\n\n" + ratios(found)
     text += "\nHeld-out accuracy by step, mean ± standard error.\n\n"
     by_step = [
-        [EVERY * i, *(written([run["accuracy"][i] for run in some]) for some in runs.values())]
+        [EVERY * i, *(average(accuracies(some, i)) for some in runs.values())]
         for i in range(len(next(iter(runs.values()))[0]["accuracy"]))
     ]
     text += table(["step", *runs], by_step)
+    text += "\nThe same, ours less theirs, seed by seed; in brackets the 95 % interval, by Student's t.\n\n"
+    names = ("TRL", "ms-swift")
+    less = [
+        [EVERY * i, *(difference(*(accuracies(runs[kind], i) for kind in (OURS, name))) for name in names)]
+        for i in range(1, len(next(iter(runs.values()))[0]["accuracy"]))
+    ]
+    text += table(["step", *(f"{OURS} − {name}" for name in names)], less)
     text += "\nHeld-out accuracy by CPU seconds, mean ± standard error; –: some run was over by then.\n\n"
     by_second = [
-        [f"{each:g}", *(written(accuracies_at(some, each)) for some in runs.values())] for each in grid(runs)
+        [f"{each:g}", *(average(accuracies_at(some, each)) for some in runs.values())] for each in grid(runs)
     ]
     text += table(["CPU s", *runs], by_second)
     return text + "\n![Accuracy by step and by CPU seconds](beside_peers.png)\n"
@@ -186,8 +184,8 @@ def report(runs: dict[str, list[Run]], seeds: int, steps: int, planned: tuple[in
 
 def ratios(found: dict[str, list[dict[str, tuple[float, int]]]]) -> str:
     pairs = [
-        ("dapo, equal work", "TRL"),
-        ("dapo, equal work", "ms-swift"),
+        (OURS, "TRL"),
+        (OURS, "ms-swift"),
         ("dapo, as configured", "TRL"),
         ("dapo, as configured", "ms-swift, dynamic"),
     ]
@@ -213,7 +211,7 @@ def about(runs: dict[str, list[Run]], seeds: int, steps: int) -> str:
     versions = "; ".join(
         f"{kind}: " + ", ".join(f"{name} {version}" for name, version in some[0]["versions"].items())
         for kind, some in runs.items()
-        if kind in ("dapo, equal work", "TRL", "ms-swift")
+        if kind in (OURS, "TRL", "ms-swift")
     )
     return f"""
 {seeds} seeds, {steps} steps of 16 prompts × 8 samples and four updates; AdamW, learning rate 2e-4,
@@ -226,6 +224,9 @@ all with the same torch. Median (min–max) over seeds, without the first {WARM_
   use, and trains on the first 16 as they are. Its further prompts come from a second pass over the prompts,
   in another order, so it shuffles both passes itself; and with four updates a step this second pass hands
   out the same 16 prompts four times in a row. Only this trainer's prompts differ from the others'.
+- dapo's sampler, scoring and policy are called as `train()` calls them, in one process; its metrics' files,
+  logs and checkpoints are not written, and neither are the others'. Its CPU time is a little more than the
+  wall clock's: threads that wait for rewards and samples work beside the main one.
 - TRL and ms-swift as fast as they were found to be: sdpa, static cache, fused AdamW, no gradient
   checkpointing, no progress bar. ms-swift decodes samples at each token to look for stop words; no option
   turns this off. Beforehand, in two runs each of 8 steps on a machine that did other work, ms-swift was no

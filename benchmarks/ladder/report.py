@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from record import RESULTS, heading, save, table
+from record import RESULTS, average, difference, heading, table, write_whole
 from settings import Experiment
 
 LAST = 5  # steps of which a figure of training is the mean
@@ -36,27 +36,35 @@ class Run:
         some = [(row["step"], row[metric]) for row in self.rows if metric in row]
         return [step for step, _ in some], [value for _, value in some]
 
-    def last(self, metric: str) -> float:
-        """Return the mean of a metric in the last steps; 0 if it was in none of them."""
+    def last(self, metric: str) -> float | None:
+        """Return the mean of a metric in the last steps; None if it was in none of them."""
         values = [row[metric] for row in self.steps[-LAST:] if metric in row]
-        return statistics.fmean(values) if values else 0.0
+        return statistics.fmean(values) if values else None
 
-    def mean(self, metric: str) -> float:
-        """Return the mean of a metric over the steps that have it; 0 if none has."""
+    def mean(self, metric: str) -> float | None:
+        """Return the mean of a metric over the steps that have it; None if none has."""
         values = self.curve(metric)[1]
-        return statistics.fmean(values) if values else 0.0
+        return statistics.fmean(values) if values else None
 
-    def compute(self) -> list[float]:
+    def compute(self, is_lean: bool = False) -> list[float]:
         """Return compute spent after 0, 1, … steps, in forward passes of a token: each sampled token 1, each
-        learnt token 1 for its old log-prob and 3 for its update.
+        token of a kept group 1 for its old log-prob and 3 for its update; with `is_lean` only of those kept
+        groups that have a gradient.
         """
-        spent = [row["rollout/tokens"] + 4 * row.get("rollout/tokens_learnt", 0) for row in self.steps]
+        spent = [
+            row["rollout/tokens"] + 4 * row.get("rollout/tokens_learnt", 0) * (taught(row) if is_lean else 1)
+            for row in self.steps
+        ]
         return [0.0, *np.cumsum(spent).tolist()]
 
-    def accuracy_at(self, compute: float) -> float:
+    def accuracy(self) -> float:
+        """Return held-out accuracy at the end."""
+        return self.curve("eval/accuracy")[1][-1]
+
+    def accuracy_at(self, compute: float, is_lean: bool = False) -> float:
         """Return held-out accuracy after so much compute, between two evaluations by a straight line."""
         steps, values = self.curve("eval/accuracy")
-        spent = self.compute()
+        spent = self.compute(is_lean)
         return float(np.interp(compute, [spent[int(step)] for step in steps], values))
 
     def first_step_above(self, metric: str, bound: float) -> int | None:
@@ -65,66 +73,76 @@ class Run:
         return next((int(step) for step, value in zip(steps, values, strict=True) if value > bound), None)
 
 
-def mean_and_error(values: Sequence[float], digits: int = 3) -> str:
-    """Write mean ± standard error of the mean: `mean_and_error([1, 2])` → "1.500 ± 0.500"."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):.{digits}f} ± {error:.{digits}f}"
+Arms = dict[str, list[Run]]
+Figure = Callable[[Run], float | None]
 
 
-def figures(arms: dict[str, list[Run]]) -> list[list[object]]:
-    """Return a row an arm."""
-    least = min(run.compute()[-1] for runs in arms.values() for run in runs)
-    columns: list[tuple[Callable[[Run], float], int]] = [
-        (lambda run: run.curve("eval/accuracy")[1][-1], 3),
-        (lambda run: run.accuracy_at(least), 3),
-        (lambda run: run.last("policy/entropy"), 3),
-        (lambda run: run.last("rollout/length"), 1),
-        (lambda run: run.last("rollout/truncated"), 3),
-        (lambda run: 100 * run.mean("policy/clip_high"), 2),
-        (lambda run: run.mean("policy/clip_high_probability"), 3),
-        (lambda run: run.compute()[-1] / 1e6, 2),
-        (lambda run: run.cpu_seconds, 0),
-    ]
+def taught(row: dict[str, float]) -> float:
+    """Return the fraction of a step's kept groups that have a gradient."""
+    if not row["groups/kept"]:
+        return 0.0
+    judged = row["groups/asked"] - row["groups/surplus"]
+    return min(1.0, judged * (1 - row["rollout/no_gradient"]) / row["groups/kept"])
+
+
+def accuracies(arms: Arms) -> list[tuple[str, Figure, int]]:
+    """Return (name, figure of a run, digits) of accuracy at the end and where as much compute was spent as by
+    the run that spent least.
+    """
+    least, lean = (min(run.compute(x)[-1] for runs in arms.values() for run in runs) for x in (False, True))
     return [
-        [arm, *(mean_and_error([of(run) for run in runs], digits) for of, digits in columns)]
+        ("accuracy", Run.accuracy, 3),
+        ("at equal compute", lambda run: run.accuracy_at(least), 3),
+        ("at equal lean compute", lambda run: run.accuracy_at(lean, is_lean=True), 3),
+    ]
+
+
+def figures(arms: Arms) -> str:
+    """Write a row an arm."""
+    columns: list[tuple[str, Figure, int]] = [
+        *accuracies(arms),
+        ("entropy", lambda run: run.last("policy/entropy"), 3),
+        ("length", lambda run: run.last("rollout/length"), 1),
+        ("truncated", lambda run: run.last("rollout/truncated"), 3),
+        ("no gradient", lambda run: run.mean("rollout/no_gradient"), 2),
+        ("clipped high, %", lambda run: 100 * (run.mean("policy/clip_high") or 0), 2),
+        ("their probability", lambda run: run.mean("policy/clip_high_probability"), 3),
+        ("compute, 10⁶", lambda run: run.compute()[-1] / 1e6, 2),
+        ("lean", lambda run: run.compute(is_lean=True)[-1] / 1e6, 2),
+        ("CPU s", lambda run: run.cpu_seconds, 0),
+    ]
+    rows = [
+        [arm, *(average([of(run) for run in runs], digits) for _, of, digits in columns)]
         for arm, runs in arms.items()
     ]
+    return table(["", *(name for name, _, _ in columns)], rows)
 
 
-def differences(arms: dict[str, list[Run]]) -> list[list[object]]:
-    """Return a row an arm: by how much its accuracy differs, of the same seed, from the arm before it and
-    from the first; and each seed's accuracy.
-    """
-    found = {arm: [run.curve("eval/accuracy")[1][-1] for run in runs] for arm, runs in arms.items()}
-    names = list(found)
-    rows: list[list[object]] = []
+def differences(arms: Arms, experiment: Experiment) -> str:
+    """Write by how much each arm differs, of the same seed, from the arm before it and from the first."""
+    columns = [*accuracies(arms), ("truncated", lambda run: run.last("rollout/truncated"), 3)]
+    if experiment.wider:
+        columns.append(("accuracy in the other evaluation", lambda run: run.wider["accuracy"], 3))
+    if bound := experiment.takes_off_above:
+        columns.append(("take-off", lambda run: run.first_step_above("rollout/length", bound), 1))
+    names, rows = list(arms), []
     for place, arm in enumerate(names):
-        before, first = found[names[max(place - 1, 0)]], found[names[0]]
-        rows.append([
-            arm,
-            mean_and_error([a - b for a, b in zip(found[arm], before, strict=True)]) if place else "",
-            mean_and_error([a - b for a, b in zip(found[arm], first, strict=True)]) if place else "",
-            " ".join(f"{value:.3f}" for value in found[arm]),
-        ])  # fmt: skip
-    return rows
+        for other in dict.fromkeys(names[:place][-1:] + names[:1]) if place else ():
+            pairs = [([of(run) for run in arms[x]] for x in (arm, other)) for _, of, _ in columns]
+            cells = [difference(*pair, digits) for pair, (*_, digits) in zip(pairs, columns, strict=True)]
+            rows.append([f"{arm} − {other}", *cells])
+    return table(["", *(name for name, _, _ in columns)], rows)
 
 
-def take_offs(arms: dict[str, list[Run]], bound: float) -> list[list[object]]:
-    """Return a row an arm: the step at which each seed's responses became long; – if they did not."""
+def take_offs(arms: Arms, bound: float) -> str:
+    """Write a row an arm: the step at which each seed's responses became long; – if they did not."""
     rows: list[list[object]] = []
     for arm, runs in arms.items():
         steps = [run.first_step_above("rollout/length", bound) for run in runs]
         found = [step for step in steps if step is not None]
-        mean = mean_and_error(found, 1) if found else "–"
-        rows.append(
-            [
-                arm,
-                f"{len(found)} of {len(runs)}",
-                mean,
-                " ".join(str(s if s is not None else "–") for s in steps),
-            ]
-        )
-    return rows
+        each = " ".join("–" if step is None else str(step) for step in steps)
+        rows.append([arm, f"{len(found)} of {len(runs)}", average(found or None, 1), each])
+    return table(["", "found", "step", "each seed"], rows)
 
 
 def draw(axis: Any, curves: Sequence[Curve], label: str) -> None:
@@ -143,7 +161,7 @@ def draw(axis: Any, curves: Sequence[Curve], label: str) -> None:
     )
 
 
-def plot(arms: dict[str, list[Run]], path: Path) -> None:
+def plot(arms: Arms, path: Path) -> None:
     """Draw accuracy by step and by compute, entropy by step and by accuracy, length, truncation."""
     import matplotlib
 
@@ -184,50 +202,48 @@ def plot(arms: dict[str, list[Run]], path: Path) -> None:
 
 
 def write(
-    name: str, experiment: Experiment, arms: dict[str, list[Run]], overrides: Sequence[str] = ()
+    name: str, experiment: Experiment, arms: Arms, overrides: Sequence[str] = (), directory: Path = RESULTS
 ) -> None:
-    """Write results/ladder_NAME.md and .png. `overrides`: options of all runs."""
+    """Write ladder_NAME.md and .png. `overrides`: options of all runs."""
     runs = [run for some in arms.values() for run in some]
     num_seeds = len(next(iter(arms.values())))
     text = heading(experiment.question)
     text += f"\nWith {' '.join(overrides)}.\n" if overrides else ""
     text += f"""
-{num_seeds} seeds; the settings (benchmarks/ladder/settings.py) were found with others, and written before
-these ran, at commit {", ".join(sorted({run.commit for run in runs}))}.
-Mean ± standard error over seeds. Accuracy is
-mean@4 on 200 held-out problems: at the end, and where the run had spent as much compute as the cheapest.
-Entropy, length and truncation are of training, mean of the last {LAST} steps; clipped tokens of all steps.
-Compute is in forward passes of a token: 1 for each sampled token, 4 for each that is learnt from. CPU seconds
-are of whole processes, start and evaluation included. All runs together took
-{sum(run.seconds for run in runs) / 60:.0f} minutes of a core.
+{num_seeds} seeds, one base, 200 held-out problems. The setting is in benchmarks/ladder/settings.py:
+{experiment.origin}
+Run at commit {", ".join(sorted({run.commit for run in runs}))}.
+
+Mean ± standard error over seeds, which covers the chance in training, not that of another base or of other
+problems. Accuracy is mean@4: at the end, and where a run had spent as much compute as the one that spent
+least. Entropy, length and truncation are of training, mean of the last {LAST} steps; clipped tokens, and
+groups without a gradient, of all steps. Compute is in forward passes of a token: 1 for each sampled token, 4
+for each token of a kept group, prompts included. Lean compute leaves out kept groups that have no gradient:
+what is computed of them could be spared. CPU seconds are of whole processes, start and evaluation included.
+All runs together took {sum(run.cpu_seconds for run in runs) / 60:.0f} minutes of a core.
 
 """
-    header = [
-        "", "accuracy", "at equal compute", "entropy", "length", "truncated", "clipped high, %",
-        "their probability", "compute, 10⁶", "CPU s",
-    ]  # fmt: skip
-    text += table(header, figures(arms))
+    text += figures(arms)
     if experiment.takes_off_above is not None:
-        text += (
-            f"\nThe first step with a mean response of more than {experiment.takes_off_above:.0f} tokens:\n\n"
-        )
-        text += table(["", "found", "step", "each seed"], take_offs(arms, experiment.takes_off_above))
+        bound = experiment.takes_off_above
+        text += f"\nThe first step with a mean response of more than {bound:.0f} tokens:\n\n"
+        text += take_offs(arms, bound)
     if experiment.wider:
         text += f"\nWhat was learnt, evaluated with {' '.join(experiment.wider)}:\n\n"
         names = ("accuracy", "length", "truncated")
-        text += table(
-            ["", *names],
-            [
-                [arm, *(mean_and_error([run.wider[n] for run in some]) for n in names)]
-                for arm, some in arms.items()
-            ],
-        )
-    text += "\nDifferences of accuracy at the end, seed by seed:\n\n"
-    header, rows = ["", "to the one before", "to the first", "accuracy of each seed"], differences(arms)
-    if not experiment.is_cumulative:
-        header, rows = [header[0], *header[2:]], [[row[0], *row[2:]] for row in rows]
-    text += table(header, rows)
+        rows = [
+            [arm, *(average([run.wider[n] for run in some]) for n in names)] for arm, some in arms.items()
+        ]
+        text += table(["", *names], rows)
+    text += "\nDifferences, seed by seed; in brackets the 95 % interval, by Student's t:\n\n"
+    text += differences(arms, experiment)
+    text += "\nAccuracy of each seed at the end:\n\n"
+    text += table(
+        ["", *(run.seed for run in next(iter(arms.values())))],  # type: ignore[list-item]
+        [[arm, *(f"{run.accuracy():.3f}" for run in some)] for arm, some in arms.items()],
+    )
     text += f"\n![Accuracy, entropy, length, truncation](ladder_{name}.png)\n"
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    plot(arms, RESULTS / f"ladder_{name}.png")
-    save(f"ladder_{name}.md", text)
+    directory.mkdir(parents=True, exist_ok=True)
+    plot(arms, directory / f"ladder_{name}.png")
+    write_whole(directory / f"ladder_{name}.md", text)
+    print(f"{text}\nkept in {directory / f'ladder_{name}.md'}")

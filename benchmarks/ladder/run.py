@@ -1,24 +1,27 @@
 """Run the paper's ladder and a setting for each technique, at several seeds, and write tables and plots.
 
-python benchmarks/ladder/run.py [seeds, default 3] [experiment …] [60m] [section.key=value …]
+python benchmarks/ladder/run.py [seeds, default 5] [experiment …] [60m] [section.key=value …]
 
 Each run is `dapo train` in one process, as many at once as there are cores, on a GPU one. What has run is
 kept in runs/ladder (DAPO_LADDER: elsewhere), and is not run again: the command goes on where it was stopped.
-60m: with models of 59 million parameters instead of the example's 75,904. Options are for all runs.
+60m: with models of 59 million parameters instead of the example's 75,904. Options are for all runs. With
+options, or fewer seeds than five, tables and plots go to runs/ladder/short, else to benchmarks/results.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import bases
@@ -28,7 +31,10 @@ from settings import EXPERIMENTS, Experiment
 
 HERE = Path(__file__).parent
 KEPT = Path(os.environ.get("DAPO_LADDER", ROOT / "runs/ladder")).absolute()
-FIRST_SEED = 101  # settings were found with others
+FIRST_SEED, SEEDS = 101, 5  # settings were looked for with other seeds; as many are published
+DATA = ROOT / "examples/arithmetic/data"
+# a base is made of these
+RECIPE = [HERE / "bases.py", *(ROOT / "examples/arithmetic" / name for name in ("make_base.py", "task.py"))]
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,8 @@ class Ladder:
 
     def base_of(self, experiment: Experiment) -> Path:
         """Return the directory of an experiment's base; without one of its own that of the example's kind."""
+        if not experiment.base and self.size == bases.EXAMPLE:
+            return ROOT / "examples/arithmetic/base"
         return self.directory / "bases" / (experiment.base or bases.EXAMPLE)
 
 
@@ -60,53 +68,82 @@ def options_of(ladder: Ladder, experiment: Experiment, arm: str) -> list[str]:
 
 
 def prepare(ladder: Ladder, experiments: Sequence[Experiment]) -> None:
-    """Make the bases and the finite sets that are not there."""
+    """Make the finite sets, and the bases that are not there or were made of other code."""
     for experiment in experiments:
-        base = ladder.base_of(experiment)
-        if (experiment.base or ladder.size != bases.EXAMPLE) and not base.exists():
+        base, recipe = ladder.base_of(experiment), digest(RECIPE)
+        if base.is_relative_to(KEPT) and read(base / "recipe") != recipe:
             partial = base.with_name(f".{base.name}")
-            shutil.rmtree(partial, ignore_errors=True)
+            for directory in (partial, base):
+                shutil.rmtree(directory, ignore_errors=True)
             command = [sys.executable, HERE / "bases.py", experiment.base, partial, ladder.size]
             subprocess.run(command, check=True)
+            (partial / "recipe").write_text(recipe)
             partial.rename(base)
         if experiment.num_prompts is not None:
-            rows = (ROOT / "examples/arithmetic/data/train.jsonl").read_text().splitlines(keepends=True)
+            rows = (DATA / "train.jsonl").read_text().splitlines(keepends=True)
             KEPT.mkdir(parents=True, exist_ok=True)
             write_whole(
                 KEPT / f"first_{experiment.num_prompts}.jsonl", "".join(rows[: experiment.num_prompts])
             )
 
 
+def asked_of(ladder: Ladder, experiment: Experiment, arm: str) -> dict[str, str]:
+    """Return all that a run depends on but the code: its options, and digests of what they name."""
+    options = options_of(ladder, experiment, arm)
+    inputs = [*DATA.glob("*.jsonl"), HERE / "rewards.py", *ladder.base_of(experiment).glob("*.safetensors")]
+    return {
+        "options": " ".join(options).replace(str(KEPT), "runs"),  # the same where the checkout is another
+        "files": digest(ROOT / option for option in options if option.endswith(".yaml")),
+        "inputs": digest(sorted(inputs)),
+    }
+
+
+def digest(paths: Iterable[Path]) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+
+
+def read(path: Path) -> str:
+    """Return a file's text; "" if there is none."""
+    return path.read_text() if path.exists() else ""
+
+
 def run(ladder: Ladder, name: str, arm: str, seed: int) -> report.Run:
-    """Train, unless the same options have been trained with; return metrics, CPU and wall seconds."""
-    options = options_of(ladder, EXPERIMENTS[name], arm)
+    """Train, unless the same has been trained; return metrics, CPU and wall seconds."""
+    experiment = EXPERIMENTS[name]
     directory = ladder.directory / name / arm.replace(" ", "_") / str(seed)
-    done = directory / "done.json"
-    files = "".join((ROOT / option).read_text() for option in options if option.endswith(".yaml"))
-    asked = {"options": options, "files": files}
-    if done.exists():
-        kept = json.loads(done.read_text())
-        if kept["asked"] == asked:
-            return report.Run(**kept["run"])
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
+    done, asked = directory / "done.json", asked_of(ladder, experiment, arm)
+    kept = json.loads(read(done) or "{}")
+    if kept.get("asked") != asked:
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        kept = {
+            "asked": asked,
+            "run": train(f"{name}, {arm}", seed, options_of(ladder, experiment, arm), directory),
+        }
+        write_whole(done, json.dumps(kept))
+        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+    if experiment.wider and kept.get("wider") != [*experiment.wider]:
+        kept["run"]["wider"] = evaluate(options_of(ladder, experiment, arm), experiment.wider, directory)
+        write_whole(done, json.dumps(kept | {"wider": [*experiment.wider]}))
+    return report.Run(**kept["run"])
+
+
+def train(name: str, seed: int, options: Sequence[str], directory: Path) -> dict[str, Any]:
+    """Run `dapo train` to its end, or end with what went wrong; return the fields of a report.Run."""
     command = [sys.executable, "-m", "dapo", "train", *options, f"run.dir={directory}", f"run.seed={seed}"]
     start = time.perf_counter()
     with (directory / "output").open("w") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=output, stderr=output)
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
+    seconds = time.perf_counter() - start
     if process.returncode or not (directory / "hf").exists():  # a run that was stopped exports nothing
         last = (directory / "output").read_text().splitlines()[-1:]
-        sys.exit(f"{name}, {arm}, seed {seed}: {' '.join(last)}; all of it: {directory / 'output'}")
+        sys.exit(f"{name}, seed {seed}: {' '.join(last)}; all of it: {directory / 'output'}")
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    seconds = time.perf_counter() - start
-    wider = evaluate(options, EXPERIMENTS[name].wider, directory) if EXPERIMENTS[name].wider else {}
-    found = report.Run(seed, rows, used.ru_utime + used.ru_stime, seconds, commit(), wider)
-    write_whole(done, json.dumps({"asked": asked, "run": vars(found)}))
-    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-    print(f"{name}, {arm}, seed {seed}: {found.seconds:.0f} s", flush=True)
-    return found
+    print(f"{name}, seed {seed}: {seconds:.0f} s", flush=True)
+    cpu_seconds = used.ru_utime + used.ru_stime
+    return {"seed": seed, "rows": rows, "cpu_seconds": cpu_seconds, "seconds": seconds, "commit": commit()}
 
 
 def evaluate(options: Sequence[str], wider: Sequence[str], directory: Path) -> dict[str, float]:
@@ -141,7 +178,9 @@ def main(ladder: Ladder, num_seeds: int, names: Sequence[str]) -> None:
                 pool.shutdown(cancel_futures=True)
         runs = {arm: [found[name, arm, seed] for seed in seeds] for arm in arms}
         place = name if ladder.size == bases.EXAMPLE else f"{ladder.size}_{name}"
-        report.write(place, EXPERIMENTS[name], runs, ladder.overrides)
+        is_short = num_seeds < SEEDS or ladder.overrides
+        target = KEPT / "short" if is_short else report.RESULTS
+        report.write(place, EXPERIMENTS[name], runs, ladder.overrides, target)
 
 
 if __name__ == "__main__":
@@ -152,5 +191,7 @@ if __name__ == "__main__":
     chosen = [argument for argument in arguments if argument in EXPERIMENTS]
     if unknown := set(arguments) - {*map(str, numbers), *sizes, *overrides, *chosen}:
         sys.exit(f"{', '.join(unknown)}: neither an experiment ({', '.join(EXPERIMENTS)}) nor a size")
+    if 0 in numbers:
+        sys.exit("0 seeds: expected at least 1")
     ladder = Ladder(*sizes[:1], overrides=overrides)
-    main(ladder, numbers[0] if numbers else 3, chosen or list(EXPERIMENTS))
+    main(ladder, numbers[0] if numbers else SEEDS, chosen or list(EXPERIMENTS))

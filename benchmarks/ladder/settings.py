@@ -1,7 +1,7 @@
 """The runs of the ladder: each experiment, its arms, and the options in which they differ.
 
-Each setting was committed before its seeds ran, and none was changed afterwards; `origin` says what was known by
-then. Where a technique has a setting of its own, its mechanism can act in it.
+Each setting was committed before its seeds ran, and none was changed afterwards; `origin` says what was known
+by then. Where a technique has a setting of its own, its mechanism can act in it.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ EXPERIMENTS = {
         {"without": [], "overlong filtering": ["objective.overlong_filtering=true"]},
         shared=[TOKEN_MEAN, "run.steps=40", "rollout.max_response_length=36"],
         wider=["rollout.max_response_length=64"],
-        origin="it was written when tight's figures were known, in which hardly a group was left to learn from, and "
+        origin="it was written when tight's figures were known, in which few groups were left to learn from; "
         "before its own.",
     ),
     "finite": Experiment(
@@ -103,5 +103,6 @@ EXPERIMENTS = {
         {"without": [], "dynamic sampling": [DYNAMIC]},
         shared=[TOKEN_MEAN, "objective.clip_high=0.28", "run.steps=60"],
         num_prompts=160,
+        origin=WRITTEN,
     ),
 }

@@ -1,4 +1,4 @@
-"""dapo itself: sampler and policy in one process, as `dapo train` runs them, with the embedded engine."""
+"""dapo itself: sampler and policy in one process, as `train()` calls them, with the embedded engine."""
 
 from __future__ import annotations
 

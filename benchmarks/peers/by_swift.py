@@ -13,8 +13,6 @@ from typing import Any
 
 from peers import work
 
-# It divides an update's loss by the tokens of the step's four updates, so the bound of the gradient's norm is
-# divided by four, too.
 # Four rounds of 16 prompts, as many as ours at most: it counts rounds beyond the first, the last is not used.
 MAX_RESAMPLE_TIMES = 4
 
@@ -71,6 +69,7 @@ def run(task: work.Task, clock: work.Clock) -> None:
         gradient_accumulation_steps=1, max_steps=task.updates * task.steps, max_length=128,
         learning_rate=task.learning_rate, lr_scheduler_type="constant", warmup_ratio=0.0,
         optim="adamw_torch_fused", weight_decay=task.weight_decay, adam_beta2=0.999,
+        # its loss is divided by the tokens of all of the step's updates
         max_grad_norm=task.clip_grad / task.updates, gradient_checkpointing=False,
         temperature=1.0, top_p=1.0, top_k=-1, max_completion_length=task.max_tokens,
     )  # fmt: skip
