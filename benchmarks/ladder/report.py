@@ -128,8 +128,10 @@ def differences(arms: Arms, experiment: Experiment) -> str:
     names, rows = list(arms), []
     for place, arm in enumerate(names):
         for other in dict.fromkeys(names[:place][-1:] + names[:1]) if place else ():
-            pairs = [([of(run) for run in arms[x]] for x in (arm, other)) for _, of, _ in columns]
-            cells = [difference(*pair, digits) for pair, (*_, digits) in zip(pairs, columns, strict=True)]
+            cells = [
+                difference([of(run) for run in arms[arm]], [of(run) for run in arms[other]], digits)
+                for _, of, digits in columns
+            ]
             rows.append([f"{arm} − {other}", *cells])
     return table(["", *(name for name, _, _ in columns)], rows)
 
