@@ -119,6 +119,56 @@ def test_a_measured_number_is_in_that_file(path: Path) -> None:
                 assert is_elsewhere or is_in(number, results), (number, passage)
 
 
+def table_rows(text: str) -> list[tuple[str, dict[str, str]]]:
+    """Return each row of a document's tables: its name, and its cells by their header; the first's is ""."""
+    found: list[tuple[str, dict[str, str]]] = []
+    for block in re.split(r"\n\s*\n", FENCE.sub("", text)):
+        if block.startswith("|"):
+            header, _, *rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in block.splitlines()]
+            names = ["", *header[1:]]
+            found += [(row[0], dict(zip(names, row, strict=True))) for row in rows]
+    return found
+
+
+def same_cells(name: str, shown: dict[str, str], rows: list[tuple[str, dict[str, str]]]) -> int | None:
+    """Count the cells of a document's row that stand in the file's row of this name, below the same header,
+    without what is in brackets or errors if the document leaves it out. None if one differs.
+    """
+    compared = [
+        (cell, held[header])
+        for other, held in rows
+        if other == name
+        for header, cell in shown.items()
+        if header and header in held
+    ]
+    is_same = all(cell in (held, short(held)) or held.startswith(f"{cell} (") for cell, held in compared)
+    return len(compared) if is_same else None
+
+
+def short(cell: str) -> str:
+    return re.sub(r" ± [\d.]+(?= \()", "", cell)
+
+
+def test_a_table_of_the_evidence_is_cell_by_cell_that_of_its_file() -> None:
+    path, count = ROOT / "docs/evidence.md", 0
+    around = {row.split("|")[1].strip(): text for row, text in passages(path.read_text()) if row[0] == "|"}
+    for name, shown in table_rows(path.read_text()):
+        names = re.findall(r"benchmarks/results/\w+\.md", shown.get("where") or around[name])
+        rows = [row for file in names for row in table_rows((ROOT / file).read_text())]
+        same = same_cells(name, shown, rows)
+        assert same is not None, (name, shown)
+        count += same
+    assert count >= 6 * 3 + 9 * 3 + 4 * 5, "a table's names are others"
+
+
+def test_a_cell_that_differs_is_found() -> None:
+    rows = [("a", {"": "a", "x": "0.5 ± 0.1 (0.3 to 0.7)", "y": "3 (1–4)"})]
+    assert same_cells("a", {"": "a", "x": "0.5 (0.3 to 0.7)", "y": "3", "z": "9"}, rows) == 2
+    assert same_cells("a", {"": "a", "x": "0.5 (0.3 to 0.8)"}, rows) is None
+    assert same_cells("a", {"": "a", "y": "4"}, rows) is None
+    assert same_cells("b", {"": "b", "x": "1"}, rows) == 0
+
+
 def test_an_exception_is_of_a_number_that_is_there() -> None:
     for document, words in EXCEPTIONS:
         text = (ROOT / document).read_text()
