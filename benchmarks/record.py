@@ -103,7 +103,8 @@ def commit() -> str:
     if not (ROOT / ".git").exists():  # git would answer for a checkout around this directory
         return "unknown"
     head = _git("rev-parse", "--short", "HEAD") or "unknown"
-    return head + (" (changed)" if _git("status", "--porcelain", "dapo", "kernels") else "")
+    measured = ("dapo", "kernels", "benchmarks", ":!benchmarks/results")
+    return head + (" (changed)" if _git("status", "--porcelain", *measured) else "")
 
 
 def _git(*arguments: str) -> str:

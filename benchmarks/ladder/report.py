@@ -220,9 +220,10 @@ Mean ± standard error over seeds, which covers the chance in training, not that
 problems. Accuracy is mean@4: at the end, and where a run had spent as much compute as the one that spent
 least. Entropy, length and truncation are of training, mean of the last {LAST} steps; clipped tokens, and
 groups without a gradient, of all steps. Compute is in forward passes of a token: 1 for each sampled token, 4
-for each token of a kept group, prompts included. Lean compute leaves out kept groups that have no gradient:
-what is computed of them could be spared. CPU seconds are of whole processes, start and evaluation included.
-All runs together took {sum(run.cpu_seconds for run in runs) / 60:.0f} minutes of a core.
+for each token of a kept group, prompts included. Lean compute leaves out kept groups that have no gradient,
+as a trainer could, and counts them as of mean length. In fact they are shorter, so it is a little too low
+where they are kept. CPU seconds are of whole processes, start and evaluation included. All runs together
+took {sum(run.cpu_seconds for run in runs) / 60:.0f} minutes of a core.
 
 """
     text += figures(arms)

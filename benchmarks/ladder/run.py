@@ -10,6 +10,7 @@ options, or fewer seeds than five, tables and plots go to runs/ladder/short, els
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -32,9 +33,11 @@ from settings import EXPERIMENTS, Experiment
 HERE = Path(__file__).parent
 KEPT = Path(os.environ.get("DAPO_LADDER", ROOT / "runs/ladder")).absolute()
 FIRST_SEED, SEEDS = 101, 5  # settings were looked for with other seeds; as many are published
-DATA = ROOT / "examples/arithmetic/data"
+EXAMPLE = ROOT / "examples/arithmetic"
 # a base is made of these
-RECIPE = [HERE / "bases.py", *(ROOT / "examples/arithmetic" / name for name in ("make_base.py", "task.py"))]
+RECIPE = [
+    HERE / "bases.py", EXAMPLE / "make_base.py", EXAMPLE / "task.py", EXAMPLE / "base/model.safetensors"
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,19 @@ class Ladder:
     overrides: Sequence[str] = ()
 
     @property
-    def directory(self) -> Path:
+    def home(self) -> Path:
         return KEPT if self.size == bases.EXAMPLE else KEPT / self.size
+
+    @property
+    def directory(self) -> Path:
+        """Where runs are kept; a trial with other options leaves the others alone."""
+        return self.home / "short" if self.overrides else self.home
 
     def base_of(self, experiment: Experiment) -> Path:
         """Return the directory of an experiment's base; without one of its own that of the example's kind."""
         if not experiment.base and self.size == bases.EXAMPLE:
-            return ROOT / "examples/arithmetic/base"
-        return self.directory / "bases" / (experiment.base or bases.EXAMPLE)
+            return EXAMPLE / "base"
+        return self.home / "bases" / (experiment.base or bases.EXAMPLE)
 
 
 def options_of(ladder: Ladder, experiment: Experiment, arm: str) -> list[str]:
@@ -80,7 +88,7 @@ def prepare(ladder: Ladder, experiments: Sequence[Experiment]) -> None:
             (partial / "recipe").write_text(recipe)
             partial.rename(base)
         if experiment.num_prompts is not None:
-            rows = (DATA / "train.jsonl").read_text().splitlines(keepends=True)
+            rows = (EXAMPLE / "data/train.jsonl").read_text().splitlines(keepends=True)
             KEPT.mkdir(parents=True, exist_ok=True)
             write_whole(
                 KEPT / f"first_{experiment.num_prompts}.jsonl", "".join(rows[: experiment.num_prompts])
@@ -88,18 +96,21 @@ def prepare(ladder: Ladder, experiments: Sequence[Experiment]) -> None:
 
 
 def asked_of(ladder: Ladder, experiment: Experiment, arm: str) -> dict[str, str]:
-    """Return all that a run depends on but the code: its options, and digests of what they name."""
+    """Return what a run depends on besides dapo's code: its options, and digests of what they name."""
     options = options_of(ladder, experiment, arm)
-    inputs = [*DATA.glob("*.jsonl"), HERE / "rewards.py", *ladder.base_of(experiment).glob("*.safetensors")]
+    base = ladder.base_of(experiment)
+    inputs = [*sorted((EXAMPLE / "data").glob("*.jsonl")), HERE / "rewards.py", base / "model.safetensors"]
+    inputs += [base / name for name in ("config.json", "tokenizer.json")]
     return {
         "options": " ".join(options).replace(str(KEPT), "runs"),  # the same where the checkout is another
         "files": digest(ROOT / option for option in options if option.endswith(".yaml")),
-        "inputs": digest(sorted(inputs)),
+        "inputs": digest(inputs),
     }
 
 
 def digest(paths: Iterable[Path]) -> str:
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+    each = [f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in paths]
+    return hashlib.sha256("\n".join(each).encode()).hexdigest()
 
 
 def read(path: Path) -> str:
@@ -131,7 +142,7 @@ def run(ladder: Ladder, name: str, arm: str, seed: int) -> report.Run:
 def train(name: str, seed: int, options: Sequence[str], directory: Path) -> dict[str, Any]:
     """Run `dapo train` to its end, or end with what went wrong; return the fields of a report.Run."""
     command = [sys.executable, "-m", "dapo", "train", *options, f"run.dir={directory}", f"run.seed={seed}"]
-    start = time.perf_counter()
+    start, begun_at = time.perf_counter(), commit()
     with (directory / "output").open("w") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=output, stderr=output)
         _, status, used = os.wait4(process.pid, 0)
@@ -143,7 +154,7 @@ def train(name: str, seed: int, options: Sequence[str], directory: Path) -> dict
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     print(f"{name}, seed {seed}: {seconds:.0f} s", flush=True)
     cpu_seconds = used.ru_utime + used.ru_stime
-    return {"seed": seed, "rows": rows, "cpu_seconds": cpu_seconds, "seconds": seconds, "commit": commit()}
+    return {"seed": seed, "rows": rows, "cpu_seconds": cpu_seconds, "seconds": seconds, "commit": begun_at}
 
 
 def evaluate(options: Sequence[str], wider: Sequence[str], directory: Path) -> dict[str, float]:
@@ -179,7 +190,7 @@ def main(ladder: Ladder, num_seeds: int, names: Sequence[str]) -> None:
         runs = {arm: [found[name, arm, seed] for seed in seeds] for arm in arms}
         place = name if ladder.size == bases.EXAMPLE else f"{ladder.size}_{name}"
         is_short = num_seeds < SEEDS or ladder.overrides
-        target = KEPT / "short" if is_short else report.RESULTS
+        target = ladder.home / "short" if is_short else report.RESULTS
         report.write(place, EXPERIMENTS[name], runs, ladder.overrides, target)
 
 
@@ -193,5 +204,13 @@ if __name__ == "__main__":
         sys.exit(f"{', '.join(unknown)}: neither an experiment ({', '.join(EXPERIMENTS)}) nor a size")
     if 0 in numbers:
         sys.exit("0 seeds: expected at least 1")
-    ladder = Ladder(*sizes[:1], overrides=overrides)
-    main(ladder, numbers[0] if numbers else SEEDS, chosen or list(EXPERIMENTS))
+    KEPT.mkdir(parents=True, exist_ok=True)
+    with (KEPT / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(
+                f"another ladder runs in {KEPT}; wait for its end, or set DAPO_LADDER to another directory"
+            )
+        ladder = Ladder(*sizes[:1], overrides=overrides)
+        main(ladder, numbers[0] if numbers else SEEDS, chosen or list(EXPERIMENTS))

@@ -6,6 +6,7 @@ import importlib
 import itertools
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -196,17 +197,58 @@ def read_calls(calls: Path) -> list[str]:
     return found
 
 
-def test_what_has_run_is_not_run_again(trainer, monkeypatch):
+def test_what_has_run_is_not_run_again(trainer):
     run, calls = trainer
     [first, *_] = run.EXPERIMENTS["rows"].arms
     found = run.run(run.Ladder(), "rows", first, 101)
     assert found.rows == [{"step": 0, "eval/accuracy": 0.5}] and read_calls(calls) == ["train 101"]
-    assert run.run(run.Ladder(), "rows", first, 101) == found and read_calls(calls) == []
-    run.run(run.Ladder(overrides=["run.steps=2"]), "rows", first, 101)
-    assert read_calls(calls) == ["train 101"], "it was asked otherwise"
-    monkeypatch.setattr(run, "digest", lambda paths: str(len(list(paths))))
-    run.run(run.Ladder(overrides=["run.steps=2"]), "rows", first, 101)
-    assert read_calls(calls) == ["train 101"], "its base, data or reward were others"
+    for steps in (2, 2, 3):
+        run.run(run.Ladder(overrides=[f"run.steps={steps}"]), "rows", first, 101)
+    assert read_calls(calls) == ["train 101"] * 2, "it was asked otherwise"
+    assert run.run(run.Ladder(), "rows", first, 101) == found
+    assert read_calls(calls) == [], "a trial with other options leaves the others alone"
+
+
+def test_a_run_with_another_base_data_or_reward_is_another(trainer, tmp_path, monkeypatch):
+    run, calls = trainer
+    [first, *_] = run.EXPERIMENTS["rows"].arms
+    shutil.copytree(ROOT / "examples/arithmetic", tmp_path / "example")
+    shutil.copy(ROOT / "benchmarks/ladder/rewards.py", tmp_path)
+    monkeypatch.setattr(run, "EXAMPLE", tmp_path / "example")
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    run.run(run.Ladder(), "rows", first, 101)
+    changed = ["example/base/model.safetensors", "example/base/config.json", "example/data/train.jsonl"]
+    for name in [*changed, "rewards.py"]:
+        read_calls(calls)
+        with (tmp_path / name).open("a") as file:
+            file.write(" ")
+        for _ in range(2):
+            run.run(run.Ladder(), "rows", first, 101)
+        assert read_calls(calls) == ["train 101"], name
+
+
+def test_a_base_is_made_once_and_again_of_other_code(trainer, tmp_path, monkeypatch):
+    run, calls = trainer
+    bases = tmp_path / "bases.py"
+    bases.write_text(
+        "import os, sys\nname, directory, size = sys.argv[1:]\nos.makedirs(directory)\n"
+        f"open({str(calls)!r}, 'a').write(name + ' ' + size)\n"
+    )
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    monkeypatch.setattr(run, "RECIPE", [bases])
+    experiments = [run.EXPERIMENTS[name] for name in ("rare16", "finite", "rows")]
+    for expected in (["rare example"], []):
+        run.prepare(run.Ladder(), experiments)
+        assert read_calls(calls) == expected
+    assert len((tmp_path / "kept/first_160.jsonl").read_text().splitlines()) == 160
+    with bases.open("a") as file:
+        file.write("# changed")
+    run.prepare(run.Ladder(), experiments)
+    assert read_calls(calls) == ["rare example"]
+    bases.write_text("import sys; sys.exit(1)")
+    with pytest.raises(subprocess.CalledProcessError):
+        run.prepare(run.Ladder(), experiments)
+    assert not (tmp_path / "kept/bases/rare").exists(), "an old base is not used"
 
 
 def test_a_run_that_failed_or_was_stopped_is_no_result(trainer, monkeypatch):
