@@ -16,7 +16,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from record import ROOT, heading, save, table
+from record import ROOT, average, heading, save, table
 
 BOUNDS = (0, 1, 2)
 
@@ -46,12 +46,7 @@ def report(found: dict[tuple[int, int], tuple[dict[int, float], float]]) -> str:
     rows = []
     for staleness in BOUNDS:
         of = [found[staleness, seed] for seed in range(seeds)]
-        cells = []
-        for step in steps:
-            values = [accuracy[step] for accuracy, _ in of]
-            cells.append(
-                f"{statistics.fmean(values):.3f} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}"
-            )
+        cells = [average([accuracy[step] for accuracy, _ in of]) for step in steps]
         rows.append([staleness, f"{statistics.fmean(age for _, age in of):.2f}", *cells])
     text = heading("What staleness costs in learning")
     text += f"""

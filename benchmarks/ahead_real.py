@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from record import ROOT, heading, save, spread, table
+from record import ROOT, average, heading, save, spread, table
 
 BOUNDS = (0, 1, 2)
 WARM_UP = 3  # steps
@@ -67,8 +67,6 @@ seeds. Accuracy on held-out problems after the last step: mean ± standard error
     rows = []
     for staleness, runs in found.items():
         ratios = [p["seconds"] / r["seconds"] for p, r in zip(found[0], runs, strict=True)]
-        accuracies = [r["accuracy"] for r in runs]
-        error = statistics.stdev(accuracies) / len(accuracies) ** 0.5 if len(accuracies) > 1 else 0.0
         columns = [[r[name] for r in runs] for name in ("seconds", "waited", "update", "sync")]
         rest = [statistics.median(r[name] for r in runs) for name in ("overlap", "idle", "age")]
         rows.append([
@@ -77,7 +75,7 @@ seeds. Accuracy on held-out problems after the last step: mean ± standard error
             f"{statistics.median(r['ess'] for r in runs):.4f}",
             f"{sum(r['overflow'] for r in runs) / sum(r['kept'] for r in runs):.1%}",
             f"{statistics.median(r['probe'] for r in runs):.0e}",
-            f"{statistics.fmean(accuracies):.3f} ± {error:.3f}",
+            average([r["accuracy"] for r in runs]),
         ])  # fmt: skip
     return text + table(names, rows)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from peers.arithmetic import accuracy, make
-from record import RESULTS, heading, save, spread, table
+from record import RESULTS, average, heading, save, spread, table
 
 ROOT = Path(__file__).parents[1]
 EVERY = 5  # steps between evaluations
@@ -151,11 +151,7 @@ def report(runs: dict[str, list[Run]]) -> str:
     for name in found["plain"][0]:
         values = {kind: [each[name] for each in of_kind] for kind, of_kind in found.items()}
         if "accuracy" in name:
-            means = (
-                (statistics.mean(v), statistics.stdev(v) / len(v) ** 0.5 if len(v) > 1 else 0.0)
-                for v in values.values()
-            )
-            rows.append([name, *(f"{mean:.3f} ± {error:.3f}" for mean, error in means)])
+            rows.append([name, *map(average, values.values())])
             continue
         rows.append([name, *(spread(of_kind, 0 if "tokens" in name else 1) for of_kind in values.values())])
         pairs = (zip(values["plain"], of_kind, strict=True) for of_kind in values.values())

@@ -14,7 +14,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from record import ROOT, heading, save, table
+from record import ROOT, average, heading, save, table
 
 CONFIG = "examples/arithmetic/config.yaml"
 RECIPES = ("paper", "grpo", "dr_grpo", "scalerl", "gspo")
@@ -48,9 +48,9 @@ def main(seeds: str = "3") -> None:
     for recipe in recipes:
         of = [found[recipe, seed] for seed in range(int(seeds))]
         mean = {name: statistics.fmean(row[name] for row in of) for name in of[0]}
-        error = statistics.stdev(row["accuracy"] for row in of) / len(of) ** 0.5
         rows.append([
-            recipe or "(the config as it is)", f"{mean['half']:.3f}", f"{mean['accuracy']:.3f} ± {error:.3f}",
+            recipe or "(the config as it is)", f"{mean['half']:.3f}",
+            average([row["accuracy"] for row in of]),
             f"{mean['policy/entropy']:.3f}", f"{mean['rollout/length']:.1f}",
             f"{mean['policy/clip_low']:.2%}", f"{mean['policy/clip_high']:.2%}",
             f"{mean['policy/grad_norm']:.2f}", f"{mean['asked']:.0f}",
