@@ -1,8 +1,9 @@
 """Sends requests to servers, again where that is safe, and acts on servers that stand still.
 
-Generating changes nothing at a server, so a request is sent again after a failed connection, a server that is
-not ready (429, 5xx), an invalid answer, or an abort that nobody asked for. A refusal (another 4xx) would
-repeat itself: it ends the run.
+Generating changes nothing at a server, so a request is sent again after a failed connection, a 5xx, an
+invalid answer, or an abort that nobody asked for: MAX_FAILURES of these end the run. A server that has not
+begun with it (429, 503) may say so any number of times. A refusal (another 4xx) would repeat itself: it ends
+the run.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from dapo.clock import heartbeat
 from dapo.config import Limits
 from dapo.engine import generate
 from dapo.engine.endpoint import Endpoint, Job, Servers, first_few
-from dapo.engine.generate import UNKNOWN_VERSION, BadAnswer
+from dapo.engine.generate import UNKNOWN_VERSION, BadAnswer, NotNow
 from dapo.engine.intake import Intake
 from dapo.model.routing import Routing
 from dapo.types import EngineError, Request, Sample
 
-MAX_ATTEMPTS = 8  # for one response
+MAX_FAILURES = 8  # of one request
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds that a server is left alone, doubled at each further failure
 ABORT_TIMEOUT = 10.0  # seconds
 NUM_ABORTS = 32  # sent at a time
@@ -176,7 +177,6 @@ class Client:
     def _send_to(self, endpoint: Endpoint, job: Job) -> None:
         job.endpoint = endpoint
         job.sent_at = time.monotonic()
-        job.attempts += 1
         # with a mark at the end: a server aborts every request whose id begins with the one in the abort
         job.rid = f"{self.name}-{job.request.id}-{next(self.numbers)};"
         if not endpoint.outstanding:
@@ -193,7 +193,7 @@ class Client:
             self._check_versions(job, sample)
         except (http.NoAnswer, BadAnswer) as error:
             self._note_fault(endpoint, str(error), job.sent_at)
-            self._send_again(job)
+            self._send_again(job, has_failed=not isinstance(error, NotNow))
         else:
             endpoint.num_faults = 0
             self._note_progress(endpoint)
@@ -215,13 +215,14 @@ class Client:
                 found = f"generates with weight version {version}, not {job.version}"
                 raise BadAnswer(f"{found}: it missed the last weight sync")
 
-    def _send_again(self, job: Job) -> None:
+    def _send_again(self, job: Job, has_failed: bool = True) -> None:
         assert job.endpoint
-        if job.attempts < MAX_ATTEMPTS:
+        job.num_failures += has_failed
+        if job.num_failures < MAX_FAILURES:
             self.ready.appendleft(job)
         elif job.is_wanted:
             where = f"{job.endpoint.url}: {job.endpoint.fault}"
-            failed = f"request {job.request.id} failed {job.attempts} times, the last time at {where}"
+            failed = f"request {job.request.id} failed {job.num_failures} times, the last time at {where}"
             self._fail(EngineError(failed))
 
     def _note_fault(self, endpoint: Endpoint, fault: str, sent_at: float) -> None:

@@ -57,7 +57,7 @@ class Job:
     version: int  # of the weights when it was submitted: no older policy may answer
     outcomes: SimpleQueue[tuple[Job, Sample] | None]  # of its stream; None: look for a failure
     is_wanted: bool = True  # False once it is read or aborted
-    attempts: int = 0
+    num_failures: int = 0
     endpoint: Endpoint | None = None  # where it was sent last
     rid: str = ""  # id sent to the server; unique per attempt
     sent_at: float = 0.0

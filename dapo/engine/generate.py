@@ -31,6 +31,10 @@ class BadAnswer(Exception):
     """The answer is no response to the request. It may be sent again, preferably to another server."""
 
 
+class NotNow(BadAnswer):
+    """The server has not begun with the request: it has no room, or its workers are too busy."""
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """The part of a request, sent as `rid`, that its answer is checked against."""

@@ -14,6 +14,7 @@ from dapo.types import EngineError
 OPTIONS = {
     "policy": "cache_aware",
     "health-check-interval-secs": 5,
+    "health-check-timeout-secs": 60,  # a worker that is late may only be busy
     "health-failure-threshold": 2,
     "health-success-threshold": 1,
     "worker-startup-check-interval": 1,

@@ -47,6 +47,7 @@ class FakeServer:
         self.workers: Any = []  # what a router's /workers says
         self.num_asked = self.most_asked = 0
         self.num_probes = 0  # of its health
+        self.probe_seconds = 0.0  # until it answers one
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
@@ -114,6 +115,7 @@ class FakeServer:
 
     async def _health(self, request: web.Request) -> web.Response:
         self.num_probes += 1
+        await asyncio.sleep(self.probe_seconds)
         return web.Response(status=503 if self.is_hung else 200)
 
     async def _model_info(self, request: web.Request) -> web.Response:

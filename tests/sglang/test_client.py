@@ -81,17 +81,48 @@ def test_after_a_fault_the_request_is_asked_again(fault: fake.Fault) -> None:
     assert len(server.bodies) == 14 and len({body["rid"] for body in server.bodies}) == 14
 
 
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+LASTING = {name: fault for name, fault in FAULTS.items() if name not in ("429", "503")}
+
+
+@pytest.mark.parametrize("fault", LASTING.values(), ids=LASTING)
 def test_a_fault_without_end_is_one_error_that_names_request_server_and_fault(fault: fake.Fault) -> None:
     server = FakeServer(afterwards=fault)
     with stream_of(server) as stream:
         stream.submit(requests(3))
         with pytest.raises(
-            EngineError, match=rf"request [01]\.[01] failed {client.MAX_ATTEMPTS} times.* at {server.url}: .+"
+            EngineError, match=rf"request [01]\.[01] failed {client.MAX_FAILURES} times.* at {server.url}: .+"
         ) as error:
             collect(stream)
     assert "\n" not in str(error.value) and len(str(error.value)) < 700
-    assert len(server.bodies) <= 3 * client.MAX_ATTEMPTS
+    assert len(server.bodies) <= 3 * client.MAX_FAILURES
+
+
+@pytest.mark.parametrize("code", [429, 503])
+def test_a_server_that_has_not_begun_is_asked_as_long_as_another_request_goes_on(code: int) -> None:
+    is_over = threading.Event()
+
+    async def long(server: FakeServer, request: web.Request, body: dict) -> web.StreamResponse:
+        while not is_over.is_set():
+            await asyncio.sleep(0.02)
+        return await fake.well(server, request, body)
+
+    server = FakeServer([long, *[fake.status(code, "no room")] * 30])
+    wanted = requests(3)
+    with stream_of(server) as stream:
+        stream.submit(wanted)
+        wait_for(lambda: not server.faults)
+        is_over.set()
+        assert_answered(collect(stream), wanted)
+
+
+@pytest.mark.parametrize("code", [429, 503])
+def test_a_server_that_never_begins_is_an_error_once_nothing_goes_on(code: int) -> None:
+    server = FakeServer(afterwards=fake.status(code, "no room"))
+    with stream_of(server, stall_seconds=1.0) as stream:
+        stream.submit(requests(3))
+        with pytest.raises(EngineError, match=rf"^no progress for 2 .*{server.url} .*{code} .*no room"):
+            collect(stream)
+    assert len(server.bodies) > client.MAX_FAILURES
 
 
 @pytest.mark.parametrize("code", [400, 401, 404, 422])
@@ -468,7 +499,7 @@ def test_what_is_aborted_before_it_was_sent_leaves_its_place_to_others() -> None
 
 def test_no_id_at_a_server_is_the_beginning_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang aborts every request whose id begins with the one in the abort."""
-    monkeypatch.setattr(client, "MAX_ATTEMPTS", 30)
+    monkeypatch.setattr(client, "MAX_FAILURES", 30)
     server = FakeServer([fake.status(500)] * 12)
     sampling = Sampling(1.0, 8, (fake.STOP,))
     with stream_of(server, max_concurrent=1) as stream:

@@ -129,16 +129,17 @@ def test_a_server_that_left_meanwhile_is_not_asked_again() -> None:
 def test_a_request_that_failed_too_often_ends_the_run_if_it_is_wanted(is_wanted: bool) -> None:
     own, done = make_client()
     job: Any = SimpleNamespace(
-        endpoint=make_endpoint(fault="500"), attempts=client.MAX_ATTEMPTS - 1, is_wanted=is_wanted,
+        endpoint=make_endpoint(fault="500"), num_failures=client.MAX_FAILURES - 2, is_wanted=is_wanted,
         request=SimpleNamespace(id="1-2"),
     )  # fmt: skip
     own.ready.append("later")
     Client._send_again(own, job)
     assert list(own.ready) == [job, "later"] and done == []
-    job.attempts += 1
-    Client._send_again(own, job)
-    times = f"request 1-2 failed {client.MAX_ATTEMPTS} times, the last time at http://a: 500"
-    assert len(own.ready) == 2 and done == ([("fail", times)] if is_wanted else [])
+    Client._send_again(own, own.ready.popleft(), has_failed=False)
+    assert list(own.ready) == [job, "later"] and done == []
+    Client._send_again(own, own.ready.popleft())
+    times = f"request 1-2 failed {client.MAX_FAILURES} times, the last time at http://a: 500"
+    assert list(own.ready) == ["later"] and done == ([("fail", times)] if is_wanted else [])
 
 
 def test_servers_know_of_every_abort_before_weights_are_sent() -> None:

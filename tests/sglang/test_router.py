@@ -20,7 +20,7 @@ from tests.sglang.test_servers import until
 class Routed(Fakes):
     """The engine's servers: fakes behind a real router."""
 
-    def __init__(self, folder: Path, python: Path, *fakes: FakeServer):
+    def __init__(self, folder: Path, python: Path, *fakes: FakeServer, **others: int):
         super().__init__(*fakes)
         self.workers = [Server(server.url, "key") for server in fakes]
         options = {
@@ -28,7 +28,7 @@ class Routed(Fakes):
             "prometheus-port": free_port(),
             "worker-urls": [server.url for server in fakes],
         }
-        command = module_command(str(python), "sglang_router.launch_router", OPTIONS | options)
+        command = module_command(str(python), "sglang_router.launch_router", OPTIONS | others | options)
         environment = child_environment(has_cuda=True) | {KEY_VARIABLE: "key"}
         self.process = ServerProcess("router", command, folder / "router.log", environment)
 
@@ -46,6 +46,23 @@ class Routed(Fakes):
     def close(self) -> None:
         self.process.stop()
         super().close()
+
+
+def test_a_worker_that_is_late_with_its_health_goes_on_taking_requests(
+    sglang_python: Path, tmp_path: Path
+) -> None:
+    late = FakeServer()
+    often = {"health-check-interval-secs": 1, "health-failure-threshold": 1}
+    routed = Routed(tmp_path, sglang_python, late, **often)
+    try:
+        until(routed.process.is_up, limit=120)
+        until(lambda: routed.num_healthy() == 1, limit=120)
+        late.probe_seconds = 8.0  # where the router's default is a limit of 5
+        num_probes = late.num_probes
+        until(lambda: late.num_probes >= num_probes + 2, limit=60)
+        assert routed.num_healthy() == 1
+    finally:
+        routed.close()
 
 
 def test_what_fails_behind_the_router_is_asked_again_and_never_under_the_same_id(
