@@ -1,9 +1,9 @@
 """Sends requests to servers, again where that is safe, and acts on servers that stand still.
 
-Generating changes nothing at a server, so a request is sent again after a failed connection, a 5xx, an
-invalid answer, or an abort that nobody asked for: MAX_FAILURES of these end the run. A server that has not
-begun with it (429, 503) may say so any number of times. A refusal (another 4xx) would repeat itself: it ends
-the run.
+Generating changes nothing at a server, so a request is sent again after a failed connection, a server that is
+not ready (429, 5xx), an invalid answer, or an abort that nobody asked for: MAX_FAILURES of these end the run.
+A router that has no worker for any request fails none of them; if that lasts, the run ends without progress.
+A refusal (another 4xx) would repeat itself: it ends the run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dapo.clock import heartbeat
 from dapo.config import Limits
 from dapo.engine import generate
 from dapo.engine.endpoint import Endpoint, Job, Servers, first_few
-from dapo.engine.generate import UNKNOWN_VERSION, BadAnswer, NotNow
+from dapo.engine.generate import UNKNOWN_VERSION, BadAnswer, NoWorker
 from dapo.engine.intake import Intake
 from dapo.model.routing import Routing
 from dapo.types import EngineError, Request, Sample
@@ -193,7 +193,7 @@ class Client:
             self._check_versions(job, sample)
         except (http.NoAnswer, BadAnswer) as error:
             self._note_fault(endpoint, str(error), job.sent_at)
-            self._send_again(job, has_failed=not isinstance(error, NotNow))
+            self._send_again(job, has_failed=not isinstance(error, NoWorker))
         else:
             endpoint.num_faults = 0
             self._note_progress(endpoint)

@@ -31,8 +31,8 @@ class BadAnswer(Exception):
     """The answer is no response to the request. It may be sent again, preferably to another server."""
 
 
-class NotNow(BadAnswer):
-    """The server has not begun with the request: it has no room, or its workers are too busy."""
+class NoWorker(BadAnswer):
+    """A router has no worker, for this request or another. It has not begun with it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,13 +24,13 @@ from typing import Any, NamedTuple, NoReturn
 
 from dapo import http
 from dapo.engine import generate
-from dapo.engine.generate import Asked, BadAnswer, NotNow
+from dapo.engine.generate import Asked, BadAnswer, NoWorker
 from dapo.model.routing import Routing
 from dapo.types import EngineError, Sample, Stopped, reason
 from dapo.watch import forked, frames, streams
 
-RETRIED = {408, 429, 500, 502, 503, 504}  # HTTP; any other status but 200 is a refusal
-NOT_NOW = {429, 503}  # of these
+RETRIED = {408, 429, 500, 502, 503, 504}  # HTTP: not now; any other status but 200 is a refusal
+NO_WORKER = b"no_available_workers"  # in a router's answer 503
 MAX_DEATHS = 3  # in a row, of processes that took in no answer
 END_TIMEOUT = 5.0  # seconds for the process to end
 
@@ -77,8 +77,8 @@ class Intake:
 
         Raises:
             NoAnswer: as `http.exchange` does, or the process has ended.
-            NotNow: the server has not begun; it may be asked again.
-            BadAnswer: the server failed, or its answer is no response; it may be asked again.
+            NoWorker: the server is a router without a worker; it may be asked again.
+            BadAnswer: the server is not ready, or its answer is no response; it may be asked again.
             EngineError: the server refused, or always would; or the process ends again and again.
             Stopped: there is no file descriptor left for a connection.
         """
@@ -309,7 +309,7 @@ async def fetch(ask: Ask, vocab_size: int, routing: Routing | None = None) -> Sa
         "POST", url, ask.body, key=ask.key, max_bytes=asked.max_bytes(routing)
     )
     if status in RETRIED:
-        fault = NotNow if status in NOT_NOW else BadAnswer
+        fault = NoWorker if status == 503 and NO_WORKER in answer else BadAnswer
         raise fault(f"{status} {http.one_line(answer)}")
     if status != 200:
         size = f"{asked.num_prompt_tokens} tokens of prompt, max_tokens {asked.max_tokens}"

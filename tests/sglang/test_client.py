@@ -81,10 +81,7 @@ def test_after_a_fault_the_request_is_asked_again(fault: fake.Fault) -> None:
     assert len(server.bodies) == 14 and len({body["rid"] for body in server.bodies}) == 14
 
 
-LASTING = {name: fault for name, fault in FAULTS.items() if name not in ("429", "503")}
-
-
-@pytest.mark.parametrize("fault", LASTING.values(), ids=LASTING)
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_a_fault_without_end_is_one_error_that_names_request_server_and_fault(fault: fake.Fault) -> None:
     server = FakeServer(afterwards=fault)
     with stream_of(server) as stream:
@@ -97,8 +94,10 @@ def test_a_fault_without_end_is_one_error_that_names_request_server_and_fault(fa
     assert len(server.bodies) <= 3 * client.MAX_FAILURES
 
 
-@pytest.mark.parametrize("code", [429, 503])
-def test_a_server_that_has_not_begun_is_asked_as_long_as_another_request_goes_on(code: int) -> None:
+NO_WORKER = fake.status(503, "no_available_workers")
+
+
+def test_a_router_without_a_worker_is_asked_as_long_as_another_request_goes_on() -> None:
     is_over = threading.Event()
 
     async def long(server: FakeServer, request: web.Request, body: dict) -> web.StreamResponse:
@@ -106,7 +105,7 @@ def test_a_server_that_has_not_begun_is_asked_as_long_as_another_request_goes_on
             await asyncio.sleep(0.02)
         return await fake.well(server, request, body)
 
-    server = FakeServer([long, *[fake.status(code, "no room")] * 30])
+    server = FakeServer([long, *[NO_WORKER] * 30])
     wanted = requests(3)
     with stream_of(server) as stream:
         stream.submit(wanted)
@@ -115,12 +114,11 @@ def test_a_server_that_has_not_begun_is_asked_as_long_as_another_request_goes_on
         assert_answered(collect(stream), wanted)
 
 
-@pytest.mark.parametrize("code", [429, 503])
-def test_a_server_that_never_begins_is_an_error_once_nothing_goes_on(code: int) -> None:
-    server = FakeServer(afterwards=fake.status(code, "no room"))
+def test_a_router_that_never_has_a_worker_is_an_error_once_nothing_goes_on() -> None:
+    server = FakeServer(afterwards=NO_WORKER)
     with stream_of(server, stall_seconds=1.0) as stream:
         stream.submit(requests(3))
-        with pytest.raises(EngineError, match=rf"^no progress for 2 .*{server.url} .*{code} .*no room"):
+        with pytest.raises(EngineError, match=rf"^no progress for 2 .*{server.url} .*no_available_workers"):
             collect(stream)
     assert len(server.bodies) > client.MAX_FAILURES
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+from dapo import http
 from dapo.config import Limits
 from dapo.engine.arguments import child_environment, module_command
 from dapo.engine.control import KEY_VARIABLE, Server
+from dapo.engine.intake import NO_WORKER
 from dapo.engine.process import LOOPBACK, ServerProcess, free_port
 from dapo.engine.router import OPTIONS
 from dapo.engine.sglang import SGLangEngine
@@ -48,7 +50,7 @@ class Routed(Fakes):
         super().close()
 
 
-def test_a_worker_that_is_late_with_its_health_goes_on_taking_requests(
+def test_a_worker_that_is_late_with_its_health_goes_on_taking_requests_and_a_dead_one_is_none(
     sglang_python: Path, tmp_path: Path
 ) -> None:
     late = FakeServer()
@@ -61,6 +63,11 @@ def test_a_worker_that_is_late_with_its_health_goes_on_taking_requests(
         num_probes = late.num_probes
         until(lambda: late.num_probes >= num_probes + 2, limit=60)
         assert routed.num_healthy() == 1
+        late.die()
+        until(lambda: routed.num_healthy() == 0, limit=60)
+        url = routed.process.url + "/generate"
+        answer = http.call("POST", url, b'{"input_ids": [1]}', timeout=10, key="key")
+        assert answer.status == 503 and NO_WORKER in answer.body
     finally:
         routed.close()
 
